@@ -1,0 +1,31 @@
+"""The three ways a command can end badly, and the exit status each one means.
+
+Raised anywhere, turned into a one-line message and an exit status in one place (`cli.main`), so that a script
+can tell a typo (2) from a guard's refusal (3) from work that failed (1).
+"""
+
+from __future__ import annotations
+
+
+class QliberoError(Exception):
+    """Base of every error whose message is written for the user; `exit_status` is what the command returns."""
+
+    exit_status = 1
+
+
+class WorkFailed(QliberoError):
+    """The request was fine, the work could not be done (disk full, simulator cannot start, …)."""
+
+    exit_status = 1
+
+
+class UserError(QliberoError):
+    """The request was wrong. The message names file:line or flag, what was found, and what to write instead."""
+
+    exit_status = 2
+
+
+class GuardRefusal(QliberoError):
+    """A guard (kernel court, physics passport, artifact, run directory) refused to produce a number it cannot vouch for."""
+
+    exit_status = 3
