@@ -1,0 +1,33 @@
+"""`int_ref`: the reference every other backend is held against. Plain integers, no tricks, no speed.
+
+On the CPU the product is int32 arithmetic. torch has no integer matmul on CUDA, so there the codes are multiplied in
+float64, which holds every sum below 2^53 exactly, and converted back: still no rounding anywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
+
+
+class IntRef(Kernel):
+    name = "int_ref"
+    real = False
+
+    def supports(self, shape: GemmShape) -> Support:
+        return Support(True, "float64-held integers" if shape.device == "cuda" else "int32")
+
+    def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
+        n, k = codes.shape
+        return PackedWeight(n, k, weight_bits, group_size, codes=codes.clone())
+
+    def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
+        wide = torch.float64 if codes_x.is_cuda else torch.int32
+        x, weight = codes_x.to(wide), packed.codes.to(wide)
+        if packed.group_size is None:
+            return (x @ weight.t()).to(torch.int32)
+        x = x.reshape(x.shape[0], -1, packed.group_size).transpose(0, 1)
+        weight = weight.reshape(packed.n, -1, packed.group_size).permute(1, 2, 0)
+        return torch.bmm(x, weight).to(torch.int32)
