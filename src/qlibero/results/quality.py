@@ -1,0 +1,50 @@
+"""How an episode was executed, beyond whether it succeeded: path length, jerk, gripper flips.
+
+At 97 % success the way a policy moves tells arms apart long before success does. A trajectory is one float32 row
+per executed step (settle steps excluded): 7 action values, then the end-effector position in metres.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CONTROL_HZ = 20.0  # LIBERO's control rate
+ACTION = slice(0, 7)
+EEF = slice(7, 10)
+GRIPPER = 6
+GRIPPER_DEAD_ZONE = 0.05  # a command this near zero moves the fingers neither way
+
+
+def path_length_m(trajectory: np.ndarray) -> float:
+    """Length in metres of the end-effector's way; 0 for fewer than two rows. `trajectory` (steps, 10)."""
+    position = trajectory[:, EEF].astype(np.float64)
+    return float(np.linalg.norm(np.diff(position, axis=0), axis=1).sum())
+
+
+def jerk(trajectory: np.ndarray, hz: float = CONTROL_HZ) -> float | None:
+    """Mean norm of the third difference of the end-effector position times hz³, in m/s³; None below four rows.
+
+    It gives 1 on p = t³/6. Comparable within a pair only up to the earlier end of the two episodes.
+    """
+    position = trajectory[:, EEF].astype(np.float64)
+    if len(position) < 4:
+        return None
+    return float(np.linalg.norm(np.diff(position, n=3, axis=0), axis=1).mean() * hz**3)
+
+
+def gripper_flips(trajectory: np.ndarray, dead_zone: float = GRIPPER_DEAD_ZONE) -> int:
+    """Sign changes of the gripper command after dropping |g| ≤ dead zone."""
+    command = trajectory[:, GRIPPER]
+    signs = np.sign(command[np.abs(command) > dead_zone])
+    return int(np.count_nonzero(signs[1:] != signs[:-1]))
+
+
+def first_divergence(reference: np.ndarray, other: np.ndarray, threshold: float) -> int | None:
+    """First step at which the two action streams differ by more than `threshold` in the maximum norm; None if never.
+
+    Only the common steps are looked at. Means something under the shared noise contract, and up to that step only:
+    afterwards the two arms see different observations.
+    """
+    steps = min(len(reference), len(other))
+    apart = np.abs(reference[:steps, ACTION] - other[:steps, ACTION]).max(axis=1, initial=0.0) > threshold
+    return int(np.argmax(apart)) if apart.any() else None

@@ -1,0 +1,146 @@
+"""One finished episode as one line of JSON.
+
+A record is what everything else is computed from (tables, verdicts, wandb, the report), so it is strict: an
+unknown field or another schema version is refused with a sentence, never guessed at. Floats are kept to a
+microsecond / a micrometre so that lines stay short and equal runs stay equal text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
+
+SCHEMA = 1
+Outcome = Literal["success", "failure", "error"]
+OUTCOMES: tuple[Outcome, ...] = ("success", "failure", "error")
+
+
+@dataclass(frozen=True)
+class TrajectorySlice:
+    """Where an episode's rows lie in its sidecar: float32 rows of 7 action values and 3 end-effector coordinates (m)."""
+
+    file: str
+    offset: int  # bytes
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeRecord:
+    """An episode of one arm.
+
+    `outcome`: `success`, `failure` (horizon reached, or the policy returned non-finite actions) or `error`
+    (simulator, rendering, transport, watchdog: neither success nor failure; `error` then says what happened).
+    `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per policy
+    call, the time its whole batch took; `phases_ms` the same per phase; the first `warmup_calls` of them are left
+    out of latency statistics. `sim_ms`, `render_ms` are totals. `kernels` is the hash of the kernel verdict table in
+    the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from the trajectory (`quality.py`).
+    """
+
+    suite: str
+    task: int
+    init: int
+    seed: int
+    arm: str
+    outcome: Outcome
+    steps: int
+    replans: int
+    fingerprint: str
+    action_digest: str
+    error: str | None = None
+    attempt: int = 1
+    success_step: int | None = None
+    policy_ms: list[float] = field(default_factory=list)
+    phases_ms: dict[str, list[float]] = field(default_factory=dict)
+    batch_sizes: list[int] = field(default_factory=list)
+    warmup_calls: int = 0
+    sim_ms: float = 0.0
+    render_ms: float = 0.0
+    wall_s: float = 0.0
+    finished_at: str = ""  # UTC, ISO 8601; never compared
+    path_length_m: float | None = None
+    jerk: float | None = None
+    gripper_flips: int | None = None
+    trajectory: TrajectorySlice | None = None
+    video: str | None = None  # path relative to the run directory
+    protocol: str = "pure"
+    kernels: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    config_hash: str = ""
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        def refuse(problem: str) -> None:
+            raise ValueError(f"episode {self.key} of arm '{self.arm}': {problem}")
+
+        if self.outcome not in OUTCOMES:
+            refuse(f"outcome {self.outcome!r} is none of {', '.join(OUTCOMES)}")
+        if (self.outcome == "error") != (self.error is not None):
+            refuse("`error` holds a text exactly when the outcome is 'error'")
+        if (self.outcome == "success") != (self.success_step is not None):
+            refuse("`success_step` is set exactly when the outcome is 'success'")
+        if self.outcome != "error" and not (self.fingerprint and self.action_digest):
+            refuse("a finished episode needs its fingerprint and its action digest")
+        numbers = [self.sim_ms, self.render_ms, self.wall_s, *self.policy_ms]
+        numbers += [x for values in self.phases_ms.values() for x in values]
+        numbers += [x for x in (self.path_length_m, self.jerk) if x is not None]
+        if not all(map(math.isfinite, numbers)):
+            refuse("a number is not finite")
+
+    @property
+    def key(self) -> EpisodeKey:
+        return EpisodeKey(self.suite, self.task, self.init, self.seed)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.outcome == "success"
+
+    def to_json(self) -> str:
+        """One line, without the newline. Floats are rounded to six decimals."""
+        return json.dumps(_rounded(asdict(self)), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return value
+
+
+_FIELDS = {f.name for f in fields(EpisodeRecord)}
+
+
+def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
+    """The record in a parsed line. `where` (file:line) opens every message. Raises UserError for anything not schema 1."""
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        raise UserError(f"{where}: not an episode record (no `schema` number); was the file written by qlibero?")
+    if data["schema"] > SCHEMA:
+        raise UserError(
+            f"{where}: written with record schema {data['schema']}, this qlibero reads schema {SCHEMA}; "
+            "update qlibero to read this run"
+        )
+    if data["schema"] < SCHEMA:
+        raise UserError(
+            f"{where}: written with record schema {data['schema']}, which is older than the {SCHEMA} this qlibero reads; "
+            "read it with the qlibero that wrote it, or run again into another --out"
+        )
+    unknown = sorted(set(data) - _FIELDS)
+    if unknown:
+        raise UserError(f"{where}: unknown field(s) {', '.join(unknown)} in a schema {SCHEMA} record")
+    try:
+        piece = data.get("trajectory")
+        return EpisodeRecord(**{**data, "trajectory": TrajectorySlice(**piece) if piece else None})
+    except (TypeError, ValueError) as problem:
+        raise UserError(f"{where}: {problem}") from None
+
+
+def record_from_json(line: str, where: str = "record") -> EpisodeRecord:
+    """Inverse of `EpisodeRecord.to_json`. Raises json.JSONDecodeError for text that is no JSON, UserError for other JSON."""
+    return record_from_dict(json.loads(line), where)

@@ -1,0 +1,64 @@
+"""A run directory read back: the experiment as resolved, its environment, and every arm's ledger."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlibero.errors import UserError
+from qlibero.results.ledger import ArmLedger, arms_of, read_arm
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """`experiment` and `environment` are the parsed files, or {} where a directory lacks them."""
+
+    run_dir: Path
+    arms: dict[str, ArmLedger]
+    experiment: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.experiment.get("name") or self.run_dir.resolve().name)
+
+
+def read_run(run_dir: Path | str) -> RunResults:
+    """Read a run directory. Arms come in the order the experiment lists them, then by name.
+
+    Raises UserError if the directory does not exist or holds no ledger.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory; `qlibero run` prints the one it writes")
+    names = arms_of(run_dir)
+    if not names:
+        raise UserError(f"{run_dir}: no episodes here (looked for <arm>/episodes-*.jsonl); give the directory of one run")
+    experiment = _yaml(run_dir / "experiment.yaml")
+    listed = [b["name"] if isinstance(b, dict) else b for b in experiment.get("backends") or []]
+    names.sort(key=lambda name: (listed.index(name) if name in listed else len(listed), name))
+    return RunResults(run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as problem:
+        raise UserError(f"{path}: not YAML: {problem}") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _environment(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "environment.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as problem:
+        raise UserError(f"{path}: not JSON: {problem}") from None
