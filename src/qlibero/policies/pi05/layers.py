@@ -1,0 +1,169 @@
+"""The Gemma layers of both stacks: RMSNorm (plain and adaptive), rotary embedding, attention with one K/V head, gated MLP.
+
+Module and parameter names are openpi's. Quantization enters at one place, `project`; nothing else here knows of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlibero.policies.pi05.config import GemmaConfig
+
+MASKED = -2.3819763e38
+"""openpi's additive mask value: the most negative bfloat16-safe number it uses."""
+
+
+def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of several linears that read the same input `x` (..., K), each (..., N_i).
+
+    When the first has `prepare`, it is quantized: transform and codes are computed once and shared. When the first
+    carries `fused_weight` (see `fuse`), one matmul does the work of all.
+    """
+    first = linears[0]
+    if hasattr(first, "prepare"):
+        prepared = first.prepare(x)
+        return tuple(linear.from_prepared(prepared) for linear in linears)
+    fused = getattr(first, "fused_weight", None)
+    if fused is not None and len(linears) > 1:
+        return F.linear(x, fused).split([linear.out_features for linear in linears], -1)
+    return tuple(linear(x) for linear in linears)
+
+
+def fuse(*linears: nn.Linear) -> None:
+    """Lay the weights of bias-free linears out in one tensor, of which each keeps its rows: same names, no copy kept.
+
+    Only for inference: an optimiser or `.to()` would part the views from the whole.
+    """
+    if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
+        return
+    whole = torch.cat([linear.weight.detach() for linear in linears], 0)
+    row = 0
+    for linear in linears:
+        rows = whole[row : row + linear.out_features]
+        linear.weight = nn.Parameter(rows, requires_grad=False)
+        row += linear.out_features
+    object.__setattr__(linears[0], "fused_weight", whole)
+
+
+class RMSNorm(nn.Module):
+    """Gemma's norm: float32 inside, eps 1e-6, factor (1 + weight); with `cond_dim`, AdaRMS: scale, shift, gate = dense(cond)."""
+
+    def __init__(self, width: int, cond_dim: int | None = None, eps: float = 1e-6):
+        super().__init__()
+        self.width, self.eps = width, eps
+        if cond_dim is None:
+            self.weight = nn.Parameter(torch.zeros(width))
+        else:
+            self.dense = nn.Linear(cond_dim, width * 3)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """x / rms(x) over the last dimension, float32."""
+        return F.rms_norm(x.float(), (self.width,), None, self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The plain norm (language model)."""
+        return F.rms_norm(x.float(), (self.width,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+    def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B, cond_dim)."""
+        scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, -1)
+        return 1.0 + scale, shift, gate
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """AdaRMS with a modulation from `modulation` (scale already has its 1 added)."""
+        return torch.addcmul(shift.float(), self.normalize(x), scale.float()).to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, 1, T, head_dim), for integer positions (B, T); base 10000, rotate-half layout."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / 10000.0**exponents)
+    angles = torch.cat((angles, angles), -1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, heads, T, head_dim)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √d + mask) v → (B, T, heads·d).
+
+    q (B, heads, T, d); k, v (B, kv_heads, P, d); mask additive, (B, 1, 1, P), or None when every key is live. With one
+    K/V head the query heads are folded into the query length: one small attention instead of `heads` copies of K and V.
+    """
+    batch, heads, length, dim = q.shape
+    if k.shape[1] == 1:
+        out = F.scaled_dot_product_attention(q.reshape(batch, 1, heads * length, dim), k, v, attn_mask=mask)
+        out = out.view(batch, heads, length, dim)
+    else:
+        repeat = heads // k.shape[1]
+        out = F.scaled_dot_product_attention(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1),
+                                             attn_mask=mask)
+    return out.transpose(1, 2).reshape(batch, length, heads * dim)
+
+
+class Attention(nn.Module):
+    """Projections of one layer's attention; the attention product itself is `attend`."""
+
+    def __init__(self, c: GemmaConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q (B, heads, T, d), rotated k and plain v (B, kv_heads, T, d)."""
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        return rotate(self._heads(q), cos, sin), rotate(self._heads(k), cos, sin), self._heads(v)
+
+    def kv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v only: all that the last language-model layer gives to the actions."""
+        k, v = project(x, self.k_proj, self.v_proj)
+        return rotate(self._heads(k), cos, sin), self._heads(v)
+
+
+class GatedMLP(nn.Module):
+    """down(gelu_tanh(gate(x)) · up(x))."""
+
+    def __init__(self, c: GemmaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(c.width, c.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(c.mlp_dim, c.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        (y,) = project(F.gelu(gate, approximate="tanh") * up, self.down_proj)
+        return y
+
+
+class GemmaLayer(nn.Module):
+    """One transformer layer; `cond_dim` makes its norms adaptive (the expert)."""
+
+    def __init__(self, c: GemmaConfig, cond_dim: int | None = None):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = GatedMLP(c)
+        self.input_layernorm = RMSNorm(c.width, cond_dim)
+        self.post_attention_layernorm = RMSNorm(c.width, cond_dim)
+
+
+class GemmaStack(nn.Module):
+    """A stack of layers with its final norm and, for the language model, the token embedding."""
+
+    def __init__(self, c: GemmaConfig, vocab_size: int | None = None, cond_dim: int | None = None):
+        super().__init__()
+        if vocab_size is not None:
+            self.embed_tokens = nn.Embedding(vocab_size, c.width)
+        self.layers = nn.ModuleList(GemmaLayer(c, cond_dim) for _ in range(c.depth))
+        self.norm = RMSNorm(c.width, cond_dim)
