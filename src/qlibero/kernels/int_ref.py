@@ -1,7 +1,8 @@
 """`int_ref`: the reference every other backend is held against. Plain integers, no tricks, no speed.
 
-On the CPU the product is int32 arithmetic. torch has no integer matmul on CUDA, so there the codes are multiplied in
-float64, which holds every sum below 2^53 exactly, and converted back: still no rounding anywhere.
+The product is int32 arithmetic. torch has no integer matmul on CUDA, and on the CPU it is a scalar loop; so on CUDA, and
+for products too large to wait for, the codes are multiplied in float64, which holds every sum below 2^53 exactly, and
+converted back: still no rounding anywhere (tests hold the two ways equal).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
+
+INT32_LOOP_PRODUCTS = 1 << 27  # about a quarter of a second
 
 
 class IntRef(Kernel):
@@ -24,7 +27,8 @@ class IntRef(Kernel):
         return PackedWeight(n, k, weight_bits, group_size, codes=codes.clone())
 
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
-        wide = torch.float64 if codes_x.is_cuda else torch.int32
+        products = codes_x.shape[0] * packed.n * packed.k
+        wide = torch.float64 if codes_x.is_cuda or products > INT32_LOOP_PRODUCTS else torch.int32
         x, weight = codes_x.to(wide), packed.codes.to(wide)
         if packed.group_size is None:
             return (x @ weight.t()).to(torch.int32)
