@@ -1,0 +1,1 @@
+"""What may be said in an experiment's YAML (`schema`), and how it is read (`load`)."""

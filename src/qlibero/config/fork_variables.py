@@ -1,0 +1,111 @@
+"""The environment variables of the fork this grew from, read as overrides of `quant`.
+
+`openpi_duquant` was steered by `OPENPI_DUQUANT_*` alone. People have them in shell profiles and job scripts, so we
+honour those that have a meaning here and say so, one line each; and say of the others why they change nothing.
+Unlike the fork, setting one never turns quantization on by itself, and nothing is read at import time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+PREFIX = "OPENPI_DUQUANT_"
+FORK_INCLUDE = r"(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
+FORK_EXCLUDE = r"(?:^|\.)(norm|ln|layernorm|emb)(?:\.|$)"
+
+NO_EFFECT = {
+    "PACKDIR": "the fork's packs record neither bits nor checkpoint and cannot be checked; `qlibero quantize` makes an artifact",
+    "PACKROOT": "as PACKDIR: `qlibero quantize` makes an artifact",
+    "LS": "the fork's smoothing changed nothing (it never alters the order of the channels); quant.alpha is DuQuant's",
+    "ACT_PCT": "activations are quantized per token, without a stored percentile; quant.activation_clip is the nearest key",
+    "PERMUTE": "the permutation is part of the method; quant.method chooses it",
+    "ROW_ROT": "outputs are not rotated; with rounding off it is exact either way",
+    "BLOCK_OUT": "outputs are not rotated, so they have no block size",
+    "INCLUDE_ACTION_HEAD": "the action head is never quantized by a layout; name it in quant.include",
+    "DRYRUN": "use `qlibero plan`",
+    "DEBUG": "`qlibero inspect` shows every layer",
+    "PROFILE": "latency is always measured",
+    "PROFILE_SYNC": "latency is always synchronised with the device",
+    "PRECACHE_WEIGHTS": "weights are always quantized once, before the first episode",
+    "INPUT_TRANSPOSE": "the transform is part of the method; quant.method chooses it",
+}
+HONOURED = ("WBITS_DEFAULT", "ABITS", "BLOCK", "CALIB_STEPS", "WBITS", "INCLUDE", "EXCLUDE", "SCOPE", "LAYERS")
+
+
+@dataclass(frozen=True)
+class Override:
+    """`variable=text` sets `quant.<key>` to `value`; a key "calibration.samples" lies one level down."""
+
+    variable: str
+    text: str
+    key: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.variable}={self.text} sets quant.{self.key} to {self.value!r}"
+
+
+def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str]]:
+    """The overrides `environ` asks for, and one sentence for each variable that changes nothing.
+
+    Raises ValueError, naming the variable, for a value that cannot be read: a typo must not become a default.
+    """
+    given = {name.removeprefix(PREFIX): value for name, value in environ.items() if name.startswith(PREFIX)}
+    overrides: list[Override] = []
+    for short, key in (("WBITS_DEFAULT", "weight_bits"), ("ABITS", "activation_bits"),
+                       ("BLOCK", "block_size"), ("CALIB_STEPS", "calibration.samples")):  # fmt: skip
+        if short in given:
+            number = _number(short, given[short])
+            value = 16 if number == 0 and key.endswith("_bits") else number   # the fork's 0 meant "leave as it is"
+            overrides.append(Override(PREFIX + short, given[short], key, value))
+    if given.get("WBITS"):
+        bits = dict(_layer_bits(entry) for entry in given["WBITS"].split(",") if entry.strip())
+        overrides.append(Override(PREFIX + "WBITS", given["WBITS"], "per_layer_bits", bits))
+    overrides += _layers(given)
+    notes = [f"{PREFIX}{short} changes nothing here: {NO_EFFECT[short]}" for short in sorted(given) if short in NO_EFFECT]
+    for short in sorted(set(given) - set(NO_EFFECT) - set(HONOURED)):
+        close = get_close_matches(short, (*HONOURED, *NO_EFFECT), n=1)
+        notes.append(f"{PREFIX}{short} is not known and ignored" + (f"; did you mean {PREFIX}{close[0]}?" if close else ""))
+    return overrides, notes
+
+
+def _layers(given: dict[str, str]) -> list[Override]:
+    """The fork selected `name.startswith(SCOPE) and INCLUDE.search(name) and not EXCLUDE.search(name)`, or LAYERS alone."""
+    names = [name.strip() for name in given.get("LAYERS", "").split(",") if name.strip()]
+    if names:
+        include = [f"^{re.escape(name)}$" for name in names]
+        return [Override(PREFIX + "LAYERS", given["LAYERS"], "include", include), _exclude("LAYERS", given["LAYERS"], [])]
+    asked = [short for short in ("SCOPE", "INCLUDE", "EXCLUDE") if short in given]
+    if not asked or asked == ["SCOPE"] and not given["SCOPE"]:
+        return []
+    if asked == ["EXCLUDE"]:
+        return [_exclude("EXCLUDE", given["EXCLUDE"], [given["EXCLUDE"]] if given["EXCLUDE"] else [])]
+    source = "INCLUDE" if "INCLUDE" in given else "SCOPE"
+    include, scope = given.get("INCLUDE", FORK_INCLUDE), given.get("SCOPE", "")
+    pattern = f"^(?={re.escape(scope)}).*?(?:{include})" if scope else include
+    exclude = given.get("EXCLUDE", FORK_EXCLUDE)
+    last = "EXCLUDE" if "EXCLUDE" in given else source
+    return [Override(PREFIX + source, given[source], "include", [pattern]),
+            _exclude(last, given[last], [exclude] if exclude else [])]  # fmt: skip
+
+
+def _exclude(short: str, text: str, patterns: list[str]) -> Override:
+    return Override(PREFIX + short, text, "exclude", patterns)
+
+
+def _number(short: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{PREFIX}{short} should be a whole number (got {text!r})") from None
+
+
+def _layer_bits(entry: str) -> tuple[str, int]:
+    name, colon, bits = entry.strip().rpartition(":")
+    if not colon or not bits.strip().isdecimal():
+        raise ValueError(f"{PREFIX}WBITS should be layer:bits,layer:bits (got {entry!r})")
+    return f"^{re.escape(name.strip())}$", int(bits) or 16
