@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# DuQuant W4A8 as exact fake quantization beside full precision, on the same LIBERO episodes.
+# Sets the machine up if needed, then runs; every argument is handed on (--set suite=libero_spatial, --out DIR, …).
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$here/setup.sh"
+exec "$here/../.venv/bin/qlibero" run "$here/../configs/experiments/llm_w4a8_fake.yaml" "$@"
