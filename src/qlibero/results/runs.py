@@ -11,6 +11,7 @@ import yaml
 
 from qlibero.errors import UserError
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
+from qlibero.results.records import EpisodeRecord
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ def read_run(run_dir: Path | str) -> RunResults:
     listed = [b["name"] if isinstance(b, dict) else b for b in experiment.get("backends") or []]
     names.sort(key=lambda name: (listed.index(name) if name in listed else len(listed), name))
     return RunResults(run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir))
+
+
+def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
+    """Where an episode's video lies when there is one. Videos are filmed after the run, so records cannot know of them."""
+    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.init}-{record.seed}.mp4"
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never dropped.
+
+A pair is two records with equal (suite, task, init, seed) *and* equal fingerprint: the hash of the settled scene, so that
+"the same initial state" is a fact and not a hope. An error in either arm removes the pair and is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import RunResults
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: an arm of one run, or the same arm of several runs over different episodes."""
+
+    name: str
+    records: dict[EpisodeKey, EpisodeRecord]
+    run_dirs: dict[EpisodeKey, Path]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return str(self.meta.get("label") or self.name)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this is the reference run again (A/A), the noise floor of every other difference."""
+        return bool(self.meta.get("control", self.name.rsplit("/", 1)[-1] == "aa"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    key: EpisodeKey
+    reference: EpisodeRecord
+    other: EpisodeRecord
+
+    @property
+    def step(self) -> int:
+        """+1 repaired, −1 broken, 0 concordant."""
+        return int(self.other.succeeded) - int(self.reference.succeeded)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """`pairs` and `errors` (either side is an error) in key order; `unpaired` gives each left-out key its reason."""
+
+    pairs: tuple[Pair, ...]
+    errors: tuple[Pair, ...]
+    unpaired: dict[EpisodeKey, str]
+
+
+def pair_arms(reference: Arm, other: Arm) -> Pairing:
+    pairs, errors, unpaired = [], [], {}
+    for key in sorted(reference.records.keys() | other.records.keys()):
+        left, right = reference.records.get(key), other.records.get(key)
+        if left is None:
+            unpaired[key] = f"not in {reference.name}"
+        elif right is None:
+            unpaired[key] = f"not in {other.name}"
+        elif "error" in (left.outcome, right.outcome):
+            errors.append(Pair(key, left, right))
+        elif left.fingerprint != right.fingerprint:
+            unpaired[key] = f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
+        else:
+            pairs.append(Pair(key, left, right))
+    return Pairing(tuple(pairs), tuple(errors), unpaired)
+
+
+def collect_arms(runs: Iterable[RunResults]) -> dict[str, Arm]:
+    """Arms of one or several runs by name.
+
+    Runs that share an arm's name are joined when they hold different episodes of the same thing (the cells of a sweep
+    over suites); otherwise the later one is called `<run>/<arm>`.
+    """
+    arms: dict[str, Arm] = {}
+    for run in runs:
+        for name, ledger in run.arms.items():
+            records = ledger.by_key()
+            arm = Arm(name, records, dict.fromkeys(records, run.run_dir), ledger.meta)
+            known = arms.get(name)
+            if known is None:
+                arms[name] = arm
+            elif _identity(known.meta) == _identity(arm.meta) and not known.records.keys() & records.keys():
+                arms[name] = Arm(name, known.records | records, known.run_dirs | arm.run_dirs, known.meta)
+            else:
+                full = f"{run.name}/{name}"
+                if full in arms:
+                    raise UserError(f"{run.run_dir}: a second arm '{full}'; compare runs of different names")
+                arms[full] = Arm(full, records, arm.run_dirs, ledger.meta)
+    return arms
+
+
+def _identity(meta: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(repr(meta.get(name)) for name in ("policy", "quant", "artifact", "backend"))

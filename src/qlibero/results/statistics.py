@@ -1,0 +1,206 @@
+"""Statistics of paired successes at a fixed number of episodes. Pure functions, no state, no printing.
+
+Notation everywhere: per pair (same scene, same noise) `broken` b = the reference succeeds and the other arm fails,
+`repaired` r = the reverse, n = all pairs; Δ = (r − b)/n, so a loss is negative; ψ = (b + r)/n is the discordance.
+Intervals are two-sided 95 % unless `confidence` says otherwise. Wald intervals are nowhere: near 100 % they lie.
+
+Sources: Wilson 1927; Clopper & Pearson 1934; McNemar 1947 (exact); Tango, Stat. Med. 17 (1998) 891; Newcombe, Stat.
+Med. 17 (1998) 2635, method 10; Holm 1979. Clusters and permutations are in `clusters.py`, stopping in `evalues.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+from scipy.special import betaincinv
+from scipy.stats import binom
+
+CONFIDENCE = 0.95
+Interval = tuple[float, float]
+
+
+def normal_quantile(confidence: float = CONFIDENCE) -> float:
+    """z of a two-sided interval: 1.959964 at 95 %."""
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+# one proportion ---------------------------------------------------------------------------------------------------
+
+
+def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson score interval for k of n, for display. Raises ValueError unless 0 ≤ k ≤ n and n > 0."""
+    _check_counts(k, n)
+    z = normal_quantile(confidence)
+    p, shrink = k / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def clopper_pearson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Exact interval for k of n: covers at least `confidence`, always. For guarantees, and for k = 0 or k = n."""
+    _check_counts(k, n)
+    tail = (1 - confidence) / 2
+    low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
+    high = 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
+    return low, high
+
+
+def _check_counts(k: int, n: int) -> None:
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"{k} of {n} is not a proportion")
+
+
+# pairs ------------------------------------------------------------------------------------------------------------
+
+
+def mcnemar_exact(broken: int, repaired: int) -> float:
+    """Two-sided exact p-value that broken and repaired are equally likely; 1 without discordant pairs.
+
+    Fewer than 6 discordant pairs can never reach 0.05.
+    """
+    n, k = broken + repaired, min(broken, repaired)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def tango_z(broken: int, repaired: int, n: int, delta: float) -> float:
+    """Score statistic of H0: Δ = `delta`; positive when the data lie above `delta`."""
+    return float(_tango_z(np.array([broken]), np.array([repaired]), n, delta)[0])
+
+
+def _tango_z(broken: np.ndarray, repaired: np.ndarray, n: int, delta: float) -> np.ndarray:
+    b, r = broken.astype(np.float64), repaired.astype(np.float64)
+    # q is the maximum-likelihood P(broken) given Δ = delta
+    linear = -r - b + (2 * n - r + b) * delta
+    constant = -b * delta * (1 - delta)
+    q = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0)) - linear) / (4 * n)
+    numerator = np.where(np.abs(r - b - n * delta) < 1e-9, 0.0, r - b - n * delta)
+    variance = np.maximum(n * (2 * q + delta * (1 - delta)), 1e-12)  # 0 only where delta is 0 or ±1
+    return numerator / np.sqrt(variance)
+
+
+def tango(broken: int, repaired: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant."""
+    _check_counts(broken + repaired, n)
+    z, estimate = normal_quantile(confidence), (repaired - broken) / n
+    return (
+        _bisect(lambda d: tango_z(broken, repaired, n, d) > z, -1.0, estimate),
+        _bisect(lambda d: tango_z(broken, repaired, n, d) > -z, estimate, 1.0),
+    )
+
+
+def _bisect(above: Callable[[float], bool], low: float, high: float) -> float:
+    """The point in [low, high] where `above` turns from true to false."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        if above(middle):
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def newcombe(both_succeed: int, broken: int, repaired: int, both_fail: int, confidence: float = CONFIDENCE) -> Interval:
+    """Newcombe's method 10 for Δ: conservative, published worked examples; shown beside Tango."""
+    a, b, r, d = both_succeed, broken, repaired, both_fail
+    n = a + b + r + d
+    other, reference = (a + r) / n, (a + b) / n
+    other_low, other_high = wilson(a + r, n, confidence)
+    reference_low, reference_high = wilson(a + b, n, confidence)
+    margins = (a + r) * (b + d) * (a + b) * (r + d)
+    agreement = a * d - b * r
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0)
+    phi = agreement / math.sqrt(margins) if margins else 0.0
+    down = (other - other_low, reference_high - reference)
+    up = (other_high - other, reference - reference_low)
+    half = [math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0)) for x, y in (down, up)]
+    return other - reference - half[0], other - reference + half[1]
+
+
+def noninferiority_p(broken: int, repaired: int, n: int, margin: float) -> float:
+    """One-sided p-value of H0: Δ ≤ −margin (Tango score)."""
+    return 1 - NormalDist().cdf(tango_z(broken, repaired, n, -margin))
+
+
+def verdict(broken: int, repaired: int, n: int, margin: float) -> str:
+    """`non-inferior`, `inferior` or `inconclusive` at a margin declared before the run (0.02 = 2 pp).
+
+    "No significant difference" is never taken for equality: only an interval wholly above −margin is.
+    """
+    if n == 0:
+        return "no pairs"
+    low, high = tango(broken, repaired, n)
+    if low > -margin:
+        return "non-inferior"
+    return "inferior" if high < -margin else "inconclusive"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm-adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, (len(p_values) - rank) * p_values[i])
+        adjusted[i] = min(1.0, largest)
+    return adjusted
+
+
+# power ------------------------------------------------------------------------------------------------------------
+
+
+def mcnemar_power(n: int, discordance: float, delta: float, alpha: float = 0.05) -> float:
+    """Exact power of exact McNemar with n pairs at discordance ψ and true Δ (|Δ| ≤ ψ), by enumeration."""
+    if discordance <= 0:
+        return 0.0
+    discordant = _plausible(n, discordance)
+    one_way = (discordance + abs(delta)) / (2 * discordance)
+    # largest c with 2·P[Bin(D, ½) ≤ c] ≤ alpha; ppf is the smallest c reaching alpha/2
+    critical = binom.ppf(alpha / 2, discordant, 0.5)
+    critical = np.where(2 * binom.cdf(critical, discordant, 0.5) <= alpha, critical, critical - 1)
+    rejects = binom.cdf(critical, discordant, one_way) + binom.cdf(critical, discordant, 1 - one_way)
+    return float(np.sum(binom.pmf(discordant, n, discordance) * rejects))
+
+
+def minimum_detectable_difference(n: int, discordance: float, power: float = 0.8) -> float | None:
+    """Smallest |Δ| that exact McNemar finds with `power` among n pairs; None if none can be (|Δ| cannot exceed ψ)."""
+    if n == 0 or mcnemar_power(n, discordance, discordance) < power:
+        return None
+    return _bisect(lambda d: mcnemar_power(n, discordance, d) < power, 0.0, discordance)
+
+
+def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
+    """Smallest |Δ| that n pairs find with `power` if every discordant pair goes the same way (ψ = |Δ|); None below 6."""
+    if mcnemar_power(n, 1.0, 1.0) < power:
+        return None
+    return _bisect(lambda d: mcnemar_power(n, d, d) < power, 0.0, 1.0)
+
+
+def noninferiority_power(n: int, discordance: float, margin: float) -> float:
+    """Chance that n pairs show non-inferiority at `margin` when the arms are truly equal (Δ = 0), by enumeration."""
+    discordant = _plausible(n, discordance)[:, None]
+    repaired = np.arange(discordant.max() + 1)[None, :]
+    broken = np.maximum(discordant - repaired, 0)
+    shown = _tango_z(broken, np.minimum(repaired, discordant), n, -margin) > normal_quantile()
+    given = (binom.pmf(repaired, discordant, 0.5) * shown).sum(axis=1)
+    return float(binom.pmf(discordant[:, 0], n, discordance) @ given)
+
+
+def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0.8) -> int:
+    """Pairs, to the next ten, that show non-inferiority at `margin` with `power` when the arms are truly equal."""
+    low, high = 0, 1
+    while noninferiority_power(10 * high, discordance, margin) < power:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if noninferiority_power(10 * middle, discordance, margin) < power else (low, middle)
+    return 10 * high
+
+
+def _plausible(n: int, discordance: float) -> np.ndarray:
+    """Counts of discordant pairs that hold all but 1e-9 of the probability."""
+    return np.arange(int(binom.ppf(5e-10, n, discordance)), int(binom.ppf(1 - 5e-10, n, discordance)) + 1)
