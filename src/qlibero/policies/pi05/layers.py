@@ -18,33 +18,53 @@ MASKED = -2.3819763e38
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of several linears that read the same input `x` (..., K), each (..., N_i).
 
-    When the first has `prepare`, it is quantized: transform and codes are computed once and shared. When the first
-    carries `fused_weight` (see `fuse`), one matmul does the work of all.
+    Those with `prepare` are quantized: their input's transform and codes are computed once and shared. When all are
+    plain and have been laid out together (`fuse`), one matmul does the work of all.
     """
-    first = linears[0]
-    if hasattr(first, "prepare"):
-        prepared = first.prepare(x)
-        return tuple(linear.from_prepared(prepared) for linear in linears)
-    fused = getattr(first, "fused_weight", None)
-    if fused is not None and len(linears) > 1:
-        return F.linear(x, fused).split([linear.out_features for linear in linears], -1)
+    if quantized := [linear for linear in linears if hasattr(linear, "prepare")]:
+        prepared = quantized[0].prepare(x)
+        return tuple(linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears)
+    whole = _fused(linears)
+    if whole is not None:
+        return F.linear(x, whole).split([linear.out_features for linear in linears], -1)
     return tuple(linear(x) for linear in linears)
 
 
-def fuse(*linears: nn.Linear) -> None:
-    """Lay the weights of bias-free linears out in one tensor, of which each keeps its rows: same names, no copy kept.
+def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
+    """`project`, its outputs concatenated along the last dimension; free when the linears are fused."""
+    whole = None if any(hasattr(linear, "prepare") for linear in linears) else _fused(linears)
+    return F.linear(x, whole) if whole is not None else torch.cat(project(x, *linears), -1)
 
-    Only for inference: an optimiser or `.to()` would part the views from the whole.
+
+def fuse(*linears: nn.Module) -> None:
+    """Lay the weights of plain bias-free linears out in one tensor, of which each keeps its rows: no second copy.
+
+    For inference. Quantized linears are left as they are.
     """
-    if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
+    if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears) or _fused(linears) is not None:
         return
     whole = torch.cat([linear.weight.detach() for linear in linears], 0)
     row = 0
     for linear in linears:
-        rows = whole[row : row + linear.out_features]
-        linear.weight = nn.Parameter(rows, requires_grad=False)
+        linear.weight = nn.Parameter(whole[row : row + linear.out_features], requires_grad=False)
         row += linear.out_features
     object.__setattr__(linears[0], "fused_weight", whole)
+
+
+def _fused(linears: tuple[nn.Module, ...]) -> Tensor | None:
+    """The common tensor of `linears` if every one still is a view of it and nobody listens to them one by one."""
+    whole = linears[0].__dict__.get("fused_weight")
+    if whole is None or torch.compiler.is_compiling():
+        return whole
+    row = 0
+    for linear in linears:
+        # A copied, moved or reassigned weight is no view any more; a forward hook (calibration) must see its own call.
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        if linear.weight.data_ptr() != whole.data_ptr() + row * whole.stride(0) * whole.element_size():
+            return None
+        row += linear.out_features
+    return whole if row == whole.shape[0] else None
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,221 @@
+"""A quantization on disk: one safetensors file that says what it is, from what it was made, and proves it is whole.
+
+Tensors: `<linear>.codes` (uint8, two 4-bit codes a byte, low nibble first, or int8), `<linear>.scales` (bfloat16, exact),
+`<linear>.output_rotation`; `<group>.scale|first|order|second` (the transform of a shared input).
+Metadata: format version, the spec and its hash, the checkpoint's sha256, where the calibration data came from, one
+record per linear with what was measured on calibration tokens, and a sha256 over all of it.
+
+Nothing is trusted because of its name or place: an artifact that is damaged, of another format, made with other
+settings (stale) or for another checkpoint (foreign) is refused with the command that mends it, never repaired in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.quant.spec import QuantSpec
+from qlibero.quant.transform import FACTORS, Transform
+
+#: raised whenever the meaning of a stored number changes, including through a change of the quantizing code
+FORMAT = 1
+CURE = "make it again with `qlibero quantize CONFIG`"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One quantized linear. The measures are over calibration tokens; they are None where the layer never ran.
+
+    sqnr_db: signal to quantization noise of the layer's output; max_error: greatest |error| relative to the greatest
+    |output|; outlier_before, outlier_after: mean over tokens of max|x| / rms(x), before and after the transform;
+    codes_bytes, scales_bytes: as stored.
+    """
+
+    name: str
+    group: str
+    out_features: int
+    in_features: int
+    weight_bits: int
+    activation_bits: int
+    executed: bool
+    sqnr_db: float | None
+    max_error: float | None
+    outlier_before: float | None
+    outlier_after: float | None
+    codes_bytes: int
+    scales_bytes: int
+    transform_bytes: int
+    """of the whole group's transform, carried by the group's first linear (0 in the others)"""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded or freshly calibrated artifact. Tensors of a loaded one are read from the file when asked for, so that a
+    full-size policy is built layer by layer."""
+
+    spec: QuantSpec
+    checkpoint_sha256: str
+    calibration: dict[str, Any]
+    layers: tuple[LayerRecord, ...]
+    corrections: dict[str, list[float]]
+    """output factors by linear name, one value per head (attention temperature, on q_proj) or one for all (output head)"""
+    sha256: str
+    tensors: dict[str, Tensor] | None = None
+    path: Path | None = None
+
+    @property
+    def key(self) -> str:
+        """What the artifact was made from: spec, checkpoint and calibration data. Known before it is made."""
+        return artifact_key(self.spec, self.checkpoint_sha256, self.calibration["data_sha256"])
+
+    def layer(self, name: str) -> LayerRecord:
+        """The record of the linear called `name`."""
+        return next(record for record in self.layers if record.name == name)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """One stored tensor on the CPU, or None if the artifact has no such tensor."""
+        if self.tensors is not None:
+            return self.tensors.get(name)
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (not a dict)
+
+    def transform(self, group: str) -> Transform:
+        """The online transform of one shared input."""
+        return Transform(**{factor: self.tensor(f"{group}.{factor}") for factor in FACTORS})
+
+    def codes(self, name: str) -> Tensor:
+        """Weight codes of a linear, int8 (N, K)."""
+        stored = self.tensor(f"{name}.codes")
+        return unpack_nibbles(stored) if self.layer(name).weight_bits == 4 else stored
+
+    def scales(self, name: str) -> Tensor:
+        """Weight scales of a linear, float32 (N,) or (N, G)."""
+        return self.tensor(f"{name}.scales").float()
+
+
+def artifact_key(spec: QuantSpec, checkpoint_sha256: str, data_sha256: str) -> str:
+    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same key."""
+    text = json.dumps([FORMAT, spec.hash, checkpoint_sha256, data_sha256])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int8 codes in [-8, 7], (N, K) with K even -> uint8 (N, K/2); the even channel in the low nibble."""
+    nibbles = codes.to(torch.uint8) & 0xF
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
+    return ((pairs ^ 8).to(torch.int8)) - 8
+
+
+def content_hash(meta: dict[str, Any], names, tensor) -> str:
+    """sha256 over the metadata and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(names):
+        value = tensor(name).contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def build(
+    spec: QuantSpec,
+    checkpoint_sha256: str,
+    calibration: dict[str, Any],
+    layers: tuple[LayerRecord, ...],
+    corrections: dict[str, list[float]],
+    tensors: dict[str, Tensor],
+) -> Artifact:
+    """An artifact in memory, with its hash."""
+    artifact = Artifact(spec, checkpoint_sha256, calibration, layers, corrections, "", tensors)
+    sha256 = content_hash(_meta(artifact), tensors, tensors.__getitem__)
+    return Artifact(spec, checkpoint_sha256, calibration, layers, corrections, sha256, tensors)
+
+
+def save(artifact: Artifact, path: Path) -> Path:
+    """Write atomically: a reader sees the whole file or none."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        meta = {"qlibero": json.dumps(_meta(artifact), sort_keys=True), "sha256": artifact.sha256}
+        save_file({name: t.contiguous() for name, t in artifact.tensors.items()}, partial, metadata=meta)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the artifact to {path}: {error}") from None
+    return path
+
+
+def load(path: Path) -> Artifact:
+    """Open and verify an artifact; every byte is read once.
+
+    Raises:
+        UserError: no such file. GuardRefusal: not an artifact, another format version, truncated or altered.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no artifact at {path}: {CURE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if "qlibero" not in header or "sha256" not in header:
+                raise GuardRefusal(f"{path} is a safetensors file but not a quantization artifact: {CURE}")
+            meta = json.loads(header["qlibero"])
+            if meta.get("format") != FORMAT:
+                raise GuardRefusal(f"{path} has artifact format {meta.get('format')}, this version reads {FORMAT}: {CURE}")
+            found = content_hash(meta, file.keys(), file.get_tensor)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise GuardRefusal(f"{path} is damaged or truncated ({error}): delete it and {CURE}") from None
+    if found != header["sha256"]:
+        raise GuardRefusal(f"{path} was altered after it was written (content {found[:12]}…, "
+                           f"recorded {header['sha256'][:12]}…): delete it and {CURE}")
+    return Artifact(
+        spec=QuantSpec.from_mapping(meta["spec"]),
+        checkpoint_sha256=meta["checkpoint_sha256"],
+        calibration=meta["calibration"],
+        layers=tuple(LayerRecord(**layer) for layer in meta["layers"]),
+        corrections=meta["corrections"],
+        sha256=found,
+        path=path,
+    )
+
+
+def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) -> None:
+    """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the checkpoint only.
+
+    Raises:
+        GuardRefusal: what differs, value by value, and the cure.
+    """
+    where = artifact.path or "the artifact"
+    if spec is not None and artifact.spec != spec:
+        have, want = artifact.spec.to_mapping(), spec.to_mapping()
+        different = ", ".join(f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k])
+        raise GuardRefusal(f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings")
+    if artifact.checkpoint_sha256 != checkpoint_sha256:
+        raise GuardRefusal(f"{where} is foreign: made for checkpoint {artifact.checkpoint_sha256[:12]}…, this policy is "
+                           f"{checkpoint_sha256[:12]}…. {CURE[0].upper()}{CURE[1:]}, or load that checkpoint")
+
+
+def _meta(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "spec": artifact.spec.to_mapping(),
+        "spec_hash": artifact.spec.hash,
+        "checkpoint_sha256": artifact.checkpoint_sha256,
+        "calibration": artifact.calibration,
+        "layers": [asdict(layer) for layer in artifact.layers],
+        "corrections": artifact.corrections,
+    }

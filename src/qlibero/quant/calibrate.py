@@ -1,0 +1,279 @@
+"""From a full-precision policy and demonstration observations to an artifact.
+
+Offline and on demonstrations only: the code this grew from fitted its scales on the first *test* observation and, for
+the expert, on pure noise. Here every flow step is seen, padded tokens are left out (they feed statistics but no
+action), and an artifact says what it was fitted on.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlibero.errors import UserError, WorkFailed
+from qlibero.kernels import load as load_kernel
+from qlibero.kernels.contract import quantize_weights
+from qlibero.policies.base import Observation, Policy
+from qlibero.quant import methods
+from qlibero.quant.artifact import Artifact, LayerRecord, build, pack_nibbles
+from qlibero.quant.layout import LLM, Choice, Selection, select
+from qlibero.quant.linear import assemble
+from qlibero.quant.measure import measure, outlier_ratio
+from qlibero.quant.spec import QuantSpec
+from qlibero.quant.surgery import exchange
+from qlibero.quant.transform import InputTransform, Transform
+
+#: tokens kept of each input: a random sample, on which errors are measured, and the loudest ones, which rotations must tame
+RANDOM_TOKENS, LOUD_TOKENS = 512, 128
+#: methods that look at weights only and can do without observations
+DATA_FREE = ("rtn", "weight_pca", "hadamard")
+
+
+@dataclass
+class Seen:
+    """What calibration saw of one input: greatest |x| per channel (K,), a random sample and the loudest tokens (T, K)."""
+
+    peak: Tensor
+    sample: Tensor
+    loud: Tensor
+    tokens: int
+
+
+def calibrate(
+    policy: Policy,
+    observations: Sequence[Observation],
+    noise: np.ndarray,
+    spec: QuantSpec,
+    data: dict[str, Any],
+    on_group: Callable[[int, int], None] = lambda done, total: None,
+) -> Artifact:
+    """Fit, round and measure every selected linear of `policy`.
+
+    noise: (n, H, D) float32, one per observation. data: provenance of the observations for the artifact, with
+    `data_sha256`. Deterministic: the same inputs give the same artifact, byte for byte, on one machine.
+
+    Raises:
+        UserError: the spec does not fit the model, or a fitted method has no observations.
+        WorkFailed: an executed linear was never reached.
+    """
+    if policy.model is None:
+        raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
+    if not observations and (spec.method not in DATA_FREE or spec.atm or spec.ohb):
+        raise UserError(f"quant: {spec.method} is fitted on observations and there are none; give calibration.path")
+    selection = select(policy.model, spec)
+    seen = observe(policy, observations, noise, selection, spec.calibration_seed)
+    layers: list[LayerRecord] = []
+    tensors: dict[str, Tensor] = {}
+    groups = selection.groups()
+    for index, (group, choices) in enumerate(groups.items()):
+        records, stored = _quantize_group(policy.model, group, choices, seen.get(group), spec)
+        layers += records
+        tensors |= stored
+        on_group(index + 1, len(groups))
+    order = {choice.name: i for i, choice in enumerate(selection.choices)}
+    layers.sort(key=lambda record: order[record.name])
+    identity = policy.provenance()
+    artifact = build(
+        spec=spec,
+        checkpoint_sha256=identity["sha256"],
+        calibration={
+            **data,
+            "observations": len(observations),
+            "prompts": len({o.prompt for o in observations}),
+            "tokens": {group: s.tokens for group, s in seen.items()},
+            "kept_in_full_precision": list(selection.kept),
+            "policy": {key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity},
+            "torch": torch.__version__,
+        },
+        layers=tuple(layers),
+        corrections={},
+        tensors=tensors,
+    )
+    if spec.atm or spec.ohb:
+        from qlibero.quant.corrections import fit_corrections
+
+        artifact = fit_corrections(policy, artifact, observations, noise)
+    return artifact
+
+
+# -- looking ---------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def observe(
+    policy: Policy, observations: Sequence[Observation], noise: np.ndarray, selection: Selection, seed: int
+) -> dict[str, Seen]:
+    """Run the policy in full precision and collect the inputs of every executed group, over all flow steps.
+
+    Observations go through one at a time, so that a token's neighbours in a batch are no part of what is seen.
+    """
+    if not observations:
+        return {}
+    executed = {group: choices[0].name for group, choices in _executed_groups(selection).items()}
+    listeners = {group: Listener(seed, group) for group in executed}
+    twin = exchange(policy.model, {})
+    live = _tap_live_tokens(twin)
+    with ExitStack() as stack:
+        for group, name in executed.items():
+            stack.enter_context(_listen(twin.get_submodule(name), listeners[group], live if name.startswith(LLM) else None))
+        student = policy.with_model(twin)
+        for observation, z in zip(observations, noise, strict=True):
+            student.infer([observation], z[None])
+    if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
+        raise WorkFailed(f"calibration never reached {len(silent)} of {len(listeners)} inputs, first {silent[0]}: the "
+                         "sampler does not execute them, or runs them where they cannot be observed")
+    return {group: listener.result() for group, listener in listeners.items()}
+
+
+def _executed_groups(selection: Selection) -> dict[str, list[Choice]]:
+    groups = {group: [c for c in choices if c.executed] for group, choices in selection.groups().items()}
+    return {group: choices for group, choices in groups.items() if choices}
+
+
+class Listener:
+    """Keeps a uniform random sample and the loudest of the tokens that pass, and the peak of every channel."""
+
+    def __init__(self, seed: int, name: str):
+        self._random = torch.Generator().manual_seed(group_seed(seed, name))
+        self._peak: Tensor | None = None
+        self._sample: list[tuple[Tensor, Tensor]] = []
+        self._loud: Tensor | None = None
+        self.tokens = 0
+
+    def hear(self, rows: Tensor) -> None:
+        """rows (T, K): live tokens of one call."""
+        rows = rows.detach().float()
+        peak = rows.abs().amax(0)
+        self._peak = peak if self._peak is None else torch.maximum(self._peak, peak)
+        keys = torch.rand(len(rows), generator=self._random)
+        # the tokens with the smallest of as many random keys are a uniform sample of all that ever passed
+        self._sample.append((keys, rows.clone()))
+        if sum(len(k) for k, _ in self._sample) > 8 * RANDOM_TOKENS:
+            self._sample = [self._smallest()]
+        pool = rows if self._loud is None else torch.cat([self._loud, rows])
+        self._loud = pool[pool.abs().amax(1).topk(min(LOUD_TOKENS, len(pool))).indices].clone()
+        self.tokens += len(rows)
+
+    def result(self) -> Seen:
+        return Seen(self._peak, self._smallest()[1], self._loud, self.tokens)
+
+    def _smallest(self) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([k for k, _ in self._sample])
+        rows = torch.cat([r for _, r in self._sample])
+        chosen = keys.argsort()[:RANDOM_TOKENS]
+        return keys[chosen], rows[chosen.to(rows.device)]
+
+
+@contextmanager
+def _listen(linear: nn.Module, listener: Listener, live: list[Tensor | None] | None) -> Iterator[None]:
+    def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        rows = x.reshape(-1, x.shape[-1])
+        mask = live[-1] if live else None
+        listener.hear(rows if mask is None else rows[mask.reshape(-1)])
+
+    handle = linear.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tap_live_tokens(twin: nn.Module) -> list[Tensor | None]:
+    """A list whose last item is the (B, P) mask of live prefix tokens of the LLM run in progress (None: all live).
+    Only the twin is tapped; the policy's own model is not touched."""
+    heard: list[Tensor | None] = []
+    run_llm = type(twin).run_llm
+
+    def tapped(x: Tensor, live: Tensor | None, features: Any) -> Any:
+        heard[:] = [live]
+        return run_llm(twin, x, live, features)
+
+    object.__setattr__(twin, "run_llm", tapped)
+    return heard
+
+
+def group_seed(seed: int, name: str) -> int:
+    """A seed of its own for every input, so that adding a layer does not move the draws of another."""
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+# -- rounding --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def _quantize_group(
+    model: nn.Module, group: str, choices: list[Choice], seen: Seen | None, spec: QuantSpec
+) -> tuple[list[LayerRecord], dict[str, Tensor]]:
+    linears = {choice.name: model.get_submodule(choice.name) for choice in choices}
+    transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
+    tensors = {f"{group}.{factor}": value.cpu() for factor, value in transform.tensors().items()}
+    transform_bytes = sum(t.nbytes for t in tensors.values())
+    sample = seen.sample if seen is not None else None
+    before = outlier_ratio(sample) if seen is not None else None
+    after = outlier_ratio(transform.forward(sample)) if seen is not None else None
+    shared = InputTransform(transform)
+    records = []
+    for choice in choices:
+        linear = linears[choice.name]
+        quantized, stored = quantize_linear(linear, choice, shared, spec)
+        if choice.weight_bits == 4:
+            stored["codes"] = pack_nibbles(stored["codes"])
+        stored["scales"] = stored["scales"].bfloat16()
+        tensors |= {f"{choice.name}.{key}": value.cpu().contiguous() for key, value in stored.items()}
+        measures = measure(linear, quantized, sample) if seen is not None and choice.executed else None
+        records.append(
+            LayerRecord(
+                name=choice.name, group=group, out_features=linear.out_features, in_features=linear.in_features,
+                weight_bits=choice.weight_bits, activation_bits=choice.activation_bits, executed=choice.executed,
+                sqnr_db=measures and measures.sqnr_db, max_error=measures and measures.max_error,
+                outlier_before=before if choice.executed else None, outlier_after=after if choice.executed else None,
+                codes_bytes=stored["codes"].nbytes, scales_bytes=stored["scales"].nbytes,
+                transform_bytes=transform_bytes if not records else 0,
+            )  # fmt: skip
+        )
+    return records, tensors
+
+
+def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: QuantSpec) -> Transform:
+    """The method's transform; the identity for an input that no action depends on, since nothing was seen of it."""
+    if seen is None and spec.method not in DATA_FREE:
+        return Transform()
+    width, device = weights[0].shape[1], weights[0].device
+    peak = torch.zeros(width, device=device) if seen is None else seen.peak
+    tokens = torch.zeros(0, width, device=device) if seen is None else torch.cat([seen.loud, seen.sample])
+    data = methods.GroupData(tuple(weights), peak, tokens, group_seed(spec.calibration_seed, group))
+    return methods.fit(data, spec)
+
+
+def quantize_linear(
+    linear: nn.Linear, choice: Choice, shared: InputTransform, spec: QuantSpec
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The linear as it will run, on the exact `fake` kernel, and its tensors: codes int8 (N, K), scales, and the
+    output rotation if there is one."""
+    weight = linear.weight.detach().float()
+    rotation = methods.output_rotation(weight, spec)
+    transformed = shared.factors().weights(weight)
+    if rotation is not None:
+        g, b, _ = rotation.shape
+        transformed = torch.bmm(rotation.double(), transformed.view(g, b, -1)).reshape(weight.shape)
+    codes, scales = quantize_weights(
+        transformed.float(), choice.weight_bits, spec.group_size, search=spec.weight_search, clip=spec.weight_clip
+    )
+    module = assemble(
+        load_kernel("fake"), shared, codes, scales, weight_bits=choice.weight_bits,
+        activation_bits=choice.activation_bits, activation_clip=spec.activation_clip,
+        bias=None if linear.bias is None else linear.bias.detach().float(), output_rotation=rotation, dtype=torch.float32,
+    )  # fmt: skip
+    stored = {"codes": codes, "scales": scales}
+    return module, stored if rotation is None else stored | {"output_rotation": rotation}
+
+
+def with_data(artifact: Artifact, **changes: Any) -> Artifact:
+    """`artifact` with some fields replaced and its hash computed anew."""
+    changed = replace(artifact, **changes)
+    return build(changed.spec, changed.checkpoint_sha256, changed.calibration, changed.layers, changed.corrections,
+                 changed.tensors)

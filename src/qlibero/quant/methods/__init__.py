@@ -1,0 +1,37 @@
+"""One file per method. Each turns what calibration saw of a shared input into a `Transform`, and knows nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import Tensor
+
+from qlibero.quant.spec import QuantSpec
+from qlibero.quant.transform import Transform
+
+
+@dataclass(frozen=True)
+class GroupData:
+    """What is known of one shared input when its transform is fitted.
+
+    weights: the (N, K) float32 weights that read it; peak: (K,) greatest |x| per channel over all calibration tokens;
+    tokens: (T, K) float32 kept tokens; seed: of this group's random draws.
+    """
+
+    weights: tuple[Tensor, ...]
+    peak: Tensor
+    tokens: Tensor
+    seed: int
+
+
+def fit(data: GroupData, spec: QuantSpec) -> Transform:
+    """The transform of `spec.method` for this input."""
+    return import_module(f"qlibero.quant.methods.{spec.method}").fit(data, spec)
+
+
+def output_rotation(weight: Tensor, spec: QuantSpec) -> Tensor | None:
+    """A rotation of the outputs, (N/B, B, B) float32, where the spec asks for one."""
+    if not spec.row_rotation:
+        return None
+    return import_module(f"qlibero.quant.methods.{spec.method}").output_rotation(weight, spec)

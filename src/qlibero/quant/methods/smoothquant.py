@@ -1,0 +1,34 @@
+"""SmoothQuant (arXiv 2211.10438): move outliers from activations into weights, channel by channel.
+
+s_j = max|X_j|^α / max|W_j|^(1-α); x is divided by s and W multiplied. The division stays online as one product per
+input (it can fold into the preceding norm for q/k/v and gate/up only; one rule for all four inputs is simpler and
+costs one pass over a tensor that is in cache).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlibero.quant.methods import GroupData
+from qlibero.quant.spec import QuantSpec
+from qlibero.quant.transform import Transform
+
+#: channels quieter than this fraction of the loudest are treated as being that loud, so that 1/s stays finite
+QUIET = 1e-5
+
+
+def fit(data: GroupData, spec: QuantSpec) -> Transform:
+    """A channel scale 1/s."""
+    return Transform(scale=(1.0 / smoothing(data, spec.alpha)).float())
+
+
+def smoothing(data: GroupData, alpha: float) -> Tensor:
+    """s (K,) float64, normalised to geometric mean 1 (a common factor changes no code). The weight maximum is over
+    every linear of the group, where the released DuQuant code looks at q_proj or up_proj alone."""
+    x = data.peak.double()
+    w = torch.stack([weight.double().abs().amax(0) for weight in data.weights]).amax(0)
+    x = x.clamp_min(max(float(x.max()) * QUIET, 1e-30))
+    w = w.clamp_min(max(float(w.max()) * QUIET, 1e-30))
+    log = alpha * x.log() - (1 - alpha) * w.log()
+    return (log - log.mean()).exp()

@@ -1,0 +1,110 @@
+"""The invertible change of a layer's input that makes it easier to round, and its exact counterpart on the weights.
+
+Online the input x becomes x' = x·T; offline the weights W (out × in) become W' = W·T^-T, so that x'·W'^T = x·W^T
+for any invertible T. T is a product of at most four factors, in this order:
+
+    scale (K,)          multiply each channel            smoothquant
+    first (G, B, B)     multiply each block of B         duquant's R1 with the smoothing folded into its rows; hadamard
+    order (K,)          gather channels                  duquant's zigzag permutation
+    second (G, B, B)    multiply each block of B         duquant's R2; weight_pca's rotation
+
+W' is computed in float64 from the *stored float32* factors, inverse included, so invariance does not hang on how
+orthogonal a float32 rotation is. The online side runs in float32, in one order, and is the same code for every
+backend: equal codes in `fake` and in a kernel are a consequence, not a hope.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FACTORS = ("scale", "first", "order", "second")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The factors of T; None is the identity. float32, `order` int32. G may be 1: one block shared by all."""
+
+    scale: Tensor | None = None
+    first: Tensor | None = None
+    order: Tensor | None = None
+    second: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors that are there, by name, as an artifact stores them."""
+        return {name: getattr(self, name) for name in FACTORS if getattr(self, name) is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32 online)."""
+        if self.scale is not None:
+            x = x * self.scale.to(x.dtype)
+        if self.first is not None:
+            x = block_product(x, self.first.to(x.dtype))
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        if self.second is not None:
+            x = block_product(x, self.second.to(x.dtype))
+        return x
+
+    def weights(self, w: Tensor) -> Tensor:
+        """w (N, K) -> W·T^-T (N, K) in float64."""
+        w = w.double()
+        if self.scale is not None:
+            w = w / self.scale.double()
+        if self.first is not None:
+            w = block_product(w, _inverse_transpose(self.first))
+        if self.order is not None:
+            w = w.index_select(1, self.order)
+        if self.second is not None:
+            w = block_product(w, _inverse_transpose(self.second))
+        return w
+
+    def unweights(self, w: Tensor) -> Tensor:
+        """The inverse of `weights`: w' (N, K) -> W'·T^T, so that weight-only layers need nothing online. float64."""
+        w = w.double()
+        if self.second is not None:
+            w = block_product(w, self.second.double().transpose(1, 2))
+        if self.order is not None:
+            w = torch.empty_like(w).index_copy_(1, self.order.long(), w)
+        if self.first is not None:
+            w = block_product(w, self.first.double().transpose(1, 2))
+        if self.scale is not None:
+            w = w * self.scale.double()
+        return w
+
+
+def block_product(x: Tensor, blocks: Tensor) -> Tensor:
+    """x (M, K) times blockdiag(blocks), blocks (G, B, B) with G·B = K, or (1, B, B) for one block shared by all."""
+    m, k = x.shape
+    g, b, _ = blocks.shape
+    if g == 1:
+        return (x.reshape(-1, b) @ blocks[0]).view(m, k)
+    return torch.bmm(x.reshape(m, g, b).transpose(0, 1), blocks).transpose(0, 1).reshape(m, k)
+
+
+def _inverse_transpose(blocks: Tensor) -> Tensor:
+    return torch.linalg.inv(blocks.double()).transpose(1, 2)
+
+
+class InputTransform(nn.Module):
+    """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one input."""
+
+    def __init__(self, transform: Transform):
+        super().__init__()
+        for name in FACTORS:
+            self.register_buffer(name, getattr(transform, name), persistent=False)
+
+    def factors(self) -> Transform:
+        """The same factors as plain data."""
+        return Transform(self.scale, self.first, self.order, self.second)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the online factors occupy."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M, K) any float dtype -> (M, K) float32."""
+        return self.factors().forward(x.float())
