@@ -15,13 +15,12 @@ from qlibero.errors import UserError
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """A Gemma stack: the language model or the action expert."""
+    """A Gemma stack: the language model or the action expert. All query heads share one K/V head."""
 
     width: int
     depth: int
     mlp_dim: int
     num_heads: int = 8
-    num_kv_heads: int = 1
     head_dim: int = 256
 
 
@@ -85,7 +84,7 @@ class Pi05Config:
     max_period: float = 4.0
 
     def __post_init__(self) -> None:
-        for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+        for field in ("depth", "num_heads", "head_dim"):
             ours, theirs = getattr(self.llm, field), getattr(self.expert, field)
             if ours != theirs:
                 raise UserError(f"architecture: llm.{field} is {ours} but expert.{field} is {theirs}; "

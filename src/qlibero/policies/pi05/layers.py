@@ -96,60 +96,69 @@ class RMSNorm(nn.Module):
         return torch.addcmul(shift.float(), self.normalize(x), scale.float()).to(x.dtype)
 
 
+def modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / rms(x) · scale + shift in float32, as x's dtype; scale has its 1 added.
+
+    The RMS norm of x is the layer norm of [x, -x], whose mean is 0: one fused kernel instead of six small ones, which is
+    a fifth of a compact policy's time on a CPU.
+    """
+    width = x.shape[-1]
+    if x.device.type != "cpu":
+        return torch.addcmul(shift, F.rms_norm(x.float(), (width,), None, eps), scale).to(x.dtype)
+    doubled = F.layer_norm(torch.cat((x, -x), -1), (2 * width,), eps=eps)
+    return torch.addcmul(shift, doubled[..., :width], scale)
+
+
 def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim), for integer positions (B, T); base 10000, rotate-half layout."""
+    """cos and sin, (B, T, 1, head_dim), for integer positions (B, T); base 10000, rotate-half layout.
+
+    The sign of the rotated first half is in `sin` already, see `rotate`.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].float() * (1.0 / 10000.0**exponents)
-    angles = torch.cat((angles, angles), -1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1)[:, :, None].to(dtype), torch.cat((-sin, sin), -1)[:, :, None].to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (B, heads, T, head_dim)."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+    """Rotary embedding of (B, T, heads, head_dim): rotate-half is a roll once the sign is in `sin`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √d + mask) v → (B, T, heads·d).
 
-    q (B, heads, T, d); k, v (B, kv_heads, P, d); mask additive, (B, 1, 1, P), or None when every key is live. With one
-    K/V head the query heads are folded into the query length: one small attention instead of `heads` copies of K and V.
+    q (B, T, heads, d); k, v (B, P, d), the one K/V head all query heads share; mask additive (B, 1, P) or None when
+    every key is live. Heads are folded into the query length: one small attention, no copies of K and V.
     """
-    batch, heads, length, dim = q.shape
-    if k.shape[1] == 1:
-        out = F.scaled_dot_product_attention(q.reshape(batch, 1, heads * length, dim), k, v, attn_mask=mask)
-        out = out.view(batch, heads, length, dim)
-    else:
-        repeat = heads // k.shape[1]
-        out = F.scaled_dot_product_attention(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1),
-                                             attn_mask=mask)
-    return out.transpose(1, 2).reshape(batch, length, heads * dim)
+    batch, length, heads, dim = q.shape
+    mask = None if mask is None else mask[:, None]
+    out = F.scaled_dot_product_attention(q.reshape(batch, 1, length * heads, dim), k[:, None], v[:, None], attn_mask=mask)
+    return out.reshape(batch, length, heads * dim)
 
 
 class Attention(nn.Module):
-    """Projections of one layer's attention; the attention product itself is `attend`."""
+    """Projections of one layer's attention (one K/V head); the attention product itself is `attend`."""
 
     def __init__(self, c: GemmaConfig):
         super().__init__()
-        self.head_dim = c.head_dim
+        self.num_heads, self.head_dim = c.num_heads, c.head_dim
         self.q_proj = nn.Linear(c.width, c.num_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.width, c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.width, c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
 
-    def _heads(self, y: Tensor) -> Tensor:
-        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q (B, heads, T, d), rotated k and plain v (B, kv_heads, T, d)."""
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        return rotate(self._heads(q), cos, sin), rotate(self._heads(k), cos, sin), self._heads(v)
+        """Rotated q (B, T, heads, d), rotated k and plain v (B, T, d). q and k are rotated in one go."""
+        joined = project_joined(x, self.q_proj, self.k_proj, self.v_proj)
+        qk, v = joined.split([joined.shape[-1] - self.head_dim, self.head_dim], -1)
+        qk = rotate(qk.unflatten(-1, (self.num_heads + 1, self.head_dim)), cos, sin)
+        return qk[:, :, :-1], qk[:, :, -1], v
 
     def kv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """k and v only: all that the last language-model layer gives to the actions."""
         k, v = project(x, self.k_proj, self.v_proj)
-        return rotate(self._heads(k), cos, sin), self._heads(v)
+        return rotate(k[:, :, None], cos, sin)[:, :, 0], v
 
 
 class GatedMLP(nn.Module):

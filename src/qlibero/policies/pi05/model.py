@@ -31,9 +31,9 @@ class Prefix:
     """What the action expert reads of images, state and text."""
 
     kv: list[tuple[Tensor, Tensor]]
-    """A layer's rotated keys and values, each (B, kv_heads, P, head_dim)."""
+    """A layer's rotated keys and values, each (B, P, head_dim)."""
     mask: Tensor | None
-    """Additive, (B, 1, 1, P): 0 for live positions, `MASKED` for padding; None when every position is live."""
+    """Additive, (B, 1, P): 0 for live positions, `MASKED` for padding; None when every position is live."""
     length: Tensor
     """(B,) int64: live positions; the expert's tokens are at length + 0 … H-1."""
     hidden: Tensor
@@ -141,7 +141,7 @@ class Pi05Model(nn.Module):
             positions = torch.arange(count, device=x.device)[None]
             length = torch.full((batch,), count, dtype=torch.int64, device=x.device)
         else:
-            mask = torch.where(live, 0.0, MASKED)[:, None, None, :].to(x.dtype)
+            mask = torch.where(live, 0.0, MASKED)[:, None].to(x.dtype)
             positions, length = live.cumsum(1) - 1, live.sum(1)
         cos, sin = rope_tables(positions, self.config.llm.head_dim, x.dtype)
         kv = []
@@ -183,8 +183,8 @@ class Pi05Model(nn.Module):
         for (prefix_k, prefix_v), layer in zip(prefix.kv, self.expert.layers, strict=True):
             scale, shift, gate = layer.input_layernorm.modulation(condition)
             q, k, v = layer.self_attn.qkv(layer.input_layernorm.modulated(x, scale, shift), cos, sin)
-            k = torch.cat([prefix_k.repeat_interleave(samples, 0), k], 2)
-            v = torch.cat([prefix_v.repeat_interleave(samples, 0), v], 2)
+            k = torch.cat([prefix_k.repeat_interleave(samples, 0), k], 1)
+            v = torch.cat([prefix_v.repeat_interleave(samples, 0), v], 1)
             x = x + project(attend(q, k, v, mask), layer.self_attn.o_proj)[0] * gate.to(x.dtype)
             scale, shift, gate = layer.post_attention_layernorm.modulation(condition)
             x = x + layer.mlp(layer.post_attention_layernorm.modulated(x, scale, shift)) * gate.to(x.dtype)

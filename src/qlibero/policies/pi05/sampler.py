@@ -1,0 +1,189 @@
+"""Sampling a chunk with only the work there is: the same mathematics as `model.prefix` + `model.velocity`, less of it.
+
+Exact in mathematics (float32 differs in the last bits, because products are grouped differently):
+
+- a camera that is not there and padding that no bucket asks for are not computed at all;
+- the last language-model layer stops after its keys and values (already so in the model);
+- AdaRMS modulations depend on weights and step only: all are computed once a model, not once a step;
+- keys and values live in preallocated buffers of which a flow step writes the last H rows;
+- q/k/v and gate/up are one matmul each; rotary tables and masks are built once a chunk.
+
+On CUDA each phase (vision, prefix, flow) is one CUDA graph per (batch, text length), see `graphs.py`. Nothing here
+allocates in a replayed region: inputs and outputs are the fixed tensors of a `Workspace`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlibero.policies.pi05.graphs import Stopwatch, graphed
+from qlibero.policies.pi05.layers import MASKED, attend, fuse, modulated, project, rope_tables
+from qlibero.policies.pi05.model import Pi05Model
+
+MAX_WORKSPACES = 8
+"""Shapes kept warm (buffers, graphs); the least recently used one goes first."""
+
+
+@dataclass
+class Workspace:
+    """Fixed buffers of one shape: `batch` rows, `text` token positions, masked or not."""
+
+    images: Tensor
+    """(B, cameras, 3, S, S) float32 in [-1, 1]."""
+    tokens: Tensor
+    """(B, T) int64."""
+    live: Tensor | None
+    """(B, P) bool, or None when every position is live."""
+    state: Tensor | None
+    """(B, state_dim) float32 normalised."""
+    x: Tensor
+    """(B, H, D) float32: noise in, actions out."""
+    image_tokens: Tensor
+    """(B, cameras · tokens, width): between vision and prefix."""
+    keys: list[Tensor]
+    """A layer: (B, P + H, head_dim)."""
+    values: list[Tensor]
+    cos: Tensor
+    """(B, H, 1, head_dim): rotary tables of the action tokens."""
+    sin: Tensor
+    mask: Tensor | None
+    """(B, 1, P + H) additive, or None."""
+    phases: dict[str, object]
+    """What runs each phase: the plain method, or its captured graph."""
+
+
+class Sampler:
+    """Samples chunks from a model that is on its device, in its dtype, and will not change any more.
+
+    `graphs` captures CUDA graphs; it needs a CUDA model. Fuses the model's plain linears in place (names are kept).
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Pi05Model, flow_steps: int | None = None, *, graphs: bool = False):
+        self.model = model.eval()
+        self.steps = flow_steps or model.config.flow_steps
+        self.graphs = graphs
+        self.device = model.action_in_proj.weight.device
+        self._workspaces: OrderedDict[tuple[int, int, int, bool], Workspace] = OrderedDict()
+        for stack in (model.llm, model.expert):
+            for layer in stack.layers:
+                a, m = layer.self_attn, layer.mlp
+                if layer is model.llm.layers[-1]:
+                    fuse(a.k_proj, a.v_proj)
+                else:
+                    fuse(a.q_proj, a.k_proj, a.v_proj)
+                fuse(m.gate_proj, m.up_proj)
+        self.modulations = self._modulations()
+
+    def _modulations(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+        """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in the order they are met."""
+        table = []
+        for step in range(self.steps):
+            t = torch.full((1,), 1.0 - step / self.steps, device=self.device)
+            condition = self.model.time_condition(t)
+            norms = [norm for layer in self.model.expert.layers
+                     for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [self.model.expert.norm]
+            row = []
+            for norm in norms:
+                scale, shift, gate = (part.float().contiguous() for part in norm.modulation(condition))
+                row.append((scale, shift, gate.to(self.model.stream_dtype)))
+            table.append(row)
+        return table
+
+    def workspace(self, batch: int, cameras: int, text: int, masked: bool) -> Workspace:
+        """The buffers of one shape, made or found."""
+        key = (batch, cameras, text, masked)
+        if key in self._workspaces:
+            self._workspaces.move_to_end(key)
+            return self._workspaces[key]
+        if len(self._workspaces) >= MAX_WORKSPACES:
+            self._workspaces.popitem(last=False)
+        config, device, dtype = self.model.config, self.device, self.model.stream_dtype
+        images = cameras * config.vision.tokens
+        length = images + (1 if config.state_dim else 0) + text
+        total, size = length + config.action_horizon, config.vision.image_size
+        llm = config.llm
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        made = Workspace(
+            images=new(batch, cameras, 3, size, size, dtype=torch.float32),
+            tokens=new(batch, text, dtype=torch.int64),
+            live=torch.ones(batch, length, dtype=torch.bool, device=device) if masked else None,
+            state=new(batch, config.state_dim, dtype=torch.float32) if config.state_dim else None,
+            x=new(batch, config.action_horizon, config.action_dim, dtype=torch.float32),
+            image_tokens=new(batch, images, llm.width),
+            keys=[new(batch, total, llm.head_dim) for _ in range(llm.depth)],
+            values=[new(batch, total, llm.head_dim) for _ in range(llm.depth)],
+            cos=new(batch, config.action_horizon, 1, llm.head_dim),
+            sin=new(batch, config.action_horizon, 1, llm.head_dim),
+            mask=new(batch, 1, total) if masked else None,
+            phases={})
+        for name, phase in (("vision", self._vision), ("prefix", self._prefix), ("flow", self._flow)):
+            made.phases[name] = graphed(phase, made) if self.graphs else phase
+        self._workspaces[key] = made
+        return made
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, tokens: Tensor, noise: Tensor, *, token_mask: Tensor | None = None,
+                 state: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+        """Actions in the network's own units, (B, H, D) float32 on the CPU, and each phase's milliseconds.
+
+        images (B, cameras, 3, S, S) float32 in [-1, 1]; tokens (B, T) int64; noise (B, H, D) float32; token_mask (B, T)
+        bool or None (all live); state (B, state_dim) normalised. All on the CPU or on the device.
+        """
+        w = self.workspace(images.shape[0], images.shape[1], tokens.shape[1], token_mask is not None)
+        watch = Stopwatch(self.device)
+        w.images.copy_(images)
+        w.tokens.copy_(tokens)
+        w.x.copy_(noise)
+        if token_mask is not None:
+            w.live[:, w.live.shape[1] - tokens.shape[1] :].copy_(token_mask)
+        if w.state is not None:
+            w.state.copy_(state)
+        watch.mark("upload")
+        for name, phase in w.phases.items():
+            phase(w)
+            watch.mark(name)
+        return w.x.to("cpu", copy=True), watch.read_ms()
+
+    # -- the three phases: from workspace to workspace -------------------------------------------------------------
+    def _vision(self, w: Workspace) -> None:
+        w.image_tokens.copy_(self.model.embed_images(w.images)[0])
+
+    def _prefix(self, w: Workspace) -> None:
+        model, config = self.model, self.model.config
+        prefix = model.run_llm(model.embed_prefix(w.image_tokens, w.tokens, w.state), w.live, None)
+        horizon = config.action_horizon
+        for (k, v), keys, values in zip(prefix.kv, w.keys, w.values, strict=True):
+            keys[:, :-horizon].copy_(k)
+            values[:, :-horizon].copy_(v)
+        positions = prefix.length[:, None] + torch.arange(horizon, device=self.device)[None]
+        cos, sin = rope_tables(positions, config.llm.head_dim, w.cos.dtype)
+        w.cos.copy_(cos)
+        w.sin.copy_(sin)
+        if w.mask is not None:
+            w.mask[..., :-horizon].copy_(torch.where(w.live, 0.0, MASKED)[:, None])
+
+    def _flow(self, w: Workspace) -> None:
+        model, horizon, dtype = self.model, w.x.shape[1], self.model.stream_dtype
+        head, out = model.action_in_proj, model.action_out_proj
+        tails = [(k[:, -horizon:], v[:, -horizon:]) for k, v in zip(w.keys, w.values, strict=True)]
+        for modulations in self.modulations:
+            h = head(w.x.to(head.weight.dtype)).to(dtype)
+            for i, layer in enumerate(model.expert.layers):
+                (scale, shift, gate), (mlp_scale, mlp_shift, mlp_gate) = modulations[2 * i : 2 * i + 2]
+                q, k, v = layer.self_attn.qkv(modulated(h, scale, shift), w.cos, w.sin)
+                tails[i][0].copy_(k)
+                tails[i][1].copy_(v)
+                (o,) = project(attend(q, w.keys[i], w.values[i], w.mask), layer.self_attn.o_proj)
+                h = torch.addcmul(h, o, gate)
+                h = torch.addcmul(h, layer.mlp(modulated(h, mlp_scale, mlp_shift)), mlp_gate)
+            scale, shift, _ = modulations[-1]
+            velocity = out(modulated(h, scale, shift).to(out.weight.dtype)).float()
+            w.x.sub_(velocity, alpha=1.0 / self.steps)
