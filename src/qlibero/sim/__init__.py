@@ -1,0 +1,1 @@
+"""The simulator's room: LIBERO's tasks as pure episodes, in processes of their own. Imports no other room."""

