@@ -23,8 +23,7 @@ NO_EFFECT = {
     "LS": "the fork's smoothing changed nothing (it never alters the order of the channels); quant.alpha is DuQuant's",
     "ACT_PCT": "activations are quantized per token, without a stored percentile; quant.activation_clip is the nearest key",
     "PERMUTE": "the permutation is part of the method; quant.method chooses it",
-    "ROW_ROT": "outputs are not rotated; with rounding off it is exact either way",
-    "BLOCK_OUT": "outputs are not rotated, so they have no block size",
+    "BLOCK_OUT": "outputs are rotated in blocks of quant.block_size",
     "INCLUDE_ACTION_HEAD": "the action head is never quantized by a layout; name it in quant.include",
     "DRYRUN": "use `qlibero plan`",
     "DEBUG": "`qlibero inspect` shows every layer",
@@ -33,7 +32,7 @@ NO_EFFECT = {
     "PRECACHE_WEIGHTS": "weights are always quantized once, before the first episode",
     "INPUT_TRANSPOSE": "the transform is part of the method; quant.method chooses it",
 }
-HONOURED = ("WBITS_DEFAULT", "ABITS", "BLOCK", "CALIB_STEPS", "WBITS", "INCLUDE", "EXCLUDE", "SCOPE", "LAYERS")
+HONOURED = ("WBITS_DEFAULT", "ABITS", "BLOCK", "CALIB_STEPS", "WBITS", "ROW_ROT", "INCLUDE", "EXCLUDE", "SCOPE", "LAYERS")
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,10 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
             number = _number(short, given[short])
             value = 16 if number == 0 and key.endswith("_bits") else number   # the fork's 0 meant "leave as it is"
             overrides.append(Override(PREFIX + short, given[short], key, value))
+    if "ROW_ROT" in given:
+        if given["ROW_ROT"] not in ("0", "restore"):   # the fork rotated for any other word and never rotated back
+            raise ValueError(f"{PREFIX}ROW_ROT should be 0 or restore (got {given['ROW_ROT']!r})")
+        overrides.append(Override(PREFIX + "ROW_ROT", given["ROW_ROT"], "row_rotation", given["ROW_ROT"] == "restore"))
     if given.get("WBITS"):
         bits = dict(_layer_bits(entry) for entry in given["WBITS"].split(",") if entry.strip())
         overrides.append(Override(PREFIX + "WBITS", given["WBITS"], "per_layer_bits", bits))

@@ -90,6 +90,9 @@ def _apply_environment(source: Source, environ: Mapping[str, str], announce: Cal
         keys = ("quant", *override.key.split("."))
         if override.key == "include":
             quant["layout"] = None
+        if override.key == "row_rotation" and quant.get("method", "duquant") != "weight_pca":
+            announce(f"{override.variable} changes nothing here: only weight_pca rotates outputs")
+            continue
         if override.key.startswith("calibration") and not isinstance(quant.get("calibration"), dict):
             announce(f"{override.variable} changes nothing here: quant.calibration names no data")
             continue
@@ -277,3 +280,13 @@ def _make_relative(value: Any, directory: Path) -> None:
         elif key in PATH_KEYS and isinstance(inner, str):
             if directory.is_relative_to(REPOSITORY) and Path(inner).is_relative_to(REPOSITORY):
                 value[key] = os.path.relpath(inner, directory)
+
+
+def editor_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an experiment file, for completion and tooltips in editors."""
+    schema = Experiment.model_json_schema()
+    files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    schema["properties"]["extends"] = {**files, "description": "files this one is laid over, relative to this file"}
+    schema["$defs"]["Backend"]["properties"]["backend"]["enum"] = list(known_backends())
+    schema.pop("required", None)   # any key may come from a file this one extends
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -139,7 +139,7 @@ class Quant(Frozen):
     weight_bits: Literal[4, 8] = Field(4, description="bits of a weight code")
     activation_bits: Literal[4, 8, 16] = Field(8, description="bits of an activation code; 16: activations stay as they are")
     per_layer_bits: dict[Regex, Literal[4, 8, 16]] = Field(
-        default_factory=dict, description="regex → weight bits of those layers; 16 leaves a layer unquantized"
+        default_factory=dict, description="regex → weight bits of those layers, later ones win; 16 leaves them unquantized"
     )
     group_size: Int | None = Field(None, ge=16, description="input channels per weight scale; null: one scale a row")
     weight_clip: Float = Field(1.0, gt=0, le=1, description="share of a row's largest weight that the code range spans")
@@ -148,6 +148,7 @@ class Quant(Frozen):
     block_size: Int = Field(64, ge=2, description="channels per rotation block")
     rotation_steps: Int = Field(256, ge=1, description="DuQuant: most greedy rotation steps per block")
     alpha: Float = Field(0.5, ge=0, le=1, description="smoothing: share of the difficulty moved from activations to weights")
+    row_rotation: bool = Field(False, description="weight_pca: rotate outputs too and undo it, as the fork's script did")
     atm: bool = Field(False, description="QuantVLA's attention temperature matching")
     ohb: bool = Field(False, description="QuantVLA's output head balancing")
     calibration: Calibration | None = Field(None, description="the data the transforms are fitted on")
@@ -161,6 +162,8 @@ class Quant(Frozen):
             raise Misplaced(("layout",), "say which layers: layout: llm | expert | llm+expert_mlp | llm+expert, or include")
         if (self.weight_bits, self.activation_bits) == (8, 4):
             raise Misplaced(("activation_bits",), "W8A4 has no kernel; supported are W4A8, W8A8, W4A4, W4A16 and W8A16")
+        if self.row_rotation and self.method != "weight_pca":
+            raise Misplaced(("row_rotation",), f"belongs to weight_pca; leave it out with {self.method}")
         data_free = self.method in ("rtn", "weight_pca", "hadamard") and not (self.atm or self.ohb)
         if not data_free and self.calibration is None and self.artifact is None:
             raise Misplaced(("calibration",), f"{self.method} is fitted on data: give calibration.path, or artifact")
@@ -383,11 +386,15 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     decides = {
         "suite": experiment.suite, "seed": experiment.seed, "protocol": experiment.protocol,
         "max_steps": experiment.max_steps, "policy": policy, "backend": arm.backend,
-        "quant": arm.quant and arm.quant.model_dump(mode="json"),
+        "quant": arm.quant and _ordered(arm.quant.model_dump(mode="json")),
         "on_failure": experiment.on_failure if arm.quant else None,
     }  # fmt: skip
     text = json.dumps(_portable(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
+    return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}   # later patterns win: order counts
 
 
 REPOSITORY = Path(__file__).resolve().parents[3]   # the checkout of an editable install
@@ -396,7 +403,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]   # the checkout of an editable
 def _portable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_portable(item) for item in value]
     if isinstance(value, str) and value.startswith(f"{REPOSITORY}/"):
         return value[len(f"{REPOSITORY}/"):]

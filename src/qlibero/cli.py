@@ -1,0 +1,212 @@
+"""The command line: parse, call, print. What a command does lives in its room; what it returns is printed as JSON.
+
+Human text goes to stderr. While a command runs, standard output itself points at stderr, so that no library's print
+can come after, or between, the one JSON line that programs read. Heavy rooms are imported inside the commands:
+`qlibero --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qlibero.errors import QliberoError, UserError, WorkFailed
+
+Document = dict[str, Any]
+INTERRUPTED = 130
+
+
+class Incomplete(WorkFailed):
+    """The command did what it could and has a result to show, but the work is not all done."""
+
+    def __init__(self, message: str, document: Document):
+        super().__init__(message)
+        self.document = document
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+def run(args: argparse.Namespace) -> Document:
+    from qlibero.config.load import load_experiment
+    from qlibero.experiment import run_experiment
+    from qlibero.progress import RunProgress
+
+    experiment = load_experiment(args.config, args.set)
+    with RunProgress(experiment) as progress:
+        document = run_experiment(
+            experiment, args.out, on_start=progress.start, on_episode=progress.episode, say=progress.say
+        )
+    _table([{"arm": name, **arm} for name, arm in document["arms"].items()], title=f"ledger: {document['run_dir']}")
+    if not document["complete"]:
+        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
+    return document
+
+
+def config_show(args: argparse.Namespace) -> Document:
+    from qlibero.config.load import dump_resolved, editor_schema, load_experiment
+
+    if args.schema:
+        return editor_schema()
+    if args.config is None:
+        raise UserError("config show: name a CONFIG, or ask for --schema")
+    experiment = load_experiment(args.config, args.set, check_files=False)
+    print(dump_resolved(experiment), end="", file=sys.stderr)
+    return experiment.model_dump(mode="json")
+
+
+def ls(args: argparse.Namespace) -> Document:
+    from qlibero import catalogue
+
+    rows = getattr(catalogue, args.what)()
+    _table(rows, title=args.what)
+    return {args.what: rows}
+
+
+# --------------------------------------------------------------------------------------------------------- parser
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints end like every other error: a UserError, one JSON line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}\n{self.format_usage().rstrip()}")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="qlibero",
+        description="Run a vision-language-action policy on LIBERO under several quantization backends, "
+        "and say what each costs in success and gives in latency and memory.",
+        epilog="Every command ends with one JSON line on stdout; everything for people goes to stderr. "
+        "Exit status: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a guard, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, call: Callable[[argparse.Namespace], Document], help: str, parent: Any = commands) -> Parser:
+        command = parent.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        command.set_defaults(call=call)
+        return command
+
+    command = add("run", run, "run, or continue, an experiment")
+    _config(command)
+    _out(command)
+
+    config = commands.add_parser("config", help="look at a configuration").add_subparsers(metavar="COMMAND", required=True)
+    command = add("show", config_show, "print the experiment with everything it extends and every default", config)
+    command.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="an experiment's YAML file")
+    _sets(command)
+    command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
+
+    command = add("ls", ls, "list what there is to choose from")
+    command.add_argument("what", choices=("suites", "policies", "backends", "experiments"))
+    return parser
+
+
+def _config(command: Parser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="an experiment's YAML file, e.g. configs/experiments/baseline.yaml")
+    _sets(command)
+
+
+def _sets(command: Parser) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, e.g. --set quant.alpha=0.6; repeatable")
+
+
+def _out(command: Parser) -> None:
+    command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: logs/NAME)")
+
+
+# ------------------------------------------------------------------------------------------------------- printing
+def _table(rows: list[Document], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=True, highlight=False, width=160)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in (columns[0], "file"))
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def _stdout_kept_for_json() -> Iterator[Callable[[Document], None]]:
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+
+    def emit(document: Document) -> None:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        try:
+            print(json.dumps(document, default=str), flush=True)
+        except BrokenPipeError:   # the reader has gone; nobody is left to tell
+            sys.stdout = open(os.devnull, "w")
+        os.dup2(2, 1)
+
+    try:
+        yield emit
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _explain(message: str) -> None:
+    print("\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(message.splitlines())), file=sys.stderr)
+
+
+def _terminated(signal_number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    previous = signal.signal(signal.SIGTERM, _terminated)   # a batch system's way of saying Ctrl-C
+    try:
+        with _stdout_kept_for_json() as emit:
+            try:
+                args = build_parser().parse_args(argv)
+                emit(args.call(args))
+                return 0
+            except Incomplete as error:
+                _explain(str(error))
+                emit(error.document)
+                return error.exit_status
+            except QliberoError as error:
+                return _failed(emit, error.exit_status, str(error), type(error).__name__)
+            except KeyboardInterrupt:
+                return _failed(emit, INTERRUPTED, "interrupted; everything finished is kept, the same command continues", "Interrupted")
+            except OSError as error:
+                traceback.print_exc()
+                where = f": {error.filename}" if error.filename else ""
+                return _failed(emit, 1, f"{error.strerror or error}{where}", type(error).__name__)
+            except Exception as error:
+                traceback.print_exc()
+                return _failed(emit, 1, f"{error} (this is a defect of qlibero: the lines above say where)", type(error).__name__)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _failed(emit: Callable[[Document], None], status: int, message: str, kind: str) -> int:
+    _explain(message)
+    emit({"error": {"kind": kind, "message": message, "exit_status": status}})
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
