@@ -1,0 +1,247 @@
+"""Risk: a verdict from the wrong pairs. Pairing, errors, scenes, families and the contract of `compare`'s dict."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from qlibero.errors import UserError
+from qlibero.results.compare import compare_runs
+from qlibero.results.ledger import Ledger, write_meta
+from qlibero.results.quality import first_divergence, gripper_flips, jerk, path_length_m
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.stopping import declare
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Durability is tested in test_ledger_survives; here thousands of fsyncs would only take time."""
+    monkeypatch.setattr("qlibero.results.ledger.os.fsync", lambda descriptor: None)
+
+
+def record(arm, task, init, outcome, **more):
+    fields = dict(
+        suite="libero_object", task=task, init=init, seed=7, arm=arm, outcome=outcome, steps=50, replans=2,
+        success_step=50 if outcome == "success" else None, error="hung" if outcome == "error" else None,
+        fingerprint=f"{task:02x}{init:02x}", action_digest="cd", policy_ms=[30.0, 10.0, 10.0], warmup_calls=1,
+    )  # fmt: skip
+    return EpisodeRecord(**{**fields, **more})
+
+
+def write(run_dir, arm, outcomes, suite="libero_object", trajectories=None, **more):
+    """`outcomes`: {(task, init): "success" | "failure" | "error"}."""
+    with Ledger(run_dir, arm, 0, f"hash of {arm}") as ledger:
+        for (task, init), outcome in outcomes.items():
+            rows = trajectories(task, init) if trajectories else None
+            ledger.append(record(arm, task, init, outcome, suite=suite, **more), rows)
+
+
+def grid(broken=0, repaired=0, n=100, tasks=10):
+    """Outcomes of reference and arm over n pairs, flips first, spread over tasks."""
+    keys = [(i % tasks, i // tasks) for i in range(n)]
+    reference = dict.fromkeys(keys, "success") | dict.fromkeys(keys[broken : broken + repaired], "failure")
+    arm = dict.fromkeys(keys, "success") | dict.fromkeys(keys[:broken], "failure")
+    return reference, arm
+
+
+def test_the_contract_of_the_last_line(tmp_path):
+    reference, arm = grid(broken=11, repaired=9, n=500)
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "fake", arm, policy_ms=[99.0, 5.0, 5.0])
+    result = json.loads(json.dumps(compare_runs([tmp_path])))
+    fake = result["arms"]["fake"]
+    assert result["reference"] == "baseline"
+    assert {k: fake[k] for k in ("pairs", "broken", "repaired", "delta", "verdict")} == {
+        "pairs": 500, "broken": 11, "repaired": 9, "delta": -0.004, "verdict": "inconclusive",
+    }  # fmt: skip
+    assert [round(100 * x, 2) for x in fake["tango95"]] == [-2.33, 1.47]
+    assert fake["mcnemar_p"] == pytest.approx(0.8238, abs=1e-4)
+    assert fake["speedup_p50"] == 2.0  # warm-up calls are left out
+    assert fake["both_succeed"] + fake["broken"] + fake["repaired"] + fake["both_fail"] == 500
+    assert fake["sentence"] == (
+        "fake against baseline is inconclusive at −2 pp: Δ −0.4 pp [−2.3, +1.5], 11 broken, 9 repaired of 500 pairs, "
+        "2.00× faster."
+    )
+    assert "smallest difference found with 80 % power" in fake["detectable"]["line"]
+
+
+@pytest.mark.parametrize(
+    "broken, repaired, n, verdict, qualifier, opening",
+    [
+        (10, 10, 500, "non-inferior", None, "fake is non-inferior to baseline at −2 pp"),
+        (0, 12, 500, "non-inferior", "better", "fake is better than baseline"),
+        (20, 5, 2000, "non-inferior", "worse within the margin", "fake is non-inferior to baseline at −2 pp, worse within"),
+        (60, 5, 500, "inferior", None, "fake is inferior to baseline by more than 2 pp"),
+    ],
+)
+def test_verdicts_and_sentences(tmp_path, broken, repaired, n, verdict, qualifier, opening):
+    reference, arm = grid(broken, repaired, n)
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "fake", arm)
+    fake = compare_runs([tmp_path])["arms"]["fake"]
+    assert (fake["verdict"], fake["qualifier"]) == (verdict, qualifier)
+    assert fake["sentence"].startswith(opening)
+
+
+def test_what_cannot_be_paired_is_listed_with_its_reason(tmp_path):
+    reference, arm = grid(n=20)
+    del reference[0, 0], arm[1, 0]
+    write(tmp_path, "baseline", reference)
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        for (task, init), outcome in arm.items():
+            moved = {"fingerprint": "ffff"} if (task, init) == (2, 0) else {}
+            ledger.append(record("fake", task, init, outcome, **moved))
+    fake = compare_runs([tmp_path])["arms"]["fake"]
+    assert fake["pairs"] == 17
+    reasons = {entry["key"]: entry["reason"] for entry in fake["unpaired"]}
+    assert reasons["libero_object/0/0/7"] == "not in baseline"
+    assert reasons["libero_object/1/0/7"] == "not in fake"
+    assert "different scenes" in reasons["libero_object/2/0/7"]
+
+
+def test_an_error_is_neither_success_nor_failure_and_can_only_cost_certainty(tmp_path):
+    reference, arm = grid(broken=10, repaired=10, n=500)
+    keys = list(arm)
+    arm[keys[100]] = reference[keys[101]] = "error"
+    arm[keys[101]] = "failure"
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "fake", arm)
+    fake = compare_runs([tmp_path])["arms"]["fake"]
+    assert fake["pairs"] == 498 and fake["broken"] == 10
+    assert fake["errors"]["arm"] == fake["errors"]["reference"] == 1 and fake["errors"]["removed_pairs"] == 2
+    assert fake["errors"]["worst_case_verdict"] == "inconclusive"
+    assert fake["verdict"] == "inconclusive (errors)"  # would be non-inferior if errors were dropped
+    assert "2 pairs lost to errors" in fake["sentence"]
+    assert fake["summary"]["errors"] == 1 and fake["summary"]["episodes"] == 499
+
+
+def test_holm_runs_over_arms_and_suites_but_not_over_the_control(tmp_path):
+    reference, arm = grid(broken=9, repaired=1, n=100)  # McNemar p = 0.0215
+    for name, outcomes in {"baseline": reference, "aa": reference, "fake": arm, "w4a4": arm}.items():
+        with Ledger(tmp_path, name, 0, "h") as ledger:
+            for suite in ("libero_goal", "libero_object"):
+                for (task, init), outcome in outcomes.items():
+                    ledger.append(record(name, task, init, outcome, suite=suite))
+    result = compare_runs([tmp_path])
+    cells = [cell for name in ("fake", "w4a4") for cell in result["arms"][name]["suites"].values()]
+    assert len(cells) == 4
+    assert all(cell["mcnemar_p"] == pytest.approx(0.021484, abs=1e-6) for cell in cells)
+    assert all(cell["mcnemar_p_holm"] == pytest.approx(4 * 0.021484, abs=1e-5) for cell in cells)
+    assert "mcnemar_p_holm" not in result["arms"]["aa"]["suites"]["libero_goal"]
+    assert result["arms"]["fake"]["noise_floor"]["pairs"] == 200 and result["arms"]["aa"]["noise_floor"] is None
+    assert result["arms"]["fake"]["pairs"] == 200 and result["arms"]["fake"]["clusters"]["tasks"] == 20
+
+
+def test_cells_of_a_sweep_join_and_the_same_episodes_twice_do_not(tmp_path):
+    reference, arm = grid(broken=2, n=40)
+    for cell, suite in (("a", "libero_object"), ("b", "libero_goal")):
+        write(tmp_path / cell, "baseline", reference, suite=suite)
+        write(tmp_path / cell, "fake", arm, suite=suite)
+    joined = compare_runs([tmp_path / "a", tmp_path / "b"])
+    assert joined["arms"]["fake"]["pairs"] == 80 and set(joined["arms"]) == {"fake"}
+    write(tmp_path / "again", "fake", arm)
+    beside = compare_runs([tmp_path / "a", tmp_path / "again"])
+    assert set(beside["arms"]) == {"fake", "again/fake"}
+
+
+def test_requests_that_make_no_sense_are_user_errors(tmp_path):
+    reference, arm = grid(n=10)
+    write(tmp_path, "baseline", reference)
+    with pytest.raises(UserError, match="only one arm"):
+        compare_runs([tmp_path])
+    write(tmp_path, "fake", arm)
+    with pytest.raises(UserError, match="0.02 for 2 pp"):
+        compare_runs([tmp_path], margin=2)
+    with pytest.raises(UserError, match="baseline, fake"):
+        compare_runs([tmp_path], reference="bf16")
+
+
+def test_no_flips_and_no_pairs_are_still_spoken_about(tmp_path):
+    reference, arm = grid(n=30)
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "fake", arm)
+    write(tmp_path, "other", {(0, 99): "success"})
+    arms = compare_runs([tmp_path])["arms"]
+    assert "upper bound" in arms["fake"]["detectable"]["line"]
+    assert arms["other"]["verdict"] == "no pairs" and "nothing can be said" in arms["other"]["sentence"]
+
+
+def test_sequential_verdict_is_recomputed_from_the_declared_order(tmp_path):
+    reference, arm = grid(n=500)
+    write(tmp_path, "baseline", reference)
+    keys = [record("x", t, i, "success").key for t, i in reference]
+    declaration = declare(tmp_path, keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7)
+    ran = {(k.task, k.init): "success" for k in declaration.order[:300]}
+    write(tmp_path, "fake", ran)
+    sequential = compare_runs([tmp_path])["arms"]["fake"]["sequential"]
+    assert (sequential["verdict"], sequential["pairs"], sequential["episodes_saved"]) == ("non-inferior", 272, 200)
+
+
+# execution quality ----------------------------------------------------------------------------------------------------
+
+
+def straight(steps=40, speed=0.01, gripper=-1.0):
+    rows = np.zeros((steps, 10), np.float32)
+    rows[:, 6], rows[:, 7] = gripper, speed * np.arange(steps)
+    return rows
+
+
+def test_jerk_is_one_on_a_sixth_of_t_cubed():
+    t = np.arange(30) / 20.0
+    rows = np.zeros((30, 10))
+    rows[:, 7] = t**3 / 6
+    assert jerk(rows) == pytest.approx(1, abs=1e-9)
+    assert jerk(rows[:3]) is None
+
+
+def test_path_and_flips():
+    assert path_length_m(straight()) == pytest.approx(0.39, abs=1e-6)
+    rows = straight(8)
+    rows[:, 6] = [-1, -1, 0.01, 1, 1, -0.02, 1, -1]
+    assert gripper_flips(rows) == 2
+    assert gripper_flips(rows[:0]) == 0
+
+
+def test_first_divergence_looks_at_common_steps_only():
+    left, right = straight(40), straight(30)
+    assert first_divergence(left, right, 0.0) is None
+    right[12, 3] = 0.5
+    assert first_divergence(left, right, 0.1) == 12 and first_divergence(left, right, 0.6) is None
+
+
+def test_shifts_are_paired_and_noise_sets_the_divergence_threshold(tmp_path):
+    reference, arm = grid(n=40)
+
+    def base(task, init):
+        return straight()
+
+    def noisy(task, init):
+        rows = straight()
+        rows[:, 0] += 1e-4
+        return rows
+
+    def longer(task, init):
+        rows = straight(speed=0.011)
+        rows[20:, 0] = 0.5
+        return rows
+
+    write(tmp_path, "baseline", reference, trajectories=base)
+    write(tmp_path, "aa", reference, trajectories=noisy)
+    write(tmp_path, "fake", arm, trajectories=longer, success_step=55)
+    fake = compare_runs([tmp_path])["arms"]["fake"]
+    assert fake["quality"]["path_length_m"]["shift"] == pytest.approx(0.039, abs=1e-5)
+    assert fake["quality"]["steps_to_success"]["shift"] == 5 and fake["quality"]["steps_to_success"]["p"] < 0.001
+    assert fake["divergence"]["threshold"] == pytest.approx(1e-4, rel=1e-3)
+    assert fake["divergence"]["median_step"] == 20 and fake["divergence"]["diverged"] == 40
+    assert fake["divergence"]["steps"]["libero_object/0/0/7"] == 20
+    assert fake["divergence"]["visible_steps"]["libero_object/0/0/7"] == 11
+
+
+def test_the_label_and_control_mark_of_meta_are_honoured(tmp_path):
+    reference, arm = grid(n=20)
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "again", arm)
+    write_meta(tmp_path, "again", {"control": True, "label": "A/A"})
+    result = compare_runs([tmp_path])
+    assert result["noise_floor"]["arm"] == "again" and result["arms"]["again"]["label"] == "A/A"

@@ -1,0 +1,197 @@
+"""Risk: a formula that is almost right. Every statistic against published or independently checked values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from qlibero.results import statistics as st
+from qlibero.results.clusters import sign_flip_p, task_bootstrap, task_t_interval
+from qlibero.results.evalues import log_e_difference, log_e_worse, margin_martingales
+
+
+def in_points(interval, digits=2):
+    return [round(100 * x, digits) for x in interval]
+
+
+@pytest.mark.parametrize(
+    "k, n, expected",
+    [(462, 500, [89.7, 94.4]), (494, 500, [97.4, 99.4]), (1937, 2000, [96.0, 97.5]), (100, 100, [96.3, 100]), (9, 10, [59.6, 98.2])],
+)
+def test_wilson(k, n, expected):
+    assert in_points(st.wilson(k, n), 1) == expected
+
+
+@pytest.mark.parametrize("k, n, expected", [(100, 100, [96.4, 100]), (0, 50, [0, 7.1]), (9, 10, [55.5, 99.7])])
+def test_clopper_pearson(k, n, expected):
+    assert in_points(st.clopper_pearson(k, n), 1) == expected
+
+
+@pytest.mark.parametrize("b, r, p", [(11, 9, 0.824), (8, 14, 0.286), (6, 0, 0.031), (9, 1, 0.021), (5, 0, 0.0625), (0, 0, 1.0)])
+def test_exact_mcnemar(b, r, p):
+    assert st.mcnemar_exact(b, r) == pytest.approx(p, abs=5e-4)
+
+
+def test_fewer_than_six_discordant_pairs_are_never_significant():
+    assert min(st.mcnemar_exact(b, n - b) for n in range(6) for b in range(n + 1)) > 0.05
+
+
+@pytest.mark.parametrize(
+    "r, b, n, expected",
+    [
+        (5, 0, 41, [2.58, 25.54]),
+        (150, 86, 1600, [2.14, 5.90]),
+        (9, 11, 500, [-2.33, 1.47]),
+        (36, 40, 2000, [-1.08, 0.67]),
+        (0, 0, 500, [-0.76, 0.76]),
+        (0, 0, 2000, [-0.19, 0.19]),
+        (5, 0, 100, [1.12, 11.18]),
+    ],
+)
+def test_tango(r, b, n, expected):
+    assert in_points(st.tango(b, r, n)) == expected
+
+
+@pytest.mark.parametrize(
+    "a, b, r, n, expected", [(14, 0, 5, 41, [1.15, 22.65]), (794, 86, 150, 1600, [2.12, 5.87])]
+)
+def test_newcombe_published_examples(a, b, r, n, expected):
+    assert in_points(st.newcombe(a, b, r, n - a - b - r)) == expected
+
+
+@pytest.mark.parametrize(
+    "b, r, n, expected",
+    [
+        (11, 9, 500, "inconclusive"),
+        (10, 10, 500, "non-inferior"),
+        (14, 6, 2000, "non-inferior"),
+        (45, 15, 2000, "inconclusive"),  # although p = 0.0001
+        (60, 5, 500, "inferior"),
+        (0, 0, 0, "no pairs"),
+    ],
+)
+def test_verdict_at_two_points(b, r, n, expected):
+    assert st.verdict(b, r, n, 0.02) == expected
+
+
+def test_holm_by_hand():
+    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert st.holm([]) == []
+
+
+POWER = {  # n: (minimum detectable difference in pp, non-inferiority power at 2 pp) at ψ = 2, 5, 8, 10, 20 %
+    100: ([None, None, 7.9, 8.8, 12.8], None),
+    200: ([None, 4.4, 5.7, 6.4, 9.1], [0.34, 0.19, 0.15, 0.13, 0.09]),
+    500: ([1.8, 2.9, 3.7, 4.1, 5.7], [0.80, 0.48, 0.34, 0.28, 0.17]),
+    1000: ([1.3, 2.0, 2.6, 2.9, 4.0], [0.98, 0.78, 0.60, 0.51, 0.29]),
+    2000: ([0.9, 1.4, 1.8, 2.0, 2.8], [1.0, 0.98, 0.88, 0.80, 0.52]),
+}
+
+
+@pytest.mark.parametrize("n", POWER)
+def test_power_table(n):
+    differences, noninferiority = POWER[n]
+    discordances = (0.02, 0.05, 0.08, 0.10, 0.20)
+    found = [st.minimum_detectable_difference(n, psi) for psi in discordances]
+    assert [None if x is None else round(100 * x, 1) for x in found] == differences
+    if noninferiority:
+        powers = [st.noninferiority_power(n, psi, 0.02) for psi in discordances]
+        assert powers == pytest.approx(noninferiority, abs=0.011)
+
+
+@pytest.mark.parametrize("psi, pairs", [(0.02, 520), (0.05, 1040), (0.08, 1610), (0.10, 2000), (0.20, 3940)])
+def test_pairs_for_noninferiority(psi, pairs):
+    assert st.pairs_for_noninferiority(psi, 0.02) == pytest.approx(pairs, abs=10)
+
+
+def test_size_of_noninferiority_at_the_boundary():
+    """True Δ = −2 pp: the chance of a false "non-inferior", by enumeration, is about 2.5 %."""
+    n, margin = 500, 0.02
+    from scipy.stats import multinomial
+
+    for psi in (0.03, 0.05, 0.10):
+        p_broken, p_repaired = (psi + margin) / 2, (psi - margin) / 2
+        table = multinomial(n, [p_broken, p_repaired, 1 - psi])
+        size = 0.0
+        for b in range(0, 80):
+            for r in range(0, 60):
+                weight = table.pmf([b, r, n - b - r])
+                if weight > 1e-7 and st.tango_z(b, r, n, -margin) > st.normal_quantile():
+                    size += weight
+        assert 0.018 < size < 0.026
+
+
+def test_e_process_equals_the_kt_product_and_is_a_martingale():
+    assert [log_e_difference(0, 0), log_e_difference(1, 0)] == pytest.approx([0, 0], abs=1e-14)
+    for b, r in [(7, 0), (5, 3), (30, 12), (400, 350)]:
+        product, counts = 0.0, [0, 0]
+        for side in [0] * b + [1] * r:
+            product += math.log(2 * (counts[side] + 0.5) / (sum(counts) + 1))
+            counts[side] += 1
+        assert log_e_difference(b, r) == pytest.approx(product, abs=1e-9)
+        here = math.exp(log_e_difference(b, r))
+        after = (math.exp(log_e_difference(b + 1, r)) + math.exp(log_e_difference(b, r + 1))) / 2
+        assert after == pytest.approx(here, rel=1e-9)
+
+
+def test_smallest_counts_that_reach_twenty():
+    def smallest(log_e):
+        return [next(b for b in range(r, 99) if log_e(b, r) >= math.log(20)) for r in (0, 1, 2, 3, 5, 10, 20)]
+
+    assert smallest(log_e_difference) == [7, 11, 14, 16, 21, 30, 47]
+    assert smallest(log_e_worse) == [6, 10, 12, 15, 19, 28, 45]
+
+
+def test_exact_false_alarm_rate_of_the_e_process():
+    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7 %."""
+    alive, alarms, at = {0: 1.0}, 0.0, {}
+    for n in range(1, 1001):
+        grown: dict[int, float] = {}
+        for b, p in alive.items():
+            for next_b in (b, b + 1):
+                grown[next_b] = grown.get(next_b, 0.0) + p / 2
+        alive = {}
+        for b, p in grown.items():
+            if log_e_difference(b, n - b) >= math.log(20):
+                alarms += p
+            else:
+                alive[b] = p
+        at[n] = alarms
+    assert round(100 * at[200], 1) == 3.3
+    assert round(100 * at[1000], 1) == 3.7
+
+
+def test_margin_martingale_decides_after_272_concordant_pairs():
+    above, below = margin_martingales([0] * 400, 0.02)
+    assert int(np.argmax(above >= math.log(40))) + 1 == 272
+    assert (below <= 1e-12).all()
+
+
+def test_margin_martingale_is_fair_at_the_margin():
+    """At Δ = −margin the expected factor of every λ is 1, so the mean over outcomes of E after one pair is 1."""
+    margin, p_broken, p_repaired = 0.02, 0.05, 0.03
+    for which in (0, 1):
+        e = {x: math.exp(margin_martingales([x], margin)[which][0]) for x in (-1, 0, 1)}
+        mean = p_broken * e[-1] + p_repaired * e[1] + (1 - p_broken - p_repaired) * e[0]
+        assert mean == pytest.approx(1, abs=1e-12)
+
+
+def test_cluster_intervals_by_hand():
+    deltas = [-0.1, 0.0, 0.05, -0.05]
+    low, high = task_t_interval(deltas)
+    half = 3.182446 * np.std(deltas, ddof=1) / 2
+    assert (low, high) == pytest.approx((-0.025 - half, -0.025 + half), abs=1e-6)
+    assert task_t_interval([0.1]) is None and task_bootstrap([1], [50]) is None
+    assert task_bootstrap([0, 0, 0], [50, 50, 50]) == (0, 0)
+
+
+def test_sign_flip_exact_small_case():
+    assert sign_flip_p([1, 1, 1, 1, 1]) == 2 / 32
+    assert sign_flip_p([]) == sign_flip_p([0.0, 0.0]) == 1
+
+
+def test_impossible_counts_are_refused():
+    for k, n in [(-1, 5), (6, 5), (0, 0)]:
+        with pytest.raises(ValueError):
+            st.wilson(k, n)
