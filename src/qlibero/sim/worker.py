@@ -1,0 +1,164 @@
+"""A simulator process: runs one episode at a time for the pool that started it, and dies with it.
+
+Started by `qlibero.sim.pool` as `python -m qlibero.sim.worker` in its own environment (a fresh interpreter: nothing of
+the launcher's CUDA, threads or random state is inherited). Speaks over one socket; frames go through shared memory:
+the observation lies there when the message that announces it arrives, and stays untouched until the next `act`.
+
+Messages in:  ("start", Assignment), ("act", (n, 7) float32 actions), ("quit",)
+Messages out: ("observed", step, sim_ms, render_ms, prompt), ("finished", …), ("refused", status, message)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from qlibero.errors import QliberoError
+from qlibero.sim import suites
+
+_PR_SET_PDEATHSIG = 1
+
+
+def frame_bytes(resolution: int) -> int:
+    """Size of a worker's shared memory: two (R, R, 3) uint8 frames, then the (8,) float32 state."""
+    return 2 * resolution * resolution * 3 + suites.STATE_DIM * 4
+
+
+def frame_views(memory: mmap.mmap, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The shared memory as image (R, R, 3) uint8, wrist image (R, R, 3) uint8, state (8,) float32; no copies."""
+    pixels = resolution * resolution * 3
+    images = np.frombuffer(memory, np.uint8, 2 * pixels).reshape(2, resolution, resolution, 3)
+    return images[0], images[1], np.frombuffer(memory, np.float32, suites.STATE_DIM, offset=2 * pixels)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the process that started us ends, whatever ends it; exit if it already has."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Worker:
+    """Serves episodes until told to quit. Keeps the `Scene` of its last task, since building one costs seconds."""
+
+    def __init__(self, connection: Connection, memory: mmap.mmap, resolution: int) -> None:
+        self.connection, self.resolution = connection, resolution
+        self.image, self.wrist_image, self.state = frame_views(memory, resolution)
+        self.scene: Any = None
+        self.video: Any = None
+
+    def serve(self) -> None:
+        """Handle messages until ("quit",) or the pool's end of the socket closes."""
+        while True:
+            try:
+                message = self.connection.recv()
+            except (EOFError, ConnectionResetError):
+                break
+            if message[0] == "quit":
+                break
+            try:
+                if message[0] == "start":
+                    self._start(message[1])
+                else:
+                    self._act(message[1])
+            except QliberoError as error:  # the request or the machine is at fault: trying again would not help
+                self._drop_video()
+                self.connection.send(("refused", error.exit_status, str(error)))
+        self._drop_video()
+        if self.scene is not None:
+            self.scene.close()
+
+    def _start(self, assignment: Any) -> None:
+        from qlibero.sim.scene import Scene
+        from qlibero.sim.video import VideoWriter
+
+        key, self.assignment = assignment.key, assignment
+        self._drop_video()
+        started = time.perf_counter()
+        wanted = (key.suite, key.task, assignment.protocol)
+        if self.scene is None or (self.scene.suite, self.scene.task, self.scene.protocol) != wanted:
+            if self.scene is not None:
+                self.scene.close()
+                self.scene = None
+            self.scene = Scene(key.suite, key.task, resolution=self.resolution, protocol=assignment.protocol)
+        self.scene.render_s = 0.0
+        self.scene.reset(key.init, key.seed)
+        self.steps = 0
+        self.trajectory: list[np.ndarray] = []
+        self.busy_s = time.perf_counter() - started
+        if assignment.video is not None:
+            self.video = VideoWriter(assignment.video, self.resolution)
+        self._observed()
+
+    def _act(self, actions: np.ndarray) -> None:
+        scene, limit = self.scene, self.assignment.max_steps
+        actions = np.asarray(actions, dtype=np.float32)
+        if actions.ndim != 2 or actions.shape[1] != suites.ACTION_DIM or not len(actions):
+            raise ValueError(f"actions of shape {actions.shape}; expected (n, {suites.ACTION_DIM}), n > 0")
+        if not np.isfinite(actions).all():
+            raise ValueError("actions are not finite")
+        started, last = time.perf_counter(), min(len(actions), limit - self.steps) - 1
+        success = False
+        for index in range(last + 1):
+            needed = index == last and self.steps + 1 < limit
+            success = scene.step(actions[index], observe=self.video is not None or needed)
+            self.steps += 1
+            position = scene.eef_position().astype(np.float32)
+            self.trajectory.append(np.concatenate((actions[index], position)))
+            if self.video is not None:
+                self.video.add(scene.observation.image, scene.observation.wrist_image)
+            if success:
+                break
+        self.busy_s += time.perf_counter() - started
+        if not success and self.steps < limit:
+            self._observed(record=False)
+            return
+        if self.video is not None:
+            self.video.finish()
+            self.video = None
+        rows = np.stack(self.trajectory).astype(np.float32)
+        sim_ms, render_ms = self._times()
+        self.connection.send(("finished", success, self.steps, scene.fingerprint(), rows, sim_ms, render_ms))
+
+    def _observed(self, record: bool = True) -> None:
+        seen = self.scene.observation
+        self.image[...], self.wrist_image[...], self.state[...] = seen.image, seen.wrist_image, seen.state
+        if record and self.video is not None:
+            self.video.add(seen.image, seen.wrist_image)
+        self.connection.send(("observed", self.steps, *self._times(), self.scene.language))
+
+    def _times(self) -> tuple[float, float]:
+        render_ms = self.scene.render_s * 1e3
+        return self.busy_s * 1e3 - render_ms, render_ms
+
+    def _drop_video(self) -> None:
+        if self.video is not None:
+            self.video.discard()
+            self.video = None
+
+
+def main(arguments: list[str]) -> None:
+    """`worker PARENT_PID SOCKET_FD MEMORY_FD RESOLUTION`."""
+    parent, socket_fd, memory_fd, resolution = (int(argument) for argument in arguments)
+    die_with_parent(parent)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle; it closes the pool
+    memory = mmap.mmap(memory_fd, frame_bytes(resolution))
+    os.close(memory_fd)
+    Worker(Connection(socket_fd), memory, resolution).serve()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # scene closed; EGL's own exit handlers only print errors
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
