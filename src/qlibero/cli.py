@@ -36,10 +36,14 @@ class Incomplete(WorkFailed):
 def run(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
     from qlibero.experiment import run_experiment
+    from qlibero.launch.environment import enter_policy_environment, toolkit_warning
     from qlibero.progress import RunProgress
 
+    enter_policy_environment()
     experiment = load_experiment(args.config, args.set)
     with RunProgress(experiment) as progress:
+        if warning := toolkit_warning():
+            progress.say(warning)
         document = run_experiment(
             experiment, args.out, on_start=progress.start, on_episode=progress.episode, say=progress.say
         )
