@@ -1,0 +1,174 @@
+"""Starting and ending a mirror, the process that replays a run's ledger into a tracker while the run goes on.
+
+A tracker may hang, die or lose its network; an episode must not notice. So the launcher only ever starts a process and,
+at the end, waits for it for a bounded time. The launcher holds the write end of the mirror's standard input and never
+writes to it: end of file is how the mirror learns that the run is over, also when the launcher was killed. The mirror
+then drains what the ledger has and exits by itself. Whatever goes wrong, the ledger can be replayed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlibero.config.schema import Tracking
+
+TRACKERS = {"wandb": "qlibero.tracking.wandb_mirror", "trackio": "qlibero.tracking.trackio_mirror"}
+
+
+@dataclass
+class Mirror:
+    """One mirror process of one tracker."""
+
+    tracker: str
+    run_dir: Path
+    arguments: tuple[str, ...]
+    process: subprocess.Popen | None = field(default=None, repr=False)
+    problem: str | None = None
+
+    def end(self) -> None:
+        """Tell the mirror that the run is over; returns at once."""
+        if self.process is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+
+    def finish(self, timeout_s: float = 60.0) -> dict:
+        """Tell the mirror that the run is over and wait at most `timeout_s` seconds for it.
+
+        A mirror that was killed is started once more to replay the ledger; one that does not end in time is killed.
+        Never raises. Returns {"tracker", "complete", "mode", "rows": {arm: n}, "problem": str | None, "again": command}.
+        """
+        deadline = time.monotonic() + timeout_s
+        self.end()
+        status = _wait(self.process, deadline)
+        if status is not None and status < 0:
+            _spawn(self)  # it was killed on the way: one more replay, from row 0
+            self.end()
+            status = _wait(self.process, deadline)
+        state = read_state(self.run_dir, self.tracker)
+        problem = self.problem
+        if status is None and self.process is not None:
+            _kill(self.process)
+            problem = f"did not end within {timeout_s:g} s and was stopped"
+        elif status:
+            problem = f"ended with status {status}, see {log_path(self.run_dir, self.tracker)}"
+        return {
+            "tracker": self.tracker,
+            "complete": status == 0,
+            "mode": state.get("mode"),
+            "rows": state.get("rows", {}),
+            "problem": problem,
+            "again": f"{Path(sys.executable).name} -m {TRACKERS[self.tracker]} {self.run_dir}",
+        }
+
+
+@dataclass(frozen=True)
+class Mirrors:
+    """The mirrors of one run; none when tracking is disabled."""
+
+    mirrors: tuple[Mirror, ...]
+
+    def finish(self, timeout_s: float = 60.0) -> list[dict]:
+        """End all of them, `timeout_s` seconds at most in total; what each says (see `Mirror.finish`). Never raises."""
+        deadline = time.monotonic() + timeout_s
+        for mirror in self.mirrors:
+            mirror.end()
+        return [mirror.finish(max(0.5, deadline - time.monotonic())) for mirror in self.mirrors]
+
+
+def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
+    """Start a mirror process for every tracker of `tracking`. Takes milliseconds and never raises.
+
+    Call it when `run_dir` exists and holds experiment.yaml, in the one process that owns the run directory (the shards
+    of a sweep have none; the merge that follows them does).
+    """
+    if tracking.mode == "disabled":
+        return Mirrors(())
+    mirrors = []
+    for tracker in tracking.trackers:
+        arguments = ["--mode", tracking.mode] if tracker == "wandb" else []
+        arguments += ["--project", tracking.project]
+        if tracker == "wandb" and tracking.entity:
+            arguments += ["--entity", tracking.entity]
+        mirror = Mirror(tracker, Path(run_dir), tuple(arguments))
+        _spawn(mirror)
+        mirrors.append(mirror)
+    return Mirrors(tuple(mirrors))
+
+
+def _spawn(mirror: Mirror) -> None:
+    mirror.process = None
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", TRACKERS[mirror.tracker], str(mirror.run_dir), "--follow", *mirror.arguments]
+    try:
+        with open(log_path(mirror.run_dir, mirror.tracker), "ab") as log:
+            # Its own session: Ctrl-C in the terminal ends the run, and the mirror still gets to drain.
+            mirror.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+    except OSError as error:
+        mirror.problem = f"could not be started: {error}"
+
+
+def _wait(process: subprocess.Popen | None, deadline: float) -> int | None:
+    if process is None:
+        return None
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill the mirror and what it started: wandb's service lives in a session of its own."""
+    for child in children(process.pid):
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the living direct children of `pid`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[1] == str(pid) and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def log_path(run_dir: Path, tracker: str) -> Path:
+    """Where the mirror's own output goes."""
+    return Path(run_dir) / f"{tracker}-mirror.log"
+
+
+def state_path(run_dir: Path, tracker: str) -> Path:
+    return Path(run_dir) / f"{tracker}-mirror.json"
+
+
+def read_state(run_dir: Path, tracker: str) -> dict:
+    """What the mirror last said about itself: {"mode", "rows": {arm: n}, "problem"}; empty when it said nothing."""
+    try:
+        return json.loads(state_path(run_dir, tracker).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_state(run_dir: Path, tracker: str, state: dict) -> None:
+    path = state_path(run_dir, tracker)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(state, indent=1))
+    os.replace(temporary, path)

@@ -1,0 +1,229 @@
+"""Replaying a run's ledger into a tracker while the run goes on, or after it.
+
+What every tracker shows is decided here; the trackers only know how to log. The rows of an arm have a fixed order,
+written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows it
+holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. A note of what *was* logged
+would not do: a mirror killed between the two loses or doubles a row.
+
+Only finished episodes have rows. Errors are tried again by the next run, and a row cannot be taken back from a
+tracker; they are counted in the summary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from qlibero.results.ledger import ArmLedger, arms_of, read_arm
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import video_path
+from qlibero.results.statistics import wilson
+from qlibero.results.summary import counts, summarize_arm
+from qlibero.tracking.mirror import children
+
+POLL_S = 2.0  # how often a live mirror looks for new rows
+
+
+class TrackerRun(Protocol):
+    """One arm of one experiment in a tracker. `have`: how many rows, from row 0, it held when it was opened."""
+
+    have: int
+
+    def log(self, row: dict, step: int) -> None: ...
+    def log_video(self, key: str, path: Path, row: dict, step: int) -> None: ...
+    def summarize(self, summary: dict) -> None: ...
+    def finish(self, rows: int) -> None: ...
+
+
+class Order:
+    """The arm's rows in the order a tracker gets them: an episode key per line, or a video's path in the run directory."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        os.ftruncate(self._file, end)  # an entry that was cut was not logged either
+        self.entries = data[:end].decode().splitlines()
+
+    def append(self, entry: str) -> None:
+        os.write(self._file, entry.encode() + b"\n")
+        os.fsync(self._file)
+        self.entries.append(entry)
+
+
+class ArmReplay:
+    """One arm's rows on their way from the ledger into a tracker run."""
+
+    def __init__(self, run_dir: Path, arm: str, tracker: str, open_run: Callable[[str, ArmLedger], TrackerRun]):
+        self.run_dir, self.arm, self.tracker, self.open_run = run_dir, arm, tracker, open_run
+        self.run: TrackerRun | None = None
+        self.order: Order | None = None
+        self.rows = self.wins = self.finished = self.size = 0
+
+    def catch_up(self, last: bool = False) -> None:
+        """Log what is new. On the `last` call also the videos and the summary."""
+        size = sum(path.stat().st_size for path in (self.run_dir / self.arm).glob("episodes-*.jsonl"))
+        if size == self.size and not last:
+            return
+        self.size = size
+        ledger = read_arm(self.run_dir, self.arm)
+        records = {str(record.key): record for record in ledger.records if record.outcome != "error"}
+        videos = {name: record for record in records.values() if (name := self._video(record))} if last else {}
+        if self.run is None:
+            if not records:
+                return
+            self.run = self.open_run(self.arm, ledger)
+            self.order = Order(self.run_dir / self.arm / self.tracker / "order")
+            self.numbers: dict[str, int] = {}
+        known = set(self.order.entries)
+        for entry in (*records, *videos):
+            if entry not in known:
+                self.order.append(entry)
+        while self.rows < len(self.order.entries):
+            self._log(self.order.entries[self.rows], self.rows, records)
+            self.rows += 1
+        if last:
+            self.run.summarize(arm_summary(ledger))
+
+    def _log(self, entry: str, step: int, records: dict[str, EpisodeRecord]) -> None:
+        if record := records.get(entry):
+            self.finished += 1
+            self.wins += record.succeeded
+            self.numbers[entry] = self.finished
+            if step >= self.run.have:
+                self.run.log(episode_row(record, self.finished, self.wins), step)
+        elif step >= self.run.have and (path := self.run_dir / entry).suffix == ".mp4" and path.is_file():
+            record = next(record for record in records.values() if self._video(record) == entry)
+            row = {"episode": self.numbers[str(record.key)]}
+            self.run.log_video(f"rollout/task{record.task}/{record.outcome}", path, row, step)
+
+    def _video(self, record: EpisodeRecord) -> str | None:
+        path = video_path(self.run_dir, record)
+        return str(path.relative_to(self.run_dir)) if path.is_file() else None
+
+    def finish(self) -> None:
+        if self.run is not None:
+            self.run.finish(self.rows)
+
+
+def replay(
+    run_dir: Path,
+    tracker: str,
+    open_run: Callable[[str, ArmLedger], TrackerRun],
+    report: Callable[[dict[str, int]], None],
+    *,
+    arms: Sequence[str] | None = None,
+    over: threading.Event | None = None,
+) -> None:
+    """Replay the arms of `run_dir` (all when None) until `over` is set, then drain; at once when `over` is None.
+
+    `report({arm: finished episodes})` is called after each look at the ledger.
+    """
+    replays: dict[str, ArmReplay] = {}
+    last = False
+    while not last:
+        last = over is None or over.wait(POLL_S)
+        for arm in arms or arms_of(run_dir):
+            if arm not in replays:
+                replays[arm] = ArmReplay(run_dir, arm, tracker, open_run)
+            replays[arm].catch_up(last)
+        if not last:
+            report({arm: one.finished for arm, one in replays.items()})
+    for one in replays.values():
+        one.finish()
+    report({arm: one.finished for arm, one in replays.items()})
+
+
+def until_launcher_ends(drain_limit_s: float) -> threading.Event:
+    """An event that is set when standard input ends, which is when the launcher has finished or died.
+
+    From then on this process has `drain_limit_s` seconds; after that it ends itself and its children, so that nothing
+    is left behind by a tracker that hangs.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        over.set()
+        threading.Event().wait(drain_limit_s)
+        print(f"still not drained {drain_limit_s:g} s after the end of the run: giving up", file=sys.stderr, flush=True)
+        end_children()
+        os._exit(4)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return over
+
+
+def end_children() -> None:
+    """Kill what this process has started (a tracker's service process)."""
+    for child in children(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+
+
+def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
+    """A finished episode as a flat row of numbers and short texts.
+
+    `number` counts the arm's finished episodes from 1 (the x axis), `wins` the successes among them, this one included.
+    """
+    low, high = wilson(wins, number)
+    row = {
+        "episode": number,
+        "key": str(record.key),
+        "suite": record.suite,
+        "task": record.task,
+        "init": record.init,
+        "seed": record.seed,
+        "outcome": record.outcome,
+        "success": int(record.succeeded),
+        "success_rate": wins / number,
+        "success_rate_low95": low,
+        "success_rate_high95": high,
+        "steps": record.steps,
+        "replans": record.replans,
+        "time/sim_s": round(record.sim_ms / 1e3, 3),
+        "time/render_s": round(record.render_ms / 1e3, 3),
+    }
+    timed = sorted(record.policy_ms[record.warmup_calls :])
+    if timed:
+        row["latency_ms/episode_median"] = timed[len(timed) // 2]
+    for name in ("path_length_m", "jerk", "gripper_flips"):
+        if getattr(record, name) is not None:
+            row[f"quality/{name}"] = getattr(record, name)
+    return row
+
+
+def arm_summary(ledger: ArmLedger) -> dict:
+    """What a runs table compares: success with its Wilson interval, latency percentiles in ms, kernels, per-task counts."""
+    numbers = summarize_arm(ledger.records)
+    summary = {"arm": ledger.arm} | {name: numbers[name] for name in ("successes", "episodes", "errors")}
+    if numbers["episodes"]:
+        low, high = numbers["wilson95"]
+        rate = numbers["successes"] / numbers["episodes"]
+        summary |= {"success_rate": rate, "success_rate_low95": low, "success_rate_high95": high}
+    for percentile, ms in (numbers["latency_ms"] or {}).items():
+        summary[f"latency_ms/{percentile}"] = ms
+    for task in sorted({record.task for record in ledger.records}):
+        k, n, _ = counts(record for record in ledger.records if record.task == task)
+        summary |= {f"task/{task}/successes": k, f"task/{task}/episodes": n}
+    for kernel, layers in sorted(kernel_counts(ledger.meta).items()):
+        summary[f"kernels/{kernel}"] = layers
+    return summary
+
+
+def kernel_counts(meta: dict) -> dict[str, int]:
+    """How many layers each kernel serves, from the verdict table in the arm's meta.json."""
+    counts: dict[str, int] = {}
+    for verdict in (meta.get("kernels") or {}).values():
+        name = verdict["kernel"] if isinstance(verdict, dict) else str(verdict)
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
