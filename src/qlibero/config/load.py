@@ -17,10 +17,18 @@ import yaml
 from pydantic import ValidationError
 
 from qlibero.config.fork_variables import fork_overrides
-from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment
+from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment, Misplaced
 from qlibero.config.yaml_source import CoreLoader, Location, Mark, Problem, Source, display, parse, put, read
 from qlibero.errors import UserError
 
+PLAIN_WORDS = {
+    "int_type": "should be a whole number", "int_parsing": "should be a whole number", "int_from_float": "should be a whole number",
+    "float_type": "should be a number", "string_type": "should be a text", "tuple_type": "should be a list",
+    "dict_type": "should be `key: value` lines", "model_type": "should be `key: value` lines",
+    "model_attributes_type": "should be `key: value` lines", "dataclass_type": "should be `key: value` lines",
+    "bool_parsing": "should be true or false", "bool_type": "should be true or false", "path_type": "should be a path",
+    "string_pattern_mismatch": "does not look right", "finite_number": "should be a finite number",
+}  # fmt: skip
 PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")   # every Path of the schema; a test compares
 
 
@@ -167,30 +175,36 @@ def _check_backends(source: Source) -> None:
 def explain(error: ValidationError, source: Source, schema: dict[str, Any]) -> list[Problem]:
     """pydantic's errors as `file:line:col: key: what (got …); did you mean …?`, the branches of a union in one line."""
     told: dict[Location, list[str]] = {}
-    hints: dict[Location, str] = {}
+    tails: dict[Location, str] = {}
     for item in error.errors():
-        location, missing = _walk(source.data, item["loc"])
-        cause = item.get("ctx", {}).get("error")
-        location = (*location, *getattr(cause, "path", ()))
-        what, kind = item["msg"].removeprefix("Value error, ").removeprefix("Input "), item["type"]
+        location, beyond = _walk(source.data, item["loc"])
+        kind, context = item["type"], item.get("ctx", {})
+        location = (*location, *getattr(context.get("error"), "path", ()))
+        got, hint = f" (got {_short(item['input'])})", ""
         if kind == "missing":
-            location = (*location, *missing[-1:])
-            what = "is missing" + (f": {text}" if (text := _property(schema, location).get("description")) else "")
+            location = (*location, *beyond[-1:])
+            about = _property(schema, location).get("description")
+            what, got = "is missing" + (f": {about}" if about else ""), ""
         elif kind == "extra_forbidden":
-            what = "unknown key"
-            hints[location] = _did_you_mean(str(location[-1]), _keys_at(schema, location[:-1]))
-        elif kind in ("literal_error", "union_tag_invalid"):
-            expected = [word.strip("' ") for word in str(item["ctx"].get("expected") or item["ctx"].get("expected_tags")).replace(" or ", ",").split(",")]
-            hints[location] = _did_you_mean(str(item["input"] if kind == "literal_error" else item["ctx"].get("tag")), expected)
+            what, got, hint = "unknown key", "", _did_you_mean(str(location[-1]), _keys_at(schema, location[:-1]))
         elif kind == "union_tag_not_found":
-            what = "say which type: pi05 or remote"
-        if cause is None and kind not in ("missing", "extra_forbidden", "union_tag_not_found"):
-            what += f" (got {_short(item['input'])})" if len(told.get(location, ())) == 0 else ""
+            what, got = "say which type: pi05 or remote", ""
+        elif kind == "union_tag_invalid":
+            what, got = f"type should be {context['expected_tags'].replace(', ', ' or ')}", f" (got {context['tag']!r})"
+            hint = _did_you_mean(context["tag"], context["expected_tags"].replace("'", "").split(", "))
+        else:
+            what = PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, ").removeprefix("Input "))
+            got = "" if isinstance(context.get("error"), Misplaced) else got
+            if kind == "literal_error":
+                hint = _did_you_mean(item["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
         told.setdefault(location, []).append(what)
-    return [
-        Problem(_mark_of(source, at), f"{_dotted(at) + ': ' if at else ''}{', or '.join(dict.fromkeys(what))}{hints.get(at, '')}")
-        for at, what in told.items()
-    ]
+        tails[location] = got + (hint or tails.get(location, "").partition(")")[2])
+    problems = []
+    for at, what in told.items():
+        first, *others = dict.fromkeys(what)
+        text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
+        problems.append(Problem(_mark_of(source, at), f"{_dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
+    return problems
 
 
 def _walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
@@ -232,8 +246,8 @@ def _property(schema: dict[str, Any], location: Location) -> dict[str, Any]:
                  if location[-1] in n.get("properties", {})), {})  # fmt: skip
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = get_close_matches(word, list(known), n=1)
+def _did_you_mean(word: Any, known: Iterable[str]) -> str:
+    close = get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

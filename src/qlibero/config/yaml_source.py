@@ -218,8 +218,8 @@ class _Converter:
                 first[key_node.value] = key_node
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
-            if first.get(key) is key_node:
+            if any(key_node is known for known in first.values()):
+                key = key_node.value
                 self.source.marks[(*at, key)] = self.mark(key_node)
                 result[key] = self.convert(value_node, (*at, key), inside)
         for other in merged_in:   # a mapping's own keys win, then the first merged in
