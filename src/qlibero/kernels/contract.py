@@ -175,6 +175,8 @@ class Kernel:
 
     name: str
     real = True  # False: a reference or simulation that saves neither memory nor time
+    package: str | None = None  # the extra package whose version a verdict depends on
+    rounds_to: torch.dtype | None = None  # for a kernel that cannot give its accumulator, only an output in this dtype
 
     def supports(self, shape: GemmShape) -> Support:
         """Whether this machine and this shape will do; must not raise."""

@@ -98,6 +98,7 @@ def _reuse(name: str, dtype: torch.dtype, size: int) -> Tensor:
     """A scratch of at least `size` elements, kept between calls, one per thread."""
     buffer = getattr(_scratch, name, None)
     if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # an inference tensor could not be written by a later call outside that mode
+            buffer = torch.empty(size, dtype=dtype)
         setattr(_scratch, name, buffer)
     return buffer[:size]

@@ -1,0 +1,234 @@
+"""One kernel, one layer's shape: is every integer right, at every number of tokens the run will use?
+
+Tolerances prove nothing here: a kernel that ignores a column, unpacks one nibble order wrong or quietly multiplies in
+bf16 is within tolerance on random data. So every comparison is for equality with `int_ref`, on data chosen to break:
+
+* every weight code read back by one-hot tokens, compared with what was packed (this does not even need the reference);
+* tokens of random codes, all +127, all -127, alternating, zero, a single outlier, and captured ones where there are any;
+* weights of random codes and of the extremes, no two neighbouring rows alike;
+* the epilogue with real scales, with and without bias, in fp32 and in bf16: the same bits as the contract's;
+* off-grid activations: quantized here, they must come back as the quantized answer, which is not the float one.
+
+On CUDA the allocator's memory is poisoned with NaN before each call, so an element that a kernel does not write shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlibero.kernels.contract import (
+    GemmShape,
+    Kernel,
+    PackedWeight,
+    activation_limit,
+    epilogue,
+    quantize_activations,
+    quantize_weights,
+    weight_range,
+)
+from qlibero.kernels.diagnoses import diagnose_shape, explain
+from qlibero.kernels.int_ref import IntRef
+
+READ_BACK_PRODUCTS = {"cpu": 1 << 32, "cuda": 1 << 42}  # beyond this only a sample of the columns is read back
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a trial found; `reason` says what was proven, or what was wrong and where."""
+
+    ok: bool
+    reason: str
+
+
+class _Wrong(Exception):
+    """A comparison failed; the message is the finding."""
+
+
+def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], captured: Tensor | None = None, seed: int = 0) -> Finding:
+    """Try `kernel` on `shape` at each M in `tokens`. captured: int8 codes (M, K) of a real run. Never raises."""
+    support = kernel.supports(shape)
+    if not support.ok:
+        return Finding(False, support.reason)
+    if kernel.real and shape.weight_bits <= 4 and (unfit := diagnose_shape(shape.n, shape.k)):
+        return Finding(False, unfit)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.inference_mode():
+            read = _read_back(kernel, shape, generator)
+            for extreme in (False, True):
+                codes = _weight_codes(shape, generator, extreme).to(shape.device)
+                packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
+                reference = IntRef().pack(codes, shape.weight_bits, shape.group_size)
+                for m in tokens:
+                    for x in _token_codes(m, shape, generator):
+                        _compare_integers(kernel, x.to(shape.device), packed, reference, f"M={m}")
+                    _compare_outputs(kernel, m, packed, reference, shape, generator)
+                if captured is not None:
+                    _compare_integers(kernel, captured.to(shape.device), packed, reference, "captured activations")
+    except _Wrong as wrong:
+        return Finding(False, str(wrong))
+    except Exception as error:  # a kernel may die in any way; a verdict names it, the user decides
+        return Finding(False, explain(error))
+    return Finding(True, f"exact at M = {', '.join(map(str, tokens))}; {read}; {support.reason}")
+
+
+def try_layer(layer: nn.Module, x: Tensor) -> Finding:
+    """A whole quantized linear on real input: did int8 activations really decide its output?
+
+    layer: anything with `prepare(x)` → .codes (M, K), .scales (M,); `.packed`, `.scales`, `.bias`, `.kernel` and a
+    forward; x (..., K). Its own codes, multiplied as integers, must reproduce its output; and that output must differ
+    from the same layer's on the off-grid remainder alone, which a layer that skips quantization would let through.
+    """
+    prepared = layer.prepare(x)
+    codes = _one_hot_codes(layer.kernel, layer.packed, torch.arange(layer.packed.k), x.device)
+    reference = IntRef().pack(codes, layer.packed.weight_bits, layer.packed.group_size)
+    acc = IntRef().accumulate(prepared.codes, reference)
+    expected = epilogue(acc, prepared.scales, layer.scales, layer.bias).to(x.dtype)
+    found = layer(x).reshape(expected.shape)
+    rounds = layer.kernel.rounds_to
+    if not (torch.equal(found, expected) if rounds is None else _within_one_ulp(found, expected, rounds)):
+        worst = (found.float() - expected.float()).abs().max().item()
+        return Finding(False, f"int8 activations are not what decides this layer's output: largest difference {worst:.3g}")
+    return Finding(True, f"consumes int8 activations ({prepared.codes.shape[0]} tokens)")
+
+
+def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> str:
+    codes = _weight_codes(shape, generator, extreme=False)
+    packed = kernel.pack(codes.to(shape.device), shape.weight_bits, shape.group_size)
+    wanted = max(1, min(shape.k, READ_BACK_PRODUCTS[shape.device] // (shape.k * shape.n)))
+    columns = torch.randperm(shape.k, generator=generator)[:wanted].sort().values if wanted < shape.k else torch.arange(shape.k)
+    found = _one_hot_codes(kernel, packed, columns, shape.device).cpu()
+    wrong = (found != codes[:, columns]).nonzero()
+    if len(wrong):
+        n, c = wrong[0].tolist()
+        raise _Wrong(
+            f"{len(wrong)} of {found.numel()} weight codes do not read back (first: row {n}, column {int(columns[c])}: packed "
+            f"{int(codes[n, columns[c]])}, read {float(found[n, c]):g})" + (_constant(found, dim=0) and ", all rows are alike" or "")
+        )
+    return "every weight code read back" if wanted == shape.k else f"{wanted} of {shape.k} weight columns read back"
+
+
+def _one_hot_codes(kernel: Kernel, packed: PackedWeight, columns: Tensor, device: str | torch.device) -> Tensor:
+    """The weight codes (N, len(columns)) as the kernel itself sees them: one one-hot token per column."""
+    chunk = 2048 if torch.device(device).type == "cuda" else 256
+    parts = []
+    for part in columns.split(chunk):
+        x = torch.zeros((len(part), packed.k), dtype=torch.int8)
+        x[torch.arange(len(part)), part] = 1
+        parts.append(_unscaled(kernel, x.to(device), packed).t())
+    return torch.cat(parts, dim=1)
+
+
+def _unscaled(kernel: Kernel, x: Tensor, packed: PackedWeight) -> Tensor:
+    """`matmul` with unit scales, summed over K-groups: the accumulator by the way that a run takes."""
+    ones = torch.ones(x.shape[0], device=x.device)
+    groups = () if packed.group_size is None else (packed.k // packed.group_size,)
+    _poison(x.shape[0] * packed.n, x.device)
+    return kernel.matmul(x, ones, packed, torch.ones((packed.n, *groups), device=x.device), None, kernel.rounds_to or torch.float32)
+
+
+def _compare_integers(kernel: Kernel, x: Tensor, packed: PackedWeight, reference: PackedWeight, where: str) -> None:
+    expected = IntRef().accumulate(x, reference)
+    if kernel.rounds_to is None:
+        _poison(x.shape[0] * packed.n, x.device)
+        found = kernel.accumulate(x, packed)
+        if found.shape != expected.shape or not torch.equal(found.double(), expected.double()):
+            raise _Wrong(_describe(found, expected, where))
+    total = expected if packed.group_size is None else expected.sum(0)
+    found, total = _unscaled(kernel, x, packed), total.float().to(kernel.rounds_to or torch.float32)
+    if not torch.equal(found, total):
+        raise _Wrong(_describe(found, total, f"{where}, as a run calls it"))
+
+
+def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape, generator: torch.Generator) -> None:
+    """The epilogue, on off-grid activations: their quantized answer, bit for bit, and not their float one."""
+    x = torch.randn((m, shape.k), generator=generator).to(shape.device)
+    codes_x, s_x = quantize_activations(x, shape.activation_bits)
+    groups = () if shape.group_size is None else (shape.k // shape.group_size,)
+    s_w = (torch.rand((shape.n, *groups), generator=generator) + 0.5).bfloat16().float().to(shape.device)
+    acc = IntRef().accumulate(codes_x, reference)
+    for bias in (None, torch.randn(shape.n, generator=generator).to(shape.device)):
+        for dtype in (torch.float32, torch.bfloat16) if kernel.rounds_to is None else (kernel.rounds_to,):
+            expected = epilogue(acc, s_x, s_w, bias).to(dtype)
+            _poison(expected.numel(), x.device)
+            found = kernel.matmul(codes_x, s_x, packed, s_w, bias, dtype)
+            same = torch.equal if kernel.rounds_to is None else lambda a, b: _within_one_ulp(a, b, kernel.rounds_to)
+            if not same(found, expected):
+                raise _Wrong(_describe(found, expected, f"M={m}, scales{' and bias' if bias is not None else ''}, {dtype}"))
+
+
+def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[Tensor]:
+    """As many (M, K) inputs as it takes for every kind of row to occur."""
+    limit, k = activation_limit(shape.activation_bits), shape.k
+
+    def outlier() -> Tensor:
+        row = torch.zeros(k, dtype=torch.int8)
+        row[int(torch.randint(k, (1,), generator=generator))] = limit
+        return row
+
+    kinds: tuple[Callable[[], Tensor], ...] = (
+        lambda: torch.randint(-limit, limit + 1, (k,), generator=generator, dtype=torch.int8),
+        lambda: torch.full((k,), limit, dtype=torch.int8),
+        lambda: torch.full((k,), -limit, dtype=torch.int8),
+        lambda: (torch.arange(k) % 2 * 2 * limit - limit).to(torch.int8),
+        lambda: torch.zeros(k, dtype=torch.int8),
+        outlier,
+    )
+    if m >= len(kinds):
+        random = torch.randint(-limit, limit + 1, (m, k), generator=generator, dtype=torch.int8)
+        places = torch.randperm(m, generator=generator)[: len(kinds)].tolist()  # never always in the same tile
+        for place, kind in zip(places, kinds, strict=True):
+            random[place] = kind()
+        return [random]
+    rows = [kind() for kind in kinds]
+    return [torch.stack([rows[(start + i) % len(rows)] for i in range(m)]) for start in range(0, len(rows), m)]
+
+
+def _weight_codes(shape: GemmShape, generator: torch.Generator, extreme: bool) -> Tensor:
+    low, high = weight_range(shape.weight_bits)
+    if not extreme:
+        return torch.randint(low, high + 1, (shape.n, shape.k), generator=generator, dtype=torch.int8)
+    rows = torch.tensor([low, high, low + 1, high - 1, 0], dtype=torch.int8)  # neighbours differ, so a shifted row shows
+    return rows[torch.arange(shape.n) % len(rows)].unsqueeze(1).repeat(1, shape.k)
+
+
+def _poison(elements: int, device: torch.device) -> None:
+    """Leave NaN in the memory that the caching allocator will hand to the kernel's output."""
+    if device.type == "cuda":
+        torch.full((elements,), float("nan"), device=device)
+
+
+def _within_one_ulp(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    spacing = b.float().abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps
+    return bool(((a.float() - b.float()).abs() <= spacing).all())
+
+
+def _constant(x: Tensor, dim: int) -> bool:
+    return x.shape[dim] > 1 and bool((x == x.narrow(dim, 0, 1)).all())
+
+
+def _describe(found: Tensor, expected: Tensor, where: str) -> str:
+    if found.shape != expected.shape:
+        return f"{where}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    differ = found.double() != expected.double()
+    differ |= found.isnan() if found.is_floating_point() else False
+    first = differ.nonzero()[0].tolist()
+    hints = []
+    if found.dim() == 2 and _constant(found, dim=1):
+        hints.append("all output columns are alike")
+    if not torch.isfinite(found.double()).all():
+        hints.append("some outputs were never written or are not finite")
+    return (
+        f"{where}: {int(differ.sum())} of {differ.numel()} results wrong (first at {first}: {found[tuple(first)].item():g}, "
+        f"right is {expected[tuple(first)].item():g})" + "".join(f"; {hint}" for hint in hints)
+    )
+
+
+def quantized_weight(n: int, k: int, bits: int, group_size: int | None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A Gaussian layer's codes and scales, for timing and tests."""
+    generator = torch.Generator().manual_seed(seed)
+    return quantize_weights(torch.randn((n, k), generator=generator) / k**0.5, bits, group_size)

@@ -1,0 +1,261 @@
+"""The risk: a kernel that is wrong, or that skips the arithmetic it claims, and a court that does not notice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.kernels import court, load
+from qlibero.kernels.contract import GemmShape, PackedWeight, Support, epilogue, quantize_activations, quantize_weights
+from qlibero.kernels.diagnoses import diagnose, diagnose_shape, explain
+from qlibero.kernels.fake import Fake
+from qlibero.kernels.shapes import Layer, compact_layers, pi05_layers
+from qlibero.kernels.trial import try_kernel, try_layer
+
+SHAPE = GemmShape(48, 64)
+TOKENS = (1, 10, 33)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+class Liar(Fake):
+    """A kernel that claims to be real and is right, until a subclass says otherwise."""
+
+    name = "liar"
+    real = True
+
+
+class ColumnZeroEverywhere(Liar):
+    """What the first int4 kernel of this project's user did."""
+
+    def accumulate(self, codes_x, packed):
+        return super().accumulate(codes_x, packed)[..., :1].expand(codes_x.shape[0], packed.n)
+
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32):
+        return epilogue(self.accumulate(codes_x, packed), s_x, s_w, bias).to(out_dtype)
+
+
+class RightFromSixteenTokens(Liar):
+    """Drops the last row of weights' K tail when there are few tokens, as a tile without a mask would."""
+
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32):
+        if codes_x.shape[0] < 16:
+            codes_x = codes_x.clone()
+            codes_x[:, -1] = 0
+        return super().matmul(codes_x, s_x, packed, s_w, bias, out_dtype)
+
+
+class SilentlyW4A16(Liar):
+    """Never multiplies integers: turns the codes back into bf16 activations and weights."""
+
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32):
+        x = (codes_x * s_x.unsqueeze(1)).bfloat16()
+        y = x.float() @ (packed.codes * s_w.unsqueeze(1)).bfloat16().float().t()
+        return (y if bias is None else y + bias).to(out_dtype)
+
+
+class WrongEpilogueOrder(Liar):
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32):
+        y = self.accumulate(codes_x, packed) * s_w * s_x.unsqueeze(1)
+        return (y if bias is None else y + bias).to(out_dtype)
+
+
+class SwapsNibbles(Liar):
+    def pack(self, codes, weight_bits=4, group_size=None):
+        half = codes.shape[1] // 2
+        return super().pack(torch.cat([codes[:, half:], codes[:, :half]], dim=1), weight_bits, group_size)
+
+
+class LeavesOutputUnwritten(Liar):
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32):
+        y = super().matmul(codes_x, s_x, packed, s_w, bias, out_dtype)
+        y[-1, -1] = float("nan")
+        return y
+
+
+class RoundsTheAccumulator(Liar):
+    """Accumulates in fp32 and hands the sum on in bf16, as a code matmul with bf16 output would."""
+
+    def accumulate(self, codes_x, packed):
+        return super().accumulate(codes_x, packed).bfloat16().float()
+
+
+class Dies(Liar):
+    def matmul(self, *args, **kwargs):
+        try:
+            raise RuntimeError("error: identifier CU_TENSOR_MAP_SWIZZLE_128B is undefined")
+        except RuntimeError as cause:
+            raise AttributeError("'Matmul' object has no attribute 'torch_func'") from cause
+
+
+LIES = (ColumnZeroEverywhere, RightFromSixteenTokens, SilentlyW4A16, WrongEpilogueOrder, SwapsNibbles, LeavesOutputUnwritten,
+        RoundsTheAccumulator, Dies)  # fmt: skip
+
+
+def test_the_honest_kernel_passes():
+    finding = try_kernel(Liar(), SHAPE, TOKENS)
+    assert finding.ok, finding.reason
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_every_lie_is_caught(lie):
+    finding = try_kernel(lie(), SHAPE, TOKENS)
+    assert not finding.ok
+
+
+def test_a_kernel_right_only_for_many_tokens_is_caught_exactly_where_it_is_used_with_few():
+    assert not try_kernel(RightFromSixteenTokens(), SHAPE, (10,)).ok
+    # the read-back uses many tokens, so the reason must name the few
+    assert "M=10" in try_kernel(RightFromSixteenTokens(), SHAPE, (10,)).reason
+    assert try_kernel(RightFromSixteenTokens(), SHAPE, (16, 968)).ok
+
+
+def test_identical_columns_are_named_as_such():
+    class AfterReadBack(ColumnZeroEverywhere):
+        calls = 0
+
+        def matmul(self, *args, **kwargs):
+            type(self).calls += 1
+            kernel = Fake() if type(self).calls == 1 else super()
+            return kernel.matmul(*args, **kwargs)
+
+    assert "all output columns are alike" in try_kernel(AfterReadBack(), SHAPE, TOKENS).reason
+    assert "all rows are alike" in try_kernel(ColumnZeroEverywhere(), SHAPE, TOKENS).reason
+
+
+def test_captured_activations_are_tried():
+    class WrongOnThree(Liar):
+        def accumulate(self, codes_x, packed):
+            acc = super().accumulate(codes_x, packed)
+            return acc + (codes_x == 3).all(1, keepdim=True)
+
+    captured = torch.full((2, SHAPE.k), 3, dtype=torch.int8)
+    assert try_kernel(WrongOnThree(), SHAPE, TOKENS).ok
+    finding = try_kernel(WrongOnThree(), SHAPE, TOKENS, captured)
+    assert not finding.ok and "captured" in finding.reason
+
+
+class _Linear(nn.Module):
+    """The least that `try_layer` needs of a quantized linear."""
+
+    def __init__(self, kernel, skips_activation_quantization=False):
+        super().__init__()
+        w = torch.randn(SHAPE.n, SHAPE.k)
+        codes, self.scales = quantize_weights(w)
+        self.kernel, self.packed, self.bias = kernel, kernel.pack(codes), torch.randn(SHAPE.n)
+        self._float = (codes * self.scales.unsqueeze(1)) if skips_activation_quantization else None
+
+    def prepare(self, x):
+        class Prepared:
+            codes, scales = quantize_activations(x.reshape(-1, x.shape[-1]))
+
+        return Prepared
+
+    def forward(self, x):
+        if self._float is not None:
+            return x @ self._float.t() + self.bias
+        p = self.prepare(x)
+        return self.kernel.matmul(p.codes, p.scales, self.packed, self.scales, self.bias).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("backend", ["fake", "cpu_int4"])
+def test_a_layer_that_skips_activation_quantization_is_caught(backend):
+    x = torch.randn(2, 5, SHAPE.k)
+    assert try_layer(_Linear(load(backend)), x).ok
+    finding = try_layer(_Linear(load(backend), skips_activation_quantization=True), x)
+    assert not finding.ok and "int8 activations" in finding.reason
+
+
+# ------------------------------------------------------------------------------------------------------- verdicts
+LAYERS = [Layer("a", SHAPE, (10,)), Layer("b", SHAPE, (10,)), Layer("c", GemmShape(16, 128), (1, 7))]
+
+
+@pytest.fixture
+def lying(monkeypatch):
+    monkeypatch.setitem(court.BACKENDS, "liar", f"{__name__}:{ColumnZeroEverywhere.__name__}")
+    monkeypatch.setattr(court, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
+
+
+def test_refuse_is_the_default_and_names_layers_reason_and_cure(lying):
+    verdicts = court.check(LAYERS, "liar")
+    assert [v.verdict for v in verdicts] == ["refuse"] * 3 and all(v.executed is None for v in verdicts)
+    with pytest.raises(GuardRefusal, match="refused in 3 of 3 layers") as refusal:
+        court.enforce(verdicts)
+    assert "do not read back" in str(refusal.value) and "on_failure: fallback" in str(refusal.value)
+
+
+def test_a_fallback_says_to_what_and_why(lying):
+    verdicts = court.check(LAYERS, "liar", on_failure="fallback")
+    court.enforce(verdicts)
+    assert {v.verdict for v in verdicts} == {"fall back to cpu_int4"} and {v.executed for v in verdicts} == {"cpu_int4"}
+    assert all("read back" in v.reason and v.requested == "liar" for v in verdicts)
+    json.dumps([v.to_json() for v in verdicts])
+
+
+def test_auto_takes_a_real_kernel_that_passes_and_never_one_that_lies(lying):
+    verdicts = court.check(LAYERS, "auto")
+    assert {v.executed for v in verdicts} <= {"cpu_int4", "w8a8"} and "auto: fastest" in verdicts[0].reason
+
+
+def test_auto_refuses_when_nothing_real_passes(monkeypatch):
+    monkeypatch.setattr(court, "BACKENDS", {"fake": "", "liar": ""})
+    monkeypatch.setattr(court, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
+    with pytest.raises(GuardRefusal, match="no real kernel passes"):
+        court.check(LAYERS, "auto")
+
+
+def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch):
+    assert not court.check(LAYERS, "cpu_int4")[0].cached
+    assert court.check(LAYERS, "cpu_int4")[0].cached
+    assert court.standing("cpu_int4").startswith("passed 2 shapes on")
+    monkeypatch.setattr(court, "_source_hash", lambda: "another source")
+    assert not court.check(LAYERS, "cpu_int4")[0].cached
+    monkeypatch.setattr(court.torch, "__version__", "9.9")
+    assert not court.check(LAYERS, "cpu_int4")[0].cached
+
+
+def test_failures_are_not_remembered(lying):
+    court.check(LAYERS, "liar")
+    assert court.check(LAYERS, "liar")[0].cached is False and court.standing("humming") == "unproven"
+
+
+def test_what_a_machine_lacks_is_a_verdict_not_a_crash():
+    for backend in ("triton_w4a8", "humming", "bitblas"):
+        for verdict in court.check(pi05_layers()[:1], backend):
+            assert verdict.verdict == "refuse" and verdict.reason
+
+
+def test_unknown_names_are_the_users_error():
+    with pytest.raises(UserError, match="unknown backend 'int5'"):
+        court.check(LAYERS, "int5")
+    with pytest.raises(UserError, match="refuse or fallback"):
+        court.check(LAYERS, "fake", on_failure="ignore")
+
+
+def test_the_court_passes_every_compact_shape_on_this_machine():
+    for backend in ("fake", "cpu_int4"):
+        verdicts = court.check([layer for layer in compact_layers() if layer.name.startswith(("XS", "M"))], backend)
+        assert {v.verdict for v in verdicts} == {"pass"}, court.table(verdicts)
+
+
+# ------------------------------------------------------------------------------------------------------ diagnoses
+def test_the_header_mismatch_is_explained_even_behind_the_error_that_hides_it():
+    assert "CUDA headers of two versions" in diagnose("error: identifier CU_TENSOR_MAP_SWIZZLE_128B is undefined")
+    finding = try_kernel(Dies(), SHAPE, TOKENS)
+    assert "torch_func" in finding.reason and "swallowed a failed build" in finding.reason
+    assert "one CUDA toolkit of 12 or newer" in explain(RuntimeError("CU_TENSOR_MAP_SWIZZLE_128B is undefined"))
+    assert diagnose("something else") is None
+
+
+def test_a_k_that_is_not_a_multiple_of_eight_is_explained():
+    assert diagnose_shape(64, 64) is None
+    assert "every output column is identical" in diagnose_shape(64, 4) and "multiple of 8" in diagnose_shape(64, 100)
+    finding = try_kernel(Liar(), GemmShape(64, 4), (4,))
+    assert not finding.ok and "K = 4 is not a multiple of 8" in finding.reason
