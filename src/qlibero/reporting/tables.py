@@ -1,0 +1,79 @@
+"""The comparison as a table to paste: Markdown and LaTeX, with the counts, because percentages alone cannot be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlibero.results.phrases import points
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory` in bytes."""
+
+    label: str
+    summary: dict
+    comparison: dict | None
+    memory: int | None
+
+
+HEAD = ("arm", "success", "95 % CI", "Δ (pp)", "95 % CI", "broken / repaired", "verdict", "p50 (ms)", "weights (MB)")
+
+
+def cells(row: Row) -> list[str]:
+    s, c = row.summary, row.comparison
+    errors = f", {s['errors']} err." if s["errors"] else ""
+    paired = ["reference", "", "", ""]
+    if c is not None:
+        paired = ["", "", "0 pairs", c["verdict"]]
+        if c["pairs"]:
+            low, high = c["tango95"]
+            flips = f"{c['broken']} / {c['repaired']} of {c['pairs']}"
+            paired = [points(c["delta"]), f"[{points(low)}, {points(high)}]", flips, c["verdict"]]
+    wilson = s["wilson95"]
+    return [
+        row.label,
+        f"{s['successes']}/{s['episodes']}{errors}",
+        f"[{100 * wilson[0]:.1f}, {100 * wilson[1]:.1f}]" if wilson else "",
+        *paired,
+        f"{s['latency_ms']['p50']:.1f}" if s["latency_ms"] else "",
+        f"{row.memory / 1e6:.1f}" if row.memory else "",
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    def line(values) -> str:
+        return "| " + " | ".join(str(v).replace("|", "\\|").replace("\n", " ") for v in values) + " |"
+
+    align = ["---"] + ["---:"] * (len(HEAD) - 1)
+    return "\n".join([line(HEAD), line(align), *(line(cells(row)) for row in rows)])
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$", "−": "$-$", "×": r"$\times$", "µ": r"$\mu$",
+}  # fmt: skip
+
+
+def latex(rows: Sequence[Row], caption: str) -> str:
+    """A booktabs table."""
+
+    def line(values) -> str:
+        return " & ".join("".join(LATEX.get(c, c) for c in str(v)) for v in values) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\begin{{tabular}}{{l{'r' * (len(HEAD) - 1)}}}",
+            r"\toprule",
+            line(HEAD),
+            r"\midrule",
+            *(line(cells(row)) for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            rf"\caption{{{''.join(LATEX.get(c, c) for c in caption)}}}",
+            r"\end{table}",
+        ]
+    )

@@ -1,0 +1,207 @@
+"""The end of a run and a comparison as tables for a terminal; the same text, wide enough, when nobody is at one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qlibero.results.compare import compare
+from qlibero.results.phrases import margin_text, p_text, percent, points, speed_text
+from qlibero.results.runs import RunResults, read_run, video_path
+from qlibero.results.statistics import wilson
+from qlibero.results.summary import counts, summarize_arm
+
+PLAIN_WIDTH = 160
+COLOURS = {"non-inferior": "green", "inferior": "red", "inconclusive": "yellow"}
+QUALITY = {"steps_to_success": "steps to success", "path_length_m": "path (m)", "gripper_flips": "gripper flips", "jerk": "jerk (m/s³)"}
+
+
+def console() -> Console:
+    """stderr; a log file gets 160 columns and no colour codes."""
+    found = Console(stderr=True, highlight=False)
+    return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
+
+
+def print_run(run_dir: Path | str, to: Console | None = None, reference: str = "baseline", margin: float = 0.02) -> None:
+    """What a finished (or interrupted) run shows: success, flips, latency, simulator time, and where things lie."""
+    run, to = read_run(run_dir), to or console()
+    to.print(success_table(run))
+    if reference in run.arms and len(run.arms) > 1:
+        to.print(comparison_tables(compare([run], reference, margin)))
+    to.print(cost_table(run))
+    to.print(_places(run))
+
+
+def print_comparison(result: dict[str, Any], to: Console | None = None) -> None:
+    """What `qlibero compare` shows for people."""
+    (to or console()).print(comparison_tables(result))
+
+
+def success_table(run: RunResults) -> Table:
+    """k/n with Wilson interval, per task and arm; errors beside, never inside."""
+    table = _table(f"{run.name}: successes, 95 % Wilson intervals")
+    table.add_column("task")
+    cells = {name: {} for name in run.arms}
+    for name, arm in run.arms.items():
+        table.add_column(str(arm.meta.get("label") or name), justify="right")
+        for record in arm.records:
+            cells[name].setdefault((record.suite, record.task), []).append(record)
+    tasks = sorted({task for of_arm in cells.values() for task in of_arm})
+    for suite, task in tasks:
+        table.add_row(f"{suite} {task}", *(_success(cells[name].get((suite, task), [])) for name in run.arms))
+    if len(tasks) > 1:
+        table.add_section()
+        table.add_row("all", *(_success(arm.records) for arm in run.arms.values()), style="bold")
+    return table
+
+
+def _success(records: list) -> str:
+    if not records:
+        return "–"
+    k, n, errors = counts(records)
+    low, high = wilson(k, n) if n else (0.0, 1.0)
+    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} error{'s' * (errors > 1)}" if errors else "")
+
+
+def cost_table(run: RunResults) -> Table:
+    """Latency of a policy call as an episode waits for it, and simulator time, per arm."""
+    table = _table("ms per policy call (warm-up left out); simulator and rendering s per episode")
+    for title in ("arm", "calls", "p50", "p95", "p99", "simulator", "rendering", "steps"):
+        table.add_column(title, justify="left" if title == "arm" else "right")
+    for name, arm in run.arms.items():
+        finished = [r for r in arm.records if r.outcome != "error"]
+        if not finished:
+            continue
+        latency = summarize_arm(arm.records)["latency_ms"] or {}
+        table.add_row(
+            str(arm.meta.get("label") or name),
+            f"{sum(len(r.policy_ms) - r.warmup_calls for r in arm.records):,}",
+            *(f"{latency[p]:.1f}" if latency else "–" for p in ("p50", "p95", "p99")),
+            *(f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}" for field in ("sim_ms", "render_ms")),
+            f"{np.mean([r.steps for r in finished]):.0f}",
+        )
+    return table
+
+
+def comparison_tables(result: dict[str, Any]) -> Group:
+    """Verdicts per arm and suite, execution quality, what could have been found, and one sentence per arm."""
+    parts: list[RenderableType] = [_verdicts(result)]
+    if quality := _quality(result):
+        parts.append(quality)
+    for arm in result["arms"].values():
+        line = Text(arm["sentence"], style=COLOURS.get(arm["verdict"], "yellow"))
+        parts += [line, Text(f"  {arm['detectable']['line']}", style="dim")]
+        if sequential := arm["sequential"]:
+            parts.append(Text(f"  Sequential: {sequential_text(sequential)}", style="dim"))
+        for entry in arm["unpaired"][:5]:
+            parts.append(Text(f"  unpaired: {entry['key']}, {entry['reason']}", style="yellow"))
+        if len(arm["unpaired"]) > 5:
+            parts.append(Text(f"  … {len(arm['unpaired'])} unpaired in all; the JSON lists every one", style="yellow"))
+    floor = result["noise_floor"]
+    if floor:
+        low, high = floor["tango95"]
+        parts.append(
+            Text(
+                f"Noise floor: the reference against itself ({floor['arm']}) differs by {points(floor['delta'])} pp "
+                f"[{points(low)}, {points(high)}], {percent(floor['discordance'])} of {floor['pairs']} pairs flip.",
+                style="dim",
+            )
+        )
+    else:
+        parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
+    if conflicts := result["ledger"]["conflicting_episodes"]:
+        parts.append(Text(f"{len(conflicts)} episodes ran twice with different results: {', '.join(conflicts[:3])} …", style="red"))
+    return Group(*parts)
+
+
+def sequential_text(s: dict[str, Any]) -> str:
+    """The anytime-valid decision in words."""
+    said = {"undecided": "no decision", None: "no decision yet"}.get(s["verdict"], s["verdict"])
+    return (
+        f"{said} at {margin_text(s['margin'])} after {s['pairs']} pairs in the declared order of {s['declared_pairs']} "
+        f"(e = {max(s['e_noninferior'], s['e_inferior']):.3g}, needs {s['threshold']:g}); {s['episodes_saved']} episodes saved"
+    )
+
+
+def _verdicts(result: dict[str, Any]) -> Table:
+    table = _table(
+        f"against {result['reference_label']}, margin {margin_text(result['margin'])}: Δ in pp with 95 % Tango interval (unadjusted)"
+    )
+    for title in ("arm", "suite", "pairs", "broken", "repaired", "Δ", "95 % interval", "McNemar", "Holm", "tasks like these", "speed", "verdict"):
+        table.add_column(title, justify="left" if title in ("arm", "suite", "verdict") else "right")
+    for arm in result["arms"].values():
+        rows = list(arm["suites"].items())
+        if len(rows) != 1:
+            rows.append(("all", arm))
+        for suite, row in rows:
+            if not row["pairs"]:
+                table.add_row(arm["label"], suite, "0", *[""] * 8, "no pairs")
+                continue
+            verdict = arm["verdict"] if len(rows) == 1 else row["verdict"]
+            t95 = row["clusters"]["t95"]
+            table.add_row(
+                arm["label"],
+                suite,
+                str(row["pairs"]),
+                str(row["broken"]),
+                str(row["repaired"]),
+                points(row["delta"]),
+                _interval(row["tango95"]),
+                p_text(row["mcnemar_p"]).removeprefix("p ").removeprefix("= "),
+                p_text(row["mcnemar_p_holm"]).removeprefix("p ").removeprefix("= ") if "mcnemar_p_holm" in row else "",
+                _interval(t95) if t95 else "",
+                speed_text(arm["speedup_p50"]),
+                Text(verdict, style=COLOURS.get(verdict, "yellow")),
+            )
+    return table
+
+
+def _quality(result: dict[str, Any]) -> Table | None:
+    table = _table("execution on paired episodes: reference → arm (p of the paired sign-flip test)")
+    table.add_column("arm")
+    for title in QUALITY.values():
+        table.add_column(title, justify="right")
+    table.add_column("actions diverge at step", justify="right")
+    for arm in result["arms"].values():
+        cells = [arm["quality"][name] for name in QUALITY]
+        divergence = arm["divergence"]
+        if any(cells) or divergence["compared"]:
+            table.add_row(arm["label"], *map(_shift, cells), _diverged(divergence))
+    return table if table.row_count else None
+
+
+def _shift(cell: dict[str, float] | None) -> str:
+    return f"{cell['reference']:.3g} → {cell['arm']:.3g} ({p_text(cell['p'])})" if cell else "–"
+
+
+def _diverged(d: dict[str, Any]) -> str:
+    if not d["compared"]:
+        return "–"
+    if not d["diverged"]:
+        return f"never (0/{d['compared']})"
+    return f"median {d['median_step']:.0f} ({d['diverged']}/{d['compared']})"
+
+
+def _places(run: RunResults) -> Group:
+    lines = [f"ledger   {run.run_dir}/<arm>/episodes-*.jsonl"]
+    videos = sum(video_path(run.run_dir, r).exists() for arm in run.arms.values() for r in arm.records)
+    if videos:
+        lines.append(f"videos   {run.run_dir}/<arm>/videos/ ({videos})")
+    mirrors = sorted({path.parent for path in run.run_dir.glob("*/wandb/*run-*")})
+    if mirrors:
+        lines.append(f"wandb    {run.run_dir}/<arm>/wandb/ (offline runs: `wandb sync` uploads them)")
+    lines.append(f"report   qlibero report {run.run_dir}")
+    return Group(*(Text(line) for line in lines))
+
+
+def _interval(interval: list[float]) -> str:
+    return f"[{points(interval[0])}, {points(interval[1])}]"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="italic")
