@@ -1,0 +1,90 @@
+"""From camera frames to the network's input, exactly as each family of checkpoints was trained to see them.
+
+`pil`    openpi: PIL's antialiased bilinear on uint8, rounded to uint8 between its two passes. Done here in integers
+         (the same fixed-point coefficients), so that PIL is not needed and the result is the same to the last bit.
+`torch`  LeRobot: plain bilinear without antialias on floats.
+`area`   our compact policies: the exact mean of k×k pixels.
+
+Frames are square, so the padding of the original functions never applies; anything else is refused.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlibero.errors import UserError
+
+Resize = Literal["pil", "torch", "area"]
+_PRECISION = 22
+"""Bits of PIL's fixed-point coefficients (32 - 8 - 2)."""
+
+
+def to_network(image: np.ndarray, size: int, resize: Resize) -> Tensor:
+    """(S, S, 3) uint8 → (3, size, size) float32 in [-1, 1]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
+        raise UserError(f"an observation image must be (S, S, 3) uint8, got {image.shape} {image.dtype}")
+    if resize == "pil":
+        pixels = torch.from_numpy(resize_pil(image, size)).permute(2, 0, 1).float()
+    elif resize == "area":
+        pixels = torch.from_numpy(resize_area(image, size)).permute(2, 0, 1)
+    else:
+        planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255.0
+        if image.shape[0] != size:
+            planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False).clamp(-1.0, 1.0)
+        return planes[0] * 2.0 - 1.0
+    return pixels / 255.0 * 2.0 - 1.0
+
+
+def resize_area(image: np.ndarray, size: int) -> np.ndarray:
+    """Mean of k×k blocks, float32 in 0…255; exact, because sums of up to 2¹⁶ pixel values are exact in float32."""
+    factor, remainder = divmod(image.shape[0], size)
+    if remainder or factor < 1:
+        raise UserError(f"images of {image.shape[0]} px cannot be averaged down to {size} px: not a multiple")
+    total = np.zeros((size, size, 3), np.uint32)
+    for row in range(factor):
+        for column in range(factor):
+            total += image[row::factor, column::factor]
+    return total.astype(np.float32) / np.float32(factor * factor)
+
+
+def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
+    """`PIL.Image.resize((size, size), BILINEAR)` of a square uint8 image, bit for bit."""
+    if image.shape[0] == size:
+        return image
+    rows = _pil_pass(image.transpose(1, 0, 2), size)          # horizontal first, as PIL does
+    return np.ascontiguousarray(_pil_pass(rows.transpose(1, 0, 2), size))
+
+
+def _pil_pass(lines: np.ndarray, size: int) -> np.ndarray:
+    """(source, n, 3) uint8 → (size, n, 3) uint8. Coefficients sum to 2²², so every sum stays below 2³¹."""
+    first, taps = _pil_taps(lines.shape[0], size)
+    total = np.full((size, *lines.shape[1:]), 1 << (_PRECISION - 1), np.int32)
+    for k in range(taps.shape[1]):
+        source = np.minimum(first + k, lines.shape[0] - 1)     # past the edge the coefficient is 0
+        total += taps[:, k, None, None] * lines[source].astype(np.int32)
+    return (total >> _PRECISION).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def _pil_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """PIL's bilinear (triangle) filter: first source index (target,) and fixed-point coefficients (target, taps) int32."""
+    scale = source / target
+    support = max(scale, 1.0)
+    starts, rows = [], []
+    for i in range(target):
+        center = (i + 0.5) * scale
+        first = max(int(center - support + 0.5), 0)
+        last = min(int(center + support + 0.5), source)
+        taps = np.array([max(0.0, 1.0 - abs((x - center + 0.5) / support)) for x in range(first, last)])
+        starts.append(first)
+        rows.append(np.floor(taps / taps.sum() * (1 << _PRECISION) + 0.5).astype(np.int32))
+    table = np.zeros((target, max(map(len, rows))), np.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return np.array(starts), table

@@ -1,0 +1,111 @@
+"""From instruction text to token ids: PaliGemma's tokenizer from a local file, or a compact policy's closed word list.
+
+Checkpoints do not contain the tokenizer and nothing is ever downloaded: the user names a file. `sentencepiece` and
+`tokenizers` are optional packages, imported only when a file of theirs is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Protocol
+
+from qlibero.errors import UserError
+
+PINS = {"sentencepiece": "sentencepiece==0.2.2", "tokenizers": "tokenizers==0.23.2"}
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+
+    def encode(self, pieces: tuple[str, ...]) -> list[int]:
+        """Ids of the pieces encoded one after the other, with the beginning-of-sequence token first. Padding is id 0."""
+        ...
+
+
+class WordTokenizer:
+    """A closed vocabulary of words. File: {"type": "words", "words": [...]}; ids: 0 padding, 1 beginning, 2… the words."""
+
+    def __init__(self, words: list[str]):
+        self.words = list(words)
+        self._ids = {word: i + 2 for i, word in enumerate(self.words)}
+        self.vocab_size = len(self.words) + 2
+
+    def encode(self, pieces: tuple[str, ...]) -> list[int]:
+        found = split_words(" ".join(pieces))
+        unknown = sorted(set(found) - set(self._ids))
+        if unknown:
+            raise UserError(f"the policy's vocabulary of {len(self.words)} words does not know: {', '.join(unknown)}; "
+                            f"it was not trained for the instruction {pieces[0]!r}")
+        return [1, *(self._ids[word] for word in found)]
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        return json.dumps({"type": "words", "words": self.words}, indent=1) + "\n"
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words of an instruction, the unit of `WordTokenizer`."""
+    return _WORD.findall(text.lower())
+
+
+class _SentencePiece:
+    def __init__(self, path: Path):
+        sentencepiece = _optional("sentencepiece", path)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:
+            raise UserError(f"{path} is not a sentencepiece model: {error}") from None
+        self.vocab_size = self._model.get_piece_size()
+
+    def encode(self, pieces: tuple[str, ...]) -> list[int]:
+        ids = [self._model.encode(piece) for piece in pieces]
+        return [self._model.bos_id(), *(i for part in ids for i in part)]
+
+
+class _HuggingFace:
+    """A `tokenizer.json` of the `tokenizers` library; its own special-token template is not used, BOS is put in front."""
+
+    def __init__(self, path: Path):
+        tokenizers = _optional("tokenizers", path)
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+        self._bos = self._model.token_to_id("<bos>")
+        if self._bos is None:
+            raise UserError(f"{path} has no <bos> token; it is not PaliGemma's tokenizer")
+        self._model.no_padding()
+        self._model.no_truncation()
+        self.vocab_size = self._model.get_vocab_size()
+
+    def encode(self, pieces: tuple[str, ...]) -> list[int]:
+        ids = [self._model.encode(piece, add_special_tokens=False).ids for piece in pieces]
+        return [self._bos, *(i for part in ids for i in part)]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """From a sentencepiece `.model`, a `tokenizer.json`, or a compact policy's word list (also `tokenizer.json`)."""
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} does not exist; give `tokenizer:` the path of paligemma_tokenizer.model or "
+                        "of a tokenizer.json (checkpoints do not contain it)")
+    if path.suffix == ".model":
+        return _SentencePiece(path)
+    if path.suffix != ".json":
+        raise UserError(f"tokenizer {path}: expected a .model (sentencepiece) or a tokenizer.json")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, dict) and content.get("type") == "words":
+        return WordTokenizer(content["words"])
+    return _HuggingFace(path)
+
+
+def _optional(package: str, path: Path):
+    try:
+        return __import__(package)
+    except ImportError:
+        raise UserError(f"reading {path.name} needs the package {package}: pip install {PINS[package]}") from None
