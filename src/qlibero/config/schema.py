@@ -29,7 +29,7 @@ from pydantic import (
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard"]
 Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
-Profile = Literal["auto", "openpi", "lerobot-0.4", "lerobot-0.6"]
+Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
 TrackerName = Literal["wandb", "trackio"]
 
 UNQUANTIZED_BACKENDS = ("baseline", "aa")   # the policy as it is; the same again with another batch composition
@@ -92,7 +92,9 @@ class Pi05(Frozen):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
     flow_steps: Int = Field(10, ge=1, le=1000, description="Euler steps from noise to action chunk")
-    batch_size: Int = Field(4, ge=1, le=1024, description="observations per policy call; batches are padded to it")
+    batch_size: Literal["auto"] | Annotated[Int, Field(ge=1, le=1024)] = Field(
+        "auto", description="rows of a policy call, to which batches are padded; auto: 1 on a CPU, 4 on a GPU"
+    )
     replan_steps: Int = Field(5, ge=1, description="actions executed of every chunk before the policy is asked again")
 
     @model_validator(mode="after")

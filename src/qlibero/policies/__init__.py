@@ -1,0 +1,15 @@
+"""Policies: pi0.5 in this process (`pi05/`), any openpi-protocol server (`remote.py`), and our own server (`server.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlibero.policies.base import Policy
+
+
+def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
+    """See `load.load_policy`. Imported here so that naming the package does not import torch."""
+    from qlibero.policies.load import load_policy as load
+
+    return load(config, skip)

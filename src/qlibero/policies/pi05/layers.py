@@ -39,16 +39,19 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
 def fuse(*linears: nn.Module) -> None:
     """Lay the weights of plain bias-free linears out in one tensor, of which each keeps its rows: no second copy.
 
-    For inference. Quantized linears are left as they are.
+    For inference. Left as they are: quantized linears, and linears of which some are already laid out elsewhere (a twin
+    model that shares them).
     """
-    if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears) or _fused(linears) is not None:
+    if any(type(linear) is not nn.Linear or linear.bias is not None or linear.weight.is_meta or "fused" in linear.__dict__
+           for linear in linears):
         return
     whole = torch.cat([linear.weight.detach() for linear in linears], 0)
     row = 0
     for linear in linears:
         linear.weight = nn.Parameter(whole[row : row + linear.out_features], requires_grad=False)
+        linear.fused = True
         row += linear.out_features
-    object.__setattr__(linears[0], "fused_weight", whole)
+    linears[0].__dict__["fused_weight"] = whole
 
 
 def _fused(linears: tuple[nn.Module, ...]) -> Tensor | None:

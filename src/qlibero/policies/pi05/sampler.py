@@ -125,9 +125,13 @@ class Sampler:
             mask=new(batch, 1, total) if masked else None,
             phases={})
         for name, phase in (("vision", self._vision), ("prefix", self._prefix), ("flow", self._flow)):
-            made.phases[name] = graphed(phase, made) if self.graphs else phase
+            made.phases[name] = graphed(phase, made) if self.graphs and not self._listened() else phase
         self._workspaces[key] = made
         return made
+
+    def _listened(self) -> bool:
+        """Whether forward hooks are set (calibration): a replayed graph would not call them."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, tokens: Tensor, noise: Tensor, *, token_mask: Tensor | None = None,

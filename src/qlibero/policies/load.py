@@ -1,0 +1,125 @@
+"""From a policy section of a config to a policy that can be asked. The only place that knows every kind of policy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.policies.base import Policy
+from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, load_statistics, open_checkpoint, sha256
+from qlibero.policies.pi05.config import Pi05Config
+from qlibero.policies.pi05.model import Pi05Model, cast, initialize
+from qlibero.policies.pi05.normalize import Statistics
+from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
+from qlibero.policies.pi05.profiles import PROFILES, Profile
+from qlibero.policies.pi05.tokenizer import load_tokenizer
+
+GPU_BATCH = 4
+
+
+def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
+    """The policy that `config` (a `Pi05` or `Remote` of config/schema.py) describes.
+
+    `skip` names linear weights to leave unread on the meta device, because an artifact will replace them: that is how a
+    full-size quantized policy loads without its full-precision language model ever being on the GPU.
+
+    Raises:
+        UserError: no such checkpoint, or one that does not fit (missing, extra, misshapen, non-finite tensors, no
+            statistics, no tokenizer, unclear profile); the message lists what and says what to write.
+        GuardRefusal: the weights' sha256 is not the expected one.
+    """
+    if config.type == "remote":
+        from qlibero.policies.remote import RemotePolicy
+
+        key = os.environ.get(config.api_key_env) if config.api_key_env else None
+        return RemotePolicy(config.url, batch_size=config.batch_size, timeout_s=config.timeout_s, api_key=key)
+    if config.untrained is not None:
+        return untrained_policy(Path(config.untrained.config), config.untrained.seed, config)
+    return _load_pi05(config, skip)
+
+
+def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
+    checkpoint = open_checkpoint(Path(config.checkpoint))
+    digest = sha256(checkpoint.weights)
+    if config.sha256 and digest != config.sha256:
+        raise GuardRefusal(f"{checkpoint.weights} has sha256 {digest}, the config expects {config.sha256}: these are other "
+                           "weights than the ones the config was written for")
+    profile = choose_profile(checkpoint, config.profile)
+    statistics = load_statistics(checkpoint)
+    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else checkpoint.path / "tokenizer.json")
+    device, dtype = _place(config)
+    model = load_model(checkpoint, dtype, device, skip)
+    identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest,
+                "parameters": sum(p.numel() for p in model.parameters())}
+    return Pi05Policy(checkpoint.raw.get("name") or checkpoint.path.name, model, profile, statistics, tokenizer,
+                      batch_size=_batch_size(config, device), flow_steps=config.flow_steps, identity=identity)
+
+
+def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
+    """The profile asked for, or the one the files prove; `UserError` when `auto` and they prove nothing."""
+    if wanted == "auto":
+        if checkpoint.profile is None:
+            raise UserError(f"policy.profile: the files of {checkpoint.path} ({checkpoint.kind}) do not prove under which "
+                            f"semantics the weights were trained. {checkpoint.profile_reason}")
+        return checkpoint.profile
+    profile = PROFILES[wanted]
+    if (profile.statistics == "lerobot") != (checkpoint.kind == "lerobot"):
+        raise UserError(f"policy.profile: {wanted} is for {profile.statistics} checkpoints, {checkpoint.path} is of the "
+                        f"{checkpoint.kind} kind")
+    if checkpoint.profile is not None and checkpoint.profile != profile:
+        raise UserError(f"policy.profile: {wanted} contradicts {checkpoint.path}/config.json, which says "
+                        f"{checkpoint.profile.name}; leave it at auto")
+    return profile
+
+
+def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
+    """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies. Solves nothing,
+    and its name says so."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.untrained.config: {path} cannot be read: {error}") from None
+    architecture = Pi05Config.from_dict(content.get("architecture", {}))
+    device, dtype = _place(config)
+    model = initialize(Pi05Model(architecture), seed)
+    digest = hashlib.sha256(json.dumps([architecture.to_dict(), seed], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    unit = Statistics("quantile", -np.ones(ACTION_NUMBERS), np.ones(ACTION_NUMBERS), 1e-6, 1e-6)
+    statistics = {"state": Statistics("quantile", -np.ones(8), np.ones(8), 1e-6, 1e-6), "actions": unit}
+    model = cast(model, dtype).to(device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    identity = {"checkpoint": None, "kind": "untrained", "sha256": digest.hexdigest(), "seed": seed,
+                "parameters": sum(p.numel() for p in model.parameters())}
+    name = f"untrained-{content.get('name', path.parent.name)}-seed{seed}"
+    profile = PROFILES[content.get("profile", "qlibero")]
+    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path.parent / "tokenizer.json")
+    return Pi05Policy(name, model, profile, statistics, tokenizer, batch_size=_batch_size(config, device),
+                      flow_steps=config.flow_steps, identity=identity)
+
+
+def _place(config: Any) -> tuple[torch.device, torch.dtype]:
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"policy.device: {config.device}, but this process sees no GPU; `qlibero doctor` says why")
+    device = torch.device(kind)
+    if config.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, config.dtype)
+
+
+def _batch_size(config: Any, device: torch.device) -> int:
+    """One row at a time on a CPU, where a padded row costs a whole one."""
+    if config.batch_size == "auto":
+        return GPU_BATCH if device.type == "cuda" else 1
+    return config.batch_size

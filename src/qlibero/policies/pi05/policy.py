@@ -1,0 +1,139 @@
+"""A pi0.5 as a `Policy`: preprocessing, batching that nobody can notice, the sampler, and back to environment units.
+
+An episode's actions must not depend on who shares its batch, so a call always runs at exactly `batch_size` rows (padded
+by repetition) and at a text length that depends on the row's own prompt alone. On a CPU the default is one row at a
+time, at the prompt's exact length: nothing is padded at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlibero.errors import UserError
+from qlibero.policies.base import Chunk, Observation
+from qlibero.policies.pi05.images import to_network
+from qlibero.policies.pi05.model import Pi05Model
+from qlibero.policies.pi05.normalize import Statistics
+from qlibero.policies.pi05.profiles import Profile
+from qlibero.policies.pi05.sampler import Sampler
+from qlibero.policies.pi05.tokenizer import Tokenizer
+
+ACTION_NUMBERS = 7
+BUCKET = 16
+"""Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
+
+
+class Pi05Policy:
+    """See the module's docstring.
+
+    `model` must be in its final dtype and device; its quantized linears may be of any backend. `identity` is what the
+    loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`.
+    """
+
+    def __init__(self, name: str, model: Pi05Model, profile: Profile, statistics: dict[str, Statistics],
+                 tokenizer: Tokenizer, *, batch_size: int, flow_steps: int, identity: dict[str, Any]):
+        config = model.config
+        if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
+            raise UserError(f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
+                            f"takes {config.state_dim}")
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
+                            "they do not belong together")
+        self.name = name
+        self.model = model
+        self.noise_shape = (config.action_horizon, config.action_dim)
+        self.batch_size = batch_size
+        self.flow_steps = flow_steps
+        self.profile = profile
+        self._statistics = statistics
+        self._tokenizer = tokenizer
+        self._identity = identity
+        self._sampler: Sampler | None = None
+        self.graphs = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.model.action_in_proj.weight.device
+
+    @property
+    def sampler(self) -> Sampler:
+        """Made at the first call: until then linears may still be placed or exchanged."""
+        if self._sampler is None:
+            self._sampler = Sampler(self.model, self.flow_steps, graphs=self.graphs and self.device.type == "cuda")
+        return self._sampler
+
+    def with_model(self, model: Pi05Model, *, graphs: bool = True) -> Pi05Policy:
+        """The same preprocessing around another network (the quantized arms). Calibration needs `graphs=False`: a
+        replayed CUDA graph calls no hook."""
+        twin = copy(self)
+        twin.model, twin._sampler, twin.graphs = model, None, graphs
+        return twin
+
+    def with_batch_size(self, batch_size: int) -> Pi05Policy:
+        """The same policy run at another number of rows."""
+        twin = copy(self)
+        twin.batch_size = batch_size
+        return twin
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Policy.provenance`."""
+        config = self.model.config
+        return {"type": "pi05", "name": self.name, **self._identity, "profile": self.profile.name,
+                "dtype": str(self.model.stream_dtype).removeprefix("torch."), "device": self.device.type,
+                "flow_steps": self.flow_steps, "batch_size": self.batch_size,
+                "action_horizon": config.action_horizon, "action_dim": config.action_dim}
+
+    def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
+        """See `Policy.infer`."""
+        expected = (len(observations), *self.noise_shape)
+        if noise.shape != expected:
+            raise ValueError(f"noise has shape {noise.shape}, expected {expected}")
+        started = time.perf_counter()
+        rows = [self.preprocess(observation) for observation in observations]
+        phases = {"preprocess": (time.perf_counter() - started) * 1e3}
+        actions = np.empty((len(rows), *self.noise_shape), np.float32)
+        for batch, length in self._batches([len(tokens) for _, tokens, _ in rows]):
+            actions[batch], times = self._run([rows[i] for i in batch], length, noise[batch])
+            for phase, ms in times.items():
+                phases[phase] = phases.get(phase, 0.0) + ms
+        return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
+
+    def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:
+        """Images (cameras, 3, S, S) in [-1, 1], token ids, normalised state, all on the CPU."""
+        size = self.model.config.vision.image_size
+        images = torch.stack([to_network(image, size, self.profile.resize)
+                              for image in (observation.image, observation.wrist_image)])
+        state = self._statistics["state"].normalize(observation.state)
+        tokens = self._tokenizer.encode(self.profile.text(observation.prompt, state))
+        return images, tokens[: self.model.config.max_token_len], state
+
+    def _batches(self, lengths: list[int]) -> list[tuple[list[int], int | None]]:
+        """Row indices of each call and the padded text length (None: as it is), from the rows' own lengths only."""
+        if self.batch_size == 1 and self.device.type == "cpu":
+            return [([i], None) for i in range(len(lengths))]
+        buckets: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            bucket = min(-(-length // BUCKET) * BUCKET, self.model.config.max_token_len)
+            buckets.setdefault(bucket, []).append(i)
+        size = self.batch_size
+        return [(rows[i : i + size], bucket) for bucket, rows in sorted(buckets.items()) for i in range(0, len(rows), size)]
+
+    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        count = len(rows)
+        padded = [rows[i] if i < count else rows[0] for i in range(self.batch_size)]
+        z = torch.from_numpy(np.stack([noise[i] if i < count else noise[0] for i in range(self.batch_size)]))
+        texts = [tokens + [0] * ((length or len(tokens)) - len(tokens)) for _, tokens, _ in padded]
+        mask = None
+        if length is not None:
+            mask = torch.tensor([[k < len(tokens) for k in range(length)] for _, tokens, _ in padded])
+        state = torch.from_numpy(np.stack([state for _, _, state in padded])) if self.model.config.state_dim else None
+        actions, times = self.sampler(torch.stack([images for images, _, _ in padded]), torch.tensor(texts), z,
+                                      token_mask=mask, state=state)
+        return actions[:count].numpy(), times
