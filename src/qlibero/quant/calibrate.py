@@ -31,7 +31,7 @@ from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform, Transform
 
 #: tokens kept of each input: a random sample, on which errors are measured, and the loudest ones, which rotations must tame
-RANDOM_TOKENS, LOUD_TOKENS = 512, 128
+RANDOM_TOKENS, LOUD_TOKENS = 384, 64
 #: methods that look at weights only and can do without observations
 DATA_FREE = ("rtn", "weight_pca", "hadamard")
 
@@ -121,9 +121,9 @@ def observe(
     with ExitStack() as stack:
         for group, name in executed.items():
             stack.enter_context(_listen(twin.get_submodule(name), listeners[group], live if name.startswith(LLM) else None))
-        student = policy.with_model(twin)
+        watched = policy.with_batch_size(1).with_model(twin, graphs=False)
         for observation, z in zip(observations, noise, strict=True):
-            student.infer([observation], z[None])
+            watched.infer([observation], z[None])
     if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
         raise WorkFailed(f"calibration never reached {len(silent)} of {len(listeners)} inputs, first {silent[0]}: the "
                          "sampler does not execute them, or runs them where they cannot be observed")

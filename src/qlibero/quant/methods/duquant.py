@@ -9,6 +9,8 @@ followed: the outlier is the channel with the greatest |x|, and the peak that gr
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -21,55 +23,65 @@ from qlibero.quant.transform import Transform
 def fit(data: GroupData, spec: QuantSpec) -> Transform:
     """S folded into R1, P, R2. Fitted in float64 on `data.tokens`; deterministic for a given seed."""
     block = spec.block_size
-    generator = torch.Generator().manual_seed(data.seed)
     s = smoothing(data, spec.alpha)
     x = data.tokens.double() / s
-    first = greedy_rotation(_split(x, block), spec.rotation_steps, generator)
+    first = greedy_rotation(_split(x, block), spec.rotation_steps, spec.calibration_seed)
     x = _join(torch.bmm(_split(x, block), first))
     order = zigzag(x.abs().amax(0), block)
     x = x.index_select(1, order)
-    second = greedy_rotation(_split(x, block), spec.rotation_steps, generator)
+    second = greedy_rotation(_split(x, block), spec.rotation_steps, spec.calibration_seed)
     folded = first / s.view(-1, block, 1)
     return Transform(first=folded.float(), order=order.int(), second=second.float())
 
 
-def greedy_rotation(x: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """Rotations that lower each block's greatest |x|: (G, T, B) -> orthogonal (G, B, B).
+def greedy_rotation(x: Tensor, steps: int, seed: int) -> Tensor:
+    """Rotations that lower each block's greatest |x|: (G, T, B) -> orthogonal (G, B, B) float64.
 
     Step n spreads the channel d that now holds the peak over the whole block: R = E_d·R~·Q·E_d with E_d the swap of
     0 and d, R~ the base with a uniform first row and Q = blockdiag(1, random orthogonal). The prefix with the smallest
     remaining peak is kept, which may be the empty one: a block without outliers is left alone.
     """
     g, t, b = x.shape
-    base = uniform_first_row(b).to(x)
-    # data and accumulated rotation are multiplied by the same matrices, so they travel in one tensor
-    state = torch.cat([x, torch.eye(b, dtype=x.dtype).expand(g, b, b)], dim=1)
-    best_peak = x.abs().amax((1, 2))
+    # The search runs in float32 and only what it found is made orthogonal to float64: nothing hangs on its rounding.
+    # Data and accumulated rotation are multiplied by the same matrices, so they travel in one tensor.
+    state = torch.cat([x.float(), torch.eye(b, device=x.device).expand(g, b, b)], dim=1)
+    peaks = state[:, :t].abs().amax(1)
+    least = peaks.amax(1)
     best = state[:, t:].clone()
-    rows = torch.arange(g)
+    rows = torch.arange(g, device=x.device)
     stale = 0
-    for _ in range(steps):
-        outlier = state[:, :t].abs().amax(1).argmax(1)
-        swap = torch.arange(b).repeat(g, 1)
+    for n in range(steps):
+        outlier = peaks.argmax(1)
+        swap = torch.arange(b, device=x.device).repeat(g, 1)
         swap[rows, outlier], swap[:, 0] = 0, outlier
-        mixed = torch.eye(b, dtype=x.dtype)
-        mixed[1:, 1:] = _random_orthogonal(b - 1, generator)
-        step = (base @ mixed)[swap[:, :, None], swap[:, None, :]]
-        state = torch.bmm(state, step)
-        peak = state[:, :t].abs().amax((1, 2))
-        better = peak < best_peak
-        best_peak = torch.where(better, peak, best_peak)
+        state = torch.bmm(state, _step(b, seed, n).to(x.device)[swap[:, :, None], swap[:, None, :]])
+        peaks = state[:, :t].abs().amax(1)
+        peak = peaks.amax(1)
+        better = peak < least
+        least = torch.where(better, peak, least)
         best[better] = state[better, t:]
         stale = 0 if bool(better.any()) else stale + 1
         if stale == PATIENCE:
             break
-    return best
+    left, _, right = torch.linalg.svd(best.double())
+    return left @ right
 
 
-#: greedy search ends early when no block of the input improved for this many steps in a row
-PATIENCE = 48
+#: the search ends early when no block of the input has improved for this many steps in a row
+PATIENCE = 32
 
 
+@cache
+def _step(b: int, seed: int, n: int) -> Tensor:
+    """R~·Q of the n-th greedy step, (B, B) float32: drawn once per run and shared by all inputs."""
+    generator = torch.Generator().manual_seed((seed << 20) + n)
+    mixing = torch.eye(b, dtype=torch.float64)
+    q, r = torch.linalg.qr(torch.randn(b - 1, b - 1, dtype=torch.float64, generator=generator))
+    mixing[1:, 1:] = q * torch.sign(torch.diagonal(r))
+    return (uniform_first_row(b) @ mixing).float()
+
+
+@cache
 def uniform_first_row(b: int) -> Tensor:
     """The paper's base R~: a product of B-1 Givens rotations whose first row is 1/sqrt(B) everywhere. (B, B) float64."""
     r = torch.eye(b, dtype=torch.float64)
@@ -94,13 +106,6 @@ def zigzag(peak: Tensor, block: int) -> Tensor:
     ranked = torch.argsort(peak, descending=True, stable=True).view(block, blocks)
     ranked[1::2] = ranked[1::2].flip(1)
     return ranked.t().reshape(k).contiguous()
-
-
-def _random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    if n == 0:
-        return torch.empty(0, 0, dtype=torch.float64)
-    q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return q * torch.sign(torch.diagonal(r))
 
 
 def _split(x: Tensor, block: int) -> Tensor:
