@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,11 @@ DEQUANTIZED = "dequantized"
 
 
 def quantize_policy(
-    policy: Policy, artifact: Artifact, backend: str | Mapping[str, str], on_layer: Callable[[str], None] = lambda name: None
+    policy: Policy, artifact: Artifact, backend: str | Mapping[str, str], only: frozenset[str] | None = None
 ) -> Policy:
     """`policy` with the artifact's linears on the given backend, one for all or one per linear name.
+
+    `only` takes some of the linears and leaves the rest in full precision (to measure what one of them does).
 
     Tensors are read, packed and placed layer by layer; the policy's own linears may be on the meta device, so a
     full-size quantized policy never holds their full-precision weights.
@@ -42,17 +44,19 @@ def quantize_policy(
     if found != {layer.name for layer in artifact.layers}:
         raise GuardRefusal(f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "
                            "this model: make it again with `qlibero quantize CONFIG`")
-    backends = {layer.name: backend if isinstance(backend, str) else backend[layer.name] for layer in artifact.layers}
     device = next(p.device for p in policy.model.parameters() if p.device.type != "meta")
     transforms: dict[str, InputTransform] = {}
     modules: dict[str, nn.Module] = {}
     for layer in artifact.layers:
+        if only is not None and layer.name not in only:
+            continue
+        kernel = backend if isinstance(backend, str) else backend[layer.name]
         if layer.group not in transforms:
             transforms[layer.group] = InputTransform(artifact.transform(layer.group)).to(device)
         linear = policy.model.get_submodule(layer.name)
-        modules[layer.name] = _module(artifact, layer, linear, transforms[layer.group], backends[layer.name], device)
-        on_layer(layer.name)
-    modules |= _corrected(policy.model, artifact, modules)
+        modules[layer.name] = _module(artifact, layer, linear, transforms[layer.group], kernel, device)
+    if only is None:
+        modules |= _corrected(policy.model, artifact)
     return policy.with_model(exchange(policy.model, modules))
 
 
@@ -84,22 +88,19 @@ def _module(
         kernel, shared, artifact.codes(layer.name).to(device), artifact.scales(layer.name).to(device),
         weight_bits=layer.weight_bits, activation_bits=layer.activation_bits,
         activation_clip=artifact.spec.activation_clip, bias=None if linear.bias is None else linear.bias.detach(),
-        output_rotation=None if rotation is None else rotation.to(device), dtype=_dtype(linear),
+        output_rotation=None if rotation is None else rotation.to(device), dtype=linear.weight.dtype,
     )  # fmt: skip
 
 
-def _dtype(linear: nn.Linear) -> torch.dtype:
-    return linear.weight.dtype
-
-
-def _corrected(model: nn.Module, artifact: Artifact, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
     """Linears that the layout left in full precision but a calibrated correction scales: a copy with scaled rows.
 
     In quantized linears the factors are already in the stored weights.
     """
     scaled = {}
+    quantized = {layer.name for layer in artifact.layers}
     for name, factors in artifact.corrections.items():
-        if name in modules:
+        if name in quantized:
             continue
         linear = model.get_submodule(name)
         rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(linear.out_features // len(factors))

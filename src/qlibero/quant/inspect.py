@@ -1,0 +1,141 @@
+"""What an artifact did to each layer, where two artifacts differ, and which layers are worth their full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.quant.artifact import Artifact, LayerRecord, load
+
+if TYPE_CHECKING:
+    from qlibero.policies.base import Observation, Policy
+
+#: column -> whether the worst comes with the largest value (None: names sort upward)
+SORTS = {"name": None, "sqnr_db": False, "max_error": True, "outlier_before": True, "outlier_after": True, "bytes": True}
+HINTS = 5
+
+
+def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
+    """The document of `qlibero inspect ARTIFACT [--diff OTHER] [--sort COLUMN]`.
+
+    Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape `N×K`,
+    bits `W4A8`, executed, sqnr_db, max_error, outlier_before, outlier_after, bytes (codes and scales), transform_bytes.
+
+    Raises:
+        UserError: no such file or column. GuardRefusal: damaged, truncated or altered.
+    """
+    if sort not in SORTS:
+        raise UserError(f"cannot sort by {sort!r}; write one of {', '.join(SORTS)}")
+    artifact = load(path)
+    document = {
+        "artifact": facts(artifact),
+        "layers": sorted((row(layer) for layer in artifact.layers), key=lambda r: _sort_key(r, sort)),
+        "hint": hint(artifact),
+    }
+    if other is not None:
+        document["diff"] = diff(artifact, load(other))
+    return document
+
+
+def facts(artifact: Artifact) -> dict[str, Any]:
+    """What the artifact is, in a few JSON-ready values."""
+    executed = sum(layer.executed for layer in artifact.layers)
+    return {
+        "path": str(artifact.path) if artifact.path else None, "key": artifact.key, "sha256": artifact.sha256,
+        "settings": artifact.spec.label, "spec": artifact.spec.to_mapping(),
+        "checkpoint_sha256": artifact.checkpoint_sha256, "calibration": artifact.calibration,
+        "layers": len(artifact.layers), "executed": executed, "corrections": artifact.corrections,
+        "weight_bytes": sum(layer.codes_bytes + layer.scales_bytes for layer in artifact.layers),
+        "transform_bytes": sum(layer.transform_bytes for layer in artifact.layers),
+        "bf16_bytes": sum(2 * layer.out_features * layer.in_features for layer in artifact.layers),
+    }  # fmt: skip
+
+
+def row(layer: LayerRecord) -> dict[str, Any]:
+    """One layer as a table row."""
+    return {
+        "layer": layer.name, "shape": f"{layer.out_features}×{layer.in_features}",
+        "bits": f"W{layer.weight_bits}A{layer.activation_bits}", "executed": layer.executed,
+        "sqnr_db": layer.sqnr_db, "max_error": layer.max_error,
+        "outlier_before": layer.outlier_before, "outlier_after": layer.outlier_after,
+        "bytes": layer.codes_bytes + layer.scales_bytes, "transform_bytes": layer.transform_bytes,
+    }  # fmt: skip
+
+
+def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
+    """The layers whose own output carries the most rounding noise, and what each would cost to keep in bf16.
+
+    It looks at each layer alone; what its noise does to the *actions* only a run can tell, see `sensitivity`.
+    """
+    measured = [layer for layer in artifact.layers if layer.sqnr_db is not None]
+    noisiest = sorted(measured, key=lambda layer: layer.sqnr_db)[:count]
+    total = sum(10 ** (-layer.sqnr_db / 10) for layer in measured)
+    return [
+        {"layer": layer.name, "sqnr_db": layer.sqnr_db,
+         "share_of_layer_noise": round(10 ** (-layer.sqnr_db / 10) / total, 4), "extra_bytes": _extra_bytes(layer)}
+        for layer in noisiest
+    ]  # fmt: skip
+
+
+def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
+    """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in dB."""
+    ours, theirs = a.spec.to_mapping(), b.spec.to_mapping()
+    left, right = ({layer.name: layer for layer in x.layers} for x in (a, b))
+    rows = []
+    for name in left.keys() & right.keys():
+        x, y = left[name], right[name]
+        change = None if None in (x.sqnr_db, y.sqnr_db) else round(y.sqnr_db - x.sqnr_db, 3)
+        rows.append({"layer": name, "sqnr_db": x.sqnr_db, "other_sqnr_db": y.sqnr_db, "change_db": change,
+                     "outlier_after": x.outlier_after, "other_outlier_after": y.outlier_after,
+                     "bits": f"W{x.weight_bits}A{x.activation_bits}", "other_bits": f"W{y.weight_bits}A{y.activation_bits}"})
+    return {
+        "settings": {key: [ours[key], theirs[key]] for key in ours if ours[key] != theirs[key]},
+        "same_checkpoint": a.checkpoint_sha256 == b.checkpoint_sha256,
+        "only_here": sorted(left.keys() - right.keys()),
+        "only_there": sorted(right.keys() - left.keys()),
+        "layers": sorted(rows, key=lambda r: (r["change_db"] is None, r["change_db"] or 0.0, r["layer"])),
+    }
+
+
+def sensitivity(
+    policy: Policy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
+) -> list[dict[str, Any]]:
+    """Which layers' return to full precision would buy most, measured on actions, greatest share first.
+
+    Each executed layer is quantized *alone* and the policy asked: rms_action is the root mean square change of its
+    actions (in the policy's own action units, gripper included). Independent errors add in squares, so a layer's
+    square over the sum of squares is its share of what full quantization costs. One policy call per layer.
+    """
+    from qlibero.quant.apply import quantize_policy
+
+    exact = policy.infer(observations, noise).actions.astype(np.float64)
+    rows = []
+    for layer in artifact.layers:
+        if not layer.executed:
+            continue
+        alone = quantize_policy(policy, artifact, "fake", only=frozenset([layer.name]))
+        error = alone.infer(observations, noise).actions - exact
+        rows.append({"layer": layer.name, "rms_action": float(np.sqrt(np.mean(error**2))), "sqnr_db": layer.sqnr_db,
+                     "extra_bytes": _extra_bytes(layer)})
+    if not rows:
+        raise GuardRefusal("the artifact holds no executed layer, so none can be measured")
+    total = sum(r["rms_action"] ** 2 for r in rows) or 1.0
+    for r in rows:
+        r["share_of_action_error"] = round(r["rms_action"] ** 2 / total, 4)
+    return sorted(rows, key=lambda r: -r["rms_action"])
+
+
+def _extra_bytes(layer: LayerRecord) -> int:
+    return 2 * layer.out_features * layer.in_features - layer.codes_bytes - layer.scales_bytes
+
+
+def _sort_key(r: dict[str, Any], column: str) -> tuple:
+    if SORTS[column] is None:
+        return (r["layer"],)
+    value = r[column]
+    # layers that never run have no measures and come last
+    return (value is None, 0.0 if value is None else -value if SORTS[column] else value, r["layer"])

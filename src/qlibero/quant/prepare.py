@@ -1,0 +1,132 @@
+"""The artifact of an experiment's arm: found if it was ever made, made if not. What `qlibero quantize` and `run` call.
+
+Artifacts lie under logs/artifacts/<key>/, where the key is a hash of what they are made from; a second arm, run or
+machine with the same settings, checkpoint and data finds the same file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlibero.errors import UserError
+from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
+from qlibero.quant.observations import Demonstrations, read_demonstrations
+from qlibero.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qlibero.config.schema import Experiment, Quant
+    from qlibero.policies.base import Policy
+
+ROOT = Path(__file__).resolve().parents[3] / "logs" / "artifacts"
+FILE = "artifact.safetensors"
+NO_DATA = Demonstrations((), "none", "none")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An artifact, where it lies, and whether it had to be made (then `seconds` says how long that took)."""
+
+    artifact: Artifact
+    path: Path
+    made: bool
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """One JSON-ready row about it."""
+        layers = self.artifact.layers
+        executed = [layer for layer in layers if layer.executed]
+        measured = [layer.sqnr_db for layer in executed if layer.sqnr_db is not None]
+        codes, bf16 = sum(x.codes_bytes + x.scales_bytes for x in layers), sum(2 * x.out_features * x.in_features for x in layers)
+        return {
+            "path": str(self.path), "key": self.artifact.key, "sha256": self.artifact.sha256,
+            "settings": self.artifact.spec.label, "made": self.made, "seconds": round(self.seconds, 1),
+            "layers": len(layers), "executed": len(executed),
+            "kept_in_full_precision": len(self.artifact.calibration["kept_in_full_precision"]),
+            "worst_sqnr_db": min(measured, default=None),
+            "weight_bytes": codes, "transform_bytes": sum(x.transform_bytes for x in layers), "bf16_bytes": bf16,
+            "action_error": self.artifact.calibration.get("action_error"),
+        }  # fmt: skip
+
+
+def demonstrations(quant: Quant) -> Demonstrations:
+    """The observations an arm is calibrated on; none for data-free methods without a path."""
+    if quant.calibration is None:
+        return NO_DATA
+    data = read_demonstrations(quant.calibration.path)
+    return data.sample(quant.calibration.samples, quant.calibration.seed)
+
+
+def noise_for(policy: Policy, count: int, seed: int) -> np.ndarray:
+    """(count, H, D) float32 flow noise for calibration, from `seed`: other numbers than any evaluation's."""
+    return np.random.default_rng([seed, 0x63616C]).standard_normal((count, *policy.noise_shape), dtype=np.float32)
+
+
+def ensure_artifact(
+    policy: Policy, quant: Quant, root: Path = ROOT, on_group: Callable[[int, int], None] = lambda done, total: None
+) -> Found:
+    """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need be.
+
+    Raises:
+        GuardRefusal: `quant.artifact`, or what lies at the default place, is damaged, stale or foreign.
+        UserError: no data, no such file, or settings that do not fit the model.
+    """
+    from qlibero.quant.calibrate import calibrate
+
+    spec = QuantSpec.from_mapping(quant.model_dump())
+    checkpoint = policy.provenance().get("sha256")
+    if policy.model is None or checkpoint is None:
+        raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
+    if quant.artifact is not None:
+        artifact = load(Path(quant.artifact))
+        require(artifact, spec, checkpoint)
+        return Found(artifact, Path(quant.artifact), made=False, seconds=0.0)
+    data = demonstrations(quant)
+    path = root / artifact_key(spec, checkpoint, data.sha256) / FILE
+    if path.is_file():
+        artifact = load(path)
+        require(artifact, spec, checkpoint)
+        return Found(artifact, path, made=False, seconds=0.0)
+    started = time.perf_counter()
+    noise = noise_for(policy, len(data.observations), spec.calibration_seed)
+    provenance = {"data_sha256": data.sha256, "source": data.source, "seed": spec.calibration_seed,
+                  "file": quant.calibration.path.name if quant.calibration else None}  # fmt: skip
+    save(calibrate(policy, data.observations, noise, spec, provenance, on_group), path)
+    # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
+    return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
+
+
+def artifact_for(policy: Policy, quant: Quant, root: Path = ROOT, say: Callable[[str], None] = lambda text: None) -> Artifact:
+    """`ensure_artifact` for a run: the artifact itself, and one line for people about where it came from."""
+    found = ensure_artifact(policy, quant, root)
+    how = f"calibrated in {found.seconds:.0f} s" if found.made else "found"
+    say(f"artifact {found.artifact.spec.label}: {how}, {found.path}")
+    return found.artifact
+
+
+def quantize(
+    experiment: Experiment, root: Path | None = None, on_group: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Make (or find) the artifact of every quantized arm: what `qlibero quantize CONFIG` does and prints.
+
+    Returns {"experiment": …, "artifacts": [{"arms": [...], "path": …, "settings": …, …}]}; arms with equal settings
+    share one.
+    """
+    from qlibero.policies import load_policy
+
+    arms = [arm for arm in experiment.arms() if arm.quant is not None]
+    if not arms:
+        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake")
+    policy = load_policy(experiment.policy)
+    found: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        result = ensure_artifact(policy, arm.quant, root or ROOT, on_group)
+        row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
+        row["arms"].append(arm.name)
+    return {"experiment": experiment.name, "artifacts": list(found.values())}
