@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,9 +47,20 @@ def run(args: argparse.Namespace) -> Document:
         document = run_experiment(
             experiment, args.out, on_start=progress.start, on_episode=progress.episode, say=progress.say
         )
-    _table([{"arm": name, **arm} for name, arm in document["arms"].items()], title=f"ledger: {document['run_dir']}")
+    from qlibero.reporting.terminal import print_run   # SciPy takes a second to import; the simulators start without it
+
+    print_run(document["run_dir"])
     if not document["complete"]:
         raise Incomplete("some episodes ended in an error; the same command tries them again", document)
+    return document
+
+
+def compare(args: argparse.Namespace) -> Document:
+    from qlibero.reporting.terminal import print_comparison
+    from qlibero.results.compare import compare_runs
+
+    document = compare_runs(args.run_dirs, args.reference, args.margin)
+    print_comparison(document)
     return document
 
 
@@ -100,6 +111,11 @@ def build_parser() -> Parser:
     _config(command)
     _out(command)
 
+    command = add("compare", compare, "pair the arms of a run and give each a verdict")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run directory, or several to be read together")
+    command.add_argument("--reference", default="baseline", metavar="ARM", help="the arm to compare with (default: baseline)")
+    command.add_argument("--margin", type=float, default=0.02, help="largest acceptable loss of success rate (default: 0.02, 2 points)")
+
     config = commands.add_parser("config", help="look at a configuration").add_subparsers(metavar="COMMAND", required=True)
     command = add("show", config_show, "print the experiment with everything it extends and every default", config)
     command.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="an experiment's YAML file")
@@ -126,19 +142,17 @@ def _out(command: Parser) -> None:
 
 # ------------------------------------------------------------------------------------------------------- printing
 def _table(rows: list[Document], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(stderr=True, highlight=False, width=160)
+    from qlibero.progress import console
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in (columns[0], "file"))
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    console.print(table)
+    console().print(table)
 
 
 def _cell(value: Any) -> str:
@@ -149,23 +163,21 @@ def _cell(value: Any) -> str:
 
 @contextmanager
 def _stdout_kept_for_json() -> Iterator[Callable[[Document], None]]:
-    sys.stdout.flush()
+    stdout = sys.stdout
+    stdout.flush()
     kept = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(2, 1)   # for C libraries and child processes
 
     def emit(document: Document) -> None:
-        sys.stdout.flush()
         os.dup2(kept, 1)
-        try:
-            print(json.dumps(document, default=str), flush=True)
-        except BrokenPipeError:   # the reader has gone; nobody is left to tell
-            sys.stdout = open(os.devnull, "w")
+        with suppress(BrokenPipeError):   # the reader has gone; nobody is left to tell
+            print(json.dumps(document, default=str), file=stdout, flush=True)
         os.dup2(2, 1)
 
     try:
-        yield emit
+        with redirect_stdout(sys.stderr):
+            yield emit
     finally:
-        sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
 
@@ -181,10 +193,16 @@ def _terminated(signal_number: int, frame: Any) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     previous = signal.signal(signal.SIGTERM, _terminated)   # a batch system's way of saying Ctrl-C
+    args, wrong = None, None
+    try:
+        args = build_parser().parse_args(argv)   # `--help` prints on stdout and leaves from here
+    except UserError as error:
+        wrong = error
     try:
         with _stdout_kept_for_json() as emit:
             try:
-                args = build_parser().parse_args(argv)
+                if wrong:
+                    raise wrong
                 emit(args.call(args))
                 return 0
             except Incomplete as error:

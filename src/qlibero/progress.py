@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from qlibero.results.records import EpisodeRecord
 
 PLAIN_EVERY_S = 30.0
+PLAIN_WIDTH = 160
+
+
+def console() -> Console:
+    """stderr; a log file gets lines of 160 columns without colour codes."""
+    found = Console(stderr=True, highlight=False)
+    return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
 
 
 class RunProgress:
     """Hears of every finished episode. On a terminal one live line; in a log file one line per half minute."""
 
-    def __init__(self, experiment: Experiment, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False)
+    def __init__(self, experiment: Experiment):
+        self.console = console()
         self.experiment = experiment
         self.tally = {arm.name: [0, 0, 0] for arm in experiment.arms()}   # successes, episodes, errors of this call
         self.missing = self.done = 0

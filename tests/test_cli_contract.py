@@ -1,0 +1,147 @@
+"""Risk: a program that reads qlibero's stdout or exit status gets something else than the design promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlibero import cli
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
+
+GOOD = "suite: libero_object\npolicy: {type: pi05, checkpoint: weights}\nbackends: [baseline]\n"
+
+
+def qlibero(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qlibero.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def document(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.stdout.count("\n") == 1, f"stdout is one line, not {done.stdout!r}"
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("what", ["suites", "policies", "backends", "experiments"])
+def test_ls_tells_people_on_stderr_and_programs_on_stdout(what: str) -> None:
+    done = qlibero("ls", what)
+    assert done.returncode == 0, done.stderr
+    rows = document(done)[what]
+    assert rows and all(str(next(iter(row.values()))) in done.stderr for row in rows)
+
+
+def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(GOOD)
+    done = qlibero("config", "show", "x.yaml", "--set", "seed=11", cwd=tmp_path)
+    assert done.returncode == 0 and document(done)["seed"] == 11
+    assert "seed: 11" in done.stderr and f"checkpoint: {tmp_path}/weights" in done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    assert document(qlibero("config", "show", "again.yaml", cwd=tmp_path)) == document(done)
+    assert document(qlibero("config", "show", "--schema"))["properties"]["suite"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "x.yaml"], "x.yaml:2:22: policy.checkpoint: no such file or directory: weights"),
+        (["run", "x.yaml", "--set", "sede=1"], "--set sede=1: sede: unknown key; did you mean seed?"),
+        (["run", "y.yaml"], "did you mean x.yaml?"),
+        (["run"], "the following arguments are required: CONFIG"),
+        (["rnu", "x.yaml"], "invalid choice: 'rnu'"),
+        (["ls", "planets"], "invalid choice: 'planets'"),
+        (["config", "show"], "name a CONFIG"),
+        (["compare", "nowhere"], "nowhere: no such run directory"),
+    ],
+)
+def test_a_wrong_request_is_status_2_with_its_cure(tmp_path: Path, arguments: list[str], says: str) -> None:
+    (tmp_path / "x.yaml").write_text(GOOD)
+    done = qlibero(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    error = document(done)["error"]
+    assert error["exit_status"] == 2 and says in error["message"] and says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def chatty(args: Any) -> dict[str, int]:
+        print("from Python")
+        os.write(1, b"from C\n")
+        subprocess.run(["echo", "from a child"], check=True)
+        return {"answer": 42}
+
+    monkeypatch.setattr(cli, "ls", chatty)
+    assert cli.main(["ls", "suites"]) == 0
+    out, err = capfd.readouterr()
+    assert out == '{"answer": 42}\n'
+    assert all(words in err for words in ("from Python", "from C", "from a child"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (WorkFailed("disk full"), 1), (UserError("typo"), 2), (GuardRefusal("kernel lies"), 3), (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "/x"), 1), (ZeroDivisionError("defect"), 1), (cli.Incomplete("errors", {"a": 1}), 1),
+    ],
+)  # fmt: skip
+def test_each_kind_of_failure_has_its_status(raised: BaseException, status: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(args: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "ls", failing)
+    assert cli.main(["ls", "suites"]) == status
+    out, err = capfd.readouterr()
+    last = json.loads(out)
+    assert last == {"a": 1} if isinstance(raised, cli.Incomplete) else last["error"]["exit_status"] == status
+    assert ("Traceback" in err) == isinstance(raised, OSError | ZeroDivisionError)
+
+
+def test_sigterm_ends_like_ctrl_c() -> None:
+    sleeper = "import qlibero.cli as c, time; c.ls = lambda args: time.sleep(60); print(c.main(['ls', 'suites']))"
+    process = subprocess.Popen([sys.executable, "-c", sleeper], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    first, status = out.splitlines()
+    assert json.loads(first)["error"]["exit_status"] == 130 and status == "130"
+
+
+def test_every_help_reads_well_and_answers_at_once() -> None:
+    def pages(*path: str) -> None:
+        done = qlibero(*path, "--help")
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: qlibero {' '.join(path)}".rstrip()), done.stderr
+        parser = parser_of(path)
+        for action in parser._actions:
+            assert action.help or isinstance(action, cli.argparse._SubParsersAction) or action.choices, f"{path}: {action.dest}"
+
+    def parser_of(path: tuple[str, ...]) -> Any:
+        parser = cli.build_parser()
+        for word in path:
+            parser = next(a for a in parser._actions if isinstance(a, cli.argparse._SubParsersAction)).choices[word]
+        return parser
+
+    pages()
+    for word, command in next(a for a in cli.build_parser()._actions if isinstance(a, cli.argparse._SubParsersAction)).choices.items():
+        if not any(isinstance(a, cli.argparse._SubParsersAction) for a in command._actions):
+            assert parser_of((word,)).description, word
+    pages("run")
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, qlibero.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+         "print([m for m in ('torch', 'mujoco', 'numpy', 'scipy', 'pydantic', 'rich', 'wandb') if m in sys.modules], file=sys.stderr)"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert imported.stderr.strip() == "[]", "`--help` imports only what it needs"
+    best = min(_seconds("--help") for _ in range(3))
+    assert best < 0.6, f"--help took {best:.2f} s (0.3 s on an idle machine)"
+
+
+def _seconds(*arguments: str) -> float:
+    start = time.perf_counter()
+    qlibero(*arguments)
+    return time.perf_counter() - start
