@@ -108,8 +108,9 @@ def modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Ten
     width = x.shape[-1]
     if x.device.type != "cpu":
         return torch.addcmul(shift, F.rms_norm(x.float(), (width,), None, eps), scale).to(x.dtype)
-    doubled = F.layer_norm(torch.cat((x, -x), -1), (2 * width,), eps=eps)
-    return torch.addcmul(shift, doubled[..., :width], scale)
+    wide = x.float()
+    doubled = F.layer_norm(torch.cat((wide, -wide), -1), (2 * width,), eps=eps)
+    return torch.addcmul(shift, doubled[..., :width], scale).to(x.dtype)
 
 
 def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,19 @@ class Pi05Policy:
                 "flow_steps": self.flow_steps, "batch_size": self.batch_size,
                 "action_horizon": config.action_horizon, "action_dim": config.action_dim}
 
+    def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Rows that one call puts through a linear of the language model ("llm") and of the action expert ("expert"), for
+        these prompts: what a kernel must be tried on."""
+        config = self.model.config
+        cameras = 2 * config.vision.tokens + (1 if config.state_dim else 0)
+        state = np.zeros(8, np.float32)
+        lengths = {len(self._tokenizer.encode(self.profile.text(prompt, state))) for prompt in prompts}
+        lengths = {min(length, config.max_token_len) for length in lengths}
+        if not (self.batch_size == 1 and self.device.type == "cpu"):
+            lengths = {min(-(-length // BUCKET) * BUCKET, config.max_token_len) for length in lengths}
+        return {"llm": tuple(sorted(self.batch_size * (cameras + length) for length in lengths)),
+                "expert": (self.batch_size * config.action_horizon,)}
+
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`."""
         expected = (len(observations), *self.noise_shape)

@@ -1,0 +1,128 @@
+"""What a policy does around the network: images to the last bit, prompts to the letter, and company nobody notices."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pi05_small import STATISTICS, conv_config, noises, observations, random_model, siglip_config
+from qlibero.errors import UserError
+from qlibero.policies.pi05.images import resize_area, resize_pil, to_network
+from qlibero.policies.pi05.normalize import from_lerobot, from_openpi
+from qlibero.policies.pi05.policy import Pi05Policy
+from qlibero.policies.pi05.profiles import PROFILES
+from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
+from pi05_small import PROMPTS
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def policy(batch_size: int = 1) -> Pi05Policy:
+    words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
+    statistics = {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()}
+    return Pi05Policy("small", random_model(conv_config()), PROFILES["qlibero"], statistics, words, batch_size=batch_size,
+                      flow_steps=10, identity={"sha256": "0" * 64})
+
+
+@pytest.mark.parametrize("source,target", [(256, 224), (360, 224), (128, 224), (256, 200)])
+def test_openpis_resize_to_the_last_bit(source, target):
+    image = np.random.default_rng(source).integers(0, 256, (source, source, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((target, target), Image.BILINEAR))
+    assert np.array_equal(resize_pil(image, target), expected)
+
+
+def test_area_mean_is_exact():
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    expected = image.reshape(128, 2, 128, 2, 3).astype(np.float64).mean((1, 3))
+    assert np.array_equal(resize_area(image, 128), expected)
+    assert to_network(image, 128, "area").shape == (3, 128, 128)
+    with pytest.raises(UserError, match="not a multiple"):
+        resize_area(image, 100)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_company_and_place_change_nothing(batch_size):
+    """Equality, not tolerance: every order, every group size, alone or together."""
+    p = policy(batch_size)
+    seen, z = observations(5), noises(5, p.noise_shape)
+    together = p.infer(seen, z).actions
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        shuffled = p.infer([seen[i] for i in order], z[order]).actions
+        assert np.array_equal(shuffled, together[order])
+    for i in range(5):
+        assert np.array_equal(p.infer([seen[i]], z[i : i + 1]).actions[0], together[i])
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_batch_sizes_agree_to_rounding():
+    seen, z = observations(3), noises(3, (10, 7))
+    np.testing.assert_allclose(policy(1).infer(seen, z).actions, policy(4).infer(seen, z).actions, atol=5e-6)
+
+
+def test_chunk_is_in_environment_units_and_timed():
+    p = policy()
+    chunk = p.infer(observations(2), noises(2, p.noise_shape))
+    assert chunk.actions.shape == (2, 10, 7) and chunk.actions.dtype == np.float32
+    assert {"preprocess", "vision", "prefix", "flow"} <= set(chunk.phases_ms)
+    assert json.dumps(p.provenance())
+    with pytest.raises(ValueError, match="noise has shape"):
+        p.infer(observations(2), noises(1, p.noise_shape))
+
+
+def test_everything_observed_matters():
+    """A policy that ignores an image, the state or the words is a bug in the wiring here."""
+    p = policy()
+    (seen,), z = observations(1), noises(1, p.noise_shape)
+    base = p.infer([seen], z).actions
+    changes = [{"image": 255 - seen.image}, {"wrist_image": 255 - seen.wrist_image}, {"state": seen.state + 0.5},
+               {"prompt": PROMPTS[1]}]
+    for change in changes:
+        other = type(seen)(**{**seen.__dict__, **change})
+        assert np.abs(p.infer([other], z).actions - base).max() > 1e-4, change.keys()
+
+
+def test_prompts_to_the_letter():
+    state = np.array([-1.0, -0.5, 0.0, 0.5, 0.999, 1.0, 1.5, -1.5], np.float32)
+    task = " put_the bowl\non the plate "
+    assert PROFILES["openpi"].text(task, state) == ("put the bowl on the plate", "\n")
+    bins = "0 64 128 192 255 255 255 -1"
+    assert PROFILES["lerobot-0.6"].text(task, state) == (f"Task: put the bowl on the plate, State: {bins};\nAction: ",)
+    padded = f"{bins} {' '.join(['128'] * 24)}"
+    assert PROFILES["lerobot-0.4"].text(task, state) == (f"Task: put the bowl on the plate, State: {padded};\nAction: ",)
+
+
+def test_normalisation_in_both_modes_and_spellings():
+    x = np.random.default_rng(0).normal(size=(4, 8))
+    e = {k: np.array(v) for k, v in STATISTICS["state"].items()}
+    quantile = (x - e["q01"]) / (e["q99"] - e["q01"] + 1e-6) * 2 - 1
+    np.testing.assert_allclose(from_openpi(e, "quantile", "t").normalize(x), quantile, rtol=1e-6)
+    np.testing.assert_allclose(from_openpi(e, "mean_std", "t").normalize(x), (x - e["mean"]) / (e["std"] + 1e-6), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(from_lerobot(e, "quantile", "t").normalize(x), 2 * (x - e["q01"]) / (e["q99"] - e["q01"]) - 1, rtol=1e-6)
+    for make in (from_openpi, from_lerobot):
+        for mode in ("quantile", "mean_std"):
+            statistics = make(e, mode, "t")
+            np.testing.assert_allclose(statistics.denormalize(statistics.normalize(x)), x, atol=1e-5)
+            beyond = statistics.denormalize(np.ones((2, 32), np.float32))
+            assert np.array_equal(beyond[:, 8:], np.ones((2, 24)))
+    with pytest.raises(UserError, match="q01, q99"):
+        from_openpi({"mean": [0], "std": [1]}, "quantile", "norm_stats.json")
+
+
+def test_unknown_words_are_refused_by_name():
+    with pytest.raises(UserError, match="zebra"):
+        WordTokenizer(["the"]).encode(("the zebra", "\n"))
+
+
+def test_a_state_token_needs_its_profile():
+    with pytest.raises(UserError, match="state token"):
+        Pi05Policy("x", random_model(siglip_config()), PROFILES["qlibero"], {}, WordTokenizer([]), batch_size=1, flow_steps=10, identity={})
