@@ -1,0 +1,136 @@
+"""The policies behind an experiment's arms: loaded once, calibrated, quantized, every kernel tried, warmed up.
+
+What each arm really is goes into its meta.json: the checkpoint's and the artifact's hashes, the court's verdict for every
+layer, live bytes of its weights, the latency of the warm-up calls that no statistic counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlibero.config.schema import REPOSITORY, Arm, Experiment
+from qlibero.episode_key import EpisodeKey
+from qlibero.kernels import court
+from qlibero.kernels.shapes import Layer
+from qlibero.policies import load_policy
+from qlibero.policies.base import Observation, Policy
+from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
+from qlibero.quant.artifact import Artifact
+from qlibero.quant.prepare import artifact_for
+from qlibero.rollout.noise import call_noise
+from qlibero.sim.suites import task_language
+
+ARTIFACTS = REPOSITORY / "logs" / "artifacts"
+WARMUP_CALLS = 3
+
+Say = Callable[[str], None]
+
+
+def load_arms(experiment: Experiment, arms: Sequence[Arm], say: Say) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
+    """Policy and meta.json content by arm name. Arms share every tensor that they do not quantize.
+
+    Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
+    """
+    torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
+    full = load_policy(experiment.policy)
+    say(f"policy {full.name}: {describe(full)}")
+    policies: dict[str, Policy] = {}
+    meta: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        if arm.quant is None:
+            # A/A: the same policy in batches of another size is what rounding noise alone does to success
+            policy = full.with_batch_size(full.batch_size + 1) if arm.backend == "aa" else full
+            found: dict[str, Any] = {"label": _label(full, arm)}
+        else:
+            policy, found = _quantized(experiment, arm, full, say)
+        warmup_ms = warm_up(policy, experiment)
+        policies[arm.name] = policy
+        meta[arm.name] = {
+            "backend": arm.backend,
+            "policy": policy.provenance(),
+            **found,
+            "kernels_hash": digest(found.get("kernels", {})),
+            "warmup_ms": warmup_ms,
+        }
+    return policies, meta
+
+
+def describe(policy: Policy) -> str:
+    """One line: size, device, dtype."""
+    about = policy.provenance()
+    size = f"{about['parameters'] / 1e6:.1f} M parameters, " if "parameters" in about else ""
+    return size + ", ".join(str(about[key]) for key in ("dtype", "device", "url") if about.get(key))
+
+
+def digest(verdicts: dict[str, Any]) -> str:
+    """16 hex digits of a kernel verdict table; "" for an unquantized arm."""
+    return hashlib.sha256(json.dumps(verdicts, sort_keys=True).encode()).hexdigest()[:16] if verdicts else ""
+
+
+def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:
+    """The court's list: every executed layer with the numbers of tokens that calls with these prompts give it."""
+    tokens = policy.token_counts(prompts)
+    device = policy.provenance()["device"]
+    return [
+        Layer(name, shape, tokens["expert" if "gemma_expert" in name else "llm"])
+        for name, shape in gemm_shapes(artifact, device).items()
+    ]
+
+
+def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tuple[Policy, dict[str, Any]]:
+    artifact = artifact_for(full, arm.quant, ARTIFACTS, say)
+    verdicts = court.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
+    court.enforce(verdicts)
+    executed = {verdict.layer: verdict.executed for verdict in verdicts}
+    # layers that never run, or run on dequantized weights, are not tried: they follow the arm's first choice
+    default = next(iter(executed.values()), arm.backend)
+    kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
+    policy = quantize_policy(full, artifact, kernels)
+    fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
+    say(
+        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {', '.join(sorted(set(executed.values())))}"
+        + (f", {fallbacks} fell back" if fallbacks else "")
+    )
+    return policy, {
+        "label": _label(full, arm),
+        "quant": artifact.spec.to_mapping(),
+        "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
+        "kernels": {
+            v.layer: {"kernel": v.executed, "requested": v.requested, "verdict": v.verdict, "reason": v.reason,
+                      "shape": str(v.shape)}
+            for v in verdicts
+        },  # fmt: skip
+        "memory": memory(policy.model).summary(),
+    }
+
+
+def prompts(experiment: Experiment) -> list[str]:
+    """The instructions of the experiment's tasks."""
+    return [task_language(experiment.suite, task) for task in experiment.task_ids()]
+
+
+def _label(full: Policy, arm: Arm) -> str:
+    if arm.quant is None:
+        return f"{arm.name} ({full.provenance().get('dtype', 'remote')})"
+    return f"{arm.name} ({arm.quant.method} {arm.quant.precision} {arm.quant.layout or 'custom'})"
+
+
+def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
+    """Milliseconds of the first calls (kernels compile, memory is taken, graphs are captured); no episode pays for them."""
+    grey = np.full((256, 256, 3), 127, np.uint8)
+    texts = prompts(experiment)
+    times = []
+    for call in range(WARMUP_CALLS):
+        noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)
+        for prompt in texts if call == 0 else texts[:1]:
+            started = time.perf_counter()
+            policy.infer([Observation(grey, grey, np.zeros(8, np.float32), prompt)], noise[None])
+            times.append(round((time.perf_counter() - started) * 1e3, 2))
+    return times

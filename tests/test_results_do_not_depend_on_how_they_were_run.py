@@ -1,0 +1,88 @@
+"""The same experiment must leave the same records however it was run: workers, order, shards, crashes (contracts 1, 2, 5).
+
+Real LIBERO, real processes, equality of fingerprints, action digests and outcomes. The policy is untrained: what it does
+is of no interest here, only that it does the same thing every time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlibero.results.ledger import read_ledger
+
+ARMS = ("baseline", "fake")
+
+
+def qlibero(*arguments: object, **popen) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qlibero.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def run(config: Path, out: Path, *sets: str) -> dict:
+    process = qlibero("run", config, "--out", out, *(x for s in sets for x in ("--set", s)))
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
+    return json.loads(stdout.splitlines()[-1])
+
+
+def records(run_dir: Path) -> dict:
+    """What must be equal between runs, by arm and key."""
+    return {
+        (arm, record.key): (record.fingerprint, record.action_digest, record.outcome, record.steps)
+        for arm in ARMS
+        for record in read_ledger(run_dir, arm)
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, tiny_experiment: Path) -> dict:
+    out = tmp_path_factory.mktemp("one_worker")
+    assert run(tiny_experiment, out, "workers=1")["complete"]
+    found = records(out)
+    assert len(found) == 12 and len({value[1] for value in found.values()}) > 1
+    return found
+
+
+def test_two_workers_equal_one(tmp_path, tiny_experiment, reference):
+    run(tiny_experiment, tmp_path, "workers=2")
+    assert records(tmp_path) == reference
+
+
+def test_another_order_and_three_shards_equal_one_process(tmp_path, tiny_experiment, reference):
+    from qlibero.config.load import load_experiment
+    from qlibero.experiment import run_experiment
+
+    experiment = load_experiment(tiny_experiment, ["tasks=[1,0]", "backends=[fake,baseline]", "tracking.mode=disabled"])
+    for shard in (2, 0, 1):
+        run_experiment(experiment, tmp_path, shard=(shard, 3))
+    assert records(tmp_path) == reference
+
+
+def test_five_sigkills_at_random_moments_lose_nothing_and_change_nothing(tmp_path, tiny_experiment, reference):
+    moments = random.Random(20261123)
+    for _ in range(5):
+        process = qlibero("run", tiny_experiment, "--out", tmp_path)
+        time.sleep(moments.uniform(4, 14))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = records(tmp_path)
+    assert done.items() <= reference.items()
+    assert run(tiny_experiment, tmp_path)["complete"]
+    assert records(tmp_path) == reference
+
+
+def test_a_complete_run_is_shown_without_running_anything(tmp_path, tiny_experiment, reference):
+    run(tiny_experiment, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("episodes-*.jsonl")}
+    started = time.monotonic()
+    assert run(tiny_experiment, tmp_path)["complete"]
+    assert time.monotonic() - started < 5, "a complete run must not load a policy or a simulator"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("episodes-*.jsonl")} == before
