@@ -66,7 +66,7 @@ def enter_policy_environment() -> None:
         os.environ.update(wanted)
         return
     wanted[ENTERED] = os.environ.get("LD_LIBRARY_PATH", "")
-    os.execve(sys.executable, [sys.executable, "-m", "qlibero.cli", *sys.argv[1:]], wanted)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
 @cache
