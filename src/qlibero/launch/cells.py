@@ -1,0 +1,224 @@
+"""A sweep's cells on disk, and the one contract every engine executes: `run-shard --manifest M --index I`.
+
+    <sweep directory>/
+      <cell>/                          one run directory per cell (the sweep directory itself when there is one plain cell)
+      sweep/experiments/<cell>.yaml    the cell's resolved experiment
+      sweep/submission-001/            what was submitted at once: manifest.json, scripts, logs
+
+A shard is every n-th episode of a cell with all its arms, so that pairs stay together. Running a shard again continues
+it, whoever runs it; which shards still lack episodes is read from the ledger, never from a scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlibero.config.load import dump_resolved, load_experiment
+from qlibero.config.schema import Experiment, Tracking, config_hash
+from qlibero.config.sweep import Sweep
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment, summary
+
+SCHEMA = 1
+OURS = "sweep"   # the sub-directory of a sweep directory that is not a run directory
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of the sweep. `axes` is what distinguishes it, for people."""
+
+    id: str
+    run_dir: Path
+    axes: dict[str, str]
+    experiment: Experiment
+
+    @property
+    def shards(self) -> int:
+        """Number of shards: as many as `launch.shard_episodes` asks for."""
+        return max(1, math.ceil(len(episode_keys(self.experiment)) / self.experiment.launch.shard_episodes))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` of a cell."""
+
+    cell: str
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A sweep as submitted: all its cells and all their shards; an engine is given the indices it shall run."""
+
+    name: str
+    directory: Path
+    cells: tuple[Cell, ...]
+    shards: tuple[Shard, ...]
+
+    def cell(self, shard: Shard) -> Cell:
+        return next(cell for cell in self.cells if cell.id == shard.cell)
+
+    def shard(self, index: int) -> Shard:
+        if not 0 <= index < len(self.shards):
+            raise UserError(f"--index {index}: the manifest has shards 0 to {len(self.shards) - 1}")
+        return self.shards[index]
+
+    def experiment_of(self, index: int) -> Experiment:
+        return self.cell(self.shard(index)).experiment
+
+    def missing(self) -> tuple[int, ...]:
+        """Indices of the shards that lack episodes, or have episodes that ended in an error."""
+        lacking = {cell.id: {key for _, key in missing_episodes(cell.experiment, cell.run_dir)} for cell in self.cells}
+        return tuple(
+            i
+            for i, shard in enumerate(self.shards)
+            if lacking[shard.cell].intersection(episode_keys(self.cell(shard).experiment, (shard.index, shard.count)))
+        )
+
+
+def make_manifest(sweep: Sweep, out: Path | None = None) -> Manifest:
+    """Lay a sweep out on disk (nothing is written). Raises GuardRefusal when a cell's directory holds other results."""
+    directory = (out or RUNS / sweep.name).resolve()
+    alone = len(sweep.cells) == 1 and not sweep.cells[0].axes
+    cells = tuple(
+        Cell(cell.id, directory if alone else directory / cell.id, dict(cell.axes), cell.experiment) for cell in sweep.cells
+    )
+    for cell in cells:
+        if cell.id == OURS and not alone:
+            raise UserError(f"a cell cannot be called {OURS}: the sweep keeps its own files in a directory of that name")
+        _check_directory(cell)
+    shards = tuple(Shard(cell.id, i, cell.shards) for cell in cells for i in range(cell.shards))
+    return Manifest(sweep.name, directory, cells, shards)
+
+
+def write_manifest(manifest: Manifest) -> Path:
+    """Write the cells' experiments and the next submission's manifest.json; returns the submission's directory."""
+    ours = manifest.directory / OURS
+    try:
+        (ours / "experiments").mkdir(parents=True, exist_ok=True)
+        for cell in manifest.cells:
+            _replace(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
+        number = 1 + max((int(path.name.rpartition("-")[2]) for path in ours.glob("submission-[0-9]*")), default=0)
+        submission = ours / f"submission-{number:03d}"
+        (submission / "logs").mkdir(parents=True)
+        document = {
+            "schema": SCHEMA,
+            "sweep": manifest.name,
+            "directory": str(manifest.directory),
+            "cells": [{"id": cell.id, "run_dir": str(cell.run_dir), "axes": cell.axes} for cell in manifest.cells],
+            "shards": [[shard.cell, shard.index, shard.count] for shard in manifest.shards],
+        }
+        _replace(submission / "manifest.json", json.dumps(document, indent=1) + "\n")
+    except OSError as problem:
+        raise WorkFailed(f"cannot write to {ours}: {problem.strerror}; choose another --out") from problem
+    return submission
+
+
+def read_manifest(path: Path, check_files: bool = True) -> Manifest:
+    """The manifest of a submission, with its cells' experiments; `check_files`: checkpoints must be there. Raises UserError."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as problem:
+        raise UserError(f"{path}: {problem.strerror}; `qlibero sweep` writes manifests") from None
+    except ValueError as problem:
+        raise UserError(f"{path}: not JSON ({problem})") from None
+    if document.get("schema") != SCHEMA:
+        raise UserError(f"{path}: manifest schema {document.get('schema')!r}, this qlibero reads {SCHEMA}")
+    directory = Path(document["directory"])
+
+    def experiment(cell_id: str) -> Experiment:
+        # no environment: what was resolved at submission is what runs, whatever a node's shell exports
+        return load_experiment(_experiment_file(directory, cell_id), environ={}, check_files=check_files)
+
+    cells = tuple(Cell(c["id"], Path(c["run_dir"]), c["axes"], experiment(c["id"])) for c in document["cells"])
+    return Manifest(document["sweep"], directory, cells, tuple(Shard(*shard) for shard in document["shards"]))
+
+
+def latest_manifest(directory: Path) -> Manifest | None:
+    """The last submission's manifest in a sweep directory; None when there is none."""
+    paths = sorted((directory / OURS).glob("submission-*/manifest.json"))
+    return read_manifest(paths[-1], check_files=False) if paths else None
+
+
+def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -> dict[str, Any]:
+    """Run what one shard still lacks. `watchers` are run_experiment's on_start, on_episode and say.
+
+    Returns {"cell", "shard": [index, count], "complete", "run_dir"}. Mirrors belong to whole runs: a shard has none.
+    """
+    shard = manifest.shard(index)
+    cell = manifest.cell(shard)
+    experiment = cell.experiment
+    if shard.count > 1:
+        experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled")})
+    if experiment.workers == "auto" and (cpus := os.environ.get("SLURM_CPUS_PER_TASK")):
+        experiment = experiment.model_copy(update={"workers": max(1, int(cpus))})
+    part = (shard.index, shard.count)
+    run_experiment(experiment, cell.run_dir, part, **watchers)
+    return {
+        "cell": cell.id,
+        "shard": list(part),
+        "complete": not missing_episodes(experiment, cell.run_dir, part),
+        "run_dir": str(cell.run_dir),
+    }
+
+
+def merge(manifest_path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated."""
+    from qlibero.tracking.mirror import start_mirrors
+
+    manifest = read_manifest(manifest_path)
+    document = result(manifest)
+    for cell in manifest.cells:
+        if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
+            for said in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
+                say(f"{cell.id}: {said['tracker']}: {said['problem'] or said['mode']}")
+    _replace(manifest.directory / OURS / "result.json", json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def result(manifest: Manifest) -> dict[str, Any]:
+    """{"sweep", "directory", "complete", "cells": {id: {"axes", "run_dir", "complete", "arms"}}} from the ledgers."""
+    cells = {cell.id: {"axes": cell.axes, **summary(cell.experiment, cell.run_dir)} for cell in manifest.cells}
+    complete = all(cell["complete"] for cell in cells.values())
+    return {"sweep": manifest.name, "directory": str(manifest.directory), "complete": complete, "cells": cells}
+
+
+def spans(indices: Sequence[int]) -> str:
+    """`0-3,7` for (0, 1, 2, 3, 7): how Slurm and people write it."""
+    groups: list[list[int]] = []
+    for i in sorted(indices):
+        if groups and i == groups[-1][-1] + 1:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return ",".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+
+
+def _check_directory(cell: Cell) -> None:
+    """The ledger would refuse too, but only on the cluster, after the queue."""
+    for arm in cell.experiment.arms():
+        meta = cell.run_dir / arm.name / "meta.json"
+        if meta.exists():
+            known, ours = json.loads(meta.read_text()).get("config_hash"), config_hash(cell.experiment, arm)
+            if known not in (None, ours):
+                raise GuardRefusal(
+                    f"{meta.parent} holds episodes of another configuration ({known[:12]}, this sweep's is {ours[:12]}); "
+                    "choose another --out, or restore the configuration to continue it"
+                )
+
+
+def _experiment_file(directory: Path, cell_id: str) -> Path:
+    return directory / OURS / "experiments" / f"{cell_id}.yaml"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

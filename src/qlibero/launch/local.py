@@ -1,0 +1,94 @@
+"""Shards as processes on this machine, `launch.processes` at a time; one policy process per GPU where there are GPUs.
+
+A shard that is killed (out of memory, a stray SIGKILL) is started again: what it had finished is in the ledger. One that
+ends by itself with an error is not; it says in its log what to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+
+from qlibero.launch.engine import Submission, Submitted, shown
+from qlibero.launch.environment import find_gpus
+
+RESTARTS = 3
+STOP_S = 30.0   # what a shard gets to put its current episodes down
+_PR_SET_PDEATHSIG = 1
+
+
+def describe(submission: Submission) -> str:
+    """The command lines, in the order they are started."""
+    head = f"# {min(submission.launch.processes, len(submission.indices))} at a time, logs in {submission.directory}/logs"
+    lines = [shown(submission.shard_command(i)) for i in submission.indices]
+    return "\n".join([head, *lines, shown(submission.merge_command())]) + "\n"
+
+
+def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
+    """Run all shards, then the merge. Interrupted, it stops the shards (finished episodes are kept) and raises on."""
+    waiting = deque((index, 0) for index in submission.indices)
+    running: dict[int, tuple[subprocess.Popen, int, int]] = {}   # slot → process, shard, restarts so far
+    failed: list[int] = []
+    gpus = [gpu["index"] for gpu in find_gpus()]
+    try:
+        while waiting or running:
+            for slot in range(submission.launch.processes):
+                if slot not in running and waiting:
+                    index, restarts = waiting.popleft()
+                    running[slot] = (_start(submission, index, slot, gpus), index, restarts)
+            time.sleep(0.1)
+            for slot, (process, index, restarts) in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[slot]
+                if status < 0 and restarts < RESTARTS:
+                    say(f"shard {index} was killed by {signal.Signals(-status).name}: starting it again")
+                    waiting.append((index, restarts + 1))
+                elif status:
+                    failed.append(index)
+                    say(f"shard {index} ended with status {status}: {_last_words(submission, index)}")
+                else:
+                    done = len(submission.indices) - len(waiting) - len(running) - len(failed)
+                    say(f"shard {index} is done ({done} of {len(submission.indices)})")
+    finally:
+        _stop([process for process, _, _ in running.values()])
+    subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False)
+    return Submitted(finished=True, failed=tuple(sorted(failed)))
+
+
+def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen:
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    with open(submission.log(index), "ab") as log:
+        return subprocess.Popen(
+            submission.shard_command(index), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+        )
+
+
+def end_with_parent() -> None:
+    """In a child before exec: SIGTERM when the parent dies, so that a killed launcher leaves nothing behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + STOP_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _last_words(submission: Submission, index: int) -> str:
+    lines = [line for line in submission.log(index).read_text(errors="replace").splitlines() if line.startswith("qlibero: ")]
+    return lines[-1].removeprefix("qlibero: ") if lines else f"see {submission.log(index)}"

@@ -1,0 +1,262 @@
+"""`qlibero plan`: what a sweep would run, what it would cost on each engine, what it could detect, and what cannot work.
+
+Costs come from episodes that were really run: of this sweep, of other runs under logs/, or of a calibration, which runs
+one episode of each arm *into the ledger*, so that nothing of it is wasted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlibero.config.schema import Experiment, Tracking
+from qlibero.errors import QliberoError, UserError
+from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment
+from qlibero.launch.cells import Cell, Manifest
+from qlibero.launch.environment import find_gpus, memory_bytes
+from qlibero.results import statistics
+from qlibero.results.ledger import read_ledger
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import read_run
+
+WORKER_GB = 2.5
+DISCORDANCE = 0.05   # share of pairs that flip, for planning, while none has been observed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Mean seconds of an episode: `sim_s` of simulator and rendering (one core), `policy_s` waiting for the policy."""
+
+    sim_s: float
+    policy_s: float
+    episodes: int
+
+
+def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False) -> dict[str, Any]:
+    """The plan as a document; see `_cell` and `_engines` for its parts. Raises UserError for cells that cannot work."""
+    refuse_impossible(manifest, None)
+    known = costs(manifest)
+    if calibrate:
+        for cell in manifest.cells:
+            unknown = [arm for arm in cell.experiment.arms() if _kind(cell.experiment, arm.name) not in known]
+            if unknown:
+                say(f"calibrating {cell.id}: one episode of each arm, kept in {cell.run_dir}")
+                _one_episode(cell)
+                known = costs(manifest)
+    cells = [_cell(cell, known) for cell in manifest.cells]
+    unknown = sum(cell["missing"] for cell in cells if cell["seconds_each"] is None)
+    return {
+        "sweep": manifest.name,
+        "directory": str(manifest.directory),
+        "cells": cells,
+        "shards": len(manifest.shards),
+        "shards_missing": len(manifest.missing()),
+        "episodes": sum(cell["episodes"] for cell in cells),
+        "done": sum(cell["done"] for cell in cells),
+        "without_cost": unknown,
+        "engines": None if unknown else _engines(manifest, known),
+    }
+
+
+def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
+    """Raise UserError naming every cell that cannot run on `engine` (None: on none of them looked at by itself)."""
+    engines = [engine] if engine else ["local", "slurm", "ray"]
+    problems = []
+    for cell in manifest.cells:
+        found = {name: list(_problems(cell.experiment, name)) for name in engines}
+        if all(found.values()):
+            problems.append(f"  {cell.id}: " + "; ".join(dict.fromkeys(p for name in engines for p in found[name])))
+    if problems:
+        where = f"on engine {engine}" if engine else "on any engine"
+        raise UserError(f"{len(problems)} of {len(manifest.cells)} cells cannot run {where}:\n" + "\n".join(problems))
+
+
+def _problems(experiment: Experiment, engine: str) -> Iterator[str]:
+    slurm = experiment.launch.slurm
+    workers = experiment.workers if experiment.workers != "auto" else 1
+    memory_gb = memory_bytes() / 1e9 if engine == "local" else _gigabytes(slurm.mem) if engine == "slurm" and slurm.mem else None
+    if memory_gb is not None and workers * WORKER_GB > memory_gb:
+        yield f"{workers} simulator workers need {workers * WORKER_GB:g} GB, {engine} has {memory_gb:.0f} GB; set workers or launch.slurm.mem"
+    if engine == "slurm" and seconds(slurm.time) <= slurm.signal_s:
+        yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
+    device = _device(experiment, engine)
+    for arm in experiment.arms():
+        if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse" and (reason := _unsupported(arm, device)):
+            yield f"arm {arm.name}: {reason}"
+
+
+def _unsupported(arm, device: str) -> str | None:
+    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. The court has the last word."""
+    from qlibero.kernels import load
+    from qlibero.kernels.contract import GemmShape
+
+    try:
+        quant = arm.quant
+        support = load(arm.backend).supports(GemmShape(2048, 2048, quant.weight_bits, quant.activation_bits, quant.group_size, device))
+    except (ImportError, QliberoError) as problem:
+        return str(problem)
+    return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
+
+
+def _device(experiment: Experiment, engine: str) -> str:
+    wanted = getattr(experiment.policy, "device", "cpu")
+    if wanted != "auto":
+        return wanted.partition(":")[0]
+    launch = experiment.launch
+    gpu = {"local": bool(find_gpus()), "slurm": "gpu" in (launch.slurm.gres or ""), "ray": launch.ray.gpus > 0}[engine]
+    return "cuda" if gpu else "cpu"
+
+
+def costs(manifest: Manifest) -> dict[tuple, Cost]:
+    """Mean cost per kind of episode, from this sweep's cells first, else from other runs under logs/."""
+    ours = [cell.run_dir for cell in manifest.cells]
+    found: dict[tuple, list[EpisodeRecord]] = {}
+    for directories in (ours, _other_runs(ours)):
+        here: dict[tuple, list[EpisodeRecord]] = {}
+        for directory in directories:
+            try:
+                run = read_run(directory)
+            except QliberoError:
+                continue
+            for arm, ledger in run.arms.items():
+                kind = _kind_of(run.experiment, arm)
+                here.setdefault(kind, []).extend(r for r in ledger.records if r.outcome != "error")
+        found = {**{kind: records for kind, records in here.items() if records}, **found}
+    return {kind: _cost(records) for kind, records in found.items()}
+
+
+def _other_runs(ours: list[Path]) -> Iterable[Path]:
+    return [path.parent for path in sorted(RUNS.glob("*/experiment.yaml")) if path.parent not in ours]
+
+
+def _kind(experiment: Experiment, arm: str) -> tuple:
+    return _kind_of(experiment.model_dump(mode="json"), arm)
+
+
+def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
+    """What an episode's cost depends on: suite, step cap, policy and backend."""
+    entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
+    backend = next((entry["backend"] for entry in entries if entry["name"] == arm), arm)
+    backend = "baseline" if backend == "aa" else backend
+    policy = json.dumps(experiment.get("policy"), sort_keys=True)
+    return experiment.get("suite"), experiment.get("max_steps"), policy, backend
+
+
+def _cost(records: list[EpisodeRecord]) -> Cost:
+    n = len(records)
+    return Cost(
+        sim_s=sum(r.sim_ms + r.render_ms for r in records) / n / 1e3,
+        policy_s=sum(sum(r.policy_ms) for r in records) / n / 1e3,
+        episodes=n,
+    )
+
+
+def _one_episode(cell: Cell) -> None:
+    experiment = cell.experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": 0, "workers": 1})
+    run_experiment(experiment, cell.run_dir, (0, len(episode_keys(experiment))))
+
+
+def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
+    """One cell: its arms, episodes, what the ledger has, the seconds an episode takes, and what its pairs can detect."""
+    experiment = cell.experiment
+    arms = [arm.name for arm in experiment.arms()]
+    pairs = len(episode_keys(experiment))
+    episodes, missing = pairs * len(arms), len(missing_episodes(experiment, cell.run_dir))
+    found = {arm: known.get(_kind(experiment, arm)) for arm in arms}
+    each = {arm: round(cost.sim_s + cost.policy_s, 2) for arm, cost in found.items() if cost}
+    discordance, source = _discordance(cell)
+    return {
+        "cell": cell.id,
+        "suite": experiment.suite,
+        "arms": arms,
+        "episodes": episodes,
+        "done": episodes - missing,
+        "missing": missing,
+        "shards": cell.shards,
+        "seconds_each": each if len(each) == len(arms) else None,
+        "pairs": pairs,
+        "detectable_difference": _rounded(statistics.minimum_detectable_difference(pairs, discordance)) if len(arms) > 1 else None,
+        "one_way_difference": _rounded(statistics.smallest_one_way_difference(pairs)) if len(arms) > 1 else None,
+        "discordance": f"{discordance:.1%} {source}",
+    }
+
+
+def _discordance(cell: Cell) -> tuple[float, str]:
+    """Share of pairs in which an arm differs from the first one: observed when at least 20 pairs are there, else assumed."""
+    first, *others = [{r.key: r.outcome for r in read_ledger(cell.run_dir, arm.name)} for arm in cell.experiment.arms()]
+    pairs = [(first[key], outcome) for other in others for key, outcome in other.items() if key in first]
+    flips = sum({"success", "failure"} == {a, b} for a, b in pairs)
+    return (flips / len(pairs), "observed") if len(pairs) >= 20 and flips else (DISCORDANCE, "assumed")
+
+
+def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str, Any]]:
+    """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
+    launch = manifest.cells[0].experiment.launch
+    gpus = len(find_gpus())
+    cores = len(os.sched_getaffinity(0))
+    by_engine = {}
+    for name, workers, slots, gpus_each, basis in (
+        ("local", max(1, cores // launch.processes), launch.processes, min(gpus, launch.processes) / launch.processes,
+         f"{launch.processes} at a time, {cores} cores"),
+        ("slurm", launch.slurm.cpus_per_task, launch.slurm.array_limit or 10**9, _gres_gpus(launch.slurm.gres),
+         f"{launch.slurm.array_limit or 'all'} tasks at once, {launch.slurm.cpus_per_task} cores each"),
+        ("ray", max(1, int(launch.ray.cpus)), 10**9, launch.ray.gpus, f"all tasks at once, {launch.ray.cpus:g} cores each"),
+    ):  # fmt: skip
+        shards = [s for s in (_shard_seconds(manifest, i, workers, known) for i in manifest.missing()) if s]
+        # the longest shard is a bound of its own; below it the slots share the sum
+        wall = max(max(shards, default=0.0), sum(shards) / min(slots, len(shards) or 1))
+        by_engine[name] = {
+            "wall_h": round(wall / 3600, 3),
+            "gpu_h": round(sum(shards) * gpus_each / 3600, 3),
+            "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
+            "basis": basis,
+        }
+    return by_engine
+
+
+def _shard_seconds(manifest: Manifest, index: int, workers: int, known: dict[tuple, Cost]) -> float:
+    """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
+    shard = manifest.shards[index]
+    cell = manifest.cell(shard)
+    experiment = cell.experiment
+    workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
+    together = min(workers, experiment.policy.batch_size)
+    missing = missing_episodes(experiment, cell.run_dir, (shard.index, shard.count))
+    per_arm = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
+    return sum(per_arm[arm].sim_s / workers + per_arm[arm].policy_s / together for arm, _ in missing)
+
+
+def seconds(time: str) -> int:
+    """Slurm's time formats in seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, secs = (parts + [0, 0])[:3]
+        return int(days) * 86400 + hours * 3600 + minutes * 60 + secs
+    if len(parts) == 3:
+        return parts[0] * 3600 + parts[1] * 60 + parts[2]
+    return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
+
+
+def _gres_gpus(gres: str | None) -> float:
+    """GPUs in `gpu:1`, `gpu:h100:2`, `gpu`; 0 without."""
+    gpus = 0.0
+    for item in (gres or "").split(","):
+        name, *rest = item.split(":")
+        if name == "gpu":
+            gpus += float(rest[-1]) if rest and rest[-1].isdecimal() else 1.0
+    return gpus
+
+
+def _gigabytes(mem: str) -> float:
+    number, unit = (mem[:-1], mem[-1]) if mem[-1] in "KMGT" else (mem, "M")
+    return int(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit] / 1e9
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else math.ceil(value * 1e4) / 1e4

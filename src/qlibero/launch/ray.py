@@ -1,0 +1,68 @@
+"""Shards as tasks of a Ray cluster (optional: `pip install 'qlibero[ray]'`). The nodes share the file system and this environment.
+
+A task only holds the resources and waits for an ordinary process, so a shard is the same thing here as everywhere. Ray
+starts the task again when its worker or node dies, and the ledger continues.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+
+from qlibero.errors import UserError
+from qlibero.launch.engine import Submission, Submitted, shown
+
+RETRIES = 3
+
+
+def describe(submission: Submission) -> str:
+    """Resources and command lines of the tasks."""
+    ray = submission.launch.ray
+    head = f"# ray at {ray.address}: tasks of {ray.cpus:g} CPUs and {ray.gpus:g} GPUs, {RETRIES} retries when a worker or node dies"
+    return "\n".join([head, *(shown(submission.shard_command(i)) for i in submission.indices), shown(submission.merge_command())]) + "\n"
+
+
+def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
+    """Run all shards on the cluster, then the merge here."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray: Ray is not installed; pip install 'qlibero[ray]'") from None
+    options = submission.launch.ray
+    address = None if options.address == "local" else options.address
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=RETRIES)(_run)
+        tasks = {task.remote(submission.shard_command(i), str(submission.log(i))): i for i in submission.indices}
+        waiting, failed = list(tasks), []
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            try:
+                status = ray.get(done)
+            except ray.exceptions.RayError as problem:   # out of retries
+                status = str(problem).splitlines()[0]
+            if status:
+                failed.append(tasks[done])
+                say(f"shard {tasks[done]} ended with status {status}, see {submission.log(tasks[done])}")
+            else:
+                say(f"shard {tasks[done]} is done ({len(tasks) - len(waiting) - len(failed)} of {len(tasks)})")
+    finally:
+        ray.shutdown()
+    subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False)
+    return Submitted(finished=True, failed=tuple(sorted(failed)))
+
+
+def _run(command: list[str], log: str) -> int:
+    """On a node: run the shard and wait. Ends with it when Ray kills this worker."""
+    from qlibero.launch.local import end_with_parent
+
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(os.environ), preexec_fn=end_with_parent
+        )
+    status = process.wait()
+    if status == -signal.SIGKILL:   # as if the worker had died: Ray shall try again
+        os._exit(137)
+    return status

@@ -1,0 +1,128 @@
+"""`qlibero status`: how far a sweep or run is, from its result files, and from squeue for what is queued.
+
+Result files are the only thing that is true on every engine; a scheduler only adds which shards still hold a place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from qlibero.config.load import load_experiment
+from qlibero.errors import UserError, WorkFailed
+from qlibero.experiment import episode_keys, missing_episodes
+from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
+from qlibero.results.ledger import read_ledger
+from qlibero.results.records import EpisodeRecord
+
+RATE_WINDOW = timedelta(minutes=30)
+FOLLOW_S = 10.0
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """Of a sweep directory or a single run directory. Raises UserError when it is neither.
+
+    Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
+    "episodes_per_hour", "eta", "cells": [...]}; the rate is that of the last half hour in which episodes finished.
+    """
+    manifest = latest_manifest(directory) or _single_run(directory)
+    cells, records = [], []
+    missing_keys: dict[str, set] = {}
+    for cell in manifest.cells:
+        found = [r for arm in cell.experiment.arms() for r in read_ledger(cell.run_dir, arm.name)]
+        records += found
+        missing = missing_episodes(cell.experiment, cell.run_dir)
+        missing_keys[cell.id] = {key for _, key in missing}
+        total = len(episode_keys(cell.experiment)) * len(cell.experiment.arms())
+        errors = [r for r in found if r.outcome == "error"]
+        cells.append(
+            {
+                "cell": cell.id,
+                "done": total - len(missing),
+                "episodes": total,
+                "errors": len(errors),
+                "last_error": errors[-1].error if errors else None,
+                "successes": sum(r.succeeded for r in found),
+            }
+        )
+    done, total = sum(c["done"] for c in cells), sum(c["episodes"] for c in cells)
+    rate = episodes_per_hour(records)
+    queue, queue_problem = _queue(directory)
+    lacking = [s for s in manifest.shards if missing_keys[s.cell].intersection(_keys(manifest, s))]
+    return {
+        "directory": str(directory),
+        "complete": done == total,
+        "episodes": total,
+        "done": done,
+        "errors": sum(c["errors"] for c in cells),
+        "shards": len(manifest.shards),
+        "shards_done": len(manifest.shards) - len(lacking),
+        "queue": queue,
+        "queue_problem": queue_problem,
+        "episodes_per_hour": rate and round(rate, 1),
+        "eta": _eta(total - done, rate),
+        "cells": cells,
+    }
+
+
+def follow(directory: Path, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """`show` the status every ten seconds until everything is done; returns the last one."""
+    while True:
+        found = status(directory)
+        show(found)
+        if found["complete"]:
+            return found
+        time.sleep(FOLLOW_S)
+
+
+def headline(found: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = [f"{found['done']} of {found['episodes']} episodes", f"{found['shards_done']} of {found['shards']} shards"]
+    if found["errors"]:
+        parts.append(f"{found['errors']} errors")
+    parts += [f"{n} {state.lower()}" for state, n in sorted(found["queue"].items())]
+    if found["queue_problem"]:
+        parts.append(found["queue_problem"])
+    if found["episodes_per_hour"] and not found["complete"]:
+        parts.append(f"{found['episodes_per_hour']:g} episodes/h, done about {found['eta']}")
+    return ", ".join(parts)
+
+
+def episodes_per_hour(records: list[EpisodeRecord]) -> float | None:
+    """Rate over the half hour before the last finished episode; None while fewer than two have finished."""
+    times = sorted(datetime.fromisoformat(r.finished_at) for r in records if r.finished_at)
+    recent = [t for t in times if times[-1] - t <= RATE_WINDOW]
+    if len(recent) < 2 or recent[0] == recent[-1]:
+        return None
+    return (len(recent) - 1) / (recent[-1] - recent[0]).total_seconds() * 3600
+
+
+def _eta(missing: int, rate: float | None) -> str | None:
+    if not rate:
+        return None
+    return (datetime.now(UTC) + timedelta(hours=missing / rate)).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _queue(directory: Path) -> tuple[dict[str, int], str | None]:
+    from qlibero.launch.slurm import live_shards
+
+    try:
+        states = list(live_shards(directory).values())
+    except WorkFailed as problem:
+        return {}, str(problem)
+    return {state: states.count(state) for state in set(states)}, None
+
+
+def _keys(manifest: Manifest, shard: Shard) -> list:
+    return episode_keys(manifest.cell(shard).experiment, (shard.index, shard.count))
+
+
+def _single_run(directory: Path) -> Manifest:
+    if not (directory / "experiment.yaml").exists():
+        raise UserError(f"{directory}: neither a sweep (no sweep/submission-*/manifest.json) nor a run (no experiment.yaml)")
+    experiment = load_experiment(directory / "experiment.yaml", environ={}, check_files=False)
+    cell = Cell(experiment.name, directory, {}, experiment)
+    return Manifest(experiment.name, directory, (cell,), (Shard(cell.id, 0, 1),))

@@ -1,0 +1,60 @@
+"""`qlibero sweep`: from a sweep file to an engine. Asked again, it submits only what is missing and not under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlibero.config.sweep import Sweep
+from qlibero.launch import cells
+from qlibero.launch.engine import Submission, Submitted, load_engine
+from qlibero.launch.plan import refuse_impossible
+
+
+def run_sweep(
+    sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Submit what the ledgers lack. Returns `cells.result` with {"engine", "submitted": indices, "jobs", "failed"} added.
+
+    `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
+    """
+    manifest = cells.make_manifest(sweep, out)
+    launch = sweep.cells[0].experiment.launch
+    name = engine or launch.engine
+    missing = manifest.missing()
+    under_way = _under_way(manifest) if missing else {}
+    indices = tuple(i for i in missing if manifest.shards[i] not in under_way)
+    if under_way:
+        say(f"{len(missing) - len(indices)} of {len(missing)} missing shards are already queued or running: left alone")
+    submitted = Submitted(finished=True)
+    text = ""
+    if indices:
+        refuse_impossible(manifest, name)
+        directory = manifest.directory / cells.OURS / "submission-new" if dry_run else cells.write_manifest(manifest)
+        submission = Submission(manifest.name, directory, indices, launch)
+        module = load_engine(name)
+        if dry_run:
+            text = module.describe(submission)
+            say(text)
+        else:
+            say(f"{len(indices)} of {len(manifest.shards)} shards, engine {name}, {directory}")
+            submitted = module.submit(submission, say)
+    document = cells.result(manifest)
+    return {
+        **document,
+        "engine": name,
+        "submitted": list(indices),
+        "under_way": len(missing) - len(indices),
+        "failed": list(submitted.failed),
+        "jobs": list(submitted.jobs),
+        "finished": submitted.finished and not under_way,
+        **({"dry_run": text} if dry_run else {}),
+    }
+
+
+def _under_way(manifest: cells.Manifest) -> dict[cells.Shard, str]:
+    """Shards that an earlier Slurm submission still has in the queue."""
+    from qlibero.launch.slurm import live_shards
+
+    return live_shards(manifest.directory)
