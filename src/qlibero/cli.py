@@ -64,6 +64,59 @@ def compare(args: argparse.Namespace) -> Document:
     return document
 
 
+def plan(args: argparse.Namespace) -> Document:
+    from qlibero.config.sweep import load_sweep
+    from qlibero.launch import cells
+    from qlibero.launch.environment import enter_policy_environment
+    from qlibero.launch.plan import plan as make_plan
+
+    if args.calibrate:
+        enter_policy_environment()
+    document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), _explain, args.calibrate)
+    _table(document["cells"], title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
+    if document["engines"]:
+        _table([{"engine": name, **cost} for name, cost in document["engines"].items()], title="what is missing, on each engine")
+    elif document["without_cost"]:
+        _explain("no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)")
+    return document
+
+
+def sweep(args: argparse.Namespace) -> Document:
+    from qlibero.config.sweep import load_sweep
+    from qlibero.launch.sweep import run_sweep
+
+    document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, _explain)
+    if document["finished"] and not document["complete"] and not args.dry_run:
+        raise Incomplete("not everything is done; the same command runs what is missing", document)
+    return document
+
+
+def run_shard(args: argparse.Namespace) -> Document:
+    from qlibero.launch import cells
+    from qlibero.launch.environment import enter_policy_environment
+    from qlibero.progress import RunProgress
+
+    if args.merge:
+        return cells.merge(args.manifest, _explain)
+    enter_policy_environment()
+    manifest = cells.read_manifest(args.manifest)
+    with RunProgress(manifest.experiment_of(args.index)) as progress:
+        document = cells.run_shard(
+            manifest, args.index, on_start=progress.start, on_episode=progress.episode, say=progress.say
+        )
+    if not document["complete"]:
+        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
+    return document
+
+
+def status(args: argparse.Namespace) -> Document:
+    from qlibero.launch import status as watch
+
+    document = watch.follow(args.dir, lambda found: _explain(watch.headline(found))) if args.follow else watch.status(args.dir)
+    _table(document["cells"], title=watch.headline(document))
+    return document
+
+
 def config_show(args: argparse.Namespace) -> Document:
     from qlibero.config.load import dump_resolved, editor_schema, load_experiment
 
@@ -115,6 +168,27 @@ def build_parser() -> Parser:
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run directory, or several to be read together")
     command.add_argument("--reference", default="baseline", metavar="ARM", help="the arm to compare with (default: baseline)")
     command.add_argument("--margin", type=float, default=0.02, help="largest acceptable loss of success rate (default: 0.02, 2 points)")
+
+    command = add("plan", plan, "what a sweep or experiment would run, how long it takes, what difference it could detect")
+    _config(command)
+    _out(command)
+    command.add_argument("--calibrate", action="store_true", help="run one episode of each arm that has no known cost (they count)")
+
+    command = add("sweep", sweep, "run the cells of a sweep, or one experiment, in shards; again: what is missing")
+    _config(command)
+    _out(command)
+    command.add_argument("--engine", choices=("local", "slurm", "ray"), help="default: launch.engine of the sweep")
+    command.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing")
+
+    command = add("run-shard", run_shard, "what a job of a sweep executes: run, or continue, one shard")
+    command.add_argument("--manifest", type=Path, required=True, help="manifest.json of a submission")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--index", type=int, help="which shard")
+    what.add_argument("--merge", action="store_true", help="after all shards: mirror the ledgers, write sweep/result.json")
+
+    command = add("status", status, "how far a sweep or a run is, from its result files and the queue")
+    command.add_argument("dir", type=Path, metavar="DIR", help="a sweep's or a run's directory")
+    command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done")
 
     config = commands.add_parser("config", help="look at a configuration").add_subparsers(metavar="COMMAND", required=True)
     command = add("show", config_show, "print the experiment with everything it extends and every default", config)
