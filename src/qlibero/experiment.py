@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from qlibero.config.load import dump_resolved
 from qlibero.config.schema import REPOSITORY, Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import WorkFailed
-from qlibero.results.ledger import Ledger, read_ledger, read_trajectory, write_meta
+from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 from qlibero.results.summary import summarize_arm
+from qlibero.sequential import SequentialRun
 
 RUNS = REPOSITORY / "logs"
 
@@ -57,7 +58,11 @@ def missing_episodes(
         if record.outcome != "error"
     }
     arms = [arm.name for arm in experiment.arms()]
-    return [(arm, key) for key in episode_keys(experiment, shard) for arm in arms if (arm, key) not in done]
+    keys = episode_keys(experiment, shard)
+    if experiment.stop is not None:
+        sequential = SequentialRun(experiment, run_dir, keys, shard[1])
+        keys = [] if sequential.decided() else sequential.order
+    return [(arm, key) for key in keys for arm in arms if (arm, key) not in done]
 
 
 def run_experiment(
@@ -74,30 +79,46 @@ def run_experiment(
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
     run_dir = run_directory(experiment, out)
+    for arm in experiment.arms():
+        check_config(run_dir, arm.name, config_hash(experiment, arm))
     _prepare_directory(experiment, run_dir)
-    with ExitStack() as stack:
-        name = f"{shard[0]:03d}of{shard[1]:03d}"
-        ledgers = {
-            arm.name: stack.enter_context(Ledger(run_dir, arm.name, name, config_hash(experiment, arm)))
-            for arm in experiment.arms()
-            if missing_episodes(experiment, run_dir, shard)
-        }
-        missing = missing_episodes(experiment, run_dir, shard)
-        total = len(episode_keys(experiment, shard)) * len(experiment.arms())
-        on_start(len(missing), total)
-        if missing:
-            _run(experiment, run_dir, missing, ledgers, on_episode, say)
+    total = len(episode_keys(experiment, shard)) * len(experiment.arms())
+    missing = missing_episodes(experiment, run_dir, shard)
+    if missing:
+        with ExitStack() as stack:
+            name = f"{shard[0]:03d}of{shard[1]:03d}"
+            ledgers = {
+                arm.name: stack.enter_context(Ledger(run_dir, arm.name, name, config_hash(experiment, arm)))
+                for arm in experiment.arms()
+            }
+            # again, now that the ledgers are locked: another process may just have finished some
+            missing = missing_episodes(experiment, run_dir, shard)
+            on_start(len(missing), total)
+            if missing:
+                _run(experiment, run_dir, missing, ledgers, on_episode, say)
+    else:
+        on_start(0, total)
     return summary(experiment, run_dir)
 
 
 def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
     """The experiment's state on disk, in the form design.md fixes for the last line of `qlibero run`."""
-    return {
+    document = {
         "experiment": experiment.name,
         "run_dir": str(run_dir),
         "complete": not missing_episodes(experiment, run_dir),
         "arms": {arm.name: summarize_arm(read_ledger(run_dir, arm.name)) for arm in experiment.arms()},
     }
+    if experiment.stop is not None:
+        keys = episode_keys(experiment)
+        sequential = SequentialRun(experiment, run_dir, keys, 1)
+        spent = sum(len(read_ledger(run_dir, arm.name)) for arm in experiment.arms())
+        document["stop"] = {
+            "arms": {arm: asdict(decision) for arm, decision in sequential.decisions().items()},
+            "episodes_spent": spent,
+            "episodes_saved": len(keys) * len(experiment.arms()) - spent,
+        }
+    return document
 
 
 def _prepare_directory(experiment: Experiment, run_dir: Path) -> None:
@@ -134,6 +155,10 @@ def _run(
     for arm in arms:
         write_meta(run_dir, arm.name, meta[arm.name])
 
+    sequential = None
+    if experiment.stop is not None:
+        sequential = SequentialRun(experiment, run_dir, episode_keys(experiment), 1)
+
     def on_record(record: EpisodeRecord, trajectory) -> None:
         record = replace(
             record,
@@ -142,7 +167,10 @@ def _run(
             versions=environment["versions"],
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        on_episode(ledgers[record.arm].append(record, trajectory))
+        record = ledgers[record.arm].append(record, trajectory)
+        if sequential is not None:
+            sequential.add(record)
+        on_episode(record)
 
     settings = RolloutSettings(
         protocol=experiment.protocol,
@@ -153,7 +181,8 @@ def _run(
     with SimulatorPool(worker_count(experiment, len(missing)), environment=simulator_environment()) as pool:
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
-            run_episodes([PlannedEpisode(arm, key) for arm, key in missing], policies, pool, settings, on_record)
+            plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
+            run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
             _film(experiment, run_dir, {key for _, key in missing}, pool, say)
         finally:
             mirrors.finish()

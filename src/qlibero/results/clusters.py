@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from qlibero.results.statistics import CONFIDENCE, Interval
 
@@ -24,7 +24,7 @@ def task_t_interval(task_deltas: Sequence[float], confidence: float = CONFIDENCE
     deltas = np.asarray(task_deltas, dtype=np.float64)
     if len(deltas) < 2:
         return None
-    half = student.ppf(0.5 + confidence / 2, len(deltas) - 1) * deltas.std(ddof=1) / np.sqrt(len(deltas))
+    half = stdtrit(len(deltas) - 1, 0.5 + confidence / 2) * deltas.std(ddof=1) / np.sqrt(len(deltas))
     return float(deltas.mean() - half), float(deltas.mean() + half)
 
 

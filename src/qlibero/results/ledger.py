@@ -74,7 +74,7 @@ class Ledger:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.directory, self.shard)
-            _check_config(self.directory, config_hash)
+            check_config(run_dir, arm, config_hash)
             if not (self.directory / "meta.json").exists():
                 write_meta(run_dir, arm, {"config_hash": config_hash})
             self.torn_recovered = self._cut_torn_tails()
@@ -251,7 +251,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _check_config(directory: Path, config_hash: str) -> None:
+def check_config(run_dir: Path | str, arm: str, config_hash: str) -> None:
+    """Raises GuardRefusal when the arm's directory holds episodes of another configuration."""
+    directory = Path(run_dir) / arm
     known = _read_meta(directory / "meta.json").get("config_hash", config_hash)
     if known != config_hash:
         raise GuardRefusal(

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import betaincinv
-from scipy.stats import binom
+from scipy.special import bdtr, bdtrik, betaincinv, gammaln, xlog1py, xlogy
 
 CONFIDENCE = 0.95
 Interval = tuple[float, float]
@@ -159,11 +158,12 @@ def mcnemar_power(n: int, discordance: float, delta: float, alpha: float = 0.05)
         return 0.0
     discordant = _plausible(n, discordance)
     one_way = (discordance + abs(delta)) / (2 * discordance)
-    # largest c with 2·P[Bin(D, ½) ≤ c] ≤ alpha; ppf is the smallest c reaching alpha/2
-    critical = binom.ppf(alpha / 2, discordant, 0.5)
-    critical = np.where(2 * binom.cdf(critical, discordant, 0.5) <= alpha, critical, critical - 1)
-    rejects = binom.cdf(critical, discordant, one_way) + binom.cdf(critical, discordant, 1 - one_way)
-    return float(np.sum(binom.pmf(discordant, n, discordance) * rejects))
+    # largest c with 2·P[Bin(D, ½) ≤ c] ≤ alpha
+    critical = np.floor(np.nan_to_num(bdtrik(alpha / 2, discordant, 0.5), nan=0.0)) + 1
+    for _ in range(2):  # bdtrik is exact to rounding only
+        critical = np.where(2 * _binomial_cdf(critical, discordant, 0.5) <= alpha, critical, critical - 1)
+    rejects = _binomial_cdf(critical, discordant, one_way) + _binomial_cdf(critical, discordant, 1 - one_way)
+    return float(np.sum(_binomial_pmf(discordant, n, discordance) * rejects))
 
 
 def minimum_detectable_difference(n: int, discordance: float, power: float = 0.8) -> float | None:
@@ -186,8 +186,8 @@ def noninferiority_power(n: int, discordance: float, margin: float) -> float:
     repaired = np.arange(discordant.max() + 1)[None, :]
     broken = np.maximum(discordant - repaired, 0)
     shown = _tango_z(broken, np.minimum(repaired, discordant), n, -margin) > normal_quantile()
-    given = (binom.pmf(repaired, discordant, 0.5) * shown).sum(axis=1)
-    return float(binom.pmf(discordant[:, 0], n, discordance) @ given)
+    given = (_binomial_pmf(np.minimum(repaired, discordant), discordant, 0.5) * (repaired <= discordant) * shown).sum(axis=1)
+    return float(_binomial_pmf(discordant[:, 0], n, discordance) @ given)
 
 
 def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0.8) -> int:
@@ -203,4 +203,15 @@ def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0
 
 def _plausible(n: int, discordance: float) -> np.ndarray:
     """Counts of discordant pairs that hold all but 1e-9 of the probability."""
-    return np.arange(int(binom.ppf(5e-10, n, discordance)), int(binom.ppf(1 - 5e-10, n, discordance)) + 1)
+    below = _binomial_cdf(np.arange(n + 1), n, discordance)
+    return np.arange(np.searchsorted(below, 5e-10), np.searchsorted(below, 1 - 5e-10) + 1)
+
+
+# scipy.stats has these two as well, and takes seconds to import, which every `qlibero run` would pay
+def _binomial_cdf(k: np.ndarray, n: np.ndarray | int, p: float) -> np.ndarray:
+    return np.where(k < 0, 0.0, bdtr(np.maximum(k, 0), n, p))
+
+
+def _binomial_pmf(k: np.ndarray, n: np.ndarray | int, p: float) -> np.ndarray:
+    n = np.asarray(n, dtype=float)
+    return np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + xlogy(k, p) + xlog1py(n - k, -p))
