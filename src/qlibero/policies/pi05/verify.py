@@ -1,0 +1,62 @@
+"""Everything that can be said of a checkpoint directory before trusting a number it produces.
+
+Behind `qlibero checkpoint verify`. Reads every tensor, builds no network and returns none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from qlibero.errors import UserError
+from qlibero.policies.pi05.checkpoint import (
+    Checkpoint,
+    TensorTable,
+    file_hashes,
+    load_statistics,
+    open_checkpoint,
+    tensor_table,
+)
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """A JSON-ready report on a checkpoint directory.
+
+    Keys: path, kind, ok, problems (list of sentences, empty when ok), notes, parameters, tensors, dtypes, architecture,
+    missing, extra, misshapen, non_finite (lists of names), statistics ({"state": {"mode", "dimensions"}, …} or None),
+    profile ({"guess": name or None, "why": …}), sha256 ({file: digest}).
+
+    Raises `UserError` only when there is no checkpoint to speak of (no directory, no readable safetensors).
+    """
+    checkpoint = open_checkpoint(Path(path))
+    table = tensor_table(checkpoint)
+    non_finite = _non_finite(checkpoint, table)
+    problems = list(table.problems)
+    if non_finite:
+        problems.append(f"{len(non_finite)} tensors hold NaN or infinity: {', '.join(non_finite[:8])}")
+    statistics = None
+    try:
+        statistics = {name: {"mode": s.mode, "dimensions": len(s.low)} for name, s in load_statistics(checkpoint).items()}
+    except UserError as error:
+        problems.append(str(error))
+    guess = checkpoint.profile
+    shapes = checkpoint.shapes
+    return {
+        "path": str(checkpoint.path), "kind": checkpoint.kind, "ok": not problems, "problems": problems, "notes": table.notes,
+        "parameters": sum(torch.Size(shapes[source]).numel() for source in table.source.values()), "tensors": len(shapes),
+        "dtypes": dict(Counter(checkpoint.dtypes.values())), "architecture": checkpoint.config.to_dict(),
+        "missing": table.missing, "extra": table.extra, "misshapen": table.misshapen, "non_finite": non_finite,
+        "statistics": statistics,
+        "profile": {"guess": guess.name if guess else None, "why": guess.why if guess else checkpoint.profile_reason},
+        "sha256": file_hashes(checkpoint.path),
+    }  # fmt: skip
+
+
+def _non_finite(checkpoint: Checkpoint, table: TensorTable) -> list[str]:
+    used = set(table.source.values())
+    with safe_open(checkpoint.weights, framework="pt") as file:
+        return [name for name in sorted(used) if not bool(torch.isfinite(file.get_tensor(name)).all())]
