@@ -1,0 +1,134 @@
+"""A policy that lives behind an openpi-protocol server: openpi itself, qlibero's own server, or anything that speaks it.
+
+What a remote policy cannot give is said in its provenance instead of being pretended: unless the server advertises
+`noise`, its flow noise is its own, so runs are neither repeatable nor paired (contract 2), and no kernel can be
+attested from here (contract 4). Chunking stays on this side: the engine executes the first actions of each chunk.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.sync.client import ClientConnection, connect
+
+from qlibero.errors import UserError, WorkFailed
+from qlibero.policies.base import Chunk, Observation
+from qlibero.policies.pi05.images import resize_pil
+from qlibero.policies.wire import pack, unpack
+
+OPENPI_IMAGE_SIZE = 224
+OPENPI_NOISE_SHAPE = (10, 32)
+"""Drawn but not sent when the server does not take noise: the engine needs some shape."""
+MAX_ANSWER_BYTES = 8 << 20
+_RETRY_S = 0.5
+
+
+class RemotePolicy:
+    """Speaks openpi's protocol with up to `batch_size` connections at once (the protocol has one request in flight each).
+
+    A lost connection is opened again, and its request repeated, until `timeout_s` has passed.
+    """
+
+    model = None
+
+    def __init__(self, url: str, *, batch_size: int = 1, timeout_s: float = 60.0, api_key: str | None = None):
+        self.url, self.batch_size, self._timeout_s = url, batch_size, timeout_s
+        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._idle: queue.LifoQueue[ClientConnection] = queue.LifoQueue()
+        self._threads = ThreadPoolExecutor(batch_size, "remote")
+        connection, self.metadata = self._open(time.monotonic() + timeout_s)
+        self._idle.put(connection)
+        ours = self.metadata.get("qlibero") if isinstance(self.metadata, dict) else None
+        self._ours: dict[str, Any] | None = ours
+        self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
+        where = urlsplit(url)
+        self.name = f"remote-{ours['provenance']['name']}" if ours else f"remote-{where.hostname}-{where.port or 80}"
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._threads.shutdown()
+        while not self._idle.empty():
+            self._idle.get_nowait().close()
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
+        theirs = self._ours["provenance"] if self._ours else {}
+        return {"type": "remote", "name": self.name, "url": self.url, "sha256": theirs.get("sha256"), "server": theirs,
+                "guarantees": {
+                    "noise": bool(self._ours),
+                    "kernel_attestation": False,
+                    "company": bool(self._ours),
+                    "said": "the server takes our noise; its kernels cannot be attested from here" if self._ours else
+                            "the server draws its own noise: neither repeatable nor paired; its weights and kernels are "
+                            "what it says they are",
+                }}
+
+    def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
+        """See `Policy.infer`. `WorkFailed` when the server reports an error or stays away."""
+        started = time.perf_counter()
+        requests = [self._request(o, z) for o, z in zip(observations, noise, strict=True)]
+        prepared = time.perf_counter()
+        answers = list(self._threads.map(self._ask, requests))
+        actions = np.stack([np.asarray(answer["actions"], np.float32)[:, :7] for answer in answers])
+        server = max(answer.get("server_timing", {}).get("infer_ms", 0.0) for answer in answers)
+        total = (time.perf_counter() - prepared) * 1e3
+        return Chunk(actions, {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server})
+
+    def _request(self, observation: Observation, noise: np.ndarray) -> bytes:
+        images = {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image}
+        if self._ours is None:
+            # What openpi's own LIBERO client sends; our server gets the frames as they are and does it itself.
+            images = {key: resize_pil(image, OPENPI_IMAGE_SIZE) for key, image in images.items()}
+        request = {**images, "observation/state": observation.state, "prompt": observation.prompt}
+        if self._ours is not None:
+            request["noise"] = noise
+        return pack(request)
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                connection = self._idle.get_nowait()
+            except queue.Empty:
+                connection, _ = self._open(deadline)
+            try:
+                connection.send(request)
+                answer = connection.recv(timeout=max(deadline - time.monotonic(), 0.001))
+            except TimeoutError:
+                connection.close()
+                raise WorkFailed(f"{self.url} did not answer within {self._timeout_s:g} s (policy.timeout_s)") from None
+            except (ConnectionClosed, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise WorkFailed(f"{self.url}: connection lost, and lost again: {error}") from None
+                time.sleep(min(_RETRY_S, max(deadline - time.monotonic(), 0)))
+                continue
+            if isinstance(answer, str):
+                connection.close()
+                raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()}")
+            self._idle.put(connection)
+            return unpack(answer)
+
+    def _open(self, deadline: float) -> tuple[ClientConnection, Any]:
+        while True:
+            try:
+                connection = connect(self.url, compression=None, max_size=MAX_ANSWER_BYTES, additional_headers=self._headers,
+                                     ping_interval=None, open_timeout=max(deadline - time.monotonic(), 0.1))
+                return connection, unpack(connection.recv(timeout=max(deadline - time.monotonic(), 0.1)))
+            except InvalidURI as error:
+                raise UserError(f"policy.url: {error}") from None
+            except InvalidStatus as error:
+                if error.response.status_code == 401:
+                    raise UserError(f"{self.url} wants a token: set policy.api_key_env to the variable that holds it") from None
+                problem: Exception = error
+            except (OSError, TimeoutError, ConnectionClosed, InvalidHandshake) as error:
+                problem = error
+            if time.monotonic() >= deadline:
+                raise WorkFailed(f"no policy server at {self.url} within {self._timeout_s:g} s (policy.timeout_s): {problem}")
+            time.sleep(_RETRY_S)

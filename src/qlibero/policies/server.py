@@ -1,0 +1,234 @@
+"""Any policy, quantized or not, behind openpi's websocket protocol; several clients' requests share a batch.
+
+The protocol (openpi 15a9616): the server speaks first, one binary frame with its metadata; then one answer a request.
+An error is a *text* frame with the traceback, followed by close code 1011. `GET /healthz` answers 200 "OK".
+Beyond it, and advertised in the metadata: an optional key `noise` (H, D) makes the answer a function of the request alone.
+
+openpi's own server computes inside its event loop, so that clients wait for each other and no ping is answered
+meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size, in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import http
+import ipaddress
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import Request, Response, ServerConnection
+from websockets.asyncio.server import serve as listen
+from websockets.exceptions import ConnectionClosed
+
+from qlibero.errors import UserError, WorkFailed
+from qlibero.policies.base import Observation, Policy
+from qlibero.policies.wire import pack, unpack
+
+MAX_MESSAGE_BYTES = 8 << 20
+"""Two 1024 px frames and to spare; a request at 256 px has 0.4 MB."""
+CLOSE_INTERNAL_ERROR = 1011
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where and how to listen. `port` 0 takes a free one; `ready_file` then tells launchers which."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    """Clients send it as `Authorization: Api-Key <token>`; required to listen anywhere but on loopback."""
+    ready_file: Path | None = None
+    """Written (JSON: host, port, pid) once connections are accepted, removed at the end."""
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    seed: int = 0
+    """Of the noise of requests that bring none."""
+
+    def __post_init__(self) -> None:
+        if self.token is None and not _is_loopback(self.host):
+            raise UserError(f"serving on {self.host} lets anybody who reaches it use the policy: give a token, or listen on "
+                            "127.0.0.1 (and tunnel)")
+
+
+@dataclass
+class _Job:
+    observation: Observation
+    noise: np.ndarray
+    answer: asyncio.Future
+
+
+class PolicyServer:
+    """Serves one policy. `serve` is the blocking form; this class is for embedding in an event loop."""
+
+    def __init__(self, policy: Policy, settings: ServerSettings):
+        self.policy, self.settings = policy, settings
+        self.port: int | None = None
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._random = np.random.default_rng(settings.seed)
+        self._batch = getattr(policy, "batch_size", 1)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The first frame. Clients that know nothing of it ignore it."""
+        return {"qlibero": {"noise_shape": list(self.policy.noise_shape), "provenance": self.policy.provenance()}}
+
+    async def run(self, ready: Callable[[int], None], stop: asyncio.Event) -> None:
+        """Listen until `stop` is set; `ready` is told the port."""
+        settings = self.settings
+        try:
+            server = await listen(self._converse, settings.host, settings.port, compression=None,
+                                  max_size=settings.max_message_bytes, process_request=self._admit, ping_interval=None)
+        except OSError as error:
+            raise WorkFailed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port "
+                             "(0 takes a free one)") from error
+        self.port = server.sockets[0].getsockname()[1]
+        with ThreadPoolExecutor(1, "policy") as thread:
+            worker = asyncio.create_task(self._work(thread))
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                _announce(settings, self.port)
+                ready(self.port)
+                await asyncio.wait({worker, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if worker.done():
+                    worker.result()
+            finally:
+                for task in (worker, stopping):
+                    task.cancel()
+                server.close()
+                await server.wait_closed()
+                if settings.ready_file:
+                    settings.ready_file.unlink(missing_ok=True)
+
+    # -- connections -------------------------------------------------------------------------------------------------
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if self.settings.token is not None:
+            given = request.headers.get("Authorization", "").removeprefix("Api-Key ")
+            if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
+                return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n")
+        return None
+
+    async def _converse(self, connection: ServerConnection) -> None:
+        previous_ms = None
+        try:
+            await connection.send(pack(self.metadata))
+            async for frame in connection:
+                started = time.monotonic()
+                try:
+                    answer = await self._answer(frame)
+                except Exception:
+                    _log.warning("a request failed", exc_info=True)
+                    await connection.send(traceback.format_exc())
+                    await connection.close(CLOSE_INTERNAL_ERROR, "Internal server error. Traceback included in previous frame.")
+                    return
+                if previous_ms is not None:
+                    answer["server_timing"]["prev_total_ms"] = previous_ms
+                await connection.send(pack(answer))
+                previous_ms = (time.monotonic() - started) * 1e3
+        except ConnectionClosed:
+            return
+
+    async def _answer(self, frame: str | bytes) -> dict[str, Any]:
+        if isinstance(frame, str):
+            raise ValueError("a request is one binary frame; this was text")
+        request = unpack(frame)
+        job = _Job(read_observation(request), self._noise(request), asyncio.get_running_loop().create_future())
+        started = time.monotonic()
+        self._jobs.put_nowait(job)
+        actions, infer_ms = await job.answer
+        waited_ms = (time.monotonic() - started) * 1e3
+        return {"actions": actions, "policy_timing": {"infer_ms": infer_ms}, "server_timing": {"infer_ms": waited_ms}}
+
+    def _noise(self, request: dict[str, Any]) -> np.ndarray:
+        shape = self.policy.noise_shape
+        if request.get("noise") is None:
+            return self._random.standard_normal(shape, dtype=np.float32)
+        noise = np.asarray(request["noise"], np.float32)
+        if noise.shape != shape:
+            raise ValueError(f"noise has shape {noise.shape}, this policy takes {shape}")
+        return noise
+
+    # -- the one thread that computes --------------------------------------------------------------------------------
+    async def _work(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            jobs = [await self._jobs.get()]
+            while len(jobs) < self._batch and not self._jobs.empty():
+                jobs.append(self._jobs.get_nowait())
+            started = time.monotonic()
+            try:
+                chunk = await loop.run_in_executor(
+                    thread, self.policy.infer, [job.observation for job in jobs], np.stack([job.noise for job in jobs]))
+            except Exception as error:
+                for job in jobs:
+                    if not job.answer.done():
+                        job.answer.set_exception(error)
+                continue
+            infer_ms = (time.monotonic() - started) * 1e3
+            for job, actions in zip(jobs, chunk.actions, strict=True):
+                if not job.answer.done():
+                    job.answer.set_result((actions, infer_ms))
+
+
+def read_observation(request: Any) -> Observation:
+    """An observation from a request's keys; images may be (H, W, 3) or (3, H, W), uint8 or float 0…1, as openpi allows."""
+    keys = ("observation/image", "observation/wrist_image", "observation/state", "prompt")
+    missing = [key for key in keys if not isinstance(request, dict) or key not in request]
+    if missing:
+        raise ValueError(f"the request lacks {', '.join(missing)}")
+    state = np.asarray(request["observation/state"], np.float32)
+    if state.shape != (8,):
+        raise ValueError(f"observation/state has shape {state.shape}, expected (8,)")
+    return Observation(_image(request[keys[0]]), _image(request[keys[1]]), state, str(request["prompt"]))
+
+
+def _image(value: Any) -> np.ndarray:
+    image = np.asarray(value)
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]):
+        raise ValueError(f"an image has shape {image.shape}, expected (H, W, 3)")
+    if np.issubdtype(image.dtype, np.floating):
+        image = (255 * image).astype(np.uint8)
+    return np.ascontiguousarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
+
+
+def serve(policy: Policy, settings: ServerSettings, ready: Callable[[int], None] = lambda port: None) -> None:
+    """Serve until SIGINT or SIGTERM. `WorkFailed` when the port cannot be had."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        await PolicyServer(policy, settings).run(ready, stop)
+
+    asyncio.run(main())
+
+
+def _announce(settings: ServerSettings, port: int) -> None:
+    if settings.ready_file is None:
+        return
+    temporary = settings.ready_file.with_name(f".{settings.ready_file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"host": settings.host, "port": port, "pid": os.getpid()}) + "\n")
+    temporary.replace(settings.ready_file)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
