@@ -197,19 +197,23 @@ def worker_count(experiment: Experiment, episodes: int) -> int:
 
 
 def _film(experiment: Experiment, run_dir: Path, ours: set[EpisodeKey], pool, say: Callable[[str], None]) -> None:
-    """Videos of the episodes just run: the first of every task, and every arm's version of one that flipped."""
+    """Videos of the episodes just run, the same in every arm: first those that flipped between arms."""
     from qlibero.rollout.replay import film
 
-    records = {arm.name: {r.key: r for r in read_ledger(run_dir, arm.name)} for arm in experiment.arms()}
-    wanted = []
-    for arm, by_key in records.items():
-        for key, record in by_key.items():
-            others = {records[other][key].outcome for other in records if key in records[other]}
-            flipped = {"success", "failure"} <= others
-            first = experiment.videos == "all" or key.init < experiment.videos
-            path = video_path(run_dir, record)
-            if key in ours and record.outcome != "error" and (first or (flipped and experiment.videos)) and not path.exists():
-                wanted.append((record, read_trajectory(run_dir, record), path))
+    records: dict[EpisodeKey, list[EpisodeRecord]] = {}
+    for arm in experiment.arms():
+        for record in read_ledger(run_dir, arm.name):
+            if record.key in ours and record.outcome != "error":
+                records.setdefault(record.key, []).append(record)
+    flipped_first = sorted(records, key=lambda key: (len({r.outcome for r in records[key]}) < 2, key))
+    keys = flipped_first if experiment.videos == "all" else flipped_first[: experiment.videos]
+    wanted = [
+        (record, trajectory, path)
+        for key in keys
+        for record in records[key]
+        if not (path := video_path(run_dir, record)).exists()
+        and (trajectory := read_trajectory(run_dir, record)) is not None
+    ]
     if wanted:
         say(f"filming {len(wanted)} episodes by replaying their actions")
-        film([w for w in wanted if w[1] is not None], pool, experiment.protocol)
+        film(wanted, pool, experiment.protocol)

@@ -316,7 +316,7 @@ class Experiment(Frozen):
     )
     retries: Int = Field(2, ge=0, description="times an episode whose simulator died is run again before it is an error")
     videos: Literal["all"] | Annotated[Int, Field(ge=0)] = Field(
-        1, description="all, or how many episodes of every task and arm are filmed"
+        2, description="all, or how many initial states are filmed in every arm, flipped ones first (after the run)"
     )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
     tracking: Annotated[
