@@ -184,7 +184,7 @@ def test_offline_run_synced_later_equals_the_ledger(tmp_path, monkeypatch):
         for more in (range(3, 5), range(5, 6)):  # synced, continued, synced again
             assert start_mirror(run).finish(60)["mode"] == "offline"
             directories = sorted((run / "baseline" / "wandb").glob("offline-run-*"))
-            subprocess.run([str(Path(sys.executable).parent / "wandb"), "sync", str(directories[-1])], check=True, capture_output=True)
+            subprocess.run([str(Path(sys.executable).parent / "wandb"), "sync", str(directories[-1])], check=True, capture_output=True, cwd=tmp_path)
             (run_id,) = server.history
             assert_equal_to_ledger(server.rows(run_id), run, "baseline")
             write(run, "baseline", more)

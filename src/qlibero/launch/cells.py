@@ -98,6 +98,13 @@ def make_manifest(sweep: Sweep, out: Path | None = None) -> Manifest:
     return Manifest(sweep.name, directory, cells, shards)
 
 
+def next_submission(manifest: Manifest) -> Path:
+    """The directory the next submission will have."""
+    ours = manifest.directory / OURS
+    last = max((int(path.name.rpartition("-")[2]) for path in ours.glob("submission-[0-9]*")), default=0)
+    return ours / f"submission-{last + 1:03d}"
+
+
 def write_manifest(manifest: Manifest) -> Path:
     """Write the cells' experiments and the next submission's manifest.json; returns the submission's directory."""
     ours = manifest.directory / OURS
@@ -105,8 +112,7 @@ def write_manifest(manifest: Manifest) -> Path:
         (ours / "experiments").mkdir(parents=True, exist_ok=True)
         for cell in manifest.cells:
             _replace(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
-        number = 1 + max((int(path.name.rpartition("-")[2]) for path in ours.glob("submission-[0-9]*")), default=0)
-        submission = ours / f"submission-{number:03d}"
+        submission = next_submission(manifest)
         (submission / "logs").mkdir(parents=True)
         document = {
             "schema": SCHEMA,
@@ -150,13 +156,15 @@ def latest_manifest(directory: Path) -> Manifest | None:
 def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -> dict[str, Any]:
     """Run what one shard still lacks. `watchers` are run_experiment's on_start, on_episode and say.
 
-    Returns {"cell", "shard": [index, count], "complete", "run_dir"}. Mirrors belong to whole runs: a shard has none.
+    Returns {"cell", "shard": [index, count], "complete", "run_dir"}. Mirrors
+    belong to whole runs, so a shard has none; a number of videos is filmed by the first shard.
     """
     shard = manifest.shard(index)
     cell = manifest.cell(shard)
     experiment = cell.experiment
     if shard.count > 1:
-        experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled")})
+        videos = experiment.videos if shard.index == 0 or experiment.videos == "all" else 0
+        experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": videos})
     if experiment.workers == "auto" and (cpus := os.environ.get("SLURM_CPUS_PER_TASK")):
         experiment = experiment.model_copy(update={"workers": max(1, int(cpus))})
     part = (shard.index, shard.count)

@@ -225,7 +225,8 @@ def _shard_seconds(manifest: Manifest, index: int, workers: int, known: dict[tup
     cell = manifest.cell(shard)
     experiment = cell.experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
-    together = min(workers, experiment.policy.batch_size)
+    batch = experiment.policy.batch_size
+    together = min(workers, batch) if batch != "auto" else 1   # auto: one at a time on a CPU; on a GPU this is pessimistic
     missing = missing_episodes(experiment, cell.run_dir, (shard.index, shard.count))
     per_arm = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     return sum(per_arm[arm].sim_s / workers + per_arm[arm].policy_s / together for arm, _ in missing)

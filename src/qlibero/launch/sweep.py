@@ -31,7 +31,7 @@ def run_sweep(
     text = ""
     if indices:
         refuse_impossible(manifest, name)
-        directory = manifest.directory / cells.OURS / "submission-new" if dry_run else cells.write_manifest(manifest)
+        directory = cells.next_submission(manifest) if dry_run else cells.write_manifest(manifest)
         submission = Submission(manifest.name, directory, indices, launch)
         module = load_engine(name)
         if dry_run:
