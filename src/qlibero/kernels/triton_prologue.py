@@ -133,7 +133,7 @@ def first_kernel(
         row = tl.load(inverse_ptr + g * B + i)
     else:
         row = g * B + i
-    rotation = tl.load(first_ptr + row[None, :] * B + j[:, None])  # (j, i)
+    rotation = tl.load(first_ptr + row[None, :] * B + j[:, None]).to(tl.float32)  # (j, i)
     y = tl.dot(x, rotation, input_precision="ieee")
     tl.store(y_ptr + (g * B + i)[None, :].to(tl.int64) * STRIDE + rm[:, None], y, mask=rm[:, None] < M)
     if g == 0:
@@ -160,7 +160,7 @@ def second_kernel(
         y = y * tl.load(scale_ptr + source)[:, None]
     if HAS_SECOND:
         block = 0 if SECOND_SHARED else g * B * B
-        rotation = tl.load(second_ptr + block + i[None, :] * B + j[:, None])  # (j, i): y' = Rᵀ·y
+        rotation = tl.load(second_ptr + block + i[None, :] * B + j[:, None]).to(tl.float32)  # (j, i): y' = Rᵀ·y
         y = tl.dot(rotation, y, input_precision="ieee")
     tl.store(y_ptr + rm[None, :].to(tl.int64) * K + (g * B + j)[:, None], y, mask=rm[None, :] < M)
     tl.atomic_max(peak_ptr + rm, _peak(y, 0).to(tl.int32, bitcast=True), mask=rm < M)
@@ -181,8 +181,8 @@ def quantize_kernel(y_ptr, peak_ptr, codes_ptr, s_ptr, K, clip, limit, CHUNK: tl
 class Prologue:
     """One input's transform, laid out for these kernels on the device its factors are on.
 
-    factors: any of `scale` (K,), `first` (G, B, B), `order` (K,), `second` (G, B, B), float32 and integer, as quant's
-    Transform has them; G may be 1 (one block shared by all). B must be a power of two of at least 16.
+    factors: any of `scale` (K,), `first` (G, B, B), `order` (K,), `second` (G, B, B), as quant's Transform has them:
+    scale float32, blocks float32 or bfloat16, order integer; G may be 1 (one block shared by all). B must be a power of two of at least 16.
     """
 
     def __init__(self, factors: Mapping[str, Tensor], k: int):

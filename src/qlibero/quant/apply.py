@@ -19,10 +19,6 @@ from qlibero.quant.linear import QuantLinear, assemble
 from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform
 
-#: what weight-only layers run on, in tables of kernels
-DEQUANTIZED = "dequantized"
-
-
 def quantize_policy(
     policy: Policy, artifact: Artifact, backend: str | Mapping[str, str], only: frozenset[str] | None = None
 ) -> Policy:
@@ -52,7 +48,7 @@ def quantize_policy(
             continue
         kernel = backend if isinstance(backend, str) else backend[layer.name]
         if layer.group not in transforms:
-            transforms[layer.group] = InputTransform(artifact.transform(layer.group)).to(device)
+            transforms[layer.group] = InputTransform(artifact.transform(layer.group), layer.in_features).to(device)
         linear = policy.model.get_submodule(layer.name)
         modules[layer.name] = _module(artifact, layer, linear, transforms[layer.group], kernel, device)
     if only is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from qlibero.quant.transform import InputTransform, Transform
 
 #: tokens kept of each input: a random sample, on which errors are measured, and the loudest ones, which rotations must tame
 RANDOM_TOKENS, LOUD_TOKENS = 384, 64
+#: calibration observations on which the finished artifact's effect on actions is measured
+SMOKE_OBSERVATIONS = 4
 #: methods that look at weights only and can do without observations
 DATA_FREE = ("rtn", "weight_pca", "hadamard")
 
@@ -99,8 +102,39 @@ def calibrate(
     if spec.atm or spec.ohb:
         from qlibero.quant.corrections import fit_corrections
 
-        artifact = fit_corrections(policy, artifact, observations, noise)
-    return artifact
+        def requantize(name: str, rows: Tensor) -> dict[str, Tensor]:
+            choice = next(choice for choice in selection.choices if choice.name == name)
+            linear = copy(policy.model.get_submodule(name))
+            linear._parameters = {"weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
+                                  "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows)}
+            _, stored = quantize_linear(linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features), spec)
+            return on_disk(stored, choice)
+
+        artifact = fit_corrections(policy, artifact, observations, noise, requantize)
+    return _with_action_error(policy, artifact, observations, noise)
+
+
+@torch.no_grad()
+def _with_action_error(
+    policy: Policy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
+) -> Artifact:
+    """The artifact with what it does to the actions of a few calibration observations: the last check before any
+    simulator runs, and proof that something *was* quantized."""
+    if not observations:
+        return artifact
+    from qlibero.quant.apply import quantize_policy
+
+    some = slice(0, SMOKE_OBSERVATIONS)
+    exact = policy.infer(observations[some], noise[some]).actions.astype(np.float64)
+    error = np.abs(quantize_policy(policy, artifact, "fake").infer(observations[some], noise[some]).actions - exact)
+    if not np.isfinite(error).all():
+        raise WorkFailed("the quantized policy's actions are not finite on calibration observations")
+    if error.max() == 0.0:
+        raise WorkFailed("the quantized policy's actions equal the full-precision ones bit for bit: nothing was quantized")
+    measured = {"observations": len(exact), "mean_abs": float(f"{error.mean():.6g}"), "max_abs": float(f"{error.max():.6g}"),
+                "mean_abs_action": float(f"{np.abs(exact).mean():.6g}")}
+    return build(artifact.spec, artifact.checkpoint_sha256, artifact.calibration | {"action_error": measured},
+                 artifact.layers, artifact.corrections, artifact.tensors)
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------
@@ -215,15 +249,13 @@ def _quantize_group(
     sample = seen.sample if seen is not None else None
     before = outlier_ratio(sample) if seen is not None else None
     after = outlier_ratio(transform.forward(sample)) if seen is not None else None
-    shared = InputTransform(transform)
+    shared = InputTransform(transform, next(iter(linears.values())).in_features)
     records = []
     for choice in choices:
         linear = linears[choice.name]
         quantized, stored = quantize_linear(linear, choice, shared, spec)
-        if choice.weight_bits == 4:
-            stored["codes"] = pack_nibbles(stored["codes"])
-        stored["scales"] = stored["scales"].bfloat16()
-        tensors |= {f"{choice.name}.{key}": value.cpu().contiguous() for key, value in stored.items()}
+        stored = on_disk(stored, choice)
+        tensors |= {f"{choice.name}.{key}": value for key, value in stored.items()}
         measures = measure(linear, quantized, sample) if seen is not None and choice.executed else None
         records.append(
             LayerRecord(
@@ -236,6 +268,13 @@ def _quantize_group(
             )  # fmt: skip
         )
     return records, tensors
+
+
+def on_disk(stored: dict[str, Tensor], choice: Choice) -> dict[str, Tensor]:
+    """A linear's tensors as an artifact keeps them: 4-bit codes two a byte, scales in bfloat16 (exact, by contract)."""
+    codes = pack_nibbles(stored["codes"]) if choice.weight_bits == 4 else stored["codes"]
+    kept = stored | {"codes": codes, "scales": stored["scales"].bfloat16()}
+    return {key: value.cpu().contiguous() for key, value in kept.items()}
 
 
 def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: QuantSpec) -> Transform:
@@ -270,10 +309,3 @@ def quantize_linear(
     )  # fmt: skip
     stored = {"codes": codes, "scales": scales}
     return module, stored if rotation is None else stored | {"output_rotation": rotation}
-
-
-def with_data(artifact: Artifact, **changes: Any) -> Artifact:
-    """`artifact` with some fields replaced and its hash computed anew."""
-    changed = replace(artifact, **changes)
-    return build(changed.spec, changed.checkpoint_sha256, changed.calibration, changed.layers, changed.corrections,
-                 changed.tensors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlibero.kernels.contract import Kernel, PackedWeight, quantize_activations
+from qlibero.kernels.contract import Kernel, PackedWeight
 from qlibero.quant.transform import InputTransform, block_product
 
 
@@ -65,8 +65,8 @@ class QuantLinear(nn.Module):
 
     def prepare(self, x: Tensor) -> Prepared:
         """x (..., K) -> its codes; valid for every linear with the same `transform` object."""
-        rows = self.transform(x.reshape(-1, x.shape[-1]))
-        codes, scales = quantize_activations(rows, self.activation_bits, self.activation_clip)
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scales = self.transform.quantize(rows, self.activation_bits, self.activation_clip)
         return Prepared(codes, scales, x.shape[:-1], x.dtype)
 
     def from_prepared(self, prepared: Prepared) -> Tensor:

@@ -8,29 +8,38 @@ for any invertible T. T is a product of at most four factors, in this order:
     order (K,)          gather channels                  duquant's zigzag permutation
     second (G, B, B)    multiply each block of B         duquant's R2; weight_pca's rotation
 
-W' is computed in float64 from the *stored float32* factors, inverse included, so invariance does not hang on how
-orthogonal a float32 rotation is. The online side runs in float32, in one order, and is the same code for every
-backend: equal codes in `fake` and in a kernel are a consequence, not a hope.
+W' is computed in float64 from the factors *as stored*, inverse included, so invariance does not hang on how orthogonal
+a rounded rotation is. That is why blocks can be kept in bfloat16, half the bytes, at no loss. The online side runs in
+float32, in one order, and is the same code for every backend: equal codes in `fake` and in a kernel are a
+consequence, not a hope.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qlibero.kernels.contract import quantize_activations
 
 FACTORS = ("scale", "first", "order", "second")
 
 
 @dataclass(frozen=True)
 class Transform:
-    """The factors of T; None is the identity. float32, `order` int32. G may be 1: one block shared by all."""
+    """The factors of T; None is the identity. `order` is int32. G may be 1: one block shared by all."""
 
     scale: Tensor | None = None
     first: Tensor | None = None
     order: Tensor | None = None
     second: Tensor | None = None
+
+    def stored(self) -> Transform:
+        """This transform as it is kept and run: scale float32, blocks bfloat16."""
+        first, second = (None if blocks is None else blocks.bfloat16() for blocks in (self.first, self.second))
+        return Transform(None if self.scale is None else self.scale.float(), first, self.order, second)
 
     def tensors(self) -> dict[str, Tensor]:
         """The factors that are there, by name, as an artifact stores them."""
@@ -91,10 +100,12 @@ def _inverse_transpose(blocks: Tensor) -> Tensor:
 class InputTransform(nn.Module):
     """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one input."""
 
-    def __init__(self, transform: Transform):
+    def __init__(self, transform: Transform, width: int):
         super().__init__()
         for name in FACTORS:
             self.register_buffer(name, getattr(transform, name), persistent=False)
+        self.width = width
+        self._fused: Any = None
 
     def factors(self) -> Transform:
         """The same factors as plain data."""
@@ -108,3 +119,26 @@ class InputTransform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K) any float dtype -> (M, K) float32."""
         return self.factors().forward(x.float())
+
+    def quantize(self, x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+        """x (M, K) any float dtype -> codes int8 (M, K) and scales float32 (M,) of x·T.
+
+        On CUDA transform and quantizer are one fused computation, for every backend alike, where triton is there and
+        the blocks suit it.
+        """
+        if x.is_cuda and (fused := self._fused_on_cuda(x.device)) is not None:
+            return fused(x, bits, clip)
+        return quantize_activations(self(x), bits, clip)
+
+    def _fused_on_cuda(self, device: torch.device) -> Any:
+        if self._fused is None or self._fused[0] != device:
+            self._fused = (device, _prologue(self.factors().tensors(), self.width))
+        return self._fused[1]
+
+
+def _prologue(factors: dict[str, Tensor], width: int) -> Any:
+    try:
+        from qlibero.kernels.triton_prologue import Prologue
+    except ImportError:   # a torch without triton: the same factors in torch, slower
+        return None
+    return None if Prologue.unfit(factors) else Prologue(factors, width)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlibero.errors import UserError
+from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.base import Chunk, Observation
 from qlibero.policies.pi05.images import to_network
 from qlibero.policies.pi05.model import Pi05Model
@@ -116,6 +116,9 @@ class Pi05Policy:
             actions[batch], times = self._run([rows[i] for i in batch], length, noise[batch])
             for phase, ms in times.items():
                 phases[phase] = phases.get(phase, 0.0) + ms
+        if not np.isfinite(actions).all():
+            rows = [i for i in range(len(rows)) if not np.isfinite(actions[i]).all()]
+            raise WorkFailed(f"policy {self.name} answered with actions that are not finite (rows {rows} of the batch)")
         return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
 
     def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:

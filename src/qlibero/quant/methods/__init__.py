@@ -26,8 +26,8 @@ class GroupData:
 
 
 def fit(data: GroupData, spec: QuantSpec) -> Transform:
-    """The transform of `spec.method` for this input."""
-    return import_module(f"qlibero.quant.methods.{spec.method}").fit(data, spec)
+    """The transform of `spec.method` for this input, in the precision in which it is kept."""
+    return import_module(f"qlibero.quant.methods.{spec.method}").fit(data, spec).stored()
 
 
 def output_rotation(weight: Tensor, spec: QuantSpec) -> Tensor | None:
