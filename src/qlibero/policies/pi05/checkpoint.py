@@ -165,12 +165,18 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         if not bool(torch.isfinite(tensor).all()):
             bad.append(name)
             continue
-        placed = tensor.to(device, torch.float32 if is_float32_island(name) else dtype)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(placed, requires_grad=False))
+        _place(model, name, tensor.to(device, torch.float32 if is_float32_island(name) else dtype))
+    for name in skip & table.source.keys():
+        shape = model.get_parameter(name).shape
+        _place(model, name, torch.empty(shape, dtype=dtype, device="meta"))
     if bad:
         raise UserError(f"{checkpoint.weights}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:_LISTED])}")
     return model
+
+
+def _place(model: Pi05Model, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------

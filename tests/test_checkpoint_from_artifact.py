@@ -1,0 +1,60 @@
+"""Risk: a quantized policy loaded straight from its artifact is another policy, or still carries the weights it replaced."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+from qlibero.config.schema import Pi05
+from qlibero.errors import WorkFailed
+from qlibero.policies import load_policy
+from qlibero.policies.load import load_quantized
+from qlibero.policies.pi05.checkpoint import write_checkpoint
+from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
+from qlibero.quant.apply import quantize_policy
+from qlibero.quant.calibrate import calibrate
+from qlibero.quant.spec import QuantSpec
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Pi05:
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("c")
+    words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
+    write_checkpoint(path, random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer=words.to_json())
+    return Pi05(type="pi05", checkpoint=path)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_straight_from_the_artifact_is_the_same_policy(config, bits):
+    full = load_policy(config)
+    spec = QuantSpec(method="hadamard", layout="llm+expert_mlp", block_size=16, activation_bits=bits)
+    artifact = calibrate(full, observations(2), noises(2, full.noise_shape), spec, {"data_sha256": "0" * 64})
+    seen, z = observations(2, seed=5), noises(2, full.noise_shape)
+    around = quantize_policy(full, artifact, "fake").infer(seen, z).actions
+    straight = load_quantized(config, artifact, "fake")
+    assert np.array_equal(straight.infer(seen, z).actions, around)
+    assert not np.array_equal(around, full.infer(seen, z).actions)
+
+
+def test_replaced_weights_are_never_read(config):
+    full = load_policy(config)
+    spec = QuantSpec(method="rtn", layout="llm")
+    artifact = calibrate(full, [], noises(0, full.noise_shape), spec, {"data_sha256": "0" * 64})
+    replaced = {f"{layer.name}.weight" for layer in artifact.layers}
+    bare = load_policy(config, frozenset(replaced))
+    meta = {name for name, p in bare.model.named_parameters() if p.is_meta}
+    assert meta == replaced and len(meta) == 7 * conv_config().llm.depth
+    quantized = load_quantized(config, artifact, "fake")
+    assert not any(p.is_meta for p in quantized.model.parameters())
+    assert not replaced & {name for name, _ in quantized.model.named_parameters()}
+
+
+def test_actions_that_are_not_finite_stop_the_run(config):
+    policy = load_policy(config)
+    with torch.no_grad():
+        policy.model.action_out_proj.bias[0] = float("nan")
+    with pytest.raises(WorkFailed, match="not finite"):
+        policy.infer(observations(1), noises(1, policy.noise_shape))
