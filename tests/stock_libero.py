@@ -8,19 +8,29 @@ import numpy as np
 
 from qlibero.sim import libero, suites
 
+CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
+
 
 class StockEpisodes:
-    """LIBERO's own `OffScreenRenderEnv`: hard resets, every sensor and camera at every step."""
+    """LIBERO's own environment: hard resets that recompile, its own step, all its sensors.
 
-    def __init__(self, suite: str, task: int, resolution: int = 256) -> None:
+    `render=False` leaves the cameras out, which changes no physics and saves most of the time.
+    """
+
+    def __init__(self, suite: str, task: int, *, resolution: int = 256, render: bool = True) -> None:
         libero._import_environments()
         from libero.libero import envs, get_libero_path
 
         record = libero.task_record(suite, task)
         bddl = Path(get_libero_path("bddl_files")) / record.problem_folder / record.bddl_file
-        self.control = envs.OffScreenRenderEnv(
-            bddl_file_name=str(bddl), camera_heights=resolution, camera_widths=resolution
-        )
+        if render:
+            self.control = envs.OffScreenRenderEnv(
+                bddl_file_name=str(bddl), camera_heights=resolution, camera_widths=resolution
+            )
+        else:
+            self.control = envs.env_wrapper.ControlEnv(
+                bddl_file_name=str(bddl), use_camera_obs=False, has_offscreen_renderer=False
+            )
         self.inits = suites.init_states(suite, task)
 
     def reset_pure(self, init: int, seed: int) -> dict:
@@ -37,20 +47,31 @@ class StockEpisodes:
             observation, _, _, _ = self.control.step(list(suites.SETTLE_ACTION))
         return observation
 
-    def state(self) -> np.ndarray:
-        return self.control.get_sim_state()
-
-    def fixtures(self) -> np.ndarray:
-        model = self.control.env.sim.model
-        return np.concatenate((model.body_pos.ravel(), model.body_quat.ravel()))
+    def cameras(self, on: bool) -> None:
+        """Let the following steps render, or not."""
+        for name in CAMERAS:
+            self.control.env.modify_observable(name, "enabled", on)
 
     def close(self) -> None:
         self.control.close()
 
 
+def physics(env: object) -> np.ndarray:
+    """Everything that moves and everything LIBERO places: time, qpos, qvel, body poses. Works for both."""
+    model = env.sim.model
+    return np.concatenate((env.sim.get_state().flatten(), model.body_pos.ravel(), model.body_quat.ravel()))
+
+
 def frames(observation: dict) -> tuple[np.ndarray, np.ndarray]:
     """The two frames as policies see them."""
-    return (
-        observation["agentview_image"][::-1, ::-1],
-        observation["robot0_eye_in_hand_image"][::-1, ::-1],
-    )
+    return tuple(observation[name][::-1, ::-1] for name in CAMERAS)
+
+
+def rough_actions(steps: int, seed: int) -> np.ndarray:
+    """(steps, 7) actions that go looking for trouble: press down into whatever is there, grip, lift, push."""
+    stream = np.random.RandomState(seed)
+    actions = stream.uniform(-0.6, 0.6, (steps, 7))
+    phase = np.arange(steps) % 60
+    actions[:, 2] = np.where(phase < 35, -0.9, 0.7)
+    actions[:, 6] = np.where(phase < 25, -1.0, 1.0)
+    return actions

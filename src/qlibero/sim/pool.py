@@ -116,6 +116,7 @@ class _Process:
         self.views = frame_views(self.memory, resolution)
         self.connection = Connection(ours.detach())
         self.deadline: float | None = None  # when silence becomes a hang; None while nothing is asked of it
+        self.in_episode = False
 
     def kill(self) -> None:
         self.process.kill()  # SIGKILL also ends a stopped process
@@ -137,7 +138,8 @@ class SimulatorPool:
     """`workers` simulator processes. Not thread-safe; make it, and call `wait`, from a thread that outlives it (a
     worker is killed by the kernel when the thread that started it ends).
 
-    `timeout_s` is the longest a worker may take to answer one `start` or `act`.
+    `timeout_s` is the longest a worker may take to answer a `start` or an `act`, plus a second for every action of the
+    latter (replaying an episode onto video is one long `act`).
     """
 
     def __init__(
@@ -164,11 +166,13 @@ class SimulatorPool:
 
     def start(self, worker: int, assignment: Assignment) -> None:
         """Begin an episode on a worker that runs none (one that does drops it)."""
-        self._send(worker, ("start", assignment))
+        self._processes[worker].in_episode = True
+        self._send(worker, ("start", assignment), self.timeout_s)
 
     def act(self, worker: int, actions: np.ndarray) -> None:
         """Execute (n, 7) float32 actions one after another, until success, the cap, or the last of them."""
-        self._send(worker, ("act", np.asarray(actions, dtype=np.float32)))
+        actions = np.asarray(actions, dtype=np.float32)
+        self._send(worker, ("act", actions), self.timeout_s + len(actions))
 
     def wait(self, timeout_s: float) -> list[Event]:
         """What happened, in worker order: at least one event unless `timeout_s` passes first.
@@ -189,7 +193,7 @@ class SimulatorPool:
                 if worker.connection in ready:
                     events.append(self._receive(index))
                 elif worker.deadline is not None and time.monotonic() > worker.deadline:
-                    events.append(self._replace(index, f"no answer for {self.timeout_s:g} s (hung or stopped)"))
+                    events.append(self._replace(index, f"no answer within {self.timeout_s:g} s (hung or stopped)"))
             events = [event for event in events if event is not None]
             if events or time.monotonic() >= until:
                 return events
@@ -210,9 +214,9 @@ class SimulatorPool:
             worker.kill()
         self._processes = []
 
-    def _send(self, worker: int, message: tuple[Any, ...]) -> None:
+    def _send(self, worker: int, message: tuple[Any, ...], patience_s: float) -> None:
         process = self._processes[worker]
-        process.deadline = time.monotonic() + self.timeout_s
+        process.deadline = time.monotonic() + patience_s
         try:
             process.connection.send(message)
         except OSError:
@@ -223,15 +227,15 @@ class SimulatorPool:
         try:
             kind, *rest = worker.connection.recv()
         except (EOFError, OSError):
-            busy = worker.deadline is not None
             died = self._replace(index, None)
-            return died if busy else None  # an idle worker's death costs nobody an episode
+            return died if worker.in_episode else None  # an idle worker's death costs nobody an episode
         worker.deadline = None
         if kind == "observed":
             step, sim_ms, render_ms, prompt = rest
             seen = SimObservation(*(view.copy() for view in worker.views))
             return Observed(index, seen, prompt, step, sim_ms, render_ms)
         if kind == "finished":
+            worker.in_episode = False
             return Finished(index, *rest)
         status, message = rest
         raise {2: UserError, 3: GuardRefusal}.get(status, WorkFailed)(message)

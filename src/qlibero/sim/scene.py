@@ -118,6 +118,13 @@ class Scene:
         """sha256 (hex) of the settled scene: qpos, qvel, body_pos, body_quat and the first frames and state."""
         return self._fingerprint
 
+    def renderer(self) -> str:
+        """What OpenGL calls itself here, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)"."""
+        from OpenGL import GL
+
+        self.env.sim._render_context_offscreen.gl_ctx.make_current()
+        return GL.glGetString(GL.GL_RENDERER).decode()
+
     def close(self) -> None:
         """Free the model and the GL context; afterwards the scene is of no use. Safe to call twice."""
         if self.env is not None:
