@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlibero.config.schema import REPOSITORY, Experiment
 from qlibero.errors import QliberoError
+
+if TYPE_CHECKING:
+    from qlibero.kernels.contract import GemmShape
 
 CONFIGS = REPOSITORY / "configs"
 
@@ -48,7 +51,7 @@ def backends() -> Rows:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    from qlibero.kernels import load
+    from qlibero.kernels import court, load
     from qlibero.kernels.contract import GemmShape
 
     try:
@@ -61,7 +64,31 @@ def _backend(name: str) -> dict[str, Any]:
     says = (sys.modules[type(kernel).__module__].__doc__ or "").strip().partition("\n")[0].rstrip(".").removeprefix(f"`{name}`: ")
     if not runs_on:
         says += f" ({found['cuda'][0].reason or found['cpu'][0].reason})"
-    return {"backend": name, "runs_on": ", ".join(runs_on), "here": bool(runs_on), "about": says}
+    return {"backend": name, "runs_on": ", ".join(runs_on), "here": bool(runs_on), "court": court.standing(name), "about": says}
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every kernel, loadable here or not."""
+    from qlibero.kernels import BACKENDS
+
+    return tuple(BACKENDS)
+
+
+def supports(name: str, shape: GemmShape) -> bool:
+    """Whether the kernel can be loaded here and takes such a layer."""
+    from qlibero.kernels import load
+
+    try:
+        return load(name).supports(shape).ok
+    except ImportError:
+        return False
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def experiments() -> Rows:

@@ -117,6 +117,89 @@ def status(args: argparse.Namespace) -> Document:
     return document
 
 
+def report(args: argparse.Namespace) -> Document:
+    from qlibero.reporting.html import write_report
+
+    document = write_report(args.run_dirs, args.output, args.reference, args.margin)
+    _explain(f"report: {document['report']}")
+    return document
+
+
+def quantize(args: argparse.Namespace) -> Document:
+    from qlibero.config.load import load_experiment
+    from qlibero.launch.environment import enter_policy_environment
+
+    enter_policy_environment()
+    from qlibero.quant.prepare import quantize as make_artifacts
+
+    document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
+    _table(document["artifacts"], title="artifacts")
+    return document
+
+
+def inspect(args: argparse.Namespace) -> Document:
+    from qlibero.quant.inspect import inspect_artifact
+
+    document = inspect_artifact(args.artifact, args.diff, args.sort)
+    _table(document["layers"], title=f"{document['artifact']['settings']}: {args.artifact}")
+    _table(document["hint"], title="the noisiest layers: what their return to full precision would cost")
+    if "diff" in document:
+        _table(document["diff"]["layers"], title=f"change in {args.diff}")
+    return document
+
+
+def kernels_check(args: argparse.Namespace) -> Document:
+    from qlibero.launch.environment import enter_policy_environment
+
+    enter_policy_environment()
+    from qlibero import catalogue
+    from qlibero.kernels import court, shapes
+
+    device = args.device or ("cuda" if catalogue.has_cuda() else "cpu")
+    policy = args.shapes or ("pi05" if device == "cuda" else "compact")
+    layers = {"pi05": shapes.pi05_layers, "compact": shapes.compact_layers}[policy](
+        args.weight_bits, args.activation_bits, device, args.group_size
+    )
+    names = args.backend or [name for name in catalogue.kernel_names() if catalogue.supports(name, layers[0].shape)]
+    verdicts = [verdict for name in names for verdict in court.check(layers, name, remember=not args.forget)]
+    document = {"device": device, "shapes": policy, "verdicts": [verdict.to_json() for verdict in verdicts]}
+    rows = court.table(verdicts)
+    _table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=f"court: {policy} shapes on {device}")
+    if refused := [row for row in rows if row["verdict"] != "pass"]:
+        _table(refused, title="not passed")
+    court.enforce(verdicts)
+    return document
+
+
+def _tried(name: str, rows: list[Document]) -> Document:
+    passed = [row for row in rows if row["verdict"] == "pass"]
+    return {"backend": name, "shapes": len(rows), "passed": len(passed), "seconds": round(sum(row["seconds"] for row in rows), 1),
+            "why": rows[0]["reason"] if rows else ""}  # fmt: skip
+
+
+def checkpoint_verify(args: argparse.Namespace) -> Document:
+    from qlibero.policies.pi05.verify import verify_checkpoint
+
+    document = verify_checkpoint(args.checkpoint)
+    for key, value in document.items():
+        _explain(f"{key}: {value}")
+    if not document["ok"]:
+        raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
+    return document
+
+
+def doctor(args: argparse.Namespace) -> Document:
+    from qlibero.doctor import diagnose
+
+    findings = [finding.to_json() for finding in diagnose()]
+    if not args.json:
+        _table(findings, title="doctor")
+    document = {"ok": all(f["status"] != "fail" for f in findings), "findings": findings}
+    if not document["ok"]:
+        raise Incomplete("something here will not work; each finding names the command that mends it", document)
+    return document
+
+
 def config_show(args: argparse.Namespace) -> Document:
     from qlibero.config.load import dump_resolved, editor_schema, load_experiment
 
@@ -190,6 +273,38 @@ def build_parser() -> Parser:
     command.add_argument("dir", type=Path, metavar="DIR", help="a sweep's or a run's directory")
     command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done")
 
+    command = add("report", report, "write one self-contained HTML file about one or several runs")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    command.add_argument("--reference", default="baseline", metavar="ARM", help="the arm to compare with (default: baseline)")
+    command.add_argument("--margin", type=float, help="default: the experiment's stop.margin, or 0.02")
+
+    command = add("quantize", quantize, "make the artifacts of an experiment's quantized arms, without running it")
+    _config(command)
+    command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
+
+    command = add("inspect", inspect, "show a quantization artifact layer by layer, and which layers cost most")
+    command.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
+    command.add_argument("--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)")
+
+    kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(metavar="COMMAND", required=True)
+    command = add("check", kernels_check, "hold every kernel against the integer reference, on this machine", kernels)
+    command.add_argument("--backend", action="append", metavar="NAME", help="default: all that this machine supports; repeatable")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    command.add_argument("--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)")
+    command.add_argument("--weight-bits", type=int, choices=(4, 8), default=4)
+    command.add_argument("--activation-bits", type=int, choices=(4, 8, 16), default=8)
+    command.add_argument("--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)")
+    command.add_argument("--forget", action="store_true", help="try again what is known from earlier trials")
+
+    checkpoint = commands.add_parser("checkpoint", help="look at a checkpoint").add_subparsers(metavar="COMMAND", required=True)
+    command = add("verify", checkpoint_verify, "check names, shapes, values, statistics, profile and hash of a checkpoint", checkpoint)
+    command.add_argument("checkpoint", type=Path, metavar="PATH", help="an openpi or LeRobot checkpoint directory")
+
+    command = add("doctor", doctor, "say what is wrong with this machine, and the command that mends it")
+    command.add_argument("--json", action="store_true", help="only the JSON line")
+
     config = commands.add_parser("config", help="look at a configuration").add_subparsers(metavar="COMMAND", required=True)
     command = add("show", config_show, "print the experiment with everything it extends and every default", config)
     command.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="an experiment's YAML file")
@@ -227,6 +342,14 @@ def _table(rows: list[Document], title: str) -> None:
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     console().print(table)
+
+
+def _counter(what: str) -> Callable[[int, int], None]:
+    def count(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} {what}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    return count
 
 
 def _cell(value: Any) -> str:
