@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlibero.policies.pi05.glue import choose_glue
 from qlibero.policies.pi05.graphs import Stopwatch, graphed
-from qlibero.policies.pi05.layers import MASKED, attend, fuse, modulated, project, rope_tables
+from qlibero.policies.pi05.layers import MASKED, attend, fuse, project, project_joined, rope_tables
 from qlibero.policies.pi05.model import Pi05Model
 
 MAX_WORKSPACES = 8
@@ -77,7 +78,10 @@ class Sampler:
                 else:
                     fuse(a.q_proj, a.k_proj, a.v_proj)
                 fuse(m.gate_proj, m.up_proj)
+        self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
         self.modulations = self._modulations()
+        self.llm_scales = [1.0 + norm.weight.float() for layer in model.llm.layers
+                           for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
 
     def _modulations(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
         """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in the order they are met."""
@@ -124,14 +128,13 @@ class Sampler:
             sin=new(batch, config.action_horizon, 1, llm.head_dim),
             mask=new(batch, 1, total) if masked else None,
             phases={})
-        for name, phase in (("vision", self._vision), ("prefix", self._prefix), ("flow", self._flow)):
-            made.phases[name] = graphed(phase, made) if self.graphs and not self._listened() else phase
+        # Calibration listens with forward hooks, which a replayed graph would not call and one path need not know.
+        listened = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        prefix = self._prefix_by_model if listened or device.type == "cpu" else self._prefix
+        for name, phase in (("vision", self._vision), ("prefix", prefix), ("flow", self._flow)):
+            made.phases[name] = graphed(phase, made) if self.graphs and not listened else phase
         self._workspaces[key] = made
         return made
-
-    def _listened(self) -> bool:
-        """Whether forward hooks are set (calibration): a replayed graph would not call them."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, tokens: Tensor, noise: Tensor, *, token_mask: Tensor | None = None,
@@ -160,34 +163,68 @@ class Sampler:
     def _vision(self, w: Workspace) -> None:
         w.image_tokens.copy_(self.model.embed_images(w.images)[0])
 
-    def _prefix(self, w: Workspace) -> None:
-        model, config = self.model, self.model.config
+    def _prefix_by_model(self, w: Workspace) -> None:
+        model, horizon = self.model, w.x.shape[1]
         prefix = model.run_llm(model.embed_prefix(w.image_tokens, w.tokens, w.state), w.live, None)
-        horizon = config.action_horizon
         for (k, v), keys, values in zip(prefix.kv, w.keys, w.values, strict=True):
             keys[:, :-horizon].copy_(k)
             values[:, :-horizon].copy_(v)
-        positions = prefix.length[:, None] + torch.arange(horizon, device=self.device)[None]
-        cos, sin = rope_tables(positions, config.llm.head_dim, w.cos.dtype)
+        self._prepare_flow(w, prefix.length)
+
+    def _prefix(self, w: Workspace) -> None:
+        """`model.run_llm` with fused glue, writing keys and values where the flow reads them."""
+        model, glue, horizon = self.model, self.glue, w.x.shape[1]
+        x = model.embed_prefix(w.image_tokens, w.tokens, w.state)
+        batch, count, _ = x.shape
+        if w.live is None:
+            positions = torch.arange(count, device=self.device).expand(batch, count)
+            length, mask = positions[:, -1] + 1, None
+        else:
+            positions, length = w.live.cumsum(1) - 1, w.live.sum(1)
+            mask = torch.where(w.live, 0.0, MASKED)[:, None].to(x.dtype)
+        cos, sin = rope_tables(positions, model.config.llm.head_dim, x.dtype)
+        delta, layers = None, model.llm.layers
+        for i, layer in enumerate(layers):
+            a, m = layer.self_attn, layer.mlp
+            keys, values = w.keys[i][:, :count], w.values[i][:, :count]
+            x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i], None)
+            if i == len(layers) - 1:
+                glue.rotate_split(project_joined(y, a.k_proj, a.v_proj), cos, sin, keys, values)
+                break
+            q = glue.rotate_split(project_joined(y, a.q_proj, a.k_proj, a.v_proj), cos, sin, keys, values)
+            (delta,) = project(attend(q, keys, values, mask), a.o_proj)
+            x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i + 1], None)
+            (delta,) = project(glue.gelu_gate(*project(y, m.gate_proj, m.up_proj)), m.down_proj)
+        self._prepare_flow(w, length)
+
+    def _prepare_flow(self, w: Workspace, length: Tensor) -> None:
+        horizon = w.x.shape[1]
+        positions = length[:, None] + torch.arange(horizon, device=self.device)[None]
+        cos, sin = rope_tables(positions, self.model.config.llm.head_dim, w.cos.dtype)
         w.cos.copy_(cos)
         w.sin.copy_(sin)
         if w.mask is not None:
             w.mask[..., :-horizon].copy_(torch.where(w.live, 0.0, MASKED)[:, None])
 
     def _flow(self, w: Workspace) -> None:
-        model, horizon, dtype = self.model, w.x.shape[1], self.model.stream_dtype
-        head, out = model.action_in_proj, model.action_out_proj
-        tails = [(k[:, -horizon:], v[:, -horizon:]) for k, v in zip(w.keys, w.values, strict=True)]
         for modulations in self.modulations:
-            h = head(w.x.to(head.weight.dtype)).to(dtype)
-            for i, layer in enumerate(model.expert.layers):
-                (scale, shift, gate), (mlp_scale, mlp_shift, mlp_gate) = modulations[2 * i : 2 * i + 2]
-                q, k, v = layer.self_attn.qkv(modulated(h, scale, shift), w.cos, w.sin)
-                tails[i][0].copy_(k)
-                tails[i][1].copy_(v)
-                (o,) = project(attend(q, w.keys[i], w.values[i], w.mask), layer.self_attn.o_proj)
-                h = torch.addcmul(h, o, gate)
-                h = torch.addcmul(h, layer.mlp(modulated(h, mlp_scale, mlp_shift)), mlp_gate)
-            scale, shift, _ = modulations[-1]
-            velocity = out(modulated(h, scale, shift).to(out.weight.dtype)).float()
-            w.x.sub_(velocity, alpha=1.0 / self.steps)
+            self.step(w, modulations)
+
+    def step(self, w: Workspace, modulations: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """One Euler step of `w.x`, in place."""
+        model, glue, horizon, dtype = self.model, self.glue, w.x.shape[1], self.model.stream_dtype
+        head, out = model.action_in_proj, model.action_out_proj
+        h, delta, gate = head(w.x.to(head.weight.dtype)).to(dtype), None, None
+        for i, layer in enumerate(model.expert.layers):
+            a, m = layer.self_attn, layer.mlp
+            scale, shift, next_gate = modulations[2 * i]
+            h, y = glue.residual_norm(h, delta, gate, scale, shift)
+            q = glue.rotate_split(project_joined(y, a.q_proj, a.k_proj, a.v_proj), w.cos, w.sin,
+                                  w.keys[i][:, -horizon:], w.values[i][:, -horizon:])
+            (delta,) = project(glue.attend_few(q, w.keys[i], w.values[i], w.mask), a.o_proj)
+            scale, shift, gate = modulations[2 * i + 1]
+            h, y = glue.residual_norm(h, delta, next_gate, scale, shift)
+            (delta,) = project(glue.gelu_gate(*project(y, m.gate_proj, m.up_proj)), m.down_proj)
+        scale, shift, _ = modulations[-1]
+        _, y = glue.residual_norm(h, delta, gate, scale, shift)
+        w.x.sub_(out(y.to(out.weight.dtype)).float(), alpha=1.0 / self.steps)

@@ -1,0 +1,30 @@
+"""Risk: the fused kernels between the matrix products compute something else than the torch they replace.
+
+Run under Triton's interpreter, in a process of its own, because the variable must be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import torch
+from qlibero.policies.pi05 import glue
+from qlibero.policies.pi05.triton_glue import TritonGlue
+torch.set_num_threads(1)
+worst = {dim: glue._compare(TritonGlue(), glue.TorchGlue(), torch.device("cpu"), torch.float32, dim) for dim in (32, 256)}
+print(worst)
+assert max(worst.values()) < 2e-6, worst
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_fused_glue_is_the_torch_it_replaces():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
