@@ -93,7 +93,7 @@ def density(values: np.ndarray, scale: Scale, bins: int = 70) -> list[tuple[floa
         return [(0.0, 100.0), (100.0, 100.0)]
     tops = 100 - 96 * heights / heights.max()
     points = [(scale(float(edges[0])), 100.0)]
-    for left, right, top in zip(edges, edges[1:], tops, strict=True):
+    for left, right, top in zip(edges[:-1], edges[1:], tops, strict=True):
         points += [(scale(float(left)), round(float(top), 1)), (scale(float(right)), round(float(top), 1))]
     return [*points, (scale(float(edges[-1])), 100.0)]
 

@@ -10,7 +10,8 @@ import json
 from html import escape
 from typing import Any
 
-VOID = {"br", "hr", "img", "input", "meta", "link", "path", "rect", "line", "circle", "polygon", "use", "stop"}
+VOID = {"br", "hr", "img", "input", "meta", "link"}
+DRAWN = {"path", "rect"}  # SVG elements close themselves with a slash, or they would swallow what follows
 
 
 class Markup(str):
@@ -25,8 +26,8 @@ def el(tag: str, *children: Any, **attributes: Any) -> Markup:
             continue
         name = name.rstrip("_").replace("_", "-")
         pieces.append(name if value is True else f'{name}="{escape(_text(value), quote=True)}"')
-    opening = f"<{' '.join(pieces)}>"
-    return Markup(opening if tag in VOID else f"{opening}{join(*children)}</{tag}>")
+    opening = f"<{' '.join(pieces)}{'/' if tag in DRAWN else ''}>"
+    return Markup(opening if tag in VOID | DRAWN else f"{opening}{join(*children)}</{tag}>")
 
 
 def join(*children: Any) -> Markup:

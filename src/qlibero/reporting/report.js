@@ -1,0 +1,167 @@
+"use strict";
+// Comfort only: everything on the page can be read without this script.
+(() => {
+  const $ = (selector, root = document) => root.querySelector(selector);
+  const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const data = JSON.parse($("#data").textContent);
+
+  // light or dark: what the system says, until the button is pressed
+  $("#theme").addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+  });
+
+  // the section in view, marked in the navigation
+  const links = new Map($$("nav a").map((a) => [a.hash.slice(1), a]));
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      for (const [id, a] of links) {
+        a.classList.toggle("here", id === entry.target.id);
+        if (id === entry.target.id) a.setAttribute("aria-current", "true"); else a.removeAttribute("aria-current");
+      }
+    }
+  }, { rootMargin: "-20% 0px -70% 0px" });
+  $$("main section").forEach((section) => watcher.observe(section));
+
+  // tables that sort by a click on their heading; numbers by value
+  const value = (row, i) => {
+    const text = row.children[i].textContent.trim();
+    const number = parseFloat(text.replace("−", "-").replace(/,/g, ""));
+    return Number.isNaN(number) ? text : number;
+  };
+  for (const table of $$("table.sortable")) {
+    $$("thead th", table).forEach((th, i) => $("button", th).addEventListener("click", () => {
+      const up = th.getAttribute("aria-sort") !== "ascending";
+      $$("thead th", table).forEach((other) => other.removeAttribute("aria-sort"));
+      th.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const body = $("tbody", table);
+      const rows = [...body.rows].sort((a, b) => {
+        const x = value(a, i), y = value(b, i);
+        const order = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), undefined, { numeric: true });
+        return up ? order : -order;
+      });
+      body.append(...rows);
+    }));
+  }
+
+  for (const button of $$("[data-copy]")) {
+    button.addEventListener("click", async () => {
+      const pre = document.getElementById(button.dataset.copy);
+      try {
+        await navigator.clipboard.writeText(pre.textContent);
+        button.textContent = "Copied";
+      } catch {  // a page from disk may not use the clipboard: select it for the reader
+        getSelection().selectAllChildren(pre);
+        button.textContent = "Selected, press Ctrl+C";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 2500);
+    });
+  }
+
+  // the flips map: pointer, arrow keys, and Enter for the video of a cell
+  const words = { s: "both succeed", f: "both fail", b: "broken: the reference succeeds, this arm fails", r: "repaired: the reference fails, this arm succeeds", e: "error", u: "unpaired", "·": "not run" };
+  const player = setUpPlayer();
+  for (const map of $$(".heatmap")) {
+    const rows = data.flips[map.dataset.arm], width = Math.max(...rows.map((r) => r.length));
+    let x = 0, y = 0;
+    const keyOf = () => [...data.keys[y], ...data.columns[x]].join("/");
+    const show = () => {
+      const cursor = $(".cursor", map);
+      cursor.setAttribute("x", 10 * x);
+      cursor.setAttribute("y", 10 * y);
+      const film = player && player.has(map.dataset.arm, keyOf()) ? " Click or press Enter for the video." : "";
+      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${data.tasks[y]}, initial state ${data.columns[x][0]}: ${words[rows[y][x]]}.${film}`;
+    };
+    const play = () => { if (player) player.choose(map.dataset.arm, keyOf()); };
+    const point = (event) => {
+      const box = map.getBoundingClientRect();
+      x = Math.min(width - 1, Math.max(0, Math.floor(width * (event.clientX - box.left) / box.width)));
+      y = Math.min(rows.length - 1, Math.max(0, Math.floor(rows.length * (event.clientY - box.top) / box.height)));
+      show();
+    };
+    map.addEventListener("pointermove", point);
+    map.addEventListener("click", (event) => { point(event); play(); });
+    map.addEventListener("focus", show);
+    map.addEventListener("keydown", (event) => {
+      const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+      if (event.key === "Enter") return play();
+      if (!move) return;
+      event.preventDefault();
+      x = Math.min(width - 1, Math.max(0, x + move[0]));
+      y = Math.min(rows.length - 1, Math.max(0, y + move[1]));
+      show();
+    });
+  }
+
+  // two videos, one clock: the longer one leads, the other holds its last frame
+  function setUpPlayer() {
+    const select = $("#episode");
+    if (!select) return null;
+    const HZ = 20, left = $("#video-left"), right = $("#video-right"), scrub = $("#scrub"), play = $("#play");
+    let playing = false, clock = 0, before = 0, divergence = null;
+    const length = () => Math.max(left.duration || 0, right.duration || 0);
+    const seek = (seconds) => {
+      clock = Math.min(Math.max(seconds, 0), length());
+      for (const video of [left, right]) if (video.duration) video.currentTime = Math.min(clock, Math.max(video.duration - 0.03, 0));
+      draw();
+    };
+    const draw = () => {
+      scrub.value = length() ? String(Math.round(1000 * clock / length())) : "0";
+      $("#step").textContent = `step ${Math.round(clock * HZ)}`;
+    };
+    const pause = () => { playing = false; left.pause(); right.pause(); play.textContent = "Play"; };
+    const start = () => {
+      if (clock >= length() - 0.05) seek(0);
+      playing = true;
+      before = performance.now();
+      play.textContent = "Pause";
+      for (const video of [left, right]) if (clock < video.duration - 0.05) video.play().catch(() => {});
+      requestAnimationFrame(tick);
+    };
+    const tick = (now) => {
+      if (!playing) return;
+      clock += (now - before) / 1000;
+      before = now;
+      for (const video of [left, right]) {  // a video that lags behind the clock is put right
+        if (video.duration && clock < video.duration - 0.1 && Math.abs(video.currentTime - clock) > 0.12) video.currentTime = clock;
+      }
+      draw();
+      if (clock >= length()) { clock = length(); return pause(); }
+      requestAnimationFrame(tick);
+    };
+    const load = () => {
+      pause();
+      const d = select.selectedOptions[0].dataset;
+      left.src = document.getElementById(d.left).value;
+      right.src = document.getElementById(d.right).value;
+      $("#caption-left").textContent = `${$(".videos").dataset.reference}: ${d.leftOutcome}`;
+      $("#caption-right").textContent = `${d.rightLabel}: ${d.rightOutcome}`;
+      const steps = [d.visible, d.actions].map(Number).filter((n) => !Number.isNaN(n));
+      divergence = steps.length ? steps[0] : null;
+      $("#divergence-text").textContent = d.actions === "unknown" ? "Where they part is unknown: there are no trajectories."
+        : `Actions differ beyond noise: ${d.actions === "never" ? "never" : "from step " + d.actions}. Grippers 1 cm apart: ${d.visible === "never" ? "never" : "from step " + d.visible}.`;
+      $("#to-divergence").disabled = divergence === null;
+      clock = 0;
+      draw();
+    };
+    select.addEventListener("change", load);
+    play.addEventListener("click", () => (playing ? pause() : start()));
+    scrub.addEventListener("input", () => { pause(); seek(length() * scrub.value / 1000); });
+    $("#to-divergence").addEventListener("click", () => { pause(); seek(divergence / HZ - 0.5); start(); });
+    load();
+    const find = (arm, key) => [...select.options].find((o) => o.dataset.arm === arm && o.dataset.key === key);
+    return {
+      has: (arm, key) => Boolean(find(arm, key)),
+      choose: (arm, key) => {
+        const option = find(arm, key);
+        if (!option) return;
+        select.value = option.value;
+        load();
+        $("#videos").scrollIntoView();
+        play.focus({ preventScroll: true });
+      },
+    };
+  }
+})();
