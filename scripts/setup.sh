@@ -39,6 +39,11 @@ for lock in "${locks[@]}"; do
         { cat .venv/pip.log >&2; exit 1; }
     cp "$lock" "$stamp"
 done
+site=$(echo .venv/lib/python3.*/site-packages)
+if grep -q "^cuda.*= *'" "$site/torch/version.py" 2>/dev/null && [[ ! -d $site/nvidia ]]; then   # a CUDA build's libraries depend on the build
+    say "installing the CUDA libraries of this torch"
+    .venv/bin/pip install --quiet --disable-pip-version-check "torch==$(sed -n "s/^__version__ = '\(.*\)'/\1/p" "$site/torch/version.py")"
+fi
 if ! cmp -s pyproject.toml .venv/.installed-qlibero; then
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable . 2>.venv/pip.log || { cat .venv/pip.log >&2; exit 1; }
     cp pyproject.toml .venv/.installed-qlibero
