@@ -345,6 +345,18 @@ def test_the_schema_and_the_rooms_agree() -> None:
     assert {(w, a) for w in (4, 8) for a in (4, 8, 16)} - set(BITS) == {(8, 4)}
 
 
+def test_the_reference_page_is_what_the_schema_says() -> None:
+    from qlibero.config.fork_variables import HONOURED
+    from qlibero.config.reference import PAGE, SECTIONS, renewed
+
+    page = PAGE.read_text()
+    assert page == renewed(page), "run `python -m qlibero.config.reference`"
+    models = {m for m in vars(schema).values() if isinstance(m, type) and issubclass(m, BaseModel) and m.__module__ == schema.__name__}
+    assert models - {schema.Frozen, schema.QuantOverrides} == set(SECTIONS.values())
+    for variable in HONOURED:
+        assert f"`OPENPI_DUQUANT_{variable}`" in page or f"`_{variable}`" in page, variable
+
+
 def test_editors_get_a_schema_that_describes_every_key() -> None:
     document = editor_schema()
     assert document["$defs"]["Backend"]["properties"]["backend"]["enum"] == list(known_backends())
