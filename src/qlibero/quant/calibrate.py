@@ -24,11 +24,11 @@ from qlibero.kernels.contract import quantize_weights
 from qlibero.policies.base import Observation, Policy
 from qlibero.quant import methods
 from qlibero.quant.artifact import Artifact, LayerRecord, build, pack_nibbles
-from qlibero.quant.layout import LLM, Choice, Selection, select
+from qlibero.quant.eager import sample_eagerly
+from qlibero.quant.layout import Choice, Selection, select
 from qlibero.quant.linear import assemble
 from qlibero.quant.measure import measure, outlier_ratio
 from qlibero.quant.spec import QuantSpec
-from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform, Transform
 
 #: tokens kept of each input: a random sample, on which errors are measured, and the loudest ones, which rotations must tame
@@ -144,20 +144,17 @@ def observe(
 ) -> dict[str, Seen]:
     """Run the policy in full precision and collect the inputs of every executed group, over all flow steps.
 
-    Observations go through one at a time, so that a token's neighbours in a batch are no part of what is seen.
+    Observations go through one at a time and unpadded (see `eager`): every token seen is one that acts.
     """
     if not observations:
         return {}
     executed = {group: choices[0].name for group, choices in _executed_groups(selection).items()}
     listeners = {group: Listener(seed, group) for group in executed}
-    twin = exchange(policy.model, {})
-    live = _tap_live_tokens(twin)
     with ExitStack() as stack:
         for group, name in executed.items():
-            stack.enter_context(_listen(twin.get_submodule(name), listeners[group], live if name.startswith(LLM) else None))
-        watched = policy.with_batch_size(1).with_model(twin, graphs=False)
+            stack.enter_context(_listen(policy.model.get_submodule(name), listeners[group]))
         for observation, z in zip(observations, noise, strict=True):
-            watched.infer([observation], z[None])
+            sample_eagerly(policy, policy.model, observation, z)
     if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
         raise WorkFailed(f"calibration never reached {len(silent)} of {len(listeners)} inputs, first {silent[0]}: the "
                          "sampler does not execute them, or runs them where they cannot be observed")
@@ -204,32 +201,12 @@ class Listener:
 
 
 @contextmanager
-def _listen(linear: nn.Module, listener: Listener, live: list[Tensor | None] | None) -> Iterator[None]:
-    def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        rows = x.reshape(-1, x.shape[-1])
-        mask = live[-1] if live else None
-        listener.hear(rows if mask is None else rows[mask.reshape(-1)])
-
-    handle = linear.register_forward_pre_hook(before)
+def _listen(linear: nn.Module, listener: Listener) -> Iterator[None]:
+    handle = linear.register_forward_pre_hook(lambda _, inputs: listener.hear(inputs[0].flatten(0, -2)))
     try:
         yield
     finally:
         handle.remove()
-
-
-def _tap_live_tokens(twin: nn.Module) -> list[Tensor | None]:
-    """A list whose last item is the (B, P) mask of live prefix tokens of the LLM run in progress (None: all live).
-    Only the twin is tapped; the policy's own model is not touched."""
-    heard: list[Tensor | None] = []
-    run_llm = type(twin).run_llm
-
-    def tapped(x: Tensor, live: Tensor | None, features: Any) -> Any:
-        heard[:] = [live]
-        return run_llm(twin, x, live, features)
-
-    object.__setattr__(twin, "run_llm", tapped)
-    return heard
 
 
 def group_seed(seed: int, name: str) -> int:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from qlibero.errors import WorkFailed
 from qlibero.policies.base import Observation, Policy
 from qlibero.policies.pi05 import model as pi05_model
-from qlibero.policies.pi05 import sampler as pi05_sampler
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact, build
+from qlibero.quant.eager import sample_eagerly
 from qlibero.quant.layout import EXPERT, LLM
 from qlibero.quant.surgery import exchange
 
@@ -101,47 +101,39 @@ def balance(teacher: float, student: float) -> float:
 
 
 def _listen(policy: Policy, observations: Sequence[Observation], noise: np.ndarray) -> Heard:
-    """Run the policy eagerly, one observation at a time, and hear every attention that runs."""
+    """Run the policy's plain model on every observation and hear every attention."""
     heard = Heard()
     depth = len(policy.model.llm.layers)
     # the order in which one chunk meets them: the last LLM layer has no attention of its own, the flow repeats the expert
     stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [f"{EXPERT}{i}.self_attn" for i in range(depth)] * (
-        policy.provenance()["flow_steps"]
+        policy.flow_steps
     )
     speakers = {f"{stem}.o_proj": Loudspeaker(policy.model.get_submodule(f"{stem}.o_proj"), stem, heard) for stem in stems}
-    watched = policy.with_batch_size(1).with_model(exchange(policy.model, speakers), graphs=False)
+    twin = exchange(policy.model, speakers)
     for observation, z in zip(observations, noise, strict=True):
         order = iter(stems)
-        with _overheard(lambda q, k, mask, order=order: _hear_logits(heard, next(order), q, k, mask)):
-            watched.infer([observation], z[None])
+        with _overheard(lambda q, k, order=order: _hear_logits(heard, next(order), q, k)):
+            sample_eagerly(policy, twin, observation, z)
     return heard
 
 
-def _hear_logits(heard: Heard, stem: str, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-    """q (1, T, heads, d), k (1, P, d), mask (1, 1, P) additive or None: as `attend` gets them, one observation at a time."""
+def _hear_logits(heard: Heard, stem: str, q: Tensor, k: Tensor) -> None:
+    """q (1, T, heads, d), k (1, P, d): as `attend` gets them, one unpadded observation, so that every key is live."""
     logits = torch.einsum("thd,pd->htp", q[0].float(), k[0].float()) * q.shape[-1] ** -0.5
-    if mask is not None:
-        logits = logits[:, :, mask[0, 0] == 0]
     heard.std[stem] = heard.std.get(stem, 0) + logits.flatten(1).std(1)
 
 
 @contextmanager
-def _overheard(hear: Callable[[Tensor, Tensor, Tensor | None], None]) -> Iterator[None]:
-    """While inside, `hear` is called with every attention's rotated queries, keys and mask before it runs."""
-    rooms = (pi05_model, pi05_sampler)
-    originals = [room.attend for room in rooms]
+def _overheard(hear: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """While inside, `hear` is called with the rotated queries and keys of every attention of the plain model."""
+    original = pi05_model.attend
 
-    def wrapped(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            hear(q, k, mask)
-            return original(q, k, v, mask)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        hear(q, k)
+        return original(q, k, v, mask)
 
-        return attend
-
-    for room, original in zip(rooms, originals, strict=True):
-        room.attend = wrapped(original)
+    pi05_model.attend = attend
     try:
         yield
     finally:
-        for room, original in zip(rooms, originals, strict=True):
-            room.attend = original
+        pi05_model.attend = original

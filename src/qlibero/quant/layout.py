@@ -26,6 +26,9 @@ NAMED = {
     "llm+expert_mlp": ((LLM, ATTENTION + MLP), (EXPERT, MLP)),
     "llm+expert": ((LLM, ATTENTION + MLP), (EXPERT, ATTENTION + MLP)),
 }
+#: what may be quantized at all: linears that the model only ever calls. Projector, adaptive norms and heads are not
+#: among them; they are 1.7 % of the parameters, and the model reads their dtype
+QUANTIZABLE = r"\.layers\.\d+\.(self_attn|mlp)\.\w+$"
 #: linears that read the same input, and so share one transform and one set of codes
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 #: linears of the last LLM layer that no action depends on: the sampler reads only that layer's K and V
@@ -70,10 +73,11 @@ def select(model: nn.Module, spec: QuantSpec) -> Selection:
         UserError: a pattern matches nothing, a named layout's count is wrong for this depth, or a width does not
             divide into the spec's blocks or groups.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(QUANTIZABLE, name)}
     chosen = set(_named(linears, spec.layout) if spec.layout else ())
     for pattern in spec.include:
-        chosen.update(_matching(pattern, linears, "include", "any linear of this model"))
+        where = "any linear of the LLM's, expert's or vision tower's layers (projector, norms and heads are never quantized)"
+        chosen.update(_matching(pattern, linears, "include", where))
     for pattern in spec.exclude:
         chosen.difference_update(_matching(pattern, sorted(chosen), "exclude", "any selected linear"))
     bits = dict.fromkeys(chosen, spec.weight_bits)

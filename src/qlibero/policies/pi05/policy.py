@@ -55,7 +55,6 @@ class Pi05Policy:
         self._tokenizer = tokenizer
         self._identity = identity
         self._sampler: Sampler | None = None
-        self.graphs = True
 
     @property
     def device(self) -> torch.device:
@@ -66,14 +65,13 @@ class Pi05Policy:
     def sampler(self) -> Sampler:
         """Made at the first call: until then linears may still be placed or exchanged."""
         if self._sampler is None:
-            self._sampler = Sampler(self.model, self.flow_steps, graphs=self.graphs and self.device.type == "cuda")
+            self._sampler = Sampler(self.model, self.flow_steps, graphs=self.device.type == "cuda")
         return self._sampler
 
-    def with_model(self, model: Pi05Model, *, graphs: bool = True) -> Pi05Policy:
-        """The same preprocessing around another network (the quantized arms). Calibration needs `graphs=False`: a
-        replayed CUDA graph calls no hook."""
+    def with_model(self, model: Pi05Model) -> Pi05Policy:
+        """The same preprocessing around another network (the quantized arms)."""
         twin = copy(self)
-        twin.model, twin._sampler, twin.graphs = model, None, graphs
+        twin.model, twin._sampler = model, None
         return twin
 
     def with_batch_size(self, batch_size: int) -> Pi05Policy:

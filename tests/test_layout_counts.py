@@ -1,0 +1,117 @@
+"""Risk: a pattern matches nothing, or something else, and a "quantized" policy quietly runs in full precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pi05_small import conv_config, random_model, siglip_config
+from qlibero.errors import UserError
+from qlibero.policies.pi05.config import PI05_FULL
+from qlibero.policies.pi05.model import Pi05Model
+from qlibero.quant.layout import EXPERT, LLM, select
+from qlibero.quant.spec import LAYOUTS, QuantSpec
+
+
+@pytest.fixture(scope="module")
+def full_size() -> Pi05Model:
+    with torch.device("meta"):
+        return Pi05Model(PI05_FULL)
+
+
+# counts, parameters and executed linears of facts known about pi0.5
+@pytest.mark.parametrize(("layout", "count", "millions", "executed"), [
+    ("llm", 126, 1981.8, 121), ("expert", 126, 311.4, 126), ("llm+expert_mlp", 180, 2208.3, 175), ("llm+expert", 252, 2293.2, 247),
+])  # fmt: skip
+def test_named_layouts_of_the_full_size_model(full_size, layout, count, millions, executed):
+    selection = select(full_size, QuantSpec(layout=layout))
+    assert len(selection.choices) == count and len(selection.executed) == executed and selection.kept == ()
+    modules = {name: module for name, module in full_size.named_modules()}
+    assert round(sum(modules[c.name].weight.numel() for c in selection.choices) / 1e6, 1) == millions
+    idle = {c.name.removeprefix(f"{LLM}17.") for c in selection.choices if not c.executed}
+    assert idle == (set() if layout == "expert" else
+                    {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})
+
+
+@pytest.mark.parametrize("config", [conv_config(), siglip_config()])
+def test_the_same_names_on_small_policies(config):
+    model, depth = Pi05Model(config), config.llm.depth
+    per_layer = {"llm": 7, "expert": 7, "llm+expert_mlp": 10, "llm+expert": 14}
+    for layout in LAYOUTS:
+        selection = select(model, QuantSpec(layout=layout, method="rtn"))
+        assert len(selection.choices) == per_layer[layout] * depth
+        groups = selection.groups()
+        assert all(len(members) == 3 for name, members in groups.items() if name.endswith(".qkv"))
+        assert all(len(members) == 2 for name, members in groups.items() if name.endswith(".gate_up"))
+
+
+def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
+    """`executed` is a claim about the sampler: perturbing every idle linear must change no bit of an action."""
+    from pi05_small import noises, observations
+    from test_fake_equals_kernel import small_policy
+
+    policy = small_policy()
+    before = policy.infer(observations(1), noises(1, policy.noise_shape)).actions
+    idle = [c for c in select(policy.model, QuantSpec(layout="llm+expert", method="rtn")).choices if not c.executed]
+    assert len(idle) == 5
+    for choice in idle:
+        policy.model.get_submodule(choice.name).weight.data.add_(1.0)
+    policy = policy.with_model(policy.model)
+    assert (policy.infer(observations(1), noises(1, policy.noise_shape)).actions == before).all()
+
+
+def test_include_exclude_and_per_layer_bits(full_size):
+    mlp = select(full_size, QuantSpec(layout=None, include=(r"gemma_expert.*mlp\.(gate|up|down)_proj",)))
+    assert len(mlp.choices) == 54 and all(c.name.startswith(EXPERT) for c in mlp.choices)
+    vision = select(full_size, QuantSpec(layout="llm", include=(r"vision_tower.*\.fc[12]$",), method="rtn"))
+    assert len(vision.choices) == 126 + 54
+    less = select(full_size, QuantSpec(exclude=(r"layers\.0\.", "o_proj")))
+    assert len(less.choices) == 126 - 7 - 17
+    mixed = select(full_size, QuantSpec(per_layer_bits=((r"down_proj", 8), (r"layers\.[01]\.", 16), (r"layers\.1\.mlp\.up", 4))))
+    bits = {c.name: c.weight_bits for c in mixed.choices}
+    assert len(mixed.kept) == 13 and len(bits) == 113 and bits[f"{LLM}1.mlp.up_proj"] == 4
+    assert {b for n, b in bits.items() if n.endswith("down_proj")} == {8}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"layout": None, "include": ("paligemma.language_model",)}, "include: 'paligemma.language_model' does not match"),
+    ({"include": ("multi_modal_projector",)}, "projector, norms and heads are never quantized"),
+    ({"exclude": ("vision",)}, "exclude: 'vision' does not match"),
+    ({"per_layer_bits": (("gemma_expert", 8),)}, "per_layer_bits: 'gemma_expert' does not match"),
+    ({"exclude": (".",)}, "leave no linear"),
+    ({"block_size": 96}, "block_size 96 does not divide the 2048 inputs"),
+    ({"group_size": 96, "method": "rtn"}, "group_size 96 does not divide"),
+])  # fmt: skip
+def test_what_matches_nothing_is_an_error(full_size, changes, message):
+    with pytest.raises(UserError, match=message):
+        select(full_size, QuantSpec(**changes))
+
+
+def test_a_model_with_other_names_is_refused():
+    with pytest.raises(UserError, match="found 0 linears under .*language_model.layers"):
+        select(torch.nn.Sequential(torch.nn.Linear(64, 64)), QuantSpec())
+    model = random_model(conv_config())
+    del model.llm.layers[1].mlp.up_proj
+    with pytest.raises(UserError, match=r"found 20 linears .* expected 3 layers × 7 = 21"):
+        select(model, QuantSpec(method="rtn"))
+
+
+@pytest.mark.parametrize("changes", [
+    {"method": "gptq"}, {"layout": "all"}, {"weight_bits": 8, "activation_bits": 4}, {"activation_bits": 5}, {"alpha": 1.5},
+    {"layout": None}, {"include": ("(",)}, {"per_layer_bits": (("x", 3),)}, {"row_rotation": True}, {"weight_clip": 0.0},
+])  # fmt: skip
+def test_impossible_specs_are_refused(changes):
+    with pytest.raises(UserError, match="quant"):
+        QuantSpec(**changes)
+
+
+def test_a_spec_survives_json_and_its_hash_sees_every_field():
+    spec = QuantSpec(per_layer_bits=(("b", 8), ("a", 16)), include=("x",), exclude=("y",))
+    assert QuantSpec.from_mapping(spec.to_mapping()) == spec
+    changes = {"method": "rtn", "layout": "expert", "include": ("x",), "exclude": ("x",), "weight_bits": 8, "alpha": 0.6,
+               "per_layer_bits": (("x", 8),), "group_size": 64, "block_size": 32, "weight_clip": 0.9, "activation_clip": 0.9,
+               "weight_search": True, "rotation_steps": 9, "atm": True, "ohb": True, "calibration_samples": 1, "calibration_seed": 1}
+    hashes = {QuantSpec(**{key: value}).hash for key, value in changes.items()} | {QuantSpec().hash}
+    hashes |= {QuantSpec(activation_bits=16).hash, QuantSpec(method="weight_pca", row_rotation=True).hash}
+    assert len(hashes) == len(changes) + 3
+    assert QuantSpec(per_layer_bits=(("b", 8), ("a", 16))).hash != QuantSpec(per_layer_bits=(("a", 16), ("b", 8))).hash
