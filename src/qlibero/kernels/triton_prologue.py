@@ -28,6 +28,8 @@ from qlibero.kernels.contract import EPS, activation_limit
 
 FEW_TOKENS = 64  # up to here a row is cheap enough to be done block by block, without sharing a block's rotation
 ROWS = 32  # tokens of one program when there are many
+DEPTH = 32  # channels of a rotation taken in at a time: whole blocks of 128 would not fit in registers
+PRECISION = "ieee"  # fp32 multiply-adds; "tf32x3" would use tensor cores, to some 21 bits
 
 _EPS = tl.constexpr(EPS)
 _ROUND = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds |v| < 2^22 to integers, half to even
@@ -115,26 +117,32 @@ def few_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def first_kernel(
-    x_ptr, scale_ptr, first_ptr, inverse_ptr, y_ptr, peak_ptr, M, K, STRIDE,
+    x_ptr, scale_ptr, first_ptr, inverse_ptr, y_ptr, peak_ptr, M, K, STRIDE, WIDTH,
     HAS_SCALE: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First rotation of many tokens, stored transposed: y (K, STRIDE). Also zeroes `peak` for the second."""
+    """First rotation of many tokens, stored transposed: y (K, STRIDE). Also zeroes `peak` for the second.
+
+    WIDTH is B again, as a run-time number: a loop of known length is unrolled whole, and blocks of 128 then spill.
+    """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
     i = tl.arange(0, B)
-    j = tl.arange(0, B)
-    channel = g * B + j
-    x = tl.load(x_ptr + rm[:, None].to(tl.int64) * K + channel[None, :], mask=rm[:, None] < M, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        x = x * tl.load(scale_ptr + channel)[None, :]
     if FIRST_SHARED:
         row = i
     elif HAS_ORDER:
         row = tl.load(inverse_ptr + g * B + i)
     else:
         row = g * B + i
-    rotation = tl.load(first_ptr + row[None, :] * B + j[:, None]).to(tl.float32)  # (j, i)
-    y = tl.dot(x, rotation, input_precision="ieee")
+    y = tl.zeros((BM, B), tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        j = start + tl.arange(0, DEPTH)
+        channel = g * B + j
+        x = tl.load(x_ptr + rm[:, None].to(tl.int64) * K + channel[None, :], mask=rm[:, None] < M, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            x = x * tl.load(scale_ptr + channel)[None, :]
+        rotation = tl.load(first_ptr + row[None, :] * B + j[:, None]).to(tl.float32)  # (j, i)
+        y = tl.dot(x, rotation, y, input_precision=PRECISION)
     tl.store(y_ptr + (g * B + i)[None, :].to(tl.int64) * STRIDE + rm[:, None], y, mask=rm[:, None] < M)
     if g == 0:
         tl.store(peak_ptr + rm, tl.zeros((BM,), tl.int32), mask=rm < M)
@@ -142,26 +150,30 @@ def first_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def second_kernel(
-    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K,
+    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K, WIDTH,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
-    BM: tl.constexpr, B: tl.constexpr,
+    BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gather, second rotation, row maxima. z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, or the input."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
-    i = tl.arange(0, B)
     j = tl.arange(0, B)
-    source = g * B + i
-    if HAS_ORDER:
-        source = tl.load(order_ptr + source)
-    where = rm[None, :].to(tl.int64) * STRIDE_M + source[:, None].to(tl.int64) * STRIDE_K
-    y = tl.load(z_ptr + where, mask=rm[None, :] < M, other=0.0).to(tl.float32)  # (i, m)
-    if HAS_SCALE:
-        y = y * tl.load(scale_ptr + source)[:, None]
-    if HAS_SECOND:
-        block = 0 if SECOND_SHARED else g * B * B
-        rotation = tl.load(second_ptr + block + i[None, :] * B + j[:, None]).to(tl.float32)  # (j, i): y' = Rᵀ·y
-        y = tl.dot(rotation, y, input_precision="ieee")
+    y = tl.zeros((B, BM), tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        i = start + tl.arange(0, DEPTH)
+        source = g * B + i
+        if HAS_ORDER:
+            source = tl.load(order_ptr + source)
+        where = rm[None, :].to(tl.int64) * STRIDE_M + source[:, None].to(tl.int64) * STRIDE_K
+        z = tl.load(z_ptr + where, mask=rm[None, :] < M, other=0.0).to(tl.float32)  # (i, m)
+        if HAS_SCALE:
+            z = z * tl.load(scale_ptr + source)[:, None]
+        if HAS_SECOND:
+            block = 0 if SECOND_SHARED else g * B * B
+            rotation = tl.load(second_ptr + block + i[None, :] * B + j[:, None]).to(tl.float32)  # (j, i): y' = Rᵀ·z
+            y = tl.dot(rotation, z, y, input_precision=PRECISION)
+        else:
+            y = z  # DEPTH is B then
     tl.store(y_ptr + rm[None, :].to(tl.int64) * K + (g * B + j)[:, None], y, mask=rm[None, :] < M)
     tl.atomic_max(peak_ptr + rm, _peak(y, 0).to(tl.int32, bitcast=True), mask=rm < M)
 
@@ -257,17 +269,18 @@ class Prologue:
             peak = torch.empty(m, dtype=torch.int32, device=x.device)
             z, strides, scale = torch.empty((k, stride), dtype=torch.float32, device=x.device), (1, stride), None
             first_kernel[grid](
-                x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, stride,
+                x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, stride, self.block,
                 HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None,
-                BM=ROWS, B=self.block, num_warps=4,
+                BM=ROWS, B=self.block, DEPTH=min(DEPTH, self.block), PRECISION=PRECISION, num_warps=4,
             )  # fmt: skip
         else:
             peak = torch.zeros(m, dtype=torch.int32, device=x.device)
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
         second_kernel[grid](
-            z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides,
+            z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides, self.block,
             HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
-            SECOND_SHARED=self.second_shared, BM=ROWS, B=self.block, num_warps=4,
+            SECOND_SHARED=self.second_shared, BM=ROWS, B=self.block,
+            DEPTH=self.block if self.second is None else min(DEPTH, self.block), PRECISION=PRECISION, num_warps=4,
         )  # fmt: skip
         quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
 

@@ -1,0 +1,129 @@
+"""What the Triton kernels cost in registers, shared memory and instructions, for GPUs that are not here.
+
+    python benchmarks/triton_resources.py [--sm 80,86,89,90]
+
+Triton compiles for a target without a GPU and brings ptxas along, so spills, a shared-memory tile too large for a card, a
+contracted (FMA) epilogue or a product that missed the int8 tensor cores show up on any machine. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qlibero.kernels import triton_gemm, triton_prologue
+from qlibero.kernels.triton_tiles import BUCKETS, Tile
+
+SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]  # arguments divisible by 16, as Triton finds out at launch
+    warps: int = 4
+    stages: int = 3
+    contract: bool = True  # whether multiply-adds may be fused
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in the forms that pi0.5 uses."""
+    gemm = dict(x_ptr="*i8", w_ptr="*i8", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32", K2="i32")
+    pointers = ("x_ptr", "w_ptr", "sx_ptr", "sw_ptr", "bias_ptr", "out_ptr", "N", "K2")
+    for _, tile in BUCKETS:
+        sizes = dict(BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8, USE_ASM=True)
+        for scale in (True, False):
+            signature = gemm if scale else gemm | {"out_ptr": "*i32"}
+            constants = sizes | dict(SPLIT_K=1 if scale else 4, SCALE=scale, HAS_BIAS=scale, EVEN_K=True)
+            yield Case(f"gemm {_name(tile)}{'' if scale else ' partial'}", triton_gemm.gemm_kernel, signature, constants, pointers,
+                       tile.warps, tile.stages, contract=False)  # fmt: skip
+        constants = sizes | dict(BK=min(tile.depth, 64), HALF=64, SCALE=True, HAS_BIAS=False)
+        yield Case(f"grouped {_name(tile)}", triton_gemm.grouped_gemm_kernel, gemm, constants, pointers, tile.warps, tile.stages,
+                   contract=False)  # fmt: skip
+    yield Case("scale", triton_gemm.scale_kernel,
+               dict(partial_ptr="*i32", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32"),
+               dict(SPLIT_K=4, HAS_BIAS=True, BLOCK=512), ("partial_ptr", "sw_ptr", "out_ptr", "N"), contract=False)  # fmt: skip
+    floats = dict(x_ptr="*bf16", scale_ptr="*fp32", first_ptr="*fp32", order_ptr="*i32", inverse_ptr="*i32", second_ptr="*fp32",
+                  y_ptr="*fp32", z_ptr="*fp32", peak_ptr="*i32", arrived_ptr="*i32", codes_ptr="*i8", s_ptr="*fp32", M="i32", K="i32",
+                  STRIDE="i32", STRIDE_M="i32", STRIDE_K="i32", WIDTH="i32", clip="fp32", limit="fp32")  # fmt: skip
+    aligned = tuple(name for name, kind in floats.items() if kind.startswith("*")) + ("K", "STRIDE", "WIDTH")
+    flags = dict(HAS_SCALE=False, HAS_FIRST=True, FIRST_SHARED=False, HAS_ORDER=True, HAS_SECOND=True, SECOND_SHARED=False)
+    for width in (2048, 16384):
+        yield Case(f"plain {width}", triton_prologue.plain_kernel, floats, flags | dict(WIDTH=width, HAS_ORDER=False), aligned,
+                   4 if width <= 4096 else 8)  # fmt: skip
+    for block in (64, 128):
+        yield Case(f"few B={block}", triton_prologue.few_kernel, floats, flags | dict(B=block, CHUNK=1024), aligned, 4 if block <= 64 else 8)
+        many = flags | dict(B=block, BM=triton_prologue.ROWS, DEPTH=triton_prologue.DEPTH, PRECISION=triton_prologue.PRECISION)
+        yield Case(f"first B={block}", triton_prologue.first_kernel, floats, many, aligned)
+        yield Case(f"second B={block}", triton_prologue.second_kernel, floats, many, aligned)
+    yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024), aligned)
+
+
+def compile_case(case: Case, sm: int) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and the instructions that matter, of one kernel on one architecture."""
+    names = case.kernel.arg_names
+    constants = {(names.index(k),): v for k, v in case.constants.items() if k in names}
+    signature = {n: "constexpr" if (i,) in constants else case.signature[n] for i, n in enumerate(names)}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible if n in names}
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
+    options = dict(num_warps=case.warps, num_stages=case.stages, enable_fp_fusion=case.contract)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spilled = _ptxas(ptx)
+    return {
+        "kernel": case.name, "sm": sm, "registers": registers, "spilled_bytes": spilled,
+        "shared_kib": round(compiled.metadata.shared / 1024, 1),
+        "int8_mma": sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)\S*s32\.s8\.s8", ptx))),
+        "fma": len(re.findall(r"\bfma\.rn", ptx)), "async_16_byte_loads": ptx.count("cp.async.cg.shared.global"),
+    }  # fmt: skip
+
+
+def _ptxas(ptx: str) -> tuple[int, int]:
+    target = re.search(r"\.target (\S+)", ptx).group(1).split(",")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        for ptxas in sorted((Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")):  # the first may be too old
+            command = [ptxas, "-v", f"--gpu-name={target}", path, "-o", path.with_suffix(".cubin")]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+        log = done.stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
+    return int(re.search(r"Used (\d+) registers", log).group(1)), spilled
+
+
+def _name(tile: Tile) -> str:
+    return f"{tile.tokens}x{tile.outputs}x{tile.depth} w{tile.warps} s{tile.stages}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sm", default="80,86,89,90", help="architectures, comma-separated")
+    args = parser.parse_args()
+    rows = []
+    for sm in map(int, args.sm.split(",")):
+        for case in cases():
+            rows.append(compile_case(case, sm))
+            row = rows[-1]
+            print(f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  shared {row['shared_kib']:>5} KiB  "
+                  f"fma {row['fma']:>4}  cp.async {row['async_16_byte_loads']:>3}  {','.join(row['int8_mma'])}")  # fmt: skip
+    print(json.dumps({"triton": triton.__version__, "kernels": rows}))
+
+
+if __name__ == "__main__":
+    main()
