@@ -35,7 +35,7 @@ for lock in "${locks[@]}"; do
     stamp=.venv/.installed-$lock
     cmp -s "$lock" "$stamp" && continue
     say "installing $(grep -c == "$lock") pinned packages of $lock"
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement "$lock" 2>.venv/pip.log ||
+    .venv/bin/pip install --quiet --disable-pip-version-check --requirement "$lock" 2>.venv/pip.log ||
         { cat .venv/pip.log >&2; exit 1; }
     cp "$lock" "$stamp"
 done

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Writes requirements.txt (what running needs) and requirements-test.txt (what the tests add) from pyproject.toml:
+# every package at the exact version that a fresh environment resolves to today.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+fresh=$(mktemp -d)
+trap 'rm -rf "$fresh"' EXIT
+python3.11 -m venv "$fresh"
+pip() { "$fresh/bin/pip" --disable-pip-version-check --quiet "$@" 2>/dev/null; }
+pins() { "$fresh/bin/pip" --disable-pip-version-check freeze --exclude-editable 2>/dev/null | sed 's/+cpu$//' | sort -f; }
+pip install torch==2.13.0
+pip install --editable .
+pins >requirements.txt
+pip install --editable '.[test]'
+comm -13 <(sort requirements.txt) <(pins | sort) | sort -f >requirements-test.txt
