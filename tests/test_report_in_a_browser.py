@@ -1,0 +1,150 @@
+"""Risk: a report that looks right in its author's browser only. Real Chromium opens it, clicks through it, and any console
+error, network request, overflow or unreadable colour fails."""
+
+from __future__ import annotations
+
+import pytest
+from browser import CHROMIUM, Page
+from qlibero.reporting.html import write_report
+from synthetic_run import film, make_run
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install -y chromium")
+HOSTILE = '</script><img src=x onerror="throw 1"> & <b>bold</b>'
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    directory = make_run(tmp_path_factory.mktemp("run"), name="<i>name</i> & co", labels={"w4a8": HOSTILE, "aa": "A/A"})
+    assert film(directory) >= 3
+    out = directory / "report.html"
+    write_report([directory], out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    with Page() as page:
+        page.open(report)
+        yield page
+
+
+def test_opens_without_errors_and_without_a_network(page):
+    assert page.problems == []
+    assert page.js("document.querySelectorAll('main > section').length") >= 13
+    assert page.js("document.querySelectorAll('[src^=http],[href^=http],link').length") == 0
+
+
+def test_strings_from_configs_stay_strings(page):
+    assert page.js("document.images.length") == 0
+    assert page.js("JSON.parse(document.querySelector('#data').textContent).labels.w4a8") == HOSTILE
+    assert page.js("document.querySelector('h1').textContent") == "<i>name</i> & co"
+    assert page.js("[...document.querySelectorAll('h3')].filter(e => e.textContent.includes('</script>')).length") >= 2
+
+
+def test_every_control_works(page):
+    before = page.js("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.js("getComputedStyle(document.body).backgroundColor") != before
+    page.click("#theme")
+    assert page.js("getComputedStyle(document.body).backgroundColor") == before
+
+    for i in range(page.js("document.querySelectorAll('nav a').length")):
+        page.js(f"document.querySelectorAll('nav a')[{i}].click()")
+    assert page.js("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
+
+    for i in range(page.js("document.querySelectorAll('summary').length")):
+        page.js(f"document.querySelectorAll('summary')[{i}].click()")
+    assert page.js("[...document.querySelectorAll('details')].every(d => d.open)")
+
+    first = "[...document.querySelectorAll('#layers tbody tr')].map(r => parseFloat(r.children[1].textContent))"
+    page.click("#layers thead th:nth-child(2) button")
+    assert page.js(first) == sorted(page.js(first))
+    page.click("#layers thead th:nth-child(2) button")
+    assert page.js(first) == sorted(page.js(first), reverse=True)
+    assert page.js("document.querySelector('#layers th[aria-sort]').getAttribute('aria-sort')") == "descending"
+
+    for button in ("as-markdown", "as-latex"):
+        page.click(f"[data-copy={button}]")
+    page.js("new Promise(done => setTimeout(done, 300))")
+    assert page.js("[...document.querySelectorAll('[data-copy]')].every(b => b.textContent !== 'Copy')")
+    assert page.problems == []
+
+
+def test_flip_map_speaks_and_plays(page):
+    page.js("document.querySelector('.heatmap').focus()")
+    for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+        page.press(key)
+    assert page.js("document.querySelector('#flip-readout').textContent").startswith("A/A, libero_object task 0, initial state 0:")
+    page.click(".heatmap")
+    assert "libero_object task 1, initial state" in page.js("document.querySelector('#flip-readout').textContent")
+
+    key, arm = page.js("(o => [o.dataset.key, o.dataset.arm])(document.querySelector('#episode').options[1])")
+    _, task, init, _ = key.split("/")
+    page.js(f"(m => {{ m.focus(); }})(document.querySelector('.heatmap[data-arm={arm}]'))")
+    at = page.js("[...document.querySelectorAll('.heatmap')].length")
+    assert at == 3
+    page.js(
+        f"(m => {{ const b = m.getBoundingClientRect(); m.dispatchEvent(new MouseEvent('click', {{"
+        f"clientX: b.x + b.width * ({init} + .5) / 10, clientY: b.y + b.height * ({task} + .5) / 3}})) }})"
+        f"(document.querySelector('.heatmap[data-arm={arm}]'))"
+    )
+    assert page.js("document.querySelector('#episode').selectedIndex") == 1
+    assert page.problems == []
+
+
+def test_two_videos_share_one_clock(page):
+    ready = "Promise.all(['left', 'right'].map(s => new Promise(done => { const v = document.getElementById('video-' + s); v.readyState >= 2 ? done() : v.addEventListener('loadeddata', done) })))"
+    page.js(f"{ready}.then(() => 1)")
+    times = "['left', 'right'].map(s => document.getElementById('video-' + s).currentTime)"
+    page.js("(s => { s.value = 250; s.dispatchEvent(new Event('input')) })(document.querySelector('#scrub'))")
+    left, right = page.js(times)
+    assert left == pytest.approx(right, abs=0.01) and left > 0
+    page.click("#to-divergence")
+    page.js("new Promise(done => setTimeout(done, 700))")
+    left, right = page.js(times)
+    step = page.js("document.querySelector('#step').textContent")
+    assert left == pytest.approx(right, abs=0.3) and int(step.removeprefix("step ")) >= 10
+    assert "from step 20" in page.js("document.querySelector('#divergence-text').textContent")
+    page.click("#play")
+    assert page.js("document.querySelector('#play').textContent") in ("Play", "Pause")
+    captions = page.js("['left', 'right'].map(s => document.getElementById('caption-' + s).textContent)")
+    assert {c.rsplit(": ", 1)[1] for c in captions} == {"success", "failure"}
+    assert page.problems == []
+
+
+def test_sane_for_screen_readers_and_keyboards(page):
+    ids = page.js("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    assert page.js("[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length") == 0
+    assert page.js("[...document.querySelectorAll('th')].filter(e => !e.scope).length") == 0
+    assert page.js("[...document.querySelectorAll('input,select')].filter(e => !e.labels.length && !e.getAttribute('aria-label')).length") == 0
+    assert page.js("document.documentElement.lang") == "en"
+    levels = page.js("[...document.querySelectorAll('h1,h2,h3')].map(e => +e.tagName[1])")
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+
+
+CONTRAST = """(() => {
+  const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => { const f = (x) => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4; return .2126 * f(r) + .7152 * f(g) + .0722 * f(b) };
+  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .9) return c } return [255, 255, 255] };
+  const weak = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.getClientRects().length || e.closest('option,script,style,i')) continue;
+    const a = light(rgb(getComputedStyle(e).color)), b = light(behind(e));
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < 4.5) weak.push(`${e.tagName}.${e.className} ${ratio.toFixed(2)} ${e.textContent.slice(0, 30)}`);
+  }
+  return weak;
+})()"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_readable_at_every_width_in_light_and_dark(report, width, dark):
+    with Page(width, 900, dark) as page:
+        page.open(report)
+        page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert page.js("document.documentElement.scrollWidth") <= width
+        assert page.js(CONTRAST) == []
+        assert page.problems == []
