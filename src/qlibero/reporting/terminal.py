@@ -39,7 +39,20 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = "
 
 def print_comparison(result: dict[str, Any], to: Console | None = None) -> None:
     """What `qlibero compare` shows for people."""
-    (to or console()).print(comparison_tables(result))
+    (to or console()).print(_foreign(result) if result.get("foreign") else comparison_tables(result))
+
+
+def _foreign(result: dict[str, Any]) -> Group:
+    """Results of other tools: what was compared how, and one sentence each."""
+    table = _table(f"against {result['reference']}, margin {margin_text(result['margin'])}")
+    for title in ("result", "tool", "successes", "reference", "Δ pp", "95 % interval", "method", "p", "verdict"):
+        table.add_column(title)
+    for name, r in result["arms"].items():
+        delta, interval = ("", "") if r["interval95"] is None else (points(r["delta"]), _interval(r["interval95"]))
+        counts, base = ("/".join(map(str, r[key])) for key in ("counts", "reference_counts"))
+        p = "" if r["p"] is None else p_text(r["p"])
+        table.add_row(name, r["tool"], counts, base, delta, interval, r["method"], p, Text(r["verdict"], style=COLOURS.get(r["verdict"], "yellow")))
+    return Group(table, *(Text(r["sentence"], style="dim") for r in result["arms"].values()))
 
 
 def success_table(run: RunResults) -> Table:

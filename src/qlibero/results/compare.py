@@ -16,6 +16,7 @@ from qlibero.errors import UserError
 from qlibero.results import statistics as st
 from qlibero.results.clusters import task_bootstrap, task_t_interval
 from qlibero.results.execution import action_noise, divergences, execution_quality
+from qlibero.results.imports import compare_foreign
 from qlibero.results.pairing import Arm, Pair, Pairing, collect_arms, pair_arms
 from qlibero.results.phrases import detectable_line, sentence
 from qlibero.results.runs import RunResults, read_run
@@ -26,14 +27,24 @@ ONE_SIDED_ALPHA = 0.025
 
 
 def compare_runs(paths: Sequence[Path | str], reference: str = "baseline", margin: float = 0.02) -> dict[str, Any]:
-    """Read run directories and compare. Raises UserError for a bad margin, reference or directory."""
+    """Read run directories and compare. With result files of other tools among them see `imports.compare_foreign`.
+
+    Raises UserError for a bad margin, reference, directory or file.
+    """
+    check_margin(margin)
+    if any(Path(path).is_file() for path in paths):
+        return compare_foreign(paths, reference, margin)
     return compare(list(map(read_run, paths)), reference, margin)
+
+
+def check_margin(margin: float) -> None:
+    if not 0 < margin < 1:
+        raise UserError(f"--margin {margin}: a difference in success rate between 0 and 1; write 0.02 for 2 pp")
 
 
 def compare(runs: Sequence[RunResults], reference: str = "baseline", margin: float = 0.02) -> dict[str, Any]:
     """{"reference", "margin", "runs", "arms": {name: …}, "reference_summary", "noise_floor", "ledger"}."""
-    if not 0 < margin < 1:
-        raise UserError(f"--margin {margin}: a difference in success rate between 0 and 1; write 0.02 for 2 pp")
+    check_margin(margin)
     arms = collect_arms(runs)
     if reference not in arms:
         raise UserError(f"--reference {reference}: no such arm; this run has {', '.join(arms)}")

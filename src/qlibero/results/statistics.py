@@ -121,6 +121,17 @@ def newcombe(both_succeed: int, broken: int, repaired: int, both_fail: int, conf
     return other - reference - half[0], other - reference + half[1]
 
 
+def newcombe_independent(k1: int, n1: int, k2: int, n2: int, confidence: float = CONFIDENCE) -> Interval:
+    """Interval for p₁ − p₂ of two *independent* samples (Newcombe, Stat. Med. 17 (1998) 873, method 10).
+
+    For results that cannot be paired; about twice as wide as the paired interval where most pairs agree.
+    """
+    p1, p2 = k1 / n1, k2 / n2
+    low1, high1 = wilson(k1, n1, confidence)
+    low2, high2 = wilson(k2, n2, confidence)
+    return p1 - p2 - math.hypot(p1 - low1, high2 - p2), p1 - p2 + math.hypot(high1 - p1, p2 - low2)
+
+
 def noninferiority_p(broken: int, repaired: int, n: int, margin: float) -> float:
     """One-sided p-value of H0: Δ ≤ −margin (Tango score)."""
     return 1 - NormalDist().cdf(tango_z(broken, repaired, n, -margin))

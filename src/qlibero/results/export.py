@@ -1,0 +1,73 @@
+"""Episodes as a flat table for people's own notebooks: CSV always, Parquet where pyarrow is installed.
+
+One row per episode and arm. Per-call lists become percentiles; whoever needs every call reads the ledger itself.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlibero.errors import UserError, WorkFailed
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import RunResults, read_run
+from qlibero.results.summary import percentiles, phase_calls_ms, policy_calls_ms
+
+PLAIN = (
+    "suite", "task", "init", "seed", "outcome", "steps", "success_step", "replans", "attempt", "sim_ms", "render_ms", "path_length_m",
+    "jerk", "gripper_flips", "fingerprint", "action_digest", "error", "finished_at", "protocol", "kernels", "config_hash",
+)  # fmt: skip
+
+
+def episode_rows(run: RunResults) -> list[dict[str, Any]]:
+    """Rows with the same columns for every episode; `success` is 1, 0, or None for an error."""
+    phases = list(dict.fromkeys(p for arm in run.arms.values() for r in arm.records for p in r.phases_ms))
+    return [_row(run, name, record, phases) for name, arm in run.arms.items() for record in arm.records]
+
+
+def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]) -> dict[str, Any]:
+    calls = percentiles(policy_calls_ms([record])) or {}
+    by_phase = phase_calls_ms([record])
+    return {
+        "run": run.name,
+        "arm": arm,
+        **{name: getattr(record, name) for name in PLAIN},
+        "success": None if record.outcome == "error" else int(record.succeeded),
+        **{f"policy_ms_{p}": calls.get(p) for p in ("p50", "p95", "p99")},
+        **{f"{phase}_ms_p50": (percentiles(by_phase.get(phase, ())) or {}).get("p50") for phase in phases},
+    }
+
+
+def export_episodes(paths: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
+    """Write the episodes of one or several runs to `out` (.csv or .parquet). Returns {"file", "rows", "columns"}.
+
+    Raises UserError for another suffix or a missing pyarrow, WorkFailed if the file cannot be written.
+    """
+    out = Path(out)
+    if out.suffix not in (".csv", ".parquet"):
+        raise UserError(f"export: {out.name} ends in neither .csv nor .parquet")
+    rows = [row for path in paths for row in episode_rows(read_run(path))]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    try:
+        if out.suffix == ".parquet":
+            _parquet(rows, columns, out)
+        else:
+            with out.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+    except OSError as problem:
+        raise WorkFailed(f"cannot write {out}: {problem.strerror}") from problem
+    return {"file": str(out), "rows": len(rows), "columns": columns}
+
+
+def _parquet(rows: list[dict[str, Any]], columns: list[str], out: Path) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise UserError("export: Parquet needs pyarrow (pip install pyarrow); or write a .csv") from None
+    table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
+    pyarrow.parquet.write_table(table, out)
