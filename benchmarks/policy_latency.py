@@ -36,7 +36,7 @@ from qlibero.policies.pi05.glue import TorchGlue
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.sampler import Sampler
 from qlibero.quant.layout import select
-from qlibero.quant.linear import assemble
+from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform, Transform
@@ -92,7 +92,7 @@ def quantized(model: Pi05Model, layout: str, backend: str, device: torch.device)
     """`model` with random int4 codes on `backend` in the linears of `layout`, behind DuQuant-shaped transforms."""
     generator = torch.Generator(device).manual_seed(1)
     spec = QuantSpec(method="duquant", layout=layout, block_size=min(BLOCK, model.config.expert.width))
-    kernel, shared, modules = load_kernel(backend), {}, {}
+    kernel, modules = load_kernel(backend), {}
 
     base = torch.linalg.qr(torch.randn(spec.block_size, spec.block_size, dtype=torch.float64))[0].to(device, torch.bfloat16)
 
@@ -101,19 +101,24 @@ def quantized(model: Pi05Model, layout: str, backend: str, device: torch.device)
         signs = torch.randint(0, 2, (width // spec.block_size, 1, spec.block_size), generator=generator, device=device) * 2 - 1
         return base * signs.bfloat16()
 
-    for choice in select(model, spec).choices:
-        linear = model.get_submodule(choice.name)
-        width = linear.in_features
-        if choice.group not in shared:
-            order = torch.randperm(width, generator=generator, device=device, dtype=torch.int32)
-            shared[choice.group] = InputTransform(Transform(None, rotations(width), order, rotations(width)), width)
-        support = kernel.supports(GemmShape(linear.out_features, width, 4, 8, None, device.type))
-        if not support.ok:
-            raise RuntimeError(f"{backend}: {support.reason}")
-        codes = torch.randint(-8, 8, (linear.out_features, width), generator=generator, device=device, dtype=torch.int8)
-        scales = torch.full((linear.out_features,), 0.02 / 4.6, device=device).bfloat16().float()
-        modules[choice.name] = assemble(kernel, shared[choice.group], codes, scales, weight_bits=4, activation_bits=8,
-                                        activation_clip=1.0, bias=None, output_rotation=None, dtype=linear.weight.dtype)
+    for choices in select(model, spec).groups().values():
+        width = model.get_submodule(choices[0].name).in_features
+        order = torch.randperm(width, generator=generator, device=device, dtype=torch.int32)
+        shared = InputTransform(Transform(None, rotations(width), order, rotations(width)), width)
+        for executed in (True, False):   # as quantize_policy does: what is never run is no part of the common product
+            together = [choice for choice in choices if choice.executed == executed]
+            if not together:
+                continue
+            parts, dtype = [], None
+            for choice in together:
+                rows, dtype = model.get_submodule(choice.name).out_features, model.get_submodule(choice.name).weight.dtype
+                codes = torch.randint(-8, 8, (rows, width), generator=generator, device=device, dtype=torch.int8)
+                parts.append(Weights(codes, torch.full((rows,), 0.02 / 4.6, device=device).bfloat16().float()))
+            support = kernel.supports(GemmShape(sum(len(part.codes) for part in parts), width, 4, 8, None, device.type))
+            if not support.ok:
+                raise RuntimeError(f"{backend}: {support.reason}")
+            made = assemble(kernel, shared, parts, weight_bits=4, activation_bits=8, activation_clip=1.0, dtype=dtype)
+            modules |= dict(zip((choice.name for choice in together), made, strict=True))
     return exchange(model, modules)
 
 

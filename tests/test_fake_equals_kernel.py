@@ -15,7 +15,7 @@ from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.calibrate import calibrate
-from qlibero.quant.linear import QuantLinear
+from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.spec import METHODS, QuantSpec
 
 BACKENDS = ("fake", "int_ref", "cpu_int4")
@@ -65,7 +65,6 @@ def test_actions_are_equal_bit_for_bit(policy, changes):
 def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
     """The embedded policy's own widths, with a batch's ragged token counts and outlier-heavy input."""
     from qlibero.kernels.contract import quantize_weights
-    from qlibero.quant.linear import assemble
     from qlibero.quant.methods import GroupData, fit
     from qlibero.quant.transform import InputTransform
 
@@ -78,13 +77,13 @@ def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
     for name in BACKENDS:
         kernel = load(name)
         assert kernel.supports(GemmShape(n, k, group_size=group_size)).ok
-        module = assemble(kernel, t, codes, scales, weight_bits=4, activation_bits=8, activation_clip=1.0, bias=None,
-                          output_rotation=None, dtype=torch.float32)
+        (module,) = assemble(kernel, t, [Weights(codes, scales)], weight_bits=4, activation_bits=8, activation_clip=1.0,
+                             dtype=torch.float32)
         outputs[name] = [module(x[:m]) for m in (154, 10, 1)]
         prepared = module.prepare(x)
         assert prepared.codes.dtype == torch.int8
         # the kernel really got integers: its accumulator is the integer product
-        acc = kernel.accumulate(prepared.codes, module.packed)
+        acc = kernel.accumulate(prepared.codes, module.product.packed)
         if group_size is None:
             assert torch.equal(acc.to(torch.int32), prepared.codes.int() @ codes.int().T)
     for name in BACKENDS:

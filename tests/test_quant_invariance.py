@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlibero.kernels import load
 from qlibero.kernels.contract import quantize_activations, quantize_weights
-from qlibero.quant.linear import assemble
+from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.methods import GroupData, fit, output_rotation
 from qlibero.quant.methods.duquant import greedy_rotation, uniform_first_row, zigzag
 from qlibero.quant.methods.hadamard import hadamard
@@ -102,8 +102,8 @@ def test_greedy_rotation_lowers_every_peak_and_never_raises_one(loudness):
 def relative_error(method: str, x: torch.Tensor, w: torch.Tensor, weight_bits: int, activation_bits: int) -> float:
     t = fitted(method, x, w, weight_bits=weight_bits, activation_bits=activation_bits)
     codes, s_w = quantize_weights(t.weights(w).float(), weight_bits)
-    module = assemble(load("fake"), InputTransform(t, x.shape[1]), codes, s_w, weight_bits=weight_bits, bias=None,
-                      activation_bits=activation_bits, activation_clip=1.0, output_rotation=None, dtype=torch.float32)
+    (module,) = assemble(load("fake"), InputTransform(t, x.shape[1]), [Weights(codes, s_w)], weight_bits=weight_bits,
+                         activation_bits=activation_bits, activation_clip=1.0, dtype=torch.float32)
     exact = x.double() @ w.double().T
     return float((module(x).double() - exact).norm() / exact.norm())
 
@@ -129,8 +129,8 @@ def test_weight_only_layers_equal_their_codes_without_any_online_work(method, we
     rotation = output_rotation(w, QuantSpec(method=method, row_rotation=method == "weight_pca", block_size=32))
     rotated = t.weights(w) if rotation is None else block_product(t.weights(w).T, rotation.double().transpose(1, 2)).T
     codes, s_w = quantize_weights(rotated.float(), weight_bits, group_size=32)
-    module = assemble(load("fake"), InputTransform(t, 128), codes, s_w, weight_bits=weight_bits, activation_bits=16,
-                      activation_clip=1.0, bias=torch.ones(len(w)), output_rotation=rotation, dtype=torch.float32)
+    (module,) = assemble(load("fake"), InputTransform(t, 128), [Weights(codes, s_w, torch.ones(len(w)), rotation)],
+                         weight_bits=weight_bits, activation_bits=16, activation_clip=1.0, dtype=torch.float32)
     assert type(module) is torch.nn.Linear
     dequantized = (codes.double().view(len(w), 4, 32) * s_w.double()[:, :, None]).view(len(w), 128)
     y = t.forward(x.double()) @ dequantized.T
@@ -146,18 +146,18 @@ def test_shared_input_is_quantized_once_and_the_same_for_all():
 
     x, w = outlier_heavy(4, 128, 40.0)
     t = InputTransform(fitted("duquant", x, w), 128)
-    linears = []
-    for rows in (slice(0, 64), slice(64, 96)):
-        codes, s_w = quantize_weights(t.factors().weights(w[rows]).float(), 4)
-        linears.append(assemble(load("fake"), t, codes, s_w, weight_bits=4, activation_bits=8, activation_clip=1.0,
-                                bias=None, output_rotation=None, dtype=torch.float32))
+    parts = [Weights(*quantize_weights(t.factors().weights(w[rows]).float(), 4), bias)
+             for rows, bias in ((slice(0, 64), None), (slice(64, 96), torch.randn(32)))]
+    settings = dict(weight_bits=4, activation_bits=8, activation_clip=1.0, dtype=torch.float32)
+    linears = assemble(load("fake"), t, parts, **settings)
+    apart = [assemble(load("fake"), t, [part], **settings)[0] for part in parts]
     calls = []
     original = t.quantize
     t.quantize = lambda *args: calls.append(1) or original(*args)
     shared = project(x.view(2, 96, 128), *linears)
     assert len(calls) == 1
-    for y, linear in zip(shared, linears, strict=True):
-        assert torch.equal(y, linear(x.view(2, 96, 128)))
+    for y, linear, lone in zip(shared, linears, apart, strict=True):
+        assert torch.equal(y, linear(x.view(2, 96, 128))) and torch.equal(y, lone(x.view(2, 96, 128)))
     # a neighbour that stays in full precision gets the plain input
     plain = torch.nn.Linear(128, 8, bias=False)
     assert torch.equal(project(x, linears[0], plain)[1], plain(x)) and torch.equal(project(x, plain, linears[0])[0], plain(x))

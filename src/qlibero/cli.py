@@ -109,6 +109,19 @@ def run_shard(args: argparse.Namespace) -> Document:
     return document
 
 
+def dashboard(args: argparse.Namespace) -> Document:
+    from qlibero.reporting import wandb_workspace
+    from qlibero.results.runs import read_run
+
+    runs = [read_run(directory) for directory in args.run_dirs]
+    tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
+    made = wandb_workspace.workspace(args.project, args.entity or "", [run.name for run in runs], tasks)
+    document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}
+    if args.offline:
+        return {**document, "spec": wandb_workspace.spec(made)}
+    return {**document, "workspace": wandb_workspace.push(made)}
+
+
 def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
@@ -145,6 +158,12 @@ def inspect(args: argparse.Namespace) -> Document:
     _table(document["hint"], title="the noisiest layers: what their return to full precision would cost")
     if "diff" in document:
         _table(document["diff"]["layers"], title=f"change in {args.diff}")
+    if args.measure:
+        from qlibero.config.load import load_experiment
+        from qlibero.quant.prepare import measured_sensitivity
+
+        document["sensitivity"] = measured_sensitivity(load_experiment(args.measure), args.artifact)
+        _table(document["sensitivity"], title="each layer quantized alone: what it does to the actions")
     return document
 
 
@@ -279,6 +298,12 @@ def build_parser() -> Parser:
     command.add_argument("--reference", default="baseline", metavar="ARM", help="the arm to compare with (default: baseline)")
     command.add_argument("--margin", type=float, help="default: the experiment's stop.margin, or 0.02")
 
+    command = add("dashboard", dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="runs whose mirrors are, or will be, on the server")
+    command.add_argument("--project", default="qlibero", help="W&B project (default: qlibero)")
+    command.add_argument("--entity", help="W&B team or user (default: yours)")
+    command.add_argument("--offline", action="store_true", help="only print the workspace's definition")
+
     command = add("quantize", quantize, "make the artifacts of an experiment's quantized arms, without running it")
     _config(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
@@ -286,6 +311,8 @@ def build_parser() -> Parser:
     command = add("inspect", inspect, "show a quantization artifact layer by layer, and which layers cost most")
     command.add_argument("artifact", type=Path, metavar="ARTIFACT")
     command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
+    command.add_argument("--measure", type=Path, metavar="CONFIG",
+                         help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)")
     command.add_argument("--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)")
 
     kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(metavar="COMMAND", required=True)

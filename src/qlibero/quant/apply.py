@@ -15,7 +15,7 @@ from qlibero.kernels.contract import GemmShape
 from qlibero.policies.base import Policy
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.layout import select
-from qlibero.quant.linear import QuantLinear, assemble
+from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform
 
@@ -41,51 +41,66 @@ def quantize_policy(
         raise GuardRefusal(f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "
                            "this model: make it again with `qlibero quantize CONFIG`")
     device = next(p.device for p in policy.model.parameters() if p.device.type != "meta")
-    transforms: dict[str, InputTransform] = {}
     modules: dict[str, nn.Module] = {}
-    for layer in artifact.layers:
-        if only is not None and layer.name not in only:
-            continue
-        kernel = backend if isinstance(backend, str) else backend[layer.name]
-        if layer.group not in transforms:
-            transforms[layer.group] = InputTransform(artifact.transform(layer.group), layer.in_features).to(device)
-        linear = policy.model.get_submodule(layer.name)
-        modules[layer.name] = _module(artifact, layer, linear, transforms[layer.group], kernel, device)
+    transforms: dict[str, InputTransform] = {}
+    for together in products(artifact, only):
+        first = together[0]
+        if first.group not in transforms:
+            transforms[first.group] = InputTransform(artifact.transform(first.group), first.in_features).to(device)
+        names = {backend if isinstance(backend, str) else backend[layer.name] for layer in together}
+        for name in sorted(names):   # one, unless the court let neighbours fall back differently
+            some = [layer for layer in together if isinstance(backend, str) or backend[layer.name] == name]
+            modules |= _modules(policy.model, artifact, some, transforms[first.group], name, device)
     if only is None:
         modules |= _corrected(policy.model, artifact)
     return policy.with_model(exchange(policy.model, modules))
 
 
+def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[list[LayerRecord]]:
+    """Layers that are multiplied together: same input, same bits, and both executed or both not."""
+    found: dict[tuple, list[LayerRecord]] = {}
+    for layer in artifact.layers:
+        if only is None or layer.name in only:
+            alone = layer.name if artifact.spec.row_rotation else None
+            found.setdefault((layer.group, layer.weight_bits, layer.executed, alone), []).append(layer)
+    return list(found.values())
+
+
 def gemm_shapes(artifact: Artifact, device: str = "cpu", *, executed_only: bool = True) -> dict[str, GemmShape]:
-    """What each linear asks of a kernel, by name: the court's list. Weight-only layers ask nothing."""
-    return {
-        layer.name: GemmShape(layer.out_features, layer.in_features, layer.weight_bits, layer.activation_bits,
-                              artifact.spec.group_size, device)
-        for layer in artifact.layers
-        if layer.activation_bits < 16 and (layer.executed or not executed_only)
-    }
+    """What each linear's kernel is asked, by name: the court's list. Linears that are multiplied together have the shape
+    of their common product. Weight-only layers ask nothing."""
+    shapes = {}
+    for together in products(artifact):
+        first, n = together[0], sum(layer.out_features for layer in together)
+        if first.activation_bits < 16 and (first.executed or not executed_only):
+            shape = GemmShape(n, first.in_features, first.weight_bits, first.activation_bits, artifact.spec.group_size, device)
+            shapes |= {layer.name: shape for layer in together}
+    return {layer.name: shapes[layer.name] for layer in artifact.layers if layer.name in shapes}
 
 
-def _module(
-    artifact: Artifact, layer: LayerRecord, linear: nn.Linear, shared: InputTransform, backend: str, device: torch.device
-) -> nn.Module:
-    if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
-        raise GuardRefusal(f"{layer.name} is {linear.out_features}×{linear.in_features} in this model and "
-                           f"{layer.out_features}×{layer.in_features} in the artifact")
-    kernel = load_kernel(backend)
-    if layer.activation_bits < 16:
-        shape = GemmShape(layer.out_features, layer.in_features, layer.weight_bits, layer.activation_bits,
+def _modules(
+    model: nn.Module, artifact: Artifact, layers: list[LayerRecord], shared: InputTransform, backend: str, device: torch.device
+) -> dict[str, nn.Module]:
+    parts, dtype = [], None
+    for layer in layers:
+        linear = model.get_submodule(layer.name)
+        if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
+            raise GuardRefusal(f"{layer.name} is {linear.out_features}×{linear.in_features} in this model and "
+                               f"{layer.out_features}×{layer.in_features} in the artifact")
+        rotation, dtype = artifact.tensor(f"{layer.name}.output_rotation"), linear.weight.dtype
+        parts.append(Weights(artifact.codes(layer.name).to(device), artifact.scales(layer.name).to(device),
+                             None if linear.bias is None else linear.bias.detach(),
+                             None if rotation is None else rotation.to(device)))  # fmt: skip
+    first, kernel = layers[0], load_kernel(backend)
+    if first.activation_bits < 16:
+        shape = GemmShape(sum(len(part.codes) for part in parts), first.in_features, first.weight_bits, first.activation_bits,
                           artifact.spec.group_size, device.type)
         support = kernel.supports(shape)
         if not support.ok:
-            raise UserError(f"backend {backend} cannot run {layer.name} ({shape}): {support.reason}")
-    rotation = artifact.tensor(f"{layer.name}.output_rotation")
-    return assemble(
-        kernel, shared, artifact.codes(layer.name).to(device), artifact.scales(layer.name).to(device),
-        weight_bits=layer.weight_bits, activation_bits=layer.activation_bits,
-        activation_clip=artifact.spec.activation_clip, bias=None if linear.bias is None else linear.bias.detach(),
-        output_rotation=None if rotation is None else rotation.to(device), dtype=linear.weight.dtype,
-    )  # fmt: skip
+            raise UserError(f"backend {backend} cannot run {first.name} ({shape}): {support.reason}")
+    made = assemble(kernel, shared, parts, weight_bits=first.weight_bits, activation_bits=first.activation_bits,
+                    activation_clip=artifact.spec.activation_clip, dtype=dtype)
+    return dict(zip((layer.name for layer in layers), made, strict=True))
 
 
 def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
@@ -131,13 +146,12 @@ class Memory:
 
 
 def memory(model: nn.Module) -> Memory:
-    """Measure the quantized linears of `model`; shared transforms count once."""
-    weights = scales = bf16 = 0
-    transforms: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            weights += module.packed.nbytes
-            scales += module.scales.untyped_storage().nbytes()
-            transforms[id(module.transform)] = module.transform.nbytes
-            bf16 += 2 * module.in_features * module.out_features
-    return Memory(weights, scales, sum(transforms.values()), bf16)
+    """Measure the quantized linears of `model`; what several share counts once."""
+    found = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    shared = {id(m.product): m.product for m in found}.values()
+    return Memory(
+        weights=sum(product.packed.nbytes for product in shared),
+        scales=sum(product.scales.untyped_storage().nbytes() for product in shared),
+        transforms=sum(transform.nbytes for transform in {id(m.transform): m.transform for m in found}.values()),
+        bf16=sum(2 * m.in_features * m.out_features for m in found),
+    )

@@ -26,7 +26,7 @@ from qlibero.quant import methods
 from qlibero.quant.artifact import Artifact, LayerRecord, build, pack_nibbles
 from qlibero.quant.eager import sample_eagerly
 from qlibero.quant.layout import Choice, Selection, select
-from qlibero.quant.linear import assemble
+from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.measure import measure, outlier_ratio
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import InputTransform, Transform
@@ -279,10 +279,8 @@ def quantize_linear(
     codes, scales = quantize_weights(
         transformed.float(), choice.weight_bits, spec.group_size, search=spec.weight_search, clip=spec.weight_clip
     )
-    module = assemble(
-        load_kernel("fake"), shared, codes, scales, weight_bits=choice.weight_bits,
-        activation_bits=choice.activation_bits, activation_clip=spec.activation_clip,
-        bias=None if linear.bias is None else linear.bias.detach().float(), output_rotation=rotation, dtype=torch.float32,
-    )  # fmt: skip
+    part = Weights(codes, scales, None if linear.bias is None else linear.bias.detach(), rotation)
+    (module,) = assemble(load_kernel("fake"), shared, [part], weight_bits=choice.weight_bits, dtype=torch.float32,
+                         activation_bits=choice.activation_bits, activation_clip=spec.activation_clip)
     stored = {"codes": codes, "scales": scales}
     return module, stored if rotation is None else stored | {"output_rotation": rotation}

@@ -1,13 +1,18 @@
 """A quantized linear: transform and round the input once, multiply codes, scale back.
 
 `prepare` is everything that depends on the input alone, so that q/k/v and gate/up share it; `from_prepared` is the
-part that a kernel does. Only the kernel differs between backends: the transform and the quantizer above it are this
-code in all of them, which is what makes `fake` and a real kernel see identical codes.
+part that a kernel does. Linears that share an input also share one product: their codes lie below one another in one
+packed weight, the first that is asked multiplies for all and each takes its columns. Rows are independent, so no
+number depends on it; three small products become one.
+
+Only the kernel differs between backends: the transform and the quantizer above it are this code in all of them, which
+is what makes `fake` and a real kernel see identical codes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,51 +22,82 @@ from qlibero.quant.transform import InputTransform, block_product
 
 
 @dataclass(frozen=True)
+class Weights:
+    """One linear as an artifact has it: codes int8 (N, K), scales float32 (N,) or (N, G), bias (N,) or None, and
+    `output_rotation` (N/B, B, B) float32 or None with y = y'·R (weight_pca's row rotation)."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None = None
+    output_rotation: Tensor | None = None
+
+
+class Product(nn.Module):
+    """Packed codes of the linears that share an input, one kernel call for all of them."""
+
+    def __init__(self, kernel: Kernel, packed: PackedWeight, scales: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.kernel, self.packed = kernel, packed
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Live bytes of the packed codes."""
+        return self.packed.nbytes
+
+
+@dataclass
 class Prepared:
-    """An input in integers: codes int8 (M, K), scales float32 (M,), and what is needed to shape the outputs."""
+    """An input in integers: codes int8 (M, K), scales float32 (M,), what is needed to shape the outputs, and the
+    products that have been taken of it."""
 
     codes: Tensor
     scales: Tensor
     leading: torch.Size
     dtype: torch.dtype
+    products: dict[int, Tensor] = field(default_factory=dict)
+
+    def product(self, of: Product, dtype: torch.dtype) -> Tensor:
+        """(M, N of all linears of the product) in `dtype`; computed the first time it is asked for."""
+        if id(of) not in self.products:
+            self.products[id(of)] = of.kernel.matmul(self.codes, self.scales, of.packed, of.scales, of.bias, dtype)
+        return self.products[id(of)]
 
 
 class QuantLinear(nn.Module):
-    """Drop-in for `nn.Linear` in inference.
+    """Drop-in for `nn.Linear` in inference: rows `start` to `stop` of a product.
 
     Attributes:
         transform: the input's change of basis; the same object in every linear that shares the input.
-        kernel, packed: the backend and the weight codes in its layout.
-        scales: weight scales float32, (N,) or (N, G).
-        output_rotation: (N/B, B, B) float32 or None; y = y'·R (weight_pca's row rotation).
+        product: the same object in every linear that is multiplied together with this one.
     """
 
     def __init__(
         self,
         transform: InputTransform,
-        kernel: Kernel,
-        packed: PackedWeight,
-        scales: Tensor,
-        bias: Tensor | None = None,
+        product: Product,
+        start: int,
+        stop: int,
         *,
-        activation_bits: int = 8,
-        activation_clip: float = 1.0,
+        activation_bits: int,
+        activation_clip: float,
         output_rotation: Tensor | None = None,
+        late_bias: Tensor | None = None,
     ):
         super().__init__()
-        self.transform, self.kernel, self.packed = transform, kernel, packed
+        self.transform, self.product, self.start, self.stop = transform, product, start, stop
         self.activation_bits, self.activation_clip = activation_bits, activation_clip
-        self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("output_rotation", output_rotation, persistent=False)
+        self.register_buffer("late_bias", late_bias, persistent=False)
 
     @property
     def in_features(self) -> int:
-        return self.packed.k
+        return self.product.packed.k
 
     @property
     def out_features(self) -> int:
-        return self.packed.n
+        return self.stop - self.start
 
     def prepare(self, x: Tensor) -> Prepared:
         """x (..., K) -> its codes; valid for every linear with the same `transform` object."""
@@ -72,50 +108,73 @@ class QuantLinear(nn.Module):
     def from_prepared(self, prepared: Prepared) -> Tensor:
         """(..., N) in the dtype of the input that was prepared."""
         if self.output_rotation is None:
-            y = self.kernel.matmul(prepared.codes, prepared.scales, self.packed, self.scales, self.bias, prepared.dtype)
+            y = prepared.product(self.product, prepared.dtype)[:, self.start : self.stop]
         else:
-            y = self.kernel.matmul(prepared.codes, prepared.scales, self.packed, self.scales)
-            y = block_product(y, self.output_rotation)
-            y = (y if self.bias is None else y + self.bias.float()).to(prepared.dtype)
-        return y.view(*prepared.leading, -1)
+            y = block_product(prepared.product(self.product, torch.float32), self.output_rotation)
+            y = (y if self.late_bias is None else y + self.late_bias).to(prepared.dtype)
+        return y.unflatten(0, prepared.leading)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""
         return self.from_prepared(self.prepare(x))
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.kernel.name}, A{self.activation_bits}"
+        return f"{self.in_features} -> {self.out_features}, {self.product.kernel.name}, A{self.activation_bits}"
 
 
 def assemble(
     kernel: Kernel,
     shared: InputTransform,
-    codes: Tensor,
-    scales: Tensor,
+    parts: Sequence[Weights],
     *,
     weight_bits: int,
     activation_bits: int,
     activation_clip: float,
-    bias: Tensor | None,
-    output_rotation: Tensor | None,
     dtype: torch.dtype,
-) -> nn.Module:
-    """The module that runs one linear's codes int8 (N, K) and scales (N,) or (N, G), all on one device.
+) -> list[nn.Module]:
+    """The modules that run linears with a common input, all on one device; one product for all of them.
 
     With 16-bit activations nothing happens online: the codes are dequantized, every rotation is undone in the weights
-    and the result is an ordinary linear of `dtype`. It has the error of its bits but saves no memory.
+    and the results are ordinary linears of `dtype`. They have the error of their bits but save no memory.
     """
-    group_size = None if scales.dim() == 1 else codes.shape[1] // scales.shape[1]
-    if activation_bits < 16:
-        packed = kernel.pack(codes, weight_bits, group_size)
-        return QuantLinear(shared, kernel, packed, scales, bias, activation_bits=activation_bits,
-                           activation_clip=activation_clip, output_rotation=output_rotation)
-    n, k = codes.shape
-    weight = (codes.double().view(n, -1, group_size or k) * scales.double().view(n, -1, 1)).view(n, k)
-    if output_rotation is not None:
-        weight = block_product(weight.t(), output_rotation.double()).t().contiguous()
-    linear = nn.Linear(k, n, bias=bias is not None, device="meta")
+    if activation_bits == 16:
+        return [_dequantized(shared, part, dtype) for part in parts]
+    settings = {"activation_bits": activation_bits, "activation_clip": activation_clip}
+    if any(part.output_rotation is not None for part in parts):   # rotated outputs need the product before its bias
+        return [
+            QuantLinear(shared, _product(kernel, [Weights(part.codes, part.scales)], weight_bits), 0, len(part.codes),
+                        output_rotation=part.output_rotation, late_bias=None if part.bias is None else part.bias.float(),
+                        **settings)
+            for part in parts
+        ]  # fmt: skip
+    product, modules, start = _product(kernel, parts, weight_bits), [], 0
+    for part in parts:
+        modules.append(QuantLinear(shared, product, start, start + len(part.codes), **settings))
+        start += len(part.codes)
+    return modules
+
+
+def _product(kernel: Kernel, parts: Sequence[Weights], weight_bits: int) -> Product:
+    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+    biases = [part.bias for part in parts]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([torch.zeros(len(p.codes), device=codes.device) if p.bias is None else p.bias.float() for p in parts])
+    return Product(kernel, kernel.pack(codes, weight_bits, _group_size(codes, scales)), scales, bias)
+
+
+def _dequantized(shared: InputTransform, part: Weights, dtype: torch.dtype) -> nn.Linear:
+    n, k = part.codes.shape
+    group = _group_size(part.codes, part.scales) or k
+    weight = (part.codes.double().view(n, -1, group) * part.scales.double().view(n, -1, 1)).view(n, k)
+    if part.output_rotation is not None:
+        weight = block_product(weight.t(), part.output_rotation.double()).t().contiguous()
+    linear = nn.Linear(k, n, bias=part.bias is not None, device="meta")
     linear.weight = nn.Parameter(shared.factors().unweights(weight).to(dtype), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    if part.bias is not None:
+        linear.bias = nn.Parameter(part.bias.to(dtype), requires_grad=False)
     return linear
+
+
+def _group_size(codes: Tensor, scales: Tensor) -> int | None:
+    return None if scales.dim() == 1 else codes.shape[1] // scales.shape[1]

@@ -130,3 +130,26 @@ def quantize(
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
         row["arms"].append(arm.name)
     return {"experiment": experiment.name, "artifacts": list(found.values())}
+
+
+#: demonstration observations on which `sensitivity` asks the policy, once per layer
+SENSITIVITY_OBSERVATIONS = 4
+
+
+def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
+    """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration observations.
+
+    Raises:
+        UserError: the experiment has no calibration data. GuardRefusal: the artifact is not this policy's.
+    """
+    from qlibero.policies import load_policy
+    from qlibero.quant.inspect import sensitivity
+
+    artifact = load(path)
+    quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None)
+    if quant is None:
+        raise UserError(f"experiment {experiment.name} names no calibration data (quant.calibration.path), which the measurement needs")
+    data = read_demonstrations(quant.calibration.path).sample(SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed)
+    policy = load_policy(experiment.policy)
+    noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
+    return sensitivity(policy, artifact, data.observations, noise)
