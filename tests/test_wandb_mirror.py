@@ -17,6 +17,7 @@ import yaml
 from wandb_offline import read_offline_run
 
 from qlibero.config.schema import Tracking
+from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import Ledger, read_ledger, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.summary import summarize_arm
@@ -104,6 +105,9 @@ def test_offline_view_equals_the_ledger(tmp_path):
         assert [view.summary["success_rate_low95"], view.summary["success_rate_high95"]] == pytest.approx(truth["wilson95"], abs=1e-6)
         assert {p: view.summary[f"latency_ms/{p}"] for p in ("p50", "p95", "p99")} == truth["latency_ms"]
     assert offline_runs(run, "baseline")[0].summary["kernels/fake"] == 2
+    verdict = compare_runs([run])["arms"]["fake"]
+    seen = offline_runs(run, "fake")[0].summary
+    assert [seen[f"versus_baseline/{n}"] for n in ("pairs", "verdict")] == [verdict["pairs"], verdict["verdict"]] == [4, verdict["verdict"]]
     films = [row for row in offline_runs(run, "fake")[0].history if "rollout/task1/success.path" in row]
     assert len(films) == 1 and films[0]["rollout/task1/success.path"].endswith(".mp4")
     assert list((run / "fake" / "wandb").glob("*/files/media/videos/**/*.mp4"))

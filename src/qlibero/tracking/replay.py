@@ -27,6 +27,7 @@ from qlibero.results.statistics import wilson
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.tracking.mirror import children
 
+BASELINE = "baseline"
 POLL_S = 2.0  # how often a live mirror looks for new rows
 
 
@@ -90,7 +91,7 @@ class ArmReplay:
             self._log(self.order.entries[self.rows], self.rows, records)
             self.rows += 1
         if last:
-            self.run.summarize(arm_summary(ledger))
+            self.run.summarize(arm_summary(ledger) | versus_baseline(self.run_dir, self.arm))
 
     def _log(self, entry: str, step: int, records: dict[str, EpisodeRecord]) -> None:
         if record := records.get(entry):
@@ -217,6 +218,19 @@ def arm_summary(ledger: ArmLedger) -> dict:
     for kernel, layers in sorted(kernel_counts(ledger.meta).items()):
         summary[f"kernels/{kernel}"] = layers
     return summary
+
+
+def versus_baseline(run_dir: Path, arm: str) -> dict:
+    """The arm's paired comparison with the baseline, as `qlibero compare` says it; {} for the baseline and without one."""
+    if arm == BASELINE or BASELINE not in arms_of(run_dir):
+        return {}
+    from qlibero.results.compare import compare_runs  # scipy takes a second to import
+
+    found = compare_runs([run_dir], BASELINE)["arms"][arm]
+    low, high = found["tango95"] or (None, None)
+    numbers = {name: found[name] for name in ("pairs", "broken", "repaired", "delta", "mcnemar_p", "verdict")}
+    summary = {f"versus_{BASELINE}/{name}": value for name, value in (numbers | {"low95": low, "high95": high}).items()}
+    return {name: value for name, value in summary.items() if value is not None}
 
 
 def kernel_counts(meta: dict) -> dict[str, int]:
