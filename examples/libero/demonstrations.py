@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 from experts import PickPlace, make_expert
 from placements import RADIUS, displace
-from robosuite.utils.errors import RandomizationError
 
 from qlibero.sim.scene import Scene, axis_angle
 from qlibero.sim.suites import SUITES
@@ -44,6 +43,8 @@ def record_episode(scene: Scene, seed: int, drive=None) -> dict[str, np.ndarray]
     there is nothing to correct. Arrays: actions (T, 7) clean labels; states (T, 8) before each action; frame_steps
     (F,); at those steps qpos (F, nq) and aims (F, 2, 3); body_pos, body_quat: the fixtures' places; language; start.
     """
+    from robosuite.utils.errors import RandomizationError
+
     rng = np.random.default_rng(seed)
     try:
         scene.reset(None, seed)

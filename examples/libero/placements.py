@@ -39,6 +39,8 @@ def displace(scene, rng: np.random.Generator, low: float, high: float, only: str
         if only is not None and only not in stack:
             continue
         elevated = min(bounds[name][0][2] for name in stack) > table + 0.02
+        if elevated and low > _ON_FIXTURE:
+            continue
         others = [(a[:2], b[:2]) for name, (a, b) in bounds.items() if name not in stack]
         obstacles = others if elevated else others + fixed
         for _ in range(40):
