@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from qlibero.policies.pi05.glue import choose_glue
 from qlibero.policies.pi05.graphs import Stopwatch, graphed
 from qlibero.policies.pi05.layers import MASKED, attend, fuse, project, project_joined, rope_tables
 from qlibero.policies.pi05.model import Pi05Model
+
+if TYPE_CHECKING:
+    from qlibero.policies.pi05.cpu_flow import CpuFlow
 
 MAX_WORKSPACES = 8
 """Shapes kept warm (buffers, graphs); the least recently used one goes first."""
@@ -57,6 +61,14 @@ class Workspace:
     """What runs each phase: the plain method, or its captured graph."""
 
 
+def _cpu_flow(model: Pi05Model, modulations: list) -> CpuFlow | None:
+    try:
+        from qlibero.policies.pi05.cpu_flow import CpuFlow
+    except ImportError:   # no numba: the same in torch, slower
+        return None
+    return CpuFlow.of(model, modulations)
+
+
 class Sampler:
     """Samples chunks from a model that is on its device, in its dtype, and will not change any more.
 
@@ -80,6 +92,7 @@ class Sampler:
                 fuse(m.gate_proj, m.up_proj)
         self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
         self.modulations = self._modulations()
+        self.cpu_flow = _cpu_flow(model, self.modulations) if self.device.type == "cpu" else None
         self.llm_scales = [1.0 + norm.weight.float() for layer in model.llm.layers
                            for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
 
@@ -131,7 +144,8 @@ class Sampler:
         # Calibration listens with forward hooks, which a replayed graph would not call and one path need not know.
         listened = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         prefix = self._prefix_by_model if listened or device.type == "cpu" else self._prefix
-        for name, phase in (("vision", self._vision), ("prefix", prefix), ("flow", self._flow)):
+        flow = self._flow if listened or self.cpu_flow is None else self._flow_compiled
+        for name, phase in (("vision", self._vision), ("prefix", prefix), ("flow", flow)):
             made.phases[name] = graphed(phase, made) if self.graphs and not listened else phase
         self._workspaces[key] = made
         return made
@@ -209,6 +223,9 @@ class Sampler:
     def _flow(self, w: Workspace) -> None:
         for modulations in self.modulations:
             self.step(w, modulations)
+
+    def _flow_compiled(self, w: Workspace) -> None:
+        self.cpu_flow.run(w.x, w.keys, w.values, w.cos, w.sin, w.mask)
 
     def step(self, w: Workspace, modulations: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """One Euler step of `w.x`, in place."""

@@ -1,0 +1,73 @@
+"""Risk: the compiled flow of the CPU is not the flow of the network, or hides a NaN."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pi05_small import conv_config, random_inputs, random_model, siglip_config
+
+cpu_flow = pytest.importorskip("qlibero.policies.pi05.cpu_flow", reason="numba is not installed")
+
+from qlibero.policies.pi05.config import GemmaConfig
+from qlibero.policies.pi05.sampler import Sampler
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+WIDER = conv_config(llm=GemmaConfig(96, 4, 128, 8, 32), expert=GemmaConfig(72, 4, 100, 8, 32), action_horizon=7)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["exact length", "padded"])
+@pytest.mark.parametrize("config", [conv_config(), siglip_config(), WIDER], ids=["conv", "siglip", "odd sizes"])
+def test_compiled_flow_is_the_torch_flow(config, masked):
+    model, inputs = random_model(config), random_inputs(config, 2, 9)
+    sampler = Sampler(model)
+    assert sampler.cpu_flow is not None
+    mask = torch.arange(9)[None].expand(2, -1) < torch.tensor([[9], [5]]) if masked else None
+    compiled, _ = sampler(inputs["images"], inputs["tokens"], inputs["noise"], token_mask=mask, state=inputs["state"])
+    sampler = Sampler(model)
+    sampler.cpu_flow = None
+    plain, _ = sampler(inputs["images"], inputs["tokens"], inputs["noise"], token_mask=mask, state=inputs["state"])
+    assert plain.abs().max() > 0.5
+    torch.testing.assert_close(compiled, plain, atol=3e-6, rtol=0)
+
+
+def test_a_nan_anywhere_in_the_prefix_reaches_the_actions():
+    config = conv_config()
+    model, inputs = random_model(config), random_inputs(config, 1, 9)
+    sampler = Sampler(model)
+    sampler(inputs["images"], inputs["tokens"], inputs["noise"], state=inputs["state"])
+    w = sampler.workspace(1, 2, 9, False)
+    for buffer in (w.keys[1], w.values[0]):
+        saved = buffer.clone()
+        with torch.inference_mode():
+            buffer[0, 3, 1] = float("nan")
+            w.x.copy_(inputs["noise"])
+            sampler.cpu_flow.run(w.x, w.keys, w.values, w.cos, w.sin, w.mask)
+            assert torch.isnan(w.x).any()
+            buffer.copy_(saved)
+
+
+def test_exponential_is_accurate_and_lets_nan_through():
+    x = np.concatenate([np.linspace(-100, 80, 20001), [np.nan, -np.inf]]).astype(np.float32)
+    out, bits = np.empty_like(x), np.empty(len(x), np.int32)
+    cpu_flow._exp(x, out, bits)
+    exact = np.exp(np.maximum(x[:-2].astype(np.float64), -87.0))
+    assert np.max(np.abs(out[:-2] - exact) / exact) < 4e-7
+    assert np.isnan(out[-2]) and out[-1] < 1e-37
+
+
+def test_a_quantized_expert_takes_the_torch_path():
+    config = conv_config()
+    model = random_model(config)
+    model.expert.layers[0].mlp.down_proj = torch.nn.Identity()
+    assert cpu_flow.CpuFlow.of(model, []) is None
+    assert cpu_flow.CpuFlow.of(random_model(config).bfloat16(), []) is None
