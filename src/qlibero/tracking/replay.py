@@ -12,14 +12,17 @@ tracker; they are counted in the summary.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from qlibero.errors import WorkFailed
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
@@ -28,6 +31,7 @@ from qlibero.results.summary import counts, summarize_arm
 from qlibero.tracking.mirror import children
 
 BASELINE = "baseline"
+LOCK_WAIT_S = 120
 POLL_S = 2.0  # how often a live mirror looks for new rows
 
 
@@ -140,6 +144,22 @@ def replay(
     for one in replays.values():
         one.finish()
     report({arm: one.finished for arm, one in replays.items()})
+
+
+@contextlib.contextmanager
+def only_one(run_dir: Path, tracker: str) -> Iterator[None]:
+    """One mirror per run directory: two would delete each other's work. An older one is waited for, it drains."""
+    with open(run_dir / f".{tracker}-mirror.lock", "a") as lock:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise WorkFailed(f"another {tracker} mirror of {run_dir} is still running") from None
+                time.sleep(0.2)
+        yield
 
 
 def until_launcher_ends(drain_limit_s: float) -> threading.Event:

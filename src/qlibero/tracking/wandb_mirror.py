@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -24,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +36,6 @@ ATTEMPTS = 3  # replays in one life: the last one always offline
 INIT_TIMEOUT_S = 10
 FINISH_TIMEOUT_S = 30
 DRAIN_LIMIT_S = 90  # from the end of the launcher to the end of this process, whatever happens
-LOCK_WAIT_S = 120
 ROWS_NOTE = "qlibero-rows"  # in a finished offline directory: how many rows it holds up to
 
 
@@ -197,23 +194,6 @@ def _discreet(problem: BaseException) -> str:
     return re.sub(r"https?://\S+", "<url>", text)[:300]
 
 
-@contextlib.contextmanager
-def _only_one(run_dir: Path):
-    """One mirror per run directory: two would delete each other's directories. An older one is waited for, it drains."""
-    with open(run_dir / ".wandb-mirror.lock", "a") as lock:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise WorkFailed(f"another wandb mirror of {run_dir} is still running") from None
-                time.sleep(0.2)
-        _end_orphans(run_dir)
-        yield
-
-
 def _end_orphans(run_dir: Path) -> None:
     """End the service of a mirror that was killed: it may still be uploading, while the server is asked what it has."""
     for pid in read_state(run_dir, "wandb").get("service", []):
@@ -247,7 +227,8 @@ def main() -> int:
 
     over = replay.until_launcher_ends(DRAIN_LIMIT_S) if options.follow else None
     try:
-        with _only_one(options.run_dir):
+        with replay.only_one(options.run_dir, "wandb"):
+            _end_orphans(options.run_dir)
             replay.replay(
                 options.run_dir,
                 "wandb",
