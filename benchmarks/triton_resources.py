@@ -57,7 +57,7 @@ def cases() -> Iterator[Case]:
     yield Case("scale", triton_gemm.scale_kernel,
                dict(partial_ptr="*i32", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32"),
                dict(SPLIT_K=4, HAS_BIAS=True, BLOCK=512), ("partial_ptr", "sw_ptr", "out_ptr", "N"), contract=False)  # fmt: skip
-    floats = dict(x_ptr="*bf16", scale_ptr="*fp32", first_ptr="*fp32", order_ptr="*i32", inverse_ptr="*i32", second_ptr="*fp32",
+    floats = dict(x_ptr="*bf16", scale_ptr="*fp32", first_ptr="*bf16", order_ptr="*i32", inverse_ptr="*i32", second_ptr="*bf16",
                   y_ptr="*fp32", z_ptr="*fp32", peak_ptr="*i32", arrived_ptr="*i32", codes_ptr="*i8", s_ptr="*fp32", M="i32", K="i32",
                   STRIDE="i32", STRIDE_M="i32", STRIDE_K="i32", WIDTH="i32", clip="fp32", limit="fp32")  # fmt: skip
     aligned = tuple(name for name, kind in floats.items() if kind.startswith("*")) + ("K", "STRIDE", "WIDTH")
@@ -86,7 +86,7 @@ def compile_case(case: Case, sm: int) -> dict[str, Any]:
     registers, spilled = _ptxas(ptx)
     return {
         "kernel": case.name, "sm": sm, "registers": registers, "spilled_bytes": spilled,
-        "shared_kib": round(compiled.metadata.shared / 1024, 1),
+        "shared_kib": round(compiled.metadata.shared / 1024, 1), "fits": compiled.metadata.shared <= SHARED_LIMIT_KIB[sm] * 1024,
         "int8_mma": sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)\S*s32\.s8\.s8", ptx))),
         "fma": len(re.findall(r"\bfma\.rn", ptx)), "async_16_byte_loads": ptx.count("cp.async.cg.shared.global"),
     }  # fmt: skip
@@ -114,10 +114,13 @@ def _name(tile: Tile) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sm", default="80,86,89,90", help="architectures, comma-separated")
+    parser.add_argument("--only", default="", help="kernels whose names begin so, comma-separated")
     args = parser.parse_args()
     rows = []
     for sm in map(int, args.sm.split(",")):
         for case in cases():
+            if not case.name.startswith(tuple(args.only.split(","))):
+                continue
             rows.append(compile_case(case, sm))
             row = rows[-1]
             print(f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  shared {row['shared_kib']:>5} KiB  "

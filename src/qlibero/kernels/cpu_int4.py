@@ -24,6 +24,7 @@ from qlibero.kernels.fake import exact_width
 from qlibero.kernels.packing import pack_khalf, unpack_khalf_times_16
 
 TILE_CODES = 1 << 19  # codes unpacked at a time: 2 MB in fp32, small enough to be read back from cache
+LARGEST_K = 132_000  # 16·acc stays inside int32
 _scratch = threading.local()
 
 
@@ -47,6 +48,8 @@ class CpuInt4(Kernel):
             return Support(False, f"packs int4 weights, the layer has {shape.weight_bits} bits; use w8a8 or fake")
         if shape.k % 2:
             return Support(False, f"K = {shape.k} is odd, and two codes share a byte; leave this layer unquantized")
+        if shape.k > LARGEST_K:
+            return Support(False, f"K = {shape.k} could overflow the int32 accumulator (limit {LARGEST_K})")
         if self.core == "fp32" and (shape.group_size or shape.k) > exact_width(4):
             return Support(False, f"K = {shape.k} is beyond {exact_width(4)}, where fp32 sums stop being exact; use K-groups")
         return Support(True, f"packed int4, {self.core} products")
@@ -56,37 +59,50 @@ class CpuInt4(Kernel):
         return PackedWeight(n, k, weight_bits, group_size, packed=pack_khalf(codes))
 
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
+        x, height = self._left(codes_x), self._tile_height(packed)
+        if height == packed.n and not packed.group_size:
+            return self._product(x, self._tile(packed, 0, height))
         m, groups = codes_x.shape[0], packed.k // (packed.group_size or packed.k)
         acc = torch.empty((groups, m, packed.n), dtype=torch.int32 if self.core == "int8" else torch.float32)
-        for rows, tile_groups in self._tiles(codes_x, packed):
-            for g, partial in enumerate(tile_groups):
-                acc[g, :, rows] = partial
+        for start in range(0, packed.n, height):
+            tile = self._tile(packed, start, height)
+            for g, partial in enumerate(self._groups(x, tile, packed)):
+                acc[g, :, start : start + height] = partial
         return acc if packed.group_size else acc[0]
 
     def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+        x, height = self._left(codes_x), self._tile_height(packed)
+        if height == packed.n and not packed.group_size:  # one tile, nothing to put together
+            return epilogue(self._product(x, self._tile(packed, 0, height)), s_x, s_w, bias).to(out_dtype)
         y = torch.empty((codes_x.shape[0], packed.n), dtype=out_dtype)
-        for rows, tile_groups in self._tiles(codes_x, packed):
-            acc = tile_groups if packed.group_size else next(tile_groups)
-            y[:, rows] = epilogue(acc, s_x, s_w[rows], None if bias is None else bias[rows]).to(out_dtype)
+        for start in range(0, packed.n, height):
+            rows = slice(start, start + height)
+            partials = self._groups(x, self._tile(packed, start, height), packed)
+            acc = partials if packed.group_size else next(partials)
+            y[:, rows] = epilogue(acc, s_x, s_w[rows], None if bias is None else bias[rows])
         return y
 
-    def _tiles(self, codes_x: Tensor, packed: PackedWeight) -> Iterator[tuple[slice, Iterator[Tensor]]]:
-        """For each tile of output rows: which rows, and their accumulators (M, rows), one per K-group."""
-        k, group = packed.k, packed.group_size or packed.k
-        height = max(1, min(packed.n, TILE_CODES // k))
-        codes16 = _reuse("codes", torch.int8, height * k).view(height, k)
-        if self.core == "fp32":
-            tile = _reuse("tile", torch.float32, height * k).view(height, k)
-            x = codes_x.float().mul_(1 / 16)  # exact, and so are the products with 16·code: (x/16)·(16·w) = x·w
-        else:
-            tile, x = codes16, codes_x
-        for start in range(0, packed.n, height):
-            stop = min(start + height, packed.n)
-            unpack_khalf_times_16(packed.packed[start:stop], codes16[: stop - start])
-            if self.core == "fp32":
-                tile[: stop - start].copy_(codes16[: stop - start])
-            w = tile[: stop - start]
-            yield slice(start, stop), (self._product(x[:, c : c + group], w[:, c : c + group]) for c in range(0, k, group))
+    def _left(self, codes_x: Tensor) -> Tensor:
+        """The tokens as the core wants them; in fp32 divided by 16, exactly, because the tiles are 16 times too large."""
+        return codes_x.float().mul_(1 / 16) if self.core == "fp32" else codes_x
+
+    def _tile_height(self, packed: PackedWeight) -> int:
+        return max(1, min(packed.n, TILE_CODES // packed.k))
+
+    def _tile(self, packed: PackedWeight, start: int, height: int) -> Tensor:
+        """Rows of the weight, unpacked into the scratch: 16·code, (rows, K)."""
+        rows = packed.packed if height == packed.n else packed.packed[start : start + height]
+        codes, wide = _scratch_views(height, packed.k)
+        if rows.shape[0] < height:
+            codes, wide = codes[: rows.shape[0]], wide[: rows.shape[0]]
+        unpack_khalf_times_16(rows, codes)
+        return wide.copy_(codes) if self.core == "fp32" else codes
+
+    def _groups(self, x: Tensor, tile: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
+        """The tile's accumulators, one per K-group."""
+        group = packed.group_size or packed.k
+        for k in range(0, packed.k, group):
+            yield self._product(x[:, k : k + group], tile[:, k : k + group])
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
         if self.core == "fp32":
@@ -94,11 +110,14 @@ class CpuInt4(Kernel):
         return torch._int_mm(x.contiguous(), w.contiguous().t()).bitwise_right_shift_(4)  # 16·acc fits: K·127·128 < 2^31
 
 
-def _reuse(name: str, dtype: torch.dtype, size: int) -> Tensor:
-    """A scratch of at least `size` elements, kept between calls, one per thread."""
-    buffer = getattr(_scratch, name, None)
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):  # an inference tensor could not be written by a later call outside that mode
-            buffer = torch.empty(size, dtype=dtype)
-        setattr(_scratch, name, buffer)
-    return buffer[:size]
+def _scratch_views(height: int, k: int) -> tuple[Tensor, Tensor]:
+    """(int8, fp32) scratch of one tile's size, kept between calls, one pair per thread; the largest tile fits in both."""
+    views = getattr(_scratch, "views", None)
+    if views is None:
+        views = _scratch.views = {}
+        with torch.inference_mode(False):  # inference tensors could not be written by a later call outside that mode
+            _scratch.buffers = torch.empty(TILE_CODES, dtype=torch.int8), torch.empty(TILE_CODES)
+    if (height, k) not in views:
+        with torch.inference_mode(False):
+            views[height, k] = tuple(buffer[: height * k].view(height, k) for buffer in _scratch.buffers)
+    return views[height, k]

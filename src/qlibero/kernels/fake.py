@@ -22,7 +22,7 @@ WIDEST_ACTIVATION = 127  # a kernel sees int8 codes, not how many bits made them
 
 
 def exact_width(weight_bits: int) -> int:
-    """How many products can be summed in fp32 before a partial sum could reach 2^24: 16512 for 4 bits, 1032 for 8."""
+    """How many products can be summed in fp32 before a partial sum could reach 2^24: 16513 for 4 bits, 1032 for 8."""
     return (FP32_EXACT - 1) // (WIDEST_ACTIVATION * 2 ** (weight_bits - 1))
 
 

@@ -151,14 +151,15 @@ def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape
     groups = () if shape.group_size is None else (shape.k // shape.group_size,)
     s_w = (torch.rand((shape.n, *groups), generator=generator) + 0.5).bfloat16().float().to(shape.device)
     acc = IntRef().accumulate(codes_x, reference)
-    for bias in (None, torch.randn(shape.n, generator=generator).to(shape.device)):
-        for dtype in (torch.float32, torch.bfloat16) if kernel.rounds_to is None else (kernel.rounds_to,):
-            expected = epilogue(acc, s_x, s_w, bias).to(dtype)
-            _poison(expected.numel(), x.device)
-            found = kernel.matmul(codes_x, s_x, packed, s_w, bias, dtype)
-            same = torch.equal if kernel.rounds_to is None else lambda a, b: _within_one_ulp(a, b, kernel.rounds_to)
-            if not same(found, expected):
-                raise _Wrong(_describe(found, expected, f"M={m}, scales{' and bias' if bias is not None else ''}, {dtype}"))
+    bias = torch.randn(shape.n, generator=generator).to(shape.device)
+    cases = ((None, torch.bfloat16), (None, torch.float32), (bias, torch.float32))
+    for added, dtype in cases if kernel.rounds_to is None else ((None, kernel.rounds_to), (bias, kernel.rounds_to)):
+        expected = epilogue(acc, s_x, s_w, added).to(dtype)
+        _poison(expected.numel(), x.device)
+        found = kernel.matmul(codes_x, s_x, packed, s_w, added, dtype)
+        same = torch.equal(found, expected) if kernel.rounds_to is None else _within_one_ulp(found, expected, dtype)
+        if not same:
+            raise _Wrong(_describe(found, expected, f"M={m}, scales{'' if added is None else ' and bias'}, {dtype}"))
 
 
 def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[Tensor]:

@@ -1,0 +1,169 @@
+"""Everything there is to know about the kernels on this machine: are they right, how fast, could they be faster.
+
+    python benchmarks/kernels.py                          the stopwatch, on the GPU if there is one
+    python benchmarks/kernels.py --court --prologue       first the court on every pi0.5 layer, and the fused prologue
+    python benchmarks/kernels.py --tune 60                and 60 seconds of trying other tiles (says, changes nothing)
+
+Needs torch and triton, nothing else. Results as Markdown on the way, as JSON in --out and, shortened, in the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlibero.kernels import court
+from qlibero.kernels.shapes import Layer, compact_layers, pi05_layers
+from qlibero.kernels.stopwatch import bench, graph_seconds, markdown, measure_ceilings
+
+TOKENS = (1, 10, 16, 50, 128, 542, 968)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def judge(layers: list[Layer], backends: list[str]) -> dict[str, Any]:
+    """The court, at every token count, remembering nothing."""
+    verdicts: dict[str, Any] = {}
+    for backend in backends:
+        start = time.perf_counter()
+        found = court.check([replace(layer, tokens=TOKENS) for layer in layers], backend, remember=False)
+        verdicts[backend] = [v.to_json() for v in found]
+        passed = sum(v.verdict == "pass" for v in found)
+        say(f"court: {backend:<12} {passed} of {len(found)} layers pass, {time.perf_counter() - start:.1f} s")
+        for reason in dict.fromkeys(f"{v.shape}: {v.reason}" for v in found if v.verdict != "pass"):
+            say(f"    {reason}")
+    return verdicts
+
+
+def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
+    """The fused transform and quantizer against torch's, its repeatability, and both times."""
+    from qlibero.kernels import triton_prologue
+    from qlibero.kernels.contract import quantize_activations
+
+    rows = []
+    for k, block in ((1024, 64), (2048, 64), (4096, 64), (16384, 64), (2048, 128)):
+        rotations = [torch.linalg.qr(torch.randn(k // block, block, block))[0].bfloat16().cuda() for _ in range(2)]
+        order = torch.randperm(k).int().cuda()
+        prologue = triton_prologue.Prologue({"first": rotations[0], "order": order, "second": rotations[1]}, k)
+        first, second = (r.float() for r in rotations)
+
+        def rotate(x, blocks, k=k, block=block):
+            return torch.bmm(x.view(-1, k // block, block).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, k)
+
+        for m in (1, 10, 50, 128, 542, 968):
+            x = (torch.randn(m, k) * torch.exp(torch.randn(k))).bfloat16().cuda()
+
+            def plain(x=x, first=first, order=order, second=second):
+                return quantize_activations(rotate(rotate(x.float(), first).index_select(1, order), second))
+
+            expected, s_x = plain()
+            codes, scales = prologue(x)
+            same = all(torch.equal(codes, again[0]) and torch.equal(scales, again[1]) for again in (prologue(x) for _ in range(repeats)))
+            difference = (codes.int() - expected.int()).abs()
+            row = {
+                "k": k, "block": block, "tokens": m, "repeats_identical": same,
+                "scale_error": float(((scales - s_x).abs() / s_x).max()), "largest_code_difference": int(difference.max()),
+                "codes_different": float((difference > 0).float().mean()),
+                "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6, "torch_us": graph_seconds([plain] * 20) * 1e6,
+            }  # fmt: skip
+            if m > triton_prologue.FEW_TOKENS:
+                triton_prologue.PRECISION = "tf32x3"
+                row["tf32x3_us"] = graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6
+                triton_prologue.PRECISION = "ieee"
+            rows.append(row)
+            say("prologue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+def tune(limit_s: float) -> list[dict[str, Any]]:
+    """Other tiles at the shapes where the time goes, until the time is up."""
+    from qlibero.kernels import triton_gemm
+    from qlibero.kernels.packing import pack_khalf
+    from qlibero.kernels.triton_tiles import CANDIDATES, bucket, choose_tile, with_split
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    start, rows = time.perf_counter(), []
+    for m, n, k in ((10, 1024, 4096), (10, 4096, 1024), (968, 16384, 2048), (968, 2048, 16384), (968, 2048, 2048), (50, 2048, 2048),
+                    (10, 2048, 2048), (128, 2048, 2048), (542, 2048, 2048)):  # fmt: skip
+        x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
+        weights = [pack_khalf(torch.randint(-8, 8, (n, k), dtype=torch.int8)).cuda() for _ in range(max(2, min(48, (80 << 20) // (n * k // 2))))]
+        s_x, s_w, default = torch.rand(m, device="cuda"), torch.rand(n, device="cuda"), choose_tile(m, n, k, processors)
+        tiles = [default]
+        for candidate in CANDIDATES[bucket(m)]:
+            split = with_split(candidate, m, n, k, processors)
+            tiles += [split] + [replace(split, split_k=s) for s in {split.split_k * 2, max(1, split.split_k // 2)} if s <= 16]
+        for tile in dict.fromkeys(tiles):
+            if time.perf_counter() - start > limit_s:
+                say(f"tune: stopped after {limit_s:.0f} s")
+                return rows
+            try:
+                took = graph_seconds([lambda w=w, t=tile: triton_gemm.gemm(x, w, s_x, s_w, None, torch.bfloat16, t) for w in weights]) * 1e6
+            except Exception as error:  # a tile may not fit this GPU: that is an answer too
+                took = None
+                say(f"tune: {tile}: {type(error).__name__}: {str(error)[:100]}")
+            rows.append({"tokens": m, "n": n, "k": k, "us": took, "default": tile == default, "tile": asdict(tile)})
+        timed = sorted((r for r in rows if (r["tokens"], r["n"], r["k"]) == (m, n, k) and r["us"]), key=lambda r: r["us"])
+        used = next(r["us"] for r in timed if r["default"])
+        say(f"tune: {m:>4} tokens {n}x{k}: default {used:.1f} µs, best {timed[0]['us']:.1f} µs with {timed[0]['tile']}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here")
+    parser.add_argument("--court", action="store_true", help="try every layer first")
+    parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
+    parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="CUDA: try other tiles that long")
+    parser.add_argument("--out", type=Path, default=None, help="where the whole JSON goes")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    torch.manual_seed(0)
+    if not cuda:
+        torch.set_num_threads(1)
+    layers = pi05_layers() if cuda else [layer for layer in compact_layers() if layer.name.startswith("M.")]
+    backends = args.backends.split(",") if args.backends else None
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}, 1 thread",
+        "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+        "ceilings": asdict(measure_ceilings(args.device)),
+    }  # fmt: skip
+    if cuda:
+        import triton
+
+        result["triton"] = triton.__version__
+    say(json.dumps(result))
+    if args.court:
+        result["court"] = judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"]))
+        _save(result, args.out)
+    if args.prologue and cuda:
+        result["prologue"] = try_prologue()
+        _save(result, args.out)
+    timings = bench(layers, TOKENS if cuda else None, backends)
+    result["timings"] = [asdict(t) for t in timings]
+    result["markdown"] = markdown(timings)
+    _save(result, args.out)
+    say(result["markdown"])
+    if args.tune and cuda:
+        result["tune"] = tune(args.tune)
+        _save(result, args.out)
+    print(json.dumps({key: value for key, value in result.items() if key not in ("timings", "markdown", "court", "prologue", "tune")}
+                     | {"verdicts": {name: sorted({v["verdict"] for v in found}) for name, found in result.get("court", {}).items()}}))  # fmt: skip
+
+
+def _save(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""How fast every backend is at the shapes that matter, against the unquantized product and against what the machine can do.
+
+On CUDA a measurement is one CUDA graph over many copies of the weight, more than the cache holds, because in a policy every
+layer's weight comes from memory; replaying the graph leaves launch costs out, as the policy's own graphs do. On the CPU it is
+the least of many single calls with warm weights: whatever else runs on the machine can only add.
+
+The limit is max(bytes / bandwidth, operations / rate) with bandwidth and the bf16 rate *measured* on the same device, and
+int8 taken as twice bf16 (its datasheet ratio on A100, A40, L40S, H100 and H200).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlibero.kernels import BACKENDS, load
+from qlibero.kernels.contract import GemmShape
+from qlibero.kernels.shapes import Layer
+from qlibero.kernels.trial import quantized_weight
+
+COLD_BYTES = 160 << 20  # of weights in rotation: three times the L2 of an H100
+MOST_COPIES = 96
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached on the simplest work there is: bytes per second copied, bf16 operations per second."""
+
+    bytes_per_s: float
+    operations_per_s: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One backend at one shape and token count. `limit_us` is the least time the ceilings allow."""
+
+    layer: str
+    n: int
+    k: int
+    tokens: int
+    backend: str
+    us: float
+    limit_us: float
+    weight_bytes: int
+    speedup: float  # over the unquantized product at the same place
+
+    @property
+    def of_limit(self) -> float:
+        return self.limit_us / self.us
+
+
+def measure_ceilings(device: str) -> Ceilings:
+    """A large copy and a large matmul: bf16 on CUDA, fp32 on the CPU (its baseline)."""
+    cuda = device == "cuda"
+    source = torch.empty((1 << 30) if cuda else (1 << 25), dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    copy = seconds(lambda: target.copy_(source), device)
+    size, dtype = (8192, torch.bfloat16) if cuda else (768, torch.float32)
+    a, b = torch.randn((size, size), device=device).to(dtype), torch.randn((size, size), device=device).to(dtype)
+    return Ceilings(2 * source.numel() / copy, 2 * size**3 / seconds(lambda: a @ b, device))
+
+
+def bench(
+    layers: Sequence[Layer],
+    tokens: Sequence[int] | None = None,
+    backends: Sequence[str] | None = None,
+    report: Callable[[Timing], None] = lambda timing: None,
+) -> list[Timing]:
+    """Time the unquantized product and each backend that supports the shape, at each layer's tokens (or the given ones).
+
+    Layers of one size are timed once. Only real kernels and `fake` unless `backends` says otherwise.
+    """
+    device = layers[0].shape.device
+    ceilings = measure_ceilings(device)
+    names = backends or [name for name in BACKENDS if name == "fake" or load(name).real]
+    seen: set[tuple[int, int]] = set()
+    timings: list[Timing] = []
+    for layer in layers:
+        shape = layer.shape
+        if (shape.n, shape.k) in seen:
+            continue
+        seen.add((shape.n, shape.k))
+        plain: dict[int, float] = {}
+        for name in ("unquantized", *names):
+            if name != "unquantized" and not load(name).supports(shape).ok:
+                continue
+            for m in tokens or layer.tokens:
+                took, weight_bytes = _unquantized(shape, m) if name == "unquantized" else _backend(name, shape, m)
+                plain.setdefault(m, took)
+                limit = _limit(ceilings, shape, m, weight_bytes, name)
+                timing = Timing(layer.name, shape.n, shape.k, m, name, took * 1e6, limit * 1e6, weight_bytes, plain[m] / took)
+                timings.append(timing)
+                report(timing)
+    return timings
+
+
+def markdown(timings: Sequence[Timing]) -> str:
+    """One row per shape and token count; per backend: microseconds, speed-up, share of the limit."""
+    names = list(dict.fromkeys(t.backend for t in timings))
+    places = list(dict.fromkeys((t.layer, t.n, t.k, t.tokens) for t in timings))
+    by = {(t.n, t.k, t.tokens, t.backend): t for t in timings}
+    lines = [
+        "| layer | N×K | tokens | " + " | ".join(f"{name} µs (speed-up, of limit)" for name in names) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for layer, n, k, m in places:
+        cells = []
+        for name in names:
+            t = by.get((n, k, m, name))
+            cells.append("" if t is None else f"{t.us:.1f} ({t.speedup:.2f}×, {t.of_limit:.0%})")
+        lines.append(f"| {layer} | {n}×{k} | {m} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def seconds(call: Callable[[], Any], device: str, budget_s: float = 0.25) -> float:
+    """Seconds of one call, waiting for the device: the median on CUDA, the least on the CPU, of 9 to 200 calls."""
+    times = []
+    while len(times) < 11 or (sum(times) < budget_s and len(times) < 200):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]) if device == "cuda" else min(times[2:])
+
+
+def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
+    """Median seconds per call of a CUDA graph that makes all of them in order."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2] * 2:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[2:]) / len(calls)
+
+
+def _unquantized(shape: GemmShape, m: int) -> tuple[float, int]:
+    dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
+    x = torch.randn((m, shape.k), device=shape.device).to(dtype)
+
+    def make() -> tuple[Callable[[], Tensor], int]:
+        w = torch.randn((shape.n, shape.k), device=shape.device).to(dtype)
+        return (lambda: torch.nn.functional.linear(x, w)), w.nbytes
+
+    return _time(make, shape.device)
+
+
+def _backend(name: str, shape: GemmShape, m: int) -> tuple[float, int]:
+    kernel = load(name)
+    dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
+    codes, scales = quantized_weight(shape.n, shape.k, shape.weight_bits, shape.group_size)
+    codes, scales = codes.to(shape.device), scales.to(shape.device)
+    x = torch.randint(-127, 128, (m, shape.k), dtype=torch.int8, device=shape.device)
+    s_x = torch.rand(m, device=shape.device) + 0.01
+
+    def make() -> tuple[Callable[[], Tensor], int]:
+        packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
+        return (lambda: kernel.matmul(x, s_x, packed, scales, None, dtype)), packed.nbytes
+
+    return _time(make, shape.device)
+
+
+def _time(make: Callable[[], tuple[Callable[[], Tensor], int]], device: str) -> tuple[float, int]:
+    with torch.inference_mode():
+        call, weight_bytes = make()
+        if device == "cpu":
+            return seconds(call, device), weight_bytes
+        copies = min(MOST_COPIES, max(4, COLD_BYTES // max(weight_bytes, 1)))
+        return graph_seconds([call] + [make()[0] for _ in range(copies - 1)]), weight_bytes
+
+
+def _limit(ceilings: Ceilings, shape: GemmShape, m: int, weight_bytes: int, backend: str) -> float:
+    integers = shape.device == "cuda" and backend not in ("unquantized", "fake")
+    rate = ceilings.operations_per_s * (2 if integers else 1)
+    per_input = 1 if backend != "unquantized" else (2 if shape.device == "cuda" else 4)
+    moved = weight_bytes + m * shape.k * per_input + m * shape.n * (2 if shape.device == "cuda" else 4)
+    return max(moved / ceilings.bytes_per_s, 2 * m * shape.n * shape.k / rate)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,171 @@
+"""The risk: the GPU kernels are wrong and nobody here has a GPU to see it.
+
+They run under Triton's interpreter, against the same reference and with the same equality as every other backend; and they
+are compiled ahead of time for GPUs that are not here, where a spill, a contracted epilogue or a missed tensor core shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+# Whether kernels are interpreted is decided when they are defined, so the variable must be there for these imports; and
+# only for these, because with it the backend would offer itself as a CPU kernel to everything else in this process.
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from qlibero.kernels import triton_gemm, triton_prologue
+
+from qlibero.kernels import load
+from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations
+from qlibero.kernels.int_ref import IntRef
+from qlibero.kernels.packing import pack_khalf
+from qlibero.kernels.shapes import compact_layers, pi05_layers
+from qlibero.kernels.trial import try_kernel
+from qlibero.kernels.triton_tiles import choose_tile
+from qlibero.quant.transform import Transform
+from kernel_cases import assert_same, codes_for, tokens_for
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def triton_w4a8(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_gemm.INTERPRETED
+    return load("triton_w4a8")
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(m=st.sampled_from((1, 3, 16, 17, 33)), n=st.sampled_from((1, 5, 64, 70)), k8=st.integers(1, 24),
+       kind=st.sampled_from(("random", "low", "alternating")), seed=st.integers(0, 1000))  # fmt: skip
+def test_triton_has_the_reference_s_integers(triton_w4a8, m, n, k8, kind, seed):
+    assert_same([triton_w4a8], tokens_for(m, 8 * k8, 8, seed, kind), codes_for(n, 8 * k8, 4, seed, kind), 4, None, seed)
+
+
+@pytest.mark.parametrize("m,n,k,group_size", [(5, 33, 256, 64), (17, 20, 256, 128), (2, 3, 64, 64)])
+def test_triton_k_groups(triton_w4a8, m, n, k, group_size):
+    assert_same([triton_w4a8], tokens_for(m, k, 8, 3), codes_for(n, k, 4, 3), 4, group_size)
+
+
+@pytest.mark.parametrize("split,m,n,k", [(2, 3, 20, 512), (4, 7, 9, 1032), (8, 2, 16, 2048), (4, 2, 5, 40)])
+def test_triton_split_k_is_exact_and_ragged(triton_w4a8, split, m, n, k):
+    x, codes = tokens_for(m, k, 8, 5), codes_for(n, k, 4, 5)
+    packed, s_x, s_w, bias = pack_khalf(codes), torch.rand(m), torch.rand(n), torch.randn(n)
+    tile = replace(choose_tile(m, n, k, processors=1), split_k=split)
+    acc = IntRef().accumulate(x, IntRef().pack(codes))
+    partial = triton_gemm.accumulate(x, packed, tile)
+    assert partial.shape == (split, m, n) and torch.equal(partial.sum(0), acc.long())
+    assert torch.equal(triton_gemm.gemm(x, packed, s_x, s_w, bias, torch.float32, tile), epilogue(acc, s_x, s_w, bias))
+
+
+def test_triton_cuts_k_only_where_it_pays():
+    assert choose_tile(10, 2048, 16384, 132).split_k == 8  # 32 tiles of weights would leave 100 processors idle
+    assert choose_tile(10, 16384, 2048, 132).split_k == 1  # 256 tiles fill the GPU
+    assert choose_tile(968, 2048, 2048, 132).split_k == 1  # partial sums would outweigh the weights
+    assert choose_tile(10, 2048, 2048, 132, group_size=64).split_k == 1
+
+
+def test_every_layer_s_depth_in_triton(triton_w4a8):
+    """The interpreter is too slow for whole layers; few outputs at each K that occurs show the same loop and split."""
+    for k in sorted({layer.shape.k for layer in pi05_layers() + compact_layers() if layer.shape.k <= 4096}):
+        assert_same([triton_w4a8], tokens_for(2, k, 8, k, "low"), codes_for(3, k, 4, k, "low"), 4, None)
+
+
+def test_the_court_can_try_it_whole(triton_w4a8):
+    finding = try_kernel(triton_w4a8, GemmShape(24, 64), (1, 10, 17))
+    assert finding.ok, finding.reason
+
+
+def test_without_the_interpreter_it_never_offers_itself_to_a_cpu():
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    assert not load("triton_w4a8").supports(GemmShape(64, 64)).ok
+
+
+# ------------------------------------------------------------------------------------------------------ prologue
+def orthogonal(blocks, size):
+    return torch.linalg.qr(torch.randn(blocks, size, size))[0].contiguous()
+
+
+def factors(k, block, kinds):
+    """s: scale, f/F: first rotation per block or shared, o: order, r/R: second rotation per block or shared."""
+    made = {
+        "s": ("scale", lambda: torch.rand(k) + 0.5), "o": ("order", lambda: torch.randperm(k).int()),
+        "f": ("first", lambda: orthogonal(k // block, block)), "F": ("first", lambda: orthogonal(1, block)),
+        "r": ("second", lambda: orthogonal(k // block, block)), "R": ("second", lambda: orthogonal(1, block)),
+    }  # fmt: skip
+    return {made[kind][0]: made[kind][1]() for kind in kinds}
+
+
+@pytest.mark.parametrize("m,k,kinds", [(5, 96, ""), (7, 100, "s"), (3, 48, "so")])
+def test_without_rotations_it_is_the_contract_bit_for_bit(m, k, kinds):
+    torch.manual_seed(0)
+    made, x = factors(k, 16, kinds), torch.randn(m, k).bfloat16()
+    x[1] = 0
+    for bits, clip in ((8, 1.0), (4, 0.9)):
+        codes, scales = triton_prologue.Prologue(made, k)(x, bits, clip)
+        expected, s_x = quantize_activations(Transform(**made).forward(x.float()), bits, clip)
+        assert torch.equal(codes, expected) and torch.equal(scales, s_x)
+
+
+@pytest.mark.parametrize("m", [3, triton_prologue.FEW_TOKENS + 1], ids=["few", "many"])
+@pytest.mark.parametrize("kinds", ["sfor", "f", "For", "or", "R", "sF", "fo"])
+def test_rotations_are_the_transform_to_float_error_and_rounding_follows_the_contract(m, kinds):
+    torch.manual_seed(0)
+    k, made = 32, factors(32, 16, kinds)
+    x = torch.randn(m, k) * torch.exp(torch.randn(k))
+    x[1] = 0
+    prologue = triton_prologue.Prologue(made, k)
+    for _ in range(2):  # the second call finds what the first left in the workspace
+        codes, scales = prologue(x, 8, 0.9)
+    expected, s_x = quantize_activations(Transform(**made).forward(x), 8, 0.9)
+    assert torch.allclose(scales, s_x, rtol=1e-6)
+    difference = (codes.int() - expected.int()).abs()
+    assert difference.max() <= 1 and difference.count_nonzero() <= 2  # a value may sit on the edge of a step
+
+
+@pytest.mark.parametrize("m", [2, triton_prologue.FEW_TOKENS + 1], ids=["few", "many"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_row_cannot_pass_unnoticed(m, bad):
+    torch.manual_seed(0)
+    x = torch.randn(m, 32)
+    x[1, 5] = bad
+    for made in ({}, factors(32, 16, "fr")):
+        prologue = triton_prologue.Prologue(made, 32)
+        scales = prologue(x)[1]
+        assert not torch.isfinite(scales[1]) and torch.isfinite(scales[0])
+        assert torch.isfinite(prologue(torch.ones(m, 32))[1]).all()  # and the next call is clean
+
+
+def test_blocks_that_do_not_suit_are_left_to_torch():
+    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 24, 24)})
+    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 256, 256)})
+    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 64, 64), "second": torch.zeros(4, 32, 32)})
+    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 64, 64), "order": torch.zeros(128)}) is None
+
+
+# ------------------------------------------------------------------------------------------- GPUs that are not here
+def test_the_kernels_compile_for_ampere_and_hopper_without_spills_or_contraction(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/triton_resources.py", "--sm", "80,90", "--only", "gemm 16,scale,few B=64"],
+        cwd=REPOSITORY, capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["kernels"]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["spilled_bytes"] == 0 and row["fits"], row
+        if row["kernel"].startswith(("gemm", "scale")):
+            assert row["fma"] == 0, row  # the contract rounds twice where an FMA would round once
+        if row["kernel"].startswith("gemm"):
+            assert row["int8_mma"] and row["async_16_byte_loads"], row
