@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qlibero import cli
+from qlibero import cli, commands
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
 GOOD = "suite: libero_object\npolicy: {type: pi05, checkpoint: weights}\nbackends: [baseline]\n"
@@ -58,6 +58,8 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
         (["ls", "planets"], "invalid choice: 'planets'"),
         (["config", "show"], "name a CONFIG"),
         (["compare", "nowhere"], "nowhere: no such run directory"),
+        (["serve", "x.yaml", "--set", "policy.checkpoint=.", "--arm", "fake"], "--arm fake: x.yaml has the arms baseline"),
+        (["export", "nowhere", "-o", "x.txt"], "ends in neither .csv nor .parquet"),
     ],
 )
 def test_a_wrong_request_is_status_2_with_its_cure(tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -76,7 +78,7 @@ def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monke
         subprocess.run(["echo", "from a child"], check=True)
         return {"answer": 42}
 
-    monkeypatch.setattr(cli, "ls", chatty)
+    monkeypatch.setattr(commands, "ls", chatty)
     assert cli.main(["ls", "suites"]) == 0
     out, err = capfd.readouterr()
     assert out == '{"answer": 42}\n'
@@ -94,7 +96,7 @@ def test_each_kind_of_failure_has_its_status(raised: BaseException, status: int,
     def failing(args: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "ls", failing)
+    monkeypatch.setattr(commands, "ls", failing)
     assert cli.main(["ls", "suites"]) == status
     out, err = capfd.readouterr()
     last = json.loads(out)
@@ -103,7 +105,7 @@ def test_each_kind_of_failure_has_its_status(raised: BaseException, status: int,
 
 
 def test_sigterm_ends_like_ctrl_c() -> None:
-    sleeper = "import qlibero.cli as c, time; c.ls = lambda args: time.sleep(60); print(c.main(['ls', 'suites']))"
+    sleeper = "import qlibero.cli as c, qlibero.commands, time; qlibero.commands.ls = lambda args: time.sleep(60); print(c.main(['ls', 'suites']))"
     process = subprocess.Popen([sys.executable, "-c", sleeper], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)

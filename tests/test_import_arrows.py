@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"config", "catalogue", "launch", "sim"},
     "catalogue": {"config", "kernels", "sim"},
     "progress": {"results"},
-    "cli": {"*"},
+    "commands": {"*"},
+    "cli": {"commands"},
 }
 ON_THE_GROUND = {name for name, below in MAY_IMPORT.items() if not below}
 
@@ -87,7 +88,7 @@ def test_leaves_and_the_schema_import_no_room() -> None:
 def test_the_allowed_arrows_have_no_unexpected_circle() -> None:
     """The one intended pair: an experiment asks launch.environment about its machine, launchers run experiments."""
     order: list[str] = []
-    rooms = {name: {to for to in allowed if to in MAY_IMPORT} for name, allowed in MAY_IMPORT.items() if name != "cli"}
+    rooms = {name: {to for to in allowed if to in MAY_IMPORT} for name, allowed in MAY_IMPORT.items() if "*" not in allowed and name != "cli"}
     rooms["experiment"] = rooms["experiment"] - {"launch"}
     rooms["quant"] = rooms["quant"] - {"policies"}
     while rooms:
