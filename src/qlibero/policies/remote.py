@@ -40,6 +40,7 @@ class RemotePolicy:
 
     def __init__(self, url: str, *, batch_size: int = 1, timeout_s: float = 60.0, api_key: str | None = None):
         self.url, self.batch_size, self._timeout_s = url, batch_size, timeout_s
+        self._api_key = api_key
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self._idle: queue.LifoQueue[ClientConnection] = queue.LifoQueue()
         self._threads = ThreadPoolExecutor(batch_size, "remote")
@@ -56,6 +57,10 @@ class RemotePolicy:
         self._threads.shutdown()
         while not self._idle.empty():
             self._idle.get_nowait().close()
+
+    def with_batch_size(self, batch_size: int) -> RemotePolicy:
+        """The same server asked with another number of requests at once."""
+        return RemotePolicy(self.url, batch_size=batch_size, timeout_s=self._timeout_s, api_key=self._api_key)
 
     def provenance(self) -> dict[str, Any]:
         """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
