@@ -76,15 +76,16 @@ def arm_meta(arm: str, label: str) -> dict:
     names = [f"paligemma.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
     meta = {
         "label": label, "control": arm == "aa", "policy": {"type": "pi05", "sha256": "5f" * 32, "dtype": "float32"},
-        "memory": {"weights_bytes": 25_000_000 if arm.startswith("w") else 85_000_000, "peak_bytes": 140_000_000},
+        "warmup_ms": [812.0, 25.1, 24.9],
     }  # fmt: skip
     if arm.startswith("w"):
-        shape = {"n": 512, "k": 256, "weight_bits": 4, "activation_bits": 8}
-        meta["kernels"] = [
-            {"layer": n, "shape": shape, "executed": "cpu_int4" if i else "fake", "verdict": "pass" if i else "fall back to fake", "reason": "equal"}
+        meta["kernels"] = {
+            n: {"kernel": "cpu_int4" if i else "fake", "requested": "cpu_int4", "verdict": "pass" if i else "fall back to fake",
+                "reason": "equal", "shape": "512x256 W4A8 cpu"}
             for i, n in enumerate(names)
-        ]
+        }  # fmt: skip
         meta["layers"] = [{"name": n, "sqnr_db": 20.0 + i} for i, n in enumerate(names)]
+        meta["memory"] = {"weight_bytes": 6_000_000, "scale_bytes": 50_000, "transform_bytes": 700_000, "bf16_bytes": 24_000_000}
     return meta
 
 

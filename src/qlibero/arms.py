@@ -107,6 +107,7 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
                       "shape": str(v.shape)}
             for v in verdicts
         },  # fmt: skip
+        "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
         "memory": memory(policy.model).summary(),
     }
 

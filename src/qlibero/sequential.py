@@ -30,7 +30,8 @@ class SequentialRun:
         arms = [arm.name for arm in experiment.arms()]
         if REFERENCE not in arms or len(arms) < 2:
             raise UserError(f"stop: needs the arm {REFERENCE} and at least one more to compare it with; backends are {arms}")
-        self.arms = [arm for arm in arms if arm != REFERENCE]
+        # the A/A arm is the noise floor, not a hypothesis: it takes no share of alpha and holds nothing up
+        self.arms = [a.name for a in experiment.arms() if a.name != REFERENCE and a.backend != "aa"] or arms[1:]
         stop = experiment.stop
         self._declaration = declare(
             run_dir, keys, margin=stop.margin, alpha=stop.alpha, arms=self.arms, seed=experiment.seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,16 @@ def latency(m: Material) -> Markup | None:
         "latency",
         "Latency of a policy call",
         el("div", rows, el("div", el("span"), charts.axis(scale, "milliseconds", lambda t: f"{t:g}"), class_="row foot"), class_="rows"),
+        _warmup(m),
         _phases(m, list(calls)),
         _simulator(m),
         lead="As an episode waits for it: the time of the whole batch, device-synchronised, warm-up left out. Ticks are p50, p95, p99.",
     )
+
+
+def _warmup(m: Material) -> Markup | None:
+    shown = [f"{arm.label} {', '.join(f'{ms:.0f}' for ms in arm.meta['warmup_ms'][:6])}" for arm in m.arms.values() if arm.meta.get("warmup_ms")]
+    return el("p", f"First calls in ms, warm-up that no statistic counts: {'; '.join(shown)}.", class_="fine") if shown else None
 
 
 def _phases(m: Material, names: list[str]) -> Markup | None:
@@ -92,33 +99,33 @@ def _simulator(m: Material) -> Markup:
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-MEMORY = {"weights_bytes": "weights", "linears_bytes": "quantized linears", "peak_bytes": "peak"}
-
-
 def memory(m: Material) -> Markup | None:
-    found = {name: arm.meta.get("memory") or {} for name, arm in m.arms.items()}
-    kinds = [k for k in MEMORY if any(isinstance(of.get(k), int | float) for of in found.values())]
-    if not kinds:
+    """The quantized linears of each arm (codes, scales, online transforms) against the same linears in bf16."""
+    found = {name: arm.meta["memory"] for name, arm in m.arms.items() if (arm.meta.get("memory") or {}).get("bf16_bytes")}
+    if not found:
         return None
-    scale = charts.Scale(0, 1.02 * max(of[k] for of in found.values() for k in kinds if of.get(k)))
-    mega = 1e9 if scale.high > 2e9 else 1e6
-    unit = "GB" if mega == 1e9 else "MB"
-    rows = []
-    for kind in kinds:
-        lanes = []
-        for name, of in found.items():
-            if of.get(kind) is None:
-                continue
-            base = found[m.reference].get(kind) if m.reference else None
-            ratio = f" ({of[kind] / base:.2f}×)" if base and name != m.reference else ""
-            text = f"{of[kind] / mega:.1f} {unit}{ratio}"
-            strip = charts.track(charts.interval(scale, 0, of[kind], "bar", m.colour(name)), label=f"{MEMORY[kind]}, {m.arms[name].label}: {text}")
-            lanes.append(el("div", strip, el("span", text, class_="count"), class_="lane long"))
-        rows.append(el("div", el("h3", MEMORY[kind]), el("div", lanes, class_="lanes"), class_="row"))
+    scale = charts.Scale(0, 1.02 * max(of["bf16_bytes"] for of in found.values()))
+    rows, figures = [], []
+    for name, of in found.items():
+        ends = list(accumulate(of.get(kind, 0) for kind in ("weight_bytes", "scale_bytes", "transform_bytes")))
+        text = f"{_mega(ends[-1])} of {_mega(of['bf16_bytes'])} ({ends[-1] / of['bf16_bytes']:.2f}×)"
+        strip = charts.track(
+            charts.interval(scale, 0, of["bf16_bytes"], "bar faint"),
+            *(charts.interval(scale, left, right, f"bar {kind}", m.colour(name)) for left, right, kind in zip([0, *ends], ends, ("codes", "scales", "online"), strict=False)),
+            label=f"{m.arms[name].label}: {text}",
+        )  # fmt: skip
+        rows.append(el("div", el("h3", swatch(m, name), m.arms[name].label), el("div", strip, el("span", text, class_="count"), class_="lane long"), class_="row"))
+        figures.append([m.arms[name].label, *(f"{of.get(kind, 0):,}" for kind in ("weight_bytes", "scale_bytes", "transform_bytes", "bf16_bytes"))])
     return section(
-        "memory", "Memory", legend(m), el("div", rows, class_="rows"),
-        lead="Measured from live tensor storages (weights, linears) and from the process or device (peak).",
+        "memory", "Memory of the quantized linears", el("div", rows, class_="rows"),
+        numbers("Bytes", ["arm", "packed weights", "scales", "online transforms", "the same linears in bf16"], figures),
+        lead="Measured from live tensor storages. Solid: packed weights, then scales, then the online transforms (lighter). Grey: "
+        "the same linears in bf16.",
     )  # fmt: skip
+
+
+def _mega(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size > 2e9 else f"{size / 1e6:.1f} MB"
 
 
 # --------------------------------------------------------------------------------------------------------------- pareto
@@ -164,21 +171,19 @@ def pareto(m: Material) -> Markup | None:
 def kernels(m: Material) -> Markup | None:
     parts = []
     for name, arm in m.arms.items():
-        verdicts = [v for v in arm.meta.get("kernels") or [] if isinstance(v, dict)]
+        verdicts = arm.meta.get("kernels") or {}
         if not verdicts:
             continue
         kinds: dict[str, int] = {}
-        for v in verdicts:
-            kinds[str(v.get("verdict"))] = kinds.get(str(v.get("verdict")), 0) + 1
-        rows, shared = [], _shared_prefix([str(v.get("layer", "?")) for v in verdicts])
-        for v in verdicts:
-            shape = v.get("shape") or v
-            bits = f"W{shape.get('weight_bits')}A{shape.get('activation_bits')}" if shape.get("weight_bits") else ""
-            verdict = str(v.get("verdict"))
-            tone = "good" if verdict == "pass" else "bad" if verdict == "refuse" else "open"
-            rows.append([str(v.get("layer", "?")).removeprefix(shared), f"{shape.get('n', '?')} × {shape.get('k', '?')}", bits, v.get("executed") or v.get("kernel") or "none", el("span", verdict, class_=f"word {tone}"), v.get("reason", "")])
+        shared = _shared_prefix(list(verdicts))
+        rows = []
+        for layer, v in verdicts.items():
+            kinds[v["verdict"]] = kinds.get(v["verdict"], 0) + 1
+            tone = {"pass": "good", "refuse": "bad"}.get(v["verdict"], "open")
+            word = el("span", v["verdict"], class_=f"word {tone}")
+            rows.append([layer.removeprefix(shared), v.get("shape", ""), v.get("kernel") or "none", word, v.get("reason", "")])
         title = join(m.arms[name].label, ": ", ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
-        parts.append(el("details", el("summary", swatch(m, name), title), table(["layer", "N × K", "bits", "kernel", "verdict", "reason"], rows, sortable=True, caption=_prefix_caption(shared)), class_="numbers"))
+        parts.append(el("details", el("summary", swatch(m, name), title), table(["layer", "N × K, bits, device", "kernel", "verdict", "reason"], rows, sortable=True, caption=_prefix_caption(shared)), class_="numbers"))
     if not parts:
         return None
     return section(
@@ -267,13 +272,18 @@ def _data_uri(path: Path) -> str:
 
 # --------------------------------------------------------------------------------------------------- tables, provenance
 def copyable(m: Material) -> Markup:
-    rows = [Row(arm.label, summarize_arm(m.records(name)), m.compared.get(name), (arm.meta.get("memory") or {}).get("weights_bytes")) for name, arm in m.arms.items()]
+    rows = [Row(arm.label, summarize_arm(m.records(name)), m.compared.get(name), _linears(arm.meta)) for name, arm in m.arms.items()]
     caption = f"{m.name}: paired comparison, margin {margin_text(m.margin)}." if m.comparison else m.name
     blocks = [
         el("figure", el("figcaption", title, el("button", "Copy", type="button", data_copy=id_)), el("pre", text, id=id_, tabindex="0"))
         for title, id_, text in (("Markdown", "as-markdown", markdown(rows)), ("LaTeX", "as-latex", latex(rows, caption)))
     ]
     return section("tables", "Tables to copy", el("div", blocks, class_="copyable"))
+
+
+def _linears(meta: dict[str, Any]) -> int | None:
+    of = meta.get("memory") or {}
+    return sum(of.get(kind, 0) for kind in ("weight_bytes", "scale_bytes", "transform_bytes")) or None
 
 
 def provenance(m: Material) -> Markup:
@@ -286,7 +296,7 @@ def provenance(m: Material) -> Markup:
             text = yaml.safe_dump(run.experiment, sort_keys=False, allow_unicode=True)
             parts.append(el("details", el("summary", f"Configuration of {run.name}"), el("pre", text, tabindex="0"), class_="numbers"))
     for name, arm in m.arms.items():
-        hidden = ("kernels", "layers", "memory", "label", "schema", "arm", "control")
+        hidden = ("kernels", "layers", "memory", "label", "schema", "arm", "control", "warmup_ms")
         rows = _flat({k: v for k, v in arm.meta.items() if k not in hidden})
         if rows:
             parts.append(numbers(f"Hashes and settings of {arm.label}", ["what", "value"], rows))

@@ -10,7 +10,7 @@ from qlibero.results.phrases import points
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory` in bytes."""
+    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory`: bytes of the quantized linears."""
 
     label: str
     summary: dict
@@ -18,7 +18,7 @@ class Row:
     memory: int | None
 
 
-HEAD = ("arm", "success", "95 % CI", "Δ (pp)", "95 % CI", "broken / repaired", "verdict", "p50 (ms)", "weights (MB)")
+HEAD = ("arm", "success", "95 % CI", "Δ (pp)", "95 % CI", "broken / repaired", "verdict", "p50 (ms)", "linears (MB)")
 
 
 def cells(row: Row) -> list[str]:

@@ -151,7 +151,12 @@ class Ledger:
 
 
 def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `update` into the arm's meta.json (kernel verdicts, hashes, versions, memory …) and replace it atomically."""
+    """Merge `update` into the arm's meta.json and replace it atomically.
+
+    What reports look for there, all optional: `label` (the arm's name for people), `control` (an A/A arm), `policy`,
+    `quant`, `artifact` (mappings), `kernels` ({layer: {"kernel", "verdict", "reason", "shape"}}), `layers` ([{"name",
+    "sqnr_db"}]), `memory` ({"weight_bytes", "scale_bytes", "transform_bytes", "bf16_bytes"}), `warmup_ms` (list).
+    """
     path = Path(run_dir) / arm / "meta.json"
     meta = {"schema": META_SCHEMA, "arm": arm, **_read_meta(path), **update}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,8 @@ class Arm:
     @property
     def is_control(self) -> bool:
         """Whether this is the reference run again (A/A), the noise floor of every other difference."""
-        return bool(self.meta.get("control", self.name.rsplit("/", 1)[-1] == "aa"))
+        named = self.name.rsplit("/", 1)[-1] == "aa" or self.meta.get("backend") == "aa"
+        return bool(self.meta.get("control", named))
 
 
 @dataclass(frozen=True)
