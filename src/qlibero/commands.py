@@ -227,11 +227,18 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     from qlibero.policies.pi05.verify import verify_checkpoint
 
     document = verify_checkpoint(args.checkpoint)
-    for key, value in document.items():
-        explain(f"{key}: {value}")
+    _table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
     return document
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_brief(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:6])) + (f" and {len(value) - 6} more" if len(value) > 6 else "") or "none"
+    return value
 
 
 def serve(args: argparse.Namespace) -> Document:
@@ -248,10 +255,10 @@ def serve(args: argparse.Namespace) -> Document:
     if args.arm not in names:
         raise UserError(f"--arm {args.arm}: {args.config} has the arms {', '.join(names)}")
     arm = experiment.arms()[names.index(args.arm)]
-    policies, meta = load_arms(experiment, [arm], explain)
     token = os.environ.get(args.token_env) if args.token_env else None
     if args.token_env and not token:
         raise UserError(f"--token-env {args.token_env}: no such variable in the environment")
+    policies, meta = load_arms(experiment, [arm], explain)
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
     listen(policies[arm.name], settings, lambda port: explain(f"serving {arm.name} on ws://{args.host}:{port}; Ctrl-C ends it"))
     return {"served": arm.name, "policy": meta[arm.name]["policy"]}

@@ -21,6 +21,7 @@ from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment, Misplaced
 from qlibero.config.yaml_source import CoreLoader, Location, Mark, Problem, Source, display, parse, put, read
 from qlibero.errors import UserError
 
+SWEEP_KEYS = ("grid", "exclude", "cells")
 PLAIN_WORDS = {
     "int_type": "should be a whole number", "int_parsing": "should be a whole number", "int_from_float": "should be a whole number",
     "float_type": "should be a number", "string_type": "should be a text", "tuple_type": "should be a list",
@@ -59,6 +60,10 @@ def load_experiment(
     source = read(Path(path))
     if source.problems:
         raise ConfigError(source.problems)
+    for key in SWEEP_KEYS:
+        if key in source.data:
+            message = f"{key}: makes this a sweep of many experiments; use `qlibero sweep` or `qlibero plan`"
+            raise ConfigError([Problem(source.marks[(key,)], message)])
     source.data.setdefault("name", Path(path).stem)
     return finish(source, sets, os.environ if environ is None else environ, announce, check_files)
 

@@ -20,12 +20,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.load import ConfigError, _say, finish
+from qlibero.config.load import SWEEP_KEYS, ConfigError, _say, finish
 from qlibero.config.schema import Experiment
 from qlibero.config.yaml_source import Location, Mark, Problem, Source, overlay, put, read
 
 MOST_CELLS = 10_000
-OWN_KEYS = ("grid", "exclude", "cells")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def load_sweep(
     if base.problems:
         raise ConfigError(base.problems)
     base.data.setdefault("name", path.stem)
-    own = {key: base.data.pop(key) for key in OWN_KEYS if key in base.data}
+    own = {key: base.data.pop(key) for key in SWEEP_KEYS if key in base.data}
     combinations = _combinations(own, base) if own else [("", ())]
     heard: set[str] = set()   # a variable is announced once, not once per cell
 
