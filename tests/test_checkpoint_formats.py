@@ -192,10 +192,20 @@ def test_every_broken_directory_says_what_to_do(tmp_path, damage, message):
 def test_verify_says_all_there_is_to_say(tmp_path):
     report = verify_checkpoint(lerobot(tmp_path / "c"))
     assert report["ok"] and report["kind"] == "lerobot" and report["problems"] == []
-    assert report["profile"]["guess"] is None and "0.4" in report["profile"]["why"]
+    assert report["profile"]["guess"] == "lerobot-0.4" and not report["profile"]["proven"]
     assert set(report["sha256"]) >= {"model.safetensors", "config.json", "policy_preprocessor.json"}
     assert any("lm_head" in note for note in report["notes"])
     assert json.dumps(report)
+
+
+def test_the_guess_follows_what_lerobot_wrote_and_when(tmp_path):
+    path = lerobot(tmp_path / "c")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"use_relative_actions": False}))
+    assert verify_checkpoint(path)["profile"]["guess"] == "lerobot-0.6"
+    (path / "config.json").write_text(json.dumps(settings | {"use_relative_actions": True}))
+    with pytest.raises(UserError, match="use_relative_actions is True"):
+        verify_checkpoint(path)
 
 
 def test_sentencepiece_and_tokenizer_json(tmp_path):

@@ -77,7 +77,8 @@ def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
     if wanted == "auto":
         if checkpoint.profile is None:
             raise UserError(f"policy.profile: the files of {checkpoint.path} ({checkpoint.kind}) do not prove under which "
-                            f"semantics the weights were trained. {checkpoint.profile_reason}")
+                            f"semantics the weights were trained; write `profile: {checkpoint.guess}` if that is it. "
+                            f"{checkpoint.profile_reason}")
         return checkpoint.profile
     profile = PROFILES[wanted]
     if (profile.statistics == "lerobot") != (checkpoint.kind == "lerobot"):

@@ -35,6 +35,7 @@ FORMAT = "qlibero-pi05-1"
 _EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 _TIED = "paligemma_with_expert.paligemma.lm_head.weight"
 _UNUSED = (_TIED, "paligemma_with_expert.gemma_expert.lm_head.weight")
+_UNSUPPORTED_IN_LEROBOT = ("use_relative_actions", "use_visual_memory", "use_proprioceptive_memory")
 _LISTED = 8
 """Tensors named in a message before "and n more"."""
 
@@ -71,7 +72,10 @@ class Checkpoint:
     config: Pi05Config
     profile: Profile | None
     """What the files prove; None when they prove nothing and the user has to say."""
+    guess: str
+    """Name of the most likely profile."""
     profile_reason: str
+    """Why it is proven or likely."""
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     raw: dict[str, Any] = field(repr=False)
@@ -99,23 +103,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if raw.get("format") == FORMAT:
         config, kind = Pi05Config.from_dict(raw.get("architecture", {})), "qlibero"
         profile = _named(raw.get("profile"), path / "config.json")
-        return Checkpoint(path, kind, config, profile, "config.json names it", shapes, dtypes, raw)
+        return Checkpoint(path, kind, config, profile, profile.name, "config.json names it", shapes, dtypes, raw)
     if raw.get("type") == "pi05" or (path / "policy_preprocessor.json").is_file():
         return _open_lerobot(path, raw, shapes, dtypes)
     config = _architecture(shapes, PI05_FULL.action_horizon if "action_horizon" not in raw else raw["action_horizon"],
                            weights)
-    return Checkpoint(path, "openpi", config, None, "openpi's files do not say whether the state was in the prompt; "
-                      "published pi05_libero: `profile: openpi`", shapes, dtypes, raw)
+    return Checkpoint(path, "openpi", config, None, "openpi", "openpi's files do not say whether the state was in the prompt; the "
+                      "published pi05_libero was trained without it", shapes, dtypes, raw)
 
 
 def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoint:
     config = _architecture(shapes, raw.get("chunk_size", 50), path / WEIGHTS)
-    profile, reason = None, ("LeRobot's files do not record the version that trained them: 0.4.x wrote 32 state numbers "
-                             "into the prompt, later versions 8; name lerobot-0.4 or lerobot-0.6")
-    steps = {step.get("registry_name", "") for step in _lerobot_steps(path, "policy_preprocessor.json")}
-    if steps and not any("pi05_prepare_state" in step for step in steps):
-        reason = f"policy_preprocessor.json has no step that writes the state into the prompt: {', '.join(sorted(steps))}"
-    return Checkpoint(path, "lerobot", config, profile, reason, shapes, dtypes, raw)
+    for key in _UNSUPPORTED_IN_LEROBOT:
+        if raw.get(key):
+            raise UserError(f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported")
+    # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the state to 32.
+    new = "use_relative_actions" in raw
+    reason = ("LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the prompt, "
+              f"later versions 8. config.json {'has' if new else 'lacks'} use_relative_actions, so LeRobot "
+              f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: lerobot-0.4 or "
+              "lerobot-0.6, try the other if this scores 0 %)")
+    return Checkpoint(path, "lerobot", config, None, "lerobot-0.6" if new else "lerobot-0.4", reason, shapes, dtypes, raw)
 
 
 def tensor_table(checkpoint: Checkpoint) -> TensorTable:

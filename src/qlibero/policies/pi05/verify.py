@@ -21,6 +21,7 @@ from qlibero.policies.pi05.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
+from qlibero.policies.pi05.profiles import PROFILES
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
     Keys: path, kind, ok, problems (list of sentences, empty when ok), notes, parameters, tensors, dtypes, architecture,
     missing, extra, misshapen, non_finite (lists of names), statistics ({"state": {"mode", "dimensions"}, …} or None),
-    profile ({"guess": name or None, "why": …}), sha256 ({file: digest}).
+    profile ({"guess", "proven", "why", "means"}), sha256 ({file: digest}).
 
     Raises `UserError` only when there is no checkpoint to speak of (no directory, no readable safetensors).
     """
@@ -43,7 +44,6 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         statistics = {name: {"mode": s.mode, "dimensions": len(s.low)} for name, s in load_statistics(checkpoint).items()}
     except UserError as error:
         problems.append(str(error))
-    guess = checkpoint.profile
     shapes = checkpoint.shapes
     return {
         "path": str(checkpoint.path), "kind": checkpoint.kind, "ok": not problems, "problems": problems, "notes": table.notes,
@@ -51,7 +51,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         "dtypes": dict(Counter(checkpoint.dtypes.values())), "architecture": checkpoint.config.to_dict(),
         "missing": table.missing, "extra": table.extra, "misshapen": table.misshapen, "non_finite": non_finite,
         "statistics": statistics,
-        "profile": {"guess": guess.name if guess else None, "why": guess.why if guess else checkpoint.profile_reason},
+        "profile": {"guess": checkpoint.guess, "proven": checkpoint.profile is not None, "why": checkpoint.profile_reason,
+                    "means": PROFILES[checkpoint.guess].why},
         "sha256": file_hashes(checkpoint.path),
     }  # fmt: skip
 
