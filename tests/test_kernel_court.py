@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import court, load
-from qlibero.kernels.contract import GemmShape, PackedWeight, Support, epilogue, quantize_activations, quantize_weights
+from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations, quantize_weights
 from qlibero.kernels.diagnoses import diagnose, diagnose_shape, explain
 from qlibero.kernels.fake import Fake
 from qlibero.kernels.shapes import Layer, compact_layers, pi05_layers
@@ -143,33 +144,34 @@ def test_captured_activations_are_tried():
 
 
 class _Linear(nn.Module):
-    """The least that `try_layer` needs of a quantized linear."""
+    """A quantized linear as quant builds it, which may skip the quantization of its input."""
+
+    output_rotation = None
+    start, stop = 0, SHAPE.n
 
     def __init__(self, kernel, skips_activation_quantization=False):
         super().__init__()
-        w = torch.randn(SHAPE.n, SHAPE.k)
-        codes, self.scales = quantize_weights(w)
-        self.kernel, self.packed, self.bias = kernel, kernel.pack(codes), torch.randn(SHAPE.n)
-        self._float = (codes * self.scales.unsqueeze(1)) if skips_activation_quantization else None
+        self.codes, scales = quantize_weights(torch.randn(SHAPE.n, SHAPE.k))
+        self.product = SimpleNamespace(kernel=kernel, packed=kernel.pack(self.codes), scales=scales, bias=torch.randn(SHAPE.n))
+        self._float = (self.codes * scales.unsqueeze(1)) if skips_activation_quantization else None
 
     def prepare(self, x):
-        class Prepared:
-            codes, scales = quantize_activations(x.reshape(-1, x.shape[-1]))
-
-        return Prepared
+        codes, scales = quantize_activations(x.reshape(-1, x.shape[-1]))
+        return SimpleNamespace(codes=codes, scales=scales)
 
     def forward(self, x):
+        p, q = self.product, self.prepare(x)
         if self._float is not None:
-            return x @ self._float.t() + self.bias
-        p = self.prepare(x)
-        return self.kernel.matmul(p.codes, p.scales, self.packed, self.scales, self.bias).view(*x.shape[:-1], -1)
+            return x @ self._float.t() + p.bias
+        return p.kernel.matmul(q.codes, q.scales, p.packed, p.scales, p.bias).view(*x.shape[:-1], -1)
 
 
 @pytest.mark.parametrize("backend", ["fake", "cpu_int4"])
 def test_a_layer_that_skips_activation_quantization_is_caught(backend):
     x = torch.randn(2, 5, SHAPE.k)
-    assert try_layer(_Linear(load(backend)), x).ok
-    finding = try_layer(_Linear(load(backend), skips_activation_quantization=True), x)
+    honest, skipping = _Linear(load(backend)), _Linear(load(backend), skips_activation_quantization=True)
+    assert try_layer(honest, x, honest.codes).ok
+    finding = try_layer(skipping, x, skipping.codes)
     assert not finding.ok and "int8 activations" in finding.reason
 
 

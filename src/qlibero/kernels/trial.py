@@ -76,21 +76,26 @@ def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], captured
     return Finding(True, f"exact at M = {', '.join(map(str, tokens))}; {read}; {support.reason}")
 
 
-def try_layer(layer: nn.Module, x: Tensor) -> Finding:
+def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
     """A whole quantized linear on real input: did int8 activations really decide its output?
 
-    layer: anything with `prepare(x)` → .codes (M, K), .scales (M,); `.packed`, `.scales`, `.bias`, `.kernel` and a
-    forward; x (..., K). Its own codes, multiplied as integers, must reproduce its output; and that output must differ
-    from the same layer's on the off-grid remainder alone, which a layer that skips quantization would let through.
+    layer: a forward and `prepare(x)` → .codes (M, K), .scales (M,); rows `start` to `stop` of its `product`, which has a
+    `kernel`, scales and a bias; linears with a rotated output are tried before that rotation. x (..., K), codes: the
+    layer's own weight codes int8 (N, K), from the artifact, not from the kernel.
     """
-    prepared = layer.prepare(x)
-    codes = _one_hot_codes(layer.kernel, layer.packed, torch.arange(layer.packed.k), x.device)
-    reference = IntRef().pack(codes, layer.packed.weight_bits, layer.packed.group_size)
+    prepared, product = layer.prepare(x), layer.product
+    rows, kernel = slice(layer.start, layer.stop), product.kernel
+    reference = IntRef().pack(codes, product.packed.weight_bits, product.packed.group_size)
     acc = IntRef().accumulate(prepared.codes, reference)
-    expected = epilogue(acc, prepared.scales, layer.scales, layer.bias).to(x.dtype)
-    found = layer(x).reshape(expected.shape)
-    rounds = layer.kernel.rounds_to
-    if not (torch.equal(found, expected) if rounds is None else _within_one_ulp(found, expected, rounds)):
+    bias = None if product.bias is None else product.bias[rows]
+    expected = epilogue(acc, prepared.scales, product.scales[rows], bias)
+    if layer.output_rotation is None:
+        found = layer(x).reshape(expected.shape)
+    else:
+        found = kernel.matmul(prepared.codes, prepared.scales, product.packed, product.scales, product.bias)[:, rows]
+    expected = expected.to(found.dtype)
+    same = torch.equal(found, expected) if kernel.rounds_to is None else _within_one_ulp(found, expected, kernel.rounds_to)
+    if not same:
         worst = (found.float() - expected.float()).abs().max().item()
         return Finding(False, f"int8 activations are not what decides this layer's output: largest difference {worst:.3g}")
     return Finding(True, f"consumes int8 activations ({prepared.codes.shape[0]} tokens)")

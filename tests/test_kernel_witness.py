@@ -1,0 +1,53 @@
+"""The risk: a kernel that is right when it is tried, and not what decides the policy's actions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pi05_small import noises, observations
+from qlibero.errors import GuardRefusal
+from qlibero.kernels.cpu_int4 import CpuInt4
+from qlibero.quant.apply import quantize_policy
+from qlibero.quant.linear import QuantLinear
+from qlibero.quant.witness import hear_witness
+from test_fake_equals_kernel import made, small_policy
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return small_policy()
+
+
+def ask(policy, quantized, artifact):
+    return hear_witness(policy, quantized, artifact, observations(1)[0], noises(1, policy.noise_shape)[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"layout": "llm+expert", "group_size": 16}, {"method": "weight_pca", "row_rotation": True}], ids=str)
+def test_an_honest_policy_consumes_int8_in_every_layer_and_changes_no_action(policy, changes):
+    artifact = made(policy, **changes)
+    quantized = quantize_policy(policy, artifact, "cpu_int4")
+    testimony = ask(policy, quantized, artifact)
+    assert testimony.layers_consuming_int8 == sum(layer.executed for layer in artifact.layers)
+    assert testimony.action_difference == 0.0
+    transforms = [m.transform for m in quantized.model.modules() if isinstance(m, QuantLinear)]
+    assert not any("quantize" in t.__dict__ for t in transforms)  # nobody listens afterwards
+
+
+def test_a_layer_that_multiplies_in_bf16_is_named(policy, monkeypatch):
+    artifact = made(policy)
+    quantized = quantize_policy(policy, artifact, "cpu_int4")
+    exact = CpuInt4.matmul
+
+    def rounded(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32):
+        return exact(self, codes_x, s_x.bfloat16().float(), packed, s_w, bias, out_dtype)
+
+    monkeypatch.setattr(CpuInt4, "matmul", rounded)
+    with pytest.raises(GuardRefusal, match=r"kernel cpu_int4 in .*_proj: int8 activations"):
+        ask(policy, quantized, artifact)
+
+
+def test_another_artifact_s_weights_are_noticed(policy):
+    quantized = quantize_policy(policy, made(policy), "cpu_int4")
+    with pytest.raises(GuardRefusal, match="largest difference"):
+        ask(policy, quantized, made(policy, weight_clip=0.8))
