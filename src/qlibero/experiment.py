@@ -36,14 +36,17 @@ def run_directory(experiment: Experiment, out: Path | None) -> Path:
 
 
 def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> list[EpisodeKey]:
-    """The episodes of shard `(index, count)`, in order; all arms of an episode belong to the same shard."""
+    """The episodes of shard `(index, count)`, in order; all arms of an episode belong to the same shard.
+
+    A shard is a contiguous piece, so that it has few tasks: building a task's scene costs as much as an episode.
+    """
     keys = [
         EpisodeKey(experiment.suite, task, init, experiment.seed)
         for task in experiment.task_ids()
         for init in range(experiment.episodes_per_task)
     ]
     index, count = shard
-    return keys[index::count]
+    return keys[index * len(keys) // count : (index + 1) * len(keys) // count]
 
 
 def missing_episodes(

@@ -5,7 +5,7 @@
       sweep/experiments/<cell>.yaml    the cell's resolved experiment
       sweep/submission-001/            what was submitted at once: manifest.json, scripts, logs
 
-A shard is every n-th episode of a cell with all its arms, so that pairs stay together. Running a shard again continues
+A shard is a piece of a cell's episodes with all their arms, so that pairs stay together. Running a shard again continues
 it, whoever runs it; which shards still lack episodes is read from the ledger, never from a scheduler.
 """
 
