@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-ROWS, SECONDS = 40, 0.3
+ROWS, SECONDS = int(os.environ.get("LIGHT_ROWS", "40")), 0.3
 
 
 def rows(directory: Path, index: int) -> list[int]:

@@ -88,6 +88,18 @@ def test_tasks_come_back_after_requeue_preemption_and_the_death_of_a_node(cluste
 
 
 @needs_slurm
+def test_shard_that_is_longer_than_the_time_limit_comes_back(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(light_shard, "ROWS", 110)
+    monkeypatch.setenv("LIGHT_ROWS", "110")   # 33 s and more; Slurm warns after about 27 s of its minute
+    submission = light(tmp_path, monkeypatch, "submission-001", 1, time="1", signal_s=30)
+    slurm.submit(submission, print)
+    wait_for(lambda: not queue(), 150)
+    assert_all_once(submission)
+    log = submission.log(0).read_text()
+    assert "requeued at" in log and "start 1" in log
+
+
+@needs_slurm
 def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp_path, monkeypatch):
     wait_for(lambda: subprocess.check_output(["sinfo", "-h", "-o", "%t"], text=True).split() in (["idle"], ["idle", "idle"]), 60)
     submission = light(tmp_path, monkeypatch, "submission-001", 3)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.schema import Experiment, Tracking
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment
-from qlibero.launch.cells import Cell, Manifest
+from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.environment import find_gpus, memory_bytes
 from qlibero.results import statistics
 from qlibero.results.ledger import read_ledger
@@ -199,6 +200,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     launch = manifest.cells[0].experiment.launch
     gpus = len(find_gpus())
     cores = len(os.sched_getaffinity(0))
+    missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
     by_engine = {}
     for name, workers, slots, gpus_each, basis in (
         ("local", max(1, cores // launch.processes), launch.processes, min(gpus, launch.processes) / launch.processes,
@@ -207,7 +209,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
          f"{launch.slurm.array_limit or 'all'} tasks at once, {launch.slurm.cpus_per_task} cores each"),
         ("ray", max(1, int(launch.ray.cpus)), 10**9, launch.ray.gpus, f"all tasks at once, {launch.ray.cpus:g} cores each"),
     ):  # fmt: skip
-        shards = [s for s in (_shard_seconds(manifest, i, workers, known) for i in manifest.missing()) if s]
+        shards = [s for shard in manifest.shards if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))]
         # the longest shard is a bound of its own; below it the slots share the sum
         wall = max(max(shards, default=0.0), sum(shards) / min(slots, len(shards) or 1))
         by_engine[name] = {
@@ -219,17 +221,17 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     return by_engine
 
 
-def _shard_seconds(manifest: Manifest, index: int, workers: int, known: dict[tuple, Cost]) -> float:
+def _shard_seconds(
+    manifest: Manifest, shard: Shard, missing: list[tuple[str, EpisodeKey]], workers: int, known: dict[tuple, Cost]
+) -> float:
     """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
-    shard = manifest.shards[index]
-    cell = manifest.cell(shard)
-    experiment = cell.experiment
+    experiment = manifest.cell(shard).experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
     batch = experiment.policy.batch_size
     together = min(workers, batch) if batch != "auto" else 1   # auto: one at a time on a CPU; on a GPU this is pessimistic
-    missing = missing_episodes(experiment, cell.run_dir, (shard.index, shard.count))
-    per_arm = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
-    return sum(per_arm[arm].sim_s / workers + per_arm[arm].policy_s / together for arm, _ in missing)
+    each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
+    keys = set(episode_keys(experiment, (shard.index, shard.count)))
+    return sum(each[arm].sim_s / workers + each[arm].policy_s / together for arm, key in missing if key in keys)
 
 
 def seconds(time: str) -> int:
