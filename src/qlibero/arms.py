@@ -24,6 +24,7 @@ from qlibero.policies.base import Observation, Policy
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.prepare import artifact_for
+from qlibero.quant.witness import hear_witness
 from qlibero.rollout.noise import call_noise
 from qlibero.sim.suites import task_language
 
@@ -93,6 +94,10 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
     default = next(iter(executed.values()), arm.backend)
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
     policy = quantize_policy(full, artifact, kernels)
+    testimony = None
+    if set(kernels.values()) != {"fake"}:
+        noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
+        testimony = hear_witness(full, policy, artifact, _grey(prompts(experiment)[0]), noise)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     say(
         f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {', '.join(sorted(set(executed.values())))}"
@@ -107,6 +112,7 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
                       "shape": str(v.shape)}
             for v in verdicts
         },  # fmt: skip
+        "witness": testimony.to_json() if testimony else None,
         "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
         "memory": memory(policy.model).summary(),
     }
@@ -123,15 +129,20 @@ def _label(full: Policy, arm: Arm) -> str:
     return f"{arm.name} ({arm.quant.method} {arm.quant.precision} {arm.quant.layout or 'custom'})"
 
 
+def _grey(prompt: str) -> Observation:
+    """An observation of nothing, for calls before the first episode."""
+    image = np.full((256, 256, 3), 127, np.uint8)
+    return Observation(image, image, np.zeros(8, np.float32), prompt)
+
+
 def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
     """Milliseconds of the first calls (kernels compile, memory is taken, graphs are captured); no episode pays for them."""
-    grey = np.full((256, 256, 3), 127, np.uint8)
     texts = prompts(experiment)
     times = []
     for call in range(WARMUP_CALLS):
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)
         for prompt in texts if call == 0 else texts[:1]:
             started = time.perf_counter()
-            policy.infer([Observation(grey, grey, np.zeros(8, np.float32), prompt)], noise[None])
+            policy.infer([_grey(prompt)], noise[None])
             times.append(round((time.perf_counter() - started) * 1e3, 2))
     return times
