@@ -34,6 +34,7 @@ MARK = "QLIBERO_DRILL"   # in the environment of everything the drill starts: ho
 DISK_MB = 96
 CONFIG = """
 extends: {repository}/configs/policies/untrained.yaml
+policy: {{flow_steps: 2, replan_steps: 20}}
 suite: libero_object
 tasks: [0, 3]
 episodes_per_task: 3
@@ -114,7 +115,7 @@ class Drill:
                         break
                     self.between_runs(out)
                     process = self.sweep(out, "local")
-                time.sleep(self.rng.uniform(1.0, 6.0))
+                time.sleep(self.rng.uniform(3.0, 12.0))
                 if kind := self.choose(self.possible(out)):
                     self.strike(kind, process, out)
             found = self.examine(out)
