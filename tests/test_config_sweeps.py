@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qlibero.config.load import ConfigError
+from qlibero.config.labels import FREE
+from qlibero.config.load import ConfigError, load_experiment
+from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep, load_sweep
 
 BASE = """\
@@ -70,6 +72,27 @@ def test_set_applies_to_every_cell_and_an_experiment_is_a_sweep_of_one(tmp_path:
     assert {cell.experiment.seed for cell in load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11").cells} == {11}
     (only,) = load(tmp_path, "seed: 3\n").cells
     assert (only.id, only.axes, only.experiment.seed) == ("study", (), 3)
+
+
+def test_what_set_makes_another_experiment_gets_another_name_and_the_rest_does_not(tmp_path: Path) -> None:
+    def name(*sets: str, **environ: str) -> str:
+        (tmp_path / "base.yaml").write_text(BASE)
+        return load_experiment(tmp_path / "base.yaml", sets, environ, announce=lambda line: None, check_files=False).name
+
+    assert name() == name("workers=2", "episodes_per_task=3", "tasks=[1]", "backends=[baseline]", "tracking.mode=online") == "study"
+    assert name("suite=libero_goal", "workers=2", "quant.weight_bits=8") == "study.suite-libero_goal.weight_bits-8"
+    assert name("policy.checkpoint=../my/weights") == "study.checkpoint-weights"
+    assert name("suite=libero_goal", "name=mine") == "mine"
+    assert name(OPENPI_DUQUANT_ABITS="4", OPENPI_DUQUANT_LS="0.15") == "study.activation_bits-4"
+    assert name("quant=null", "backends=[baseline]", OPENPI_DUQUANT_PACKDIR="/x") == "study.quant-null"
+    assert load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11").name == "study.seed-11"
+    assert load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11", "name=mine").cells[0].experiment.name == "mine.weight_bits-4"
+
+
+def test_the_name_follows_exactly_what_the_hash_follows() -> None:
+    """A key of the experiment either renames it or leaves the hash alone, never neither."""
+    decides = {"suite", "seed", "protocol", "max_steps", "policy", "quant", "on_failure"}
+    assert set(Experiment.model_fields) - set(FREE) == decides
 
 
 def test_long_ids_stay_short_and_distinct(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlibero.config.fork_variables import fork_overrides
+from qlibero.config.labels import suffix_of_sets
 from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment, Misplaced
 from qlibero.config.yaml_source import CoreLoader, Location, Mark, Problem, Source, display, parse, put, read
 from qlibero.errors import UserError
@@ -64,8 +65,20 @@ def load_experiment(
         if key in source.data:
             message = f"{key}: makes this a sweep of many experiments; use `qlibero sweep` or `qlibero plan`"
             raise ConfigError([Problem(source.marks[(key,)], message)])
+    sets, environ = tuple(sets), os.environ if environ is None else environ
     source.data.setdefault("name", Path(path).stem)
-    return finish(source, sets, os.environ if environ is None else environ, announce, check_files)
+    source.data["name"] = f"{source.data['name']}{suffix_of_sets(sets, _effective(source, environ))}"
+    return finish(source, sets, environ, announce, check_files)
+
+
+def _effective(source: Source, environ: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """(key, value) of the fork's variables as far as there is something to override; a wrong one is told by `finish`."""
+    if not isinstance(source.data.get("quant"), dict):
+        return []
+    try:
+        return [(f"quant.{override.key}", override.value) for override in fork_overrides(environ)[0]]
+    except ValueError:
+        return []
 
 
 def finish(

@@ -9,8 +9,6 @@ The key `extends` may be an axis too: each value names a file laid over the expe
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.load import SWEEP_KEYS, ConfigError, _say, finish
+from qlibero.config.labels import axes_id, suffix_of_sets, value_label
+from qlibero.config.load import SWEEP_KEYS, ConfigError, _effective, _say, finish
 from qlibero.config.schema import Experiment
 from qlibero.config.yaml_source import Location, Mark, Problem, Source, overlay, put, read
 
@@ -52,7 +51,7 @@ class _Choice:
 
     @property
     def label(self) -> str:
-        return _label(self.value, stem=self.key == "extends")
+        return value_label(self.value, stem=self.key == "extends")
 
 
 def load_sweep(
@@ -64,13 +63,18 @@ def load_sweep(
     check_files: bool = True,
 ) -> Sweep:
     """Read a sweep (or experiment) file and validate every cell. `sets` apply to all cells. Raises ConfigError."""
-    path, sets = Path(path), tuple(sets)
+    path, sets, environ = Path(path), tuple(sets), os.environ if environ is None else environ
     base = read(path)
     if base.problems:
         raise ConfigError(base.problems)
     base.data.setdefault("name", path.stem)
+    for text in sets:
+        if text.startswith("name="):
+            base.data["name"] = text.removeprefix("name=")
+    base.data["name"] = f"{base.data['name']}{suffix_of_sets(sets, _effective(base, environ))}"
     own = {key: base.data.pop(key) for key in SWEEP_KEYS if key in base.data}
     combinations = _combinations(own, base) if own else [("", ())]
+    sets = tuple(text for text in sets if not text.startswith("name="))   # it named the whole sweep
     heard: set[str] = set()   # a variable is announced once, not once per cell
 
     def announce_once(line: str) -> None:
@@ -87,7 +91,7 @@ def load_sweep(
         if cell_id:
             source.data["name"] = f"{name}.{cell_id}"
         try:
-            experiment = finish(source, sets, os.environ if environ is None else environ, announce_once, check_files)
+            experiment = finish(source, sets, environ, announce_once, check_files)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -131,7 +135,7 @@ def _combinations(own: dict[str, Any], base: Source) -> list[tuple[str, tuple[_C
         if len(kept) == len(combinations):
             raise fail(("exclude", i), f"exclude.{i}: matches no cell; check its values against grid")
         combinations = kept
-    result = [(_cell_id(choices), choices) for choices in combinations]
+    result = [(axes_id([(c.key, c.label) for c in choices]), choices) for choices in combinations]
     for name, settings in named.items():
         if not isinstance(settings, dict):
             raise fail(("cells", name), f"cells.{name}: should be `key: value` lines (got {settings!r})")
@@ -169,23 +173,3 @@ def _choose(source: Source, choice: _Choice, base: Source, directory: Path) -> N
 def _matches(choice: _Choice, rule: dict[str, Any]) -> bool:
     wanted = rule[choice.key]
     return choice.value == wanted or (isinstance(wanted, list) and choice.value in wanted)
-
-
-def _cell_id(choices: tuple[_Choice, ...]) -> str:
-    leaves = [choice.key.rpartition(".")[2] for choice in choices]
-    keys = [c.key if leaves.count(leaf) > 1 else leaf for c, leaf in zip(choices, leaves, strict=True)]
-    text = ".".join(f"{key}-{choice.label}" for key, choice in zip(keys, choices, strict=True))
-    if len(text) <= 80:
-        return text
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{text[:71]}-{digest}"
-
-
-def _label(value: Any, stem: bool = False) -> str:
-    if isinstance(value, list):
-        return "+".join(_label(item, stem) for item in value)
-    if isinstance(value, dict):
-        named = value.get("name") or value.get("backend")
-        return _label(named) if named else hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-    text = Path(value).stem if stem else json.dumps(value) if not isinstance(value, str) else value
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "none"
