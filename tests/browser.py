@@ -1,4 +1,6 @@
-"""Real Chromium driven through its debugging pipe: no driver, no server, no package. For tests that must see a page."""
+"""Real Chromium driven through its debugging pipe: no driver, no server, no package. For tests that must see
+a page.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ FLAGS = (
 
 
 class Page:
-    """One page. `problems` collects console errors, uncaught exceptions and failed or attempted network requests."""
+    """One page. `problems` collects console errors, uncaught exceptions and failed or attempted network
+    requests.
+    """
 
     def __init__(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.problems: list[str] = []
@@ -35,17 +39,33 @@ class Page:
             os.dup2(high, 4)
 
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
-        self._process = subprocess.Popen(command, preexec_fn=pipes, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, preexec_fn=pipes, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(to_browser)
         os.close(from_browser)
         self._buffer, self._number, self._session, self._loaded = b"", 0, None, False
         target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        media = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}  # clicks need a still page
-        self.call("Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in media.items()])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        media = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce",
+        }  # clicks need a still page
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": name, "value": value} for name, value in media.items()],
+        )
 
     def open(self, path: Path) -> None:
         self._loaded = False
@@ -56,14 +76,22 @@ class Page:
 
     def js(self, expression: str) -> Any:
         """The value of an expression (or of the promise it gives), as JSON."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         if "exceptionDetails" in answer:
             raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
         for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Enter": 13, "Tab": 9}.get(key, 0))
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode={"Enter": 13, "Tab": 9}.get(key, 0),
+            )
 
     def click(self, selector: str) -> None:
         """A real mouse click in the middle of an element."""
@@ -84,7 +112,9 @@ class Page:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
         number = self._number
-        message = {"id": number, "method": method, "params": params} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": number, "method": method, "params": params} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._out, json.dumps(message).encode() + b"\0")
         deadline = time.time() + 60
         while (answer := self._receive(deadline)).get("id") != number:
@@ -110,7 +140,9 @@ class Page:
             self.problems.append(str(params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:", "blob:")):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+            ("file:", "data:", "blob:")
+        ):
             self.problems.append(f"network request: {params['request']['url']}")
         elif method == "Page.loadEventFired":
             self._loaded = True

@@ -1,4 +1,6 @@
-"""Run directories as the engine leaves them, made through the real ledger in a second. For tests of what reads them."""
+"""Run directories as the engine leaves them, made through the real ledger in a second. For tests of what
+reads them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
@@ -31,9 +34,18 @@ def make_run(
 ) -> Path:
     """Every arm on the same episodes; flips, divergence, latency and one error are drawn from `seed`."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"name": name, "suite": suite, "tasks": list(range(tasks)), "episodes_per_task": inits, "seed": 7, "backends": list(arms)}
+    config = {
+        "name": name,
+        "suite": suite,
+        "tasks": list(range(tasks)),
+        "episodes_per_task": inits,
+        "seed": 7,
+        "backends": list(arms),
+    }
     (directory / "experiment.yaml").write_text(yaml.safe_dump(config))
-    (directory / "environment.json").write_text(json.dumps({"versions": {"torch": "2.13.0", "mujoco": "3.2.3"}, "git": {"commit": "abc"}}))
+    (directory / "environment.json").write_text(
+        json.dumps({"versions": {"torch": "2.13.0", "mujoco": "3.2.3"}, "git": {"commit": "abc"}})
+    )
     for arm, flips in arms.items():
         flip = np.random.default_rng([seed, *arm.encode()])
         with Ledger(directory, arm, 0, f"hash of {arm}") as ledger:
@@ -62,30 +74,54 @@ def episode(suite: str, task: int, init: int, arm: str, flipped: bool, error: bo
     calls = -(-steps // 5)
     latency = ({"baseline": 26.0, "aa": 26.2}.get(arm, 20.0) * scene.lognormal(0, 0.08, calls)).tolist()
     record = EpisodeRecord(
-        suite=suite, task=task, init=init, seed=7, arm=arm,
-        outcome="error" if error else "success" if success else "failure", error="the simulator died" if error else None,
-        steps=steps, replans=calls, success_step=steps if success and not error else None,
-        fingerprint=hashlib.sha256(f"{task} {init}".encode()).hexdigest(), action_digest=hashlib.sha256(rows[:, :7].tobytes()).hexdigest(),
-        policy_ms=latency, phases_ms={"vision": [x / 3 for x in latency], "flow": [x / 2 for x in latency]},
-        sim_ms=29.0 * steps, render_ms=110.0 * calls,
-    )  # fmt: skip
+        suite=suite,
+        task=task,
+        init=init,
+        seed=7,
+        arm=arm,
+        outcome="error" if error else "success" if success else "failure",
+        error="the simulator died" if error else None,
+        steps=steps,
+        replans=calls,
+        success_step=steps if success and not error else None,
+        fingerprint=hashlib.sha256(f"{task} {init}".encode()).hexdigest(),
+        action_digest=hashlib.sha256(rows[:, :7].tobytes()).hexdigest(),
+        policy_ms=latency,
+        phases_ms={"vision": [x / 3 for x in latency], "flow": [x / 2 for x in latency]},
+        sim_ms=29.0 * steps,
+        render_ms=110.0 * calls,
+    )
     return record, rows
 
 
 def arm_meta(arm: str, label: str) -> dict:
-    names = [f"paligemma.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
+    names = [
+        f"paligemma.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
+    ]
     meta = {
-        "label": label, "control": arm == "aa", "policy": {"type": "pi05", "sha256": "5f" * 32, "dtype": "float32"},
+        "label": label,
+        "control": arm == "aa",
+        "policy": {"type": "pi05", "sha256": "5f" * 32, "dtype": "float32"},
         "warmup_ms": [812.0, 25.1, 24.9],
-    }  # fmt: skip
+    }
     if arm.startswith("w"):
         meta["kernels"] = {
-            n: {"kernel": "cpu_int4" if i else "fake", "requested": "cpu_int4", "verdict": "pass" if i else "fall back to fake",
-                "reason": "equal", "shape": "512x256 W4A8 cpu"}
+            n: {
+                "kernel": "cpu_int4" if i else "fake",
+                "requested": "cpu_int4",
+                "verdict": "pass" if i else "fall back to fake",
+                "reason": "equal",
+                "shape": "512x256 W4A8 cpu",
+            }
             for i, n in enumerate(names)
-        }  # fmt: skip
+        }
         meta["layers"] = [{"name": n, "sqnr_db": 20.0 + i} for i, n in enumerate(names)]
-        meta["memory"] = {"weight_bytes": 6_000_000, "scale_bytes": 50_000, "transform_bytes": 700_000, "bf16_bytes": 24_000_000}
+        meta["memory"] = {
+            "weight_bytes": 6_000_000,
+            "scale_bytes": 50_000,
+            "transform_bytes": 700_000,
+            "bf16_bytes": 24_000_000,
+        }
     return meta
 
 
@@ -100,7 +136,22 @@ def film(directory: Path, limit: int = 6) -> int:
                     path = video_path(directory, one)
                     path.parent.mkdir(exist_ok=True)
                     source = f"testsrc=size=128x64:rate=20:duration={one.steps / 20}"
-                    command = ["ffmpeg", "-loglevel", "error", "-y", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-threads", "1"]
+                    command = [
+                        "ffmpeg",
+                        "-loglevel",
+                        "error",
+                        "-y",
+                        "-f",
+                        "lavfi",
+                        "-i",
+                        source,
+                        "-c:v",
+                        "libx264",
+                        "-pix_fmt",
+                        "yuv420p",
+                        "-threads",
+                        "1",
+                    ]
                     subprocess.run([*command, str(path)], check=True)
                 made += 1
     return made

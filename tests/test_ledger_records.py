@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hy
+
 from qlibero.errors import UserError
 from qlibero.results.records import SCHEMA, EpisodeRecord, TrajectorySlice, record_from_json
 
@@ -19,16 +20,28 @@ text = hy.text(max_size=30)
 def records(draw, arm=text):
     outcome = draw(hy.sampled_from(["success", "failure", "error"]))
     return EpisodeRecord(
-        suite=draw(text), task=draw(hy.integers(0, 89)), init=draw(hy.integers(0, 49)), seed=draw(hy.integers(0, 2**63)),
-        arm=draw(arm), outcome=outcome, steps=draw(hy.integers(0, 530)), replans=draw(hy.integers(0, 110)),
-        fingerprint="" if outcome == "error" else "ab12", action_digest="" if outcome == "error" else "cd34",
+        suite=draw(text),
+        task=draw(hy.integers(0, 89)),
+        init=draw(hy.integers(0, 49)),
+        seed=draw(hy.integers(0, 2**63)),
+        arm=draw(arm),
+        outcome=outcome,
+        steps=draw(hy.integers(0, 530)),
+        replans=draw(hy.integers(0, 110)),
+        fingerprint="" if outcome == "error" else "ab12",
+        action_digest="" if outcome == "error" else "cd34",
         error=draw(text) if outcome == "error" else None,
         success_step=draw(hy.integers(0, 520)) if outcome == "success" else None,
-        policy_ms=draw(hy.lists(ms, max_size=5)), phases_ms=draw(hy.dictionaries(text, hy.lists(ms, max_size=3), max_size=3)),
-        sim_ms=draw(ms), jerk=draw(hy.none() | ms), video=draw(hy.none() | text),
-        trajectory=draw(hy.none() | hy.builds(TrajectorySlice, text, hy.integers(0, 2**40), hy.integers(0, 530))),
+        policy_ms=draw(hy.lists(ms, max_size=5)),
+        phases_ms=draw(hy.dictionaries(text, hy.lists(ms, max_size=3), max_size=3)),
+        sim_ms=draw(ms),
+        jerk=draw(hy.none() | ms),
+        video=draw(hy.none() | text),
+        trajectory=draw(
+            hy.none() | hy.builds(TrajectorySlice, text, hy.integers(0, 2**40), hy.integers(0, 530))
+        ),
         versions=draw(hy.dictionaries(text, text, max_size=2)),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -40,9 +53,18 @@ def test_round_trip_is_exact_and_one_line(record):
 
 
 EXAMPLE = EpisodeRecord(
-    suite="libero_object", task=3, init=17, seed=7, arm="fake", outcome="success", success_step=99, steps=99, replans=20,
-    fingerprint="ab", action_digest="cd",
-)  # fmt: skip
+    suite="libero_object",
+    task=3,
+    init=17,
+    seed=7,
+    arm="fake",
+    outcome="success",
+    success_step=99,
+    steps=99,
+    replans=20,
+    fingerprint="ab",
+    action_digest="cd",
+)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +84,9 @@ def test_foreign_lines_are_refused_with_their_place(change, message):
     line = json.dumps({**json.loads(EXAMPLE.to_json()), **change})
     with pytest.raises(UserError) as refusal:
         record_from_json(line, "runs/fake/episodes-0-1.jsonl:12")
-    assert str(refusal.value).startswith("runs/fake/episodes-0-1.jsonl:12: ") and message in str(refusal.value)
+    assert str(refusal.value).startswith("runs/fake/episodes-0-1.jsonl:12: ") and message in str(
+        refusal.value
+    )
 
 
 def test_missing_field_is_refused():

@@ -1,4 +1,6 @@
-"""Risk: an episode lost, doubled or half-written after a kill, a full disk, a torn tail or a foreign directory."""
+"""Risk: an episode lost, doubled or half-written after a kill, a full disk, a torn tail or a foreign
+directory.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hy
+
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.results import ledger as room
 from qlibero.results.ledger import Ledger, read_arm, read_ledger, read_trajectory, write_meta
@@ -25,10 +28,19 @@ from qlibero.results.runs import read_run
 
 def record(init: int, outcome: str = "success", digest: str = "cd", task: int = 0) -> EpisodeRecord:
     return EpisodeRecord(
-        suite="libero_object", task=task, init=init, seed=7, arm="fake", outcome=outcome, steps=50, replans=10,
-        success_step=50 if outcome == "success" else None, error="worker died" if outcome == "error" else None,
-        fingerprint="ab", action_digest=digest,
-    )  # fmt: skip
+        suite="libero_object",
+        task=task,
+        init=init,
+        seed=7,
+        arm="fake",
+        outcome=outcome,
+        steps=50,
+        replans=10,
+        success_step=50 if outcome == "success" else None,
+        error="worker died" if outcome == "error" else None,
+        fingerprint="ab",
+        action_digest=digest,
+    )
 
 
 def trajectory(seed: int, steps: int = 50) -> np.ndarray:
@@ -124,8 +136,12 @@ def test_meta_is_merged_and_replaced_whole(tmp_path):
     write_meta(tmp_path, "fake", {"config_hash": "h", "memory": {"weights_bytes": 5}})
     write_meta(tmp_path, "fake", {"artifact": "x"})
     assert read_arm(tmp_path, "fake").meta == {
-        "schema": 1, "arm": "fake", "config_hash": "h", "memory": {"weights_bytes": 5}, "artifact": "x",
-    }  # fmt: skip
+        "schema": 1,
+        "arm": "fake",
+        "config_hash": "h",
+        "memory": {"weights_bytes": 5},
+        "artifact": "x",
+    }
     assert os.listdir(tmp_path / "fake") == ["meta.json"]
 
 
@@ -133,7 +149,9 @@ def test_arms_come_in_the_order_of_the_experiment(tmp_path):
     for arm in ("aa", "baseline", "w4a4"):
         with Ledger(tmp_path, arm, 0, "h") as ledger:
             ledger.append(replace(record(0), arm=arm))
-    (tmp_path / "experiment.yaml").write_text("name: x\nbackends: [baseline, {name: w4a4, backend: fake}, aa]\n")
+    (tmp_path / "experiment.yaml").write_text(
+        "name: x\nbackends: [baseline, {name: w4a4, backend: fake}, aa]\n"
+    )
     run = read_run(tmp_path)
     assert list(run.arms) == ["baseline", "w4a4", "aa"] and run.name == "x"
 
@@ -166,7 +184,9 @@ def test_any_history_of_retries_crashes_and_shards_reads_as_the_last_outcome(tmp
         shard = data.draw(hy.integers(0, 1))
         with Ledger(directory, "fake", shard, "h") as ledger:
             for _ in range(data.draw(hy.integers(0, 5))):
-                r = ledger.append(record(data.draw(hy.integers(0, 3)), data.draw(hy.sampled_from(["success", "error"]))))
+                r = ledger.append(
+                    record(data.draw(hy.integers(0, 3)), data.draw(hy.sampled_from(["success", "error"])))
+                )
                 model[r.key] = r
             path = directory / "fake" / f"episodes-{shard}-{ledger.attempt}.jsonl"
         if data.draw(hy.booleans()):  # a line that was never acknowledged
@@ -175,7 +195,8 @@ def test_any_history_of_retries_crashes_and_shards_reads_as_the_last_outcome(tmp
     assert read_arm(directory, "fake").by_key() == model
 
 
-# full disk -----------------------------------------------------------------------------------------------------------
+# full disk
+# -----------------------------------------------------------------------------------------------------------
 
 
 def fill(directory, shard: int) -> list[EpisodeRecord]:
@@ -204,7 +225,9 @@ def test_full_disk_on_a_small_tmpfs(tmp_path):
 
 def test_file_size_limit_leaves_no_torn_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # Python ignores SIGXFSZ: short writes, then EFBIG
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, hard)
+    )  # Python ignores SIGXFSZ: short writes, then EFBIG
     try:
         kept = fill(tmp_path, 0)
     finally:
@@ -228,7 +251,8 @@ def test_short_write_is_taken_back(tmp_path, monkeypatch):
     assert [r.init for r in read_ledger(tmp_path, "fake")] == [0, 2]
 
 
-# kill -9 -------------------------------------------------------------------------------------------------------------
+# kill -9 ----------------------------------------------------------------------------------------------------
+# ---------
 
 WRITER = """
 import sys, numpy as np

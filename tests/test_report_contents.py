@@ -1,10 +1,14 @@
-"""Risk: a report that is too big, says other numbers than the comparison, or fails on a run that lacks something."""
+"""Risk: a report that is too big, says other numbers than the comparison, or fails on a run that lacks
+something.
+"""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+from synthetic_run import film, make_run
+
 from qlibero.errors import UserError, WorkFailed
 from qlibero.reporting.html import write_report
 from qlibero.reporting.markup import Markup, el, join, script_json
@@ -12,7 +16,6 @@ from qlibero.reporting.tables import LATEX, Row, latex, markdown
 from qlibero.reporting.terminal import console, print_comparison, print_run
 from qlibero.results.compare import compare_runs
 from qlibero.results.phrases import points, speed_text
-from synthetic_run import film, make_run
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,9 @@ def test_says_what_the_comparison_says(tmp_path):
 
 
 def test_two_thousand_pairs_stay_far_below_two_megabytes(tmp_path):
-    run = make_run(tmp_path / "run", arms={"baseline": 0.0, "fake": 0.1}, tasks=40, inits=50, trajectories=False)
+    run = make_run(
+        tmp_path / "run", arms={"baseline": 0.0, "fake": 0.1}, tasks=40, inits=50, trajectories=False
+    )
     assert write_report([run])["bytes"] < 400_000
 
 
@@ -86,7 +91,9 @@ def test_bad_requests(tmp_path):
 
 
 def test_markup_escapes_everything_that_is_not_markup():
-    assert el("p", "<b>", Markup("<i>x</i>"), title='"><') == '<p title="&quot;&gt;&lt;">&lt;b&gt;<i>x</i></p>'
+    assert (
+        el("p", "<b>", Markup("<i>x</i>"), title='"><') == '<p title="&quot;&gt;&lt;">&lt;b&gt;<i>x</i></p>'
+    )
     assert el("path", d="M0 0") == '<path d="M0 0"/>' and el("br") == "<br>"
     assert join(["a", None, False, 0, [1.5]]) == "a01.5"
     assert "</script>" not in script_json({"a": "</script><!--"}, "x")[8:-9]
@@ -120,7 +127,9 @@ def test_terminal_shows_the_same_and_survives_a_log_file(tmp_path, capsys):
     assert console().width == 160
 
 
-@pytest.mark.parametrize("speedup, text", [(None, ""), (1.0, "as fast"), (1.31, "1.31× faster"), (0.5, "2.00× slower")])
+@pytest.mark.parametrize(
+    "speedup, text", [(None, ""), (1.0, "as fast"), (1.31, "1.31× faster"), (0.5, "2.00× slower")]
+)
 def test_speed_in_words(speedup, text):
     assert speed_text(speedup) == text
 

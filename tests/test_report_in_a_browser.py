@@ -1,12 +1,13 @@
-"""Risk: a report that looks right in its author's browser only. Real Chromium opens it, clicks through it, and any console
-error, network request, overflow or unreadable colour fails."""
+"""Risk: a report that looks right in its author's browser only. Real Chromium opens it, clicks through it,
+and any console error, network request, overflow or unreadable colour fails."""
 
 from __future__ import annotations
 
 import pytest
 from browser import CHROMIUM, Page
-from qlibero.reporting.html import write_report
 from synthetic_run import film, make_run
+
+from qlibero.reporting.html import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install -y chromium")
 HOSTILE = '</script><img src=x onerror="throw 1"> & <b>bold</b>'
@@ -14,7 +15,9 @@ HOSTILE = '</script><img src=x onerror="throw 1"> & <b>bold</b>'
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    directory = make_run(tmp_path_factory.mktemp("run"), name="<i>name</i> & co", labels={"w4a8": HOSTILE, "aa": "A/A"})
+    directory = make_run(
+        tmp_path_factory.mktemp("run"), name="<i>name</i> & co", labels={"w4a8": HOSTILE, "aa": "A/A"}
+    )
     assert film(directory) >= 3
     out = directory / "report.html"
     write_report([directory], out)
@@ -38,7 +41,12 @@ def test_strings_from_configs_stay_strings(page):
     assert page.js("document.images.length") == 0
     assert page.js("JSON.parse(document.querySelector('#data').textContent).labels.w4a8") == HOSTILE
     assert page.js("document.querySelector('h1').textContent") == "<i>name</i> & co"
-    assert page.js("[...document.querySelectorAll('h3')].filter(e => e.textContent.includes('</script>')).length") >= 2
+    assert (
+        page.js(
+            "[...document.querySelectorAll('h3')].filter(e => e.textContent.includes('</script>')).length"
+        )
+        >= 2
+    )
 
 
 def test_every_control_works(page):
@@ -56,12 +64,16 @@ def test_every_control_works(page):
         page.js(f"document.querySelectorAll('summary')[{i}].click()")
     assert page.js("[...document.querySelectorAll('details')].every(d => d.open)")
 
-    first = "[...document.querySelectorAll('#layers tbody tr')].map(r => parseFloat(r.children[1].textContent))"
+    first = (
+        "[...document.querySelectorAll('#layers tbody tr')].map(r => parseFloat(r.children[1].textContent))"
+    )
     page.click("#layers thead th:nth-child(2) button")
     assert page.js(first) == sorted(page.js(first))
     page.click("#layers thead th:nth-child(2) button")
     assert page.js(first) == sorted(page.js(first), reverse=True)
-    assert page.js("document.querySelector('#layers th[aria-sort]').getAttribute('aria-sort')") == "descending"
+    assert (
+        page.js("document.querySelector('#layers th[aria-sort]').getAttribute('aria-sort')") == "descending"
+    )
 
     for button in ("as-markdown", "as-latex"):
         page.click(f"[data-copy={button}]")
@@ -74,9 +86,13 @@ def test_flip_map_speaks_and_plays(page):
     page.js("document.querySelector('.heatmap').focus()")
     for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
         page.press(key)
-    assert page.js("document.querySelector('#flip-readout').textContent").startswith("A/A, libero_object task 0, initial state 0:")
+    assert page.js("document.querySelector('#flip-readout').textContent").startswith(
+        "A/A, libero_object task 0, initial state 0:"
+    )
     page.click(".heatmap")
-    assert "libero_object task 1, initial state" in page.js("document.querySelector('#flip-readout').textContent")
+    assert "libero_object task 1, initial state" in page.js(
+        "document.querySelector('#flip-readout').textContent"
+    )
 
     key, arm = page.js("(o => [o.dataset.key, o.dataset.arm])(document.querySelector('#episode').options[1])")
     _, task, init, _ = key.split("/")
@@ -115,9 +131,19 @@ def test_two_videos_share_one_clock(page):
 def test_sane_for_screen_readers_and_keyboards(page):
     ids = page.js("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
-    assert page.js("[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length") == 0
+    assert (
+        page.js(
+            "[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length"
+        )
+        == 0
+    )
     assert page.js("[...document.querySelectorAll('th')].filter(e => !e.scope).length") == 0
-    assert page.js("[...document.querySelectorAll('input,select')].filter(e => !e.labels.length && !e.getAttribute('aria-label')).length") == 0
+    assert (
+        page.js(
+            "[...document.querySelectorAll('input,select')].filter(e => !e.labels.length && !e.getAttribute('aria-label')).length"
+        )
+        == 0
+    )
     assert page.js("document.documentElement.lang") == "en"
     levels = page.js("[...document.querySelectorAll('h1,h2,h3')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))

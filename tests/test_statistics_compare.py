@@ -1,4 +1,6 @@
-"""Risk: a verdict from the wrong pairs. Pairing, errors, scenes, families and the contract of `compare`'s dict."""
+"""Risk: a verdict from the wrong pairs. Pairing, errors, scenes, families and the contract of `compare`'s
+dict.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+
 from qlibero.errors import UserError
 from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import Ledger, write_meta
@@ -22,10 +25,21 @@ def no_fsync(monkeypatch):
 
 def record(arm, task, init, outcome, **more):
     fields = dict(
-        suite="libero_object", task=task, init=init, seed=7, arm=arm, outcome=outcome, steps=50, replans=2,
-        success_step=50 if outcome == "success" else None, error="hung" if outcome == "error" else None,
-        fingerprint=f"{task:02x}{init:02x}", action_digest="cd", policy_ms=[30.0, 10.0, 10.0], warmup_calls=1,
-    )  # fmt: skip
+        suite="libero_object",
+        task=task,
+        init=init,
+        seed=7,
+        arm=arm,
+        outcome=outcome,
+        steps=50,
+        replans=2,
+        success_step=50 if outcome == "success" else None,
+        error="hung" if outcome == "error" else None,
+        fingerprint=f"{task:02x}{init:02x}",
+        action_digest="cd",
+        policy_ms=[30.0, 10.0, 10.0],
+        warmup_calls=1,
+    )
     return EpisodeRecord(**{**fields, **more})
 
 
@@ -53,8 +67,12 @@ def test_the_contract_of_the_last_line(tmp_path):
     fake = result["arms"]["fake"]
     assert result["reference"] == "baseline"
     assert {k: fake[k] for k in ("pairs", "broken", "repaired", "delta", "verdict")} == {
-        "pairs": 500, "broken": 11, "repaired": 9, "delta": -0.004, "verdict": "inconclusive",
-    }  # fmt: skip
+        "pairs": 500,
+        "broken": 11,
+        "repaired": 9,
+        "delta": -0.004,
+        "verdict": "inconclusive",
+    }
     assert [round(100 * x, 2) for x in fake["tango95"]] == [-2.33, 1.47]
     assert fake["mcnemar_p"] == pytest.approx(0.8238, abs=1e-4)
     assert fake["speedup_p50"] == 2.0  # warm-up calls are left out
@@ -71,7 +89,14 @@ def test_the_contract_of_the_last_line(tmp_path):
     [
         (10, 10, 500, "non-inferior", None, "fake is non-inferior to baseline at −2 pp"),
         (0, 12, 500, "non-inferior", "better", "fake is better than baseline"),
-        (20, 5, 2000, "non-inferior", "worse within the margin", "fake is non-inferior to baseline at −2 pp, worse within"),
+        (
+            20,
+            5,
+            2000,
+            "non-inferior",
+            "worse within the margin",
+            "fake is non-inferior to baseline at −2 pp, worse within",
+        ),
         (60, 5, 500, "inferior", None, "fake is inferior to baseline by more than 2 pp"),
     ],
 )
@@ -129,7 +154,9 @@ def test_holm_runs_over_arms_and_suites_but_not_over_the_control(tmp_path):
     assert all(cell["mcnemar_p"] == pytest.approx(0.021484, abs=1e-6) for cell in cells)
     assert all(cell["mcnemar_p_holm"] == pytest.approx(4 * 0.021484, abs=1e-5) for cell in cells)
     assert "mcnemar_p_holm" not in result["arms"]["aa"]["suites"]["libero_goal"]
-    assert result["arms"]["fake"]["noise_floor"]["pairs"] == 200 and result["arms"]["aa"]["noise_floor"] is None
+    assert (
+        result["arms"]["fake"]["noise_floor"]["pairs"] == 200 and result["arms"]["aa"]["noise_floor"] is None
+    )
     assert result["arms"]["fake"]["pairs"] == 200 and result["arms"]["fake"]["clusters"]["tasks"] == 20
 
 
@@ -175,10 +202,15 @@ def test_sequential_verdict_is_recomputed_from_the_declared_order(tmp_path):
     ran = {(k.task, k.init): "success" for k in declaration.order[:300]}
     write(tmp_path, "fake", ran)
     sequential = compare_runs([tmp_path])["arms"]["fake"]["sequential"]
-    assert (sequential["verdict"], sequential["pairs"], sequential["episodes_saved"]) == ("non-inferior", 272, 200)
+    assert (sequential["verdict"], sequential["pairs"], sequential["episodes_saved"]) == (
+        "non-inferior",
+        272,
+        200,
+    )
 
 
-# execution quality ----------------------------------------------------------------------------------------------------
+# execution quality
+# ----------------------------------------------------------------------------------------------------
 
 
 def straight(steps=40, speed=0.01, gripper=-1.0):
@@ -231,7 +263,9 @@ def test_shifts_are_paired_and_noise_sets_the_divergence_threshold(tmp_path):
     write(tmp_path, "fake", arm, trajectories=longer, success_step=55)
     fake = compare_runs([tmp_path])["arms"]["fake"]
     assert fake["quality"]["path_length_m"]["shift"] == pytest.approx(0.039, abs=1e-5)
-    assert fake["quality"]["steps_to_success"]["shift"] == 5 and fake["quality"]["steps_to_success"]["p"] < 0.001
+    assert (
+        fake["quality"]["steps_to_success"]["shift"] == 5 and fake["quality"]["steps_to_success"]["p"] < 0.001
+    )
     assert fake["divergence"]["threshold"] == pytest.approx(1e-4, rel=1e-3)
     assert fake["divergence"]["median_step"] == 20 and fake["divergence"]["diverged"] == 40
     assert fake["divergence"]["steps"]["libero_object/0/0/7"] == 20

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from qlibero.results import statistics as st
 from qlibero.results.clusters import sign_flip_p, task_bootstrap, task_t_interval
 from qlibero.results.evalues import log_e_difference, log_e_worse, margin_martingales
@@ -17,18 +18,28 @@ def in_points(interval, digits=2):
 
 @pytest.mark.parametrize(
     "k, n, expected",
-    [(462, 500, [89.7, 94.4]), (494, 500, [97.4, 99.4]), (1937, 2000, [96.0, 97.5]), (100, 100, [96.3, 100]), (9, 10, [59.6, 98.2])],
+    [
+        (462, 500, [89.7, 94.4]),
+        (494, 500, [97.4, 99.4]),
+        (1937, 2000, [96.0, 97.5]),
+        (100, 100, [96.3, 100]),
+        (9, 10, [59.6, 98.2]),
+    ],
 )
 def test_wilson(k, n, expected):
     assert in_points(st.wilson(k, n), 1) == expected
 
 
-@pytest.mark.parametrize("k, n, expected", [(100, 100, [96.4, 100]), (0, 50, [0, 7.1]), (9, 10, [55.5, 99.7])])
+@pytest.mark.parametrize(
+    "k, n, expected", [(100, 100, [96.4, 100]), (0, 50, [0, 7.1]), (9, 10, [55.5, 99.7])]
+)
 def test_clopper_pearson(k, n, expected):
     assert in_points(st.clopper_pearson(k, n), 1) == expected
 
 
-@pytest.mark.parametrize("b, r, p", [(11, 9, 0.824), (8, 14, 0.286), (6, 0, 0.031), (9, 1, 0.021), (5, 0, 0.0625), (0, 0, 1.0)])
+@pytest.mark.parametrize(
+    "b, r, p", [(11, 9, 0.824), (8, 14, 0.286), (6, 0, 0.031), (9, 1, 0.021), (5, 0, 0.0625), (0, 0, 1.0)]
+)
 def test_exact_mcnemar(b, r, p):
     assert st.mcnemar_exact(b, r) == pytest.approx(p, abs=5e-4)
 
@@ -144,7 +155,9 @@ def test_smallest_counts_that_reach_twenty():
 
 
 def test_exact_false_alarm_rate_of_the_e_process():
-    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7 %."""
+    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7
+    %.
+    """
     alive, alarms, at = {0: 1.0}, 0.0, {}
     for n in range(1, 1001):
         grown: dict[int, float] = {}

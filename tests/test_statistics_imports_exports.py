@@ -1,5 +1,5 @@
-"""Risk: results of other tools read as more than they are, or episodes exported with a hole. Files in the formats those
-tools write, checked field by field against their sources."""
+"""Risk: results of other tools read as more than they are, or episodes exported with a hole. Files in the
+formats those tools write, checked field by field against their sources."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ import json
 import sys
 
 import pytest
+from statsmodels.stats.proportion import confint_proportions_2indep
+from synthetic_run import make_run
+
 from qlibero.errors import UserError
 from qlibero.reporting.terminal import print_comparison
 from qlibero.results import statistics as st
 from qlibero.results.compare import compare_runs
 from qlibero.results.export import export_episodes
 from qlibero.results.imports import compare_foreign, read_foreign
-from statsmodels.stats.proportion import confint_proportions_2indep
-from synthetic_run import make_run
 
 
 def fork(path, failures=(), episodes=20, suite="libero_object", as_csv=False):
     rows = [
-        {"task_id": t, "task_name": f"task {t}", "episode_idx": i, "success": (t, i) not in failures, "steps": 120, "max_steps": 290}
+        {
+            "task_id": t,
+            "task_name": f"task {t}",
+            "episode_idx": i,
+            "success": (t, i) not in failures,
+            "steps": 120,
+            "max_steps": 290,
+        }
         for t in range(10)
         for i in range(episodes)
     ]
@@ -32,23 +40,69 @@ def fork(path, failures=(), episodes=20, suite="libero_object", as_csv=False):
             writer.writerows(rows)
     else:
         wins = sum(r["success"] for r in rows)
-        path.write_text(json.dumps({"task_suite": suite, "total_episodes": len(rows), "total_successes": wins, "success_rate": wins / len(rows), "seed": 7, "headless": True, "results": rows}))
+        path.write_text(
+            json.dumps(
+                {
+                    "task_suite": suite,
+                    "total_episodes": len(rows),
+                    "total_successes": wins,
+                    "success_rate": wins / len(rows),
+                    "seed": 7,
+                    "headless": True,
+                    "results": rows,
+                }
+            )
+        )
     return path
 
 
 def lerobot(path, successes=95):
-    metrics = [{"sum_rewards": [0.0] * 10, "max_rewards": [0.0] * 10, "successes": [10 * t + i < successes for i in range(10)], "video_paths": []} for t in range(10)]
-    path.write_text(json.dumps({"per_task": [{"task_group": "libero_object", "task_id": t, "metrics": m} for t, m in enumerate(metrics)], "per_group": {}, "overall": {"pc_success": float(successes), "n_episodes": 100}}))
+    metrics = [
+        {
+            "sum_rewards": [0.0] * 10,
+            "max_rewards": [0.0] * 10,
+            "successes": [10 * t + i < successes for i in range(10)],
+            "video_paths": [],
+        }
+        for t in range(10)
+    ]
+    path.write_text(
+        json.dumps(
+            {
+                "per_task": [
+                    {"task_group": "libero_object", "task_id": t, "metrics": m} for t, m in enumerate(metrics)
+                ],
+                "per_group": {},
+                "overall": {"pc_success": float(successes), "n_episodes": 100},
+            }
+        )
+    )
     return path
 
 
 def vla_eval(path, new=False):
     def episode(i):
         if new:
-            return {"episode_id": i, "metrics": {"success": i != 3}, "steps": 140, "failure_reason": "timeout" if i == 5 else None}
-        return {"success": i != 3, "steps": 140, "elapsed_sec": 17.9, "task": "pick up the soup", "episode_id": f"pick up the soup_ep{i}"}
+            return {
+                "episode_id": i,
+                "metrics": {"success": i != 3},
+                "steps": 140,
+                "failure_reason": "timeout" if i == 5 else None,
+            }
+        return {
+            "success": i != 3,
+            "steps": 140,
+            "elapsed_sec": 17.9,
+            "task": "pick up the soup",
+            "episode_id": f"pick up the soup_ep{i}",
+        }
 
-    data = {"benchmark": "LIBEROBenchmark_libero_object", "mode": "sync", "harness_version": "0.4.0", "tasks": [{"task": "pick up the soup", "episodes": [episode(i) for i in range(50)]}]}
+    data = {
+        "benchmark": "LIBEROBenchmark_libero_object",
+        "mode": "sync",
+        "harness_version": "0.4.0",
+        "tasks": [{"task": "pick up the soup", "episodes": [episode(i) for i in range(50)]}],
+    }
     path.write_text(json.dumps(data))
     return path
 
@@ -61,13 +115,17 @@ def test_openpi_fork_json_and_csv_are_the_same_arm_and_pair(tmp_path):
         arm = fork(tmp_path / f"w4a8-{as_csv}" / name, flipped, as_csv=as_csv)
         result = compare_runs([base, arm])["arms"][f"w4a8-{as_csv}/libero_object_results"]
         assert (result["paired"], result["pairs"], result["broken"], result["repaired"]) == (True, 200, 9, 0)
-        assert result["tango95"] == pytest.approx(st.tango(9, 0, 200)) and result["mcnemar_p"] == st.mcnemar_exact(9, 0)
+        assert result["tango95"] == pytest.approx(st.tango(9, 0, 200)) and result[
+            "mcnemar_p"
+        ] == st.mcnemar_exact(9, 0)
         assert "taken on trust" in result["caveat"] and "taken on trust" in result["sentence"]
 
 
 def test_lerobot_is_unpaired_and_says_so(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    result = compare_foreign([lerobot(tmp_path / "a" / "eval_info.json", 97), lerobot(tmp_path / "b" / "eval_info.json", 90)])
+    result = compare_foreign(
+        [lerobot(tmp_path / "a" / "eval_info.json", 97), lerobot(tmp_path / "b" / "eval_info.json", 90)]
+    )
     arm = result["arms"]["b/eval_info"]
     assert arm["paired"] is False and arm["counts"] == [90, 100] and arm["reference_counts"] == [97, 100]
     assert "unpaired: LeRobot's initial states" in arm["sentence"]
@@ -76,14 +134,29 @@ def test_lerobot_is_unpaired_and_says_so(tmp_path):
 
 def test_lerobot_before_multi_task(tmp_path):
     path = tmp_path / "eval_info.json"
-    path.write_text(json.dumps({"per_episode": [{"episode_ix": i, "sum_reward": 0, "max_reward": 0, "success": i > 1, "seed": 1000 + i} for i in range(10)], "aggregated": {}}))
+    path.write_text(
+        json.dumps(
+            {
+                "per_episode": [
+                    {"episode_ix": i, "sum_reward": 0, "max_reward": 0, "success": i > 1, "seed": 1000 + i}
+                    for i in range(10)
+                ],
+                "aggregated": {},
+            }
+        )
+    )
     assert read_foreign(path).counts == (8, 10, 0) and read_foreign(path).keyed() is None
 
 
 def test_vla_eval_old_and_new_schema_and_its_errors(tmp_path):
-    old, new = read_foreign(vla_eval(tmp_path / "old.json")), read_foreign(vla_eval(tmp_path / "new.json", new=True))
+    old, new = (
+        read_foreign(vla_eval(tmp_path / "old.json")),
+        read_foreign(vla_eval(tmp_path / "new.json", new=True)),
+    )
     assert old.counts == (49, 50, 0) and new.counts == (48, 49, 1)
-    assert old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
+    assert (
+        old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
+    )
     result = compare_foreign([tmp_path / "old.json", tmp_path / "new.json"])
     (arm,) = result["arms"].values()
     assert arm["pairs"] == 49 and arm["broken"] == arm["repaired"] == 0
@@ -100,7 +173,9 @@ def test_a_run_of_ours_beside_a_file_of_the_fork(tmp_path, capsys):
     assert "openpi fork" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("k1, n1, k2, n2", [(56, 70, 48, 80), (9, 10, 3, 10), (100, 100, 95, 100), (0, 20, 0, 20)])
+@pytest.mark.parametrize(
+    "k1, n1, k2, n2", [(56, 70, 48, 80), (9, 10, 3, 10), (100, 100, 95, 100), (0, 20, 0, 20)]
+)
 def test_independent_interval_against_statsmodels(k1, n1, k2, n2):
     oracle = confint_proportions_2indep(k1, n1, k2, n2, method="newcomb", compare="diff")
     assert st.newcombe_independent(k1, n1, k2, n2) == pytest.approx(oracle, abs=1e-12)
@@ -113,9 +188,17 @@ def test_independent_interval_published_example():
 
 @pytest.mark.parametrize(
     "content, message",
-    [("{}", "not a result file"), ("[1]", "not a result file"), ("{", "cannot be read"), ('{"task_suite": "x"}', "lacks 'results'"),
-     ('{"task_suite": "x", "results": [{"task_id": 0, "episode_idx": 0, "success": "maybe"}]}', "expected True or False")],
-)  # fmt: skip
+    [
+        ("{}", "not a result file"),
+        ("[1]", "not a result file"),
+        ("{", "cannot be read"),
+        ('{"task_suite": "x"}', "lacks 'results'"),
+        (
+            '{"task_suite": "x", "results": [{"task_id": 0, "episode_idx": 0, "success": "maybe"}]}',
+            "expected True or False",
+        ),
+    ],
+)
 def test_foreign_files_that_are_something_else(tmp_path, content, message):
     path = tmp_path / "file.json"
     path.write_text(content)

@@ -1,4 +1,6 @@
-"""Risk: stopping early on luck. Error rates of the sequential verdict by simulation, and its order fixed beforehand."""
+"""Risk: stopping early on luck. Error rates of the sequential verdict by simulation, and its order fixed
+beforehand.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hy
+
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal
 from qlibero.results.stopping import decide, declare, declared_order, read_declaration
@@ -15,7 +18,9 @@ from qlibero.results.stopping import decide, declare, declared_order, read_decla
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]
 
 
-def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: float = 0.02) -> dict[str, float]:
+def simulate(
+    delta: float, psi: float, n: int, runs: int, seed: int, margin: float = 0.02
+) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     p = [(psi - delta) / 2, 1 - psi, (psi + delta) / 2]
     verdicts = []
@@ -26,7 +31,9 @@ def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: flo
 
 @pytest.mark.parametrize("psi", [0.02, 0.05, 0.2])
 def test_at_the_margin_either_verdict_is_wrong_at_most_alpha_of_the_time(psi):
-    """Δ = −margin is the hardest truth for both directions. 800 runs: the Monte-Carlo error at 2.5 % is 0.55 %."""
+    """Δ = −margin is the hardest truth for both directions. 800 runs: the Monte-Carlo error at 2.5 % is 0.55
+    %.
+    """
     rates = simulate(-0.02, psi, n=1000, runs=800, seed=int(1000 * psi))
     assert rates["non-inferior"] <= 0.025 + 3 * 0.0055
     assert rates["inferior"] <= 0.025 + 3 * 0.0055
@@ -79,7 +86,9 @@ def test_arms_share_alpha():
 @settings(max_examples=40, deadline=None)
 @given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, "error"]), max_size=300), hy.integers(0, 300))
 def test_more_pairs_never_change_a_decision(steps, cut):
-    """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with itself."""
+    """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with
+    itself.
+    """
     early = decide(steps[:cut] + [None] * len(steps[cut:]), margin=0.1, alpha=0.2)
     late = decide(steps, margin=0.1, alpha=0.2)
     if early.stop and None in (steps[:cut] + [None] * len(steps[cut:])):

@@ -1,7 +1,8 @@
 """Chart parts that stay readable at any width: marks are placed in percent, text is HTML at its own size.
 
-Scaled SVG text is unreadable on a phone. So a chart here is a `Scale` (data → percent), HTML marks positioned by it, and,
-for curves only, an SVG without text that stretches with the page while its strokes keep their width.
+Scaled SVG text is unreadable on a phone. So a chart here is a `Scale` (data → percent), HTML marks positioned
+by it, and, for curves only, an SVG without text that stretches with the page while its strokes keep their
+width.
 """
 
 from __future__ import annotations
@@ -42,14 +43,22 @@ def scale_over(values: Sequence[float], include: Sequence[float] = (), room: flo
 
 
 def success_scale(lows: Sequence[float]) -> Scale:
-    """Success axis up to 100 %, from the tens below the lowest interval end: differences near 100 % must be seen."""
+    """Success axis up to 100 %, from the tens below the lowest interval end: differences near 100 % must be
+    seen.
+    """
     return Scale(max(0.0, math.floor(10 * min(lows, default=0) - 1e-9) / 10), 1.0)
 
 
 def axis(scale: Scale, label: str, form, about: int = 5) -> Markup:
     """Tick labels under a track, and what they measure."""
     ticks = [el("span", form(t), style=f"left:{scale(t)}%") for t in scale.ticks(about)]
-    return el("div", el("div", *ticks, class_="ticks"), el("div", label, class_="axis-label"), class_="axis", aria_hidden="true")
+    return el(
+        "div",
+        el("div", *ticks, class_="ticks"),
+        el("div", label, class_="axis-label"),
+        class_="axis",
+        aria_hidden="true",
+    )
 
 
 def grid_lines(scale: Scale, about: int = 5) -> list[Markup]:
@@ -75,15 +84,23 @@ def curve(points: Sequence[tuple[float, float]], colour: str, filled: bool = Fal
     d = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
     if filled:
         d += f"L{points[-1][0]:g} 100L{points[0][0]:g} 100Z"
-    return el("path", d=d, class_=f"{'area' if filled else 'line'} {colour}", vector_effect="non-scaling-stroke")
+    return el(
+        "path", d=d, class_=f"{'area' if filled else 'line'} {colour}", vector_effect="non-scaling-stroke"
+    )
 
 
 def plot(*children: Markup, label: str, height: int) -> Markup:
     """A stretching SVG in percent coordinates, without text."""
     return el(
-        "svg", *children, viewBox="0 0 100 100", preserveAspectRatio="none", class_="plot", role="img", aria_label=label,
+        "svg",
+        *children,
+        viewBox="0 0 100 100",
+        preserveAspectRatio="none",
+        class_="plot",
+        role="img",
+        aria_label=label,
         style=f"height:{height}px",
-    )  # fmt: skip
+    )
 
 
 def density(values: np.ndarray, scale: Scale, bins: int = 70) -> list[tuple[float, float]]:

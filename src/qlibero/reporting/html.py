@@ -1,7 +1,9 @@
-"""`qlibero report`: one HTML file that opens anywhere, from a disk, without a network, and says what the runs showed.
+"""`qlibero report`: one HTML file that opens anywhere, from a disk, without a network, and says what the runs
+showed.
 
-Everything visible is written here as HTML and inline SVG; the script only adds comfort (sorting, the map's tooltip, two
-videos on one clock, copying). No chart library: the page without videos is a few hundred kilobytes.
+Everything visible is written here as HTML and inline SVG; the script only adds comfort (sorting, the map's
+tooltip, two videos on one clock, copying). No chart library: the page without videos is a few hundred
+kilobytes.
 """
 
 from __future__ import annotations
@@ -13,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.errors import UserError, WorkFailed
-from qlibero.reporting import sections_success as first
-from qlibero.reporting import sections_system as second
 from qlibero.reporting.markup import Markup, el, join, script_json
 from qlibero.reporting.material import Material, Video, flipped_videos, gather
+from qlibero.reporting.sections.differences import differences
+from qlibero.reporting.sections.execution import execution
+from qlibero.reporting.sections.flips import flip_columns, flip_rows, flips
+from qlibero.reporting.sections.latency import latency
+from qlibero.reporting.sections.layers import kernels, layers
+from qlibero.reporting.sections.parts import section
+from qlibero.reporting.sections.provenance import copyable, provenance
+from qlibero.reporting.sections.success import success
+from qlibero.reporting.sections.tradeoff import memory, pareto
+from qlibero.reporting.sections.verdicts import verdicts
+from qlibero.reporting.sections.videos import videos
 from qlibero.results.runs import read_run
 
 VIDEO_MEGABYTES = 8.0
@@ -31,9 +42,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report of one or several runs; `out` defaults to report.html in the first run directory.
 
-    `margin` defaults to the experiment's own (`stop.margin`) or 0.02. Flipped episodes' videos are embedded up to
-    `video_megabytes`. Returns {"report", "bytes", "video_bytes", "arms", "verdicts"}. Raises UserError for directories
-    without a ledger, WorkFailed if the file cannot be written.
+    `margin` defaults to the experiment's own (`stop.margin`) or 0.02. Flipped episodes' videos are embedded
+    up to `video_megabytes`. Returns {"report", "bytes", "video_bytes", "arms", "verdicts"}. Raises UserError
+    for directories without a ledger, WorkFailed if the file cannot be written.
     """
     if not paths:
         raise UserError("report: name at least one run directory")
@@ -53,7 +64,9 @@ def write_report(
     return {
         "report": str(out),
         "bytes": len(page.encode()),
-        "video_bytes": sum(path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}),
+        "video_bytes": sum(
+            path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}
+        ),
         "arms": list(material.arms),
         "verdicts": {name: r["verdict"] for name, r in material.compared.items()},
     }
@@ -72,18 +85,29 @@ def _within(filmed: list[Video], budget: float) -> list[Video]:
     return chosen
 
 
-def render(m: Material, videos: list[Video], left_out: int = 0) -> str:
+def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
     """The whole page as text."""
     parts = [
-        first.verdicts(m), first.success(m), first.differences(m), first.flips(m), second.videos(m, videos, left_out),
-        first.execution(m), second.latency(m), second.pareto(m), second.memory(m), second.kernels(m), second.layers(m),
-        second.copyable(m), second.provenance(m), _reading(m),
-    ]  # fmt: skip
+        verdicts(m),
+        success(m),
+        differences(m),
+        flips(m),
+        videos(m, filmed, left_out),
+        execution(m),
+        latency(m),
+        pareto(m),
+        memory(m),
+        kernels(m),
+        layers(m),
+        copyable(m),
+        provenance(m),
+        _reading(m),
+    ]
     kept = [part for part in parts if part is not None]
     assets = files("qlibero.reporting")
     data = {
-        "flips": {name: first.flip_rows(m, name) for name in m.compared},
-        "columns": first.flip_columns(m) if m.compared else [],
+        "flips": {name: flip_rows(m, name) for name in m.compared},
+        "columns": flip_columns(m) if m.compared else [],
         "tasks": [f"{suite} task {task}" for suite, task in m.tasks],
         "keys": [[suite, task] for suite, task in m.tasks],
         "labels": {name: arm.label for name, arm in m.arms.items()},
@@ -100,7 +124,10 @@ def render(m: Material, videos: list[Video], left_out: int = 0) -> str:
         _header(m),
         _navigation(kept),
         el("main", kept),
-        el("footer", f"Written by qlibero on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {', '.join(r.run_dir.resolve().name for r in m.runs)}"),
+        el(
+            "footer",
+            f"Written by qlibero on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {', '.join(r.run_dir.resolve().name for r in m.runs)}",
+        ),
         script_json(data, "data"),
         el("script", Markup(assets.joinpath("report.js").read_text())),
     )
@@ -124,20 +151,55 @@ def _header(m: Material) -> Markup:
 
 def _navigation(parts: list[Markup]) -> Markup:
     ids = [part.split('id="', 1)[1].split('"', 1)[0] for part in parts]
-    return el("nav", el("ul", [el("li", el("a", id_.capitalize(), href=f"#{id_}")) for id_ in ids]), aria_label="Sections")
+    return el(
+        "nav",
+        el("ul", [el("li", el("a", id_.capitalize(), href=f"#{id_}")) for id_ in ids]),
+        aria_label="Sections",
+    )
 
 
 def _reading(m: Material) -> Markup:
     terms = [
-        ("pair", "The same suite, task, initial state and seed in both arms, with equal scene fingerprints and the same policy noise."),
-        ("broken, repaired", "The reference succeeds and the arm fails; the reverse. Everything the comparison knows is in these two counts."),
+        (
+            "pair",
+            "The same suite, task, initial state and seed in both arms, with equal scene fingerprints and the same policy noise.",
+        ),
+        (
+            "broken, repaired",
+            "The reference succeeds and the arm fails; the reverse. Everything the comparison knows is in these two counts.",
+        ),
         ("Δ", "(repaired − broken) / pairs, in percentage points. Negative: the arm loses."),
-        ("non-inferior", f"The whole 95 % Tango interval of Δ lies above −{100 * m.margin:g} pp. “Not significant” is not non-inferior."),
-        ("inferior", f"The whole interval lies below −{100 * m.margin:g} pp. Otherwise the result is inconclusive, and the power line says why."),
-        ("McNemar", "Exact two-sided test that breaking and repairing are equally likely; Holm-adjusted over arms × suites."),
-        ("tasks like these", "t interval over per-task differences: whole tasks are the units. Wider, and the one that generalises."),
-        ("A/A", "The reference run again with another batch composition. What it flips is noise that no kernel is to blame for."),
-        ("error", "A simulator or transport failed. Neither success nor failure; a verdict that errors could change is inconclusive."),
-        ("jerk, path, flips", "Mean third difference of the gripper position × 20³ m/s³ up to the pair's earlier end; metres travelled; open-close changes."),
+        (
+            "non-inferior",
+            f"The whole 95 % Tango interval of Δ lies above −{100 * m.margin:g} pp. “Not significant” is not non-inferior.",
+        ),
+        (
+            "inferior",
+            f"The whole interval lies below −{100 * m.margin:g} pp. Otherwise the result is inconclusive, and the power line says why.",
+        ),
+        (
+            "McNemar",
+            "Exact two-sided test that breaking and repairing are equally likely; Holm-adjusted over arms × suites.",
+        ),
+        (
+            "tasks like these",
+            "t interval over per-task differences: whole tasks are the units. Wider, and the one that generalises.",
+        ),
+        (
+            "A/A",
+            "The reference run again with another batch composition. What it flips is noise that no kernel is to blame for.",
+        ),
+        (
+            "error",
+            "A simulator or transport failed. Neither success nor failure; a verdict that errors could change is inconclusive.",
+        ),
+        (
+            "jerk, path, flips",
+            "Mean third difference of the gripper position × 20³ m/s³ up to the pair's earlier end; metres travelled; open-close changes.",
+        ),
     ]
-    return first.section("reading", "How to read this", el("dl", [join(el("dt", t), el("dd", d)) for t, d in terms], class_="terms"))
+    return section(
+        "reading",
+        "How to read this",
+        el("dl", [join(el("dt", t), el("dd", d)) for t, d in terms], class_="terms"),
+    )

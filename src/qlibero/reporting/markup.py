@@ -1,7 +1,7 @@
 """HTML from Python calls, escaped by construction: whatever is not `Markup` already is text.
 
-Names of experiments, arms, layers and error messages come from configs and from other people's libraries; with one
-function that writes every tag there is one place where they could break out of it, and they cannot.
+Names of experiments, arms, layers and error messages come from configs and from other people's libraries;
+with one function that writes every tag there is one place where they could break out of it, and they cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ class Markup(str):
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Markup:
-    """An element. `class_` and `data_x` become class and data-x; True is a bare attribute, None and False leave it out."""
+    """An element. `class_` and `data_x` become class and data-x; True is a bare attribute, None and False
+    leave it out.
+    """
     pieces = [tag]
     for name, value in attributes.items():
         if value is None or value is False:
@@ -46,9 +48,17 @@ def join(*children: Any) -> Markup:
 
 
 def script_json(data: Any, id_: str) -> Markup:
-    """Data for the page's script. `<`, `>` and `&` are escaped inside the JSON, so no `</script>` can end it early."""
+    """Data for the page's script. `<`, `>` and `&` are escaped inside the JSON, so no `</script>` can end it
+    early.
+    """
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    for character, code in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
         text = text.replace(character, code)
     return Markup(f'<script type="application/json" id="{escape(id_, quote=True)}">{text}</script>')
 

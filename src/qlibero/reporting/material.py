@@ -1,4 +1,6 @@
-"""What a report is made of, gathered once: arms in order with their colours, the comparison, the videos it may hold."""
+"""What a report is made of, gathered once: arms in order with their colours, the comparison, the videos it
+may hold.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ from qlibero.results.pairing import Arm, collect_arms
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import RunResults, video_path
 
-COLOURS = 8  # classes c0 … c7 in report.css
+COLOURS = 6  # classes c2 … c7 in report.css; c0 is the reference's, c1 the A/A control's
 
 
 @dataclass(frozen=True)
 class Video:
-    """One episode of an arm beside the reference's. The steps where they part are "never" or "unknown" where not a number."""
+    """One episode of an arm beside the reference's. The steps where they part are "never" or "unknown" where
+    not a number.
+    """
 
     key: EpisodeKey
     arm: str
@@ -39,7 +43,11 @@ class Material:
     margin: float
 
     def colour(self, arm: str) -> str:
-        return f"c{list(self.arms).index(arm) % COLOURS}"
+        """The arm's colour class, the same everywhere on the page."""
+        if arm == self.reference or self.arms[arm].is_control:
+            return "c1" if self.arms[arm].is_control else "c0"
+        others = [name for name in self.arms if name != self.reference and not self.arms[name].is_control]
+        return f"c{2 + others.index(arm) % COLOURS}"
 
     def records(self, arm: str) -> list[EpisodeRecord]:
         return [self.arms[arm].records[key] for key in sorted(self.arms[arm].records)]
@@ -62,7 +70,9 @@ class Material:
 
 
 def gather(runs: Sequence[RunResults], reference: str, margin: float) -> Material:
-    """Without the reference arm, or with one arm alone, there is no comparison and the report says what there is."""
+    """Without the reference arm, or with one arm alone, there is no comparison and the report says what there
+    is.
+    """
     arms = collect_arms(runs)
     present = reference if reference in arms else None
     ordered = dict(sorted(arms.items(), key=lambda item: item[0] != present))
@@ -71,7 +81,9 @@ def gather(runs: Sequence[RunResults], reference: str, margin: float) -> Materia
 
 
 def flipped_videos(m: Material) -> list[Video]:
-    """Filmed episodes that flipped, broken before repaired, one arm after the other so that each gets its share."""
+    """Filmed episodes that flipped, broken before repaired, one arm after the other so that each gets its
+    share.
+    """
     queues = []
     for name, result in m.compared.items():
         found = []
@@ -81,7 +93,9 @@ def flipped_videos(m: Material) -> list[Video]:
                 continue
             files = [video_path(m.arms[n].run_dirs[key], r) for n, r in ((m.reference, left), (name, right))]
             if all(file.exists() for file in files):
-                steps = [result["divergence"][kind].get(str(key), "unknown") for kind in ("steps", "visible_steps")]
+                steps = [
+                    result["divergence"][kind].get(str(key), "unknown") for kind in ("steps", "visible_steps")
+                ]
                 steps = ["never" if step is None else step for step in steps]
                 found.append(Video(key, name, *files, left.outcome, right.outcome, *steps))
         queues.append(sorted(found, key=lambda v: v.arm_outcome == "success"))

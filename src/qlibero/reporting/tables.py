@@ -1,4 +1,6 @@
-"""The comparison as a table to paste: Markdown and LaTeX, with the counts, because percentages alone cannot be checked."""
+"""The comparison as a table to paste: Markdown and LaTeX, with the counts, because percentages alone cannot
+be checked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from qlibero.results.phrases import points
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory`: bytes of the quantized linears."""
+    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory`: bytes of the
+    quantized linears.
+    """
 
     label: str
     summary: dict
@@ -18,7 +22,17 @@ class Row:
     memory: int | None
 
 
-HEAD = ("arm", "success", "95 % CI", "Δ (pp)", "95 % CI", "broken / repaired", "verdict", "p50 (ms)", "linears (MB)")
+HEAD = (
+    "arm",
+    "success",
+    "95 % CI",
+    "Δ (pp)",
+    "95 % CI",
+    "broken / repaired",
+    "verdict",
+    "p50 (ms)",
+    "linears (MB)",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -51,9 +65,21 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$", "−": "$-$", "×": r"$\times$", "µ": r"$\mu$",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "Δ": r"$\Delta$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "µ": r"$\mu$",
+}
 
 
 def latex(rows: Sequence[Row], caption: str) -> str:

@@ -1,4 +1,6 @@
-"""The end of a run and a comparison as tables for a terminal; the same text, wide enough, when nobody is at one."""
+"""The end of a run and a comparison as tables for a terminal; the same text, wide enough, when nobody is at
+one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from qlibero.results.summary import counts, summarize_arm
 
 PLAIN_WIDTH = 160
 COLOURS = {"non-inferior": "green", "inferior": "red", "inconclusive": "yellow"}
-QUALITY = {"steps_to_success": "steps to success", "path_length_m": "path (m)", "gripper_flips": "gripper flips", "jerk": "jerk (m/s³)"}
+QUALITY = {
+    "steps_to_success": "steps to success",
+    "path_length_m": "path (m)",
+    "gripper_flips": "gripper flips",
+    "jerk": "jerk (m/s³)",
+}
 
 
 def console() -> Console:
@@ -27,8 +34,12 @@ def console() -> Console:
     return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
 
 
-def print_run(run_dir: Path | str, to: Console | None = None, reference: str = "baseline", margin: float = 0.02) -> None:
-    """What a finished (or interrupted) run shows: success, flips, latency, simulator time, and where things lie."""
+def print_run(
+    run_dir: Path | str, to: Console | None = None, reference: str = "baseline", margin: float = 0.02
+) -> None:
+    """What a finished (or interrupted) run shows: success, flips, latency, simulator time, and where things
+    lie.
+    """
     run, to = read_run(run_dir), to or console()
     to.print(success_table(run))
     if reference in run.arms and len(run.arms) > 1:
@@ -45,13 +56,35 @@ def print_comparison(result: dict[str, Any], to: Console | None = None) -> None:
 def _foreign(result: dict[str, Any]) -> Group:
     """Results of other tools: what was compared how, and one sentence each."""
     table = _table(f"against {result['reference']}, margin {margin_text(result['margin'])}")
-    for title in ("result", "tool", "successes", "reference", "Δ pp", "95 % interval", "method", "p", "verdict"):
+    for title in (
+        "result",
+        "tool",
+        "successes",
+        "reference",
+        "Δ pp",
+        "95 % interval",
+        "method",
+        "p",
+        "verdict",
+    ):
         table.add_column(title)
     for name, r in result["arms"].items():
-        delta, interval = ("", "") if r["interval95"] is None else (points(r["delta"]), _interval(r["interval95"]))
+        delta, interval = (
+            ("", "") if r["interval95"] is None else (points(r["delta"]), _interval(r["interval95"]))
+        )
         counts, base = ("/".join(map(str, r[key])) for key in ("counts", "reference_counts"))
         p = "" if r["p"] is None else p_text(r["p"])
-        table.add_row(name, r["tool"], counts, base, delta, interval, r["method"], p, Text(r["verdict"], style=COLOURS.get(r["verdict"], "yellow")))
+        table.add_row(
+            name,
+            r["tool"],
+            counts,
+            base,
+            delta,
+            interval,
+            r["method"],
+            p,
+            Text(r["verdict"], style=COLOURS.get(r["verdict"], "yellow")),
+        )
     return Group(table, *(Text(r["sentence"], style="dim") for r in result["arms"].values()))
 
 
@@ -78,7 +111,9 @@ def _success(records: list) -> str:
         return "–"
     k, n, errors = counts(records)
     low, high = wilson(k, n) if n else (0.0, 1.0)
-    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} error{'s' * (errors > 1)}" if errors else "")
+    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (
+        f", {errors} error{'s' * (errors > 1)}" if errors else ""
+    )
 
 
 def cost_table(run: RunResults) -> Table:
@@ -95,7 +130,10 @@ def cost_table(run: RunResults) -> Table:
             str(arm.meta.get("label") or name),
             f"{sum(len(r.policy_ms) - r.warmup_calls for r in arm.records):,}",
             *(f"{latency[p]:.1f}" if latency else "–" for p in ("p50", "p95", "p99")),
-            *(f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}" for field in ("sim_ms", "render_ms")),
+            *(
+                f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}"
+                for field in ("sim_ms", "render_ms")
+            ),
             f"{np.mean([r.steps for r in finished]):.0f}",
         )
     return table
@@ -114,7 +152,9 @@ def comparison_tables(result: dict[str, Any]) -> Group:
         for entry in arm["unpaired"][:5]:
             parts.append(Text(f"  unpaired: {entry['key']}, {entry['reason']}", style="yellow"))
         if len(arm["unpaired"]) > 5:
-            parts.append(Text(f"  … {len(arm['unpaired'])} unpaired in all; the JSON lists every one", style="yellow"))
+            parts.append(
+                Text(f"  … {len(arm['unpaired'])} unpaired in all; the JSON lists every one", style="yellow")
+            )
     floor = result["noise_floor"]
     if floor:
         low, high = floor["tango95"]
@@ -126,9 +166,16 @@ def comparison_tables(result: dict[str, Any]) -> Group:
             )
         )
     else:
-        parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
+        parts.append(
+            Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim")
+        )
     if conflicts := result["ledger"]["conflicting_episodes"]:
-        parts.append(Text(f"{len(conflicts)} episodes ran twice with different results: {', '.join(conflicts[:3])} …", style="red"))
+        parts.append(
+            Text(
+                f"{len(conflicts)} episodes ran twice with different results: {', '.join(conflicts[:3])} …",
+                style="red",
+            )
+        )
     return Group(*parts)
 
 
@@ -145,7 +192,20 @@ def _verdicts(result: dict[str, Any]) -> Table:
     table = _table(
         f"against {result['reference_label']}, margin {margin_text(result['margin'])}: Δ in pp with 95 % Tango interval (unadjusted)"
     )
-    for title in ("arm", "suite", "pairs", "broken", "repaired", "Δ", "95 % interval", "McNemar", "Holm", "tasks like these", "speed", "verdict"):
+    for title in (
+        "arm",
+        "suite",
+        "pairs",
+        "broken",
+        "repaired",
+        "Δ",
+        "95 % interval",
+        "McNemar",
+        "Holm",
+        "tasks like these",
+        "speed",
+        "verdict",
+    ):
         table.add_column(title, justify="left" if title in ("arm", "suite", "verdict") else "right")
     for arm in result["arms"].values():
         rows = list(arm["suites"].items())
@@ -166,7 +226,9 @@ def _verdicts(result: dict[str, Any]) -> Table:
                 points(row["delta"]),
                 _interval(row["tango95"]),
                 p_text(row["mcnemar_p"]).removeprefix("p ").removeprefix("= "),
-                p_text(row["mcnemar_p_holm"]).removeprefix("p ").removeprefix("= ") if "mcnemar_p_holm" in row else "",
+                p_text(row["mcnemar_p_holm"]).removeprefix("p ").removeprefix("= ")
+                if "mcnemar_p_holm" in row
+                else "",
                 _interval(t95) if t95 else "",
                 speed_text(arm["speedup_p50"]),
                 Text(verdict, style=COLOURS.get(verdict, "yellow")),
@@ -217,4 +279,6 @@ def _interval(interval: list[float]) -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="italic")
+    return Table(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="italic"
+    )

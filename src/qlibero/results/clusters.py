@@ -1,9 +1,9 @@
 """Intervals that treat tasks as clusters, and the paired sign-flip test.
 
-500 episodes of a suite are 10 tasks × 50 initial states, not 500 exchangeable draws. "These 10 tasks" is answered by the
-pair intervals of `statistics.py`; "tasks like these" by the intervals here, which resample whole tasks (Miller, arXiv
-2411.00640). With few tasks the percentile bootstrap is too narrow (coverage about 90 % at 10), so the t interval stands
-beside it and is the one to read.
+500 episodes of a suite are 10 tasks × 50 initial states, not 500 exchangeable draws. "These 10 tasks" is
+answered by the pair intervals of `statistics.py`; "tasks like these" by the intervals here, which resample
+whole tasks (Miller, arXiv 2411.00640). With few tasks the percentile bootstrap is too narrow (coverage about
+90 % at 10), so the t interval stands beside it and is the one to read.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ def task_t_interval(task_deltas: Sequence[float], confidence: float = CONFIDENCE
     return float(deltas.mean() - half), float(deltas.mean() + half)
 
 
-def task_bootstrap(differences: Sequence[int], pairs: Sequence[int], confidence: float = CONFIDENCE) -> Interval | None:
-    """Percentile bootstrap of Δ over whole tasks: `differences` holds repaired − broken per task, `pairs` its pairs."""
+def task_bootstrap(
+    differences: Sequence[int], pairs: Sequence[int], confidence: float = CONFIDENCE
+) -> Interval | None:
+    """Percentile bootstrap of Δ over whole tasks: `differences` holds repaired − broken per task, `pairs` its
+    pairs.
+    """
     difference, weight = np.asarray(differences, dtype=np.float64), np.asarray(pairs, dtype=np.float64)
     if len(difference) < 2:
         return None
@@ -48,7 +52,9 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if len(d) == 0:
         return 1.0
     observed = abs(d.sum())
-    slack = 1e-9 * max(np.abs(d).sum(), 1e-300)  # equal sums must count as equal in whatever order they were added
+    slack = 1e-9 * max(
+        np.abs(d).sum(), 1e-300
+    )  # equal sums must count as equal in whatever order they were added
     if len(d) <= 13:
         patterns = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
         return float(np.mean(np.abs(patterns @ d) >= observed - slack))

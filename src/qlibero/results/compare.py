@@ -1,7 +1,7 @@
 """Verdicts, not averages: every arm against the reference on the same episodes, as one dict.
 
-`compare_runs` is the whole of `qlibero compare`; the table, the report and the wandb workspace print what it returns.
-Fractions are fractions (0.02 is 2 pp); Δ is arm − reference, so a loss is negative.
+`compare_runs` is the whole of `qlibero compare`; the table, the report and the wandb workspace print what it
+returns. Fractions are fractions (0.02 is 2 pp); Δ is arm − reference, so a loss is negative.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from qlibero.results.summary import summarize_arm
 ONE_SIDED_ALPHA = 0.025
 
 
-def compare_runs(paths: Sequence[Path | str], reference: str = "baseline", margin: float = 0.02) -> dict[str, Any]:
-    """Read run directories and compare. With result files of other tools among them see `imports.compare_foreign`.
+def compare_runs(
+    paths: Sequence[Path | str], reference: str = "baseline", margin: float = 0.02
+) -> dict[str, Any]:
+    """Read run directories and compare. With result files of other tools among them see
+    `imports.compare_foreign`.
 
     Raises UserError for a bad margin, reference, directory or file.
     """
@@ -39,7 +42,9 @@ def compare_runs(paths: Sequence[Path | str], reference: str = "baseline", margi
 
 def check_margin(margin: float) -> None:
     if not 0 < margin < 1:
-        raise UserError(f"--margin {margin}: a difference in success rate between 0 and 1; write 0.02 for 2 pp")
+        raise UserError(
+            f"--margin {margin}: a difference in success rate between 0 and 1; write 0.02 for 2 pp"
+        )
 
 
 def compare(runs: Sequence[RunResults], reference: str = "baseline", margin: float = 0.02) -> dict[str, Any]:
@@ -100,7 +105,9 @@ def _compare_arm(base: Arm, arm: Arm, margin: float, noise: float) -> dict[str, 
     result["divergence"] = divergences(pairing.pairs, base, arm, noise)
     result["summary"] = summarize_arm(list(arm.records.values()))
     mine, theirs = result["summary"]["latency_ms"], summarize_arm(list(base.records.values()))["latency_ms"]
-    result["speedup_p50"] = round(theirs["p50"] / mine["p50"], 4) if mine and theirs and mine["p50"] > 0 else None
+    result["speedup_p50"] = (
+        round(theirs["p50"] / mine["p50"], 4) if mine and theirs and mine["p50"] > 0 else None
+    )
     return result
 
 
@@ -193,8 +200,12 @@ def _adjust(results: Iterable[dict[str, Any]]) -> None:
         cell["noninferior_after_holm"] = cell["noninferiority_p_holm"] <= ONE_SIDED_ALPHA
 
 
-def _sequential(results: dict[str, Any], base: Arm, arms: Mapping[str, Arm], runs: Sequence[RunResults]) -> None:
-    """For a run under a stopping rule: the anytime-valid decision, recomputed from the ledger in the declared order."""
+def _sequential(
+    results: dict[str, Any], base: Arm, arms: Mapping[str, Arm], runs: Sequence[RunResults]
+) -> None:
+    """For a run under a stopping rule: the anytime-valid decision, recomputed from the ledger in the declared
+    order.
+    """
     declaration = read_declaration(runs[0].run_dir) if len(runs) == 1 else None
     for name, result in results.items():
         result["sequential"] = None

@@ -1,7 +1,8 @@
-"""How two arms move differently on the same episodes: paired shifts of execution quality, and first divergence.
+"""How two arms move differently on the same episodes: paired shifts of execution quality, and first
+divergence.
 
-Time to success, path length and gripper flips are compared where both arms succeed (whole episodes); jerk on every
-pair up to the earlier end, since a longer episode would otherwise count its idle tail.
+Time to success, path length and gripper flips are compared where both arms succeed (whole episodes); jerk on
+every pair up to the earlier end, since a longer episode would otherwise count its idle tail.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ VISIBLE_M = 0.01  # grippers this far apart are apart to the eye
 
 
 def execution_quality(pairs: Sequence[Pair], reference: Arm, other: Arm) -> dict[str, Any]:
-    """Per measure: {"pairs", "reference", "arm", "shift" (arm − reference), "p" (paired sign flip)} in means, or None."""
+    """Per measure: {"pairs", "reference", "arm", "shift" (arm − reference), "p" (paired sign flip)} in means,
+    or None.
+    """
     both = [p for p in pairs if p.reference.succeeded and p.other.succeeded]
     jerks = []
     for pair in pairs:
@@ -56,7 +59,9 @@ def _shift(values: Sequence[tuple[float, float]]) -> dict[str, float] | None:
 
 
 def action_noise(pairs: Sequence[Pair], reference: Arm, control: Arm) -> float:
-    """99th percentile over all common steps of ‖a_control − a_reference‖∞: what the reference differs from itself."""
+    """99th percentile over all common steps of ‖a_control − a_reference‖∞: what the reference differs from
+    itself.
+    """
     differences = []
     for pair in pairs:
         left, right = _trajectories(pair, reference, control)
@@ -67,7 +72,8 @@ def action_noise(pairs: Sequence[Pair], reference: Arm, control: Arm) -> float:
 
 
 def divergences(pairs: Sequence[Pair], reference: Arm, other: Arm, threshold: float) -> dict[str, Any]:
-    """First step per episode at which actions differ by more than `threshold`, and at which the grippers are 1 cm apart.
+    """First step per episode at which actions differ by more than `threshold`, and at which the grippers are
+    1 cm apart.
 
     {"threshold", "compared", "diverged", "median_step", "steps": {key: step | None}, "visible_steps": {…}}
     """

@@ -1,6 +1,7 @@
 """Episodes as a flat table for people's own notebooks: CSV always, Parquet where pyarrow is installed.
 
-One row per episode and arm. Per-call lists become percentiles; whoever needs every call reads the ledger itself.
+One row per episode and arm. Per-call lists become percentiles; whoever needs every call reads the ledger
+itself.
 """
 
 from __future__ import annotations
@@ -16,9 +17,28 @@ from qlibero.results.runs import RunResults, read_run
 from qlibero.results.summary import percentiles, phase_calls_ms, policy_calls_ms
 
 PLAIN = (
-    "suite", "task", "init", "seed", "outcome", "steps", "success_step", "replans", "attempt", "sim_ms", "render_ms", "path_length_m",
-    "jerk", "gripper_flips", "fingerprint", "action_digest", "error", "finished_at", "protocol", "kernels", "config_hash",
-)  # fmt: skip
+    "suite",
+    "task",
+    "init",
+    "seed",
+    "outcome",
+    "steps",
+    "success_step",
+    "replans",
+    "attempt",
+    "sim_ms",
+    "render_ms",
+    "path_length_m",
+    "jerk",
+    "gripper_flips",
+    "fingerprint",
+    "action_digest",
+    "error",
+    "finished_at",
+    "protocol",
+    "kernels",
+    "config_hash",
+)
 
 
 def episode_rows(run: RunResults) -> list[dict[str, Any]]:
@@ -41,7 +61,8 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
 
 
 def export_episodes(paths: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
-    """Write the episodes of one or several runs to `out` (.csv or .parquet). Returns {"file", "rows", "columns"}.
+    """Write the episodes of one or several runs to `out` (.csv or .parquet). Returns {"file", "rows",
+    "columns"}.
 
     Raises UserError for another suffix or a missing pyarrow, WorkFailed if the file cannot be written.
     """

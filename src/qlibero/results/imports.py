@@ -1,8 +1,9 @@
 """Results of other tools, read as far as they go: LeRobot, the openpi fork this grew from, vla-eval.
 
-None of them records what the scene was, and LeRobot not even which initial state an episode started from. So an import
-is an `ForeignArm`: outcomes under the best key the file has. `compare_foreign` pairs by that key where both sides have
-one and says that scene equality is taken on trust, and otherwise compares two independent proportions and says that.
+None of them records what the scene was, and LeRobot not even which initial state an episode started from. So
+an import is an `ForeignArm`: outcomes under the best key the file has. `compare_foreign` pairs by that key
+where both sides have one and says that scene equality is taken on trust, and otherwise compares two
+independent proportions and says that.
 
 Formats (read in the sources, 2026-11):
   LeRobot   eval_info.json {"per_task": [{"task_group", "task_id", "metrics": {"successes": [bool]}}], "overall"};
@@ -35,7 +36,9 @@ Key = tuple[str, str, int]  # suite, task (index or its text), initial state
 
 @dataclass(frozen=True)
 class ForeignArm:
-    """`episodes`: (key or None, outcome). Without keys the arm can only be compared unpaired; `reason` says why."""
+    """`episodes`: (key or None, outcome). Without keys the arm can only be compared unpaired; `reason` says
+    why.
+    """
 
     name: str
     tool: str
@@ -85,11 +88,18 @@ def read_foreign(path: Path | str) -> ForeignArm:
 
 def _lerobot(name: str, per_task: list[dict[str, Any]]) -> ForeignArm:
     outcomes = [(None, _outcome(s)) for task in per_task for s in task["metrics"]["successes"]]
-    return ForeignArm(name, "LeRobot", tuple(outcomes), "LeRobot's initial states depend on when earlier episodes ended (lerobot #4152)")
+    return ForeignArm(
+        name,
+        "LeRobot",
+        tuple(outcomes),
+        "LeRobot's initial states depend on when earlier episodes ended (lerobot #4152)",
+    )
 
 
 def _fork(name: str, suite: str, rows: list[dict[str, Any]]) -> ForeignArm:
-    episodes = tuple(((suite, str(int(r["task_id"])), int(r["episode_idx"])), _outcome(r["success"])) for r in rows)
+    episodes = tuple(
+        ((suite, str(int(r["task_id"])), int(r["episode_idx"])), _outcome(r["success"])) for r in rows
+    )
     return ForeignArm(name, "openpi fork", episodes)
 
 
@@ -121,22 +131,33 @@ def _suite_in(path: Path) -> str:
 
 
 def _from_run(arm: Arm, run: str) -> ForeignArm:
-    episodes = tuple(((key.suite, str(key.task), key.init), record.outcome) for key, record in sorted(arm.records.items()))
+    episodes = tuple(
+        ((key.suite, str(key.task), key.init), record.outcome) for key, record in sorted(arm.records.items())
+    )
     return ForeignArm(f"{run}/{arm.name}", "qlibero", episodes)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
-def compare_foreign(paths: Sequence[Path | str], reference: str | None = None, margin: float = 0.02) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------- comparison
+def compare_foreign(
+    paths: Sequence[Path | str], reference: str | None = None, margin: float = 0.02
+) -> dict[str, Any]:
     """Compare result files, and run directories beside them. The reference is the first file unless named.
 
-    {"reference", "margin", "foreign": True, "arms": {name: {"paired", "tool", "delta", "interval95", "method", "p",
-    "verdict", "caveat", "sentence", …}}}; paired arms also hold pairs, broken, repaired, tango95 and mcnemar_p.
+    {"reference", "margin", "foreign": True, "arms": {name: {"paired", "tool", "delta", "interval95",
+    "method", "p", "verdict", "caveat", "sentence", …}}}; paired arms also hold pairs, broken, repaired,
+    tango95 and mcnemar_p.
     """
     arms = list(_read_all(paths))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
-        raise UserError(f"two inputs are called {next(n for n in names if names.count(n) > 1)}; put them into different folders")
-    chosen = reference if reference in names else next((n for n in names if reference and n.endswith(f"/{reference}")), names[0])
+        raise UserError(
+            f"two inputs are called {next(n for n in names if names.count(n) > 1)}; put them into different folders"
+        )
+    chosen = (
+        reference
+        if reference in names
+        else next((n for n in names if reference and n.endswith(f"/{reference}")), names[0])
+    )
     base = next(arm for arm in arms if arm.name == chosen)
     others = [arm for arm in arms if arm is not base]
     if not others:
@@ -159,7 +180,9 @@ def _against(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any]
     common = sorted(left.keys() & right.keys()) if left and right else []
     if common:
         result = _paired(left, right, common, margin)
-        result["caveat"] = "paired by task and initial state; that the scenes were equal is taken on trust, no file has fingerprints"
+        result["caveat"] = (
+            "paired by task and initial state; that the scenes were equal is taken on trust, no file has fingerprints"
+        )
         missing = len(left.keys() ^ right.keys())
         if missing:
             result["caveat"] += f"; {missing} episodes are in one file only and were left out"
@@ -169,12 +192,21 @@ def _against(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any]
         why = arm.reason or base.reason or "the two share no episode key"
         result["caveat"] = f"unpaired: {why}, so the interval is that of two independent samples and wider"
     (k0, n0, e0), (k1, n1, e1) = base.counts, arm.counts
-    result |= {"tool": arm.tool, "counts": [k1, n1], "reference_counts": [k0, n0], "errors": {"arm": e1, "reference": e0}}
+    result |= {
+        "tool": arm.tool,
+        "counts": [k1, n1],
+        "reference_counts": [k0, n0],
+        "errors": {"arm": e1, "reference": e0},
+    }
     if result["interval95"] is None:
         return {**result, "sentence": f"{arm.name} and {base.name}: no finished episodes to compare."}
     low, high = result["interval95"]
     size = f"{result['pairs']} pairs" if common else f"{k1}/{n1} against {k0}/{n0}"
-    words = {"non-inferior": "is non-inferior to", "inferior": "is inferior to", "inconclusive": "is inconclusive against"}
+    words = {
+        "non-inferior": "is non-inferior to",
+        "inferior": "is inferior to",
+        "inconclusive": "is inconclusive against",
+    }
     result["sentence"] = (
         f"{arm.name} {words[result['verdict']]} {base.name} at {margin_text(margin)}: Δ {points(result['delta'])} pp "
         f"[{points(low)}, {points(high)}], {size} ({result['caveat']})."
@@ -182,16 +214,26 @@ def _against(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any]
     return result
 
 
-def _paired(left: dict[Key, Outcome], right: dict[Key, Outcome], keys: list[Key], margin: float) -> dict[str, Any]:
+def _paired(
+    left: dict[Key, Outcome], right: dict[Key, Outcome], keys: list[Key], margin: float
+) -> dict[str, Any]:
     finished = [(left[k], right[k]) for k in keys if "error" not in (left[k], right[k])]
     n = len(finished)
     broken, repaired = finished.count(("success", "failure")), finished.count(("failure", "success"))
     interval = list(st.tango(broken, repaired, n)) if n else None
     return {
-        "paired": True, "pairs": n, "broken": broken, "repaired": repaired, "delta": (repaired - broken) / n if n else None,
-        "interval95": interval, "tango95": interval, "method": "Tango, paired", "p": st.mcnemar_exact(broken, repaired),
-        "mcnemar_p": st.mcnemar_exact(broken, repaired), "verdict": st.verdict(broken, repaired, n, margin),
-    }  # fmt: skip
+        "paired": True,
+        "pairs": n,
+        "broken": broken,
+        "repaired": repaired,
+        "delta": (repaired - broken) / n if n else None,
+        "interval95": interval,
+        "tango95": interval,
+        "method": "Tango, paired",
+        "p": st.mcnemar_exact(broken, repaired),
+        "mcnemar_p": st.mcnemar_exact(broken, repaired),
+        "verdict": st.verdict(broken, repaired, n, margin),
+    }
 
 
 def _independent(base: tuple[int, int, int], arm: tuple[int, int, int], margin: float) -> dict[str, Any]:
@@ -199,11 +241,22 @@ def _independent(base: tuple[int, int, int], arm: tuple[int, int, int], margin: 
 
     (k0, n0, _), (k1, n1, _) = base, arm
     if not n0 or not n1:
-        return {"paired": False, "delta": None, "interval95": None, "method": "", "p": None, "verdict": "no pairs"}
+        return {
+            "paired": False,
+            "delta": None,
+            "interval95": None,
+            "method": "",
+            "p": None,
+            "verdict": "no pairs",
+        }
     low, high = st.newcombe_independent(k1, n1, k0, n0)
     decided = "non-inferior" if low > -margin else "inferior" if high < -margin else "inconclusive"
     p = float(fisher_exact([[k1, n1 - k1], [k0, n0 - k0]]).pvalue)
     return {
-        "paired": False, "delta": k1 / n1 - k0 / n0, "interval95": [low, high], "method": "Newcombe, independent samples",
-        "p": p, "verdict": decided,
-    }  # fmt: skip
+        "paired": False,
+        "delta": k1 / n1 - k0 / n0,
+        "interval95": [low, high],
+        "method": "Newcombe, independent samples",
+        "p": p,
+        "verdict": decided,
+    }

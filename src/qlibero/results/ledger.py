@@ -1,8 +1,9 @@
 """The ledger: one fsynced line per finished episode is the truth; everything else is a view of it.
 
 Layout, inside a run directory and per arm: `episodes-<shard>-<attempt>.jsonl`, its sidecar
-`trajectory-<shard>-<attempt>.f32` and `meta.json`. Every opening of a ledger is a new attempt with new files, so no two
-writers ever share one (O_APPEND is not atomic across NFS clients) and nothing already written is rewritten.
+`trajectory-<shard>-<attempt>.f32` and `meta.json`. Every opening of a ledger is a new attempt with new files,
+so no two writers ever share one (O_APPEND is not atomic across NFS clients) and nothing already written is
+rewritten.
 
 What a crash can leave and what is done about it:
   - a torn last line (killed, or the disk filled up in the middle): cut at the next opening, counted by the reader;
@@ -36,15 +37,21 @@ ROW_BYTES = 4 * ROW
 META_SCHEMA = 1
 _EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d+)\.jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file size limit is reached"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
+}
 
 
 @dataclass(frozen=True)
 class ArmLedger:
-    """All that an arm's files say. `records` has one record per key (the last complete line wins), in key order.
+    """All that an arm's files say. `records` has one record per key (the last complete line wins), in key
+    order.
 
-    `torn`: lines cut short by a crash and not counted. `repeated`: lines superseded by a later one. `conflicts`: keys
-    with two finished episodes that differ in fingerprint, actions or outcome, which pure episodes never do.
+    `torn`: lines cut short by a crash and not counted. `repeated`: lines superseded by a later one.
+    `conflicts`: keys with two finished episodes that differ in fingerprint, actions or outcome, which pure
+    episodes never do.
     """
 
     arm: str
@@ -61,8 +68,8 @@ class ArmLedger:
 class Ledger:
     """The writing end for one shard of one arm. Opening it creates the next attempt's files.
 
-    Raises GuardRefusal when the arm's directory belongs to another configuration or another process is writing the
-    same shard, WorkFailed when the directory cannot be written or the disk is full.
+    Raises GuardRefusal when the arm's directory belongs to another configuration or another process is
+    writing the same shard, WorkFailed when the directory cannot be written or the disk is full.
     """
 
     def __init__(self, run_dir: Path | str, arm: str, shard: int | str = 0, config_hash: str = "") -> None:
@@ -82,14 +89,17 @@ class Ledger:
         except BaseException as problem:
             self.close()
             if isinstance(problem, OSError):
-                raise WorkFailed(f"cannot write to {self.directory}: {_reason(problem)}; choose another --out") from problem
+                raise WorkFailed(
+                    f"cannot write to {self.directory}: {_reason(problem)}; choose another --out"
+                ) from problem
             raise
 
     def append(self, record: EpisodeRecord, trajectory: np.ndarray | None = None) -> EpisodeRecord:
         """Write one episode durably and return the record as written.
 
-        `trajectory` (steps, 10) float32, may be None for an error. The execution quality, the trajectory's place and the
-        config hash are filled in here, so that no caller can get them wrong. Raises WorkFailed on a full disk.
+        `trajectory` (steps, 10) float32, may be None for an error. The execution quality, the trajectory's
+        place and the config hash are filled in here, so that no caller can get them wrong. Raises WorkFailed
+        on a full disk.
         """
         if record.arm != self.arm:
             raise ValueError(f"a record of arm '{record.arm}' in the ledger of '{self.arm}'")
@@ -130,7 +140,9 @@ class Ledger:
         return self.directory / f"{kind}-{self.shard}-{self.attempt}.{suffix}"
 
     def _cut_torn_tails(self) -> int:
-        """Cut what a crash left after the last newline in this shard's files (the lock says nobody is writing them)."""
+        """Cut what a crash left after the last newline in this shard's files (the lock says nobody is writing
+        them).
+        """
         cut = 0
         for path in self.directory.glob(f"episodes-{self.shard}-*.jsonl"):
             data = path.read_bytes()
@@ -140,7 +152,9 @@ class Ledger:
         return cut
 
     def _create_files(self) -> int:
-        """Files of the next attempt: later than every attempt of any shard, so that `last wins` means later in time."""
+        """Files of the next attempt: later than every attempt of any shard, so that `last wins` means later
+        in time.
+        """
         attempts = [int(m["attempt"]) for m in map(_EPISODES.fullmatch, os.listdir(self.directory)) if m]
         self.attempt = max(attempts, default=0) + 1
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
@@ -153,9 +167,10 @@ class Ledger:
 def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `update` into the arm's meta.json and replace it atomically.
 
-    What reports look for there, all optional: `label` (the arm's name for people), `control` (an A/A arm), `policy`,
-    `quant`, `artifact` (mappings), `kernels` ({layer: {"kernel", "verdict", "reason", "shape"}}), `layers` ([{"name",
-    "sqnr_db"}]), `memory` ({"weight_bytes", "scale_bytes", "transform_bytes", "bf16_bytes"}), `warmup_ms` (list).
+    What reports look for there, all optional: `label` (the arm's name for people), `control` (an A/A arm),
+    `policy`, `quant`, `artifact` (mappings), `kernels` ({layer: {"kernel", "verdict", "reason", "shape"}}),
+    `layers` ([{"name", "sqnr_db"}]), `memory` ({"weight_bytes", "scale_bytes", "transform_bytes",
+    "bf16_bytes"}), `warmup_ms` (list).
     """
     path = Path(run_dir) / arm / "meta.json"
     meta = {"schema": META_SCHEMA, "arm": arm, **_read_meta(path), **update}
@@ -182,7 +197,11 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
     """
     directory = Path(run_dir) / arm
     meta = _read_meta(directory / "meta.json")
-    files = [(int(m["attempt"]), m["shard"], name) for name in _listdir(directory) if (m := _EPISODES.fullmatch(name))]
+    files = [
+        (int(m["attempt"]), m["shard"], name)
+        for name in _listdir(directory)
+        if (m := _EPISODES.fullmatch(name))
+    ]
     records: dict[EpisodeKey, EpisodeRecord] = {}
     conflicts: set[EpisodeKey] = set()
     torn = lines = 0
@@ -204,7 +223,11 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
                 )
             lines += 1
             before = records.get(record.key)
-            if before is not None and "error" not in (before.outcome, record.outcome) and _content(before) != _content(record):
+            if (
+                before is not None
+                and "error" not in (before.outcome, record.outcome)
+                and _content(before) != _content(record)
+            ):
                 conflicts.add(record.key)
             records[record.key] = record
     ordered = [records[key] for key in sorted(records)]
@@ -250,7 +273,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as problem:
-        raise UserError(f"{path}: not JSON ({problem}); it is written atomically, so something else changed it") from None
+        raise UserError(
+            f"{path}: not JSON ({problem}); it is written atomically, so something else changed it"
+        ) from None
     if meta.get("schema") != META_SCHEMA:
         raise UserError(f"{path}: meta schema {meta.get('schema')!r}, this qlibero reads {META_SCHEMA}")
     return meta
@@ -268,14 +293,18 @@ def check_config(run_dir: Path | str, arm: str, config_hash: str) -> None:
 
 
 def _lock(directory: Path, shard: str) -> int:
-    """An advisory lock that dies with the process; the descriptor holds it. Filesystems without locks go on unlocked."""
+    """An advisory lock that dies with the process; the descriptor holds it. Filesystems without locks go on
+    unlocked.
+    """
     descriptor = os.open(directory / f".lock-{shard}", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
-        raise GuardRefusal(f"{directory}: shard {shard} is being written by {holder}; wait for it or stop it") from None
+        raise GuardRefusal(
+            f"{directory}: shard {shard} is being written by {holder}; wait for it or stop it"
+        ) from None
     except OSError as problem:
         if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
@@ -297,7 +326,9 @@ def _append(descriptor: int, data: bytes, path: Path) -> int:
     except OSError as problem:
         reason = _reason(problem)
     os.ftruncate(descriptor, offset)
-    raise WorkFailed(f"{path}: {reason}. Everything finished before is kept; free some space and run the same command again")
+    raise WorkFailed(
+        f"{path}: {reason}. Everything finished before is kept; free some space and run the same command again"
+    )
 
 
 def _reason(problem: OSError) -> str:

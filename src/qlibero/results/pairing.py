@@ -1,7 +1,9 @@
-"""Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never dropped.
+"""Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never
+dropped.
 
-A pair is two records with equal (suite, task, init, seed) *and* equal fingerprint: the hash of the settled scene, so that
-"the same initial state" is a fact and not a hope. An error in either arm removes the pair and is counted apart.
+A pair is two records with equal (suite, task, init, seed) *and* equal fingerprint: the hash of the settled
+scene, so that "the same initial state" is a fact and not a hope. An error in either arm removes the pair and
+is counted apart.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """`pairs` and `errors` (either side is an error) in key order; `unpaired` gives each left-out key its reason."""
+    """`pairs` and `errors` (either side is an error) in key order; `unpaired` gives each left-out key its
+    reason.
+    """
 
     pairs: tuple[Pair, ...]
     errors: tuple[Pair, ...]
@@ -69,7 +73,9 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
         elif "error" in (left.outcome, right.outcome):
             errors.append(Pair(key, left, right))
         elif left.fingerprint != right.fingerprint:
-            unpaired[key] = f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
+            unpaired[key] = (
+                f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
+            )
         else:
             pairs.append(Pair(key, left, right))
     return Pairing(tuple(pairs), tuple(errors), unpaired)
@@ -78,8 +84,8 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
 def collect_arms(runs: Iterable[RunResults]) -> dict[str, Arm]:
     """Arms of one or several runs by name.
 
-    Runs that share an arm's name are joined when they hold different episodes of the same thing (the cells of a sweep
-    over suites); otherwise the later one is called `<run>/<arm>`.
+    Runs that share an arm's name are joined when they hold different episodes of the same thing (the cells of
+    a sweep over suites); otherwise the later one is called `<run>/<arm>`.
     """
     arms: dict[str, Arm] = {}
     for run in runs:

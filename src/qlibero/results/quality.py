@@ -1,7 +1,7 @@
 """How an episode was executed, beyond whether it succeeded: path length, jerk, gripper flips.
 
-At 97 % success the way a policy moves tells arms apart long before success does. A trajectory is one float32 row
-per executed step (settle steps excluded): 7 action values, then the end-effector position in metres.
+At 97 % success the way a policy moves tells arms apart long before success does. A trajectory is one float32
+row per executed step (settle steps excluded): 7 action values, then the end-effector position in metres.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def path_length_m(trajectory: np.ndarray) -> float:
 
 
 def jerk(trajectory: np.ndarray, hz: float = CONTROL_HZ) -> float | None:
-    """Mean norm of the third difference of the end-effector position times hz³, in m/s³; None below four rows.
+    """Mean norm of the third difference of the end-effector position times hz³, in m/s³; None below four
+    rows.
 
     It gives 1 on p = t³/6. Comparable within a pair only up to the earlier end of the two episodes.
     """
@@ -40,10 +41,11 @@ def gripper_flips(trajectory: np.ndarray, dead_zone: float = GRIPPER_DEAD_ZONE) 
 
 
 def first_divergence(reference: np.ndarray, other: np.ndarray, threshold: float) -> int | None:
-    """First step at which the two action streams differ by more than `threshold` in the maximum norm; None if never.
+    """First step at which the two action streams differ by more than `threshold` in the maximum norm; None if
+    never.
 
-    Only the common steps are looked at. Means something under the shared noise contract, and up to that step only:
-    afterwards the two arms see different observations.
+    Only the common steps are looked at. Means something under the shared noise contract, and up to that step
+    only: afterwards the two arms see different observations.
     """
     steps = min(len(reference), len(other))
     apart = np.abs(reference[:steps, ACTION] - other[:steps, ACTION]).max(axis=1, initial=0.0) > threshold

@@ -22,7 +22,9 @@ OUTCOMES: tuple[Outcome, ...] = ("success", "failure", "error")
 
 @dataclass(frozen=True)
 class TrajectorySlice:
-    """Where an episode's rows lie in its sidecar: float32 rows of 7 action values and 3 end-effector coordinates (m)."""
+    """Where an episode's rows lie in its sidecar: float32 rows of 7 action values and 3 end-effector
+    coordinates (m).
+    """
 
     file: str
     offset: int  # bytes
@@ -35,10 +37,11 @@ class EpisodeRecord:
 
     `outcome`: `success`, `failure` (horizon reached, or the policy returned non-finite actions) or `error`
     (simulator, rendering, transport, watchdog: neither success nor failure; `error` then says what happened).
-    `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per policy
-    call, the time its whole batch took; `phases_ms` the same per phase; the first `warmup_calls` of them are left
-    out of latency statistics. `sim_ms`, `render_ms` are totals. `kernels` is the hash of the kernel verdict table in
-    the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from the trajectory (`quality.py`).
+    `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per
+    policy call, the time its whole batch took; `phases_ms` the same per phase; the first `warmup_calls` of
+    them are left out of latency statistics. `sim_ms`, `render_ms` are totals. `kernels` is the hash of the
+    kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
+    the trajectory (`quality.py`).
     """
 
     suite: str
@@ -118,9 +121,13 @@ _FIELDS = {f.name for f in fields(EpisodeRecord)}
 
 
 def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
-    """The record in a parsed line. `where` (file:line) opens every message. Raises UserError for anything not schema 1."""
+    """The record in a parsed line. `where` (file:line) opens every message. Raises UserError for anything not
+    schema 1.
+    """
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
-        raise UserError(f"{where}: not an episode record (no `schema` number); was the file written by qlibero?")
+        raise UserError(
+            f"{where}: not an episode record (no `schema` number); was the file written by qlibero?"
+        )
     if data["schema"] > SCHEMA:
         raise UserError(
             f"{where}: written with record schema {data['schema']}, this qlibero reads schema {SCHEMA}; "
@@ -142,5 +149,7 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
 
 
 def record_from_json(line: str, where: str = "record") -> EpisodeRecord:
-    """Inverse of `EpisodeRecord.to_json`. Raises json.JSONDecodeError for text that is no JSON, UserError for other JSON."""
+    """Inverse of `EpisodeRecord.to_json`. Raises json.JSONDecodeError for text that is no JSON, UserError for
+    other JSON.
+    """
     return record_from_dict(json.loads(line), where)

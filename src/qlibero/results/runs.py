@@ -38,15 +38,21 @@ def read_run(run_dir: Path | str) -> RunResults:
         raise UserError(f"{run_dir}: no such run directory; `qlibero run` prints the one it writes")
     names = arms_of(run_dir)
     if not names:
-        raise UserError(f"{run_dir}: no episodes here (looked for <arm>/episodes-*.jsonl); give the directory of one run")
+        raise UserError(
+            f"{run_dir}: no episodes here (looked for <arm>/episodes-*.jsonl); give the directory of one run"
+        )
     experiment = _yaml(run_dir / "experiment.yaml")
     listed = [b["name"] if isinstance(b, dict) else b for b in experiment.get("backends") or []]
     names.sort(key=lambda name: (listed.index(name) if name in listed else len(listed), name))
-    return RunResults(run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir))
+    return RunResults(
+        run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir)
+    )
 
 
 def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
-    """Where an episode's video lies when there is one. Videos are filmed after the run, so records cannot know of them."""
+    """Where an episode's video lies when there is one. Videos are filmed after the run, so records cannot
+    know of them.
+    """
     return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.init}-{record.seed}.mp4"
 
 

@@ -1,11 +1,13 @@
 """Statistics of paired successes at a fixed number of episodes. Pure functions, no state, no printing.
 
-Notation everywhere: per pair (same scene, same noise) `broken` b = the reference succeeds and the other arm fails,
-`repaired` r = the reverse, n = all pairs; Δ = (r − b)/n, so a loss is negative; ψ = (b + r)/n is the discordance.
-Intervals are two-sided 95 % unless `confidence` says otherwise. Wald intervals are nowhere: near 100 % they lie.
+Notation everywhere: per pair (same scene, same noise) `broken` b = the reference succeeds and the other arm
+fails, `repaired` r = the reverse, n = all pairs; Δ = (r − b)/n, so a loss is negative; ψ = (b + r)/n is the
+discordance. Intervals are two-sided 95 % unless `confidence` says otherwise. Wald intervals are nowhere: near
+100 % they lie.
 
-Sources: Wilson 1927; Clopper & Pearson 1934; McNemar 1947 (exact); Tango, Stat. Med. 17 (1998) 891; Newcombe, Stat.
-Med. 17 (1998) 2635, method 10; Holm 1979. Clusters and permutations are in `clusters.py`, stopping in `evalues.py`.
+Sources: Wilson 1927; Clopper & Pearson 1934; McNemar 1947 (exact); Tango, Stat. Med. 17 (1998) 891; Newcombe,
+Stat. Med. 17 (1998) 2635, method 10; Holm 1979. Clusters and permutations are in `clusters.py`, stopping in
+`evalues.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def normal_quantile(confidence: float = CONFIDENCE) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-# one proportion ---------------------------------------------------------------------------------------------------
+# one proportion
+# ---------------------------------------------------------------------------------------------------
 
 
 def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
@@ -40,7 +43,9 @@ def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
 
 
 def clopper_pearson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Exact interval for k of n: covers at least `confidence`, always. For guarantees, and for k = 0 or k = n."""
+    """Exact interval for k of n: covers at least `confidence`, always. For guarantees, and for k = 0 or k =
+    n.
+    """
     _check_counts(k, n)
     tail = (1 - confidence) / 2
     low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
@@ -53,7 +58,8 @@ def _check_counts(k: int, n: int) -> None:
         raise ValueError(f"{k} of {n} is not a proportion")
 
 
-# pairs ------------------------------------------------------------------------------------------------------------
+# pairs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def mcnemar_exact(broken: int, repaired: int) -> float:
@@ -103,7 +109,9 @@ def _bisect(above: Callable[[float], bool], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def newcombe(both_succeed: int, broken: int, repaired: int, both_fail: int, confidence: float = CONFIDENCE) -> Interval:
+def newcombe(
+    both_succeed: int, broken: int, repaired: int, both_fail: int, confidence: float = CONFIDENCE
+) -> Interval:
     """Newcombe's method 10 for Δ: conservative, published worked examples; shown beside Tango."""
     a, b, r, d = both_succeed, broken, repaired, both_fail
     n = a + b + r + d
@@ -160,7 +168,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# power ------------------------------------------------------------------------------------------------------------
+# power
+# ------------------------------------------------------------------------------------------------------------
 
 
 def mcnemar_power(n: int, discordance: float, delta: float, alpha: float = 0.05) -> float:
@@ -178,37 +187,51 @@ def mcnemar_power(n: int, discordance: float, delta: float, alpha: float = 0.05)
 
 
 def minimum_detectable_difference(n: int, discordance: float, power: float = 0.8) -> float | None:
-    """Smallest |Δ| that exact McNemar finds with `power` among n pairs; None if none can be (|Δ| cannot exceed ψ)."""
+    """Smallest |Δ| that exact McNemar finds with `power` among n pairs; None if none can be (|Δ| cannot
+    exceed ψ).
+    """
     if n == 0 or mcnemar_power(n, discordance, discordance) < power:
         return None
     return _bisect(lambda d: mcnemar_power(n, discordance, d) < power, 0.0, discordance)
 
 
 def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
-    """Smallest |Δ| that n pairs find with `power` if every discordant pair goes the same way (ψ = |Δ|); None below 6."""
+    """Smallest |Δ| that n pairs find with `power` if every discordant pair goes the same way (ψ = |Δ|); None
+    below 6.
+    """
     if mcnemar_power(n, 1.0, 1.0) < power:
         return None
     return _bisect(lambda d: mcnemar_power(n, d, d) < power, 0.0, 1.0)
 
 
 def noninferiority_power(n: int, discordance: float, margin: float) -> float:
-    """Chance that n pairs show non-inferiority at `margin` when the arms are truly equal (Δ = 0), by enumeration."""
+    """Chance that n pairs show non-inferiority at `margin` when the arms are truly equal (Δ = 0), by
+    enumeration.
+    """
     discordant = _plausible(n, discordance)[:, None]
     repaired = np.arange(discordant.max() + 1)[None, :]
     broken = np.maximum(discordant - repaired, 0)
     shown = _tango_z(broken, np.minimum(repaired, discordant), n, -margin) > normal_quantile()
-    given = (_binomial_pmf(np.minimum(repaired, discordant), discordant, 0.5) * (repaired <= discordant) * shown).sum(axis=1)
+    given = (
+        _binomial_pmf(np.minimum(repaired, discordant), discordant, 0.5) * (repaired <= discordant) * shown
+    ).sum(axis=1)
     return float(_binomial_pmf(discordant[:, 0], n, discordance) @ given)
 
 
 def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0.8) -> int:
-    """Pairs, to the next ten, that show non-inferiority at `margin` with `power` when the arms are truly equal."""
+    """Pairs, to the next ten, that show non-inferiority at `margin` with `power` when the arms are truly
+    equal.
+    """
     low, high = 0, 1
     while noninferiority_power(10 * high, discordance, margin) < power:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if noninferiority_power(10 * middle, discordance, margin) < power else (low, middle)
+        low, high = (
+            (middle, high)
+            if noninferiority_power(10 * middle, discordance, margin) < power
+            else (low, middle)
+        )
     return 10 * high
 
 

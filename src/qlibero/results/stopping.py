@@ -1,8 +1,9 @@
 """Stop spending episodes when the paired evidence has decided, at error rates that hold whenever one looks.
 
-Pairs are taken in an order declared before the run (a seeded shuffle over all tasks, written to `stopping.json` before
-the first episode), never in order of completion, and only as far as every earlier pair is settled. Two supermartingales watch the margin (`evalues.py`): one grows while the
-arm is better than reference − margin, the other while it is worse. The first to reach K/α (K arms share α) decides.
+Pairs are taken in an order declared before the run (a seeded shuffle over all tasks, written to
+`stopping.json` before the first episode), never in order of completion, and only as far as every earlier pair
+is settled. Two supermartingales watch the margin (`evalues.py`): one grows while the arm is better than
+reference − margin, the other while it is worse. The first to reach K/α (K arms share α) decides.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ PairStep = Literal[-1, 0, 1, "error"] | None
 class Decision:
     """`verdict` is None while more pairs are needed.
 
-    `pairs`: settled pairs the verdict rests on, in declared order; `position`: how far along the declared order that is
-    (errors included). E-values are the evidence at that point; `threshold` is K/α.
+    `pairs`: settled pairs the verdict rests on, in declared order; `position`: how far along the declared
+    order that is (errors included). E-values are the evidence at that point; `threshold` is K/α.
     """
 
     stop: bool
@@ -66,9 +67,17 @@ def declared_order(keys: Iterable[EpisodeKey], seed: int) -> tuple[EpisodeKey, .
 
 
 def declare(
-    run_dir: Path | str, keys: Iterable[EpisodeKey], *, margin: float, alpha: float, arms: Sequence[str], seed: int
+    run_dir: Path | str,
+    keys: Iterable[EpisodeKey],
+    *,
+    margin: float,
+    alpha: float,
+    arms: Sequence[str],
+    seed: int,
 ) -> Declaration:
-    """Write the declaration before the first episode, or find the same one. Raises GuardRefusal if another is there."""
+    """Write the declaration before the first episode, or find the same one. Raises GuardRefusal if another is
+    there.
+    """
     declaration = Declaration(margin, alpha, tuple(sorted(arms)), declared_order(keys, seed))
     path = Path(run_dir) / "stopping.json"
     known = read_declaration(run_dir)
@@ -90,16 +99,19 @@ def read_declaration(run_dir: Path | str) -> Declaration | None:
     if not path.exists():
         return None
     data = json.loads(path.read_text())
-    order = tuple(EpisodeKey(suite, *map(int, rest)) for suite, *rest in (text.split("/") for text in data["order"]))
+    order = tuple(
+        EpisodeKey(suite, *map(int, rest)) for suite, *rest in (text.split("/") for text in data["order"])
+    )
     return Declaration(data["margin"], data["alpha"], tuple(data["arms"]), order)
 
 
 def decide(steps: Sequence[PairStep], *, margin: float, alpha: float = 0.025, arms: int = 1) -> Decision:
-    """Look at all declared pairs, in declared order: `Pair.step`, "error", or None where a pair is not finished.
+    """Look at all declared pairs, in declared order: `Pair.step`, "error", or None where a pair is not
+    finished.
 
-    Reads up to the first None; without one every pair is spent and an open question ends as "undecided". `alpha` is the
-    chance of a wrong verdict in each direction over the whole run. The same prefix always gives the same answer, so a
-    resumed run cannot decide differently.
+    Reads up to the first None; without one every pair is spent and an open question ends as "undecided".
+    `alpha` is the chance of a wrong verdict in each direction over the whole run. The same prefix always
+    gives the same answer, so a resumed run cannot decide differently.
     """
     prefix = list(steps[: steps.index(None)]) if None in steps else list(steps)
     values = [s for s in prefix if s != "error"]
@@ -112,7 +124,9 @@ def decide(steps: Sequence[PairStep], *, margin: float, alpha: float = 0.025, ar
     else:
         verdict = "undecided" if len(prefix) == len(steps) else None
     broken, repaired = values[:used].count(-1), values[:used].count(1)
-    position = len(prefix) if not len(crossed) else [i for i, s in enumerate(prefix) if s != "error"][used - 1] + 1
+    position = (
+        len(prefix) if not len(crossed) else [i for i, s in enumerate(prefix) if s != "error"][used - 1] + 1
+    )
     return Decision(
         stop=verdict is not None,
         verdict=verdict,

@@ -1,0 +1,3 @@
+"""The report's sections, one file each: a function from the gathered material to HTML, or None where there is
+nothing to show.
+"""

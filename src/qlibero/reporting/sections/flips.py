@@ -1,0 +1,132 @@
+"""Which episodes flipped: a map of tasks and initial states for every arm."""
+
+from __future__ import annotations
+
+from qlibero.episode_key import EpisodeKey
+from qlibero.reporting.markup import Markup, el
+from qlibero.reporting.material import Material
+from qlibero.reporting.sections.parts import section, swatch
+
+CODES = {
+    ("success", "success"): "s",
+    ("failure", "failure"): "f",
+    ("success", "failure"): "b",
+    ("failure", "success"): "r",
+}
+
+
+def flip_rows(m: Material, arm: str) -> list[str]:
+    """Per task a string with one letter per initial state: s both succeed, f both fail, b broken, r repaired,
+    e error, u unpaired, · not run."""
+    unpaired = {u["key"] for u in m.compared[arm]["unpaired"]}
+    columns = flip_columns(m)
+    rows = []
+    for suite, task in m.tasks:
+        row = []
+        for init, seed in columns:
+            pair = [m.arms[n].records.get(EpisodeKey(suite, task, init, seed)) for n in (m.reference, arm)]
+            if None in pair:
+                row.append("u" if any(pair) else "·")
+            elif str(pair[0].key) in unpaired:
+                row.append("u")
+            else:
+                row.append(CODES.get((pair[0].outcome, pair[1].outcome), "e"))
+        rows.append("".join(row))
+    return rows
+
+
+def flip_columns(m: Material) -> list[tuple[int, int]]:
+    return sorted(
+        {(key.init, key.seed) for arm in m.arms.values() for key in arm.records}, key=lambda c: (c[1], c[0])
+    )
+
+
+def flips(m: Material) -> Markup | None:
+    if not m.comparison:
+        return None
+    maps = []
+    for name, r in m.compared.items():
+        rows = flip_rows(m, name)
+        text = f"Flips of {r['label']}: {r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs. Arrow keys move, Enter plays a video."
+        labels = [el("span", str(task)) for _, task in m.tasks]
+        grid = el(
+            "div",
+            el("div", labels, class_="rowlabels", aria_hidden="true"),
+            _heat(rows, text, name),
+            el("div", f"initial state 0 … {max(i for i, _ in flip_columns(m))}", class_="axis-label"),
+            class_="heat",
+        )
+        maps.append(
+            el(
+                "figure",
+                el(
+                    "figcaption",
+                    swatch(m, name),
+                    r["label"],
+                    el("small", f" {r['broken']} broken ▼ {r['repaired']} repaired ▲"),
+                ),
+                grid,
+            )
+        )
+    key = [
+        ("s", "both succeed"),
+        ("b", "broken ▼"),
+        ("r", "repaired ▲"),
+        ("f", "both fail"),
+        ("e", "error"),
+        ("u", "unpaired or not run"),
+    ]
+    return section(
+        "flips",
+        "Flips: task × initial state",
+        el(
+            "ul",
+            [el("li", el("span", class_=f"cell k-{code}", aria_hidden="true"), text) for code, text in key],
+            class_="legend",
+        ),
+        el("div", maps, class_="maps"),
+        el(
+            "p",
+            "Point at a cell, or focus a map and use the arrow keys.",
+            class_="readout",
+            id="flip-readout",
+            aria_live="polite",
+        ),
+        lead="One cell per episode. A column of flips is a hard initial state, a row a fragile task, scattered flips are noise.",
+    )
+
+
+def _heat(rows: list[str], label: str, arm: str) -> Markup:
+    """All cells of a kind in one path, so that 2,000 episodes are a few kilobytes."""
+    width, height = max(map(len, rows)), len(rows)
+    cells: dict[str, list[str]] = {}
+    for y, row in enumerate(rows):
+        for x, code in enumerate(row):
+            cells.setdefault(code, []).append(f"M{10 * x + 0.7:g} {10 * y + 0.7:g}h8.6v8.6h-8.6z")
+    shapes = [
+        el("path", d="".join(d), class_=f"k-{code if code != '·' else 'u'}")
+        for code, d in sorted(cells.items())
+    ]
+    arrows = {"b": "M{x} {y}h5l-2.5 4.5z", "r": "M{x} {y}l2.5 -4.5l2.5 4.5z", "e": "M{x} {y}l5 4.5"}
+    for code, form in arrows.items():
+        drawn = [
+            form.format(x=f"{10 * x + 2.5:g}", y=f"{10 * y + (7.2 if code == 'r' else 2.8):g}")
+            for y, row in enumerate(rows)
+            for x, c in enumerate(row)
+            if c == code
+        ]
+        if drawn:
+            shapes.append(el("path", d="".join(drawn), class_=f"arrow a-{code}"))
+    shapes.append(el("rect", class_="cursor", width=10, height=10, x=-20, y=0))
+    return el(
+        "svg",
+        *shapes,
+        viewBox=f"0 0 {10 * width} {10 * height}",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=label,
+        tabindex="0",
+        class_="heatmap",
+        data_arm=arm,
+        style=f"height:{16 * height}px;max-width:{24 * width}px",
+    )

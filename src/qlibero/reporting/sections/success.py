@@ -1,0 +1,94 @@
+"""Success by task and arm, as intervals; the numbers in a table beneath."""
+
+from __future__ import annotations
+
+from qlibero.reporting import charts
+from qlibero.reporting.markup import Markup, el
+from qlibero.reporting.material import Material
+from qlibero.reporting.sections.parts import legend, numbers, section
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.statistics import wilson
+from qlibero.results.summary import counts
+
+
+def success(m: Material) -> Markup:
+    by_task: dict[str, dict[tuple[str, int], list[EpisodeRecord]]] = {}
+    for name in m.arms:
+        for record in m.records(name):
+            by_task.setdefault(name, {}).setdefault((record.suite, record.task), []).append(record)
+    groups = [("all tasks", {name: m.records(name) for name in m.arms})]
+    many = len({suite for suite, _ in m.tasks}) > 1
+    for suite, task in m.tasks:
+        title = f"{suite} {task}" if many else f"task {task}"
+        groups.append((title, {name: by_task[name].get((suite, task), []) for name in m.arms}))
+    lows = [_wilson(records)[0] for _, arms in groups for records in arms.values() if _finished(records)]
+    scale = charts.success_scale(lows)
+    rows, figures = [], []
+    for title, arms in groups:
+        lanes = [_lane(m, title, name, records, scale) for name, records in arms.items()]
+        rows.append(
+            el(
+                "div",
+                el("h3", title),
+                el("div", lanes, class_="lanes"),
+                class_="row total" if title == "all tasks" else "row",
+            )
+        )
+        figures.append([title, *(_figure(records) for records in arms.values())])
+    return section(
+        "success",
+        "Success by task and arm",
+        legend(m),
+        el(
+            "div",
+            rows,
+            el(
+                "div",
+                el("span"),
+                charts.axis(scale, "success rate", lambda t: f"{100 * t:g} %"),
+                class_="row foot",
+            ),
+            class_="rows",
+        ),
+        numbers("Counts and Wilson intervals", ["task", *(a.label for a in m.arms.values())], figures),
+        lead="Dots are success rates, bars 95 % Wilson intervals, numbers successes of finished episodes. "
+        "Errors of the simulator are neither success nor failure and are left out of n. Single tasks are descriptive.",
+    )
+
+
+def _finished(records: list[EpisodeRecord]) -> int:
+    return counts(records)[1]
+
+
+def _wilson(records: list[EpisodeRecord]) -> tuple[float, float]:
+    k, n, _ = counts(records)
+    return wilson(k, n)
+
+
+def _figure(records: list[EpisodeRecord]) -> str:
+    k, n, errors = counts(records)
+    if not n:
+        return f"0 finished, {errors} errors" if errors else "–"
+    low, high = wilson(k, n)
+    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} e" if errors else "")
+
+
+def _lane(m: Material, title: str, name: str, records: list[EpisodeRecord], scale: charts.Scale) -> Markup:
+    k, n, errors = counts(records)
+    label = f"{title}, {m.arms[name].label}: {_figure(records)}"
+    if not n:
+        return el(
+            "div",
+            charts.track(*charts.grid_lines(scale), label=label),
+            el("span", "–", class_="count"),
+            class_="lane",
+        )
+    low, high = wilson(k, n)
+    colour = m.colour(name)
+    marks = (
+        *charts.grid_lines(scale),
+        charts.interval(scale, low, high, "ci", colour),
+        charts.mark(scale, k / n, "dot", colour),
+    )
+    count = el("span", f"{k}/{n}", el("em", f" {errors} e") if errors else None, class_="count", title=label)
+    return el("div", charts.track(*marks, label=label), count, class_="lane")
