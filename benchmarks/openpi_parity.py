@@ -28,8 +28,12 @@ from qlibero.policies.pi05.config import GemmaConfig, Pi05Config, SiglipConfig
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.sampler import Sampler
 
-CONFIG = Pi05Config(llm=GemmaConfig(64, 3, 96, 8, 32), expert=GemmaConfig(48, 3, 64, 8, 32), vision=SiglipConfig(64, 2, 96, 16, 14, 56),
-                    vocab_size=300)
+CONFIG = Pi05Config(
+    llm=GemmaConfig(64, 3, 96, 8, 32),
+    expert=GemmaConfig(48, 3, 64, 8, 32),
+    vision=SiglipConfig(64, 2, 96, 16, 14, 56),
+    vocab_size=300,
+)
 LIVE = (23, 9)
 
 
@@ -39,23 +43,38 @@ def upstream(source: Path, precision: str) -> torch.nn.Module:
     gemma = types.ModuleType("openpi.models.gemma")
     gemma.get_config = lambda name: types.SimpleNamespace(**sizes[name].__dict__, num_kv_heads=1)
     tools = types.ModuleType("openpi.shared.image_tools")
-    modules = {"openpi": types.ModuleType("openpi"), "openpi.models": types.ModuleType("openpi.models"), "openpi.models.gemma": gemma,
-               "openpi.shared": types.ModuleType("openpi.shared"), "openpi.shared.image_tools": tools,
-               "openpi.models_pytorch": types.ModuleType("openpi.models_pytorch")}
+    modules = {
+        "openpi": types.ModuleType("openpi"),
+        "openpi.models": types.ModuleType("openpi.models"),
+        "openpi.models.gemma": gemma,
+        "openpi.shared": types.ModuleType("openpi.shared"),
+        "openpi.shared.image_tools": tools,
+        "openpi.models_pytorch": types.ModuleType("openpi.models_pytorch"),
+    }
     modules["openpi.models"].gemma, modules["openpi.shared"].image_tools = gemma, tools
     sys.modules.update(modules)
     loaded = {}
     for name in ("gemma_pytorch", "preprocessing_pytorch", "pi0_pytorch"):
         full = f"openpi.models_pytorch.{name}"
-        spec = importlib.util.spec_from_file_location(full, source / "openpi" / "models_pytorch" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            full, source / "openpi" / "models_pytorch" / f"{name}.py"
+        )
         loaded[name] = sys.modules[full] = importlib.util.module_from_spec(spec)
         setattr(modules["openpi.models_pytorch"], name, loaded[name])
         spec.loader.exec_module(loaded[name])
 
     def small_paligemma(config):
         v = config.vision_config
-        v.hidden_size, v.num_hidden_layers, v.num_attention_heads = CONFIG.vision.width, CONFIG.vision.depth, CONFIG.vision.num_heads
-        v.intermediate_size, v.image_size, v.projection_dim = CONFIG.vision.mlp_dim, CONFIG.vision.image_size, CONFIG.llm.width
+        v.hidden_size, v.num_hidden_layers, v.num_attention_heads = (
+            CONFIG.vision.width,
+            CONFIG.vision.depth,
+            CONFIG.vision.num_heads,
+        )
+        v.intermediate_size, v.image_size, v.projection_dim = (
+            CONFIG.vision.mlp_dim,
+            CONFIG.vision.image_size,
+            CONFIG.llm.width,
+        )
         config.text_config.vocab_size = config._vocab_size = config.image_token_index = CONFIG.vocab_size
         return paligemma(config=config)
 
@@ -66,10 +85,23 @@ def upstream(source: Path, precision: str) -> torch.nn.Module:
     module = loaded["gemma_pytorch"]
     paligemma, causal = module.PaliGemmaForConditionalGeneration, module.GemmaForCausalLM
     module.PaliGemmaForConditionalGeneration, module.GemmaForCausalLM = small_paligemma, small_gemma
-    settings = types.SimpleNamespace(pi05=True, paligemma_variant="llm", action_expert_variant="expert", dtype=precision,
-                                     action_dim=CONFIG.action_dim, action_horizon=CONFIG.action_horizon, pytorch_compile_mode=None)
+    settings = types.SimpleNamespace(
+        pi05=True,
+        paligemma_variant="llm",
+        action_expert_variant="expert",
+        dtype=precision,
+        action_dim=CONFIG.action_dim,
+        action_horizon=CONFIG.action_horizon,
+        pytorch_compile_mode=None,
+    )
     model = loaded["pi0_pytorch"].PI0Pytorch(settings).eval()
-    model._preprocess_observation = lambda o, train=False: (o.images, o.image_masks, o.tokens, o.token_mask, o.state)
+    model._preprocess_observation = lambda o, train=False: (
+        o.images,
+        o.image_masks,
+        o.tokens,
+        o.token_mask,
+        o.state,
+    )
     model.paligemma_with_expert.gemma_expert.model.config._attn_implementation = "eager"
     return model
 
@@ -80,10 +112,15 @@ def through_a_file(theirs: torch.nn.Module, ours: Pi05Model) -> bool:
         save_model(theirs, str(Path(folder) / "model.safetensors"))
         (Path(folder) / "config.json").write_text(json.dumps({"action_horizon": CONFIG.action_horizon}))
         checkpoint = open_checkpoint(Path(folder))
-        print(f"tensors as openpi saves them: {len(checkpoint.shapes)}; {'; '.join(tensor_table(checkpoint).notes)}", file=sys.stderr)
+        print(
+            f"tensors as openpi saves them: {len(checkpoint.shapes)}; {'; '.join(tensor_table(checkpoint).notes)}",
+            file=sys.stderr,
+        )
         read = load_model(checkpoint, torch.float32, torch.device("cpu")).state_dict()
     precise = {name: t.float() for name, t in theirs.state_dict().items()}
-    return checkpoint.config == CONFIG and all(torch.equal(read[name], precise[name]) for name in ours.state_dict())
+    return checkpoint.config == CONFIG and all(
+        torch.equal(read[name], precise[name]) for name in ours.state_dict()
+    )
 
 
 def main() -> None:
@@ -101,7 +138,9 @@ def main() -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
     wanted = theirs.state_dict()
     unused = {name for name in wanted if "lm_head" in name}
-    mismatch = {n for n in ours.state_dict() if n not in wanted} | {n for n in wanted if n not in ours.state_dict()} - unused
+    mismatch = {n for n in ours.state_dict() if n not in wanted} | {
+        n for n in wanted if n not in ours.state_dict()
+    } - unused
     theirs.load_state_dict(ours.state_dict(), strict=False)
     loaded_exactly = through_a_file(theirs, ours)
     cast(ours, getattr(torch, args.dtype))
@@ -115,8 +154,13 @@ def main() -> None:
     actions = torch.randn(noise.shape, generator=g)
     time = torch.tensor([0.3, 0.85])
     cameras = torch.tensor([[True, True, False]] * batch)
-    observation = types.SimpleNamespace(images=list(images.unbind(1)), image_masks=list(cameras.unbind(1)), tokens=tokens,
-                                        token_mask=token_mask, state=torch.zeros(batch, 32))
+    observation = types.SimpleNamespace(
+        images=list(images.unbind(1)),
+        image_masks=list(cameras.unbind(1)),
+        tokens=tokens,
+        token_mask=token_mask,
+        state=torch.zeros(batch, 32),
+    )
     with torch.no_grad():
         expected = theirs.sample_actions("cpu", observation, noise=noise.clone(), num_steps=10)
         loss = theirs.forward(observation, actions, noise=noise.clone(), time=time).float()

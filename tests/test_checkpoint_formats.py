@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
 from safetensors.torch import load_file, save_file
 
-from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
 from qlibero.config.schema import Pi05
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies import load_policy
@@ -19,7 +19,13 @@ from qlibero.policies.pi05.tokenizer import WordTokenizer, load_tokenizer, split
 from qlibero.policies.pi05.verify import verify_checkpoint
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-WORDS = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)} | {"task", "state", "action"} | {str(i) for i in range(-1, 256)}))
+WORDS = WordTokenizer(
+    sorted(
+        {w for p in PROMPTS for w in split_words(p)}
+        | {"task", "state", "action"}
+        | {str(i) for i in range(-1, 256)}
+    )
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +37,13 @@ def one_thread():
 
 
 def ours(path: Path) -> Path:
-    write_checkpoint(path, random_model(conv_config()), name="small", statistics=STATISTICS,
-                     tokenizer=vocabulary().to_json())
+    write_checkpoint(
+        path,
+        random_model(conv_config()),
+        name="small",
+        statistics=STATISTICS,
+        tokenizer=vocabulary().to_json(),
+    )
     return path
 
 
@@ -45,12 +56,23 @@ def openpi(path: Path, *, tied: bool = False) -> Path:
     state = {name: t.clone().bfloat16() for name, t in random_model(siglip_config()).state_dict().items()}
     if tied:
         state["paligemma_with_expert.paligemma.lm_head.weight"] = state.pop(EMBEDDING)
-        state["paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.zeros(300, 48, dtype=torch.bfloat16)
+        state["paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.zeros(
+            300, 48, dtype=torch.bfloat16
+        )
     assets = path / "assets" / "physical-intelligence" / "libero"
     assets.mkdir(parents=True)
     save_file(state, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"action_dim": 32, "action_horizon": 10, "paligemma_variant": "gemma_2b",
-                                                  "action_expert_variant": "gemma_300m", "precision": "bfloat16"}))
+    (path / "config.json").write_text(
+        json.dumps(
+            {
+                "action_dim": 32,
+                "action_horizon": 10,
+                "paligemma_variant": "gemma_2b",
+                "action_expert_variant": "gemma_300m",
+                "precision": "bfloat16",
+            }
+        )
+    )
     (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": STATISTICS}))
     (path.parent / "tokenizer.json").write_text(WORDS.to_json())
     return path
@@ -63,13 +85,23 @@ def lerobot(path: Path, mode: str = "QUANTILES") -> Path:
     state["model.paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.ones(300, 48)
     path.mkdir()
     save_file(state, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"type": "pi05", "chunk_size": 10, "n_action_steps": 10, "max_state_dim": 32}))
-    for which, step, feature, entry in (("preprocessor", "normalizer_processor", "observation.state", STATISTICS["state"]),
-                                        ("postprocessor", "unnormalizer_processor", "action", STATISTICS["actions"])):
+    (path / "config.json").write_text(
+        json.dumps({"type": "pi05", "chunk_size": 10, "n_action_steps": 10, "max_state_dim": 32})
+    )
+    for which, step, feature, entry in (
+        ("preprocessor", "normalizer_processor", "observation.state", STATISTICS["state"]),
+        ("postprocessor", "unnormalizer_processor", "action", STATISTICS["actions"]),
+    ):
         file = f"policy_{which}_step_5_{step}.safetensors"
         save_file({f"{feature}.{key}": torch.tensor(value) for key, value in entry.items()}, path / file)
         norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
-        steps = [{"registry_name": step, "config": {"eps": 1e-8, "features": {}, "norm_map": norm_map}, "state_file": file}]
+        steps = [
+            {
+                "registry_name": step,
+                "config": {"eps": 1e-8, "features": {}, "norm_map": norm_map},
+                "state_file": file,
+            }
+        ]
         if which == "preprocessor":
             steps.append({"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}})
         (path / f"policy_{which}.json").write_text(json.dumps({"name": f"policy_{which}", "steps": steps}))
@@ -112,7 +144,9 @@ def test_lerobot_directory_is_the_same_network(tmp_path):
     theirs, same = lerobot(tmp_path / "a" / "c"), openpi(tmp_path / "b" / "c")
     policy = load(theirs, profile="lerobot-0.6")
     reference = load(same, profile="openpi-state").model.state_dict()
-    assert all(torch.equal(t.bfloat16().float(), reference[name]) for name, t in policy.model.state_dict().items())
+    assert all(
+        torch.equal(t.bfloat16().float(), reference[name]) for name, t in policy.model.state_dict().items()
+    )
     assert policy.noise_shape == (10, 32) and ask(policy).shape == (1, 10, 7)
 
 
@@ -121,7 +155,10 @@ def test_both_normalisation_modes_are_read_from_the_files(tmp_path):
     for mode in ("QUANTILES", "MEAN_STD"):
         (tmp_path / mode).mkdir()
         path = lerobot(tmp_path / mode / "c", mode)
-        assert verify_checkpoint(path)["statistics"]["actions"]["mode"] == {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}[mode]
+        assert (
+            verify_checkpoint(path)["statistics"]["actions"]["mode"]
+            == {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}[mode]
+        )
         answers.append(ask(load(path, profile="lerobot-0.6")))
     assert np.abs(answers[0] - answers[1]).max() > 1e-3
 
@@ -130,7 +167,9 @@ def test_the_profile_changes_the_answer_and_is_never_guessed(tmp_path):
     path = lerobot(tmp_path / "c")
     with pytest.raises(UserError, match="lerobot-0.4 or lerobot-0.6"):
         load(path)
-    assert np.abs(ask(load(path, profile="lerobot-0.4")) - ask(load(path, profile="lerobot-0.6"))).max() > 1e-4
+    assert (
+        np.abs(ask(load(path, profile="lerobot-0.4")) - ask(load(path, profile="lerobot-0.6"))).max() > 1e-4
+    )
     with pytest.raises(UserError, match="is for openpi checkpoints"):
         load(path, profile="openpi")
 
@@ -153,10 +192,16 @@ def test_missing_extra_and_misshapen_tensors_are_listed(tmp_path):
     rewrite(path, damage)
     with pytest.raises(UserError) as error:
         load(path)
-    for word in ("missing: action_out_proj.bias", "extra: surprise", "time_mlp_in.weight (3, 3), expected (48, 48)"):
+    for word in (
+        "missing: action_out_proj.bias",
+        "extra: surprise",
+        "time_mlp_in.weight (3, 3), expected (48, 48)",
+    ):
         assert word in str(error.value)
     report = verify_checkpoint(path)
-    assert not report["ok"] and report["missing"] == ["action_out_proj.bias"] and report["extra"] == ["surprise"]
+    assert (
+        not report["ok"] and report["missing"] == ["action_out_proj.bias"] and report["extra"] == ["surprise"]
+    )
 
 
 def test_non_finite_tensors_are_refused(tmp_path):
@@ -174,14 +219,20 @@ def test_other_weights_than_the_config_was_written_for_are_refused(tmp_path):
         load(path, sha256="0" * 64)
 
 
-@pytest.mark.parametrize("damage,message", [
-    (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:1000]), "cannot be read as safetensors"),
-    (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
-    (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
-    (lambda p: next(p.glob("assets/**/norm_stats.json")).unlink(), "copy it here by hand"),
-    (lambda p: (p / "tokenizer.json").unlink(), "does not exist"),
-    (lambda p: ((p / "model.safetensors").unlink(), (p / "params").mkdir()), "JAX checkpoint"),
-])
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (
+            lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:1000]),
+            "cannot be read as safetensors",
+        ),
+        (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda p: next(p.glob("assets/**/norm_stats.json")).unlink(), "copy it here by hand"),
+        (lambda p: (p / "tokenizer.json").unlink(), "does not exist"),
+        (lambda p: ((p / "model.safetensors").unlink(), (p / "params").mkdir()), "JAX checkpoint"),
+    ],
+)
 def test_every_broken_directory_says_what_to_do(tmp_path, damage, message):
     path = ours(tmp_path / "c")
     damage(path)
@@ -212,15 +263,31 @@ def test_sentencepiece_and_tokenizer_json(tmp_path):
     sentencepiece, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{p} Task: State: {i} Action:" for i in range(40) for p in PROMPTS))
-    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "small"), vocab_size=120,
-                                             bos_id=2, eos_id=1, unk_id=3, pad_id=0, model_type="bpe", byte_fallback=False,
-                                             hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=120,
+        bos_id=2,
+        eos_id=1,
+        unk_id=3,
+        pad_id=0,
+        model_type="bpe",
+        byte_fallback=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     mine = load_tokenizer(tmp_path / "small.model")
     raw = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "small.model"))
     # openpi: encode(task, add_bos=True) + encode("\n")
     assert mine.encode((PROMPTS[0], "\n")) == raw.encode(PROMPTS[0], add_bos=True) + raw.encode("\n")
 
-    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, **{w: i + 4 for i, w in enumerate(sorted(split_words(PROMPTS[0])))}}
+    words = {
+        "<pad>": 0,
+        "<eos>": 1,
+        "<bos>": 2,
+        "<unk>": 3,
+        **{w: i + 4 for i, w in enumerate(sorted(split_words(PROMPTS[0])))},
+    }
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "tokenizer.json"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+
 from qlibero.config.schema import Pi05
 from qlibero.errors import WorkFailed
 from qlibero.policies import load_policy
@@ -23,7 +23,9 @@ def config(tmp_path_factory) -> Pi05:
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("c")
     words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
-    write_checkpoint(path, random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer=words.to_json())
+    write_checkpoint(
+        path, random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer=words.to_json()
+    )
     return Pi05(type="pi05", checkpoint=path)
 
 

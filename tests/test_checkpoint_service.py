@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+
 from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
@@ -44,8 +44,16 @@ def one_thread():
 def policy() -> Pi05Policy:
     words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
     statistics = {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()}
-    return Pi05Policy("small", random_model(conv_config()), PROFILES["qlibero"], statistics, words, batch_size=4, flow_steps=10,
-                      identity={"sha256": "0" * 64})
+    return Pi05Policy(
+        "small",
+        random_model(conv_config()),
+        PROFILES["qlibero"],
+        statistics,
+        words,
+        batch_size=4,
+        flow_steps=10,
+        identity={"sha256": "0" * 64},
+    )
 
 
 class Served:
@@ -85,8 +93,12 @@ class Served:
 
 def element(observation) -> dict:
     """What openpi's LIBERO client sends."""
-    return {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image,
-            "observation/state": observation.state.astype(np.float64), "prompt": observation.prompt}
+    return {
+        "observation/image": observation.image,
+        "observation/wrist_image": observation.wrist_image,
+        "observation/state": observation.state.astype(np.float64),
+        "prompt": observation.prompt,
+    }
 
 
 def test_remote_answers_are_the_in_process_answers(policy):
@@ -98,7 +110,11 @@ def test_remote_answers_are_the_in_process_answers(policy):
         remote.close()
     assert np.array_equal(answer.actions, policy.infer(seen, z).actions)
     said = remote.provenance()
-    assert said["guarantees"]["noise"] and not said["guarantees"]["kernel_attestation"] and said["sha256"] == "0" * 64
+    assert (
+        said["guarantees"]["noise"]
+        and not said["guarantees"]["kernel_attestation"]
+        and said["sha256"] == "0" * 64
+    )
     assert json.dumps(said)
 
 
@@ -116,7 +132,7 @@ def test_the_protocol_frame_by_frame(policy):
     (seen,) = observations(1)
     with Served(policy) as server:
         with connect(server.url, compression=None, max_size=None) as wire:
-            assert unpack(wire.recv())["qlibero"]["noise_shape"] == [10, 7]      # the server speaks first
+            assert unpack(wire.recv())["qlibero"]["noise_shape"] == [10, 7]  # the server speaks first
             for turn in range(2):
                 wire.send(pack(element(seen)))
                 answer = unpack(wire.recv())
@@ -200,7 +216,7 @@ def test_a_server_error_is_an_error_here(policy):
         remote = RemotePolicy(server.url, timeout_s=20.0)
         with pytest.raises(WorkFailed, match="zebra"):
             remote.infer([unknown], noises(1, policy.noise_shape))
-        remote.infer([seen], noises(1, policy.noise_shape))     # and the next request finds a connection
+        remote.infer([seen], noises(1, policy.noise_shape))  # and the next request finds a connection
         remote.close()
     with pytest.raises(WorkFailed, match="no policy server"):
         RemotePolicy("ws://127.0.0.1:9", timeout_s=0.3)
@@ -224,7 +240,10 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
         assert remote.infer(observations(1), noises(1, remote.noise_shape)).actions.shape == (1, 10, 7)
         remote.close()
     assert heard[0]["observation/image"].shape == (224, 224, 3) and "noise" not in heard[0]
-    assert not remote.provenance()["guarantees"]["noise"] and "neither repeatable" in remote.provenance()["guarantees"]["said"]
+    assert (
+        not remote.provenance()["guarantees"]["noise"]
+        and "neither repeatable" in remote.provenance()["guarantees"]["said"]
+    )
 
 
 def test_ready_file(policy, tmp_path):
@@ -236,13 +255,25 @@ def test_ready_file(policy, tmp_path):
 
 def test_the_stock_client_is_served(policy, tmp_path):
     """openpi-client 0.1.2 as published, unchanged; installed without its numpy < 2 requirement."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "openpi-client==0.1.2"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(tmp_path),
+        "openpi-client==0.1.2",
+    ]
     try:
         import openpi_client as _  # noqa: F401
     except ImportError:
         installed = subprocess.run(command, capture_output=True, text=True)
         if installed.returncode:
-            pytest.skip(f"openpi-client 0.1.2 cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+            pytest.skip(
+                f"openpi-client 0.1.2 cannot be installed here: {installed.stderr.strip().splitlines()[-1]}"
+            )
     (seen,), z = observations(1), noises(1, policy.noise_shape)
     np.savez(tmp_path / "in.npz", image=seen.image, wrist=seen.wrist_image, state=seen.state, noise=z[0])
     client = f"""
@@ -264,8 +295,12 @@ else:
     raise SystemExit("the error did not reach the client")
 """
     with Served(policy, token=TOKEN) as server:
-        done = subprocess.run([sys.executable, "-c", client, str(server.port)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", client, str(server.port)], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
     out = np.load(tmp_path / "out.npz")
-    assert np.array_equal(out["a"], policy.infer([seen], z).actions[0]) and not np.array_equal(out["a"], out["b"])
+    assert np.array_equal(out["a"], policy.infer([seen], z).actions[0]) and not np.array_equal(
+        out["a"], out["b"]
+    )
     assert Path(tmp_path).exists()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pi05_small import conv_config, random_inputs, random_model, siglip_config
 from torch import nn
 
-from pi05_small import conv_config, random_inputs, random_model, siglip_config
 from qlibero.policies.pi05.config import PI05_FULL, Pi05Config
 from qlibero.policies.pi05.layers import MASKED, attend, fuse, modulated, project, rope_tables, rotate
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize, is_float32_island
@@ -39,16 +39,26 @@ def test_full_size_network_has_openpis_tensors():
     assert len(names) == 811
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 456
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 3353.4
-    llm, expert = "paligemma_with_expert.paligemma.model.language_model.", "paligemma_with_expert.gemma_expert.model."
+    llm, expert = (
+        "paligemma_with_expert.paligemma.model.language_model.",
+        "paligemma_with_expert.gemma_expert.model.",
+    )
     vit = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
     expected = {
-        f"{llm}embed_tokens.weight": (257152, 2048), f"{llm}layers.17.self_attn.k_proj.weight": (256, 2048),
-        f"{llm}layers.0.mlp.down_proj.weight": (2048, 16384), f"{llm}norm.weight": (2048,),
-        f"{expert}layers.0.self_attn.o_proj.weight": (1024, 2048), f"{expert}norm.dense.bias": (3072,),
+        f"{llm}embed_tokens.weight": (257152, 2048),
+        f"{llm}layers.17.self_attn.k_proj.weight": (256, 2048),
+        f"{llm}layers.0.mlp.down_proj.weight": (2048, 16384),
+        f"{llm}norm.weight": (2048,),
+        f"{expert}layers.0.self_attn.o_proj.weight": (1024, 2048),
+        f"{expert}norm.dense.bias": (3072,),
         f"{expert}layers.17.post_attention_layernorm.dense.weight": (3072, 1024),
-        f"{vit}embeddings.patch_embedding.weight": (1152, 3, 14, 14), f"{vit}embeddings.position_embedding.weight": (256, 1152),
-        f"{vit}encoder.layers.26.self_attn.out_proj.bias": (1152,), f"{vit}encoder.layers.0.mlp.fc1.weight": (4304, 1152),
-        f"{vit}post_layernorm.weight": (1152,), "action_in_proj.weight": (1024, 32), "time_mlp_out.weight": (1024, 1024),
+        f"{vit}embeddings.patch_embedding.weight": (1152, 3, 14, 14),
+        f"{vit}embeddings.position_embedding.weight": (256, 1152),
+        f"{vit}encoder.layers.26.self_attn.out_proj.bias": (1152,),
+        f"{vit}encoder.layers.0.mlp.fc1.weight": (4304, 1152),
+        f"{vit}post_layernorm.weight": (1152,),
+        "action_in_proj.weight": (1024, 32),
+        "time_mlp_out.weight": (1024, 1024),
         "paligemma_with_expert.paligemma.model.multi_modal_projector.linear.weight": (2048, 1152),
     }
     assert {name: tuple(names[name].shape) for name in expected} == expected
@@ -70,8 +80,13 @@ def test_padding_is_invisible():
     exact, _ = Sampler(model)(inputs["images"], inputs["tokens"], inputs["noise"], state=inputs["state"])
     junk = torch.randint(0, config.vocab_size, (2, 9))
     mask = torch.arange(16)[None].expand(2, -1) < 7
-    padded, _ = Sampler(model)(inputs["images"], torch.cat([inputs["tokens"], junk], 1), inputs["noise"],
-                               token_mask=mask, state=inputs["state"])
+    padded, _ = Sampler(model)(
+        inputs["images"],
+        torch.cat([inputs["tokens"], junk], 1),
+        inputs["noise"],
+        token_mask=mask,
+        state=inputs["state"],
+    )
     torch.testing.assert_close(padded, exact, atol=3e-6, rtol=0)
 
 
@@ -91,7 +106,9 @@ def test_several_flow_samples_share_a_prefix():
     x = torch.randn(2 * samples, config.action_horizon, config.action_dim)
     t = torch.rand(2 * samples)
     with torch.no_grad():
-        together = model.velocity(model.prefix(inputs["images"], inputs["tokens"], state=inputs["state"]), x, t)
+        together = model.velocity(
+            model.prefix(inputs["images"], inputs["tokens"], state=inputs["state"]), x, t
+        )
         for row in range(2):
             own = {k: v[row : row + 1] for k, v in inputs.items()}
             prefix = model.prefix(own["images"], own["tokens"], state=own["state"])
@@ -110,8 +127,15 @@ def test_every_parameter_that_reaches_the_actions_is_trained():
     last = f"language_model.layers.{config.llm.depth - 1}."
     unread = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()}
     assert {n.partition("language_model.")[2] for n in unread} == {
-        f"layers.{config.llm.depth - 1}.{n}.weight" for n in
-        ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm")
+        f"layers.{config.llm.depth - 1}.{n}.weight"
+        for n in (
+            "self_attn.q_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+            "post_attention_layernorm",
+        )
     } | {"norm.weight"}, last
 
 
@@ -130,7 +154,9 @@ def test_rotation_is_rotate_half():
     first, second = x[..., :4], x[..., 4:]
     cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
     expected = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    torch.testing.assert_close(rotate(x, *rope_tables(positions, 8, torch.float32)), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        rotate(x, *rope_tables(positions, 8, torch.float32)), expected, atol=1e-6, rtol=0
+    )
 
 
 def test_adaptive_norm_on_the_cpu_is_the_norm():
@@ -151,9 +177,9 @@ def test_fused_linears_still_answer_one_by_one():
             torch.testing.assert_close(got, wanted)
         handle = b.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
         project(x, a, b)
-        assert len(heard) == 1                       # a listener sees its own call
+        assert len(heard) == 1  # a listener sees its own call
         handle.remove()
-        b.weight = nn.Parameter(b.weight * 2)        # a replaced weight is used, not the old view
+        b.weight = nn.Parameter(b.weight * 2)  # a replaced weight is used, not the old view
         torch.testing.assert_close(project(x, a, b)[1], 2 * expected[1])
 
 
@@ -161,11 +187,22 @@ def test_bfloat16_keeps_openpis_float32_islands():
     model = cast(initialize(Pi05Model(siglip_config()), 0), torch.bfloat16)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert kept == {name for name, _ in model.named_parameters() if is_float32_island(name)}
-    for part in ("patch_embedding.weight", "layers.0.input_layernorm.dense.weight", "layers.2.post_attention_layernorm.weight",
-                 "gemma_expert.model.norm.dense.bias", "action_out_proj.weight", "time_mlp_in.weight"):
+    for part in (
+        "patch_embedding.weight",
+        "layers.0.input_layernorm.dense.weight",
+        "layers.2.post_attention_layernorm.weight",
+        "gemma_expert.model.norm.dense.bias",
+        "action_out_proj.weight",
+        "time_mlp_in.weight",
+    ):
         assert any(name.endswith(part) for name in kept), part
-    for part in ("q_proj.weight", "layer_norm1.weight", "post_layernorm.weight", "multi_modal_projector.linear.weight",
-                 "embed_tokens.weight"):
+    for part in (
+        "q_proj.weight",
+        "layer_norm1.weight",
+        "post_layernorm.weight",
+        "multi_modal_projector.linear.weight",
+        "embed_tokens.weight",
+    ):
         assert not any(name.endswith(part) for name in kept), part
     inputs = random_inputs(siglip_config(), 1, 5)
     got, _ = Sampler(model)(inputs["images"], inputs["tokens"], inputs["noise"])

@@ -7,16 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
 from PIL import Image
 
-from pi05_small import STATISTICS, conv_config, noises, observations, random_model, siglip_config
 from qlibero.errors import UserError
 from qlibero.policies.pi05.images import resize_area, resize_pil, to_network
 from qlibero.policies.pi05.normalize import from_lerobot, from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
-from pi05_small import PROMPTS
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +29,16 @@ def one_thread():
 def policy(batch_size: int = 1) -> Pi05Policy:
     words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
     statistics = {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()}
-    return Pi05Policy("small", random_model(conv_config()), PROFILES["qlibero"], statistics, words, batch_size=batch_size,
-                      flow_steps=10, identity={"sha256": "0" * 64})
+    return Pi05Policy(
+        "small",
+        random_model(conv_config()),
+        PROFILES["qlibero"],
+        statistics,
+        words,
+        batch_size=batch_size,
+        flow_steps=10,
+        identity={"sha256": "0" * 64},
+    )
 
 
 @pytest.mark.parametrize("source,target", [(256, 224), (360, 224), (128, 224), (256, 200)])
@@ -84,8 +91,12 @@ def test_everything_observed_matters():
     p = policy()
     (seen,), z = observations(1), noises(1, p.noise_shape)
     base = p.infer([seen], z).actions
-    changes = [{"image": 255 - seen.image}, {"wrist_image": 255 - seen.wrist_image}, {"state": seen.state + 0.5},
-               {"prompt": PROMPTS[1]}]
+    changes = [
+        {"image": 255 - seen.image},
+        {"wrist_image": 255 - seen.wrist_image},
+        {"state": seen.state + 0.5},
+        {"prompt": PROMPTS[1]},
+    ]
     for change in changes:
         other = type(seen)(**{**seen.__dict__, **change})
         assert np.abs(p.infer([other], z).actions - base).max() > 1e-4, change.keys()
@@ -96,9 +107,13 @@ def test_prompts_to_the_letter():
     task = " put_the bowl\non the plate "
     assert PROFILES["openpi"].text(task, state) == ("put the bowl on the plate", "\n")
     bins = "0 64 128 192 255 255 255 -1"
-    assert PROFILES["lerobot-0.6"].text(task, state) == (f"Task: put the bowl on the plate, State: {bins};\nAction: ",)
+    assert PROFILES["lerobot-0.6"].text(task, state) == (
+        f"Task: put the bowl on the plate, State: {bins};\nAction: ",
+    )
     padded = f"{bins} {' '.join(['128'] * 24)}"
-    assert PROFILES["lerobot-0.4"].text(task, state) == (f"Task: put the bowl on the plate, State: {padded};\nAction: ",)
+    assert PROFILES["lerobot-0.4"].text(task, state) == (
+        f"Task: put the bowl on the plate, State: {padded};\nAction: ",
+    )
 
 
 def test_normalisation_in_both_modes_and_spellings():
@@ -106,8 +121,17 @@ def test_normalisation_in_both_modes_and_spellings():
     e = {k: np.array(v) for k, v in STATISTICS["state"].items()}
     quantile = (x - e["q01"]) / (e["q99"] - e["q01"] + 1e-6) * 2 - 1
     np.testing.assert_allclose(from_openpi(e, "quantile", "t").normalize(x), quantile, rtol=1e-6)
-    np.testing.assert_allclose(from_openpi(e, "mean_std", "t").normalize(x), (x - e["mean"]) / (e["std"] + 1e-6), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(from_lerobot(e, "quantile", "t").normalize(x), 2 * (x - e["q01"]) / (e["q99"] - e["q01"]) - 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        from_openpi(e, "mean_std", "t").normalize(x),
+        (x - e["mean"]) / (e["std"] + 1e-6),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(
+        from_lerobot(e, "quantile", "t").normalize(x),
+        2 * (x - e["q01"]) / (e["q99"] - e["q01"]) - 1,
+        rtol=1e-6,
+    )
     for make in (from_openpi, from_lerobot):
         for mode in ("quantile", "mean_std"):
             statistics = make(e, mode, "t")
@@ -125,4 +149,13 @@ def test_unknown_words_are_refused_by_name():
 
 def test_a_state_token_needs_its_profile():
     with pytest.raises(UserError, match="state token"):
-        Pi05Policy("x", random_model(siglip_config()), PROFILES["qlibero"], {}, WordTokenizer([]), batch_size=1, flow_steps=10, identity={})
+        Pi05Policy(
+            "x",
+            random_model(siglip_config()),
+            PROFILES["qlibero"],
+            {},
+            WordTokenizer([]),
+            batch_size=1,
+            flow_steps=10,
+            identity={},
+        )

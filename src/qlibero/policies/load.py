@@ -14,12 +14,13 @@ import torch
 
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.base import Policy
-from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, load_statistics, open_checkpoint, sha256
+from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, sha256
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES, Profile
+from qlibero.policies.pi05.statistics import load_statistics
 from qlibero.policies.pi05.tokenizer import load_tokenizer
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact
@@ -59,34 +60,56 @@ def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
     checkpoint = open_checkpoint(Path(config.checkpoint))
     digest = sha256(checkpoint.weights)
     if config.sha256 and digest != config.sha256:
-        raise GuardRefusal(f"{checkpoint.weights} has sha256 {digest}, the config expects {config.sha256}: these are other "
-                           "weights than the ones the config was written for")
+        raise GuardRefusal(
+            f"{checkpoint.weights} has sha256 {digest}, the config expects {config.sha256}: these are other "
+            "weights than the ones the config was written for"
+        )
     profile = choose_profile(checkpoint, config.profile)
     statistics = load_statistics(checkpoint)
-    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else checkpoint.path / "tokenizer.json")
+    tokenizer = load_tokenizer(
+        Path(config.tokenizer) if config.tokenizer else checkpoint.path / "tokenizer.json"
+    )
     device, dtype = _place(config)
     model = load_model(checkpoint, dtype, device, skip)
-    identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest,
-                "parameters": sum(p.numel() for p in model.parameters())}
-    return Pi05Policy(checkpoint.raw.get("name") or checkpoint.path.name, model, profile, statistics, tokenizer,
-                      batch_size=_batch_size(config, device), flow_steps=config.flow_steps, identity=identity)
+    identity = {
+        "checkpoint": str(checkpoint.path),
+        "kind": checkpoint.kind,
+        "sha256": digest,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return Pi05Policy(
+        checkpoint.raw.get("name") or checkpoint.path.name,
+        model,
+        profile,
+        statistics,
+        tokenizer,
+        batch_size=_batch_size(config, device),
+        flow_steps=config.flow_steps,
+        identity=identity,
+    )
 
 
 def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
     """The profile asked for, or the one the files prove; `UserError` when `auto` and they prove nothing."""
     if wanted == "auto":
         if checkpoint.profile is None:
-            raise UserError(f"policy.profile: the files of {checkpoint.path} ({checkpoint.kind}) do not prove under which "
-                            f"semantics the weights were trained; write `profile: {checkpoint.guess}` if that is it. "
-                            f"{checkpoint.profile_reason}")
+            raise UserError(
+                f"policy.profile: the files of {checkpoint.path} ({checkpoint.kind}) do not prove under which "
+                f"semantics the weights were trained; write `profile: {checkpoint.guess}` if that is it. "
+                f"{checkpoint.profile_reason}"
+            )
         return checkpoint.profile
     profile = PROFILES[wanted]
     if (profile.statistics == "lerobot") != (checkpoint.kind == "lerobot"):
-        raise UserError(f"policy.profile: {wanted} is for {profile.statistics} checkpoints, {checkpoint.path} is of the "
-                        f"{checkpoint.kind} kind")
+        raise UserError(
+            f"policy.profile: {wanted} is for {profile.statistics} checkpoints, {checkpoint.path} is of the "
+            f"{checkpoint.kind} kind"
+        )
     if checkpoint.profile is not None and checkpoint.profile != profile:
-        raise UserError(f"policy.profile: {wanted} contradicts {checkpoint.path}/config.json, which says "
-                        f"{checkpoint.profile.name}; leave it at auto")
+        raise UserError(
+            f"policy.profile: {wanted} contradicts {checkpoint.path}/config.json, which says "
+            f"{checkpoint.profile.name}; leave it at auto"
+        )
     return profile
 
 
@@ -108,13 +131,26 @@ def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
     model = cast(model, dtype).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    identity = {"checkpoint": None, "kind": "untrained", "sha256": digest.hexdigest(), "seed": seed,
-                "parameters": sum(p.numel() for p in model.parameters())}
+    identity = {
+        "checkpoint": None,
+        "kind": "untrained",
+        "sha256": digest.hexdigest(),
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     name = f"untrained-{content.get('name', path.parent.name)}-seed{seed}"
     profile = PROFILES[content.get("profile", "qlibero")]
     tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path.parent / "tokenizer.json")
-    return Pi05Policy(name, model, profile, statistics, tokenizer, batch_size=_batch_size(config, device),
-                      flow_steps=config.flow_steps, identity=identity)
+    return Pi05Policy(
+        name,
+        model,
+        profile,
+        statistics,
+        tokenizer,
+        batch_size=_batch_size(config, device),
+        flow_steps=config.flow_steps,
+        identity=identity,
+    )
 
 
 def _place(config: Any) -> tuple[torch.device, torch.dtype]:
@@ -122,7 +158,9 @@ def _place(config: Any) -> tuple[torch.device, torch.dtype]:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"policy.device: {config.device}, but this process sees no GPU; `qlibero doctor` says why")
+        raise UserError(
+            f"policy.device: {config.device}, but this process sees no GPU; `qlibero doctor` says why"
+        )
     device = torch.device(kind)
     if config.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -50,7 +50,9 @@ class RemotePolicy:
         self._ours: dict[str, Any] | None = ours
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
         where = urlsplit(url)
-        self.name = f"remote-{ours['provenance']['name']}" if ours else f"remote-{where.hostname}-{where.port or 80}"
+        self.name = (
+            f"remote-{ours['provenance']['name']}" if ours else f"remote-{where.hostname}-{where.port or 80}"
+        )
 
     def close(self) -> None:
         """Close idle connections."""
@@ -65,15 +67,22 @@ class RemotePolicy:
     def provenance(self) -> dict[str, Any]:
         """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
         theirs = self._ours["provenance"] if self._ours else {}
-        return {"type": "remote", "name": self.name, "url": self.url, "sha256": theirs.get("sha256"), "server": theirs,
-                "guarantees": {
-                    "noise": bool(self._ours),
-                    "kernel_attestation": False,
-                    "company": bool(self._ours),
-                    "said": "the server takes our noise; its kernels cannot be attested from here" if self._ours else
-                            "the server draws its own noise: neither repeatable nor paired; its weights and kernels are "
-                            "what it says they are",
-                }}
+        return {
+            "type": "remote",
+            "name": self.name,
+            "url": self.url,
+            "sha256": theirs.get("sha256"),
+            "server": theirs,
+            "guarantees": {
+                "noise": bool(self._ours),
+                "kernel_attestation": False,
+                "company": bool(self._ours),
+                "said": "the server takes our noise; its kernels cannot be attested from here"
+                if self._ours
+                else "the server draws its own noise: neither repeatable nor paired; its weights and kernels are "
+                "what it says they are",
+            },
+        }
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`. `WorkFailed` when the server reports an error or stays away."""
@@ -84,7 +93,9 @@ class RemotePolicy:
         actions = np.stack([np.asarray(answer["actions"], np.float32)[:, :7] for answer in answers])
         server = max(answer.get("server_timing", {}).get("infer_ms", 0.0) for answer in answers)
         total = (time.perf_counter() - prepared) * 1e3
-        return Chunk(actions, {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server})
+        return Chunk(
+            actions, {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server}
+        )
 
     def _request(self, observation: Observation, noise: np.ndarray) -> bytes:
         images = {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image}
@@ -108,7 +119,9 @@ class RemotePolicy:
                 answer = connection.recv(timeout=max(deadline - time.monotonic(), 0.001))
             except TimeoutError:
                 connection.close()
-                raise WorkFailed(f"{self.url} did not answer within {self._timeout_s:g} s (policy.timeout_s)") from None
+                raise WorkFailed(
+                    f"{self.url} did not answer within {self._timeout_s:g} s (policy.timeout_s)"
+                ) from None
             except (ConnectionClosed, OSError) as error:
                 if time.monotonic() > deadline:
                     raise WorkFailed(f"{self.url}: connection lost, and lost again: {error}") from None
@@ -123,17 +136,27 @@ class RemotePolicy:
     def _open(self, deadline: float) -> tuple[ClientConnection, Any]:
         while True:
             try:
-                connection = connect(self.url, compression=None, max_size=MAX_ANSWER_BYTES, additional_headers=self._headers,
-                                     ping_interval=None, open_timeout=max(deadline - time.monotonic(), 0.1))
+                connection = connect(
+                    self.url,
+                    compression=None,
+                    max_size=MAX_ANSWER_BYTES,
+                    additional_headers=self._headers,
+                    ping_interval=None,
+                    open_timeout=max(deadline - time.monotonic(), 0.1),
+                )
                 return connection, unpack(connection.recv(timeout=max(deadline - time.monotonic(), 0.1)))
             except InvalidURI as error:
                 raise UserError(f"policy.url: {error}") from None
             except InvalidStatus as error:
                 if error.response.status_code == 401:
-                    raise UserError(f"{self.url} wants a token: set policy.api_key_env to the variable that holds it") from None
+                    raise UserError(
+                        f"{self.url} wants a token: set policy.api_key_env to the variable that holds it"
+                    ) from None
                 problem: Exception = error
             except (OSError, TimeoutError, ConnectionClosed, InvalidHandshake) as error:
                 problem = error
             if time.monotonic() >= deadline:
-                raise WorkFailed(f"no policy server at {self.url} within {self._timeout_s:g} s (policy.timeout_s): {problem}")
+                raise WorkFailed(
+                    f"no policy server at {self.url} within {self._timeout_s:g} s (policy.timeout_s): {problem}"
+                )
             time.sleep(_RETRY_S)

@@ -59,8 +59,10 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if self.token is None and not _is_loopback(self.host):
-            raise UserError(f"serving on {self.host} lets anybody who reaches it use the policy: give a token, or listen on "
-                            "127.0.0.1 (and tunnel)")
+            raise UserError(
+                f"serving on {self.host} lets anybody who reaches it use the policy: give a token, or listen on "
+                "127.0.0.1 (and tunnel)"
+            )
 
 
 @dataclass
@@ -83,17 +85,28 @@ class PolicyServer:
     @property
     def metadata(self) -> dict[str, Any]:
         """The first frame. Clients that know nothing of it ignore it."""
-        return {"qlibero": {"noise_shape": list(self.policy.noise_shape), "provenance": self.policy.provenance()}}
+        return {
+            "qlibero": {"noise_shape": list(self.policy.noise_shape), "provenance": self.policy.provenance()}
+        }
 
     async def run(self, ready: Callable[[int], None], stop: asyncio.Event) -> None:
         """Listen until `stop` is set; `ready` is told the port."""
         settings = self.settings
         try:
-            server = await listen(self._converse, settings.host, settings.port, compression=None,
-                                  max_size=settings.max_message_bytes, process_request=self._admit, ping_interval=None)
+            server = await listen(
+                self._converse,
+                settings.host,
+                settings.port,
+                compression=None,
+                max_size=settings.max_message_bytes,
+                process_request=self._admit,
+                ping_interval=None,
+            )
         except OSError as error:
-            raise WorkFailed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port "
-                             "(0 takes a free one)") from error
+            raise WorkFailed(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port "
+                "(0 takes a free one)"
+            ) from error
         self.port = server.sockets[0].getsockname()[1]
         with ThreadPoolExecutor(1, "policy") as thread:
             worker = asyncio.create_task(self._work(thread))
@@ -119,7 +132,9 @@ class PolicyServer:
         if self.settings.token is not None:
             given = request.headers.get("Authorization", "").removeprefix("Api-Key ")
             if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
-                return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n")
+                return connection.respond(
+                    http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n"
+                )
         return None
 
     async def _converse(self, connection: ServerConnection) -> None:
@@ -133,7 +148,9 @@ class PolicyServer:
                 except Exception:
                     _log.warning("a request failed", exc_info=True)
                     await connection.send(traceback.format_exc())
-                    await connection.close(CLOSE_INTERNAL_ERROR, "Internal server error. Traceback included in previous frame.")
+                    await connection.close(
+                        CLOSE_INTERNAL_ERROR, "Internal server error. Traceback included in previous frame."
+                    )
                     return
                 if previous_ms is not None:
                     answer["server_timing"]["prev_total_ms"] = previous_ms
@@ -146,12 +163,18 @@ class PolicyServer:
         if isinstance(frame, str):
             raise ValueError("a request is one binary frame; this was text")
         request = unpack(frame)
-        job = _Job(read_observation(request), self._noise(request), asyncio.get_running_loop().create_future())
+        job = _Job(
+            read_observation(request), self._noise(request), asyncio.get_running_loop().create_future()
+        )
         started = time.monotonic()
         self._jobs.put_nowait(job)
         actions, infer_ms = await job.answer
         waited_ms = (time.monotonic() - started) * 1e3
-        return {"actions": actions, "policy_timing": {"infer_ms": infer_ms}, "server_timing": {"infer_ms": waited_ms}}
+        return {
+            "actions": actions,
+            "policy_timing": {"infer_ms": infer_ms},
+            "server_timing": {"infer_ms": waited_ms},
+        }
 
     def _noise(self, request: dict[str, Any]) -> np.ndarray:
         shape = self.policy.noise_shape
@@ -172,7 +195,11 @@ class PolicyServer:
             started = time.monotonic()
             try:
                 chunk = await loop.run_in_executor(
-                    thread, self.policy.infer, [job.observation for job in jobs], np.stack([job.noise for job in jobs]))
+                    thread,
+                    self.policy.infer,
+                    [job.observation for job in jobs],
+                    np.stack([job.noise for job in jobs]),
+                )
             except Exception as error:
                 for job in jobs:
                     if not job.answer.done():

@@ -35,7 +35,12 @@ def _encode(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "VOc":
         raise ValueError(f"arrays of {value.dtype} cannot travel")
     if isinstance(value, np.ndarray):
-        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+        return {
+            b"__ndarray__": True,
+            b"data": value.tobytes(),
+            b"dtype": value.dtype.str,
+            b"shape": value.shape,
+        }
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     raise TypeError(f"{type(value).__name__} cannot travel")
@@ -44,7 +49,9 @@ def _encode(value: Any) -> Any:
 def _decode(value: dict) -> Any:
     if b"__ndarray__" in value:
         dtype, shape, data = _number_type(value[b"dtype"]), tuple(value[b"shape"]), value[b"data"]
-        if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
+        if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(
+            data
+        ):
             raise ValueError(f"an array of shape {shape} and type {dtype} is not {len(data)} bytes")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:

@@ -27,7 +27,7 @@ from torch import Tensor
 from qlibero.errors import UserError
 from qlibero.policies.pi05.config import PI05_FULL, Pi05Config
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
-from qlibero.policies.pi05.normalize import Mode, Statistics, from_lerobot, from_openpi
+from qlibero.policies.pi05.normalize import Mode
 from qlibero.policies.pi05.profiles import PROFILES, Profile
 
 WEIGHTS = "model.safetensors"
@@ -56,7 +56,11 @@ class TensorTable:
     def problems(self) -> list[str]:
         """Human-readable, empty when the file fits."""
         found = []
-        for word, names in (("missing", self.missing), ("extra", self.extra), ("of another shape", self.misshapen)):
+        for word, names in (
+            ("missing", self.missing),
+            ("extra", self.extra),
+            ("of another shape", self.misshapen),
+        ):
             if names:
                 more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
                 found.append(f"{len(names)} tensors {word}: {', '.join(names[:_LISTED])}{more}")
@@ -95,35 +99,58 @@ def open_checkpoint(path: Path) -> Checkpoint:
     weights = path / WEIGHTS
     if not weights.is_file():
         if (path / "params").is_dir():
-            raise UserError(f"{path} is a JAX checkpoint (params/); convert it with openpi's "
-                            "examples/convert_jax_model_to_pytorch.py and copy its assets/ beside model.safetensors")
-        raise UserError(f"checkpoint {path} has no {WEIGHTS}; found: {', '.join(sorted(p.name for p in path.iterdir())) or 'nothing'}")
+            raise UserError(
+                f"{path} is a JAX checkpoint (params/); convert it with openpi's "
+                "examples/convert_jax_model_to_pytorch.py and copy its assets/ beside model.safetensors"
+            )
+        raise UserError(
+            f"checkpoint {path} has no {WEIGHTS}; found: {', '.join(sorted(p.name for p in path.iterdir())) or 'nothing'}"
+        )
     shapes, dtypes = _header(weights)
-    raw = _json(path / "config.json") if (path / "config.json").is_file() else {}
+    raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if raw.get("format") == FORMAT:
         config, kind = Pi05Config.from_dict(raw.get("architecture", {})), "qlibero"
         profile = _named(raw.get("profile"), path / "config.json")
-        return Checkpoint(path, kind, config, profile, profile.name, "config.json names it", shapes, dtypes, raw)
+        return Checkpoint(
+            path, kind, config, profile, profile.name, "config.json names it", shapes, dtypes, raw
+        )
     if raw.get("type") == "pi05" or (path / "policy_preprocessor.json").is_file():
         return _open_lerobot(path, raw, shapes, dtypes)
-    config = _architecture(shapes, PI05_FULL.action_horizon if "action_horizon" not in raw else raw["action_horizon"],
-                           weights)
-    return Checkpoint(path, "openpi", config, None, "openpi", "openpi's files do not say whether the state was in the prompt; the "
-                      "published pi05_libero was trained without it", shapes, dtypes, raw)
+    config = _architecture(
+        shapes, PI05_FULL.action_horizon if "action_horizon" not in raw else raw["action_horizon"], weights
+    )
+    return Checkpoint(
+        path,
+        "openpi",
+        config,
+        None,
+        "openpi",
+        "openpi's files do not say whether the state was in the prompt; the "
+        "published pi05_libero was trained without it",
+        shapes,
+        dtypes,
+        raw,
+    )
 
 
 def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoint:
     config = _architecture(shapes, raw.get("chunk_size", 50), path / WEIGHTS)
     for key in _UNSUPPORTED_IN_LEROBOT:
         if raw.get(key):
-            raise UserError(f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported")
+            raise UserError(
+                f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported"
+            )
     # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the state to 32.
     new = "use_relative_actions" in raw
-    reason = ("LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the prompt, "
-              f"later versions 8. config.json {'has' if new else 'lacks'} use_relative_actions, so LeRobot "
-              f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: lerobot-0.4 or "
-              "lerobot-0.6, try the other if this scores 0 %)")
-    return Checkpoint(path, "lerobot", config, None, "lerobot-0.6" if new else "lerobot-0.4", reason, shapes, dtypes, raw)
+    reason = (
+        "LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the prompt, "
+        f"later versions 8. config.json {'has' if new else 'lacks'} use_relative_actions, so LeRobot "
+        f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: lerobot-0.4 or "
+        "lerobot-0.6, try the other if this scores 0 %)"
+    )
+    return Checkpoint(
+        path, "lerobot", config, None, "lerobot-0.6" if new else "lerobot-0.4", reason, shapes, dtypes, raw
+    )
 
 
 def tensor_table(checkpoint: Checkpoint) -> TensorTable:
@@ -142,13 +169,19 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
             notes.append(f"{name} dropped: never used for actions")
     missing = [name for name in wanted if name not in renamed]
     extra = [name for name in renamed if name not in wanted]
-    misshapen = [f"{name} {checkpoint.shapes[renamed[name]]}, expected {shape}" for name, shape in wanted.items()
-                 if name in renamed and checkpoint.shapes[renamed[name]] != shape]
-    return TensorTable({name: renamed[name] for name in wanted if name in renamed}, missing, extra, misshapen, notes)
+    misshapen = [
+        f"{name} {checkpoint.shapes[renamed[name]]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in renamed and checkpoint.shapes[renamed[name]] != shape
+    ]
+    return TensorTable(
+        {name: renamed[name] for name in wanted if name in renamed}, missing, extra, misshapen, notes
+    )
 
 
-def tensors(checkpoint: Checkpoint, table: TensorTable, device: str = "cpu", skip: frozenset[str] = frozenset()
-            ) -> Iterator[tuple[str, Tensor]]:
+def tensors(
+    checkpoint: Checkpoint, table: TensorTable, device: str = "cpu", skip: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Tensor]]:
     """Network name and tensor, one at a time, in the file's dtype. Tensors in `skip` are not read."""
     with safe_open(checkpoint.weights, framework="pt", device=device) as file:
         for name, source in table.source.items():
@@ -156,8 +189,9 @@ def tensors(checkpoint: Checkpoint, table: TensorTable, device: str = "cpu", ski
                 yield name, file.get_tensor(source)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
-               skip: frozenset[str] = frozenset()) -> Pi05Model:
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, skip: frozenset[str] = frozenset()
+) -> Pi05Model:
     """The network with the checkpoint's weights, strictly, in `dtype` (with float32 islands) on `device`.
 
     Read tensor by tensor: the host never holds a second copy. `skip` names linear weights that stay on the meta device
@@ -178,7 +212,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         shape = model.get_parameter(name).shape
         _place(model, name, torch.empty(shape, dtype=dtype, device="meta"))
     if bad:
-        raise UserError(f"{checkpoint.weights}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:_LISTED])}")
+        raise UserError(
+            f"{checkpoint.weights}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:_LISTED])}"
+        )
     return model
 
 
@@ -187,56 +223,19 @@ def _place(model: Pi05Model, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-# -- statistics ------------------------------------------------------------------------------------------------------
-def load_statistics(checkpoint: Checkpoint) -> dict[str, Statistics]:
-    """{"state": …, "actions": …}; `UserError` when the files are missing or incomplete."""
-    if checkpoint.kind == "lerobot":
-        return {"state": _lerobot_statistics(checkpoint.path, "policy_preprocessor.json", "observation.state", "STATE"),
-                "actions": _lerobot_statistics(checkpoint.path, "policy_postprocessor.json", "action", "ACTION")}
-    path = statistics_file(checkpoint)
-    content = _json(path).get("norm_stats", {})
-    mode: Mode = checkpoint.raw.get("normalization", "quantile")
-    return {name: from_openpi(content.get(name, {}), mode, f"{path}: {name}") for name in ("state", "actions")}
-
-
-def statistics_file(checkpoint: Checkpoint) -> Path:
-    """The one assets/**/norm_stats.json of an openpi-style directory."""
-    found = sorted((checkpoint.path / "assets").glob("**/norm_stats.json"))
-    if len(found) != 1:
-        have = f"found {len(found)}: {', '.join(str(p.relative_to(checkpoint.path)) for p in found)}" if found else "found none"
-        raise UserError(f"checkpoint {checkpoint.path} needs exactly one assets/<asset id>/norm_stats.json, {have}; openpi's "
-                        "conversion leaves assets/ in the parent folder of the JAX checkpoint: copy it here by hand")
-    return found[0]
-
-
-def _lerobot_steps(path: Path, name: str) -> list[dict[str, Any]]:
-    return _json(path / name).get("steps", []) if (path / name).is_file() else []
-
-
-def _lerobot_statistics(path: Path, processor: str, feature: str, kind: str) -> Statistics:
-    for step in _lerobot_steps(path, processor):
-        if step.get("registry_name") not in ("normalizer_processor", "unnormalizer_processor"):
-            continue
-        modes = step.get("config", {}).get("norm_map", {})
-        mode = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}.get(modes.get(kind))
-        if mode is None:
-            raise UserError(f"{path / processor}: normalisation {modes.get(kind)!r} of {kind} is not supported; "
-                            "known: QUANTILES, MEAN_STD")
-        state = path / step.get("state_file", "")
-        if not state.is_file():
-            raise UserError(f"{path / processor} names the statistics file {step.get('state_file')!r}, which is not there")
-        with safe_open(state, framework="pt") as file:
-            entry = {key.rpartition(".")[2]: file.get_tensor(key).double().numpy() for key in file.keys()
-                     if key.rpartition(".")[0] == feature}
-        return from_lerobot(entry, mode, f"{state}: {feature}")
-    raise UserError(f"{path / processor} has no normaliser step; LeRobot checkpoints carry their statistics in "
-                    f"{processor} and a safetensors file it names")
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-def write_checkpoint(path: Path, model: Pi05Model, *, name: str, statistics: dict[str, dict[str, list[float]]], tokenizer: str,
-                     profile: str = "qlibero", normalization: Mode = "quantile", asset_id: str = "qlibero/libero",
-                     dtype: torch.dtype = torch.bfloat16) -> str:
+# -- writing -------------------------------------------------------------------------------------------------------
+def write_checkpoint(
+    path: Path,
+    model: Pi05Model,
+    *,
+    name: str,
+    statistics: dict[str, dict[str, list[float]]],
+    tokenizer: str,
+    profile: str = "qlibero",
+    normalization: Mode = "quantile",
+    asset_id: str = "qlibero/libero",
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
     """Write our own kind of directory (openpi's plus config.json and tokenizer.json); returns the weights' sha256.
 
     statistics: {"state": {"mean": …, "std": …, "q01": …, "q99": …}, "actions": {…}}; tokenizer: tokenizer.json's content.
@@ -244,10 +243,18 @@ def write_checkpoint(path: Path, model: Pi05Model, *, name: str, statistics: dic
     path = Path(path)
     assets = path / "assets" / asset_id
     assets.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in model.state_dict().items()}
+    state = {
+        key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in model.state_dict().items()
+    }
     save_file(state, path / WEIGHTS, metadata={"format": "pt"})
-    content = {"format": FORMAT, "name": name, "profile": profile, "normalization": normalization, "asset_id": asset_id,
-               "architecture": model.config.to_dict()}
+    content = {
+        "format": FORMAT,
+        "name": name,
+        "profile": profile,
+        "normalization": normalization,
+        "asset_id": asset_id,
+        "architecture": model.config.to_dict(),
+    }
     (path / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     (path / "tokenizer.json").write_text(tokenizer)
     (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": statistics}, indent=2) + "\n")
@@ -264,26 +271,33 @@ def sha256(path: Path) -> str:
 def file_hashes(path: Path) -> dict[str, str]:
     """{relative name: sha256} of the files of a checkpoint that give it its meaning."""
     keep = {".safetensors", ".json", ".model"}
-    return {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*"))
-            if file.is_file() and file.suffix in keep}
+    return {
+        str(file.relative_to(path)): sha256(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.suffix in keep
+    }
 
 
 def _header(weights: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     try:
         with safe_open(weights, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            return ({name: tuple(s.get_shape()) for name, s in slices.items()},
-                    {name: s.get_dtype() for name, s in slices.items()})
+            return (
+                {name: tuple(s.get_shape()) for name, s in slices.items()},
+                {name: s.get_dtype() for name, s in slices.items()},
+            )
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} cannot be read as safetensors ({weights.stat().st_size} bytes): {error}; "
-                        "if it was downloaded, the download is incomplete") from None
+        raise UserError(
+            f"{weights} cannot be read as safetensors ({weights.stat().st_size} bytes): {error}; "
+            "if it was downloaded, the download is incomplete"
+        ) from None
 
 
 def _strip(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -307,24 +321,51 @@ def _architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:
-            raise UserError(f"{where}: tensor {name} is missing; this is not a pi0.5 checkpoint with openpi's names "
-                            f"({len(names)} tensors, first: {next(iter(sorted(names)), 'none')})")
+            raise UserError(
+                f"{where}: tensor {name} is missing; this is not a pi0.5 checkpoint with openpi's names "
+                f"({len(names)} tensors, first: {next(iter(sorted(names)), 'none')})"
+            )
         return names[name]
 
     def depth(stem: str) -> int:
-        return 1 + max((int(name[len(stem):].split(".")[0]) for name in names if name.startswith(stem)), default=-1)
+        return 1 + max(
+            (int(name[len(stem) :].split(".")[0]) for name in names if name.startswith(stem)), default=-1
+        )
 
     def stack(stem: str) -> GemmaConfig:
-        query, key = shape(f"{stem}layers.0.self_attn.q_proj.weight"), shape(f"{stem}layers.0.self_attn.k_proj.weight")
-        return GemmaConfig(width=query[1], depth=depth(f"{stem}layers."), mlp_dim=shape(f"{stem}layers.0.mlp.gate_proj.weight")[0],
-                           num_heads=query[0] // key[0], head_dim=key[0])
+        query, key = (
+            shape(f"{stem}layers.0.self_attn.q_proj.weight"),
+            shape(f"{stem}layers.0.self_attn.k_proj.weight"),
+        )
+        return GemmaConfig(
+            width=query[1],
+            depth=depth(f"{stem}layers."),
+            mlp_dim=shape(f"{stem}layers.0.mlp.gate_proj.weight")[0],
+            num_heads=query[0] // key[0],
+            head_dim=key[0],
+        )
 
-    pali, vit = "paligemma_with_expert.paligemma.model.", "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
+    pali, vit = (
+        "paligemma_with_expert.paligemma.model.",
+        "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
+    )
     llm, expert = stack(f"{pali}language_model."), stack("paligemma_with_expert.gemma_expert.model.")
     patch = shape(f"{vit}embeddings.patch_embedding.weight")
     positions = shape(f"{vit}embeddings.position_embedding.weight")[0]
-    vision = SiglipConfig(width=patch[0], depth=depth(f"{vit}encoder.layers."), mlp_dim=shape(f"{vit}encoder.layers.0.mlp.fc1.weight")[0],
-                          num_heads=16, patch=patch[2], image_size=int(positions**0.5) * patch[2])
+    vision = SiglipConfig(
+        width=patch[0],
+        depth=depth(f"{vit}encoder.layers."),
+        mlp_dim=shape(f"{vit}encoder.layers.0.mlp.fc1.weight")[0],
+        num_heads=16,
+        patch=patch[2],
+        image_size=int(positions**0.5) * patch[2],
+    )
     vocab = names.get(_EMBEDDING) or shape(_TIED)
-    return Pi05Config(llm=llm, expert=expert, vision=vision, vocab_size=vocab[0], action_dim=shape("action_in_proj.weight")[1],
-                      action_horizon=action_horizon)
+    return Pi05Config(
+        llm=llm,
+        expert=expert,
+        vision=vision,
+        vocab_size=vocab[0],
+        action_dim=shape("action_in_proj.weight")[1],
+        action_horizon=action_horizon,
+    )

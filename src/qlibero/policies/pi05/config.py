@@ -87,8 +87,10 @@ class Pi05Config:
         for field in ("depth", "num_heads", "head_dim"):
             ours, theirs = getattr(self.llm, field), getattr(self.expert, field)
             if ours != theirs:
-                raise UserError(f"architecture: llm.{field} is {ours} but expert.{field} is {theirs}; "
-                                "layer i of the expert attends to the keys of layer i of the language model")
+                raise UserError(
+                    f"architecture: llm.{field} is {ours} but expert.{field} is {theirs}; "
+                    "layer i of the expert attends to the keys of layer i of the language model"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -106,12 +108,20 @@ class Pi05Config:
         if "channels" in vision:
             vision["channels"] = tuple(vision["channels"])
         try:
-            return Pi05Config(llm=GemmaConfig(**data.pop("llm", {})), expert=GemmaConfig(**data.pop("expert", {})),
-                              vision=kinds[kind](**vision), **data)
+            return Pi05Config(
+                llm=GemmaConfig(**data.pop("llm", {})),
+                expert=GemmaConfig(**data.pop("expert", {})),
+                vision=kinds[kind](**vision),
+                **data,
+            )
         except TypeError as error:
             raise UserError(f"architecture: {error}".replace("__init__() ", "")) from None
 
 
-PI05_FULL = Pi05Config(llm=GemmaConfig(2048, 18, 16384), expert=GemmaConfig(1024, 18, 4096), vision=SiglipConfig(),
-                       vocab_size=257152)
+PI05_FULL = Pi05Config(
+    llm=GemmaConfig(2048, 18, 16384),
+    expert=GemmaConfig(1024, 18, 4096),
+    vision=SiglipConfig(),
+    vocab_size=257152,
+)
 """The published pi0.5: 3,353.4 M parameters, 811 tensors, 456 linear layers."""

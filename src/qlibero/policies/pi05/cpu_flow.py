@@ -37,32 +37,70 @@ class CpuFlow:
     @staticmethod
     def of(model: Pi05Model, modulations: list[list[tuple[Tensor, Tensor, Tensor]]]) -> CpuFlow | None:
         """For a model that qualifies, else None."""
-        linears = [linear for layer in model.expert.layers for linear in (*layer.self_attn.children(), *layer.mlp.children())]
+        linears = [
+            linear
+            for layer in model.expert.layers
+            for linear in (*layer.self_attn.children(), *layer.mlp.children())
+        ]
         if model.stream_dtype != torch.float32 or any(type(linear) is not nn.Linear for linear in linears):
             return None
 
         def stacked(*names: str) -> np.ndarray:
-            rows = [torch.cat([layer.get_submodule(name).weight for name in names]).t() for layer in model.expert.layers]
+            rows = [
+                torch.cat([layer.get_submodule(name).weight for name in names]).t()
+                for layer in model.expert.layers
+            ]
             return np.ascontiguousarray(torch.stack(rows).numpy())
 
         def pair(linear: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
             return np.ascontiguousarray(linear.weight.t().numpy()), linear.bias.numpy().copy()
 
-        table = np.stack([np.stack([np.stack([part.flatten().numpy() for part in norm]) for norm in row]) for row in modulations])
+        table = np.stack(
+            [
+                np.stack([np.stack([part.flatten().numpy() for part in norm]) for norm in row])
+                for row in modulations
+            ]
+        )
         a, m = "self_attn.", "mlp."
-        return CpuFlow(pair(model.action_in_proj), pair(model.action_out_proj),
-                       (stacked(f"{a}q_proj", f"{a}k_proj", f"{a}v_proj"), stacked(f"{a}o_proj"),
-                        stacked(f"{m}gate_proj", f"{m}up_proj"), stacked(f"{m}down_proj")), table)
+        return CpuFlow(
+            pair(model.action_in_proj),
+            pair(model.action_out_proj),
+            (
+                stacked(f"{a}q_proj", f"{a}k_proj", f"{a}v_proj"),
+                stacked(f"{a}o_proj"),
+                stacked(f"{m}gate_proj", f"{m}up_proj"),
+                stacked(f"{m}down_proj"),
+            ),
+            table,
+        )
 
-    def run(self, x: Tensor, keys: list[Tensor], values: list[Tensor], cos: Tensor, sin: Tensor, mask: Tensor | None) -> None:
+    def run(
+        self,
+        x: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+    ) -> None:
         """All Euler steps of x (B, H, D), in place. keys, values: a layer (B, P + H, d), prefix filled in; cos, sin
         (B, H, 1, d); mask (B, 1, P + H) additive or None."""
         for row in range(x.shape[0]):
             k = np.ascontiguousarray(torch.stack([layer[row].t() for layer in keys]).numpy())
             v = torch.stack([layer[row] for layer in values]).numpy()
             bias = np.zeros(k.shape[2], np.float32) if mask is None else mask[row, 0].numpy()
-            _flow(x[row].numpy(), k, v, bias, cos[row, :, 0].numpy(), sin[row, :, 0].numpy(), *self.head, *self.tail, *self.layers,
-                  self.modulations)
+            _flow(
+                x[row].numpy(),
+                k,
+                v,
+                bias,
+                cos[row, :, 0].numpy(),
+                sin[row, :, 0].numpy(),
+                *self.head,
+                *self.tail,
+                *self.layers,
+                self.modulations,
+            )
 
 
 @njit(fastmath=_FAST, cache=True)
@@ -99,7 +137,7 @@ def _exp(x, out, bits):
     """out = exp(x) for x ≤ about 80, to 2 ulp; `bits` is an int32 scratch of the same length. Vectorises, unlike libm's."""
     powers = bits.view(np.float32)
     for i in range(x.shape[0]):
-        value = np.float32(-87.0) if x[i] < np.float32(-87.0) else x[i]   # NaN stays NaN
+        value = np.float32(-87.0) if x[i] < np.float32(-87.0) else x[i]  # NaN stays NaN
         n = np.floor(value * np.float32(1.4426950408889634) + np.float32(0.5))
         r = value - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
         p = np.float32(1.9875691500e-4)
@@ -163,7 +201,9 @@ def _attention(joined, keys, values, bias, cos, sin, q, scores, weights, bits, o
 
 
 @njit(fastmath=_FAST, cache=True)
-def _flow(x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations):
+def _flow(
+    x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations
+):
     """x (H, D) from noise to actions, in place; see `CpuFlow` for the arrays. keys (L, d, P + H), values (L, P + H, d)."""
     horizon, actions = x.shape
     depth, width = qkv.shape[0], qkv.shape[1]
@@ -174,7 +214,11 @@ def _flow(x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, 
     joined = np.empty((horizon, qkv.shape[2]), np.float32)
     q, attended = np.empty((rows, dim), np.float32), np.empty((horizon, o.shape[1]), np.float32)
     scores, weights = np.empty((rows, total), np.float32), np.empty((rows, total), np.float32)
-    both, gated, inner = np.empty((horizon, 2 * hidden), np.float32), np.empty((horizon, hidden), np.float32), np.empty(hidden, np.float32)
+    both, gated, inner = (
+        np.empty((horizon, 2 * hidden), np.float32),
+        np.empty((horizon, hidden), np.float32),
+        np.empty(hidden, np.float32),
+    )
     velocity, bits = np.empty((horizon, actions), np.float32), np.empty(max(total, hidden), np.int32)
     steps = modulations.shape[0]
     for step in range(steps):
@@ -186,7 +230,9 @@ def _flow(x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, 
             first, second = modulations[step, 2 * layer], modulations[step, 2 * layer + 1]
             _modulated(h, first, y)
             _matmul(y, qkv[layer], joined)
-            _attention(joined, keys[layer], values[layer], bias, cos, sin, q, scores, weights, bits[:total], attended)
+            _attention(
+                joined, keys[layer], values[layer], bias, cos, sin, q, scores, weights, bits[:total], attended
+            )
             _matmul(attended, o[layer], delta)
             for m in range(horizon):
                 for i in range(width):

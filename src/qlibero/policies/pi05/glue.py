@@ -21,8 +21,9 @@ class Glue(Protocol):
 
     name: str
 
-    def residual_norm(self, h: Tensor, delta: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
-                      ) -> tuple[Tensor, Tensor]:
+    def residual_norm(
+        self, h: Tensor, delta: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """h' = h + delta·gate (a missing delta adds nothing, a missing gate is 1); y = h'/rms(h')·scale + shift.
 
         h, delta (B, T, W); gate (1, 1, W); scale, shift float32 (1, 1, W). Returns (h', y).
@@ -96,17 +97,33 @@ def _compare(one: Glue, other: Glue, device: torch.device, dtype: torch.dtype, d
     heads, length, total, width = 8, 10, 75, 1024
     h, delta, gate = random(2, length, width), random(2, length, width), random(1, 1, width)
     scale, shift = random(1, 1, width, dtype=torch.float32), random(1, 1, width, dtype=torch.float32)
-    joined, cos, sin = random(2, length, (heads + 2) * dim), random(2, length, 1, dim), random(2, length, 1, dim)
+    joined, cos, sin = (
+        random(2, length, (heads + 2) * dim),
+        random(2, length, 1, dim),
+        random(2, length, 1, dim),
+    )
     gate_up = random(2, length, 2 * width)
     k, v = random(2, total, dim), random(2, total, dim)
-    mask = torch.where(torch.arange(total, device=device) % 5 < 3, 0.0, -2.3819763e38).expand(2, 1, total).to(dtype).contiguous()
+    mask = (
+        torch.where(torch.arange(total, device=device) % 5 < 3, 0.0, -2.3819763e38)
+        .expand(2, 1, total)
+        .to(dtype)
+        .contiguous()
+    )
 
     def everything(glue: Glue) -> list[Tensor]:
         keys, values = torch.zeros_like(k), torch.zeros_like(v)
         q = glue.rotate_split(joined, cos, sin, keys[:, -length:], values[:, -length:])
-        return [*glue.residual_norm(h, delta, gate, scale, shift), *glue.residual_norm(h, None, None, scale, None),
-                q.contiguous(), keys, values, glue.gelu_gate(*gate_up.chunk(2, -1)), glue.attend_few(q, k, v, mask),
-                glue.attend_few(q, k, v, None)]
+        return [
+            *glue.residual_norm(h, delta, gate, scale, shift),
+            *glue.residual_norm(h, None, None, scale, None),
+            q.contiguous(),
+            keys,
+            values,
+            glue.gelu_gate(*gate_up.chunk(2, -1)),
+            glue.attend_few(q, k, v, mask),
+            glue.attend_few(q, k, v, None),
+        ]
 
     pairs = zip(everything(one), everything(other), strict=True)
     return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)

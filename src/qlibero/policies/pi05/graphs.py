@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 
-def graphed(phase: Callable[[Any], None], workspace: Any, warmup: int = 2) -> Callable[[Any], None]:
-    """Capture `phase(workspace)` and return what replays it. The phase must read and write `workspace` tensors only.
+def graphed(
+    phase: Callable[[Any], None], workspace: Any, pool: Any, warmup: int = 2
+) -> Callable[[Any], None]:
+    """Capture `phase(workspace)` and return what replays it. The phase must read and write `workspace` tensors only, which
+    were allocated outside; then all graphs of a sampler can share one memory `pool` for their intermediates.
 
     The warm-up runs initialise libraries and compile kernels outside the capture.
     """
@@ -24,7 +27,7 @@ def graphed(phase: Callable[[Any], None], workspace: Any, warmup: int = 2) -> Ca
             phase(workspace)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         phase(workspace)
 
     def replay(_: Any) -> None:

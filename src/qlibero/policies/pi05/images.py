@@ -36,7 +36,9 @@ def to_network(image: np.ndarray, size: int, resize: Resize) -> Tensor:
     else:
         planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255.0
         if image.shape[0] != size:
-            planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False).clamp(-1.0, 1.0)
+            planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False).clamp(
+                -1.0, 1.0
+            )
         return planes[0] * 2.0 - 1.0
     return pixels / 255.0 * 2.0 - 1.0
 
@@ -57,7 +59,7 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
     """`PIL.Image.resize((size, size), BILINEAR)` of a square uint8 image, bit for bit."""
     if image.shape[0] == size:
         return image
-    rows = _pil_pass(image.transpose(1, 0, 2), size)          # horizontal first, as PIL does
+    rows = _pil_pass(image.transpose(1, 0, 2), size)  # horizontal first, as PIL does
     return np.ascontiguousarray(_pil_pass(rows.transpose(1, 0, 2), size))
 
 
@@ -66,7 +68,7 @@ def _pil_pass(lines: np.ndarray, size: int) -> np.ndarray:
     first, taps = _pil_taps(lines.shape[0], size)
     total = np.full((size, *lines.shape[1:]), 1 << (_PRECISION - 1), np.int32)
     for k in range(taps.shape[1]):
-        source = np.minimum(first + k, lines.shape[0] - 1)     # past the edge the coefficient is 0
+        source = np.minimum(first + k, lines.shape[0] - 1)  # past the edge the coefficient is 0
         total += taps[:, k, None, None] * lines[source].astype(np.int32)
     return (total >> _PRECISION).clip(0, 255).astype(np.uint8)
 

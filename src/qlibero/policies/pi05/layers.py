@@ -23,7 +23,9 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """
     if quantized := [linear for linear in linears if hasattr(linear, "prepare")]:
         prepared = quantized[0].prepare(x)
-        return tuple(linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears)
+        return tuple(
+            linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears
+        )
     whole = _fused(linears)
     if whole is not None:
         return F.linear(x, whole).split([linear.out_features for linear in linears], -1)
@@ -42,8 +44,13 @@ def fuse(*linears: nn.Module) -> None:
     For inference. Left as they are: quantized linears, and linears of which some are already laid out elsewhere (a twin
     model that shares them).
     """
-    if any(type(linear) is not nn.Linear or linear.bias is not None or linear.weight.is_meta or "fused" in linear.__dict__
-           for linear in linears):
+    if any(
+        type(linear) is not nn.Linear
+        or linear.bias is not None
+        or linear.weight.is_meta
+        or "fused" in linear.__dict__
+        for linear in linears
+    ):
         return
     whole = torch.cat([linear.weight.detach() for linear in linears], 0)
     row = 0
@@ -137,7 +144,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     batch, length, heads, dim = q.shape
     mask = None if mask is None else mask[:, None]
-    out = F.scaled_dot_product_attention(q.reshape(batch, 1, length * heads, dim), k[:, None], v[:, None], attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q.reshape(batch, 1, length * heads, dim), k[:, None], v[:, None], attn_mask=mask
+    )
     return out.reshape(batch, length, heads * dim)
 
 

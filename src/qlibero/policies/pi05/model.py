@@ -109,8 +109,15 @@ class Pi05Model(nn.Module):
             parts.insert(1, self.state_proj(state.to(self.state_proj.weight.dtype))[:, None].to(dtype))
         return torch.cat(parts, 1)
 
-    def prefix(self, images: Tensor, tokens: Tensor, token_mask: Tensor | None = None, *, state: Tensor | None = None,
-               camera_mask: Tensor | None = None) -> Prefix:
+    def prefix(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        state: Tensor | None = None,
+        camera_mask: Tensor | None = None,
+    ) -> Prefix:
         """Run vision and language model.
 
         images (B, cameras, 3, S, S) in [-1, 1]; tokens (B, T) int64; token_mask (B, T) bool, True = live (None: all);
@@ -234,6 +241,13 @@ def cast(model: Pi05Model, dtype: torch.dtype) -> Pi05Model:
 
 def is_float32_island(name: str) -> bool:
     """Whether the tensor of that name stays in float32 when the network runs in bfloat16 (openpi's rule)."""
-    islands = ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm", "model.norm.",
-               "language_model.norm.", "vision_tower.cameras.")
+    islands = (
+        "patch_embedding",
+        "position_embedding",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "model.norm.",
+        "language_model.norm.",
+        "vision_tower.cameras.",
+    )
     return not name.startswith("paligemma_with_expert.") or any(island in name for island in islands)

@@ -36,15 +36,29 @@ class Pi05Policy:
     loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`.
     """
 
-    def __init__(self, name: str, model: Pi05Model, profile: Profile, statistics: dict[str, Statistics],
-                 tokenizer: Tokenizer, *, batch_size: int, flow_steps: int, identity: dict[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        model: Pi05Model,
+        profile: Profile,
+        statistics: dict[str, Statistics],
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        flow_steps: int,
+        identity: dict[str, Any],
+    ):
         config = model.config
         if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
-            raise UserError(f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
-                            f"takes {config.state_dim}")
+            raise UserError(
+                f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
+                f"takes {config.state_dim}"
+            )
         if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
-                            "they do not belong together")
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
+                "they do not belong together"
+            )
         self.name = name
         self.model = model
         self.noise_shape = (config.action_horizon, config.action_dim)
@@ -83,10 +97,18 @@ class Pi05Policy:
     def provenance(self) -> dict[str, Any]:
         """See `Policy.provenance`."""
         config = self.model.config
-        return {"type": "pi05", "name": self.name, **self._identity, "profile": self.profile.name,
-                "dtype": str(self.model.stream_dtype).removeprefix("torch."), "device": self.device.type,
-                "flow_steps": self.flow_steps, "batch_size": self.batch_size,
-                "action_horizon": config.action_horizon, "action_dim": config.action_dim}
+        return {
+            "type": "pi05",
+            "name": self.name,
+            **self._identity,
+            "profile": self.profile.name,
+            "dtype": str(self.model.stream_dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "flow_steps": self.flow_steps,
+            "batch_size": self.batch_size,
+            "action_horizon": config.action_horizon,
+            "action_dim": config.action_dim,
+        }
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Rows that one call puts through a linear of the language model ("llm") and of the action expert ("expert"), for
@@ -98,8 +120,10 @@ class Pi05Policy:
         lengths = {min(length, config.max_token_len) for length in lengths}
         if not (self.batch_size == 1 and self.device.type == "cpu"):
             lengths = {min(-(-length // BUCKET) * BUCKET, config.max_token_len) for length in lengths}
-        return {"llm": tuple(sorted(self.batch_size * (cameras + length) for length in lengths)),
-                "expert": (self.batch_size * config.action_horizon,)}
+        return {
+            "llm": tuple(sorted(self.batch_size * (cameras + length) for length in lengths)),
+            "expert": (self.batch_size * config.action_horizon,),
+        }
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`."""
@@ -116,14 +140,20 @@ class Pi05Policy:
                 phases[phase] = phases.get(phase, 0.0) + ms
         if not np.isfinite(actions).all():
             rows = [i for i in range(len(rows)) if not np.isfinite(actions[i]).all()]
-            raise WorkFailed(f"policy {self.name} answered with actions that are not finite (rows {rows} of the batch)")
+            raise WorkFailed(
+                f"policy {self.name} answered with actions that are not finite (rows {rows} of the batch)"
+            )
         return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
 
     def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:
         """Images (cameras, 3, S, S) in [-1, 1], token ids, normalised state, all on the CPU."""
         size = self.model.config.vision.image_size
-        images = torch.stack([to_network(image, size, self.profile.resize)
-                              for image in (observation.image, observation.wrist_image)])
+        images = torch.stack(
+            [
+                to_network(image, size, self.profile.resize)
+                for image in (observation.image, observation.wrist_image)
+            ]
+        )
         state = self._statistics["state"].normalize(observation.state)
         tokens = self._tokenizer.encode(self.profile.text(observation.prompt, state))
         return images, tokens[: self.model.config.max_token_len], state
@@ -137,9 +167,15 @@ class Pi05Policy:
             bucket = min(-(-length // BUCKET) * BUCKET, self.model.config.max_token_len)
             buckets.setdefault(bucket, []).append(i)
         size = self.batch_size
-        return [(rows[i : i + size], bucket) for bucket, rows in sorted(buckets.items()) for i in range(0, len(rows), size)]
+        return [
+            (rows[i : i + size], bucket)
+            for bucket, rows in sorted(buckets.items())
+            for i in range(0, len(rows), size)
+        ]
 
-    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    def _run(
+        self, rows: list[tuple], length: int | None, noise: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
         count = len(rows)
         padded = [rows[i] if i < count else rows[0] for i in range(self.batch_size)]
         z = torch.from_numpy(np.stack([noise[i] if i < count else noise[0] for i in range(self.batch_size)]))
@@ -147,7 +183,16 @@ class Pi05Policy:
         mask = None
         if length is not None:
             mask = torch.tensor([[k < len(tokens) for k in range(length)] for _, tokens, _ in padded])
-        state = torch.from_numpy(np.stack([state for _, _, state in padded])) if self.model.config.state_dim else None
-        actions, times = self.sampler(torch.stack([images for images, _, _ in padded]), torch.tensor(texts), z,
-                                      token_mask=mask, state=state)
+        state = (
+            torch.from_numpy(np.stack([state for _, _, state in padded]))
+            if self.model.config.state_dim
+            else None
+        )
+        actions, times = self.sampler(
+            torch.stack([images for images, _, _ in padded]),
+            torch.tensor(texts),
+            z,
+            token_mask=mask,
+            state=state,
+        )
         return actions[:count].numpy(), times

@@ -46,15 +46,45 @@ class Profile:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("openpi", "none", 0, "pil", "openpi",
-                "openpi's pi05_libero: discrete_state_input=False, the prompt is the task alone"),
-        Profile("openpi-state", "prompt", 8, "pil", "openpi",
-                "openpi configs with discrete_state_input=True: 8 state numbers in the prompt"),
-        Profile("lerobot-0.4", "prompt", 32, "torch", "lerobot",
-                "LeRobot 0.4.x padded the state to 32 numbers before writing it into the prompt (checkpoints of the v044 era)"),
-        Profile("lerobot-0.6", "prompt", 8, "torch", "lerobot",
-                "LeRobot 0.5.1 and 0.6.x: 8 state numbers in the prompt"),
-        Profile("qlibero", "proj", 8, "area", "openpi",
-                "compact policies trained by examples/libero: a continuous state token, images averaged 2×2"),
+        Profile(
+            "openpi",
+            "none",
+            0,
+            "pil",
+            "openpi",
+            "openpi's pi05_libero: discrete_state_input=False, the prompt is the task alone",
+        ),
+        Profile(
+            "openpi-state",
+            "prompt",
+            8,
+            "pil",
+            "openpi",
+            "openpi configs with discrete_state_input=True: 8 state numbers in the prompt",
+        ),
+        Profile(
+            "lerobot-0.4",
+            "prompt",
+            32,
+            "torch",
+            "lerobot",
+            "LeRobot 0.4.x padded the state to 32 numbers before writing it into the prompt (checkpoints of the v044 era)",
+        ),
+        Profile(
+            "lerobot-0.6",
+            "prompt",
+            8,
+            "torch",
+            "lerobot",
+            "LeRobot 0.5.1 and 0.6.x: 8 state numbers in the prompt",
+        ),
+        Profile(
+            "qlibero",
+            "proj",
+            8,
+            "area",
+            "openpi",
+            "compact policies trained by examples/libero: a continuous state token, images averaged 2×2",
+        ),
     )
 }

@@ -64,7 +64,7 @@ class Workspace:
 def _cpu_flow(model: Pi05Model, modulations: list) -> CpuFlow | None:
     try:
         from qlibero.policies.pi05.cpu_flow import CpuFlow
-    except ImportError:   # no numba: the same in torch, slower
+    except ImportError:  # no numba: the same in torch, slower
         return None
     return CpuFlow.of(model, modulations)
 
@@ -81,6 +81,7 @@ class Sampler:
         self.steps = flow_steps or model.config.flow_steps
         self.graphs = graphs
         self.device = model.action_in_proj.weight.device
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
         self._workspaces: OrderedDict[tuple[int, int, int, bool], Workspace] = OrderedDict()
         for stack in (model.llm, model.expert):
             for layer in stack.layers:
@@ -93,8 +94,11 @@ class Sampler:
         self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
         self.modulations = self._modulations()
         self.cpu_flow = _cpu_flow(model, self.modulations) if self.device.type == "cpu" else None
-        self.llm_scales = [1.0 + norm.weight.float() for layer in model.llm.layers
-                           for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.llm_scales = [
+            1.0 + norm.weight.float()
+            for layer in model.llm.layers
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
 
     def _modulations(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
         """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in the order they are met."""
@@ -102,8 +106,11 @@ class Sampler:
         for step in range(self.steps):
             t = torch.full((1,), 1.0 - step / self.steps, device=self.device)
             condition = self.model.time_condition(t)
-            norms = [norm for layer in self.model.expert.layers
-                     for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [self.model.expert.norm]
+            norms = [
+                norm
+                for layer in self.model.expert.layers
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+            ] + [self.model.expert.norm]
             row = []
             for norm in norms:
                 scale, shift, gate = (part.float().contiguous() for part in norm.modulation(condition))
@@ -140,19 +147,27 @@ class Sampler:
             cos=new(batch, config.action_horizon, 1, llm.head_dim),
             sin=new(batch, config.action_horizon, 1, llm.head_dim),
             mask=new(batch, 1, total) if masked else None,
-            phases={})
+            phases={},
+        )
         # Calibration listens with forward hooks, which a replayed graph would not call and one path need not know.
         listened = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         prefix = self._prefix_by_model if listened or device.type == "cpu" else self._prefix
         flow = self._flow if listened or self.cpu_flow is None else self._flow_compiled
         for name, phase in (("vision", self._vision), ("prefix", prefix), ("flow", flow)):
-            made.phases[name] = graphed(phase, made) if self.graphs and not listened else phase
+            made.phases[name] = graphed(phase, made, self._pool) if self.graphs and not listened else phase
         self._workspaces[key] = made
         return made
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, tokens: Tensor, noise: Tensor, *, token_mask: Tensor | None = None,
-                 state: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    def __call__(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        noise: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
         """Actions in the network's own units, (B, H, D) float32 on the CPU, and each phase's milliseconds.
 
         images (B, cameras, 3, S, S) float32 in [-1, 1]; tokens (B, T) int64; noise (B, H, D) float32; token_mask (B, T)
@@ -187,7 +202,7 @@ class Sampler:
 
     def _prefix(self, w: Workspace) -> None:
         """`model.run_llm` with fused glue, writing keys and values where the flow reads them."""
-        model, glue, horizon = self.model, self.glue, w.x.shape[1]
+        model, glue = self.model, self.glue
         x = model.embed_prefix(w.image_tokens, w.tokens, w.state)
         batch, count, _ = x.shape
         if w.live is None:
@@ -236,8 +251,13 @@ class Sampler:
             a, m = layer.self_attn, layer.mlp
             scale, shift, next_gate = modulations[2 * i]
             h, y = glue.residual_norm(h, delta, gate, scale, shift)
-            q = glue.rotate_split(project_joined(y, a.q_proj, a.k_proj, a.v_proj), w.cos, w.sin,
-                                  w.keys[i][:, -horizon:], w.values[i][:, -horizon:])
+            q = glue.rotate_split(
+                project_joined(y, a.q_proj, a.k_proj, a.v_proj),
+                w.cos,
+                w.sin,
+                w.keys[i][:, -horizon:],
+                w.values[i][:, -horizon:],
+            )
             (delta,) = project(glue.attend_few(q, w.keys[i], w.values[i], w.mask), a.o_proj)
             scale, shift, gate = modulations[2 * i + 1]
             h, y = glue.residual_norm(h, delta, next_gate, scale, shift)

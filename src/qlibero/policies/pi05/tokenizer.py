@@ -37,8 +37,10 @@ class WordTokenizer:
         found = split_words(" ".join(pieces))
         unknown = sorted(set(found) - set(self._ids))
         if unknown:
-            raise UserError(f"the policy's vocabulary of {len(self.words)} words does not know: {', '.join(unknown)}; "
-                            f"it was not trained for the instruction {pieces[0]!r}")
+            raise UserError(
+                f"the policy's vocabulary of {len(self.words)} words does not know: {', '.join(unknown)}; "
+                f"it was not trained for the instruction {pieces[0]!r}"
+            )
         return [1, *(self._ids[word] for word in found)]
 
     def to_json(self) -> str:
@@ -89,8 +91,10 @@ class _HuggingFace:
 def load_tokenizer(path: Path) -> Tokenizer:
     """From a sentencepiece `.model`, a `tokenizer.json`, or a compact policy's word list (also `tokenizer.json`)."""
     if not path.is_file():
-        raise UserError(f"tokenizer {path} does not exist; give `tokenizer:` the path of paligemma_tokenizer.model or "
-                        "of a tokenizer.json (checkpoints do not contain it)")
+        raise UserError(
+            f"tokenizer {path} does not exist; give `tokenizer:` the path of paligemma_tokenizer.model or "
+            "of a tokenizer.json (checkpoints do not contain it)"
+        )
     if path.suffix == ".model":
         return _SentencePiece(path)
     if path.suffix != ".json":
@@ -108,4 +112,6 @@ def _optional(package: str, path: Path):
     try:
         return __import__(package)
     except ImportError:
-        raise UserError(f"reading {path.name} needs the package {package}: pip install {PINS[package]}") from None
+        raise UserError(
+            f"reading {path.name} needs the package {package}: pip install {PINS[package]}"
+        ) from None

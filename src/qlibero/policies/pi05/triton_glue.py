@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 KEYS_AT_ONCE = 64
 
@@ -26,9 +25,20 @@ class TritonGlue:
         y = torch.empty_like(h)
         block = triton.next_power_of_2(width)
         _residual_norm[(rows,)](
-            h, h if delta is None else delta.contiguous(), h if gate is None else gate, scale, scale if shift is None else shift,
-            out, y, width, BLOCK=block, DELTA=delta is not None, GATE=gate is not None, SHIFT=shift is not None,
-            num_warps=4 if block <= 2048 else 8)
+            h,
+            h if delta is None else delta.contiguous(),
+            h if gate is None else gate,
+            scale,
+            scale if shift is None else shift,
+            out,
+            y,
+            width,
+            BLOCK=block,
+            DELTA=delta is not None,
+            GATE=gate is not None,
+            SHIFT=shift is not None,
+            num_warps=4 if block <= 2048 else 8,
+        )
         return out, y
 
     def rotate_split(self, joined, cos, sin, keys, values):
@@ -38,18 +48,37 @@ class TritonGlue:
         q = torch.empty(batch, length, heads, dim, dtype=joined.dtype, device=joined.device)
         cos, sin = cos.expand(batch, length, 1, dim), sin.expand(batch, length, 1, dim)
         _rotate_split[(batch * length, heads + 2)](
-            joined, cos, sin, q, keys, values, length, heads, joined.stride(0), joined.stride(1), cos.stride(0), cos.stride(1),
-            sin.stride(0), sin.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), HALF=dim // 2,
-            num_warps=1)
+            joined,
+            cos,
+            sin,
+            q,
+            keys,
+            values,
+            length,
+            heads,
+            joined.stride(0),
+            joined.stride(1),
+            cos.stride(0),
+            cos.stride(1),
+            sin.stride(0),
+            sin.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            HALF=dim // 2,
+            num_warps=1,
+        )
         return q
 
     def gelu_gate(self, gate, up):
         batch, length, width = gate.shape
-        gate, up = gate.reshape(-1, width), up.reshape(-1, width)      # views: batch and length fold
+        gate, up = gate.reshape(-1, width), up.reshape(-1, width)  # views: batch and length fold
         out = torch.empty(batch * length, width, dtype=gate.dtype, device=gate.device)
         block = 1024
         _gelu_gate[(batch * length, triton.cdiv(width, block))](
-            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4)
+            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4
+        )
         return out.view(batch, length, width)
 
     def attend_few(self, q, k, v, mask):
@@ -57,15 +86,45 @@ class TritonGlue:
         q = q.contiguous()
         out = torch.empty_like(q)
         _attend_few[(batch, heads)](
-            q, k, v, k if mask is None else mask, out, length, heads, k.shape[1], dim**-0.5, k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), 0 if mask is None else mask.stride(0), LENGTH=max(16, triton.next_power_of_2(length)), DIM=dim,
-            KEYS=KEYS_AT_ONCE if dim >= 64 else 32, MASK=mask is not None, num_warps=4, num_stages=2)
+            q,
+            k,
+            v,
+            k if mask is None else mask,
+            out,
+            length,
+            heads,
+            k.shape[1],
+            dim**-0.5,
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            0 if mask is None else mask.stride(0),
+            LENGTH=max(16, triton.next_power_of_2(length)),
+            DIM=dim,
+            KEYS=KEYS_AT_ONCE if dim >= 64 else 32,
+            MASK=mask is not None,
+            num_warps=4,
+            num_stages=2,
+        )
         return out.view(batch, length, heads * dim)
 
 
 @triton.jit
-def _residual_norm(h_ptr, delta_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, y_ptr, width,
-                   BLOCK: tl.constexpr, DELTA: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr):
+def _residual_norm(
+    h_ptr,
+    delta_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    y_ptr,
+    width,
+    BLOCK: tl.constexpr,
+    DELTA: tl.constexpr,
+    GATE: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * width
     i = tl.arange(0, BLOCK)
     here = i < width
@@ -76,7 +135,7 @@ def _residual_norm(h_ptr, delta_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, y_
             delta *= tl.load(gate_ptr + i, mask=here, other=0.0).to(tl.float32)
         stored = (h + delta).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row + i, stored, mask=here)
-        h = stored.to(tl.float32)          # the norm reads what the stream holds, as in torch
+        h = stored.to(tl.float32)  # the norm reads what the stream holds, as in torch
     y = h * tl.rsqrt(tl.sum(h * h, 0) / width + 1e-6) * tl.load(scale_ptr + i, mask=here, other=0.0)
     if SHIFT:
         y += tl.load(shift_ptr + i, mask=here, other=0.0)
@@ -84,8 +143,27 @@ def _residual_norm(h_ptr, delta_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, y_
 
 
 @triton.jit
-def _rotate_split(joined_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, length, heads, jb, jt, cb, ct, sb, st, kb, kt, vb, vt,
-                  HALF: tl.constexpr):
+def _rotate_split(
+    joined_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    length,
+    heads,
+    jb,
+    jt,
+    cb,
+    ct,
+    sb,
+    st,
+    kb,
+    kt,
+    vb,
+    vt,
+    HALF: tl.constexpr,
+):
     batch, t, part = tl.program_id(0) // length, tl.program_id(0) % length, tl.program_id(1)
     i = tl.arange(0, HALF)
     source = joined_ptr + batch.to(tl.int64) * jb + t * jt + part * 2 * HALF
@@ -95,7 +173,9 @@ def _rotate_split(joined_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, length, hea
         a, b = first.to(tl.float32), second.to(tl.float32)
         # the sign of the first half's sine is in the table
         first = (a * tl.load(cos + i).to(tl.float32) + b * tl.load(sin + i).to(tl.float32)).to(first.dtype)
-        second = (b * tl.load(cos + HALF + i).to(tl.float32) + a * tl.load(sin + HALF + i).to(tl.float32)).to(first.dtype)
+        second = (b * tl.load(cos + HALF + i).to(tl.float32) + a * tl.load(sin + HALF + i).to(tl.float32)).to(
+            first.dtype
+        )
     if part < heads:
         target = q_ptr + ((batch.to(tl.int64) * length + t) * heads + part) * 2 * HALF
     elif part == heads:
@@ -120,8 +200,26 @@ def _gelu_gate(gate_ptr, up_ptr, out_ptr, width, gs, us, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _attend_few(q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, length, heads, keys, scale, kb, kt, vb, vt, mb,
-                LENGTH: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr):
+def _attend_few(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    out_ptr,
+    length,
+    heads,
+    keys,
+    scale,
+    kb,
+    kt,
+    vb,
+    vt,
+    mb,
+    LENGTH: tl.constexpr,
+    DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASK: tl.constexpr,
+):
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, d, n = tl.arange(0, LENGTH), tl.arange(0, DIM), tl.arange(0, KEYS)
     rows = ((batch * length + t) * heads + head) * DIM
@@ -132,11 +230,17 @@ def _attend_few(q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, length, heads, keys, sca
     out = tl.zeros((LENGTH, DIM), tl.float32)
     for start in range(0, keys, KEYS):
         there = start + n < keys
-        k = tl.load(k_ptr + batch * kb + (start + n)[:, None] * kt + d[None, :], mask=there[:, None], other=0.0)
-        v = tl.load(v_ptr + batch * vb + (start + n)[:, None] * vt + d[None, :], mask=there[:, None], other=0.0)
+        k = tl.load(
+            k_ptr + batch * kb + (start + n)[:, None] * kt + d[None, :], mask=there[:, None], other=0.0
+        )
+        v = tl.load(
+            v_ptr + batch * vb + (start + n)[:, None] * vt + d[None, :], mask=there[:, None], other=0.0
+        )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if MASK:
-            scores += tl.load(mask_ptr + batch * mb + start + n, mask=there, other=0.0).to(tl.float32)[None, :]
+            scores += tl.load(mask_ptr + batch * mb + start + n, mask=there, other=0.0).to(tl.float32)[
+                None, :
+            ]
         scores = tl.where(there[None, :], scores, -1e38)
         highest = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp(scores - highest[:, None])

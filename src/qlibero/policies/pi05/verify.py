@@ -17,11 +17,11 @@ from qlibero.policies.pi05.checkpoint import (
     Checkpoint,
     TensorTable,
     file_hashes,
-    load_statistics,
     open_checkpoint,
     tensor_table,
 )
 from qlibero.policies.pi05.profiles import PROFILES
+from qlibero.policies.pi05.statistics import load_statistics
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -41,7 +41,10 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         problems.append(f"{len(non_finite)} tensors hold NaN or infinity: {', '.join(non_finite[:8])}")
     statistics = None
     try:
-        statistics = {name: {"mode": s.mode, "dimensions": len(s.low)} for name, s in load_statistics(checkpoint).items()}
+        statistics = {
+            name: {"mode": s.mode, "dimensions": len(s.low)}
+            for name, s in load_statistics(checkpoint).items()
+        }
     except UserError as error:
         problems.append(str(error))
     shapes = checkpoint.shapes
