@@ -5,6 +5,9 @@ something.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from synthetic_run import film, make_run
@@ -136,3 +139,12 @@ def test_speed_in_words(speedup, text):
 
 def test_points_always_carry_a_real_sign():
     assert [points(x) for x in (0.004, -0.004, 0.0, -0.0001)] == ["+0.4", "−0.4", "+0.0", "−0.0"]
+
+
+def test_the_example_analysis_runs(tmp_path):
+    run = make_run(tmp_path / "run")
+    script = Path(__file__).parents[1] / "examples" / "analysis.py"
+    done = subprocess.run([sys.executable, script, run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "w4a8 against baseline" in done.stdout and "flipped: largest distance" in done.stdout
+    assert compare_runs([run])["arms"]["w4a4"]["sentence"] in done.stdout

@@ -167,6 +167,8 @@ def _clusters(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Intervals for "tasks like these": whole tasks are the units. With few tasks read `t95`."""
     tasks = list(_grouped(pairs, lambda p: (p.key.suite, p.key.task)).values())
     differences, sizes = [sum(p.step for p in t) for t in tasks], [len(t) for t in tasks]
+    if not any(p.step for p in pairs):  # no flip at all: tasks cannot be seen to differ, and a width of 0 would be a lie
+        return {"tasks": len(tasks), "t95": None, "bootstrap95": None}
     t95 = task_t_interval([d / n for d, n in zip(differences, sizes, strict=True)])
     return {"tasks": len(tasks), "t95": _ri(t95), "bootstrap95": _ri(task_bootstrap(differences, sizes))}
 
