@@ -179,6 +179,16 @@ def test_extends_merges_deeply_and_a_policy_of_another_type_inherits_nothing(tmp
     assert other.policy.type == "remote"
 
 
+def test_a_hash_stays_with_the_checkpoint_it_was_written_for(tmp_path: Path) -> None:
+    hashed = GOOD | {"policy": {"type": "pi05", "checkpoint": "weights", "sha256": "a" * 64}}
+    path = write(tmp_path, hashed, "a.yaml")
+    assert load(path).policy.sha256 == "a" * 64
+    assert load(path, "policy.checkpoint=mine").policy.sha256 is None
+    assert load(path, f"policy.sha256={'b' * 64}", "policy.checkpoint=mine").policy.sha256 == "b" * 64
+    assert load(write(tmp_path, {"extends": "a.yaml", "policy": {"checkpoint": "mine"}})).policy.sha256 is None
+    assert load(write(tmp_path, {"extends": "a.yaml", "policy": {"replan_steps": 3}})).policy.sha256 == "a" * 64
+
+
 def test_yaml_means_what_it_looks_like() -> None:
     text = "{a: no, b: on, c: 1e-3, d: 010, e: 12:30:00, f: 0x10, g: ~, h: 1.5, i: true, j: 2026-11-23, k: '7', l: .5}"
     assert parse(text) == {"a": "no", "b": "on", "c": 0.001, "d": 10, "e": "12:30:00", "f": 16, "g": None, "h": 1.5,

@@ -128,7 +128,7 @@ def _apply_environment(source: Source, environ: Mapping[str, str], announce: Cal
 
 
 def _apply_sets(source: Source, sets: Iterable[str]) -> None:
-    for text in sets:
+    for text in sorted(sets, key=lambda text: "sha256" in text.partition("=")[0]):   # a hash after the checkpoint it is for
         mark = Mark(f"--set {text}", directory=Path.cwd())
         key, equals, value = text.partition("=")
         keys = tuple(key.strip().split("."))

@@ -141,13 +141,18 @@ def overlay(below: Source, above: Source) -> None:
 def _merge(low: Any, high: Any, at: Location, below: Source, above: Source) -> Any:
     mappings = isinstance(low, dict) and isinstance(high, dict)
     if mappings and high.get("type", low.get("type")) == low.get("type"):   # a remote policy inherits nothing from a pi05
-        merged = dict(low)
+        merged = {key: value for key, value in low.items() if not _left_behind(key, high)}
         for key, value in high.items():
             merged[key] = _merge(low[key], value, (*at, key), below, above) if key in low else value
         return merged
     for location in [known for known in below.marks if known[: len(at)] == at and len(known) > len(at)]:
         del below.marks[location]
     return high
+
+
+def _left_behind(key: str, newer: dict[str, Any]) -> bool:
+    """A hash belongs to the checkpoint it was written for: another checkpoint does not inherit it."""
+    return key == "sha256" and "checkpoint" in newer and "sha256" not in newer
 
 
 def _convert_text(text: str, name: str, directory: Path) -> Source:
@@ -253,6 +258,8 @@ def put(data: dict[str, Any], keys: Iterable[str], value: Any) -> None:
     if isinstance(here, list):
         here[int(last)] = value
     else:
+        for key in [key for key in here if _left_behind(key, {last: value})]:
+            del here[key]
         here[last] = value
 
 
