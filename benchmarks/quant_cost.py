@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from qlibero.policies.base import Observation
-from qlibero.policies.pi05.checkpoint import from_openpi
+from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.config import ConvConfig, GemmaConfig, Pi05Config
 from qlibero.policies.pi05.model import Pi05Model, initialize
 from qlibero.policies.pi05.policy import Pi05Policy

@@ -9,7 +9,7 @@ import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
 from qlibero.kernels import load
 from qlibero.kernels.contract import GemmShape
-from qlibero.policies.pi05.checkpoint import from_openpi
+from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words

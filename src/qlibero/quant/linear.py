@@ -58,11 +58,13 @@ class Prepared:
     dtype: torch.dtype
     products: dict[int, Tensor] = field(default_factory=dict)
 
-    def product(self, of: Product, dtype: torch.dtype) -> Tensor:
-        """(M, N of all linears of the product) in `dtype`; computed the first time it is asked for."""
-        if id(of) not in self.products:
-            self.products[id(of)] = of.kernel.matmul(self.codes, self.scales, of.packed, of.scales, of.bias, dtype)
-        return self.products[id(of)]
+    def product(self, of: Product) -> Tensor:
+        """(..., N of all linears of the product) in the input's dtype; computed the first time it is asked for."""
+        y = self.products.get(id(of))
+        if y is None:
+            y = of.kernel.matmul(self.codes, self.scales, of.packed, of.scales, of.bias, self.dtype)
+            y = self.products[id(of)] = y.view(*self.leading, -1)
+        return y
 
 
 class QuantLinear(nn.Module):
@@ -107,12 +109,15 @@ class QuantLinear(nn.Module):
 
     def from_prepared(self, prepared: Prepared) -> Tensor:
         """(..., N) in the dtype of the input that was prepared."""
-        if self.output_rotation is None:
-            y = prepared.product(self.product, prepared.dtype)[:, self.start : self.stop]
-        else:
-            y = block_product(prepared.product(self.product, torch.float32), self.output_rotation)
-            y = (y if self.late_bias is None else y + self.late_bias).to(prepared.dtype)
-        return y.unflatten(0, prepared.leading)
+        if self.output_rotation is not None:
+            return self._rotated(prepared)
+        return prepared.product(self.product).narrow(-1, self.start, self.stop - self.start)
+
+    def _rotated(self, prepared: Prepared) -> Tensor:
+        p = self.product
+        y = block_product(p.kernel.matmul(prepared.codes, prepared.scales, p.packed, p.scales), self.output_rotation)
+        y = y if self.late_bias is None else y + self.late_bias
+        return y.to(prepared.dtype).view(*prepared.leading, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""

@@ -47,15 +47,7 @@ class Transform:
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32 online)."""
-        if self.scale is not None:
-            x = x * self.scale.to(x.dtype)
-        if self.first is not None:
-            x = block_product(x, self.first.to(x.dtype))
-        if self.order is not None:
-            x = x.index_select(1, self.order)
-        if self.second is not None:
-            x = block_product(x, self.second.to(x.dtype))
-        return x
+        return apply_factors(x, self.scale, self.first, self.order, self.second)
 
     def weights(self, w: Tensor) -> Tensor:
         """w (N, K) -> W·T^-T (N, K) in float64."""
@@ -82,6 +74,21 @@ class Transform:
         if self.scale is not None:
             w = w * self.scale.double()
         return w
+
+
+def apply_factors(
+    x: Tensor, scale: Tensor | None, first: Tensor | None, order: Tensor | None, second: Tensor | None
+) -> Tensor:
+    """x (M, K) times the factors, in x's dtype."""
+    if scale is not None:
+        x = x * scale.to(x.dtype)
+    if first is not None:
+        x = block_product(x, first.to(x.dtype))
+    if order is not None:
+        x = x.index_select(1, order)
+    if second is not None:
+        x = block_product(x, second.to(x.dtype))
+    return x
 
 
 def block_product(x: Tensor, blocks: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ class InputTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K) any float dtype -> (M, K) float32."""
-        return self.factors().forward(x.float())
+        return apply_factors(x.float(), self.scale, self.first, self.order, self.second)
 
     def quantize(self, x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
         """x (M, K) any float dtype -> codes int8 (M, K) and scales float32 (M,) of x·T.
