@@ -35,7 +35,7 @@ def main(run_dir: str, reference: str = "baseline") -> None:
         print(f"  {name:12} {percentiles(policy_calls_ms(arm.records))}")
 
     arms = collect_arms([run])
-    for name in arms.keys() - {reference}:
+    for name in [name for name in arms if name != reference and reference in arms]:
         pairs = pair_arms(arms[reference], arms[name]).pairs
         flips = [p for p in pairs if p.step]
         print(f"\n{name} against {reference}: {len(flips)} of {len(pairs)} pairs flip")
@@ -52,7 +52,7 @@ def main(run_dir: str, reference: str = "baseline") -> None:
             if distances:
                 print(f"  {title}: largest distance of the grippers, median {1000 * np.median(distances):.1f} mm")
 
-    if len(arms) > 1:
+    if len(arms) > 1 and reference in arms:
         print("\nverdicts")
         for result in compare_runs([run_dir], reference)["arms"].values():
             print(f"  {result['sentence']}")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qlibero.errors import UserError
+from qlibero.results import statistics as st
 from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.quality import first_divergence, gripper_flips, jerk, path_length_m
@@ -208,6 +209,20 @@ def test_sequential_verdict_is_recomputed_from_the_declared_order(tmp_path):
         272,
         200,
     )
+    result = compare_runs([tmp_path])["arms"]["fake"]
+    assert result["verdict"] == "non-inferior" and "sequential test over 272 of them" in result["sentence"]
+    assert compare_runs([tmp_path], margin=0.05)["arms"]["fake"]["verdict"] == "inconclusive"
+
+
+def test_an_early_look_at_a_run_under_a_stopping_rule_decides_nothing(tmp_path):
+    """250 concordant pairs: a fixed-n interval would say non-inferior, the test that may be looked at does not."""
+    reference, arm = grid(n=250)
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "fake", arm)
+    keys = [record("x", t, i, "success").key for t, i in grid(n=500)[0]]
+    declare(tmp_path, keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7)
+    result = compare_runs([tmp_path])["arms"]["fake"]
+    assert st.verdict(0, 0, 250, 0.02) == "non-inferior" and result["verdict"] == "inconclusive"
 
 
 # execution quality

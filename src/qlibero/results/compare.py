@@ -71,7 +71,7 @@ def compare(runs: Sequence[RunResults], reference: str = "baseline", margin: flo
         result["noise_floor"] = None if arm.is_control else floor
         results[name] = result
     _adjust([r for name, r in results.items() if not arms[name].is_control])
-    _sequential(results, base, arms, runs)
+    _sequential(results, base, arms, runs, margin)
     for result in results.values():
         result["sentence"] = sentence(result, base.label, margin)
     return {
@@ -203,10 +203,12 @@ def _adjust(results: Iterable[dict[str, Any]]) -> None:
 
 
 def _sequential(
-    results: dict[str, Any], base: Arm, arms: Mapping[str, Arm], runs: Sequence[RunResults]
+    results: dict[str, Any], base: Arm, arms: Mapping[str, Arm], runs: Sequence[RunResults], margin: float
 ) -> None:
-    """For a run under a stopping rule: the anytime-valid decision, recomputed from the ledger in the declared
-    order.
+    """For a run under a stopping rule: the anytime-valid decision, recomputed from the ledger in declared order.
+
+    It is the verdict then: an interval for a fixed n means nothing in a run that stopped on what it saw. At another
+    margin than the declared one such a run answers nothing.
     """
     declaration = read_declaration(runs[0].run_dir) if len(runs) == 1 else None
     for name, result in results.items():
@@ -222,6 +224,10 @@ def _sequential(
                 "declared_pairs": len(declaration.order),
                 "episodes_saved": max(0, 2 * len(declaration.order) - ran),
             }
+            answers = margin == declaration.margin and decision.verdict in ("non-inferior", "inferior")
+            if result["pairs"]:
+                result["verdict"] = decision.verdict if answers else "inconclusive"
+                result["qualifier"] = None
 
 
 def _ledger_state(runs: Sequence[RunResults]) -> dict[str, Any]:

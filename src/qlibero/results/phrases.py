@@ -56,6 +56,8 @@ def sentence(result: dict[str, Any], reference: str, margin: float) -> str:
     ]
     if errors := result["errors"]["removed_pairs"]:
         pieces.append(f"{errors} pair{'s' * (errors > 1)} lost to errors")
+    if result["sequential"]:
+        pieces.append(f"sequential test over {result['sequential']['pairs']} of them")
     if speed := speed_text(result["speedup_p50"]):
         pieces.append(speed)
     return f"{opening}: {', '.join(pieces)}."
