@@ -156,7 +156,7 @@ def test_mirror_outlives_a_killed_launcher_drains_and_ends(tmp_path):
     assert_equal_to_ledger(again.history, run, "fake")
 
 
-def test_online_restart_continues_exactly_and_the_key_is_written_nowhere(tmp_path, monkeypatch):
+def test_online_restart_continues_exactly_and_host_and_key_are_written_nowhere(tmp_path, monkeypatch):
     run = tmp_path / "run"
     write(run, "baseline", range(4))
     with wandb_endpoint.running() as server:
@@ -175,7 +175,8 @@ def test_online_restart_continues_exactly_and_the_key_is_written_nowhere(tmp_pat
         assert server.summary[run_id]["episodes"] == 7
     for path in run.rglob("*"):
         if path.is_file():
-            assert wandb_endpoint.KEY.encode() not in path.read_bytes(), path
+            written = path.read_bytes()
+            assert wandb_endpoint.KEY.encode() not in written and f":{server.server_port}".encode() not in written, path
 
 
 def test_offline_run_synced_later_equals_the_ledger(tmp_path, monkeypatch):
