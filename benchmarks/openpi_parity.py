@@ -1,13 +1,16 @@
-"""Our network beside openpi's own PyTorch code, same random weights, same inputs: how far apart are the actions?
+r"""Our network beside openpi's own PyTorch code, same random weights, same inputs: how far apart are the
+actions?
 
     git clone https://github.com/Physical-Intelligence/openpi           # 15a9616
     python -m venv parity && parity/bin/pip install torch transformers==4.53.2 safetensors numpy
-    cp -r openpi/src/openpi/models_pytorch/transformers_replace/* parity/lib/python3*/site-packages/transformers/
+    cp -r openpi/src/openpi/models_pytorch/transformers_replace/* \
+        parity/lib/python3*/site-packages/transformers/
     PYTHONPATH=src parity/bin/python benchmarks/openpi_parity.py --openpi openpi/src [--dtype bfloat16]
 
-Their model files are used unchanged; only sizes are made small (two vision layers, three transformer layers) so that it runs
-in seconds. JAX, flax and the rest of openpi are not needed: what the model files import from there is replaced by
-two-line stand-ins. Three cameras of which one is masked, ragged prompts padded to 200, batch 2. Last line: JSON.
+Their model files are used unchanged; only sizes are made small (two vision layers, three transformer layers)
+so that it runs in seconds. JAX, flax and the rest of openpi are not needed: what the model files import from
+there is replaced by two-line stand-ins. Three cameras of which one is masked, ragged prompts padded to 200,
+batch 2. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -107,7 +110,8 @@ def upstream(source: Path, precision: str) -> torch.nn.Module:
 
 
 def through_a_file(theirs: torch.nn.Module, ours: Pi05Model) -> bool:
-    """Save as openpi's converter does (safetensors.torch.save_model, tied weights once), read with our strict loader."""
+    """Save as openpi's converter does (safetensors.torch.save_model, tied weights once), read with our strict
+    loader."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(theirs, str(Path(folder) / "model.safetensors"))
         (Path(folder) / "config.json").write_text(json.dumps({"action_horizon": CONFIG.action_horizon}))

@@ -1,12 +1,14 @@
-"""Latency, memory and phases of a pi0.5 policy call, from eager bf16 to CUDA-graphed W4A8, with the physical floor beside it.
+"""Latency, memory and phases of a pi0.5 policy call, from eager bf16 to CUDA-graphed W4A8, with the physical
+floor beside it.
 
     python benchmarks/policy_latency.py                      # full size on a GPU, reduced size on a CPU
     python benchmarks/policy_latency.py --quick --json out.json
 
-Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is the same
-sampler on the same shapes (10 flow steps, 32 text positions of which 24 are live); W4A8 stands beside *graphed* bf16, so
-that what graphs gain is never sold as what fewer bits gain. The quantized variants have DuQuant's whole online work: two
-block rotations and a permutation before every quantized input. The last line of stdout is one JSON document.
+Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is
+the same sampler on the same shapes (10 flow steps, 32 text positions of which 24 are live); W4A8 stands
+beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
+have DuQuant's whole online work: two block rotations and a permutation before every quantized input. The last
+line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ REDUCED = Pi05Config(
 )
 TEXT, LIVE = 32, 24
 BLOCK = 64
-# (bytes/s, bf16 FLOP/s, int8 OP/s), dense, from the vendors' data sheets: the floor is what these allow, not what is reached
+# (bytes/s, bf16 FLOP/s, int8 OP/s), dense, from the vendors' data sheets: the floor is what these allow, not
+# what is reached
 PEAKS = {
     "H100 80GB HBM3": (3.35e12, 989e12, 1979e12), "H200": (4.8e12, 989e12, 1979e12), "A100": (2.04e12, 312e12, 624e12),
     "A40": (0.696e12, 150e12, 299e12), "L40S": (0.864e12, 362e12, 733e12), "4090": (1.008e12, 165e12, 660e12),
@@ -79,7 +82,8 @@ class Row:
 def random_model(
     config: Pi05Config, device: torch.device, dtype: torch.dtype, skip: frozenset[str] = frozenset()
 ) -> Pi05Model:
-    """The network with random weights, made on the device tensor by tensor; linears in `skip` stay on the meta device."""
+    """The network with random weights, made on the device tensor by tensor; linears in `skip` stay on the
+    meta device."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = Pi05Model(config)
@@ -98,14 +102,16 @@ def random_model(
 
 
 def quantized(model: Pi05Model, layout: str, backend: str, device: torch.device) -> Pi05Model:
-    """`model` with random int4 codes on `backend` in the linears of `layout`, behind DuQuant-shaped transforms."""
+    """`model` with random int4 codes on `backend` in the linears of `layout`, behind DuQuant-shaped
+    transforms."""
     generator = torch.Generator(device).manual_seed(1)
     spec = QuantSpec(method="duquant", layout=layout, block_size=min(BLOCK, model.config.expert.width))
     kernel, modules = load_kernel(backend), {}
 
-    base = torch.linalg.qr(torch.randn(spec.block_size, spec.block_size, dtype=torch.float64))[0].to(
-        device, torch.bfloat16
+    once = torch.randn(
+        spec.block_size, spec.block_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
+    base = torch.linalg.qr(once)[0].to(device, torch.bfloat16)
 
     def rotations(width: int) -> torch.Tensor:
         """(G, B, B): one random rotation with other signs in every block, which is a rotation again."""
@@ -159,7 +165,8 @@ def quantized_sampler(model: Pi05Model, layout: str, backend: str, device: torch
 
 
 def compiled(sampler: Sampler) -> Sampler:
-    """The sampler with its phases through torch.compile, which does the fusing itself; the flow one Euler step at a time."""
+    """The sampler with its phases through torch.compile, which does the fusing itself; the flow one Euler
+    step at a time."""
     sampler.glue, sampler.glue_reason = TorchGlue(), "torch glue, fused by the compiler"
     sampler._vision = torch.compile(sampler._vision)
     sampler._prefix = torch.compile(sampler._prefix)
@@ -187,7 +194,8 @@ def floor_ms(
     weight_bits: dict[str, int],
     peaks: tuple[float, float, float],
 ) -> float:
-    """max(bytes, operations) of each phase at the data sheet's peaks, summed. `weight_bits`: {"llm": 4 or 16, "expert_mlp": …}.
+    """max(bytes, operations) of each phase at the data sheet's peaks, summed. `weight_bits`: {"llm": 4 or 16,
+    "expert_mlp": …}.
 
     Matrix products only: live weights are read once a phase (the expert's once a step), activations are free.
     """
@@ -234,7 +242,8 @@ def measure(
     bits: dict[str, int],
     kernels: str = "",
 ) -> tuple[Row, torch.Tensor]:
-    """Time one variant at one shape: the median call from host tensors to host tensors, and each phase's median."""
+    """Time one variant at one shape: the median call from host tensors to host tensors, and each phase's
+    median."""
     cuda = device.type == "cuda"
     started = time.perf_counter()
     given = inputs(config, cameras, batch, device)
@@ -396,7 +405,8 @@ def main() -> None:
 
 
 def variants(bench: Bench, layouts: list[str], backends: list[str], compile_too: bool) -> None:
-    """Everything, in the order in which it is told: full precision, W4A8 beside it, then W4A8 with nothing else in memory."""
+    """Everything, in the order in which it is told: full precision, W4A8 beside it, then W4A8 with nothing
+    else in memory."""
     one, full, cuda = bench.shapes[:1], {"llm": 16, "expert_mlp": 16}, bench.cuda
     prefix = "graphed " if cuda else ""
     model = random_model(bench.config, bench.device, bench.dtype)

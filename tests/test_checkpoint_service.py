@@ -223,7 +223,8 @@ def test_a_server_error_is_an_error_here(policy):
 
 
 def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
-    """A server with empty metadata, like openpi's own: 224 px, no noise key, and the provenance says what is lost."""
+    """A server with empty metadata, like openpi's own: 224 px, no noise key, and the provenance says what is
+    lost."""
     heard = []
 
     class Foreign(PolicyServer):

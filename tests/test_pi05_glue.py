@@ -1,6 +1,7 @@
 """Risk: the fused kernels between the matrix products compute something else than the torch they replace.
 
-Run under Triton's interpreter, in a process of its own, because the variable must be set before triton is imported.
+Run under Triton's interpreter, in a process of its own, because the variable must be set before triton is
+imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Policies: pi0.5 in this process (`pi05/`), any openpi-protocol server (`remote.py`), and our own server (`server.py`)."""
+"""Policies: pi0.5 in this process (`pi05/`), any openpi-protocol server (`remote.py`), and our own server
+(`server.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a policy is to the rest of qlibero: observations and noise in, a chunk of environment-ready actions out.
+"""What a policy is to the rest of qlibero: observations and noise in, a chunk of environment-ready actions
+out.
 
 The flow noise is an argument, never drawn inside (contract 2), so that every backend denoises the same noise.
 """
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """One moment of one episode, as LIBERO gives it (after the 180° rotation), before any policy's own preprocessing."""
+    """One moment of one episode, as LIBERO gives it (after the 180° rotation), before any policy's own
+    preprocessing."""
 
     image: np.ndarray
     """(256, 256, 3) uint8: agentview, upright."""
@@ -53,5 +55,6 @@ class Policy(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """JSON-ready identity: type, checkpoint path and sha256, semantics profile, dtype, device, parameters."""
+        """JSON-ready identity: type, checkpoint path and sha256, semantics profile, dtype, device,
+        parameters."""
         ...

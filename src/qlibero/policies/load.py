@@ -1,4 +1,5 @@
-"""From a policy section of a config to a policy that can be asked. The only place that knows every kind of policy."""
+"""From a policy section of a config to a policy that can be asked. The only place that knows every kind of
+policy."""
 
 from __future__ import annotations
 
@@ -31,12 +32,13 @@ GPU_BATCH = 4
 def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
     """The policy that `config` (a `Pi05` or `Remote` of config/schema.py) describes.
 
-    `skip` names linear weights to leave unread on the meta device, because an artifact will replace them: that is how a
-    full-size quantized policy loads without its full-precision language model ever being on the GPU.
+    `skip` names linear weights to leave unread on the meta device, because an artifact will replace them:
+    that is how a full-size quantized policy loads without its full-precision language model ever being on the
+    GPU.
 
     Raises:
-        UserError: no such checkpoint, or one that does not fit (missing, extra, misshapen, non-finite tensors, no
-            statistics, no tokenizer, unclear profile); the message lists what and says what to write.
+        UserError: no such checkpoint, or one that does not fit (missing, extra, misshapen, non-finite
+            tensors, no statistics, no tokenizer, unclear profile); the message lists what, says what to write.
         GuardRefusal: the weights' sha256 is not the expected one.
     """
     if config.type == "remote":
@@ -50,8 +52,9 @@ def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
 
 
 def load_quantized(config: Any, artifact: Artifact, backend: str | Mapping[str, str]) -> Policy:
-    """The quantized policy straight from its artifact: the linears it replaces are never read from the checkpoint, and
-    the rest goes to the device tensor by tensor. Same errors as `load_policy` and `quantize_policy`."""
+    """The quantized policy straight from its artifact: the linears it replaces are never read from the
+    checkpoint, and the rest goes to the device tensor by tensor. Same errors as `load_policy` and
+    `quantize_policy`."""
     replaced = frozenset(f"{layer.name}.weight" for layer in artifact.layers)
     return quantize_policy(load_policy(config, replaced), artifact, backend)
 
@@ -114,8 +117,8 @@ def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
 
 
 def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
-    """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies. Solves nothing,
-    and its name says so."""
+    """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies.
+    Solves nothing, and its name says so."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

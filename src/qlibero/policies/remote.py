@@ -1,8 +1,10 @@
-"""A policy that lives behind an openpi-protocol server: openpi itself, qlibero's own server, or anything that speaks it.
+"""A policy that lives behind an openpi-protocol server: openpi itself, qlibero's own server, or anything that
+speaks it.
 
-What a remote policy cannot give is said in its provenance instead of being pretended: unless the server advertises
-`noise`, its flow noise is its own, so runs are neither repeatable nor paired (contract 2), and no kernel can be
-attested from here (contract 4). Chunking stays on this side: the engine executes the first actions of each chunk.
+What a remote policy cannot give is said in its provenance instead of being pretended: unless the server
+advertises `noise`, its flow noise is its own, so runs are neither repeatable nor paired (contract 2), and no
+kernel can be attested from here (contract 4). Chunking stays on this side: the engine executes the first
+actions of each chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _RETRY_S = 0.5
 
 
 class RemotePolicy:
-    """Speaks openpi's protocol with up to `batch_size` connections at once (the protocol has one request in flight each).
+    """Speaks openpi's protocol with up to `batch_size` connections at once (the protocol has one request in
+    flight each).
 
     A lost connection is opened again, and its request repeated, until `timeout_s` has passed.
     """
@@ -100,7 +103,8 @@ class RemotePolicy:
     def _request(self, observation: Observation, noise: np.ndarray) -> bytes:
         images = {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image}
         if self._ours is None:
-            # What openpi's own LIBERO client sends; our server gets the frames as they are and does it itself.
+            # What openpi's own LIBERO client sends; our server gets the frames as they are and does it
+            # itself.
             images = {key: resize_pil(image, OPENPI_IMAGE_SIZE) for key, image in images.items()}
         request = {**images, "observation/state": observation.state, "prompt": observation.prompt}
         if self._ours is not None:

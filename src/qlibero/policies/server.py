@@ -1,11 +1,13 @@
 """Any policy, quantized or not, behind openpi's websocket protocol; several clients' requests share a batch.
 
-The protocol (openpi 15a9616): the server speaks first, one binary frame with its metadata; then one answer a request.
-An error is a *text* frame with the traceback, followed by close code 1011. `GET /healthz` answers 200 "OK".
-Beyond it, and advertised in the metadata: an optional key `noise` (H, D) makes the answer a function of the request alone.
+The protocol (openpi 15a9616): the server speaks first, one binary frame with its metadata; then one answer a
+request. An error is a *text* frame with the traceback, followed by close code 1011. `GET /healthz` answers
+200 "OK". Beyond it, and advertised in the metadata: an optional key `noise` (H, D) makes the answer a
+function of the request alone.
 
-openpi's own server computes inside its event loop, so that clients wait for each other and no ping is answered
-meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size, in one call.
+openpi's own server computes inside its event loop, so that clients wait for each other and no ping is
+answered meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size,
+in one call.
 """
 
 from __future__ import annotations
@@ -212,7 +214,8 @@ class PolicyServer:
 
 
 def read_observation(request: Any) -> Observation:
-    """An observation from a request's keys; images may be (H, W, 3) or (3, H, W), uint8 or float 0…1, as openpi allows."""
+    """An observation from a request's keys; images may be (H, W, 3) or (3, H, W), uint8 or float 0…1, as
+    openpi allows."""
     keys = ("observation/image", "observation/wrist_image", "observation/state", "prompt")
     missing = [key for key in keys if not isinstance(request, dict) or key not in request]
     if missing:

@@ -1,13 +1,14 @@
 """Reading a checkpoint directory: strictly, or not at all.
 
-Three kinds of directory are understood. All hold `model.safetensors` and a `config.json`; they differ in the rest:
+Three kinds of directory are understood. All hold `model.safetensors` and a `config.json`; they differ in the
+rest:
 
-`qlibero`  ours: openpi's names, config.json with "architecture" and "profile", tokenizer.json, assets/<id>/norm_stats.json
-`openpi`   openpi's PyTorch conversion: assets/<id>/norm_stats.json (often missing: openpi#810), architecture by shape
+`qlibero`  ours: openpi's names, tokenizer.json, assets/<id>/norm_stats.json, and a config.json that says it all
+`openpi`   openpi's PyTorch conversion: assets/<id>/norm_stats.json (often missing: openpi#810), sizes by shape
 `lerobot`  LeRobot: names prefixed `model.`, policy_preprocessor.json with its normaliser safetensors
 
-A missing, extra, misshapen or non-finite tensor is an error that lists them; there is no path on which a network with
-random weights comes back (LeRobot's own loader has one, even with strict=True).
+A missing, extra, misshapen or non-finite tensor is an error that lists them; there is no path on which a
+network with random weights comes back (LeRobot's own loader has one, even with strict=True).
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at a directory. `UserError` when it is no checkpoint, or is one that cannot be read (truncated, JAX, …)."""
+    """Look at a directory. `UserError` when it is no checkpoint, or is one that cannot be read (truncated,
+    JAX, …)."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} is not a directory; give the directory that holds {WEIGHTS}")
@@ -140,7 +142,8 @@ def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoi
             raise UserError(
                 f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported"
             )
-    # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the state to 32.
+    # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the
+    # state to 32.
     new = "use_relative_actions" in raw
     reason = (
         "LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the prompt, "
@@ -154,7 +157,8 @@ def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoi
 
 
 def tensor_table(checkpoint: Checkpoint) -> TensorTable:
-    """Match the file's names and shapes with the network's, by the loader rules (prefix, tied embedding, unused heads)."""
+    """Match the file's names and shapes with the network's, by the loader rules (prefix, tied embedding,
+    unused heads)."""
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in Pi05Model(checkpoint.config).state_dict().items()}
     notes = []
@@ -194,8 +198,9 @@ def load_model(
 ) -> Pi05Model:
     """The network with the checkpoint's weights, strictly, in `dtype` (with float32 islands) on `device`.
 
-    Read tensor by tensor: the host never holds a second copy. `skip` names linear weights that stay on the meta device
-    because an artifact will bring their quantized replacement; they are neither read nor checked for finiteness.
+    Read tensor by tensor: the host never holds a second copy. `skip` names linear weights that stay on the
+    meta device because an artifact will bring their quantized replacement; they are neither read nor checked
+    for finiteness.
     """
     table = tensor_table(checkpoint)
     if table.problems:
@@ -236,9 +241,11 @@ def write_checkpoint(
     asset_id: str = "qlibero/libero",
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """Write our own kind of directory (openpi's plus config.json and tokenizer.json); returns the weights' sha256.
+    """Write our own kind of directory (openpi's plus config.json and tokenizer.json); returns the weights'
+    sha256.
 
-    statistics: {"state": {"mean": …, "std": …, "q01": …, "q99": …}, "actions": {…}}; tokenizer: tokenizer.json's content.
+    statistics: {"state": {"mean": …, "std": …, "q01": …, "q99": …}, "actions": {…}}; tokenizer:
+    tokenizer.json's content.
     """
     path = Path(path)
     assets = path / "assets" / asset_id
@@ -314,7 +321,8 @@ def _named(name: Any, where: Path) -> Profile:
 
 
 def _architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where: Path) -> Pi05Config:
-    """An openpi-named network's sizes, read off its tensors; head_dim 256 for published sizes, else width/heads of k_proj."""
+    """An openpi-named network's sizes, read off its tensors; head_dim 256 for published sizes, else
+    width/heads of k_proj."""
     from qlibero.policies.pi05.config import GemmaConfig, SiglipConfig
 
     names = {_strip(name): shape for name, shape in shapes.items()}

@@ -1,7 +1,9 @@
-"""The architecture of a pi0.5 network as plain data: one class of configs from a few million parameters to 3.35 billion.
+"""The architecture of a pi0.5 network as plain data: one class of configs from a few million parameters to
+3.35 billion.
 
-It is what `config.json` of a checkpoint directory stores under "architecture". Everything that gives the same weights
-another *meaning* (prompt mode, normalisation, resize) is the semantics profile's business, see `profiles.py`.
+It is what `config.json` of a checkpoint directory stores under "architecture". Everything that gives the same
+weights another *meaning* (prompt mode, normalisation, resize) is the semantics profile's business, see
+`profiles.py`.
 """
 
 from __future__ import annotations
@@ -44,21 +46,26 @@ class SiglipConfig:
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """A small convolutional tower (GroupNorm, SiLU, stride 16), for policies that must be trained from scratch on a CPU.
+    """A small convolutional tower (GroupNorm, SiLU, stride 16), for policies that must be trained from
+    scratch on a CPU.
 
-    A vision transformer of this size gets almost no localisation signal within 10⁵ samples; this learns in minutes.
+    A vision transformer of this size gets almost no localisation signal within 10⁵ samples; this learns in
+    minutes.
     """
 
     channels: tuple[int, int, int] = (32, 64, 96)
-    """Channels after strides 2, 4 and 8; every stage after the first has one more stride-1 layer at stride 8."""
+    """Channels after strides 2, 4 and 8; every stage after the first has one more stride-1 layer at stride
+    8."""
     width: int = 192
-    """Channels at stride 16. The tower's output has `width + channels[2]` channels (stride 8, pooled, is handed on)."""
+    """Channels at stride 16. The tower's output has `width + channels[2]` channels (stride 8, pooled, is
+    handed on)."""
     image_size: int = 128
     cameras: int = 2
-    """Each camera has its own tower and position embedding: the agent and the wrist view share little at this size."""
+    """Each camera has its own tower and position embedding: the agent and the wrist view share little at this
+    size."""
     keypoints: int = 0
-    """K > 0: K heat maps at stride 8 a camera, whose soft-argmax coordinates become one more token a camera. Training
-    may supervise the heat maps with projected object positions."""
+    """K > 0: K heat maps at stride 8 a camera, whose soft-argmax coordinates become one more token a camera.
+    Training may supervise the heat maps with projected object positions."""
     type: str = "conv"
 
     @property

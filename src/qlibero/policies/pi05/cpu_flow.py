@@ -1,9 +1,9 @@
 """The flow steps of a compact policy on a CPU core as one compiled function.
 
-Ten steps through four to six tiny layers are a thousand torch calls on ten tokens each, and on a CPU nine tenths of the
-time goes into calling. Here the whole of it is one function, compiled by numba (which the simulator brings along; the
-compiled code is cached on disk). Only for float32 on a CPU with every linear of the expert in full precision; anything
-else takes the torch path.
+Ten steps through four to six tiny layers are a thousand torch calls on ten tokens each, and on a CPU nine
+tenths of the time goes into calling. Here the whole of it is one function, compiled by numba (which the
+simulator brings along; the compiled code is cached on disk). Only for float32 on a CPU with every linear of
+the expert in full precision; anything else takes the torch path.
 
 Same mathematics as `Sampler.step`, in float32; the sums are grouped differently, so the last bits differ.
 """
@@ -83,8 +83,8 @@ class CpuFlow:
         sin: Tensor,
         mask: Tensor | None,
     ) -> None:
-        """All Euler steps of x (B, H, D), in place. keys, values: a layer (B, P + H, d), prefix filled in; cos, sin
-        (B, H, 1, d); mask (B, 1, P + H) additive or None."""
+        """All Euler steps of x (B, H, D), in place. keys, values: a layer (B, P + H, d), prefix filled in;
+        cos, sin (B, H, 1, d); mask (B, 1, P + H) additive or None."""
         for row in range(x.shape[0]):
             k = np.ascontiguousarray(torch.stack([layer[row].t() for layer in keys]).numpy())
             v = torch.stack([layer[row] for layer in values]).numpy()
@@ -105,7 +105,8 @@ class CpuFlow:
 
 @njit(fastmath=_FAST, cache=True)
 def _matmul(x, w, y):
-    """y = x·w for x (M, K), w (K, N): four rows of w and two of x at a time, so that every loaded value is used twice."""
+    """y = x·w for x (M, K), w (K, N): four rows of w and two of x at a time, so that every loaded value is
+    used twice."""
     rows, inner, columns = x.shape[0], x.shape[1], w.shape[1]
     y[:, :] = 0.0
     whole = inner - inner % 4
@@ -134,7 +135,8 @@ def _matmul(x, w, y):
 
 @njit(fastmath=_FAST, cache=True)
 def _exp(x, out, bits):
-    """out = exp(x) for x ≤ about 80, to 2 ulp; `bits` is an int32 scratch of the same length. Vectorises, unlike libm's."""
+    """out = exp(x) for x ≤ about 80, to 2 ulp; `bits` is an int32 scratch of the same length. Vectorises,
+    unlike libm's."""
     powers = bits.view(np.float32)
     for i in range(x.shape[0]):
         value = np.float32(-87.0) if x[i] < np.float32(-87.0) else x[i]  # NaN stays NaN
@@ -204,7 +206,8 @@ def _attention(joined, keys, values, bias, cos, sin, q, scores, weights, bits, o
 def _flow(
     x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations
 ):
-    """x (H, D) from noise to actions, in place; see `CpuFlow` for the arrays. keys (L, d, P + H), values (L, P + H, d)."""
+    """x (H, D) from noise to actions, in place; see `CpuFlow` for the arrays. keys (L, d, P + H), values (L,
+    P + H, d)."""
     horizon, actions = x.shape
     depth, width = qkv.shape[0], qkv.shape[1]
     dim, total, hidden = cos.shape[1], bias.shape[0], down.shape[1]

@@ -1,8 +1,10 @@
-"""What lies between the matrix products of a layer: residuals, norms, rotations, gates, and the small attention of a flow step.
+"""What lies between the matrix products of a layer: residuals, norms, rotations, gates, and the small
+attention of a flow step.
 
-At full size on a GPU these are many tiny kernels, and a flow step is mostly waiting for them; `triton_glue.py` has each as
-one kernel. This file is the same in plain torch, for every device, and chooses between the two. Both compute in
-float32 inside; they may differ in the last bit of the stream's dtype, so the choice is one per process and recorded.
+At full size on a GPU these are many tiny kernels, and a flow step is mostly waiting for them;
+`triton_glue.py` has each as one kernel. This file is the same in plain torch, for every device, and chooses
+between the two. Both compute in float32 inside; they may differ in the last bit of the stream's dtype, so the
+choice is one per process and recorded.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ class Glue(Protocol):
     def residual_norm(
         self, h: Tensor, delta: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """h' = h + delta·gate (a missing delta adds nothing, a missing gate is 1); y = h'/rms(h')·scale + shift.
+        """h' = h + delta·gate (a missing delta adds nothing, a missing gate is 1); y = h'/rms(h')·scale +
+        shift.
 
         h, delta (B, T, W); gate (1, 1, W); scale, shift float32 (1, 1, W). Returns (h', y).
         """
         ...
 
     def rotate_split(self, joined: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Split q|k|v (B, T, (heads + 2)·d), rotate q and k, write k and v to `keys`, `values` (B, T, d, any batch
-        stride), return q (B, T, heads, d). cos, sin (B, T, 1, d) as from `rope_tables`."""
+        """Split q|k|v (B, T, (heads + 2)·d), rotate q and k, write k and v to `keys`, `values` (B, T, d, any
+        batch stride), return q (B, T, heads, d). cos, sin (B, T, 1, d) as from `rope_tables`."""
         ...
 
     def gelu_gate(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -72,8 +75,8 @@ class TorchGlue:
 
 
 def choose_glue(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Glue, str]:
-    """The glue for a model and why. Triton's is tried against torch's on random data first; a mismatch or an error
-    means torch's, with the reason."""
+    """The glue for a model and why. Triton's is tried against torch's on random data first; a mismatch or an
+    error means torch's, with the reason."""
     if device.type != "cuda":
         return TorchGlue(), "no GPU"
     try:

@@ -1,6 +1,7 @@
 """CUDA graphs of the sampler's phases, and a stopwatch that is right on both kinds of device.
 
-A policy call at full size is some two thousand kernel launches; replayed as graphs they cost the GPU's time only.
+A policy call at full size is some two thousand kernel launches; replayed as graphs they cost the GPU's time
+only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 def graphed(
     phase: Callable[[Any], None], workspace: Any, pool: Any, warmup: int = 2
 ) -> Callable[[Any], None]:
-    """Capture `phase(workspace)` and return what replays it. The phase must read and write `workspace` tensors only, which
-    were allocated outside; then all graphs of a sampler can share one memory `pool` for their intermediates.
+    """Capture `phase(workspace)` and return what replays it. The phase must read and write `workspace`
+    tensors only, which were allocated outside; then all graphs of a sampler can share one memory `pool` for
+    their intermediates.
 
     The warm-up runs initialise libraries and compile kernels outside the capture.
     """

@@ -1,7 +1,7 @@
 """From camera frames to the network's input, exactly as each family of checkpoints was trained to see them.
 
-`pil`    openpi: PIL's antialiased bilinear on uint8, rounded to uint8 between its two passes. Done here in integers
-         (the same fixed-point coefficients), so that PIL is not needed and the result is the same to the last bit.
+`pil`    openpi: PIL's antialiased bilinear on uint8, rounded to uint8 between its two passes. Done here in
+         integers, with PIL's fixed-point coefficients: the same to the last bit, without PIL.
 `torch`  LeRobot: plain bilinear without antialias on floats.
 `area`   our compact policies: the exact mean of k×k pixels.
 
@@ -44,7 +44,8 @@ def to_network(image: np.ndarray, size: int, resize: Resize) -> Tensor:
 
 
 def resize_area(image: np.ndarray, size: int) -> np.ndarray:
-    """Mean of k×k blocks, float32 in 0…255; exact, because sums of up to 2¹⁶ pixel values are exact in float32."""
+    """Mean of k×k blocks, float32 in 0…255; exact, because sums of up to 2¹⁶ pixel values are exact in
+    float32."""
     factor, remainder = divmod(image.shape[0], size)
     if remainder or factor < 1:
         raise UserError(f"images of {image.shape[0]} px cannot be averaged down to {size} px: not a multiple")
@@ -75,7 +76,8 @@ def _pil_pass(lines: np.ndarray, size: int) -> np.ndarray:
 
 @cache
 def _pil_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """PIL's bilinear (triangle) filter: first source index (target,) and fixed-point coefficients (target, taps) int32."""
+    """PIL's bilinear (triangle) filter: first source index (target,) and fixed-point coefficients (target,
+    taps) int32."""
     scale = source / target
     support = max(scale, 1.0)
     starts, rows = [], []

@@ -1,6 +1,8 @@
-"""The Gemma layers of both stacks: RMSNorm (plain and adaptive), rotary embedding, attention with one K/V head, gated MLP.
+"""The Gemma layers of both stacks: RMSNorm (plain and adaptive), rotary embedding, attention with one K/V
+head, gated MLP.
 
-Module and parameter names are openpi's. Quantization enters at one place, `project`; nothing else here knows of it.
+Module and parameter names are openpi's. Quantization enters at one place, `project`; nothing else here knows
+of it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ MASKED = -2.3819763e38
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of several linears that read the same input `x` (..., K), each (..., N_i).
 
-    Those with `prepare` are quantized: their input's transform and codes are computed once and shared. When all are
-    plain and have been laid out together (`fuse`), one matmul does the work of all.
+    Those with `prepare` are quantized: their input's transform and codes are computed once and shared. When
+    all are plain and have been laid out together (`fuse`), one matmul does the work of all.
     """
     if quantized := [linear for linear in linears if hasattr(linear, "prepare")]:
         prepared = quantized[0].prepare(x)
@@ -39,10 +41,11 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
 
 
 def fuse(*linears: nn.Module) -> None:
-    """Lay the weights of plain bias-free linears out in one tensor, of which each keeps its rows: no second copy.
+    """Lay the weights of plain bias-free linears out in one tensor, of which each keeps its rows: no second
+    copy.
 
-    For inference. Left as they are: quantized linears, and linears of which some are already laid out elsewhere (a twin
-    model that shares them).
+    For inference. Left as they are: quantized linears, and linears of which some are already laid out
+    elsewhere (a twin model that shares them).
     """
     if any(
         type(linear) is not nn.Linear
@@ -62,13 +65,15 @@ def fuse(*linears: nn.Module) -> None:
 
 
 def _fused(linears: tuple[nn.Module, ...]) -> Tensor | None:
-    """The common tensor of `linears` if every one still is a view of it and nobody listens to them one by one."""
+    """The common tensor of `linears` if every one still is a view of it and nobody listens to them one by
+    one."""
     whole = linears[0].__dict__.get("fused_weight")
     if whole is None or torch.compiler.is_compiling():
         return whole
     row = 0
     for linear in linears:
-        # A copied, moved or reassigned weight is no view any more; a forward hook (calibration) must see its own call.
+        # A copied, moved or reassigned weight is no view any more; a forward hook (calibration) must see its
+        # own call.
         if linear._forward_hooks or linear._forward_pre_hooks:
             return None
         if linear.weight.data_ptr() != whole.data_ptr() + row * whole.stride(0) * whole.element_size():
@@ -78,7 +83,8 @@ def _fused(linears: tuple[nn.Module, ...]) -> Tensor | None:
 
 
 class RMSNorm(nn.Module):
-    """Gemma's norm: float32 inside, eps 1e-6, factor (1 + weight); with `cond_dim`, AdaRMS: scale, shift, gate = dense(cond)."""
+    """Gemma's norm: float32 inside, eps 1e-6, factor (1 + weight); with `cond_dim`, AdaRMS: scale, shift,
+    gate = dense(cond)."""
 
     def __init__(self, width: int, cond_dim: int | None = None, eps: float = 1e-6):
         super().__init__()
@@ -97,7 +103,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (self.width,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
     def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B, cond_dim)."""
+        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B,
+        cond_dim)."""
         scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, -1)
         return 1.0 + scale, shift, gate
 
@@ -109,8 +116,8 @@ class RMSNorm(nn.Module):
 def modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     """x / rms(x) · scale + shift in float32, as x's dtype; scale has its 1 added.
 
-    The RMS norm of x is the layer norm of [x, -x], whose mean is 0: one fused kernel instead of six small ones, which is
-    a fifth of a compact policy's time on a CPU.
+    The RMS norm of x is the layer norm of [x, -x], whose mean is 0: one fused kernel instead of six small
+    ones, which is a fifth of a compact policy's time on a CPU.
     """
     width = x.shape[-1]
     if x.device.type != "cpu":
@@ -139,8 +146,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √d + mask) v → (B, T, heads·d).
 
-    q (B, T, heads, d); k, v (B, P, d), the one K/V head all query heads share; mask additive (B, 1, P) or None when
-    every key is live. Heads are folded into the query length: one small attention, no copies of K and V.
+    q (B, T, heads, d); k, v (B, P, d), the one K/V head all query heads share; mask additive (B, 1, P) or
+    None when every key is live. Heads are folded into the query length: one small attention, no copies of K
+    and V.
     """
     batch, length, heads, dim = q.shape
     mask = None if mask is None else mask[:, None]

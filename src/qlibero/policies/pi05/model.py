@@ -2,11 +2,12 @@
 
 State-dict names equal openpi's `PI0Pytorch(pi05=True)`. The network is two functions, both differentiable:
 
-    prefix = model.prefix(images, tokens, token_mask, state=…)      # once a chunk: vision, language model → keys, values
+    prefix = model.prefix(images, tokens, token_mask, state=…)      # once a chunk: vision and language model
     v = model.velocity(prefix, x_t, t)                              # once a flow step: action expert
 
-Training calls `velocity` with several flow samples a prefix (rows of `x_t` = K × rows of the prefix), which spreads the
-cost of the vision tower. Inference should use `sampler.Sampler`, which does the same mathematics with less work.
+Training calls `velocity` with several flow samples a prefix (rows of `x_t` = K × rows of the prefix), which
+spreads the cost of the vision tower. Inference should use `sampler.Sampler`, which does the same mathematics
+with less work.
 
     flow: x = noise at t = 1; x ← x - v(x, t)/n at t = 1, 1 - 1/n, …; target of v is noise - actions (MSE),
     with x_t = t·noise + (1 - t)·actions and t ~ Beta(1.5, 1)·0.999 + 0.001 (openpi).
@@ -43,7 +44,8 @@ class Prefix:
 
 
 class Pi05Model(nn.Module):
-    """See the module's docstring. Construct under `torch.device("meta")` to load a checkpoint without allocating twice."""
+    """See the module's docstring. Construct under `torch.device("meta")` to load a checkpoint without
+    allocating twice."""
 
     def __init__(self, config: Pi05Config):
         super().__init__()
@@ -89,12 +91,14 @@ class Pi05Model(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """The dtype of the residual streams (that of the projector: never quantized, never an fp32 island)."""
+        """The dtype of the residual streams (that of the projector: never quantized, never an fp32
+        island)."""
         return self.projector.weight.dtype
 
     # -- prefix ---------------------------------------------------------------------------------------------------
     def embed_images(self, images: Tensor) -> tuple[Tensor, VisionFeatures]:
-        """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not scaled."""
+        """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not
+        scaled."""
         features = self.vision(images)
         return self.projector(features.tokens.to(self.projector.weight.dtype)).flatten(1, 2), features
 
@@ -120,9 +124,9 @@ class Pi05Model(nn.Module):
     ) -> Prefix:
         """Run vision and language model.
 
-        images (B, cameras, 3, S, S) in [-1, 1]; tokens (B, T) int64; token_mask (B, T) bool, True = live (None: all);
-        state (B, state_dim) normalised; camera_mask (B, cameras) bool (None: all; leaving a camera out is the same
-        and cheaper, with the SigLIP tower).
+        images (B, cameras, 3, S, S) in [-1, 1]; tokens (B, T) int64; token_mask (B, T) bool, True = live
+        (None: all); state (B, state_dim) normalised; camera_mask (B, cameras) bool (None: all; leaving a
+        camera out is the same and cheaper, with the SigLIP tower).
         """
         image_tokens, features = self.embed_images(images)
         x = self.embed_prefix(image_tokens, tokens, state)
@@ -139,8 +143,8 @@ class Pi05Model(nn.Module):
     def run_llm(self, x: Tensor, live: Tensor | None, features: VisionFeatures) -> Prefix:
         """The language model over embedded positions (B, P, width); `live` (B, P) bool or None = all.
 
-        The last layer stops after its keys and values: nothing else of it reaches the actions (exact, -5.5 % work at
-        full size). Hence five linears of that layer never run.
+        The last layer stops after its keys and values: nothing else of it reaches the actions (exact, -5.5 %
+        work at full size). Hence five linears of that layer never run.
         """
         batch, count, _ = x.shape
         if live is None:
@@ -166,7 +170,8 @@ class Pi05Model(nn.Module):
 
     # -- suffix ---------------------------------------------------------------------------------------------------
     def time_condition(self, t: Tensor) -> Tensor:
-        """AdaRMS condition (B, expert width) of flow times (B,); the sinusoids are computed in float64, as openpi does."""
+        """AdaRMS condition (B, expert width) of flow times (B,); the sinusoids are computed in float64, as
+        openpi does."""
         half = self.config.expert.width // 2
         fraction = torch.linspace(0.0, 1.0, half, dtype=torch.float64, device=t.device)
         period = self.config.min_period * (self.config.max_period / self.config.min_period) ** fraction
@@ -175,8 +180,8 @@ class Pi05Model(nn.Module):
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t), (N, H, D) float32, for x_t (N, H, D) and t (N,), where N = K·B: K flow samples of each prefix row,
-        consecutive. The H action tokens see each other and all live prefix positions."""
+        """v(x_t, t), (N, H, D) float32, for x_t (N, H, D) and t (N,), where N = K·B: K flow samples of each
+        prefix row, consecutive. The H action tokens see each other and all live prefix positions."""
         samples = x_t.shape[0] // prefix.length.shape[0]
         x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype)).to(self.stream_dtype)
         condition = self.time_condition(t)
@@ -204,9 +209,9 @@ class Pi05Model(nn.Module):
 def initialize(model: Pi05Model, seed: int) -> Pi05Model:
     """Weights to train from, a function of `seed` only.
 
-    Linears: truncated normal, std 0.7/√fan_in. Embeddings: 1/√width, because they are scaled by √width when used.
-    AdaRMS: weight zero, gate bias 1, so that the residual branches are open from the first step (for short trainings
-    that is faster than the usual closed gates).
+    Linears: truncated normal, std 0.7/√fan_in. Embeddings: 1/√width, because they are scaled by √width when
+    used. AdaRMS: weight zero, gate bias 1, so that the residual branches are open from the first step (for
+    short trainings that is faster than the usual closed gates).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
@@ -232,8 +237,8 @@ def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator) ->
 
 
 def cast(model: Pi05Model, dtype: torch.dtype) -> Pi05Model:
-    """`model.to(dtype)` that keeps openpi's float32 islands: patch and position embedding, every norm of both Gemma
-    stacks (with AdaRMS dense), the action, time and state heads."""
+    """`model.to(dtype)` that keeps openpi's float32 islands: patch and position embedding, every norm of both
+    Gemma stacks (with AdaRMS dense), the action, time and state heads."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if is_float32_island(name) else dtype)
     return model

@@ -1,4 +1,5 @@
-"""Normalisation of states and actions, in the two modes and the two spellings (openpi's, LeRobot's) that exist.
+"""Normalisation of states and actions, in the two modes and the two spellings (openpi's, LeRobot's) that
+exist.
 
 A policy without its statistics is not a policy: reading them is strict, and there is no default.
 """
@@ -17,13 +18,15 @@ Mode = Literal["quantile", "mean_std"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per-dimension statistics of one quantity, float64. `low`/`high` are q01/q99 (quantile mode) or mean/std."""
+    """Per-dimension statistics of one quantity, float64. `low`/`high` are q01/q99 (quantile mode) or
+    mean/std."""
 
     mode: Mode
     low: np.ndarray
     high: np.ndarray
     epsilon: float
-    """openpi adds 1e-6 to the spread in both directions; LeRobot 1e-8 to std when normalising, nothing to quantiles."""
+    """openpi adds 1e-6 to the spread in both directions; LeRobot 1e-8 to std when normalising, nothing to
+    quantiles."""
     epsilon_inverse: float
 
     def __post_init__(self) -> None:
@@ -44,7 +47,8 @@ class Statistics:
         return (y * 2.0 - 1.0 if self.mode == "quantile" else y).astype(np.float32)
 
     def denormalize(self, y: np.ndarray) -> np.ndarray:
-        """Network units (..., n ≥ dims) → environment units, float32; dimensions beyond the statistics pass unchanged."""
+        """Network units (..., n ≥ dims) → environment units, float32; dimensions beyond the statistics pass
+        unchanged."""
         n = len(self.low)
         y = np.asarray(y, np.float64)
         unit = (y[..., :n] + 1.0) / 2.0 if self.mode == "quantile" else y[..., :n]

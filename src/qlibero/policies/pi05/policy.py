@@ -1,8 +1,9 @@
-"""A pi0.5 as a `Policy`: preprocessing, batching that nobody can notice, the sampler, and back to environment units.
+"""A pi0.5 as a `Policy`: preprocessing, batching that nobody can notice, the sampler, and back to environment
+units.
 
-An episode's actions must not depend on who shares its batch, so a call always runs at exactly `batch_size` rows (padded
-by repetition) and at a text length that depends on the row's own prompt alone. On a CPU the default is one row at a
-time, at the prompt's exact length: nothing is padded at all.
+An episode's actions must not depend on who shares its batch, so a call always runs at exactly `batch_size`
+rows (padded by repetition) and at a text length that depends on the row's own prompt alone. On a CPU the
+default is one row at a time, at the prompt's exact length: nothing is padded at all.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ BUCKET = 16
 class Pi05Policy:
     """See the module's docstring.
 
-    `model` must be in its final dtype and device; its quantized linears may be of any backend. `identity` is what the
-    loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`.
+    `model` must be in its final dtype and device; its quantized linears may be of any backend. `identity` is
+    what the loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class Pi05Policy:
         }
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Rows that one call puts through a linear of the language model ("llm") and of the action expert ("expert"), for
-        these prompts: what a kernel must be tried on."""
+        """Rows that one call puts through a linear of the language model ("llm") and of the action expert
+        ("expert"), for these prompts: what a kernel must be tried on."""
         config = self.model.config
         cameras = 2 * config.vision.tokens + (1 if config.state_dim else 0)
         state = np.zeros(8, np.float32)
@@ -159,7 +160,8 @@ class Pi05Policy:
         return images, tokens[: self.model.config.max_token_len], state
 
     def _batches(self, lengths: list[int]) -> list[tuple[list[int], int | None]]:
-        """Row indices of each call and the padded text length (None: as it is), from the rows' own lengths only."""
+        """Row indices of each call and the padded text length (None: as it is), from the rows' own lengths
+        only."""
         if self.batch_size == 1 and self.device.type == "cpu":
             return [([i], None) for i in range(len(lengths))]
         buckets: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """Semantics profiles: what the same weights must be fed to mean what they were trained to mean.
 
-The same file under the wrong profile scores 0 %, so a profile is part of a checkpoint's identity: it is either proven
-by the checkpoint's own files or named by the user, and it is recorded with every result.
+The same file under the wrong profile scores 0 %, so a profile is part of a checkpoint's identity: it is
+either proven by the checkpoint's own files or named by the user, and it is recorded with every result.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class Profile:
 
     name: str
     prompt: PromptMode
-    """`none`: the task only (robot state is ignored altogether); `prompt`: state as 256-bin integers in the text;
-    `proj`: state as a continuous token."""
+    """`none`: the task only (robot state is ignored altogether); `prompt`: state as 256-bin integers in the
+    text; `proj`: state as a continuous token."""
     state_numbers: int
-    """How many state numbers enter (prompt: written into the text, zero-padded to this; proj: width of state_proj)."""
+    """How many state numbers enter (prompt: written into the text, zero-padded to this; proj: width of
+    state_proj)."""
     resize: Resize
     statistics: Literal["openpi", "lerobot"]
     """Where statistics come from and how they are spelt, see `normalize.py`."""

@@ -1,4 +1,5 @@
-"""Sampling a chunk with only the work there is: the same mathematics as `model.prefix` + `model.velocity`, less of it.
+"""Sampling a chunk with only the work there is: the same mathematics as `model.prefix` + `model.velocity`,
+less of it.
 
 Exact in mathematics (float32 differs in the last bits, because products are grouped differently):
 
@@ -8,8 +9,8 @@ Exact in mathematics (float32 differs in the last bits, because products are gro
 - keys and values live in preallocated buffers of which a flow step writes the last H rows;
 - q/k/v and gate/up are one matmul each; rotary tables and masks are built once a chunk.
 
-On CUDA each phase (vision, prefix, flow) is one CUDA graph per (batch, text length), see `graphs.py`. Nothing here
-allocates in a replayed region: inputs and outputs are the fixed tensors of a `Workspace`.
+On CUDA each phase (vision, prefix, flow) is one CUDA graph per (batch, text length), see `graphs.py`. Nothing
+here allocates in a replayed region: inputs and outputs are the fixed tensors of a `Workspace`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _cpu_flow(model: Pi05Model, modulations: list) -> CpuFlow | None:
 class Sampler:
     """Samples chunks from a model that is on its device, in its dtype, and will not change any more.
 
-    `graphs` captures CUDA graphs; it needs a CUDA model. Fuses the model's plain linears in place (names are kept).
+    `graphs` captures CUDA graphs; it needs a CUDA model. Fuses the model's plain linears in place (names are
+    kept).
     """
 
     @torch.inference_mode()
@@ -101,7 +103,8 @@ class Sampler:
         ]
 
     def _modulations(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-        """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in the order they are met."""
+        """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in the
+        order they are met."""
         table = []
         for step in range(self.steps):
             t = torch.full((1,), 1.0 - step / self.steps, device=self.device)
@@ -149,7 +152,8 @@ class Sampler:
             mask=new(batch, 1, total) if masked else None,
             phases={},
         )
-        # Calibration listens with forward hooks, which a replayed graph would not call and one path need not know.
+        # Calibration listens with forward hooks, which a replayed graph would not call and one path need not
+        # know.
         listened = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         prefix = self._prefix_by_model if listened or device.type == "cpu" else self._prefix
         flow = self._flow if listened or self.cpu_flow is None else self._flow_compiled
@@ -170,8 +174,9 @@ class Sampler:
     ) -> tuple[Tensor, dict[str, float]]:
         """Actions in the network's own units, (B, H, D) float32 on the CPU, and each phase's milliseconds.
 
-        images (B, cameras, 3, S, S) float32 in [-1, 1]; tokens (B, T) int64; noise (B, H, D) float32; token_mask (B, T)
-        bool or None (all live); state (B, state_dim) normalised. All on the CPU or on the device.
+        images (B, cameras, 3, S, S) float32 in [-1, 1]; tokens (B, T) int64; noise (B, H, D) float32;
+        token_mask (B, T) bool or None (all live); state (B, state_dim) normalised. All on the CPU or on the
+        device.
         """
         w = self.workspace(images.shape[0], images.shape[1], tokens.shape[1], token_mask is not None)
         watch = Stopwatch(self.device)

@@ -1,7 +1,8 @@
-"""`glue.py`'s functions as one Triton kernel each, for CUDA (and, under TRITON_INTERPRET=1, for the tests on a CPU).
+"""`glue.py`'s functions as one Triton kernel each, for CUDA (and, under TRITON_INTERPRET=1, for the tests on
+a CPU).
 
-A flow step at full size has 18 layers of which each has four matrix products over 10 tokens; in plain torch some twenty
-more launches of a few microseconds lie between them. Here they are six.
+A flow step at full size has 18 layers of which each has four matrix products over 10 tokens; in plain torch
+some twenty more launches of a few microseconds lie between them. Here they are six.
 """
 
 from __future__ import annotations

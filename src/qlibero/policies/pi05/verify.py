@@ -27,9 +27,9 @@ from qlibero.policies.pi05.statistics import load_statistics
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """A JSON-ready report on a checkpoint directory.
 
-    Keys: path, kind, ok, problems (list of sentences, empty when ok), notes, parameters, tensors, dtypes, architecture,
-    missing, extra, misshapen, non_finite (lists of names), statistics ({"state": {"mode", "dimensions"}, …} or None),
-    profile ({"guess", "proven", "why", "means"}), sha256 ({file: digest}).
+    Keys: path, kind, ok, problems (list of sentences, empty when ok), notes, parameters, tensors, dtypes,
+    architecture, missing, extra, misshapen, non_finite (lists of names), statistics ({"state": {"mode",
+    "dimensions"}, …} or None), profile ({"guess", "proven", "why", "means"}), sha256 ({file: digest}).
 
     Raises `UserError` only when there is no checkpoint to speak of (no directory, no readable safetensors).
     """
