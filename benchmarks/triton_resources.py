@@ -42,21 +42,22 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every kernel in the forms that pi0.5 uses."""
-    gemm = dict(x_ptr="*i8", w_ptr="*i8", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32", K2="i32")
+    gemm = dict(x_ptr="*i8", w_ptr="*i8", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32", K2="i32",
+                STEPS="i32")  # fmt: skip
     pointers = ("x_ptr", "w_ptr", "sx_ptr", "sw_ptr", "bias_ptr", "out_ptr", "N", "K2")
     for _, tile in BUCKETS:
         sizes = dict(BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8, USE_ASM=True)
         for scale in (True, False):
             signature = gemm if scale else gemm | {"out_ptr": "*i32"}
-            constants = sizes | dict(SPLIT_K=1 if scale else 4, SCALE=scale, HAS_BIAS=scale, EVEN_K=True)
+            constants = sizes | dict(SCALE=scale, HAS_BIAS=scale, EVEN_K=True)
             yield Case(f"gemm {_name(tile)}{'' if scale else ' partial'}", triton_gemm.gemm_kernel, signature, constants, pointers,
                        tile.warps, tile.stages, contract=False)  # fmt: skip
         constants = sizes | dict(BK=min(tile.depth, 64), HALF=64, SCALE=True, HAS_BIAS=False)
         yield Case(f"grouped {_name(tile)}", triton_gemm.grouped_gemm_kernel, gemm, constants, pointers, tile.warps, tile.stages,
                    contract=False)  # fmt: skip
     yield Case("scale", triton_gemm.scale_kernel,
-               dict(partial_ptr="*i32", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32"),
-               dict(SPLIT_K=4, HAS_BIAS=True, BLOCK=512), ("partial_ptr", "sw_ptr", "out_ptr", "N"), contract=False)  # fmt: skip
+               dict(partial_ptr="*i32", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32", SLICES="i32"),
+               dict(HAS_BIAS=True, BLOCK=1024), ("partial_ptr", "sw_ptr", "out_ptr", "N"), contract=False)  # fmt: skip
     floats = dict(x_ptr="*bf16", scale_ptr="*fp32", first_ptr="*bf16", order_ptr="*i32", inverse_ptr="*i32", second_ptr="*bf16",
                   y_ptr="*fp32", z_ptr="*fp32", peak_ptr="*i32", arrived_ptr="*i32", codes_ptr="*i8", s_ptr="*fp32", M="i32", K="i32",
                   STRIDE="i32", STRIDE_M="i32", STRIDE_K="i32", WIDTH="i32", clip="fp32", limit="fp32")  # fmt: skip

@@ -68,6 +68,14 @@ def test_triton_split_k_is_exact_and_ragged(triton_w4a8, split, m, n, k):
     assert torch.equal(triton_gemm.gemm(x, packed, s_x, s_w, bias, torch.float32, tile), epilogue(acc, s_x, s_w, bias))
 
 
+def test_the_epilogue_alone_has_the_contract_s_bits_for_integers_and_for_fp32_that_holds_them():
+    acc = torch.randint(-(2**24), 2**24, (5, 700), dtype=torch.int32)
+    s_x, s_w, bias = torch.rand(5), torch.rand(700), torch.randn(700)
+    for held in (acc, acc.float()):
+        for b in (None, bias):
+            assert torch.equal(triton_gemm.scale(held[None], s_x, s_w, b, torch.float32), epilogue(acc, s_x, s_w, b))
+
+
 def test_triton_cuts_k_only_where_it_pays():
     assert choose_tile(10, 2048, 16384, 132).split_k == 8  # 32 tiles of weights would leave 100 processors idle
     assert choose_tile(10, 16384, 2048, 132).split_k == 1  # 256 tiles fill the GPU

@@ -22,6 +22,7 @@ from torch import Tensor
 from qlibero.errors import WorkFailed
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.diagnoses import diagnose_shape, explain
+from qlibero.kernels.finish import finish
 
 BACKEND_OF = {(8, 0): "tl", (8, 6): "tl", (8, 9): "tl", (9, 0): "tir"}
 
@@ -84,6 +85,9 @@ class BitBLAS(Kernel):
         if m == 1 and backend == "tl" and (packed.k < 512 or packed.n < 8):  # its kernel for one token has no bounds checks
             return self.accumulate(torch.nn.functional.pad(codes_x, (0, 0, 0, 15)), packed)[:1]
         return _operator(m, packed.n, packed.k, backend)(codes_x.contiguous(), packed.packed)
+
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+        return finish(self.accumulate(codes_x, packed), s_x, s_w, bias, out_dtype)
 
     @staticmethod
     def _backend() -> str:

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qlibero.kernels.contract import FP32_EXACT, GemmShape, Kernel, PackedWeight, Support, epilogue
+from qlibero.kernels.contract import FP32_EXACT, GemmShape, Kernel, PackedWeight, Support
+from qlibero.kernels.finish import finish
 
+_CAN_RETURN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # of bf16 operands, on CUDA
 WIDEST_ACTIVATION = 127  # a kernel sees int8 codes, not how many bits made them
 
 
@@ -35,7 +37,7 @@ class Fake(Kernel):
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
         n, k = codes.shape
-        dtype = torch.bfloat16 if codes.is_cuda else torch.float32
+        dtype = torch.bfloat16 if codes.is_cuda and _CAN_RETURN_FP32 else torch.float32
         return PackedWeight(n, k, weight_bits, group_size, codes=codes.to(dtype))
 
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
@@ -45,7 +47,7 @@ class Fake(Kernel):
     def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
         groups = self._group_accumulators(codes_x, packed)  # one at a time: G·M·N fp32 would not fit for long prefixes
         acc = next(groups) if packed.group_size is None else groups
-        return epilogue(acc, s_x, s_w, bias).to(out_dtype)
+        return finish(acc, s_x, s_w, bias, out_dtype)
 
     def _group_accumulators(self, codes_x: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
         weight: Tensor = packed.codes

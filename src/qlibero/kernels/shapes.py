@@ -34,7 +34,7 @@ COMPACT = {
 
 
 def pi05_layers(weight_bits: int = 4, activation_bits: int = 8, device: str = "cuda", group_size: int | None = None) -> list[Layer]:
-    """One layer of each kind and size in pi0.5, with the full policy's token counts."""
+    """Every product that pi0.5's linears make, alone and joined, with the full policy's token counts."""
     return _layers("pi05", PI05, (542, 968), (10,), weight_bits, activation_bits, device, group_size)
 
 
@@ -51,9 +51,9 @@ def _layers(policy, stacks, prefix, suffix, weight_bits, activation_bits, device
     layers = []
     for stack, (width, head_dim, mlp) in stacks.items():
         queries = QUERY_HEADS * head_dim
-        sizes = {
-            "q_proj": (queries, width), "k_proj,v_proj": (head_dim, width), "o_proj": (width, queries),
-            "gate_proj,up_proj": (mlp, width), "down_proj": (width, mlp),
+        sizes = {  # linears that share an input are one product, unless each has an output rotation of its own
+            "q+k+v": (queries + 2 * head_dim, width), "o": (width, queries), "gate+up": (2 * mlp, width), "down": (width, mlp),
+            "q": (queries, width), "k": (head_dim, width), "gate": (mlp, width),
         }  # fmt: skip
         for kind, (n, k) in sizes.items():
             shape = GemmShape(n, k, weight_bits, activation_bits, group_size, device)

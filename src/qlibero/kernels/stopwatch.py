@@ -14,15 +14,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlibero.kernels import BACKENDS, load
-from qlibero.kernels.contract import GemmShape
+from qlibero.kernels.contract import GemmShape, PackedWeight, activation_limit, weight_range
 from qlibero.kernels.shapes import Layer
-from qlibero.kernels.trial import quantized_weight
 
 COLD_BYTES = 160 << 20  # of weights in rotation: three times the L2 of an H100
 MOST_COPIES = 96
@@ -58,10 +58,10 @@ class Timing:
 def measure_ceilings(device: str) -> Ceilings:
     """A large copy and a large matmul: bf16 on CUDA, fp32 on the CPU (its baseline)."""
     cuda = device == "cuda"
-    source = torch.empty((1 << 30) if cuda else (1 << 25), dtype=torch.uint8, device=device).random_(0, 255)
+    source = torch.empty((1 << 30) if cuda else (1 << 22), dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
     copy = seconds(lambda: target.copy_(source), device)
-    size, dtype = (8192, torch.bfloat16) if cuda else (768, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if cuda else (320, torch.float32)
     a, b = torch.randn((size, size), device=device).to(dtype), torch.randn((size, size), device=device).to(dtype)
     return Ceilings(2 * source.numel() / copy, 2 * size**3 / seconds(lambda: a @ b, device))
 
@@ -87,16 +87,16 @@ def bench(
             continue
         seen.add((shape.n, shape.k))
         plain: dict[int, float] = {}
-        for name in ("unquantized", *names):
-            if name != "unquantized" and not load(name).supports(shape).ok:
-                continue
-            for m in tokens or layer.tokens:
-                took, weight_bytes = _unquantized(shape, m) if name == "unquantized" else _backend(name, shape, m)
-                plain.setdefault(m, took)
-                limit = _limit(ceilings, shape, m, weight_bytes, name)
-                timing = Timing(layer.name, shape.n, shape.k, m, name, took * 1e6, limit * 1e6, weight_bytes, plain[m] / took)
-                timings.append(timing)
-                report(timing)
+        with torch.inference_mode():
+            for name in ("unquantized", *(name for name in names if load(name).supports(shape).ok)):
+                products, weight_bytes = _products(name, shape)
+                for m in tokens or layer.tokens:
+                    took = _time(products, m, shape)
+                    plain.setdefault(m, took)
+                    limit = _limit(ceilings, shape, m, weight_bytes, name)
+                    timing = Timing(layer.name, shape.n, shape.k, m, name, took * 1e6, limit * 1e6, weight_bytes, plain[m] / took)
+                    timings.append(timing)
+                    report(timing)
     return timings
 
 
@@ -154,39 +154,44 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
     return statistics.median(times[2:]) / len(calls)
 
 
-def _unquantized(shape: GemmShape, m: int) -> tuple[float, int]:
-    dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
-    x = torch.randn((m, shape.k), device=shape.device).to(dtype)
+def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callable[[], Tensor]]], int]:
+    """Products with as many copies of one weight as it takes to be cold (one on the CPU), each m → a call; and its bytes."""
+    cuda = shape.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if name == "unquantized":
+        w = torch.randn((shape.n, shape.k), device=shape.device, dtype=dtype)
+        inputs = cache(lambda m: torch.randn((m, shape.k), device=shape.device, dtype=dtype))
 
-    def make() -> tuple[Callable[[], Tensor], int]:
-        w = torch.randn((shape.n, shape.k), device=shape.device).to(dtype)
-        return (lambda: torch.nn.functional.linear(x, w)), w.nbytes
+        def product(weight: Tensor):
+            return lambda m: lambda x=inputs(m): torch.nn.functional.linear(x, weight)
 
-    return _time(make, shape.device)
-
-
-def _backend(name: str, shape: GemmShape, m: int) -> tuple[float, int]:
+        copies = _copies(w.nbytes) if cuda else 1
+        return [product(w)] + [product(w.clone()) for _ in range(copies - 1)], w.nbytes
     kernel = load(name)
-    dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
-    codes, scales = quantized_weight(shape.n, shape.k, shape.weight_bits, shape.group_size)
-    codes, scales = codes.to(shape.device), scales.to(shape.device)
-    x = torch.randint(-127, 128, (m, shape.k), dtype=torch.int8, device=shape.device)
-    s_x = torch.rand(m, device=shape.device) + 0.01
+    low, high = weight_range(shape.weight_bits)
+    codes = torch.randint(low, high + 1, (shape.n, shape.k), dtype=torch.int8, device=shape.device)
+    groups = () if shape.group_size is None else (shape.k // shape.group_size,)
+    scales = (torch.rand((shape.n, *groups), device=shape.device) + 0.5).bfloat16().float()
+    limit = activation_limit(shape.activation_bits)
+    inputs = cache(lambda m: (torch.randint(-limit, limit + 1, (m, shape.k), dtype=torch.int8, device=shape.device),
+                                torch.rand(m, device=shape.device) + 0.01))  # fmt: skip
 
-    def make() -> tuple[Callable[[], Tensor], int]:
-        packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
-        return (lambda: kernel.matmul(x, s_x, packed, scales, None, dtype)), packed.nbytes
+    def packed_product(packed: PackedWeight):
+        return lambda m: lambda x=inputs(m): kernel.matmul(*x, packed, scales, None, dtype)
 
-    return _time(make, shape.device)
+    first = kernel.pack(codes, shape.weight_bits, shape.group_size)
+    copies = _copies(first.nbytes) if cuda else 1
+    rest = [kernel.pack(codes, shape.weight_bits, shape.group_size) for _ in range(copies - 1)]
+    return [packed_product(packed) for packed in (first, *rest)], first.nbytes
 
 
-def _time(make: Callable[[], tuple[Callable[[], Tensor], int]], device: str) -> tuple[float, int]:
-    with torch.inference_mode():
-        call, weight_bytes = make()
-        if device == "cpu":
-            return seconds(call, device), weight_bytes
-        copies = min(MOST_COPIES, max(4, COLD_BYTES // max(weight_bytes, 1)))
-        return graph_seconds([call] + [make()[0] for _ in range(copies - 1)]), weight_bytes
+def _time(products: Sequence[Callable[[int], Callable[[], Tensor]]], m: int, shape: GemmShape) -> float:
+    calls = [product(m) for product in products]
+    return graph_seconds(calls) if shape.device == "cuda" else seconds(calls[0], shape.device)
+
+
+def _copies(weight_bytes: int) -> int:
+    return min(MOST_COPIES, max(4, COLD_BYTES // weight_bytes))
 
 
 def _limit(ceilings: Ceilings, shape: GemmShape, m: int, weight_bytes: int, backend: str) -> float:

@@ -14,7 +14,7 @@ On CUDA the allocator's memory is poisoned with NaN before each call, so an elem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,17 +55,17 @@ def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], captured
         return Finding(False, support.reason)
     if kernel.real and shape.weight_bits <= 4 and (unfit := diagnose_shape(shape.n, shape.k)):
         return Finding(False, unfit)
-    generator = torch.Generator().manual_seed(seed)
     try:
         with torch.inference_mode():
+            generator = torch.Generator(shape.device).manual_seed(seed)
             read = _read_back(kernel, shape, generator)
             for extreme in (False, True):
-                codes = _weight_codes(shape, generator, extreme).to(shape.device)
+                codes = _weight_codes(shape, generator, extreme)
                 packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
                 reference = IntRef().pack(codes, shape.weight_bits, shape.group_size)
                 for m in tokens:
                     for x in _token_codes(m, shape, generator):
-                        _compare_integers(kernel, x.to(shape.device), packed, reference, f"M={m}")
+                        _compare_integers(kernel, x, packed, reference, f"M={m}")
                     _compare_outputs(kernel, m, packed, reference, shape, generator)
                 if captured is not None:
                     _compare_integers(kernel, captured.to(shape.device), packed, reference, "captured activations")
@@ -103,10 +103,10 @@ def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
 
 def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> str:
     codes = _weight_codes(shape, generator, extreme=False)
-    packed = kernel.pack(codes.to(shape.device), shape.weight_bits, shape.group_size)
+    packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
     wanted = max(1, min(shape.k, READ_BACK_PRODUCTS[shape.device] // (shape.k * shape.n)))
-    columns = torch.randperm(shape.k, generator=generator)[:wanted].sort().values if wanted < shape.k else torch.arange(shape.k)
-    found = _one_hot_codes(kernel, packed, columns, shape.device).cpu()
+    columns = torch.randperm(shape.k, generator=generator, device=shape.device)[:wanted].sort().values  # all, if they are few
+    found = _one_hot_codes(kernel, packed, columns)
     wrong = (found != codes[:, columns]).nonzero()
     if len(wrong):
         n, c = wrong[0].tolist()
@@ -117,14 +117,13 @@ def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> 
     return "every weight code read back" if wanted == shape.k else f"{wanted} of {shape.k} weight columns read back"
 
 
-def _one_hot_codes(kernel: Kernel, packed: PackedWeight, columns: Tensor, device: str | torch.device) -> Tensor:
+def _one_hot_codes(kernel: Kernel, packed: PackedWeight, columns: Tensor) -> Tensor:
     """The weight codes (N, len(columns)) as the kernel itself sees them: one one-hot token per column."""
-    chunk = 2048 if torch.device(device).type == "cuda" else 256
     parts = []
-    for part in columns.split(chunk):
-        x = torch.zeros((len(part), packed.k), dtype=torch.int8)
-        x[torch.arange(len(part)), part] = 1
-        parts.append(_unscaled(kernel, x.to(device), packed).t())
+    for part in columns.split(2048 if columns.is_cuda else 256):
+        x = torch.zeros((len(part), packed.k), dtype=torch.int8, device=columns.device)
+        x[torch.arange(len(part), device=columns.device), part] = 1
+        parts.append(_unscaled(kernel, x, packed).t())
     return torch.cat(parts, dim=1)
 
 
@@ -151,12 +150,12 @@ def _compare_integers(kernel: Kernel, x: Tensor, packed: PackedWeight, reference
 
 def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape, generator: torch.Generator) -> None:
     """The epilogue, on off-grid activations: their quantized answer, bit for bit, and not their float one."""
-    x = torch.randn((m, shape.k), generator=generator).to(shape.device)
+    x = torch.randn((m, shape.k), generator=generator, device=shape.device)
     codes_x, s_x = quantize_activations(x, shape.activation_bits)
     groups = () if shape.group_size is None else (shape.k // shape.group_size,)
-    s_w = (torch.rand((shape.n, *groups), generator=generator) + 0.5).bfloat16().float().to(shape.device)
+    s_w = (torch.rand((shape.n, *groups), generator=generator, device=shape.device) + 0.5).bfloat16().float()
     acc = IntRef().accumulate(codes_x, reference)
-    bias = torch.randn(shape.n, generator=generator).to(shape.device)
+    bias = torch.randn(shape.n, generator=generator, device=shape.device)
     cases = ((None, torch.bfloat16), (None, torch.float32), (bias, torch.float32))
     for added, dtype in cases if kernel.rounds_to is None else ((None, kernel.rounds_to), (bias, kernel.rounds_to)):
         expected = epilogue(acc, s_x, s_w, added).to(dtype)
@@ -170,36 +169,31 @@ def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape
 def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[Tensor]:
     """As many (M, K) inputs as it takes for every kind of row to occur."""
     limit, k = activation_limit(shape.activation_bits), shape.k
-
-    def outlier() -> Tensor:
-        row = torch.zeros(k, dtype=torch.int8)
-        row[int(torch.randint(k, (1,), generator=generator))] = limit
-        return row
-
-    kinds: tuple[Callable[[], Tensor], ...] = (
-        lambda: torch.randint(-limit, limit + 1, (k,), generator=generator, dtype=torch.int8),
-        lambda: torch.full((k,), limit, dtype=torch.int8),
-        lambda: torch.full((k,), -limit, dtype=torch.int8),
-        lambda: (torch.arange(k) % 2 * 2 * limit - limit).to(torch.int8),
-        lambda: torch.zeros(k, dtype=torch.int8),
+    here = {"dtype": torch.int8, "device": shape.device}
+    outlier = torch.zeros(k, **here)
+    outlier[torch.randint(k, (1,), generator=generator, device=shape.device)] = limit
+    rows = [
+        torch.randint(-limit, limit + 1, (k,), generator=generator, **here),
+        torch.full((k,), limit, **here),
+        torch.full((k,), -limit, **here),
+        (torch.arange(k, device=shape.device) % 2 * 2 * limit - limit).to(torch.int8),
+        torch.zeros(k, **here),
         outlier,
-    )
-    if m >= len(kinds):
-        random = torch.randint(-limit, limit + 1, (m, k), generator=generator, dtype=torch.int8)
-        places = torch.randperm(m, generator=generator)[: len(kinds)].tolist()  # never always in the same tile
-        for place, kind in zip(places, kinds, strict=True):
-            random[place] = kind()
+    ]
+    if m >= len(rows):
+        random = torch.randint(-limit, limit + 1, (m, k), generator=generator, **here)
+        places = torch.randperm(m, generator=generator, device=shape.device)[: len(rows)]  # never always in the same tile
+        random[places] = torch.stack(rows)
         return [random]
-    rows = [kind() for kind in kinds]
     return [torch.stack([rows[(start + i) % len(rows)] for i in range(m)]) for start in range(0, len(rows), m)]
 
 
 def _weight_codes(shape: GemmShape, generator: torch.Generator, extreme: bool) -> Tensor:
     low, high = weight_range(shape.weight_bits)
     if not extreme:
-        return torch.randint(low, high + 1, (shape.n, shape.k), generator=generator, dtype=torch.int8)
-    rows = torch.tensor([low, high, low + 1, high - 1, 0], dtype=torch.int8)  # neighbours differ, so a shifted row shows
-    return rows[torch.arange(shape.n) % len(rows)].unsqueeze(1).repeat(1, shape.k)
+        return torch.randint(low, high + 1, (shape.n, shape.k), generator=generator, dtype=torch.int8, device=shape.device)
+    rows = torch.tensor([low, high, low + 1, high - 1, 0], dtype=torch.int8, device=shape.device)  # a shifted row shows
+    return rows[torch.arange(shape.n, device=shape.device) % len(rows)].unsqueeze(1).repeat(1, shape.k)
 
 
 def _poison(elements: int, device: torch.device) -> None:

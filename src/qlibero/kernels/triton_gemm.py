@@ -59,13 +59,16 @@ def _tile_origin(M, N, BM: tl.constexpr, BN: tl.constexpr, SWIZZLE: tl.constexpr
     return (pid % width) // height, first + (pid % width) % height
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "STEPS"])
 def gemm_kernel(
-    x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, K2,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr, SWIZZLE: tl.constexpr,
+    x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, K2, STEPS,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr,
     SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
-    """SCALE: out (M, N) floats. Otherwise out (SPLIT_K, M, N) int32, one partial sum per slice of K."""
+    """SCALE: out (M, N) floats. Otherwise out (slices, M, N) int32, a partial sum for each slice of STEPS·BK bytes along K.
+
+    Grid: (tiles, slices). STEPS is a run-time number, so that one compiled kernel serves every split.
+    """
     pid_m, pid_n = _tile_origin(M, N, BM, BN, SWIZZLE)
     pid_k = tl.program_id(1)
     rn = pid_n * BN + tl.arange(0, BN)
@@ -75,12 +78,11 @@ def gemm_kernel(
     rn_safe = rn % N
     rm_safe = rm % M
     # K2 is the argument, not K, so that its divisibility by 16 is known and loads are 16 bytes wide.
-    steps = tl.cdiv(K2, BK * SPLIT_K)
-    k = pid_k * steps * BK
+    k = pid_k * STEPS * BK
     w_ptrs = w_ptr + rn_safe[:, None].to(tl.int64) * K2 + (k + rk)[None, :]
     x_ptrs = x_ptr + rm_safe[None, :].to(tl.int64) * (K2 * 2) + (k + rk)[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.int32)
-    for step in range(0, steps):
+    for step in range(0, STEPS):
         if EVEN_K:
             w = tl.load(w_ptrs)
             x_lo = tl.load(x_ptrs)
@@ -145,10 +147,9 @@ def grouped_gemm_kernel(
         tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SLICES"])
 def scale_kernel(
-    partial_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N,
-    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, SLICES, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds the integer partial sums of split-K and applies the epilogue. Grid: (M, N / BLOCK)."""
     m = tl.program_id(0)
@@ -156,7 +157,7 @@ def scale_kernel(
     inside = rn < N
     place = m.to(tl.int64) * N + rn
     acc = tl.load(partial_ptr + place, mask=inside, other=0)
-    for s in tl.static_range(1, SPLIT_K):
+    for s in range(1, SLICES):
         acc += tl.load(partial_ptr + tl.cast(s, tl.int64) * M * N + place, mask=inside, other=0)
     y = acc.to(tl.float32) * tl.load(sx_ptr + m)
     y = y * tl.load(sw_ptr + rn, mask=inside, other=0.0)
@@ -173,13 +174,16 @@ def gemm(
         out = torch.empty((codes_x.shape[0], packed.shape[0]), dtype=out_dtype, device=codes_x.device)
         _launch_gemm(codes_x, packed, s_x, s_w, bias, out, tile)
         return out
-    partial = accumulate(codes_x, packed, tile)
-    _, m, n = partial.shape
-    out = torch.empty((m, n), dtype=out_dtype, device=codes_x.device)
-    block = 512 if n >= 512 else triton.next_power_of_2(n)
+    return scale(accumulate(codes_x, packed, tile), s_x, s_w, bias, out_dtype)
+
+
+def scale(partial: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The epilogue in one launch: partial sums (S, M, N), int32 or fp32-held integers, to (M, N) in out_dtype."""
+    slices, m, n = partial.shape
+    out = torch.empty((m, n), dtype=out_dtype, device=partial.device)
+    block = min(1024, triton.next_power_of_2(n))
     scale_kernel[(m, triton.cdiv(n, block))](
-        partial, s_x, s_w, s_w if bias is None else bias, out, m, n,
-        SPLIT_K=tile.split_k, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        partial, s_x, s_w, s_w if bias is None else bias, out, m, n, slices, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -195,10 +199,10 @@ def accumulate(codes_x: Tensor, packed: Tensor, tile: Tile) -> Tensor:
 def _launch_gemm(codes_x, packed, s_x, s_w, bias, out, tile: Tile) -> None:
     (m, k), n = codes_x.shape, packed.shape[0]
     grid = (triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), tile.split_k)
-    scale = s_x is not None
+    steps, scale = triton.cdiv(k // 2, tile.depth * tile.split_k), s_x is not None
     gemm_kernel[grid](
-        codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2,
-        BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SPLIT_K=tile.split_k, SWIZZLE=8,
+        codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2, steps,
+        BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8,
         SCALE=scale, HAS_BIAS=bias is not None, EVEN_K=(k // 2) % (tile.depth * tile.split_k) == 0, USE_ASM=not INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support, epilogue
+from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.cpu_int4 import cpu_multiplies_int8_fast
+from qlibero.kernels.finish import finish
 
 CUDA_LEAST_ROWS = 32  # the op demands more than 16; a full tile costs the same
 
@@ -49,7 +50,7 @@ class W8A8(Kernel):
 
     def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
         groups = self._group_accumulators(codes_x, packed)
-        return epilogue(groups if packed.group_size else next(groups), s_x, s_w, bias).to(out_dtype)
+        return finish(groups if packed.group_size else next(groups), s_x, s_w, bias, out_dtype)
 
     def _group_accumulators(self, codes_x: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
         m = codes_x.shape[0]
