@@ -160,7 +160,8 @@ def test_cuda_goes_to_the_policy_process_alone(tmp_path: Path) -> None:
 
 def test_the_policy_process_starts_again_once_with_its_libraries(tmp_path: Path) -> None:
     """In a real process: exec with the libraries in front, the same arguments, and no second time."""
-    layout_13(tmp_path / "site-packages", nvcc=True)
+    layout_13(tmp_path / "site-packages")
+    fake_nvcc(tmp_path / "site-packages" / "nvidia" / "cu13", "13.0", preprocessed("/usr/include/cuda.h", 11080))
     torch(tmp_path / "site-packages", "13.0")
     script = """
 import json, os, sys
@@ -176,6 +177,20 @@ print(json.dumps([os.environ["LD_LIBRARY_PATH"], os.environ["CUDA_HOME"], os.env
     )  # fmt: skip
     root = tmp_path / "site-packages" / "nvidia" / "cu13"
     assert json.loads(done.stdout) == [f"{root}/lib:/mesa", str(root), "/mesa", ["--set", "a=b c"]], done.stderr
+    assert done.stderr.count("CU_TENSOR_MAP_SWIZZLE_128B") == 1, "the toolkit's disagreement is named at start, once"
+
+
+def test_a_command_that_starts_again_still_speaks_on_its_stdout(tmp_path: Path) -> None:
+    """The whole command line, with a torch built for CUDA on the path: one JSON line on stdout, after one new start."""
+    site = tmp_path / "site-packages"
+    layout_13(site)
+    torch(site, "13.0")
+    touch(site / "sitecustomize.py", "import os, sys\nprint('started', os.environ.get('LD_LIBRARY_PATH'), file=sys.stderr)\n")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("CUDA") and k != "LD_LIBRARY_PATH"}
+    done = subprocess.run([sys.executable, "-m", "qlibero.cli", "quantize", str(tmp_path / "none.yaml")],
+                          capture_output=True, text=True, timeout=120, env=environ | {"PYTHONPATH": str(site)})  # fmt: skip
+    assert json.loads(done.stdout)["error"]["exit_status"] == done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("started")] == ["started None", f"started {site}/nvidia/cu13/lib"]
 
 
 @pytest.mark.parametrize(

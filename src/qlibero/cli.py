@@ -41,12 +41,13 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, call: Callable[[argparse.Namespace], Document], help: str, parent: Any = commands) -> Parser:
+    def add(name: str, call: Callable[[argparse.Namespace], Document], help: str, parent: Any = commands, policy: bool = False) -> Parser:
+        """`policy`: it may load a policy, so it runs in the policy process's environment."""
         command = parent.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        command.set_defaults(call=call)
+        command.set_defaults(call=call, policy=policy)
         return command
 
-    command = add("run", do.run, "run, or continue, an experiment")
+    command = add("run", do.run, "run, or continue, an experiment", policy=True)
     _config(command)
     _out(command)
 
@@ -62,7 +63,7 @@ def build_parser() -> Parser:
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     command.add_argument("-o", "--output", type=Path, default=Path("episodes.csv"), metavar="FILE", help=".csv or .parquet (default: episodes.csv)")
 
-    command = add("plan", do.plan, "what a sweep or experiment would run, how long it takes, what difference it could detect")
+    command = add("plan", do.plan, "what a sweep or experiment would run, how long it takes, what difference it could detect", policy=True)
     _config(command)
     _out(command)
     command.add_argument("--calibrate", action="store_true", help="run one episode of each arm that has no known cost (they count)")
@@ -73,7 +74,7 @@ def build_parser() -> Parser:
     command.add_argument("--engine", choices=("local", "slurm", "ray"), help="default: launch.engine of the sweep")
     command.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing")
 
-    command = add("run-shard", do.run_shard, "what a job of a sweep executes: run, or continue, one shard")
+    command = add("run-shard", do.run_shard, "what a job of a sweep executes: run, or continue, one shard", policy=True)
     command.add_argument("--manifest", type=Path, required=True, help="manifest.json of a submission")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--index", type=int, help="which shard")
@@ -95,11 +96,11 @@ def build_parser() -> Parser:
     command.add_argument("--entity", help="W&B team or user (default: yours)")
     command.add_argument("--offline", action="store_true", help="only print the workspace's definition")
 
-    command = add("quantize", do.quantize, "make the artifacts of an experiment's quantized arms, without running it")
+    command = add("quantize", do.quantize, "make the artifacts of an experiment's quantized arms, without running it", policy=True)
     _config(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
 
-    command = add("inspect", do.inspect, "show a quantization artifact layer by layer, and which layers cost most")
+    command = add("inspect", do.inspect, "show a quantization artifact layer by layer, and which layers cost most", policy=True)
     command.add_argument("artifact", type=Path, metavar="ARTIFACT")
     command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
     command.add_argument("--measure", type=Path, metavar="CONFIG",
@@ -107,14 +108,14 @@ def build_parser() -> Parser:
     command.add_argument("--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)")
 
     kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(metavar="COMMAND", required=True)
-    command = add("check", do.kernels_check, "hold every kernel against the integer reference, on this machine", kernels)
+    command = add("check", do.kernels_check, "hold every kernel against the integer reference, on this machine", kernels, policy=True)
     _shapes(command)
     command.add_argument("--forget", action="store_true", help="try again what is known from earlier trials")
 
-    command = add("bench", do.kernels_bench, "time every kernel against the unquantized product and the hardware's limit", kernels)
+    command = add("bench", do.kernels_bench, "time every kernel against the unquantized product and the hardware's limit", kernels, policy=True)
     _shapes(command)
 
-    command = add("serve", do.serve, "put an arm's policy behind openpi's websocket protocol")
+    command = add("serve", do.serve, "put an arm's policy behind openpi's websocket protocol", policy=True)
     _config(command)
     command.add_argument("--arm", default="baseline", help="which arm of the config (default: baseline)")
     command.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; elsewhere a token is required")
@@ -195,6 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)   # `--help` prints on stdout and leaves from here
     except UserError as error:
         wrong = error
+    if args is not None and args.policy and argv is None:
+        from qlibero.launch.environment import enter_policy_environment
+
+        enter_policy_environment()   # may start this process again, so before stdout is put aside
     try:
         with _stdout_kept_for_json() as emit:
             try:

@@ -28,14 +28,10 @@ class Incomplete(WorkFailed):
 def run(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
     from qlibero.experiment import run_experiment
-    from qlibero.launch.environment import enter_policy_environment, toolkit_warning
     from qlibero.progress import RunProgress
 
-    enter_policy_environment()
     experiment = load_experiment(args.config, args.set)
     with RunProgress(experiment) as progress:
-        if warning := toolkit_warning():
-            progress.say(warning)
         document = run_experiment(
             experiment, args.out, on_start=progress.start, on_episode=progress.episode, say=progress.say
         )
@@ -73,11 +69,8 @@ def export(args: argparse.Namespace) -> Document:
 def plan(args: argparse.Namespace) -> Document:
     from qlibero.config.sweep import load_sweep
     from qlibero.launch import cells
-    from qlibero.launch.environment import enter_policy_environment
     from qlibero.launch.plan import plan as make_plan
 
-    if args.calibrate:
-        enter_policy_environment()
     document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
     _table(document["cells"], title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
     if document["engines"]:
@@ -99,12 +92,10 @@ def sweep(args: argparse.Namespace) -> Document:
 
 def run_shard(args: argparse.Namespace) -> Document:
     from qlibero.launch import cells
-    from qlibero.launch.environment import enter_policy_environment
     from qlibero.progress import RunProgress
 
     if args.merge:
         return cells.merge(args.manifest, explain)
-    enter_policy_environment()
     manifest = cells.read_manifest(args.manifest)
     with RunProgress(manifest.experiment_of(args.index)) as progress:
         document = cells.run_shard(
@@ -146,9 +137,6 @@ def report(args: argparse.Namespace) -> Document:
 
 def quantize(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
-    from qlibero.launch.environment import enter_policy_environment
-
-    enter_policy_environment()
     from qlibero.quant.prepare import quantize as make_artifacts
 
     document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
@@ -205,9 +193,6 @@ def kernels_bench(args: argparse.Namespace) -> Document:
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
     """Which policy's layers to try, as `kernels check` and `kernels bench` were asked."""
-    from qlibero.launch.environment import enter_policy_environment
-
-    enter_policy_environment()
     from qlibero import catalogue
     from qlibero.kernels.shapes import compact_layers, pi05_layers
 
@@ -242,11 +227,8 @@ def _brief(value: Any) -> Any:
 
 
 def serve(args: argparse.Namespace) -> Document:
-    from qlibero.config.load import load_experiment
-    from qlibero.launch.environment import enter_policy_environment
-
-    enter_policy_environment()
     from qlibero.arms import load_arms
+    from qlibero.config.load import load_experiment
     from qlibero.policies.server import ServerSettings
     from qlibero.policies.server import serve as listen
 

@@ -57,14 +57,19 @@ def policy_environment(environ: Mapping[str, str], toolkit: Toolkit) -> dict[str
 def enter_policy_environment() -> None:
     """Start this process again with CUDA's libraries in LD_LIBRARY_PATH, if that would change anything.
 
-    Call it first thing in a command that loads a policy, before torch is imported and before threads exist.
+    Call it first thing in a command that loads a policy, before torch is imported and before threads exist. A toolkit
+    that disagrees with itself is named on stderr: nobody would guess it from the error it causes later.
     """
-    if ENTERED in os.environ:
-        return
-    wanted = policy_environment(os.environ, toolkit())
-    if wanted.get("LD_LIBRARY_PATH") == os.environ.get("LD_LIBRARY_PATH"):
+    if ENTERED not in os.environ:
+        wanted = policy_environment(os.environ, toolkit())
+        if wanted.get("LD_LIBRARY_PATH") != os.environ.get("LD_LIBRARY_PATH"):
+            _start_again(wanted)
         os.environ.update(wanted)
-        return
+    if problem := agreement().problem:
+        print(f"CUDA toolkit: {problem}. Cure: {agreement().cure}", file=sys.stderr)
+
+
+def _start_again(wanted: dict[str, str]) -> None:
     wanted[ENTERED] = os.environ.get("LD_LIBRARY_PATH", "")
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
@@ -80,12 +85,6 @@ def toolkit() -> Toolkit:
 def agreement() -> Agreement:
     """Whether nvcc and cuda.h of that toolkit agree."""
     return check_agreement(toolkit().home, os.environ)
-
-
-def toolkit_warning() -> str | None:
-    """One line about a toolkit that disagrees with itself, for the start of a run; None when all is well."""
-    found = agreement()
-    return f"CUDA toolkit: {found.problem}. Cure: {found.cure}" if found.problem else None
 
 
 # ------------------------------------------------------------------------------------------------- the simulators
