@@ -140,6 +140,21 @@ def test_protocol_openpi_equals_the_published_sequential_loop(suite, task):
     assert len(drifting) == 4, "the published protocol moves fixtures between episodes; this task shows none"
 
 
+def test_two_scenes_in_one_process_do_not_disturb_each_other():
+    first = Scene("libero_object", 0, resolution=64)
+    first.reset(0, 7)
+    alone = first.fingerprint()
+    second = Scene("libero_object", 1, resolution=64)
+    second.reset(0, 7)
+    other = second.fingerprint()
+    first.reset(0, 7)
+    assert first.fingerprint() == alone
+    first.close()
+    second.reset(0, 7)
+    assert second.fingerprint() == other
+    second.close()
+
+
 def test_the_callers_random_stream_is_left_alone():
     np.random.seed(123)
     expected = np.random.RandomState(123).uniform(size=4)

@@ -213,6 +213,7 @@ def _compiling_once(problem: type) -> type:
                 self.initialize_time(self.control_freq)
                 return
             if self.sim is not None:
+                self.sim._render_context_offscreen.gl_ctx.make_current()
                 self._destroy_viewer()
                 self._destroy_sim()
             super()._initialize_sim(xml)

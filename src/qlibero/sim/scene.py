@@ -4,8 +4,8 @@ Why each line is as it is (contract 1):
 - LIBERO draws fixture poses from numpy's global stream at every reset and they are not in the init state, so the
   stream is seeded before each reset.
 - `object_property_initializers` grows at every reset and is never cleared, which shifts the stream: it is cleared.
-- The step is robosuite's own with the waste removed (one dynamics pass a substep instead of three, sensors and cameras
-  only when asked), equal bit for bit in state, proprioception and pixels. Sensors are read at substep 23 of 25, where
+- The step is robosuite's own with the waste removed (one dynamics pass a substep instead of three, look-ups done once,
+  sensors and cameras only when asked), equal bit for bit in state, proprioception and pixels. Sensors are read at substep 23 of 25, where
   robosuite samples them, though the step goes on.
 - `protocol="openpi"` replays the random stream of the published evaluation instead: one seed a task, then one reset
   an episode, the growing list included. The stream's state before each reset is remembered, so episodes may come in
@@ -14,9 +14,12 @@ Why each line is as it is (contract 1):
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import math
 import time
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,7 @@ import numpy as np
 
 from qlibero.errors import UserError
 from qlibero.sim import libero, suites
+from qlibero.sim.control import ArmControl
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class SimObservation:
 
 
 class Scene:
-    """One task's simulator. `reset` before anything else; `close` before the interpreter exits (EGL).
+    """One task's simulator. `reset` before anything else. Several may live in one process; each holds about 2 GB.
 
     `env` is the robosuite-level environment (privileged state for scripted experts). `render_s` is the time spent
     rendering since construction, in seconds.
@@ -55,6 +59,8 @@ class Scene:
         self._initializers = list(self.env.object_property_initializers)
         self._streams: dict[int, list[Any]] = {}
         self._fingerprint = ""
+        # before EGL's own exit handler, which would make freeing the context an error
+        atexit.register(_close_at_exit, weakref.ref(self))
 
     def reset(self, init: int | None, seed: int) -> None:
         """Begin the episode of that initial state and seed, objects settled, `observation` showing its first frame.
@@ -92,20 +98,17 @@ class Scene:
         action = np.asarray(action, dtype=np.float64)
         substeps = int(env.control_timestep / env.model_timestep)
         env.timestep += 1
-        forward, policy_step = sim.forward, True
-        # every substep the controller calls forward(), which `_warm_up` has done for it
-        sim.forward = _nothing
-        try:
-            for substep in range(substeps):
-                mujoco.mj_step1(model, data)
-                _warm_up(model, data)
-                env._pre_action(action, policy_step)
-                mujoco.mj_step2(model, data)
-                policy_step = False
-                if observe and substep == substeps - 2:
-                    self.observation = self._observe()
-        finally:
-            sim.forward = forward
+        for substep in range(substeps):
+            mujoco.mj_step1(model, data)
+            _solve(model, data)
+            if substep == 0:
+                self._first_substep(action)
+            else:
+                _solve(model, data)
+                self._control.substep(action)
+            mujoco.mj_step2(model, data)
+            if observe and substep == substeps - 2:
+                self.observation = self._observe()
         env.cur_time += env.control_timestep
         env._post_process()
         return bool(env._check_success())
@@ -122,14 +125,27 @@ class Scene:
         """What OpenGL calls itself here, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)"."""
         from OpenGL import GL
 
-        self.env.sim._render_context_offscreen.gl_ctx.make_current()
+        self._make_current()
         return GL.glGetString(GL.GL_RENDERER).decode()
 
     def close(self) -> None:
         """Free the model and the GL context; afterwards the scene is of no use. Safe to call twice."""
         if self.env is not None:
+            self._make_current()  # the context's objects are freed by number: in another's context that frees its
             self.env.close()
             self.env = None
+
+    def _first_substep(self, action: np.ndarray) -> None:
+        """robosuite's own control, which sets the goal; its forward() only has the solver left to run.
+
+        (It calls it once, but not at all in an episode's very first substep.)
+        """
+        sim, forward = self.env.sim, self.env.sim.forward
+        sim.forward = functools.partial(_solve, sim.model._model, sim.data._data)
+        try:
+            self.env._pre_action(action, True)
+        finally:
+            sim.forward = forward
 
     def _hard_reset(self) -> None:
         """robosuite's `reset()` with hard_reset, less the observables (0.7 s), which nothing here uses."""
@@ -139,6 +155,7 @@ class Scene:
         env._reset_internal()
         env.sim.forward()
         env.visualize(vis_settings={name: False for name in env._visualizations})
+        self._control = ArmControl(env)
 
     def _replay_stream(self, episode: int, seed: int) -> None:
         """Bring numpy's stream, and the list LIBERO lets grow, to where the published evaluation has them.
@@ -170,13 +187,16 @@ class Scene:
                 data.qpos[robot._ref_gripper_joint_pos_indexes],
             )
         ).astype(np.float32)
-        # another scene of this process may have been the last to render
-        env.sim._render_context_offscreen.gl_ctx.make_current()
+        self._make_current()
         frames = [env.sim.render(self.resolution, self.resolution, camera_name=name) for name in libero.CAMERAS]
         # LIBERO's frames come upside down and policies are trained on them turned by 180 degrees
         image, wrist_image = (np.ascontiguousarray(frame[::-1, ::-1]) for frame in frames)
         self.render_s += time.perf_counter() - started
         return SimObservation(image, wrist_image, state)
+
+    def _make_current(self) -> None:
+        """Another scene of this process may have been the last to use OpenGL."""
+        self.env.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _hash_scene(self) -> str:
         sim, seen = self.env.sim, self.observation
@@ -185,6 +205,11 @@ class Scene:
                       seen.image, seen.wrist_image, seen.state):  # fmt: skip
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _close_at_exit(scene: weakref.ref[Scene]) -> None:
+    if (alive := scene()) is not None:
+        alive.close()
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
@@ -199,23 +224,15 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     return quaternion[:3] * 2.0 * math.acos(w) / norm
 
 
-def _warm_up(model: Any, data: Any) -> None:
-    """What robosuite's two `mj_forward` calls before a substep's `mj_step` leave behind: the solver's warm start.
+def _solve(model: Any, data: Any) -> None:
+    """All that a further `mj_forward` changes when nothing has moved: the constraint solver's warm start.
 
-    Each solves the constraints anew from the last solution, with the last substep's control, and where the solver has
-    not converged to the last bit the warm start moves (by 1e-15, which contacts amplify). Positions and velocities are
-    the same for all three, so only the solver runs here; and only once when it returns its own start.
+    robosuite calls `mj_forward` twice before a substep's `mj_step`. Each solves the constraints anew from the last
+    solution, with the last substep's control, and where the solver has not converged to the last bit the warm start moves
+    (by 1e-15, which contacts amplify). Positions and velocities, the dear part, come out the same every time.
     """
     import mujoco
 
-    for _ in range(2):
-        before = data.qacc_warmstart.tobytes()
-        mujoco.mj_fwdActuation(model, data)
-        mujoco.mj_fwdAcceleration(model, data)
-        mujoco.mj_fwdConstraint(model, data)
-        if data.qacc_warmstart.tobytes() == before:
-            return
-
-
-def _nothing() -> None:
-    """Stands in for `sim.forward` inside a step."""
+    mujoco.mj_fwdActuation(model, data)
+    mujoco.mj_fwdAcceleration(model, data)
+    mujoco.mj_fwdConstraint(model, data)
