@@ -61,3 +61,29 @@ def test_actions_that_are_not_finite_stop_the_run(config):
         policy.model.action_out_proj.bias[0] = float("nan")
     with pytest.raises(WorkFailed, match="not finite"):
         policy.infer(observations(1), noises(1, policy.noise_shape))
+
+
+def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_path, monkeypatch):
+    """Calibrates the first time; the second time the artifact is ready and the language model is not read."""
+    from qlibero import arms
+    from qlibero.config.schema import Experiment
+
+    asked: list[frozenset[str]] = []
+
+    def listening(policy, skip=frozenset()):
+        asked.append(skip)
+        return load_policy(policy, skip)
+
+    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(arms, "load_policy", listening)
+    quant = {"method": "rtn", "layout": "llm"}
+    settings = {"name": "x", "suite": "libero_object", "tasks": [7], "policy": config.model_dump(), "quant": quant}
+    experiment = Experiment.model_validate({**settings, "backends": ["fake"]})
+    with_baseline = Experiment.model_validate({**settings, "backends": ["baseline", "fake"]})
+    monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
+    answers = []
+    for each in (experiment, experiment, with_baseline):
+        policies, _ = arms.load_arms(each, each.arms(), lambda text: None)
+        answers.append(policies["fake"].infer(observations(1), noises(1, (10, 7))).actions)
+    assert asked[0] == frozenset() == asked[2] and len(asked[1]) == 7 * conv_config().llm.depth
+    assert np.array_equal(answers[0], answers[1]) and np.array_equal(answers[0], answers[2])

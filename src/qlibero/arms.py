@@ -19,11 +19,11 @@ from qlibero.config.schema import REPOSITORY, Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.kernels import court
 from qlibero.kernels.shapes import Layer
-from qlibero.policies import load_policy
+from qlibero.policies import load_policy, weights_sha256
 from qlibero.policies.base import Observation, Policy
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
-from qlibero.quant.prepare import artifact_for
+from qlibero.quant.prepare import artifact_for, ready_artifact
 from qlibero.quant.witness import hear_witness
 from qlibero.rollout.noise import call_noise
 from qlibero.sim.suites import task_language
@@ -40,7 +40,7 @@ def load_arms(experiment: Experiment, arms: Sequence[Arm], say: Say) -> tuple[di
     Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
     """
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
-    full = load_policy(experiment.policy)
+    full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
     say(f"policy {full.name}: {describe(full)}")
     policies: dict[str, Policy] = {}
     meta: dict[str, dict[str, Any]] = {}
@@ -61,6 +61,19 @@ def load_arms(experiment: Experiment, arms: Sequence[Arm], say: Say) -> tuple[di
             "warmup_ms": warmup_ms,
         }
     return policies, meta
+
+
+def replaced_in_all(experiment: Experiment, arms: Sequence[Arm]) -> frozenset[str]:
+    """Weights that no arm needs in full precision, because each arm is quantized and its artifact is ready: they are
+    not even read, so that a full-size W4A8 policy fits where its bf16 language model would not."""
+    checkpoint = weights_sha256(experiment.policy)
+    if checkpoint is None or any(arm.quant is None for arm in arms):
+        return frozenset()
+    artifacts = [ready_artifact(checkpoint, arm.quant, ARTIFACTS) for arm in arms]
+    if any(artifact is None for artifact in artifacts):
+        return frozenset()
+    names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
+    return frozenset(set.intersection(*names))
 
 
 def describe(policy: Policy) -> str:

@@ -14,3 +14,10 @@ def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
     from qlibero.policies.load import load_policy as load
 
     return load(config, skip)
+
+
+def weights_sha256(config: Any) -> str | None:
+    """See `load.weights_sha256`."""
+    from qlibero.policies.load import weights_sha256 as digest
+
+    return digest(config)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def load_quantized(config: Any, artifact: Artifact, backend: str | Mapping[str, 
 
 def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
     checkpoint = open_checkpoint(Path(config.checkpoint))
-    digest = sha256(checkpoint.weights)
+    digest = _digest(checkpoint.weights)
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
             f"{checkpoint.weights} has sha256 {digest}, the config expects {config.sha256}: these are other "
@@ -90,6 +91,24 @@ def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
         flow_steps=config.flow_steps,
         identity=identity,
     )
+
+
+def weights_sha256(config: Any) -> str | None:
+    """The sha256 that the policy's provenance will name, found without loading it; None for policies that have no
+    checkpoint here."""
+    if config.type != "pi05" or config.checkpoint is None:
+        return None
+    return _digest(open_checkpoint(Path(config.checkpoint)).weights)
+
+
+def _digest(weights: Path) -> str:
+    about = weights.stat()
+    return _digest_once(weights, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=8)
+def _digest_once(weights: Path, _mtime_ns: int, _size: int) -> str:
+    return sha256(weights)  # seconds for a checkpoint of 7 GB, so once a process
 
 
 def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:

@@ -1,7 +1,8 @@
-"""The artifact of an experiment's arm: found if it was ever made, made if not. What `qlibero quantize` and `run` call.
+"""The artifact of an experiment's arm: found if it was ever made, made if not. What `qlibero quantize` and
+`run` call.
 
-Artifacts lie under logs/artifacts/<key>/, where the key is a hash of what they are made from; a second arm, run or
-machine with the same settings, checkpoint and data finds the same file.
+Artifacts lie under logs/artifacts/<key>/, where the key is a hash of what they are made from; a second arm,
+run or machine with the same settings, checkpoint and data finds the same file.
 """
 
 from __future__ import annotations
@@ -43,14 +44,19 @@ class Found:
         layers = self.artifact.layers
         executed = [layer for layer in layers if layer.executed]
         measured = [layer.sqnr_db for layer in executed if layer.sqnr_db is not None]
-        codes, bf16 = sum(x.codes_bytes + x.scales_bytes for x in layers), sum(2 * x.out_features * x.in_features for x in layers)
+        codes, bf16 = (
+            sum(x.codes_bytes + x.scales_bytes for x in layers),
+            sum(2 * x.out_features * x.in_features for x in layers),
+        )
         return {
             "path": str(self.path), "key": self.artifact.key, "sha256": self.artifact.sha256,
             "settings": self.artifact.spec.label, "made": self.made, "seconds": round(self.seconds, 1),
             "layers": len(layers), "executed": len(executed),
             "kept_in_full_precision": len(self.artifact.calibration["kept_in_full_precision"]),
             "worst_sqnr_db": min(measured, default=None),
-            "weight_bytes": codes, "transform_bytes": sum(x.transform_bytes for x in layers), "bf16_bytes": bf16,
+            "weight_bytes": codes,
+            "transform_bytes": sum(x.transform_bytes for x in layers),
+            "bf16_bytes": bf16,
             "action_error": self.artifact.calibration.get("action_error"),
         }  # fmt: skip
 
@@ -65,13 +71,19 @@ def demonstrations(quant: Quant) -> Demonstrations:
 
 def noise_for(policy: Policy, count: int, seed: int) -> np.ndarray:
     """(count, H, D) float32 flow noise for calibration, from `seed`: other numbers than any evaluation's."""
-    return np.random.default_rng([seed, 0x63616C]).standard_normal((count, *policy.noise_shape), dtype=np.float32)
+    return np.random.default_rng([seed, 0x63616C]).standard_normal(
+        (count, *policy.noise_shape), dtype=np.float32
+    )
 
 
 def ensure_artifact(
-    policy: Policy, quant: Quant, root: Path = ROOT, on_group: Callable[[int, int], None] = lambda done, total: None
+    policy: Policy,
+    quant: Quant,
+    root: Path = ROOT,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need be.
+    """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need
+    be.
 
     Raises:
         GuardRefusal: `quant.artifact`, or what lies at the default place, is damaged, stale or foreign.
@@ -102,7 +114,21 @@ def ensure_artifact(
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
 
 
-def artifact_for(policy: Policy, quant: Quant, root: Path = ROOT, say: Callable[[str], None] = lambda text: None) -> Artifact:
+def ready_artifact(checkpoint: str, quant: Quant, root: Path = ROOT) -> Artifact | None:
+    """The artifact that `ensure_artifact` would find for weights of that sha256, or None if it had to be made.
+
+    Needs no policy: a policy whose artifact is ready need not load the weights that the artifact replaces.
+    """
+    path = quant.artifact
+    if path is None:
+        spec = QuantSpec.from_mapping(quant.model_dump())
+        path = root / artifact_key(spec, checkpoint, demonstrations(quant).sha256) / FILE
+    return load(Path(path)) if Path(path).is_file() else None
+
+
+def artifact_for(
+    policy: Policy, quant: Quant, root: Path = ROOT, say: Callable[[str], None] = lambda text: None
+) -> Artifact:
     """`ensure_artifact` for a run: the artifact itself, and one line for people about where it came from."""
     found = ensure_artifact(policy, quant, root)
     how = f"calibrated in {found.seconds:.0f} s" if found.made else "found"
@@ -111,18 +137,22 @@ def artifact_for(policy: Policy, quant: Quant, root: Path = ROOT, say: Callable[
 
 
 def quantize(
-    experiment: Experiment, root: Path | None = None, on_group: Callable[[int, int], None] = lambda done, total: None
+    experiment: Experiment,
+    root: Path | None = None,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Make (or find) the artifact of every quantized arm: what `qlibero quantize CONFIG` does and prints.
 
-    Returns {"experiment": …, "artifacts": [{"arms": [...], "path": …, "settings": …, …}]}; arms with equal settings
-    share one.
+    Returns {"experiment": …, "artifacts": [{"arms": [...], "path": …, "settings": …, …}]}; arms with equal
+    settings share one.
     """
     from qlibero.policies import load_policy
 
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     if not arms:
-        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake")
+        raise UserError(
+            f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake"
+        )
     policy = load_policy(experiment.policy)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
@@ -137,7 +167,8 @@ SENSITIVITY_OBSERVATIONS = 4
 
 
 def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
-    """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration observations.
+    """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration
+    observations.
 
     Raises:
         UserError: the experiment has no calibration data. GuardRefusal: the artifact is not this policy's.
@@ -146,10 +177,17 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
     from qlibero.quant.inspect import sensitivity
 
     artifact = load(path)
-    quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None)
+    quant = next(
+        (arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None
+    )
     if quant is None:
-        raise UserError(f"experiment {experiment.name} names no calibration data (quant.calibration.path), which the measurement needs")
-    data = read_demonstrations(quant.calibration.path).sample(SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed)
+        raise UserError(
+            f"experiment {experiment.name} names no calibration data, which the measurement needs: "
+            "give quant.calibration.path"
+        )
+    data = read_demonstrations(quant.calibration.path).sample(
+        SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed
+    )
     policy = load_policy(experiment.policy)
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)
