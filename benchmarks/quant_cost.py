@@ -1,11 +1,11 @@
 """What quantization costs and saves per policy call on this CPU, beside the same policy in full precision.
 
-    python benchmarks/quant_cost.py                                    # the embedded policy's architecture, random weights
-    python benchmarks/quant_cost.py --methods duquant rtn --layouts llm llm+expert --batch 1 4
+    python benchmarks/quant_cost.py                                    # the embedded policy's architecture,
+    random weights python benchmarks/quant_cost.py --methods duquant rtn --layouts llm llm+expert --batch 1 4
 
-Arms are asked in turn, call by call, so that whatever else the machine does hits all of them; times are thread CPU time
-(wall time beside it), least of `--repeats` calls, one thread. The last line of stdout is one JSON document with the
-ratio fake / full precision. Random weights: time does not depend on their values.
+Arms are asked in turn, call by call, so that whatever else the machine does hits all of them; times are
+thread CPU time (wall time beside it), least of `--repeats` calls, one thread. The last line of stdout is one
+JSON document with the ratio fake / full precision. Random weights: time does not depend on their values.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from qlibero.policies.base import Observation
-from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.config import ConvConfig, GemmaConfig, Pi05Config
 from qlibero.policies.pi05.model import Pi05Model, initialize
+from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer
@@ -38,8 +38,13 @@ from qlibero.quant.spec import LAYOUTS, METHODS, QuantSpec
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "examples" / "libero" / "embedded" / "config.json"
-COMPACT_M = Pi05Config(llm=GemmaConfig(256, 6, 768, 8, 32), expert=GemmaConfig(192, 6, 512, 8, 32), vision=ConvConfig(),
-                       vocab_size=640, state_dim=8)
+COMPACT_M = Pi05Config(
+    llm=GemmaConfig(256, 6, 768, 8, 32),
+    expert=GemmaConfig(192, 6, 512, 8, 32),
+    vision=ConvConfig(),
+    vocab_size=640,
+    state_dim=8,
+)
 PROMPT = "pick up the alphabet soup and place it in the basket"
 
 
@@ -54,20 +59,37 @@ def random_policy(config: Pi05Config, batch: int) -> Pi05Policy:
     """Random weights behind the real preprocessing, sampler and batching."""
     unit = from_openpi({"q01": [-1.0] * 8, "q99": [1.0] * 8}, "quantile", "unit")
     seven = from_openpi({"q01": [-1.0] * 7, "q99": [1.0] * 7}, "quantile", "unit")
-    return Pi05Policy("random", initialize(Pi05Model(config), 0), PROFILES["qlibero"], {"state": unit, "actions": seven},
-                      WordTokenizer(sorted(set(PROMPT.split()))), batch_size=batch, flow_steps=10, identity={"sha256": "0" * 64})
+    return Pi05Policy(
+        "random",
+        initialize(Pi05Model(config), 0),
+        PROFILES["qlibero"],
+        {"state": unit, "actions": seven},
+        WordTokenizer(sorted(set(PROMPT.split()))),
+        batch_size=batch,
+        flow_steps=10,
+        identity={"sha256": "0" * 64},
+    )
 
 
 def observations(count: int, seed: int) -> list[Observation]:
     rng = np.random.default_rng(seed)
-    return [Observation(*rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8), rng.standard_normal(8).astype(np.float32), PROMPT)
-            for _ in range(count)]
+    return [
+        Observation(
+            *rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8),
+            rng.standard_normal(8).astype(np.float32),
+            PROMPT,
+        )
+        for _ in range(count)
+    ]
 
 
 def time_arms(arms: dict[str, Pi05Policy], batch: int, repeats: int) -> dict[str, dict]:
     """Least CPU ms and median wall ms of a call, and the phases of the fastest, per arm."""
     seen = observations(batch, 1)
-    noise = {name: np.random.default_rng(2).standard_normal((batch, *p.noise_shape), dtype=np.float32) for name, p in arms.items()}
+    noise = {
+        name: np.random.default_rng(2).standard_normal((batch, *p.noise_shape), dtype=np.float32)
+        for name, p in arms.items()
+    }
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     wall: dict[str, list[float]] = {name: [] for name in arms}
     for call in range(repeats + 2):
@@ -77,7 +99,10 @@ def time_arms(arms: dict[str, Pi05Policy], batch: int, repeats: int) -> dict[str
             if call >= 2:
                 cpu[name].append((time.thread_time() - start) * 1e3)
                 wall[name].append((time.perf_counter() - clock) * 1e3)
-    return {name: {"cpu_ms": round(min(cpu[name]), 2), "wall_ms_p50": round(float(np.median(wall[name])), 2)} for name in arms}
+    return {
+        name: {"cpu_ms": round(min(cpu[name]), 2), "wall_ms_p50": round(float(np.median(wall[name])), 2)}
+        for name in arms
+    }
 
 
 def main() -> None:
@@ -97,23 +122,40 @@ def main() -> None:
         arms, about = {"full precision": full}, {}
         for layout in args.layouts:
             for method in args.methods:
-                spec = QuantSpec(method=method, layout=layout, activation_bits=args.activation_bits, rotation_steps=2)
+                spec = QuantSpec(
+                    method=method, layout=layout, activation_bits=args.activation_bits, rotation_steps=2
+                )
                 noise = np.random.default_rng(0).standard_normal((2, *full.noise_shape), dtype=np.float32)
                 artifact = calibrate(full, observations(2, 0), noise, spec, {"data_sha256": "random"})
                 for backend in args.backends:
                     name = f"{spec.label}, {backend}"
                     arms[name] = quantize_policy(full, artifact, backend)
-                    about[name] = {"backend": backend, "method": method, "layout": layout, "memory": memory(arms[name].model).summary()}
+                    about[name] = {
+                        "backend": backend,
+                        "method": method,
+                        "layout": layout,
+                        "memory": memory(arms[name].model).summary(),
+                    }
         times = time_arms(arms, batch, args.repeats)
         base = times["full precision"]
-        print(f"\n{label}, batch {batch}, one thread of {platform.processor() or platform.machine()}, torch {torch.__version__}")
-        print(f"{'arm':44} {'cpu ms':>8} {'wall p50':>9} {'ratio':>6} {'weights/bf16':>13} {'with transforms':>16}")
+        print(
+            f"\n{label}, batch {batch}, one thread of {platform.processor() or platform.machine()}, "
+            f"torch {torch.__version__}"
+        )
+        print(
+            f"{'arm':44} {'cpu ms':>8} {'wall p50':>9} {'ratio':>6} "
+            f"{'weights/bf16':>13} {'with transforms':>16}"
+        )
         for name, measured in times.items():
             ratio = measured["cpu_ms"] / base["cpu_ms"]
             saved = about.get(name, {}).get("memory", {})
-            rows.append({"batch": batch, "arm": name, **about.get(name, {}), **measured, "ratio": round(ratio, 3)})
-            print(f"{name:44} {measured['cpu_ms']:8.1f} {measured['wall_ms_p50']:9.1f} {ratio:6.2f} "
-                  f"{saved.get('ratio', ''):>13} {saved.get('ratio_with_transforms', ''):>16}")
+            rows.append(
+                {"batch": batch, "arm": name, **about.get(name, {}), **measured, "ratio": round(ratio, 3)}
+            )
+            print(
+                f"{name:44} {measured['cpu_ms']:8.1f} {measured['wall_ms_p50']:9.1f} {ratio:6.2f} "
+                f"{saved.get('ratio', ''):>13} {saved.get('ratio_with_transforms', ''):>16}"
+            )
     fake = [row["ratio"] for row in rows if row.get("backend") == "fake"]
     print(json.dumps({"architecture": label, "worst_fake_ratio": max(fake, default=None), "rows": rows}))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+
 from qlibero.kernels import load
 from qlibero.kernels.contract import GemmShape
 from qlibero.policies.pi05.normalize import from_openpi
@@ -26,8 +26,16 @@ def small_policy() -> Pi05Policy:
     torch.set_num_threads(1)
     statistics = {name: from_openpi(values, "quantile", name) for name, values in STATISTICS.items()}
     tokenizer = WordTokenizer(sorted({word for prompt in PROMPTS for word in split_words(prompt)}))
-    return Pi05Policy("small", random_model(conv_config()), PROFILES["qlibero"], statistics, tokenizer, batch_size=1,
-                      flow_steps=4, identity={"sha256": "1" * 64})
+    return Pi05Policy(
+        "small",
+        random_model(conv_config()),
+        PROFILES["qlibero"],
+        statistics,
+        tokenizer,
+        batch_size=1,
+        flow_steps=4,
+        identity={"sha256": "1" * 64},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +54,9 @@ def asked(policy) -> np.ndarray:
 
 @pytest.mark.parametrize("changes", [
     *({"method": method} for method in METHODS),
-    {"layout": "llm+expert", "group_size": 16}, {"layout": "llm+expert_mlp", "activation_bits": 4}, {"weight_search": True, "weight_clip": 0.9},
-    {"method": "weight_pca", "row_rotation": True}, {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
+    {"layout": "llm+expert", "group_size": 16}, {"layout": "llm+expert_mlp", "activation_bits": 4},
+    {"weight_search": True, "weight_clip": 0.9}, {"method": "weight_pca", "row_rotation": True},
+    {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
     {"per_layer_bits": (("k_proj", 16), ("q_proj", 8), (r"layers\.1\.mlp", 16))}, {"activation_clip": 0.9},
     {"layout": None, "include": (r"layers\.0\.mlp", "gemma_expert.*o_proj"), "method": "hadamard"},
 ], ids=str)  # fmt: skip
@@ -55,7 +64,10 @@ def test_actions_are_equal_bit_for_bit(policy, changes):
     artifact = made(policy, **changes)
     reference = asked(quantize_policy(policy, artifact, "int_ref"))
     for backend in BACKENDS:
-        kernels = {x.name: "fake" if backend == "cpu_int4" and x.weight_bits == 8 else backend for x in artifact.layers}
+        kernels = {
+            x.name: "fake" if backend == "cpu_int4" and x.weight_bits == 8 else backend
+            for x in artifact.layers
+        }
         assert np.array_equal(asked(quantize_policy(policy, artifact, kernels)), reference), backend
     assert not np.array_equal(reference, asked(policy))
 
@@ -77,8 +89,15 @@ def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
     for name in BACKENDS:
         kernel = load(name)
         assert kernel.supports(GemmShape(n, k, group_size=group_size)).ok
-        (module,) = assemble(kernel, t, [Weights(codes, scales)], weight_bits=4, activation_bits=8, activation_clip=1.0,
-                             dtype=torch.float32)
+        (module,) = assemble(
+            kernel,
+            t,
+            [Weights(codes, scales)],
+            weight_bits=4,
+            activation_bits=8,
+            activation_clip=1.0,
+            dtype=torch.float32,
+        )
         outputs[name] = [module(x[:m]) for m in (154, 10, 1)]
         prepared = module.prepare(x)
         assert prepared.codes.dtype == torch.int8
@@ -95,13 +114,18 @@ def test_the_packed_kernel_really_saves_memory_and_shares_the_rest(policy):
     artifact = made(policy, method="rtn")
     quantized = quantize_policy(policy, artifact, "cpu_int4")
     measured = memory(quantized.model)
-    assert measured.weights * 4 == measured.bf16 and measured.summary()["ratio"] <= 0.36   # scales weigh more at 64 inputs
+    assert (
+        measured.weights * 4 == measured.bf16 and measured.summary()["ratio"] <= 0.36
+    )  # scales weigh more at 64 inputs
     shared = {id(p) for p in policy.model.parameters()}
     assert all(id(p) in shared for p in quantized.model.parameters())
     replaced = {layer.name for layer in artifact.layers}
     assert {n for n, m in quantized.model.named_modules() if isinstance(m, QuantLinear)} == replaced
     assert not any(isinstance(m, QuantLinear) for m in policy.model.modules())
-    assert set(gemm_shapes(artifact)) == {x.name for x in artifact.layers if x.executed} and len(gemm_shapes(artifact)) == 16
+    assert (
+        set(gemm_shapes(artifact)) == {x.name for x in artifact.layers if x.executed}
+        and len(gemm_shapes(artifact)) == 16
+    )
 
 
 def test_calibration_is_a_function_of_its_inputs_and_leaves_no_trace(policy):
@@ -109,17 +133,21 @@ def test_calibration_is_a_function_of_its_inputs_and_leaves_no_trace(policy):
     first, second = made(policy), made(policy)
     assert first.sha256 == second.sha256
     assert np.array_equal(asked(policy), before)
-    assert not any(m._forward_pre_hooks for m in policy.model.modules()) and "run_llm" not in vars(policy.model)
+    assert not any(m._forward_pre_hooks for m in policy.model.modules()) and "run_llm" not in vars(
+        policy.model
+    )
     assert made(policy, calibration_seed=1).sha256 != first.sha256
 
 
 def test_what_calibration_runs_is_what_the_policy_runs(policy):
-    """Calibration asks the plain model, one unpadded observation at a time; the sampler, batches and padding included,
-    must mean the same computation, or statistics would be of another network."""
+    """Calibration asks the plain model, one unpadded observation at a time; the sampler, batches and padding
+    included, must mean the same computation, or statistics would be of another network."""
     from qlibero.quant.eager import sample_eagerly
 
     z = noises(3, policy.noise_shape)
-    eager = np.stack([sample_eagerly(policy, policy.model, o, n).numpy() for o, n in zip(observations(3), z, strict=True)])
+    eager = np.stack(
+        [sample_eagerly(policy, policy.model, o, n).numpy() for o, n in zip(observations(3), z, strict=True)]
+    )
     for asked_in_batches in (policy, policy.with_batch_size(3)):
         actions = asked_in_batches.infer(observations(3), z).actions
         expected = policy._statistics["actions"].denormalize(eager)[..., :7]
@@ -129,23 +157,32 @@ def test_what_calibration_runs_is_what_the_policy_runs(policy):
 
 
 def test_corrections_undo_a_known_distortion(policy):
-    """A student whose q_proj is 10 % too loud and whose o_proj 20 % too quiet gets exactly those factors back."""
+    """A student whose q_proj is 10 % too loud and whose o_proj 20 % too quiet gets exactly those factors
+    back."""
     from qlibero.quant.corrections import OHB_LOG_CLIP, balance, temperatures
 
-    assert temperatures(torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.tensor([1.1, 1.03, 0.1, 1.0]))[1:] == [1.0, 1.25, 1.25]
+    assert temperatures(torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.tensor([1.1, 1.03, 0.1, 1.0]))[1:] == [
+        1.0,
+        1.25,
+        1.25,
+    ]
     assert temperatures(torch.tensor([1.0]), torch.tensor([1.1])) == [pytest.approx(1 / 1.1, abs=1e-5)]
     assert balance(1.0, 0.8) == pytest.approx(1.25, abs=1e-5) and balance(1.0, 1.02) == 1.0
     assert balance(1.0, 0.01) == pytest.approx(np.exp(OHB_LOG_CLIP), abs=1e-5)
-    artifact = made(policy, atm=True, ohb=True, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn")
+    artifact = made(
+        policy, atm=True, ohb=True, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn"
+    )
     plain = made(policy, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn")
     assert artifact.corrections and not plain.corrections
-    name, factors = next((n, f) for n, f in artifact.corrections.items() if n in {x.name for x in artifact.layers})
+    name, factors = next(
+        (n, f) for n, f in artifact.corrections.items() if n in {x.name for x in artifact.layers}
+    )
     rows = torch.tensor(factors).repeat_interleave(artifact.layer(name).out_features // len(factors))
     scaled, before = artifact.scales(name) / plain.scales(name), rows
-    assert torch.allclose(scaled, before, rtol=0.01)   # the factors are in the scales (bfloat16)
+    assert torch.allclose(scaled, before, rtol=0.01)  # the factors are in the scales (bfloat16)
     kept = {n: f for n, f in artifact.corrections.items() if n not in {x.name for x in artifact.layers}}
     quantized = quantize_policy(policy, artifact, "fake")
-    for name, factors in kept.items():   # linears outside the layout: scaled copies, the original untouched
+    for name, factors in kept.items():  # linears outside the layout: scaled copies, the original untouched
         original, copy = policy.model.get_submodule(name), quantized.model.get_submodule(name)
         rows = torch.tensor(factors).repeat_interleave(len(original.weight) // len(factors))
         assert torch.equal(copy.weight, original.weight * rows[:, None])

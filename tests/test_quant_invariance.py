@@ -1,4 +1,5 @@
-"""Risk: a transform changes the layer it was meant to leave alone, or costs accuracy where it promises to save it."""
+"""Risk: a transform changes the layer it was meant to leave alone, or costs accuracy where it promises to
+save it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ F64 = torch.float64
 
 
 def outlier_heavy(seed: int, k: int, loudness: float, tokens: int = 192, outputs: int = 96):
-    """Activations with six channels `loudness` times the rest and two massive tokens, as language models have; weights without."""
+    """Activations with six channels `loudness` times the rest and two massive tokens, as language models
+    have; weights without."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, k, generator=g)
     channels = torch.randperm(k, generator=g)
@@ -38,19 +40,25 @@ def fitted(method: str, x: torch.Tensor, w: torch.Tensor, **changes) -> Transfor
 
 @settings(max_examples=30, deadline=None)
 @given(
-    method=st.sampled_from(METHODS), blocks=st.integers(1, 4), block=st.sampled_from([8, 16, 32]), seed=st.integers(0, 999),
-    loudness=st.sampled_from([1.0, 30.0, 1000.0]), alpha=st.sampled_from([0.0, 0.5, 1.0]),
+    method=st.sampled_from(METHODS), blocks=st.integers(1, 4), block=st.sampled_from([8, 16, 32]),
+    seed=st.integers(0, 999), loudness=st.sampled_from([1.0, 30.0, 1000.0]),
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
 )  # fmt: skip
 def test_without_rounding_the_output_is_the_same(method, blocks, block, seed, loudness, alpha):
-    x, w = outlier_heavy(seed, blocks * block + (8 if method in ("rtn", "smoothquant") else 0), loudness, 24, 10)
+    x, w = outlier_heavy(
+        seed, blocks * block + (8 if method in ("rtn", "smoothquant") else 0), loudness, 24, 10
+    )
     t = fitted(method, x, w, block_size=block, alpha=alpha, rotation_steps=8)
     exact = x.double() @ w.double().T
-    # in float64 nothing but float64's own error is left: the weights hold the exact inverse of the stored factors
+    # in float64 nothing but float64's own error is left: the weights hold the exact inverse of the stored
+    # factors
     again = t.forward(x.double()) @ t.weights(w).T
     assert torch.allclose(again, exact, rtol=0, atol=1e-10 * float(exact.abs().max()))
     # online, in float32, what float32 costs
     online = InputTransform(t, x.shape[1])(x) @ t.weights(w).float().T
-    assert torch.allclose(online.double(), exact, rtol=0, atol=3e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max()))
+    assert torch.allclose(
+        online.double(), exact, rtol=0, atol=3e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max())
+    )
     # and back again, for weight-only layers
     assert torch.allclose(t.unweights(t.weights(w)), w.double(), rtol=0, atol=1e-10 * float(w.abs().max()))
 
@@ -58,7 +66,9 @@ def test_without_rounding_the_output_is_the_same(method, blocks, block, seed, lo
 def test_rotations_are_orthogonal_and_permutations_are_permutations():
     eye = torch.eye(64, dtype=F64)
     base = uniform_first_row(64)
-    assert torch.allclose(base @ base.T, eye, atol=1e-13) and torch.allclose(base[0], torch.full((64,), 0.125, dtype=F64))
+    assert torch.allclose(base @ base.T, eye, atol=1e-13) and torch.allclose(
+        base[0], torch.full((64,), 0.125, dtype=F64)
+    )
     h = hadamard(64)
     assert torch.equal(h @ h.T, 64 * eye)
     x, w = outlier_heavy(0, 256, 50.0)
@@ -85,7 +95,11 @@ def test_zigzag_deals_every_block_its_share(seed, blocks, block):
 
 
 def test_zigzag_is_serpentine():
-    assert zigzag(torch.arange(12, 0, -1.0), 4).view(3, 4).tolist() == [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]
+    assert zigzag(torch.arange(12, 0, -1.0), 4).view(3, 4).tolist() == [
+        [0, 5, 6, 11],
+        [1, 4, 7, 10],
+        [2, 3, 8, 9],
+    ]
 
 
 @pytest.mark.parametrize("loudness", [5.0, 50.0])
@@ -95,15 +109,26 @@ def test_greedy_rotation_lowers_every_peak_and_never_raises_one(loudness):
     before = blocks.abs().amax((1, 2))
     after = torch.bmm(blocks, greedy_rotation(blocks, 256, seed=0)).abs().amax((1, 2))
     assert bool((after <= before * (1 + 1e-6)).all()) and float(after.max()) < float(before.max()) / 2
-    nothing_to_do = torch.eye(64, dtype=F64)[None] * 0 + 1.0   # all equal: any rotation would make a peak
-    assert float(torch.bmm(nothing_to_do, greedy_rotation(nothing_to_do, 256, seed=0)).abs().max()) <= 1.0 + 1e-6
+    nothing_to_do = torch.eye(64, dtype=F64)[None] * 0 + 1.0  # all equal: any rotation would make a peak
+    assert (
+        float(torch.bmm(nothing_to_do, greedy_rotation(nothing_to_do, 256, seed=0)).abs().max()) <= 1.0 + 1e-6
+    )
 
 
-def relative_error(method: str, x: torch.Tensor, w: torch.Tensor, weight_bits: int, activation_bits: int) -> float:
+def relative_error(
+    method: str, x: torch.Tensor, w: torch.Tensor, weight_bits: int, activation_bits: int
+) -> float:
     t = fitted(method, x, w, weight_bits=weight_bits, activation_bits=activation_bits)
     codes, s_w = quantize_weights(t.weights(w).float(), weight_bits)
-    (module,) = assemble(load("fake"), InputTransform(t, x.shape[1]), [Weights(codes, s_w)], weight_bits=weight_bits,
-                         activation_bits=activation_bits, activation_clip=1.0, dtype=torch.float32)
+    (module,) = assemble(
+        load("fake"),
+        InputTransform(t, x.shape[1]),
+        [Weights(codes, s_w)],
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        activation_clip=1.0,
+        dtype=torch.float32,
+    )
     exact = x.double() @ w.double().T
     return float((module(x).double() - exact).norm() / exact.norm())
 
@@ -116,7 +141,9 @@ CASES = [(4, 4, 20.0), (4, 4, 100.0), (8, 8, 20.0), (8, 8, 100.0), (4, 8, 60.0),
 def test_with_rounding_each_method_beats_the_one_before(weight_bits, activation_bits, loudness):
     for seed in range(2):
         x, w = outlier_heavy(seed, 256, loudness)
-        rtn, smooth, duquant = (relative_error(m, x, w, weight_bits, activation_bits) for m in ("rtn", "smoothquant", "duquant"))
+        rtn, smooth, duquant = (
+            relative_error(m, x, w, weight_bits, activation_bits) for m in ("rtn", "smoothquant", "duquant")
+        )
         assert rtn >= smooth >= duquant, (seed, rtn, smooth, duquant)
         assert duquant < rtn / 2
 
@@ -126,16 +153,31 @@ def test_with_rounding_each_method_beats_the_one_before(weight_bits, activation_
 def test_weight_only_layers_equal_their_codes_without_any_online_work(method, weight_bits):
     x, w = outlier_heavy(2, 128, 30.0)
     t = fitted(method, x, w, activation_bits=16, weight_bits=weight_bits, row_rotation=method == "weight_pca")
-    rotation = output_rotation(w, QuantSpec(method=method, row_rotation=method == "weight_pca", block_size=32))
-    rotated = t.weights(w) if rotation is None else block_product(t.weights(w).T, rotation.double().transpose(1, 2)).T
+    rotation = output_rotation(
+        w, QuantSpec(method=method, row_rotation=method == "weight_pca", block_size=32)
+    )
+    rotated = (
+        t.weights(w)
+        if rotation is None
+        else block_product(t.weights(w).T, rotation.double().transpose(1, 2)).T
+    )
     codes, s_w = quantize_weights(rotated.float(), weight_bits, group_size=32)
-    (module,) = assemble(load("fake"), InputTransform(t, 128), [Weights(codes, s_w, torch.ones(len(w)), rotation)],
-                         weight_bits=weight_bits, activation_bits=16, activation_clip=1.0, dtype=torch.float32)
+    (module,) = assemble(
+        load("fake"),
+        InputTransform(t, 128),
+        [Weights(codes, s_w, torch.ones(len(w)), rotation)],
+        weight_bits=weight_bits,
+        activation_bits=16,
+        activation_clip=1.0,
+        dtype=torch.float32,
+    )
     assert type(module) is torch.nn.Linear
     dequantized = (codes.double().view(len(w), 4, 32) * s_w.double()[:, :, None]).view(len(w), 128)
     y = t.forward(x.double()) @ dequantized.T
     y = (y if rotation is None else block_product(y, rotation.double())) + 1.0
-    assert torch.allclose(module(x).double(), y, rtol=0, atol=2e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max()))
+    assert torch.allclose(
+        module(x).double(), y, rtol=0, atol=2e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max())
+    )
     exact = x.double() @ w.double().T + 1.0
     assert float((module(x) - exact).norm() / exact.norm()) < (0.25 if weight_bits == 4 else 0.02)
 
@@ -146,8 +188,10 @@ def test_shared_input_is_quantized_once_and_the_same_for_all():
 
     x, w = outlier_heavy(4, 128, 40.0)
     t = InputTransform(fitted("duquant", x, w), 128)
-    parts = [Weights(*quantize_weights(t.factors().weights(w[rows]).float(), 4), bias)
-             for rows, bias in ((slice(0, 64), None), (slice(64, 96), torch.randn(32)))]
+    parts = [
+        Weights(*quantize_weights(t.factors().weights(w[rows]).float(), 4), bias)
+        for rows, bias in ((slice(0, 64), None), (slice(64, 96), torch.randn(32)))
+    ]
     settings = dict(weight_bits=4, activation_bits=8, activation_clip=1.0, dtype=torch.float32)
     linears = assemble(load("fake"), t, parts, **settings)
     apart = [assemble(load("fake"), t, [part], **settings)[0] for part in parts]
@@ -160,6 +204,8 @@ def test_shared_input_is_quantized_once_and_the_same_for_all():
         assert torch.equal(y, linear(x.view(2, 96, 128))) and torch.equal(y, lone(x.view(2, 96, 128)))
     # a neighbour that stays in full precision gets the plain input
     plain = torch.nn.Linear(128, 8, bias=False)
-    assert torch.equal(project(x, linears[0], plain)[1], plain(x)) and torch.equal(project(x, plain, linears[0])[0], plain(x))
+    assert torch.equal(project(x, linears[0], plain)[1], plain(x)) and torch.equal(
+        project(x, plain, linears[0])[0], plain(x)
+    )
     codes, scales = original(x, 8, 1.0)
     assert torch.equal(codes, quantize_activations(t(x), 8)[0])

@@ -1,4 +1,5 @@
-"""A quantized policy from a full-precision one and an artifact; whatever is not quantized is shared, not copied."""
+"""A quantized policy from a full-precision one and an artifact; whatever is not quantized is shared, not
+copied."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform
 
+
 def quantize_policy(
     policy: Policy, artifact: Artifact, backend: str | Mapping[str, str], only: frozenset[str] | None = None
 ) -> Policy:
@@ -26,11 +28,12 @@ def quantize_policy(
 
     `only` takes some of the linears and leaves the rest in full precision (to measure what one of them does).
 
-    Tensors are read, packed and placed layer by layer; the policy's own linears may be on the meta device, so a
-    full-size quantized policy never holds their full-precision weights.
+    Tensors are read, packed and placed layer by layer; the policy's own linears may be on the meta device, so
+    a full-size quantized policy never holds their full-precision weights.
 
     Raises:
-        GuardRefusal: the artifact belongs to another checkpoint, or selects other linears than this model has.
+        GuardRefusal: the artifact belongs to another checkpoint, or selects other linears than this model
+            has.
         UserError: a backend cannot do a layer; the message says which and why.
     """
     if policy.model is None:
@@ -38,17 +41,21 @@ def quantize_policy(
     require(artifact, None, policy.provenance()["sha256"])
     found = {choice.name for choice in select(policy.model, artifact.spec).choices}
     if found != {layer.name for layer in artifact.layers}:
-        raise GuardRefusal(f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "
-                           "this model: make it again with `qlibero quantize CONFIG`")
+        raise GuardRefusal(
+            f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "
+            "this model: make it again with `qlibero quantize CONFIG`"
+        )
     device = next(p.device for p in policy.model.parameters() if p.device.type != "meta")
     modules: dict[str, nn.Module] = {}
     transforms: dict[str, InputTransform] = {}
     for together in products(artifact, only):
         first = together[0]
         if first.group not in transforms:
-            transforms[first.group] = InputTransform(artifact.transform(first.group), first.in_features).to(device)
+            transforms[first.group] = InputTransform(artifact.transform(first.group), first.in_features).to(
+                device
+            )
         names = {backend if isinstance(backend, str) else backend[layer.name] for layer in together}
-        for name in sorted(names):   # one, unless the court let neighbours fall back differently
+        for name in sorted(names):  # one, unless the court let neighbours fall back differently
             some = [layer for layer in together if isinstance(backend, str) or backend[layer.name] == name]
             modules |= _modules(policy.model, artifact, some, transforms[first.group], name, device)
     if only is None:
@@ -66,45 +73,75 @@ def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[lis
     return list(found.values())
 
 
-def gemm_shapes(artifact: Artifact, device: str = "cpu", *, executed_only: bool = True) -> dict[str, GemmShape]:
-    """What each linear's kernel is asked, by name: the court's list. Linears that are multiplied together have the shape
-    of their common product. Weight-only layers ask nothing."""
+def gemm_shapes(
+    artifact: Artifact, device: str = "cpu", *, executed_only: bool = True
+) -> dict[str, GemmShape]:
+    """What each linear's kernel is asked, by name: the court's list. Linears that are multiplied together
+    have the shape of their common product. Weight-only layers ask nothing."""
     shapes = {}
     for together in products(artifact):
         first, n = together[0], sum(layer.out_features for layer in together)
         if first.activation_bits < 16 and (first.executed or not executed_only):
-            shape = GemmShape(n, first.in_features, first.weight_bits, first.activation_bits, artifact.spec.group_size, device)
+            shape = GemmShape(
+                n,
+                first.in_features,
+                first.weight_bits,
+                first.activation_bits,
+                artifact.spec.group_size,
+                device,
+            )
             shapes |= {layer.name: shape for layer in together}
     return {layer.name: shapes[layer.name] for layer in artifact.layers if layer.name in shapes}
 
 
 def _modules(
-    model: nn.Module, artifact: Artifact, layers: list[LayerRecord], shared: InputTransform, backend: str, device: torch.device
+    model: nn.Module,
+    artifact: Artifact,
+    layers: list[LayerRecord],
+    shared: InputTransform,
+    backend: str,
+    device: torch.device,
 ) -> dict[str, nn.Module]:
     parts, dtype = [], None
     for layer in layers:
         linear = model.get_submodule(layer.name)
         if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
-            raise GuardRefusal(f"{layer.name} is {linear.out_features}×{linear.in_features} in this model and "
-                               f"{layer.out_features}×{layer.in_features} in the artifact")
+            raise GuardRefusal(
+                f"{layer.name} is {linear.out_features}×{linear.in_features} in this model and "
+                f"{layer.out_features}×{layer.in_features} in the artifact"
+            )
         rotation, dtype = artifact.tensor(f"{layer.name}.output_rotation"), linear.weight.dtype
         parts.append(Weights(artifact.codes(layer.name).to(device), artifact.scales(layer.name).to(device),
                              None if linear.bias is None else linear.bias.detach(),
                              None if rotation is None else rotation.to(device)))  # fmt: skip
     first, kernel = layers[0], load_kernel(backend)
     if first.activation_bits < 16:
-        shape = GemmShape(sum(len(part.codes) for part in parts), first.in_features, first.weight_bits, first.activation_bits,
-                          artifact.spec.group_size, device.type)
+        shape = GemmShape(
+            sum(len(part.codes) for part in parts),
+            first.in_features,
+            first.weight_bits,
+            first.activation_bits,
+            artifact.spec.group_size,
+            device.type,
+        )
         support = kernel.supports(shape)
         if not support.ok:
             raise UserError(f"backend {backend} cannot run {first.name} ({shape}): {support.reason}")
-    made = assemble(kernel, shared, parts, weight_bits=first.weight_bits, activation_bits=first.activation_bits,
-                    activation_clip=artifact.spec.activation_clip, dtype=dtype)
+    made = assemble(
+        kernel,
+        shared,
+        parts,
+        weight_bits=first.weight_bits,
+        activation_bits=first.activation_bits,
+        activation_clip=artifact.spec.activation_clip,
+        dtype=dtype,
+    )
     return dict(zip((layer.name for layer in layers), made, strict=True))
 
 
 def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
-    """Linears that the layout left in full precision but a calibrated correction scales: a copy with scaled rows.
+    """Linears that the layout left in full precision but a calibrated correction scales: a copy with scaled
+    rows.
 
     In quantized linears the factors are already in the stored weights.
     """
@@ -114,7 +151,9 @@ def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
         if name in quantized:
             continue
         linear = model.get_submodule(name)
-        rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(linear.out_features // len(factors))
+        rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(
+            linear.out_features // len(factors)
+        )
         copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         copy.weight = _scaled(linear.weight, rows[:, None])
         if linear.bias is not None:
@@ -129,7 +168,8 @@ def _scaled(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a policy's quantized linears, from live storages. `bf16` is what the same linears take unquantized."""
+    """Bytes of a policy's quantized linears, from live storages. `bf16` is what the same linears take
+    unquantized."""
 
     weights: int
     scales: int
@@ -137,12 +177,17 @@ class Memory:
     bf16: int
 
     def summary(self) -> dict[str, Any]:
-        """JSON-ready, with the two ratios that matter: weights with their scales alone, and with the online transforms."""
+        """JSON-ready, with the two ratios that matter: weights with their scales alone, and with the online
+        transforms."""
+        kept, whole = self.weights + self.scales, max(self.bf16, 1)
         return {
-            "weight_bytes": self.weights, "scale_bytes": self.scales, "transform_bytes": self.transforms,
-            "bf16_bytes": self.bf16, "ratio": round((self.weights + self.scales) / max(self.bf16, 1), 4),
-            "ratio_with_transforms": round((self.weights + self.scales + self.transforms) / max(self.bf16, 1), 4),
-        }  # fmt: skip
+            "weight_bytes": self.weights,
+            "scale_bytes": self.scales,
+            "transform_bytes": self.transforms,
+            "bf16_bytes": self.bf16,
+            "ratio": round(kept / whole, 4),
+            "ratio_with_transforms": round((kept + self.transforms) / whole, 4),
+        }
 
 
 def memory(model: nn.Module) -> Memory:
@@ -152,6 +197,8 @@ def memory(model: nn.Module) -> Memory:
     return Memory(
         weights=sum(product.packed.nbytes for product in shared),
         scales=sum(product.scales.untyped_storage().nbytes() for product in shared),
-        transforms=sum(transform.nbytes for transform in {id(m.transform): m.transform for m in found}.values()),
+        transforms=sum(
+            transform.nbytes for transform in {id(m.transform): m.transform for m in found}.values()
+        ),
         bf16=sum(2 * m.in_features * m.out_features for m in found),
     )

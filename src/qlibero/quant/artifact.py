@@ -1,12 +1,15 @@
-"""A quantization on disk: one safetensors file that says what it is, from what it was made, and proves it is whole.
+"""A quantization on disk: one safetensors file that says what it is, from what it was made, and proves it is
+whole.
 
-Tensors: `<linear>.codes` (uint8, two 4-bit codes a byte, low nibble first, or int8), `<linear>.scales` (bfloat16, exact),
-`<linear>.output_rotation`; `<group>.scale|first|order|second` (the transform of a shared input).
-Metadata: format version, the spec and its hash, the checkpoint's sha256, where the calibration data came from, one
-record per linear with what was measured on calibration tokens, and a sha256 over all of it.
+Tensors: `<linear>.codes` (uint8, two 4-bit codes a byte, low nibble first, or int8), `<linear>.scales`
+(bfloat16, exact), `<linear>.output_rotation`; `<group>.scale|first|order|second` (the input's transform).
 
-Nothing is trusted because of its name or place: an artifact that is damaged, of another format, made with other
-settings (stale) or for another checkpoint (foreign) is refused with the command that mends it, never repaired in silence.
+Metadata: format version, the spec and its hash, the checkpoint's sha256, where the calibration data came
+from, one record per linear with what was measured on calibration tokens, and a sha256 over all of it.
+
+Nothing is trusted because of its name or place: an artifact that is damaged, of another format, made with
+other settings (stale) or for another checkpoint (foreign) is refused with the command that mends it, never
+repaired in silence.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ CURE = "make it again with `qlibero quantize CONFIG`"
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One quantized linear. The measures are over calibration tokens; they are None where the layer never ran.
+    """One quantized linear. The measures are over calibration tokens; they are None where the layer never
+    ran.
 
-    sqnr_db: signal to quantization noise of the layer's output; max_error: greatest |error| relative to the greatest
-    |output|; outlier_before, outlier_after: mean over tokens of max|x| / rms(x), before and after the transform;
-    codes_bytes, scales_bytes: as stored.
+    sqnr_db: signal to quantization noise of the layer's output; max_error: greatest |error| relative to the
+    greatest |output|; outlier_before, outlier_after: mean over tokens of max|x| / rms(x), before and after
+    the transform; codes_bytes, scales_bytes: as stored.
     """
 
     name: str
@@ -60,15 +64,16 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded or freshly calibrated artifact. Tensors of a loaded one are read from the file when asked for, so that a
-    full-size policy is built layer by layer."""
+    """A loaded or freshly calibrated artifact. Tensors of a loaded one are read from the file when asked for,
+    so that a full-size policy is built layer by layer."""
 
     spec: QuantSpec
     checkpoint_sha256: str
     calibration: dict[str, Any]
     layers: tuple[LayerRecord, ...]
     corrections: dict[str, list[float]]
-    """output factors by linear name, one value per head (attention temperature, on q_proj) or one for all (output head)"""
+    """output factors by linear name, one value per head (attention temperature, on q_proj) or one for all
+    (output head)"""
     sha256: str
     tensors: dict[str, Tensor] | None = None
     path: Path | None = None
@@ -104,7 +109,8 @@ class Artifact:
 
 
 def artifact_key(spec: QuantSpec, checkpoint_sha256: str, data_sha256: str) -> str:
-    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same key."""
+    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same
+    key."""
     text = json.dumps([FORMAT, spec.hash, checkpoint_sha256, data_sha256])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -175,13 +181,17 @@ def load(path: Path) -> Artifact:
                 raise GuardRefusal(f"{path} is a safetensors file but not a quantization artifact: {CURE}")
             meta = json.loads(header["qlibero"])
             if meta.get("format") != FORMAT:
-                raise GuardRefusal(f"{path} has artifact format {meta.get('format')}, this version reads {FORMAT}: {CURE}")
+                raise GuardRefusal(
+                    f"{path} has artifact format {meta.get('format')}, this version reads {FORMAT}: {CURE}"
+                )
             found = content_hash(meta, file.keys(), file.get_tensor)
     except (SafetensorError, OSError, ValueError) as error:
         raise GuardRefusal(f"{path} is damaged or truncated ({error}): delete it and {CURE}") from None
     if found != header["sha256"]:
-        raise GuardRefusal(f"{path} was altered after it was written (content {found[:12]}…, "
-                           f"recorded {header['sha256'][:12]}…): delete it and {CURE}")
+        raise GuardRefusal(
+            f"{path} was altered after it was written (content {found[:12]}…, "
+            f"recorded {header['sha256'][:12]}…): delete it and {CURE}"
+        )
     return Artifact(
         spec=QuantSpec.from_mapping(meta["spec"]),
         checkpoint_sha256=meta["checkpoint_sha256"],
@@ -194,7 +204,8 @@ def load(path: Path) -> Artifact:
 
 
 def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) -> None:
-    """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the checkpoint only.
+    """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the
+    checkpoint only.
 
     Raises:
         GuardRefusal: what differs, value by value, and the cure.
@@ -202,11 +213,17 @@ def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) 
     where = artifact.path or "the artifact"
     if spec is not None and artifact.spec != spec:
         have, want = artifact.spec.to_mapping(), spec.to_mapping()
-        different = ", ".join(f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k])
-        raise GuardRefusal(f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings")
+        different = ", ".join(
+            f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k]
+        )
+        raise GuardRefusal(
+            f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings"
+        )
     if artifact.checkpoint_sha256 != checkpoint_sha256:
-        raise GuardRefusal(f"{where} is foreign: made for checkpoint {artifact.checkpoint_sha256[:12]}…, this policy is "
-                           f"{checkpoint_sha256[:12]}…. {CURE[0].upper()}{CURE[1:]}, or load that checkpoint")
+        raise GuardRefusal(
+            f"{where} is foreign: made for checkpoint {artifact.checkpoint_sha256[:12]}…, this policy is "
+            f"{checkpoint_sha256[:12]}…. {CURE[0].upper()}{CURE[1:]}, or load that checkpoint"
+        )
 
 
 def _meta(artifact: Artifact) -> dict[str, Any]:

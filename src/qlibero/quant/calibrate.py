@@ -1,17 +1,14 @@
 """From a full-precision policy and demonstration observations to an artifact.
 
-Offline and on demonstrations only: the code this grew from fitted its scales on the first *test* observation and, for
-the expert, on pure noise. Here every flow step is seen, padded tokens are left out (they feed statistics but no
-action), and an artifact says what it was fitted on.
+Offline and on demonstrations only: the code this grew from fitted its scales on the first *test* observation
+and, for the expert, on pure noise. Here every flow step is seen, padded tokens are left out (they feed
+statistics but no action), and an artifact says what it was fitted on.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,29 +21,17 @@ from qlibero.kernels.contract import quantize_weights
 from qlibero.policies.base import Observation, Policy
 from qlibero.quant import methods
 from qlibero.quant.artifact import Artifact, LayerRecord, build, pack_nibbles
-from qlibero.quant.eager import sample_eagerly
-from qlibero.quant.layout import Choice, Selection, select
+from qlibero.quant.layout import Choice, select
 from qlibero.quant.linear import Weights, assemble
+from qlibero.quant.listen import Seen, group_seed, observe
 from qlibero.quant.measure import measure, outlier_ratio
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import InputTransform, Transform
 
-#: tokens kept of each input: a random sample, on which errors are measured, and the loudest ones, which rotations must tame
-RANDOM_TOKENS, LOUD_TOKENS = 384, 64
 #: calibration observations on which the finished artifact's effect on actions is measured
 SMOKE_OBSERVATIONS = 4
 #: methods that look at weights only and can do without observations
 DATA_FREE = ("rtn", "weight_pca", "hadamard")
-
-
-@dataclass
-class Seen:
-    """What calibration saw of one input: greatest |x| per channel (K,), a random sample and the loudest tokens (T, K)."""
-
-    peak: Tensor
-    sample: Tensor
-    loud: Tensor
-    tokens: int
 
 
 def calibrate(
@@ -69,7 +54,9 @@ def calibrate(
     if policy.model is None:
         raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
     if not observations and (spec.method not in DATA_FREE or spec.atm or spec.ohb):
-        raise UserError(f"quant: {spec.method} is fitted on observations and there are none; give calibration.path")
+        raise UserError(
+            f"quant: {spec.method} is fitted on observations and there are none; give calibration.path"
+        )
     selection = select(policy.model, spec)
     seen = observe(policy, observations, noise, selection, spec.calibration_seed)
     layers: list[LayerRecord] = []
@@ -92,7 +79,9 @@ def calibrate(
             "prompts": len({o.prompt for o in observations}),
             "tokens": {group: s.tokens for group, s in seen.items()},
             "kept_in_full_precision": list(selection.kept),
-            "policy": {key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity},
+            "policy": {
+                key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity
+            },
             "torch": torch.__version__,
         },
         layers=tuple(layers),
@@ -105,9 +94,13 @@ def calibrate(
         def requantize(name: str, rows: Tensor) -> dict[str, Tensor]:
             choice = next(choice for choice in selection.choices if choice.name == name)
             linear = copy(policy.model.get_submodule(name))
-            linear._parameters = {"weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
-                                  "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows)}
-            _, stored = quantize_linear(linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features), spec)
+            linear._parameters = {
+                "weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
+                "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows),
+            }
+            _, stored = quantize_linear(
+                linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features), spec
+            )
             return on_disk(stored, choice)
 
         artifact = fit_corrections(policy, artifact, observations, noise, requantize)
@@ -118,109 +111,47 @@ def calibrate(
 def _with_action_error(
     policy: Policy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
 ) -> Artifact:
-    """The artifact with what it does to the actions of a few calibration observations: the last check before any
-    simulator runs, and proof that something *was* quantized."""
+    """The artifact with what it does to the actions of a few calibration observations: the last check before
+    any simulator runs, and proof that something *was* quantized."""
     if not observations:
         return artifact
     from qlibero.quant.apply import quantize_policy
 
     some = slice(0, SMOKE_OBSERVATIONS)
     exact = policy.infer(observations[some], noise[some]).actions.astype(np.float64)
-    error = np.abs(quantize_policy(policy, artifact, "fake").infer(observations[some], noise[some]).actions - exact)
+    error = np.abs(
+        quantize_policy(policy, artifact, "fake").infer(observations[some], noise[some]).actions - exact
+    )
     if not np.isfinite(error).all():
         raise WorkFailed("the quantized policy's actions are not finite on calibration observations")
     if error.max() == 0.0:
-        raise WorkFailed("the quantized policy's actions equal the full-precision ones bit for bit: nothing was quantized")
-    measured = {"observations": len(exact), "mean_abs": float(f"{error.mean():.6g}"), "max_abs": float(f"{error.max():.6g}"),
-                "mean_abs_action": float(f"{np.abs(exact).mean():.6g}")}
-    return build(artifact.spec, artifact.checkpoint_sha256, artifact.calibration | {"action_error": measured},
-                 artifact.layers, artifact.corrections, artifact.tensors)
+        raise WorkFailed(
+            "the quantized policy's actions equal the full-precision ones bit for bit: nothing was quantized"
+        )
+    measured = {
+        "observations": len(exact),
+        "mean_abs": float(f"{error.mean():.6g}"),
+        "max_abs": float(f"{error.max():.6g}"),
+        "mean_abs_action": float(f"{np.abs(exact).mean():.6g}"),
+    }
+    return build(
+        artifact.spec,
+        artifact.checkpoint_sha256,
+        artifact.calibration | {"action_error": measured},
+        artifact.layers,
+        artifact.corrections,
+        artifact.tensors,
+    )
 
 
-# -- looking ---------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def observe(
-    policy: Policy, observations: Sequence[Observation], noise: np.ndarray, selection: Selection, seed: int
-) -> dict[str, Seen]:
-    """Run the policy in full precision and collect the inputs of every executed group, over all flow steps.
-
-    Observations go through one at a time and unpadded (see `eager`): every token seen is one that acts.
-    """
-    if not observations:
-        return {}
-    executed = {group: choices[0].name for group, choices in _executed_groups(selection).items()}
-    listeners = {group: Listener(seed, group) for group in executed}
-    with ExitStack() as stack:
-        for group, name in executed.items():
-            stack.enter_context(_listen(policy.model.get_submodule(name), listeners[group]))
-        for observation, z in zip(observations, noise, strict=True):
-            sample_eagerly(policy, policy.model, observation, z)
-    if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
-        raise WorkFailed(f"calibration never reached {len(silent)} of {len(listeners)} inputs, first {silent[0]}: the "
-                         "sampler does not execute them, or runs them where they cannot be observed")
-    return {group: listener.result() for group, listener in listeners.items()}
-
-
-def _executed_groups(selection: Selection) -> dict[str, list[Choice]]:
-    groups = {group: [c for c in choices if c.executed] for group, choices in selection.groups().items()}
-    return {group: choices for group, choices in groups.items() if choices}
-
-
-class Listener:
-    """Keeps a uniform random sample and the loudest of the tokens that pass, and the peak of every channel."""
-
-    def __init__(self, seed: int, name: str):
-        self._random = torch.Generator().manual_seed(group_seed(seed, name))
-        self._peak: Tensor | None = None
-        self._sample: list[tuple[Tensor, Tensor]] = []
-        self._loud: Tensor | None = None
-        self.tokens = 0
-
-    def hear(self, rows: Tensor) -> None:
-        """rows (T, K): live tokens of one call."""
-        rows = rows.detach().float()
-        peak = rows.abs().amax(0)
-        self._peak = peak if self._peak is None else torch.maximum(self._peak, peak)
-        keys = torch.rand(len(rows), generator=self._random)
-        # the tokens with the smallest of as many random keys are a uniform sample of all that ever passed
-        self._sample.append((keys, rows.clone()))
-        if sum(len(k) for k, _ in self._sample) > 8 * RANDOM_TOKENS:
-            self._sample = [self._smallest()]
-        pool = rows if self._loud is None else torch.cat([self._loud, rows])
-        self._loud = pool[pool.abs().amax(1).topk(min(LOUD_TOKENS, len(pool))).indices].clone()
-        self.tokens += len(rows)
-
-    def result(self) -> Seen:
-        return Seen(self._peak, self._smallest()[1], self._loud, self.tokens)
-
-    def _smallest(self) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([k for k, _ in self._sample])
-        rows = torch.cat([r for _, r in self._sample])
-        chosen = keys.argsort()[:RANDOM_TOKENS]
-        return keys[chosen], rows[chosen.to(rows.device)]
-
-
-@contextmanager
-def _listen(linear: nn.Module, listener: Listener) -> Iterator[None]:
-    handle = linear.register_forward_pre_hook(lambda _, inputs: listener.hear(inputs[0].flatten(0, -2)))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def group_seed(seed: int, name: str) -> int:
-    """A seed of its own for every input, so that adding a layer does not move the draws of another."""
-    return zlib.crc32(f"{seed}/{name}".encode())
-
-
-# -- rounding --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def _quantize_group(
     model: nn.Module, group: str, choices: list[Choice], seen: Seen | None, spec: QuantSpec
 ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
     linears = {choice.name: model.get_submodule(choice.name) for choice in choices}
-    transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
+    transform = fit_transform(
+        [linear.weight.detach().float() for linear in linears.values()], group, seen, spec
+    )
     tensors = {f"{group}.{factor}": value.cpu() for factor, value in transform.tensors().items()}
     transform_bytes = sum(t.nbytes for t in tensors.values())
     sample = seen.sample if seen is not None else None
@@ -236,11 +167,19 @@ def _quantize_group(
         measures = measure(linear, quantized, sample) if seen is not None and choice.executed else None
         records.append(
             LayerRecord(
-                name=choice.name, group=group, out_features=linear.out_features, in_features=linear.in_features,
-                weight_bits=choice.weight_bits, activation_bits=choice.activation_bits, executed=choice.executed,
-                sqnr_db=measures and measures.sqnr_db, max_error=measures and measures.max_error,
-                outlier_before=before if choice.executed else None, outlier_after=after if choice.executed else None,
-                codes_bytes=stored["codes"].nbytes, scales_bytes=stored["scales"].nbytes,
+                name=choice.name,
+                group=group,
+                out_features=linear.out_features,
+                in_features=linear.in_features,
+                weight_bits=choice.weight_bits,
+                activation_bits=choice.activation_bits,
+                executed=choice.executed,
+                sqnr_db=measures and measures.sqnr_db,
+                max_error=measures and measures.max_error,
+                outlier_before=before if choice.executed else None,
+                outlier_after=after if choice.executed else None,
+                codes_bytes=stored["codes"].nbytes,
+                scales_bytes=stored["scales"].nbytes,
                 transform_bytes=transform_bytes if not records else 0,
             )  # fmt: skip
         )
@@ -248,14 +187,16 @@ def _quantize_group(
 
 
 def on_disk(stored: dict[str, Tensor], choice: Choice) -> dict[str, Tensor]:
-    """A linear's tensors as an artifact keeps them: 4-bit codes two a byte, scales in bfloat16 (exact, by contract)."""
+    """A linear's tensors as an artifact keeps them: 4-bit codes two a byte, scales in bfloat16 (exact, by
+    contract)."""
     codes = pack_nibbles(stored["codes"]) if choice.weight_bits == 4 else stored["codes"]
     kept = stored | {"codes": codes, "scales": stored["scales"].bfloat16()}
     return {key: value.cpu().contiguous() for key, value in kept.items()}
 
 
 def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: QuantSpec) -> Transform:
-    """The method's transform; the identity for an input that no action depends on, since nothing was seen of it."""
+    """The method's transform; the identity for an input that no action depends on, since nothing was seen of
+    it."""
     if seen is None and spec.method not in DATA_FREE:
         return Transform()
     width, device = weights[0].shape[1], weights[0].device
@@ -268,8 +209,8 @@ def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: Qu
 def quantize_linear(
     linear: nn.Linear, choice: Choice, shared: InputTransform, spec: QuantSpec
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The linear as it will run, on the exact `fake` kernel, and its tensors: codes int8 (N, K), scales, and the
-    output rotation if there is one."""
+    """The linear as it will run, on the exact `fake` kernel, and its tensors: codes int8 (N, K), scales, and
+    the output rotation if there is one."""
     weight = linear.weight.detach().float()
     rotation = methods.output_rotation(weight, spec)
     transformed = shared.factors().weights(weight)
@@ -277,10 +218,21 @@ def quantize_linear(
         g, b, _ = rotation.shape
         transformed = torch.bmm(rotation.double(), transformed.view(g, b, -1)).reshape(weight.shape)
     codes, scales = quantize_weights(
-        transformed.float(), choice.weight_bits, spec.group_size, search=spec.weight_search, clip=spec.weight_clip
+        transformed.float(),
+        choice.weight_bits,
+        spec.group_size,
+        search=spec.weight_search,
+        clip=spec.weight_clip,
     )
     part = Weights(codes, scales, None if linear.bias is None else linear.bias.detach(), rotation)
-    (module,) = assemble(load_kernel("fake"), shared, [part], weight_bits=choice.weight_bits, dtype=torch.float32,
-                         activation_bits=choice.activation_bits, activation_clip=spec.activation_clip)
+    (module,) = assemble(
+        load_kernel("fake"),
+        shared,
+        [part],
+        weight_bits=choice.weight_bits,
+        dtype=torch.float32,
+        activation_bits=choice.activation_bits,
+        activation_clip=spec.activation_clip,
+    )
     stored = {"codes": codes, "scales": scales}
     return module, stored if rotation is None else stored | {"output_rotation": rotation}

@@ -1,15 +1,19 @@
 """QuantVLA's two calibrated corrections: attention temperature matching and output head balancing.
 
-Rounding flattens or sharpens attention and changes how loud an attention output is. Per head and per layer the ratio of
-teacher (full precision) to student (quantized) is measured on calibration observations and multiplied back:
+Rounding flattens or sharpens attention and changes how loud an attention output is. Per head and per layer
+the ratio of teacher (full precision) to student (quantized) is measured on calibration observations and
+multiplied back:
 
-    a = Std(L_T) / (Std(L_Q) + 1e-6), L = q·kᵀ/√d over live keys, on each query head    band 5 %, clip [0.8, 1.25]
-    b = RMS(Z_T) / (RMS(Z_Q) + 1e-6), Z = what o_proj returns, on each layer            band 3 %, clip exp(±0.30)
+    a = Std(L_T) / (Std(L_Q) + 1e-6), L = q·kᵀ/√d over live keys, on each query head
+    b = RMS(Z_T) / (RMS(Z_Q) + 1e-6), Z = what o_proj returns, on each layer
 
-Both are factors on the rows of a linear (RoPE and the product with k are linear in q), so they cost nothing online: they
-go into q_proj and o_proj, into the codes' scales where those are quantized, into a scaled copy where they are not.
-Clips are those of QuantVLA's pi0.5 code. Where its code measured the ten action tokens among themselves, all the
-keys that a query really sees are measured here. Independent repetitions found no gain: hence off by default.
+a within 5 % of 1 is taken as 1 and clipped to [0.8, 1.25]; b within 3 %, clipped to exp(±0.30).
+
+Both are factors on the rows of a linear (RoPE and the product with k are linear in q), so they cost nothing
+online: they go into q_proj and o_proj, into the codes' scales where those are quantized, into a scaled copy
+where they are not. Clips are those of QuantVLA's pi0.5 code. Where its code measured the ten action tokens
+among themselves, all the keys that a query really sees are measured here. Independent repetitions found no
+gain: hence off by default.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ class Heard:
 
 
 class Loudspeaker(nn.Module):
-    """An o_proj that reports the RMS of what it returns. It has no `prepare`, so it is always called as a whole."""
+    """An o_proj that reports the RMS of what it returns. It has no `prepare`, so it is always called as a
+    whole."""
 
     def __init__(self, linear: nn.Module, stem: str, heard: Heard):
         super().__init__()
@@ -56,15 +61,22 @@ class Loudspeaker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.linear(x)
-        self.heard.rms[self.stem] = self.heard.rms.get(self.stem, 0.0) + float(z.float().square().mean().sqrt())
+        self.heard.rms[self.stem] = self.heard.rms.get(self.stem, 0.0) + float(
+            z.float().square().mean().sqrt()
+        )
         self.heard.calls[self.stem] = self.heard.calls.get(self.stem, 0) + 1
         return z
 
 
 def fit_corrections(
-    policy: Policy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray, requantize: Requantize
+    policy: Policy,
+    artifact: Artifact,
+    observations: Sequence[Observation],
+    noise: np.ndarray,
+    requantize: Requantize,
 ) -> Artifact:
-    """The artifact with its corrections measured and put in; teacher and student see the same observations and noise.
+    """The artifact with its corrections measured and put in; teacher and student see the same observations
+    and noise.
 
     requantize(name, rows): tensors of a quantized linear whose output rows are multiplied by `rows` (N,).
     """
@@ -85,7 +97,9 @@ def fit_corrections(
             factors = torch.tensor(found[layer.name])
             stored = requantize(layer.name, factors.repeat_interleave(layer.out_features // len(factors)))
             tensors |= {f"{layer.name}.{key}": value for key, value in stored.items()}
-    return build(artifact.spec, artifact.checkpoint_sha256, artifact.calibration, artifact.layers, found, tensors)
+    return build(
+        artifact.spec, artifact.checkpoint_sha256, artifact.calibration, artifact.layers, found, tensors
+    )
 
 
 def temperatures(teacher: Tensor, student: Tensor) -> list[float]:
@@ -104,11 +118,15 @@ def _listen(policy: Policy, observations: Sequence[Observation], noise: np.ndarr
     """Run the policy's plain model on every observation and hear every attention."""
     heard = Heard()
     depth = len(policy.model.llm.layers)
-    # the order in which one chunk meets them: the last LLM layer has no attention of its own, the flow repeats the expert
-    stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [f"{EXPERT}{i}.self_attn" for i in range(depth)] * (
-        policy.flow_steps
-    )
-    speakers = {f"{stem}.o_proj": Loudspeaker(policy.model.get_submodule(f"{stem}.o_proj"), stem, heard) for stem in stems}
+    # the order in which one chunk meets them: the last LLM layer has no attention of its own, the flow
+    # repeats the expert
+    stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [
+        f"{EXPERT}{i}.self_attn" for i in range(depth)
+    ] * (policy.flow_steps)
+    speakers = {
+        f"{stem}.o_proj": Loudspeaker(policy.model.get_submodule(f"{stem}.o_proj"), stem, heard)
+        for stem in stems
+    }
     twin = exchange(policy.model, speakers)
     for observation, z in zip(observations, noise, strict=True):
         order = iter(stems)
@@ -118,14 +136,16 @@ def _listen(policy: Policy, observations: Sequence[Observation], noise: np.ndarr
 
 
 def _hear_logits(heard: Heard, stem: str, q: Tensor, k: Tensor) -> None:
-    """q (1, T, heads, d), k (1, P, d): as `attend` gets them, one unpadded observation, so that every key is live."""
+    """q (1, T, heads, d), k (1, P, d): as `attend` gets them, one unpadded observation, so that every key is
+    live."""
     logits = torch.einsum("thd,pd->htp", q[0].float(), k[0].float()) * q.shape[-1] ** -0.5
     heard.std[stem] = heard.std.get(stem, 0) + logits.flatten(1).std(1)
 
 
 @contextmanager
 def _overheard(hear: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While inside, `hear` is called with the rotated queries and keys of every attention of the plain model."""
+    """While inside, `hear` is called with the rotated queries and keys of every attention of the plain
+    model."""
     original = pi05_model.attend
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """One observation through the plain network, where every linear can be listened to.
 
-The policy's own sampler replays CUDA graphs, fuses and pads, all of which hide or add activations. Calibration asks the
-model itself, for one observation at its exact length: no padded token, no masked camera, every flow step.
+The policy's own sampler replays CUDA graphs, fuses and pads, all of which hide or add activations.
+Calibration asks the model itself, for one observation at its exact length: no padded token, no masked camera,
+every flow step.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def sample_eagerly(policy: Pi05Policy, model: Pi05Model, observation: Observation, noise: np.ndarray) -> Tensor:
-    """The network's own action chunk (H, D) float32 for one observation and its noise (H, D); `model` is the policy's
-    or a twin of it."""
+def sample_eagerly(
+    policy: Pi05Policy, model: Pi05Model, observation: Observation, noise: np.ndarray
+) -> Tensor:
+    """The network's own action chunk (H, D) float32 for one observation and its noise (H, D); `model` is the
+    policy's or a twin of it."""
     policy.sampler  # noqa: B018 (making it lays plain linears out together, which can move last bits: always, or never)
     images, tokens, state = policy.preprocess(observation)
     device, steps = policy.device, policy.flow_steps

@@ -1,4 +1,5 @@
-"""What an artifact did to each layer, where two artifacts differ, and which layers are worth their full precision."""
+"""What an artifact did to each layer, where two artifacts differ, and which layers are worth their full
+precision."""
 
 from __future__ import annotations
 
@@ -15,15 +16,23 @@ if TYPE_CHECKING:
     from qlibero.policies.base import Observation, Policy
 
 #: column -> whether the worst comes with the largest value (None: names sort upward)
-SORTS = {"name": None, "sqnr_db": False, "max_error": True, "outlier_before": True, "outlier_after": True, "bytes": True}
+SORTS = {
+    "name": None,
+    "sqnr_db": False,
+    "max_error": True,
+    "outlier_before": True,
+    "outlier_after": True,
+    "bytes": True,
+}
 HINTS = 5
 
 
 def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
     """The document of `qlibero inspect ARTIFACT [--diff OTHER] [--sort COLUMN]`.
 
-    Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape `N×K`,
-    bits `W4A8`, executed, sqnr_db, max_error, outlier_before, outlier_after, bytes (codes and scales), transform_bytes.
+    Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape
+    `N×K`, bits `W4A8`, executed, sqnr_db, max_error, outlier_before, outlier_after, bytes (codes and scales),
+    transform_bytes.
 
     Raises:
         UserError: no such file or column. GuardRefusal: damaged, truncated or altered.
@@ -75,23 +84,37 @@ def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
     noisiest = sorted(measured, key=lambda layer: layer.sqnr_db)[:count]
     total = sum(10 ** (-layer.sqnr_db / 10) for layer in measured)
     return [
-        {"layer": layer.name, "sqnr_db": layer.sqnr_db,
-         "share_of_layer_noise": round(10 ** (-layer.sqnr_db / 10) / total, 4), "extra_bytes": _extra_bytes(layer)}
+        {
+            "layer": layer.name,
+            "sqnr_db": layer.sqnr_db,
+            "share_of_layer_noise": round(10 ** (-layer.sqnr_db / 10) / total, 4),
+            "extra_bytes": _extra_bytes(layer),
+        }
         for layer in noisiest
-    ]  # fmt: skip
+    ]
 
 
 def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
-    """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in dB."""
+    """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in
+    dB."""
     ours, theirs = a.spec.to_mapping(), b.spec.to_mapping()
     left, right = ({layer.name: layer for layer in x.layers} for x in (a, b))
     rows = []
     for name in left.keys() & right.keys():
         x, y = left[name], right[name]
         change = None if None in (x.sqnr_db, y.sqnr_db) else round(y.sqnr_db - x.sqnr_db, 3)
-        rows.append({"layer": name, "sqnr_db": x.sqnr_db, "other_sqnr_db": y.sqnr_db, "change_db": change,
-                     "outlier_after": x.outlier_after, "other_outlier_after": y.outlier_after,
-                     "bits": f"W{x.weight_bits}A{x.activation_bits}", "other_bits": f"W{y.weight_bits}A{y.activation_bits}"})
+        rows.append(
+            {
+                "layer": name,
+                "sqnr_db": x.sqnr_db,
+                "other_sqnr_db": y.sqnr_db,
+                "change_db": change,
+                "outlier_after": x.outlier_after,
+                "other_outlier_after": y.outlier_after,
+                "bits": f"W{x.weight_bits}A{x.activation_bits}",
+                "other_bits": f"W{y.weight_bits}A{y.activation_bits}",
+            }
+        )
     return {
         "settings": {key: [ours[key], theirs[key]] for key in ours if ours[key] != theirs[key]},
         "same_checkpoint": a.checkpoint_sha256 == b.checkpoint_sha256,
@@ -106,9 +129,10 @@ def sensitivity(
 ) -> list[dict[str, Any]]:
     """Which layers' return to full precision would buy most, measured on actions, greatest share first.
 
-    Each executed layer is quantized *alone* and the policy asked: rms_action is the root mean square change of its
-    actions (in the policy's own action units, gripper included). Independent errors add in squares, so a layer's
-    square over the sum of squares is its share of what full quantization costs. One policy call per layer.
+    Each executed layer is quantized *alone* and the policy asked: rms_action is the root mean square change
+    of its actions (in the policy's own action units, gripper included). Independent errors add in squares, so
+    a layer's square over the sum of squares is its share of what full quantization costs. One policy call per
+    layer.
     """
     from qlibero.quant.apply import quantize_policy
 
@@ -119,8 +143,14 @@ def sensitivity(
             continue
         alone = quantize_policy(policy, artifact, "fake", only=frozenset([layer.name]))
         error = alone.infer(observations, noise).actions - exact
-        rows.append({"layer": layer.name, "rms_action": float(np.sqrt(np.mean(error**2))), "sqnr_db": layer.sqnr_db,
-                     "extra_bytes": _extra_bytes(layer)})
+        rows.append(
+            {
+                "layer": layer.name,
+                "rms_action": float(np.sqrt(np.mean(error**2))),
+                "sqnr_db": layer.sqnr_db,
+                "extra_bytes": _extra_bytes(layer),
+            }
+        )
     if not rows:
         raise GuardRefusal("the artifact holds no executed layer, so none can be measured")
     total = sum(r["rms_action"] ** 2 for r in rows) or 1.0

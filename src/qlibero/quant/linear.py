@@ -1,12 +1,12 @@
 """A quantized linear: transform and round the input once, multiply codes, scale back.
 
-`prepare` is everything that depends on the input alone, so that q/k/v and gate/up share it; `from_prepared` is the
-part that a kernel does. Linears that share an input also share one product: their codes lie below one another in one
-packed weight, the first that is asked multiplies for all and each takes its columns. Rows are independent, so no
-number depends on it; three small products become one.
+`prepare` is everything that depends on the input alone, so that q/k/v and gate/up share it; `from_prepared`
+is the part that a kernel does. Linears that share an input also share one product: their codes lie below one
+another in one packed weight, the first that is asked multiplies for all and each takes its columns. Rows are
+independent, so no number depends on it; three small products become one.
 
-Only the kernel differs between backends: the transform and the quantizer above it are this code in all of them, which
-is what makes `fake` and a real kernel see identical codes.
+Only the kernel differs between backends: the transform and the quantizer above it are this code in all of
+them, which is what makes `fake` and a real kernel see identical codes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qlibero.quant.transform import InputTransform, block_product
 
 @dataclass(frozen=True)
 class Weights:
-    """One linear as an artifact has it: codes int8 (N, K), scales float32 (N,) or (N, G), bias (N,) or None, and
-    `output_rotation` (N/B, B, B) float32 or None with y = y'·R (weight_pca's row rotation)."""
+    """One linear as an artifact has it: codes int8 (N, K), scales float32 (N,) or (N, G), bias (N,) or None,
+    and `output_rotation` (N/B, B, B) float32 or None with y = y'·R (weight_pca's row rotation)."""
 
     codes: Tensor
     scales: Tensor
@@ -49,8 +49,8 @@ class Product(nn.Module):
 
 @dataclass
 class Prepared:
-    """An input in integers: codes int8 (M, K), scales float32 (M,), what is needed to shape the outputs, and the
-    products that have been taken of it."""
+    """An input in integers: codes int8 (M, K), scales float32 (M,), what is needed to shape the outputs, and
+    the products that have been taken of it."""
 
     codes: Tensor
     scales: Tensor
@@ -59,7 +59,8 @@ class Prepared:
     products: dict[int, Tensor] = field(default_factory=dict)
 
     def product(self, of: Product) -> Tensor:
-        """(..., N of all linears of the product) in the input's dtype; computed the first time it is asked for."""
+        """(..., N of all linears of the product) in the input's dtype; computed the first time it is asked
+        for."""
         y = self.products.get(id(of))
         if y is None:
             y = of.kernel.matmul(self.codes, self.scales, of.packed, of.scales, of.bias, self.dtype)
@@ -115,7 +116,9 @@ class QuantLinear(nn.Module):
 
     def _rotated(self, prepared: Prepared) -> Tensor:
         p = self.product
-        y = block_product(p.kernel.matmul(prepared.codes, prepared.scales, p.packed, p.scales), self.output_rotation)
+        y = block_product(
+            p.kernel.matmul(prepared.codes, prepared.scales, p.packed, p.scales), self.output_rotation
+        )
         y = y if self.late_bias is None else y + self.late_bias
         return y.to(prepared.dtype).view(*prepared.leading, -1)
 
@@ -124,7 +127,9 @@ class QuantLinear(nn.Module):
         return self.from_prepared(self.prepare(x))
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.product.kernel.name}, A{self.activation_bits}"
+        return (
+            f"{self.in_features} -> {self.out_features}, {self.product.kernel.name}, A{self.activation_bits}"
+        )
 
 
 def assemble(
@@ -139,19 +144,28 @@ def assemble(
 ) -> list[nn.Module]:
     """The modules that run linears with a common input, all on one device; one product for all of them.
 
-    With 16-bit activations nothing happens online: the codes are dequantized, every rotation is undone in the weights
-    and the results are ordinary linears of `dtype`. They have the error of their bits but save no memory.
+    With 16-bit activations nothing happens online: the codes are dequantized, every rotation is undone in the
+    weights and the results are ordinary linears of `dtype`. They have the error of their bits but save no
+    memory.
     """
     if activation_bits == 16:
         return [_dequantized(shared, part, dtype) for part in parts]
     settings = {"activation_bits": activation_bits, "activation_clip": activation_clip}
-    if any(part.output_rotation is not None for part in parts):   # rotated outputs need the product before its bias
+    if any(
+        part.output_rotation is not None for part in parts
+    ):  # rotated outputs need the product before its bias
         return [
-            QuantLinear(shared, _product(kernel, [Weights(part.codes, part.scales)], weight_bits), 0, len(part.codes),
-                        output_rotation=part.output_rotation, late_bias=None if part.bias is None else part.bias.float(),
-                        **settings)
+            QuantLinear(
+                shared,
+                _product(kernel, [Weights(part.codes, part.scales)], weight_bits),
+                0,
+                len(part.codes),
+                output_rotation=part.output_rotation,
+                late_bias=None if part.bias is None else part.bias.float(),
+                **settings,
+            )
             for part in parts
-        ]  # fmt: skip
+        ]
     product, modules, start = _product(kernel, parts, weight_bits), [], 0
     for part in parts:
         modules.append(QuantLinear(shared, product, start, start + len(part.codes), **settings))
@@ -164,7 +178,12 @@ def _product(kernel: Kernel, parts: Sequence[Weights], weight_bits: int) -> Prod
     biases = [part.bias for part in parts]
     bias = None
     if any(b is not None for b in biases):
-        bias = torch.cat([torch.zeros(len(p.codes), device=codes.device) if p.bias is None else p.bias.float() for p in parts])
+        bias = torch.cat(
+            [
+                torch.zeros(len(p.codes), device=codes.device) if p.bias is None else p.bias.float()
+                for p in parts
+            ]
+        )
     return Product(kernel, kernel.pack(codes, weight_bits, _group_size(codes, scales)), scales, bias)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Measures:
-    """sqnr_db: 10·log10 of signal over error energy of the layer's output; max_error: greatest |error| over greatest |output|."""
+    """sqnr_db: 10·log10 of signal over error energy of the layer's output; max_error: greatest |error| over
+    greatest |output|."""
 
     sqnr_db: float
     max_error: float
@@ -26,10 +27,13 @@ def measure(linear: nn.Linear, quantized: nn.Module, tokens: Tensor) -> Measures
     signal, noise = float(exact.double().square().sum()), float(error.double().square().sum())
     # 200 dB stands for "no error at all", which JSON has no infinity for
     sqnr = 200.0 if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-    return Measures(round(sqnr, 4), float(f"{float(error.abs().max()) / max(float(exact.abs().max()), 1e-30):.6g}"))
+    return Measures(
+        round(sqnr, 4), float(f"{float(error.abs().max()) / max(float(exact.abs().max()), 1e-30):.6g}")
+    )
 
 
 def outlier_ratio(tokens: Tensor) -> float:
-    """Mean over tokens of max|x| / rms(x): what a per-token step has to stretch over. sqrt(2·ln K) or so when Gaussian."""
+    """Mean over tokens of max|x| / rms(x): what a per-token step has to stretch over. sqrt(2·ln K) or so when
+    Gaussian."""
     rms = tokens.float().square().mean(1).sqrt().clamp_min(1e-30)
     return float(f"{float((tokens.float().abs().amax(1) / rms).mean()):.6g}")

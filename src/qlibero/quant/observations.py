@@ -1,10 +1,10 @@
-"""Demonstration observations for calibration: one .npz of plain arrays, small enough to travel with a checkpoint.
+"""Demonstration observations for calibration: one .npz of plain arrays, to travel with a checkpoint.
 
-    jpeg     (bytes,) uint8       all images, JPEG-coded, one after the other: agentview, wrist, agentview, wrist, …
-    offsets  (2n + 1,) int64      image i is jpeg[offsets[i]:offsets[i + 1]]
-    states   (n, 8) float32       as in `Observation.state`
-    prompts  (n,) unicode         task instructions
-    source   () unicode           where they come from; must not be evaluation episodes
+    jpeg     (bytes,) uint8     all images, JPEG-coded: agentview, wrist, agentview, wrist, …
+    offsets  (2n + 1,) int64    image i is jpeg[offsets[i]:offsets[i + 1]]
+    states   (n, 8) float32     as in `Observation.state`
+    prompts  (n,) unicode       task instructions
+    source   () unicode         where they come from; must not be evaluation episodes
 
 Read with allow_pickle=False: the file may come from anywhere.
 """
@@ -36,7 +36,8 @@ class Demonstrations:
     sha256: str
 
     def sample(self, count: int, seed: int) -> Demonstrations:
-        """`count` of them (all, if there are no more), drawn without replacement from `seed`, in file order."""
+        """`count` of them (all, if there are no more), drawn without replacement from `seed`, in file
+        order."""
         if count >= len(self.observations):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.observations))[:count])
@@ -67,18 +68,28 @@ def read_demonstrations(path: Path) -> Demonstrations:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"calibration.path {path}: {error.strerror}; write the .npz of demonstration observations") from None
+        raise UserError(
+            f"calibration.path {path}: {error.strerror}; write the .npz of demonstration observations"
+        ) from None
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            jpeg, offsets, states, prompts = (arrays[name] for name in ("jpeg", "offsets", "states", "prompts"))
+            jpeg, offsets, states, prompts = (
+                arrays[name] for name in ("jpeg", "offsets", "states", "prompts")
+            )
             source = str(arrays["source"])
-        images = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB"))
-                  for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        images = [
+            np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB"))
+            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"calibration.path {path} is not a file of demonstration observations: {error}") from None
+        raise UserError(
+            f"calibration.path {path} is not a file of demonstration observations: {error}"
+        ) from None
     if len(images) != 2 * len(states) or states.shape[1:] != (8,) or len(prompts) != len(states):
-        raise UserError(f"calibration.path {path}: {len(images)} images, {states.shape} states and {len(prompts)} prompts "
-                        "do not belong together (2n, (n, 8) and n)")
+        raise UserError(
+            f"calibration.path {path}: {len(images)} images, {states.shape} states and {len(prompts)} "
+            "prompts do not belong together (2n, (n, 8) and n)"
+        )
     observations = tuple(
         Observation(images[2 * i], images[2 * i + 1], states[i].astype(np.float32), str(prompts[i]))
         for i in range(len(states))

@@ -1,8 +1,8 @@
 """What an experiment can ask of quantization, as one frozen value with one hash.
 
-The hash is half of an artifact's identity (the checkpoint and the data are the rest): two experiments that ask for the
-same thing share an artifact, and any change that could alter one number makes another. The keys are those of
-`quant:` in an experiment; `config/schema.py` explains them to the person who writes the YAML.
+The hash is half of an artifact's identity (the checkpoint and the data are the rest): two experiments that
+ask for the same thing share an artifact, and any change that could alter one number makes another. The keys
+are those of `quant:` in an experiment; `config/schema.py` explains them to the person who writes the YAML.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ BITS = ((4, 8), (8, 8), (4, 4), (4, 16), (8, 16))
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """One way of quantizing a policy. Every field can change numbers; nothing here is about where or how fast it runs.
+    """One way of quantizing a policy. Every field can change numbers; nothing here is about where or how fast
+    it runs.
 
     Attributes:
         method: how the layer's input is transformed before rounding, one of METHODS.
         layout: which linears, one of LAYOUTS; None: those that `include` names.
         include, exclude: regexes, searched in the full dotted name.
-        per_layer_bits: regex -> weight bits of those layers, later patterns win; 16 leaves a layer in full precision.
+        per_layer_bits: regex -> weight bits of those layers, later patterns win; 16 leaves a layer in full
+            precision.
         group_size: input channels that share one weight scale; None is one scale per output row.
         block_size: width of the rotation blocks (duquant, hadamard, weight_pca).
         alpha: smoothing strength (smoothquant, duquant), 0 to 1.
         weight_clip, activation_clip: fraction of the absolute maximum that the largest code stands for.
         weight_search: choose each weight scale by least squared rounding error instead of its maximum.
         rotation_steps: most greedy steps per rotation (duquant).
-        row_rotation: rotate the outputs too and undo it after the product (weight_pca, as its original script did).
+        row_rotation: rotate the outputs too and undo it after the product (weight_pca, as its original script
+            did).
         atm, ohb: attention temperature matching and output head balancing (QuantVLA).
-        calibration_samples, calibration_seed: how many demonstration observations, and the seed of every random draw.
+        calibration_samples, calibration_seed: how many demonstration observations, and the seed of every
+            random draw.
     """
 
     method: str = "duquant"
@@ -67,11 +71,15 @@ class QuantSpec:
         if self.layout is not None:
             _one_of("layout", self.layout, LAYOUTS)
         elif not self.include:
-            raise UserError("quant: neither layout nor include is given, so nothing would be quantized; "
-                            f"write layout: {' | '.join(LAYOUTS)}, or include: [REGEX]")
+            raise UserError(
+                "quant: neither layout nor include is given, so nothing would be quantized; "
+                f"write layout: {' | '.join(LAYOUTS)}, or include: [REGEX]"
+            )
         if (self.weight_bits, self.activation_bits) not in BITS:
             known = ", ".join(f"W{w}A{a}" for w, a in BITS)
-            raise UserError(f"quant: W{self.weight_bits}A{self.activation_bits} is not supported; write one of {known}")
+            raise UserError(
+                f"quant: W{self.weight_bits}A{self.activation_bits} is not supported; write one of {known}"
+            )
         for pattern in (*self.include, *self.exclude, *(pattern for pattern, _ in self.per_layer_bits)):
             try:
                 re.compile(pattern)
@@ -80,10 +88,14 @@ class QuantSpec:
         for pattern, bits in self.per_layer_bits:
             _one_of(f"per_layer_bits[{pattern!r}]", bits, (4, 8, 16))
         if self.row_rotation and self.method != "weight_pca":
-            raise UserError(f"quant.row_rotation belongs to weight_pca; with method {self.method} leave it out")
+            raise UserError(
+                f"quant.row_rotation belongs to weight_pca; with method {self.method} leave it out"
+            )
         for name in ("weight_clip", "activation_clip"):
             if not 0.0 < getattr(self, name) <= 1.0:
-                raise UserError(f"quant.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
+                raise UserError(
+                    f"quant.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1"
+                )
         if not 0.0 <= self.alpha <= 1.0:
             raise UserError(f"quant.alpha is {self.alpha}; write a number from 0 to 1")
         for name, least in (("block_size", 2), ("rotation_steps", 1), ("calibration_samples", 1)):
@@ -92,13 +104,16 @@ class QuantSpec:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> QuantSpec:
-        """From an experiment's `quant:` as plain values (lists, dicts; `calibration: {samples, seed}`), or from
-        `to_mapping`. Where the data and the artifact lie (`calibration.path`, `artifact`) is not part of a spec.
+        """From an experiment's `quant:` as plain values (lists, dicts; `calibration: {samples, seed}`), or
+        from `to_mapping`. Where the data and the artifact lie (`calibration.path`, `artifact`) is not part of
+        a spec.
         """
         clean = dict(values)
         clean.pop("artifact", None)
         calibration = dict(clean.pop("calibration", None) or {})
-        clean.update({f"calibration_{key}": calibration[key] for key in ("samples", "seed") if key in calibration})
+        clean.update(
+            {f"calibration_{key}": calibration[key] for key in ("samples", "seed") if key in calibration}
+        )
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(clean) - known):
             raise UserError(f"quant: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -110,7 +125,9 @@ class QuantSpec:
     def to_mapping(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_mapping`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values.update(include=list(self.include), exclude=list(self.exclude), per_layer_bits=dict(self.per_layer_bits))
+        values.update(
+            include=list(self.include), exclude=list(self.exclude), per_layer_bits=dict(self.per_layer_bits)
+        )
         return values
 
     @property

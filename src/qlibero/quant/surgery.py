@@ -1,7 +1,7 @@
 """A model with some modules exchanged, sharing everything else with the original, which stays as it was.
 
-One full-precision policy and several quantized arms live in one process; copying the unquantized two thirds of the
-weights for each would cost what quantization saves.
+One full-precision policy and several quantized arms live in one process; copying the unquantized two thirds
+of the weights for each would cost what quantization saves.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The invertible change of a layer's input that makes it easier to round, and its exact counterpart on the weights.
+"""The invertible change of a layer's input that makes it easier to round, and its counterpart on the weights.
 
-Online the input x becomes x' = x·T; offline the weights W (out × in) become W' = W·T^-T, so that x'·W'^T = x·W^T
-for any invertible T. T is a product of at most four factors, in this order:
+Online the input x becomes x' = x·T; offline the weights W (out × in) become W' = W·T^-T, so that x'·W'^T =
+x·W^T for any invertible T. T is a product of at most four factors, in this order:
 
-    scale (K,)          multiply each channel            smoothquant
-    first (G, B, B)     multiply each block of B         duquant's R1 with the smoothing folded into its rows; hadamard
-    order (K,)          gather channels                  duquant's zigzag permutation
-    second (G, B, B)    multiply each block of B         duquant's R2; weight_pca's rotation
+    scale (K,)        multiply each channel      smoothquant
+    first (G, B, B)   multiply each block of B   duquant's R1, smoothing folded into its rows; hadamard
+    order (K,)        gather channels            duquant's zigzag permutation
+    second (G, B, B)  multiply each block of B   duquant's R2; weight_pca's rotation
 
-W' is computed in float64 from the factors *as stored*, inverse included, so invariance does not hang on how orthogonal
-a rounded rotation is. That is why blocks can be kept in bfloat16, half the bytes, at no loss. The online side runs in
-float32, in one order, and is the same code for every backend: equal codes in `fake` and in a kernel are a
-consequence, not a hope.
+W' is computed in float64 from the factors *as stored*, inverse included, so invariance does not hang on how
+orthogonal a rounded rotation is. That is why blocks can be kept in bfloat16, half the bytes, at no loss. The
+online side runs in float32, in one order, and is the same code for every backend: equal codes in `fake` and
+in a kernel are a consequence, not a hope.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Transform:
 
     def stored(self) -> Transform:
         """This transform as it is kept and run: scale float32, blocks bfloat16."""
-        first, second = (None if blocks is None else blocks.bfloat16() for blocks in (self.first, self.second))
+        first, second = (
+            None if blocks is None else blocks.bfloat16() for blocks in (self.first, self.second)
+        )
         return Transform(None if self.scale is None else self.scale.float(), first, self.order, second)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -46,7 +48,8 @@ class Transform:
         return {name: getattr(self, name) for name in FACTORS if getattr(self, name) is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32 online)."""
+        """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32
+        online)."""
         return apply_factors(x, self.scale, self.first, self.order, self.second)
 
     def weights(self, w: Tensor) -> Tensor:
@@ -63,7 +66,8 @@ class Transform:
         return w
 
     def unweights(self, w: Tensor) -> Tensor:
-        """The inverse of `weights`: w' (N, K) -> W'·T^T, so that weight-only layers need nothing online. float64."""
+        """The inverse of `weights`: w' (N, K) -> W'·T^T, so that weight-only layers need nothing online.
+        float64."""
         w = w.double()
         if self.second is not None:
             w = block_product(w, self.second.double().transpose(1, 2))
@@ -92,7 +96,8 @@ def apply_factors(
 
 
 def block_product(x: Tensor, blocks: Tensor) -> Tensor:
-    """x (M, K) times blockdiag(blocks), blocks (G, B, B) with G·B = K, or (1, B, B) for one block shared by all."""
+    """x (M, K) times blockdiag(blocks), blocks (G, B, B) with G·B = K, or (1, B, B) for one block shared by
+    all."""
     m, k = x.shape
     g, b, _ = blocks.shape
     if g == 1:
@@ -105,7 +110,8 @@ def _inverse_transpose(blocks: Tensor) -> Tensor:
 
 
 class InputTransform(nn.Module):
-    """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one input."""
+    """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one
+    input."""
 
     def __init__(self, transform: Transform, width: int):
         super().__init__()
@@ -130,8 +136,8 @@ class InputTransform(nn.Module):
     def quantize(self, x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
         """x (M, K) any float dtype -> codes int8 (M, K) and scales float32 (M,) of x·T.
 
-        On CUDA transform and quantizer are one fused computation, for every backend alike, where triton is there and
-        the blocks suit it.
+        On CUDA transform and quantizer are one fused computation, for every backend alike, where triton is
+        there and the blocks suit it.
         """
         if x.is_cuda and (fused := self._fused_on_cuda(x.device)) is not None:
             return fused(x, bits, clip)
@@ -146,6 +152,6 @@ class InputTransform(nn.Module):
 def _prologue(factors: dict[str, Tensor], width: int) -> Any:
     try:
         from qlibero.kernels.triton_prologue import Prologue
-    except ImportError:   # a torch without triton: the same factors in torch, slower
+    except ImportError:  # a torch without triton: the same factors in torch, slower
         return None
     return None if Prologue.unfit(factors) else Prologue(factors, width)

@@ -1,4 +1,5 @@
-"""One file per method. Each turns what calibration saw of a shared input into a `Transform`, and knows nothing else."""
+"""One file per method. Each turns what calibration saw of a shared input into a `Transform`, and knows
+nothing else."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from qlibero.quant.transform import Transform
 class GroupData:
     """What is known of one shared input when its transform is fitted.
 
-    weights: the (N, K) float32 weights that read it; peak: (K,) greatest |x| per channel over all calibration tokens;
-    tokens: (T, K) float32 kept tokens; seed: of this group's random draws.
+    weights: the (N, K) float32 weights that read it; peak: (K,) greatest |x| per channel over all calibration
+    tokens; tokens: (T, K) float32 kept tokens; seed: of this group's random draws.
     """
 
     weights: tuple[Tensor, ...]

@@ -2,9 +2,10 @@
 
     x' = x · S^-1 · R1 · P · R2          W' = W · S · R1 · P · R2
 
-R1 and R2 are block-diagonal, *one rotation per block* as in the paper (the released code shares one by all). The
-smoothing S^-1 is folded into the rows of R1, so it costs nothing online. Where paper and code differ the paper is
-followed: the outlier is the channel with the greatest |x|, and the peak that greedy search lowers is max |x|.
+R1 and R2 are block-diagonal, *one rotation per block* as in the paper (the released code shares one by all).
+The smoothing S^-1 is folded into the rows of R1, so it costs nothing online. Where paper and code differ the
+paper is followed: the outlier is the channel with the greatest |x|, and the peak that greedy search lowers is
+max |x|.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ def fit(data: GroupData, spec: QuantSpec) -> Transform:
 def greedy_rotation(x: Tensor, steps: int, seed: int) -> Tensor:
     """Rotations that lower each block's greatest |x|: (G, T, B) -> orthogonal (G, B, B) float64.
 
-    Step n spreads the channel d that now holds the peak over the whole block: R = E_d·R~·Q·E_d with E_d the swap of
-    0 and d, R~ the base with a uniform first row and Q = blockdiag(1, random orthogonal). The prefix with the smallest
-    remaining peak is kept, which may be the empty one: a block without outliers is left alone.
+    Step n spreads the channel d that now holds the peak over the whole block: R = E_d·R~·Q·E_d with E_d the
+    swap of 0 and d, R~ the base with a uniform first row and Q = blockdiag(1, random orthogonal). The prefix
+    with the smallest remaining peak is kept, which may be the empty one: a block without outliers is left
+    alone.
     """
     g, t, b = x.shape
-    # The search runs in float32 and only what it found is made orthogonal to float64: nothing hangs on its rounding.
-    # Data and accumulated rotation are multiplied by the same matrices, so they travel in one tensor.
+    # The search runs in float32 and only what it found is made orthogonal to float64: nothing hangs on its
+    # rounding. Data and accumulated rotation are multiplied by the same matrices, so they travel in one
+    # tensor.
     state = torch.cat([x.float(), torch.eye(b, device=x.device).expand(g, b, b)], dim=1)
     peaks = state[:, :t].abs().amax(1)
     least = peaks.amax(1)
@@ -83,7 +86,8 @@ def _step(b: int, seed: int, n: int) -> Tensor:
 
 @cache
 def uniform_first_row(b: int) -> Tensor:
-    """The paper's base R~: a product of B-1 Givens rotations whose first row is 1/sqrt(B) everywhere. (B, B) float64."""
+    """The paper's base R~: a product of B-1 Givens rotations whose first row is 1/sqrt(B) everywhere. (B, B)
+    float64."""
     r = torch.eye(b, dtype=torch.float64)
     for i in range(b - 1):
         cos, sin = (1 / (i + 2)) ** 0.5, ((i + 1) / (i + 2)) ** 0.5
@@ -96,10 +100,11 @@ def uniform_first_row(b: int) -> Tensor:
 
 
 def zigzag(peak: Tensor, block: int) -> Tensor:
-    """Deal channels to blocks in serpentine order of their peak, so that every block gets its share of outliers.
+    """Deal channels to blocks in serpentine order of their peak, so that every block gets its share of
+    outliers.
 
-    peak (K,) -> order (K,) int64: channel order[i] goes to place i. Rank r·G + p goes to block p on even rounds r and
-    to block G-1-p on odd ones.
+    peak (K,) -> order (K,) int64: channel order[i] goes to place i. Rank r·G + p goes to block p on even
+    rounds r and to block G-1-p on odd ones.
     """
     k = len(peak)
     blocks = k // block

@@ -1,8 +1,8 @@
 """SmoothQuant (arXiv 2211.10438): move outliers from activations into weights, channel by channel.
 
-s_j = max|X_j|^α / max|W_j|^(1-α); x is divided by s and W multiplied. The division stays online as one product per
-input (it can fold into the preceding norm for q/k/v and gate/up only; one rule for all four inputs is simpler and
-costs one pass over a tensor that is in cache).
+s_j = max|X_j|^α / max|W_j|^(1-α); x is divided by s and W multiplied. The division stays online as one
+product per input (it can fold into the preceding norm for q/k/v and gate/up only; one rule for all four
+inputs is simpler and costs one pass over a tensor that is in cache).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def fit(data: GroupData, spec: QuantSpec) -> Transform:
 
 
 def smoothing(data: GroupData, alpha: float) -> Tensor:
-    """s (K,) float64, normalised to geometric mean 1 (a common factor changes no code). The weight maximum is over
-    every linear of the group, where the released DuQuant code looks at q_proj or up_proj alone."""
+    """s (K,) float64, normalised to geometric mean 1 (a common factor changes no code). The weight maximum is
+    over every linear of the group, where the released DuQuant code looks at q_proj or up_proj alone."""
     x = data.peak.double()
     w = torch.stack([weight.double().abs().amax(0) for weight in data.weights]).amax(0)
     x = x.clamp_min(max(float(x.max()) * QUIET, 1e-30))

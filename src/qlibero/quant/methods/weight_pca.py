@@ -1,10 +1,10 @@
 """The transform of the code this project grew from, kept to reproduce its numbers. It is not DuQuant.
 
-Data-free, from the weights alone: channels ordered by mean squared weight and interleaved (largest, smallest, second
-largest, …), then each block of B turned into the principal axes of its weights. It concentrates energy where DuQuant
-spreads it. Two things differ from the original on purpose: linears that share an input share its transform (fitted on
-their stacked weights), and activations are quantized per token like everybody's here, because the original's static
-scale per input channel cannot be computed by an integer product.
+Data-free, from the weights alone: channels ordered by mean squared weight and interleaved (largest, smallest,
+second largest, …), then each block of B turned into the principal axes of its weights. It concentrates energy
+where DuQuant spreads it. Two things differ from the original on purpose: linears that share an input share
+its transform (fitted on their stacked weights), and activations are quantized per token like everybody's
+here, because the original's static scale per input channel cannot be computed by an integer product.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def fit(data: GroupData, spec: QuantSpec) -> Transform:
 
 
 def output_rotation(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """The original's second rotation, of the outputs: weight (N, K) -> R (N/B, B, B) float32, with W' = R·W and
-    y = y'·R. Narrow outputs use one block of their own width."""
+    """The original's second rotation, of the outputs: weight (N, K) -> R (N/B, B, B) float32, with W' = R·W
+    and y = y'·R. Narrow outputs use one block of their own width."""
     n = weight.shape[0]
     block = spec.block_size if n % spec.block_size == 0 else n
     return _left_axes(weight.double().view(-1, block, weight.shape[1])).float()
