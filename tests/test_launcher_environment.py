@@ -126,7 +126,23 @@ def test_an_older_header_in_front_is_named_with_the_error_it_would_cause(tmp_pat
     found = check_agreement(tmp_path, os.environ)
     assert found.problem and "nvcc is 13.0 but the cuda.h it includes is 11.8 (/usr/include/cuda.h)" in found.problem
     assert "CU_TENSOR_MAP_SWIZZLE_128B" in found.problem
-    assert found.cure and "CPATH" in found.cure and "CUDA_HOME" in found.cure
+    assert found.cure and "NVCC_PREPEND_FLAGS" in found.cure and "CUDA_HOME" in found.cure
+
+
+def test_headers_of_one_toolkit_under_the_compiler_of_another_are_found(tmp_path: Path) -> None:
+    """CUDA_HOME without a compiler, nvcc on PATH: what the fork's author probably had."""
+    header(tmp_path / "old" / "include" / "cuda.h", 11080)
+    fake_nvcc(tmp_path / "new", "13.0", preprocessed(f"{tmp_path}/old/include/cuda.h", 11080))
+    found = check_agreement(tmp_path / "old", {"PATH": f"{tmp_path}/new/bin:/usr/bin:/bin"})
+    assert found.problem and "nvcc is 13.0" in found.problem and "11.8" in found.problem
+    assert check_agreement(tmp_path / "old", {"PATH": "/nowhere"}).problem is None, "nothing compiles, nothing breaks"
+
+
+def test_the_toolkits_own_compiler_comes_first_on_path(tmp_path: Path) -> None:
+    fake_nvcc(tmp_path / "cuda", "13.0", None)
+    policy = policy_environment({"PATH": "/usr/bin"}, Toolkit(tmp_path / "cuda", (), ""))
+    assert policy["PATH"] == f"{tmp_path}/cuda/bin:/usr/bin"
+    assert policy_environment(policy, Toolkit(tmp_path / "cuda", (), "")) == policy
 
 
 def test_without_a_host_compiler_the_toolkits_own_header_is_read(tmp_path: Path) -> None:

@@ -192,6 +192,10 @@ def toolkit() -> Finding:
         return Finding("CUDA toolkit", "fail", agreed.problem, agreed.cure or "")
     if chosen.home is None:
         return Finding("CUDA toolkit", "ok", chosen.why)
+    cuda = environment.torch_cuda(environment.site_packages())
+    if agreed.nvcc and cuda and agreed.nvcc[0] != int(cuda.split(".")[0]):
+        return Finding("CUDA toolkit", "warn", f"{chosen.home} ({chosen.why}) is CUDA {agreed.nvcc[0]}, torch is built for {cuda}",
+                       "unset CUDA_HOME CUDA_PATH, or install the toolkit of torch's version")  # fmt: skip
     version = ".".join(map(str, agreed.nvcc)) if agreed.nvcc else "no nvcc"
     return Finding("CUDA toolkit", "ok", f"{chosen.home} ({chosen.why}), {version}, cuda.h agrees")
 

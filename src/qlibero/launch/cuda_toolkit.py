@@ -114,16 +114,19 @@ def _majors_of(directory: Path, component: str, lib: Path) -> set[int]:
 
 
 def check_agreement(home: Path | None, environ: Mapping[str, str], timeout_s: float = 20.0) -> Agreement:
-    """Ask nvcc its version and which cuda.h it includes. Never raises; `home` None means there is nothing to check."""
-    nvcc_path = home / "bin" / "nvcc" if home else None
-    if nvcc_path is None or not _executable(nvcc_path):
+    """Ask nvcc its version and which cuda.h it includes when a library compiles with `-I<home>/include`, as they do.
+
+    nvcc is `home`'s, or where that has none the one on PATH. Never raises; without any nvcc there is nothing to check.
+    """
+    nvcc_path = compiler(home, environ)
+    if home is None or nvcc_path is None:
         return Agreement(None, None, None, None, None)
     said = _output([str(nvcc_path), "--version"], environ, timeout_s)
     release = re.search(r"release (\d+)\.(\d+)", said or "")
     if not release:
         return Agreement(None, None, None, f"{nvcc_path} --version does not answer", "reinstall the CUDA toolkit")
     nvcc = (int(release.group(1)), int(release.group(2)))
-    header, header_path = _header_nvcc_finds(nvcc_path, environ, timeout_s)
+    header, header_path = _header_nvcc_finds(nvcc_path, home / "include", environ, timeout_s)
     if header is None:
         header_path = home / "include" / "cuda.h"
         header = _header_version(header_path)
@@ -137,13 +140,21 @@ def check_agreement(home: Path | None, environ: Mapping[str, str], timeout_s: fl
         problem += "; BitBLAS and CUTLASS will fail with `CU_TENSOR_MAP_SWIZZLE_128B is undefined`"
     elif header[0] == nvcc[0]:
         problem += "; usually harmless within one major version"
-    cure = "use one toolkit: unset CPATH, CPLUS_INCLUDE_PATH and NVCC_PREPEND_FLAGS, and set CUDA_HOME to the toolkit of nvcc"
+    cure = "use one toolkit: set CUDA_HOME to the directory above nvcc's bin, and take -I options out of NVCC_PREPEND_FLAGS"
     return Agreement(nvcc, header, header_path, problem, cure)
 
 
-def _header_nvcc_finds(nvcc: Path, environ: Mapping[str, str], timeout_s: float) -> tuple[Version | None, Path | None]:
+def compiler(home: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The nvcc that will be run: `home`'s own, else the one on PATH."""
+    if home is not None and _executable(home / "bin" / "nvcc"):
+        return home / "bin" / "nvcc"
+    found = shutil.which("nvcc", path=environ.get("PATH", ""))
+    return Path(found) if found else None
+
+
+def _header_nvcc_finds(nvcc: Path, include: Path, environ: Mapping[str, str], timeout_s: float) -> tuple[Version | None, Path | None]:
     """Preprocess a file that includes cuda.h, exactly as a compiled kernel would. Needs the host compiler."""
-    text = _output([str(nvcc), "-E", "-x", "cu", "-"], environ, timeout_s, stdin=PROBE) or ""
+    text = _output([str(nvcc), "-E", f"-I{include}", "-x", "cu", "-"], environ, timeout_s, stdin=PROBE) or ""
     number = re.search(r"^qlibero_cuda_version (\d+)", text, re.MULTILINE)
     path = re.search(r'^# \d+ "([^"]*/cuda\.h)"', text, re.MULTILINE)
     return (_split(int(number.group(1))) if number else None, Path(path.group(1)) if path else None)

@@ -43,10 +43,13 @@ os._exit(0)
 
 # ---------------------------------------------------------------------------------------------- the policy process
 def policy_environment(environ: Mapping[str, str], toolkit: Toolkit) -> dict[str, str]:
-    """`environ` with the toolkit's CUDA_HOME and libraries first; unchanged where there is nothing to add."""
+    """`environ` with the toolkit's CUDA_HOME, compiler and libraries first; unchanged where there is nothing to add."""
     result = dict(environ)
     if toolkit.home is not None:
         result["CUDA_HOME"] = str(toolkit.home)
+        path = environ.get("PATH", "").split(":")
+        if (toolkit.home / "bin" / "nvcc").is_file() and path[0] != f"{toolkit.home}/bin":
+            result["PATH"] = ":".join([f"{toolkit.home}/bin", *path])   # libraries call plain `nvcc`: it must be this one
     ours = [str(path) for path in toolkit.libraries]
     if ours:
         theirs = [part for part in environ.get("LD_LIBRARY_PATH", "").split(":") if part and part not in ours]
