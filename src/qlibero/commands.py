@@ -72,7 +72,8 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.launch.plan import plan as make_plan
 
     document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
-    _table(document["cells"], title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
+    cells_shown = [{**cell, "seconds_each": [f"{arm} {s:g}" for arm, s in (cell["seconds_each"] or {}).items()]} for cell in document["cells"]]
+    _table(cells_shown, title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
     if document["engines"]:
         _table([{"engine": name, **cost} for name, cost in document["engines"].items()], title="what is missing, on each engine")
     elif document["without_cost"]:
