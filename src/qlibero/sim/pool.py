@@ -2,7 +2,9 @@
 
 Each worker is a fresh interpreter (no fork, no import of the caller's `__main__`) with its own environment. Control
 goes over a socket pair; frames through anonymous shared memory (memfd: no name, so nothing can leak, whoever is killed).
-A worker that dies, raises or stays silent longer than `timeout_s` is reported as `Died` and replaced.
+A worker that dies, raises or hangs is reported as `Died` and replaced. Hung is who stays silent for `timeout_s` without
+using the CPU (stopped, deadlocked) or who has used that much CPU time without answering (spinning); on an overloaded host a
+healthy worker may be slow, and killing it would only add to the load.
 """
 
 from __future__ import annotations
@@ -115,8 +117,33 @@ class _Process:
         os.close(memory_fd)
         self.views = frame_views(self.memory, resolution)
         self.connection = Connection(ours.detach())
-        self.deadline: float | None = None  # when silence becomes a hang; None while nothing is asked of it
+        self.deadline: float | None = None  # when silence becomes suspicious; None while nothing is asked of it
+        self.patience_s = self.cpu_asked_s = self.cpu_seen_s = 0.0
         self.in_episode = False
+
+    def ask(self, message: tuple[Any, ...], patience_s: float) -> None:
+        self.patience_s, self.deadline = patience_s, time.monotonic() + patience_s
+        self.cpu_asked_s = self.cpu_seen_s = self.cpu_s()
+        try:
+            self.connection.send(message)
+        except OSError:
+            pass  # it is dead: `wait` finds the closed socket and says so
+
+    def cpu_s(self) -> float:
+        """CPU time it has used so far, in seconds."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def hung(self) -> bool:
+        """At its deadline: has it stopped working, or worked too long? Otherwise it gets as much time again."""
+        now_s = self.cpu_s()
+        spinning = now_s - self.cpu_asked_s > self.patience_s
+        idle = now_s - self.cpu_seen_s < 0.01 * self.patience_s
+        self.cpu_seen_s, self.deadline = now_s, time.monotonic() + self.patience_s
+        return spinning or idle
 
     def kill(self) -> None:
         self.process.kill()  # SIGKILL also ends a stopped process
@@ -138,8 +165,8 @@ class SimulatorPool:
     """`workers` simulator processes. Not thread-safe; make it, and call `wait`, from a thread that outlives it (a
     worker is killed by the kernel when the thread that started it ends).
 
-    `timeout_s` is the longest a worker may take to answer a `start` or an `act`, plus a second for every action of the
-    latter (replaying an episode onto video is one long `act`).
+    `timeout_s` is the patience with a `start` or an `act`, plus a second for every action of the latter (replaying an
+    episode onto video is one long `act`).
     """
 
     def __init__(
@@ -167,12 +194,12 @@ class SimulatorPool:
     def start(self, worker: int, assignment: Assignment) -> None:
         """Begin an episode on a worker that runs none (one that does drops it)."""
         self._processes[worker].in_episode = True
-        self._send(worker, ("start", assignment), self.timeout_s)
+        self._processes[worker].ask(("start", assignment), self.timeout_s)
 
     def act(self, worker: int, actions: np.ndarray) -> None:
         """Execute (n, 7) float32 actions one after another, until success, the cap, or the last of them."""
         actions = np.asarray(actions, dtype=np.float32)
-        self._send(worker, ("act", actions), self.timeout_s + len(actions))
+        self._processes[worker].ask(("act", actions), self.timeout_s + len(actions))
 
     def wait(self, timeout_s: float) -> list[Event]:
         """What happened, in worker order: at least one event unless `timeout_s` passes first.
@@ -192,7 +219,7 @@ class SimulatorPool:
             for index, worker in enumerate(self._processes):
                 if worker.connection in ready:
                     events.append(self._receive(index))
-                elif worker.deadline is not None and time.monotonic() > worker.deadline:
+                elif worker.deadline is not None and time.monotonic() > worker.deadline and worker.hung():
                     events.append(self._replace(index, f"no answer within {self.timeout_s:g} s (hung or stopped)"))
             events = [event for event in events if event is not None]
             if events or time.monotonic() >= until:
@@ -213,14 +240,6 @@ class SimulatorPool:
                 pass
             worker.kill()
         self._processes = []
-
-    def _send(self, worker: int, message: tuple[Any, ...], patience_s: float) -> None:
-        process = self._processes[worker]
-        process.deadline = time.monotonic() + patience_s
-        try:
-            process.connection.send(message)
-        except OSError:
-            pass  # it is dead: `wait` finds the closed socket and says so
 
     def _receive(self, index: int) -> Event | None:
         worker = self._processes[index]
