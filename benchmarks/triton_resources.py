@@ -125,7 +125,7 @@ def main() -> None:
             rows.append(compile_case(case, sm))
             row = rows[-1]
             print(f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  shared {row['shared_kib']:>5} KiB  "
-                  f"fma {row['fma']:>4}  cp.async {row['async_16_byte_loads']:>3}  {','.join(row['int8_mma'])}")  # fmt: skip
+                  f"fma {row['fma']:>4}  cp.async {row['async_16_byte_loads']:>3}  {','.join(row['int8_mma'])}", flush=True)  # fmt: skip
     print(json.dumps({"triton": triton.__version__, "kernels": rows}))
 
 
