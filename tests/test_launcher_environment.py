@@ -188,7 +188,7 @@ print(json.dumps([os.environ["LD_LIBRARY_PATH"], os.environ["CUDA_HOME"], os.env
 """
     path = touch(tmp_path / "again.py", script)
     done = subprocess.run(
-        [sys.executable, str(path), str(tmp_path / "site-packages"), "--set", "a=b c"], capture_output=True, text=True, timeout=60,
+        [sys.executable, str(path), str(tmp_path / "site-packages"), "--set", "a=b c"], capture_output=True, text=True, timeout=300,
         env={**{k: v for k, v in os.environ.items() if not k.startswith("CUDA")}, "LD_LIBRARY_PATH": "/mesa"},
     )  # fmt: skip
     root = tmp_path / "site-packages" / "nvidia" / "cu13"
@@ -204,7 +204,7 @@ def test_a_command_that_starts_again_still_speaks_on_its_stdout(tmp_path: Path) 
     touch(site / "sitecustomize.py", "import os, sys\nprint('started', os.environ.get('LD_LIBRARY_PATH'), file=sys.stderr)\n")
     environ = {k: v for k, v in os.environ.items() if not k.startswith("CUDA") and k != "LD_LIBRARY_PATH"}
     done = subprocess.run([sys.executable, "-m", "qlibero.cli", "quantize", str(tmp_path / "none.yaml")],
-                          capture_output=True, text=True, timeout=120, env=environ | {"PYTHONPATH": str(site)})  # fmt: skip
+                          capture_output=True, text=True, timeout=300, env=environ | {"PYTHONPATH": str(site)})  # fmt: skip
     assert json.loads(done.stdout)["error"]["exit_status"] == done.returncode == 2, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("started")] == ["started None", f"started {site}/nvidia/cu13/lib"]
 

@@ -228,23 +228,24 @@ def _brief(value: Any) -> Any:
 
 
 def serve(args: argparse.Namespace) -> Document:
-    from qlibero.arms import load_arms
     from qlibero.config.load import load_experiment
-    from qlibero.policies.server import ServerSettings
-    from qlibero.policies.server import serve as listen
 
     experiment = load_experiment(args.config, args.set)
-    names = [arm.name for arm in experiment.arms()]
-    if args.arm not in names:
-        raise UserError(f"--arm {args.arm}: {args.config} has the arms {', '.join(names)}")
-    arm = experiment.arms()[names.index(args.arm)]
+    arms = {arm.name: arm for arm in experiment.arms()}
+    if args.arm not in arms:
+        raise UserError(f"--arm {args.arm}: {args.config} has the arms {', '.join(arms)}")
     token = os.environ.get(args.token_env) if args.token_env else None
     if args.token_env and not token:
         raise UserError(f"--token-env {args.token_env}: no such variable in the environment")
-    policies, meta = load_arms(experiment, [arm], explain)
+
+    from qlibero.arms import load_arms
+    from qlibero.policies.server import ServerSettings
+    from qlibero.policies.server import serve as listen
+
+    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
-    listen(policies[arm.name], settings, lambda port: explain(f"serving {arm.name} on ws://{args.host}:{port}; Ctrl-C ends it"))
-    return {"served": arm.name, "policy": meta[arm.name]["policy"]}
+    listen(policies[args.arm], settings, lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"))
+    return {"served": args.arm, "policy": meta[args.arm]["policy"]}
 
 
 def doctor(args: argparse.Namespace) -> Document:
