@@ -13,6 +13,8 @@ import argparse
 import json
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -142,27 +144,36 @@ def main() -> None:
 
         result["triton"] = triton.__version__
     say(json.dumps(result))
+
+    def stage(name: str, work: Callable[[], Any]) -> None:
+        """Run a part; if it fails, say so and go on: time on a GPU is too dear to lose the other parts to one."""
+        start = time.perf_counter()
+        try:
+            result[name] = work()
+        except Exception:
+            result[name] = {"failed": traceback.format_exc()}
+            say(result[name]["failed"])
+        say(f"{name}: {time.perf_counter() - start:.1f} s")
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1))
+
+    def stopwatch() -> dict[str, Any]:
+        timings = bench(layers, TOKENS if cuda else None, backends)
+        say(markdown(timings))
+        return {"markdown": markdown(timings), "timings": [asdict(t) for t in timings]}
+
     if args.court:
-        result["court"] = judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"]))
-        _save(result, args.out)
+        stage("court", lambda: judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])))
+    stage("stopwatch", stopwatch)
     if args.prologue and cuda:
-        result["prologue"] = try_prologue()
-        _save(result, args.out)
-    timings = bench(layers, TOKENS if cuda else None, backends)
-    result["timings"] = [asdict(t) for t in timings]
-    result["markdown"] = markdown(timings)
-    _save(result, args.out)
-    say(result["markdown"])
+        stage("prologue", try_prologue)
     if args.tune and cuda:
-        result["tune"] = tune(args.tune)
-        _save(result, args.out)
-    print(json.dumps({key: value for key, value in result.items() if key not in ("timings", "markdown", "court", "prologue", "tune")}
-                     | {"verdicts": {name: sorted({v["verdict"] for v in found}) for name, found in result.get("court", {}).items()}}))  # fmt: skip
-
-
-def _save(result: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1))
+        stage("tune", lambda: tune(args.tune))
+    short = {key: value for key, value in result.items() if key not in ("stopwatch", "court", "prologue", "tune")}
+    short["failed"] = [key for key, value in result.items() if isinstance(value, dict) and "failed" in value]
+    if args.court and "court" not in short["failed"]:
+        short["verdicts"] = {name: sorted({v["verdict"] for v in found}) for name, found in result["court"].items()}
+    print(json.dumps(short))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def choose_tile(tokens: int, n: int, k: int, processors: int, group_size: int | 
 
 
 def with_split(tile: Tile, tokens: int, n: int, k: int, processors: int, group_size: int | None = None) -> Tile:
-    """`tile` with K cut until the grid fills the GPU, in powers of two, never finer than one step a slice, and never so
+    """`tile` with K cut until the grid nearly fills the GPU, in powers of two, never finer than one step a slice, and never so
     fine that writing and reading the partial sums (8 bytes each) moves more than twice the packed weights (K/2 each).
 
     K-groups are never split: each group's accumulator is scaled before groups are added, in ascending order.
@@ -65,6 +65,6 @@ def with_split(tile: Tile, tokens: int, n: int, k: int, processors: int, group_s
     tiles = -(-tokens // tile.tokens) * -(-n // tile.outputs)
     steps = -(-(k // 2) // tile.depth)
     split = 1
-    while split < MOST_SPLITS and tiles * split < processors and split * 2 <= steps and split * 2 * 8 * tokens <= k:
+    while split < MOST_SPLITS and tiles * split <= 0.75 * processors and split * 2 <= steps and split * 2 * 8 * tokens <= k:
         split *= 2
     return replace(tile, split_k=split)
