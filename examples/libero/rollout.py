@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  now, not later: it loads Triton, whose LLVM crashes if Mesa's is there first
 
 from qlibero.config.schema import Pi05
 from qlibero.episode_key import EpisodeKey

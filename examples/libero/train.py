@@ -23,7 +23,8 @@ import torch
 from dataset import Examples, augment
 from network import FLOW_SAMPLES, Learner, architecture, vocabulary
 
-from qlibero.policies.pi05.checkpoint import write_checkpoint
+from qlibero.policies.pi05.checkpoint import load_model, open_checkpoint, write_checkpoint
+from qlibero.policies.pi05.statistics import statistics_file
 
 WARMUP_STEPS = 100
 FLAT = 0.4  # of the budget at the full learning rate, then a cosine to 2 %
@@ -48,6 +49,9 @@ class Trainer:
         self.tokenizer = vocabulary()
         self.config = architecture(arguments.size, self.tokenizer.vocab_size)
         self.learner = Learner(self.config, arguments.seed).to(self.device)
+        self.progress = Progress()
+        if arguments.init:
+            self._begin_from(arguments.init)
         self.average = copy.deepcopy(self.learner).requires_grad_(False)
         decayed = [p for p in self.learner.parameters() if p.ndim > 1]
         plain = [p for p in self.learner.parameters() if p.ndim <= 1]
@@ -56,7 +60,6 @@ class Trainer:
             arguments.learning_rate, betas=(0.9, 0.95), fused=self.device == "cuda",
         )  # fmt: skip
         self.generator = torch.Generator(self.device).manual_seed(arguments.seed)
-        self.progress = Progress()
         self.examples = Examples(arguments.frames, self.tokenizer, self.device, arguments.capacity)
         arguments.out.mkdir(parents=True, exist_ok=True)
         self._state_file = arguments.out / "state.pt"
@@ -130,8 +133,7 @@ class Trainer:
             if len(self.examples.read_files) >= self.arguments.wait_for and len(self.examples.validation):
                 break
             time.sleep(3)
-        if not self.progress.statistics:
-            self.progress.statistics = self.examples.statistics()
+        self.progress.statistics = {**self.examples.statistics(), **self.progress.statistics}
 
     # ---- looking and keeping
     @torch.no_grad()
@@ -162,6 +164,14 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}, temporary)
         os.replace(temporary, self._state_file)
         export(self, self.arguments.out / "snapshot")
+
+    def _begin_from(self, path: Path) -> None:
+        """Weights and statistics of an exported checkpoint; the auxiliary heads, which it lacks, begin anew."""
+        checkpoint = open_checkpoint(path)
+        weights = load_model(checkpoint, torch.float32, torch.device(self.device)).state_dict()
+        self.learner.policy.load_state_dict(weights)
+        norm_stats = json.loads(statistics_file(checkpoint).read_text())["norm_stats"]
+        self.progress.statistics = {name: norm_stats[name] for name in ("state", "actions")}
 
     def _load(self) -> None:
         state = torch.load(self._state_file, map_location=self.device, weights_only=True)
@@ -217,6 +227,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=64, help="64 on a CPU, 512 to 1024 on a GPU")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--init", type=Path, help="checkpoint directory to begin from, such as another run's snapshot/")
     parser.add_argument("--blind", action="store_true", help="black images: the control that shows whether it must see")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"))

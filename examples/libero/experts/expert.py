@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mujoco
 import numpy as np
 
 from .world import World
@@ -86,6 +85,8 @@ class Sequence(Expert):
 
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """Axis times angle (3,) of a rotation matrix."""
+    import mujoco
+
     quaternion, vector = np.zeros(4), np.zeros(3)
     mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(rotation).reshape(9))
     mujoco.mju_quat2Vel(vector, quaternion, 1.0)

@@ -6,7 +6,6 @@ grasps (sampled on them), for clearances along a path and for the height of what
 
 from __future__ import annotations
 
-import mujoco
 import numpy as np
 
 
@@ -16,6 +15,8 @@ class World:
     ROBOT = "robot"
 
     def __init__(self, env):
+        import mujoco  # late: a policy in the same process must have loaded torch before (see rollout.py)
+
         self.env = env
         self.model, self.data = env.sim.model._model, env.sim.data._data
         self._grip_site = env.robots[0].eef_site_id
