@@ -139,26 +139,27 @@ def report(args: argparse.Namespace) -> Document:
 def quantize(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
     from qlibero.quant.prepare import quantize as make_artifacts
+    from qlibero.quant.prepare import readable
 
     document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
-    _table(document["artifacts"], title="artifacts")
+    _table(readable(document), title="artifacts")
     return document
 
 
 def inspect(args: argparse.Namespace) -> Document:
-    from qlibero.quant.inspect import inspect_artifact
+    from qlibero.quant.inspect import inspect_artifact, readable
 
     document = inspect_artifact(args.artifact, args.diff, args.sort)
-    _table(document["layers"], title=f"{document['artifact']['settings']}: {args.artifact}")
-    _table(document["hint"], title="the noisiest layers: what their return to full precision would cost")
+    _table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
+    _table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
     if "diff" in document:
-        _table(document["diff"]["layers"], title=f"change in {args.diff}")
+        _table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
     if args.measure:
         from qlibero.config.load import load_experiment
         from qlibero.quant.prepare import measured_sensitivity
 
         document["sensitivity"] = measured_sensitivity(load_experiment(args.measure), args.artifact)
-        _table(document["sensitivity"], title="each layer quantized alone: what it does to the actions")
+        _table(readable(document["sensitivity"]), title="each layer quantized alone: what it does to the actions")
     return document
 
 

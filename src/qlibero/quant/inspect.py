@@ -11,6 +11,7 @@ import numpy as np
 
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.quant.artifact import Artifact, LayerRecord, load
+from qlibero.quant.layout import EXPERT, LLM
 
 if TYPE_CHECKING:
     from qlibero.policies.base import Observation, Policy
@@ -169,3 +170,14 @@ def _sort_key(r: dict[str, Any], column: str) -> tuple:
     value = r[column]
     # layers that never run have no measures and come last
     return (value is None, 0.0 if value is None else -value if SORTS[column] else value, r["layer"])
+
+
+def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows for a terminal: `llm.3.mlp.up_proj` for a name that is as wide as a screen, few decimals."""
+
+    def cell(key: str, value: Any) -> Any:
+        if key == "layer":
+            return value.replace(LLM, "llm.").replace(EXPERT, "expert.").replace("self_attn.", "")
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    return [{key: cell(key, value) for key, value in r.items()} for r in rows]

@@ -146,8 +146,11 @@ def quantize(
     Returns {"experiment": …, "artifacts": [{"arms": [...], "path": …, "settings": …, …}]}; arms with equal
     settings share one.
     """
+    import torch
+
     from qlibero.policies import load_policy
 
+    torch.set_num_threads(1)  # as a run has it, so that a sum is the same sum and the artifact the same artifact
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     if not arms:
         raise UserError(
@@ -173,9 +176,12 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
     Raises:
         UserError: the experiment has no calibration data. GuardRefusal: the artifact is not this policy's.
     """
+    import torch
+
     from qlibero.policies import load_policy
     from qlibero.quant.inspect import sensitivity
 
+    torch.set_num_threads(1)
     artifact = load(path)
     quant = next(
         (arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None
@@ -191,3 +197,21 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
     policy = load_policy(experiment.policy)
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)
+
+
+def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """`quantize`'s document as short rows for a terminal."""
+    return [
+        {
+            "arms": row["arms"],
+            "settings": row["settings"],
+            "layers": f"{row['layers']}, {row['executed']} run",
+            "worst SQNR dB": row["worst_sqnr_db"] and round(row["worst_sqnr_db"], 1),
+            "weights / bf16": f"{row['weight_bytes'] / row['bf16_bytes']:.3f}",
+            "with transforms": f"{(row['weight_bytes'] + row['transform_bytes']) / row['bf16_bytes']:.3f}",
+            "mean action change": row["action_error"] and f"{row['action_error']['mean_abs']:.4f}",
+            "": f"made in {row['seconds']:.0f} s" if row["made"] else "found",
+            "file": row["path"],
+        }
+        for row in document["artifacts"]
+    ]
