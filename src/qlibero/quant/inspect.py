@@ -173,7 +173,7 @@ def _sort_key(r: dict[str, Any], column: str) -> tuple:
 
 
 def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows for a terminal: `llm.3.mlp.up_proj` for a name that is as wide as a screen, few decimals."""
+    """The same rows for a terminal: `llm.3.mlp.up_proj` for a name as wide as a screen, few decimals."""
 
     def cell(key: str, value: Any) -> Any:
         if key == "layer":

@@ -115,7 +115,7 @@ def ensure_artifact(
 
 
 def ready_artifact(checkpoint: str, quant: Quant, root: Path = ROOT) -> Artifact | None:
-    """The artifact that `ensure_artifact` would find for weights of that sha256, or None if it had to be made.
+    """The artifact that `ensure_artifact` would find for weights of that sha256, or None if it must be made.
 
     Needs no policy: a policy whose artifact is ready need not load the weights that the artifact replaces.
     """
@@ -150,7 +150,7 @@ def quantize(
 
     from qlibero.policies import load_policy
 
-    torch.set_num_threads(1)  # as a run has it, so that a sum is the same sum and the artifact the same artifact
+    torch.set_num_threads(1)  # as a run has it: the same sums, so the same artifact
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     if not arms:
         raise UserError(

@@ -1,10 +1,11 @@
-"""The court's last instance: a quantized policy's kernels on the policy's own activations, and what they do to its actions.
+"""The court's last instance: a quantized policy's kernels on the policy's own activations, and what they do
+to its actions.
 
-The court tries kernels on codes it makes up. Here one observation goes through the finished policy; every linear's input
-is kept, and each layer must give, from that input, exactly what the integer reference gives from its codes: proof that
-int8 activations are consumed where the policy really runs, not merely where the kernel was tried. Then the same
-observation and noise go through the same policy on `fake`; the largest difference between the two action chunks is put
-on record. It is 0 for every kernel with an exact output.
+The court tries kernels on codes it makes up. Here one observation goes through the finished policy; every
+linear's input is kept, and each layer must give, from that input, exactly what the integer reference gives
+from its codes: proof that int8 activations are consumed where the policy really runs, not merely where the
+kernel was tried. Then the same observation and noise go through the same policy on `fake`; the largest
+difference between the two action chunks is put on record. It is 0 for every kernel with an exact output.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ ROWS = 16  # tokens of a layer's input that are multiplied again as integers
 
 @dataclass(frozen=True)
 class Testimony:
-    """`action_difference`: largest |difference| of a normalised action from the same policy on `fake`; None when there was
-    no memory for that second policy."""
+    """`action_difference`: largest |difference| of a normalised action from the same policy on `fake`; None
+    when there was no memory for that second policy."""
 
     layers_consuming_int8: int
     action_difference: float | None
@@ -47,14 +48,22 @@ def hear_witness(
 ) -> Testimony:
     """full: the policy that `quantized` was made from. noise (H, D) float32.
 
-    Raises GuardRefusal naming the first layer whose output is not decided by its int8 activations, or when a kernel that
-    claims to be exact changes an action.
+    Raises GuardRefusal naming the first layer whose output is not decided by its int8 activations, or when a
+    kernel that claims to be exact changes an action.
     """
     inputs, actions = _listen(quantized, observation, noise)
-    layers = {record.name: quantized.model.get_submodule(record.name) for record in artifact.layers if record.executed}
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)}  # weight-only ones have no kernel
+    layers = {
+        record.name: quantized.model.get_submodule(record.name)
+        for record in artifact.layers
+        if record.executed
+    }
+    layers = {
+        name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)
+    }  # weight-only ones have no kernel
     for name, layer in layers.items():
-        finding = try_layer(layer, inputs[id(layer.transform)][:ROWS], artifact.codes(name).to(quantized.device))
+        finding = try_layer(
+            layer, inputs[id(layer.transform)][:ROWS], artifact.codes(name).to(quantized.device)
+        )
         if not finding.ok:
             raise GuardRefusal(f"kernel {layer.product.kernel.name} in {name}: {finding.reason}")
     difference = None
@@ -63,11 +72,15 @@ def hear_witness(
         expected = sample_eagerly(twin, twin.model, observation, noise)
         difference = float((actions - expected).abs().max())
         if difference and all(layer.product.kernel.rounds_to is None for layer in layers.values()):
-            raise GuardRefusal(f"every layer's kernel is exact, yet actions differ from `fake` by up to {difference:.3g}")
+            raise GuardRefusal(
+                f"every layer's kernel is exact, yet actions differ from `fake` by up to {difference:.3g}"
+            )
     return Testimony(len(layers), difference)
 
 
-def _listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> tuple[dict[int, Tensor], Tensor]:
+def _listen(
+    policy: Pi05Policy, observation: Observation, noise: np.ndarray
+) -> tuple[dict[int, Tensor], Tensor]:
     """The first input of every transform, by the transform's id, and the action chunk."""
     heard: dict[int, Tensor] = {}
     transforms = {id(m.transform): m.transform for m in policy.model.modules() if isinstance(m, QuantLinear)}
