@@ -96,7 +96,9 @@ def calibrate(
             linear = copy(policy.model.get_submodule(name))
             linear._parameters = {
                 "weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
-                "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows),
+                "bias": None
+                if linear.bias is None
+                else nn.Parameter(linear.bias.detach() * rows.to(linear.bias)),
             }
             _, stored = quantize_linear(
                 linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features), spec

@@ -43,6 +43,10 @@ class Transform:
         )
         return Transform(None if self.scale is None else self.scale.float(), first, self.order, second)
 
+    def to(self, device: torch.device) -> Transform:
+        """The same factors on `device`."""
+        return Transform(**{name: value.to(device) for name, value in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """The factors that are there, by name, as an artifact stores them."""
         return {name: getattr(self, name) for name in FACTORS if getattr(self, name) is not None}

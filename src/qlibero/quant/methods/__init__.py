@@ -27,8 +27,8 @@ class GroupData:
 
 
 def fit(data: GroupData, spec: QuantSpec) -> Transform:
-    """The transform of `spec.method` for this input, in the precision in which it is kept."""
-    return import_module(f"qlibero.quant.methods.{spec.method}").fit(data, spec).stored()
+    """The transform of `spec.method` for this input, as it is kept, on the device of the data."""
+    return import_module(f"qlibero.quant.methods.{spec.method}").fit(data, spec).stored().to(data.peak.device)
 
 
 def output_rotation(weight: Tensor, spec: QuantSpec) -> Tensor | None:
