@@ -5,4 +5,4 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh" --test
 cd "$here/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"   # two processes; the tests of a file stay together
