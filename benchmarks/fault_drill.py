@@ -73,8 +73,14 @@ class Drill:
         self.disk = self.out / "disk"
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_path = self.out / "faults.jsonl"
+        self.rounds_path = self.out / "rounds.json"
+        self.rounds = json.loads(self.rounds_path.read_text()) if self.rounds_path.exists() else []
+        self.round = f"round-{len(self.rounds) + 1:02d}"
+        # faults of a round count when the round has been examined, or when it is still there to be continued
+        counted = {r["round"] for r in self.rounds}
+        counted |= {self.round} if (self.disk / self.round).exists() or (self.out / self.round).exists() else set()
         done = [json.loads(line) for line in self.log_path.read_text().splitlines()] if self.log_path.exists() else []
-        self.injected = Counter(entry["kind"] for entry in done)
+        self.injected = Counter(entry["kind"] for entry in done if entry["round"] in counted)
         self.rng = random.Random(f"{seed}/{sum(self.injected.values())}")
         self.token = f"{os.getpid()}-{time.time_ns()}"
         self.environment = dict(os.environ, **{MARK: self.token, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"})
@@ -93,17 +99,16 @@ class Drill:
         self.expected = record_sets(self.reference)
         self.verdicts = verdicts(self.reference)
         say(f"{sum(map(len, self.expected.values()))} episodes in {len(self.expected)} arms")
-        rounds = json.loads((self.out / "rounds.json").read_text()) if (self.out / "rounds.json").exists() else []
         slurm_ready = self.slurm_ready()
         while self.left(lambda kind: kind not in ON_SLURM) or (slurm_ready and self.left(lambda kind: kind in ON_SLURM)):
             engine = "local" if self.left(lambda kind: kind not in ON_SLURM) else "slurm"
-            name = f"round-{len(rounds) + 1:02d}"
-            before = sum(self.injected.values())
+            name = self.round = f"round-{len(self.rounds) + 1:02d}"
+            before = sum(r["faults"] for r in self.rounds)
             found = self.local_round(name) if engine == "local" else self.slurm_round(name)
-            rounds.append({"round": name, "engine": engine, "faults": sum(self.injected.values()) - before, **found})
-            (self.out / "rounds.json").write_text(json.dumps(rounds, indent=1))
-            say(json.dumps(rounds[-1]))
-        return self.report(rounds)
+            self.rounds.append({"round": name, "engine": engine, "faults": sum(self.injected.values()) - before, **found})
+            self.rounds_path.write_text(json.dumps(self.rounds, indent=1))
+            say(json.dumps(self.rounds[-1]))
+        return self.report(self.rounds)
 
     def local_round(self, name: str) -> dict:
         with self.small_disk() as disk:
@@ -147,7 +152,7 @@ class Drill:
         targets: dict[str, Callable[[], bool]] = {
             "simulator worker killed": lambda: bool(self.processes("qlibero.sim.worker")),
             "simulator worker stopped (SIGSTOP)": lambda: bool(self.processes("qlibero.sim.worker")),
-            "policy process killed": lambda: bool(self.processes("run-shard --manifest")),
+            "policy process killed": lambda: bool(self.processes("qlibero.sim.worker")),
             "launcher killed": lambda: bool(self.processes("qlibero.sim.worker")),
             "wandb service process killed": lambda: bool(self.processes("wandb-core")),
             "wandb mirror killed": lambda: bool(self.processes("qlibero.tracking.wandb_mirror")),
@@ -180,8 +185,10 @@ class Drill:
                 except OSError:
                     pass
             self.note(kind, f"{filler.stat().st_size >> 20} MB of filler")
-            deadline = time.monotonic() + 120
-            while launcher.poll() is None and time.monotonic() < deadline:
+            deadline = time.monotonic() + 60
+            log = self.out / "sweep.log"
+            before = log.read_text(errors="replace").count("the disk is full")
+            while log.read_text(errors="replace").count("the disk is full") == before and time.monotonic() < deadline:
                 time.sleep(0.5)
             filler.unlink()
         else:
@@ -322,7 +329,7 @@ class Drill:
     def note(self, kind: str, what: str) -> None:
         self.injected[kind] += 1
         with open(self.log_path, "a") as file:
-            file.write(json.dumps({"kind": kind, "what": what, "at": time.strftime("%H:%M:%S")}) + "\n")
+            file.write(json.dumps({"round": self.round, "kind": kind, "what": what, "at": time.strftime("%H:%M:%S")}) + "\n")
         say(f"{sum(self.injected.values()):3d}  {kind}: {what}")
 
     def processes(self, pattern: str) -> list[int]:
