@@ -20,6 +20,7 @@ import numpy as np
 from scipy.special import bdtr, bdtrik, betaincinv, gammaln, xlog1py, xlogy
 
 CONFIDENCE = 0.95
+ENUMERABLE_PAIRS = 5000  # beyond, power is approximated
 Interval = tuple[float, float]
 
 
@@ -222,6 +223,10 @@ def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0
     """Pairs, to the next ten, that show non-inferiority at `margin` with `power` when the arms are truly
     equal.
     """
+    # (z_0.975 + z_power)² ψ / δ²: close enough where the enumeration would take seconds
+    approximate = (normal_quantile() + NormalDist().inv_cdf(power)) ** 2 * discordance / margin**2
+    if approximate > ENUMERABLE_PAIRS:
+        return 10 * math.ceil(approximate / 10)
     low, high = 0, 1
     while noninferiority_power(10 * high, discordance, margin) < power:
         low, high = high, 2 * high
