@@ -1,0 +1,49 @@
+"""Risk: on a GPU, where transform and quantizer are fused kernels, arms see other integers or calibration breaks.
+
+Skipped without a GPU; `python -m pytest tests/test_quant_on_cuda.py` on a machine that has one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+
+from qlibero.policies.pi05.config import GemmaConfig
+from qlibero.policies.pi05.model import cast
+from qlibero.policies.pi05.normalize import from_openpi
+from qlibero.policies.pi05.policy import Pi05Policy
+from qlibero.policies.pi05.profiles import PROFILES
+from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
+from qlibero.quant.apply import quantize_policy
+from qlibero.quant.calibrate import calibrate
+from qlibero.quant.spec import METHODS, QuantSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def policy() -> Pi05Policy:
+    config = conv_config(llm=GemmaConfig(256, 3, 512, 8, 32), expert=GemmaConfig(192, 3, 512, 8, 32))
+    model = cast(random_model(config), torch.bfloat16).to("cuda").requires_grad_(False)
+    statistics = {name: from_openpi(values, "quantile", name) for name, values in STATISTICS.items()}
+    tokenizer = WordTokenizer(sorted({word for prompt in PROMPTS for word in split_words(prompt)}))
+    return Pi05Policy("small", model, PROFILES["qlibero"], statistics, tokenizer, batch_size=2, flow_steps=4,
+                      identity={"sha256": "1" * 64})  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [
+    *({"method": method} for method in METHODS), {"layout": "llm+expert", "group_size": 64},
+    {"layout": "llm+expert_mlp", "activation_bits": 4}, {"activation_bits": 16},
+    {"atm": True, "ohb": True, "layout": "llm+expert"}, {"method": "weight_pca", "row_rotation": True},
+], ids=str)  # fmt: skip
+def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes):
+    spec = QuantSpec(**{"rotation_steps": 16, **changes})
+    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
+    seen, noise = observations(2, seed=7), noises(2, policy.noise_shape, seed=7)
+    reference = quantize_policy(policy, artifact, "int_ref").infer(seen, noise).actions
+    for backend in ("fake", "triton_w4a8"):
+        actions = quantize_policy(policy, artifact, backend).infer(seen, noise).actions
+        assert np.array_equal(actions, reference), backend
+    assert not np.array_equal(reference, policy.infer(seen, noise).actions)
