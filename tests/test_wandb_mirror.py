@@ -63,7 +63,7 @@ def assert_equal_to_ledger(rows: list[dict], run_dir: Path, arm: str) -> None:
     assert {row["key"]: (row["outcome"], row["steps"]) for row in rows} == truth
 
 
-def wait_until(condition, timeout_s: float = 40.0) -> None:
+def wait_until(condition, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -91,7 +91,7 @@ def test_offline_view_equals_the_ledger(tmp_path):
     subprocess.run(
         f"ffmpeg -v error -f lavfi -i color=red:s=64x64:d=0.2 -pix_fmt yuv420p {video}".split(), check=True
     )
-    said = mirror.finish(60)
+    said = mirror.finish(300)
     assert said["complete"] and said["mode"] == "offline", (said, log_path(run, "wandb").read_text())
     assert said["rows"] == {"baseline": 4, "fake": 4}
 
@@ -126,7 +126,7 @@ def test_no_row_lost_or_doubled_when_mirror_or_service_is_killed(tmp_path):
     (service,) = children(mirror.process.pid)
     mirror.process.kill()
     write(run, "baseline", range(8, 11))
-    said = mirror.finish(60)
+    said = mirror.finish(300)
     assert said["complete"], (said, log_path(run, "wandb").read_text())
     (view,) = offline_runs(run, "baseline")
     assert_equal_to_ledger(view.history, run, "baseline")
@@ -150,7 +150,7 @@ def test_mirror_outlives_a_killed_launcher_drains_and_ends(tmp_path):
     assert view.finished
     assert_equal_to_ledger(view.history, run, "fake")
     write(run, "fake", range(6, 9))  # the run is continued: same id, replayed from row 0, one directory
-    assert start_mirror(run).finish(60)["complete"]
+    assert start_mirror(run).finish(300)["complete"]
     (again,) = offline_runs(run, "fake")
     assert again.run_id == view.run_id
     assert_equal_to_ledger(again.history, run, "fake")
@@ -167,7 +167,7 @@ def test_online_restart_continues_exactly_and_host_and_key_are_written_nowhere(t
         wait_until(lambda: any(len(server.rows(run_id)) == 4 for run_id in server.history))
         mirror.process.kill()
         write(run, "baseline", range(4, 7))
-        said = mirror.finish(60)
+        said = mirror.finish(300)
         assert said["complete"] and said["mode"] == "online", (said, log_path(run, "wandb").read_text())
         (run_id,) = server.history
         assert_equal_to_ledger(server.rows(run_id), run, "baseline")
@@ -187,7 +187,7 @@ def test_offline_run_synced_later_equals_the_ledger(tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_API_KEY", wandb_endpoint.KEY)
         monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home"))
         for more in (range(3, 5), range(5, 6)):  # synced, continued, synced again
-            assert start_mirror(run).finish(60)["mode"] == "offline"
+            assert start_mirror(run).finish(300)["mode"] == "offline"
             directories = sorted((run / "baseline" / "wandb").glob("offline-run-*"))
             subprocess.run([str(Path(sys.executable).parent / "wandb"), "sync", str(directories[-1])], check=True, capture_output=True, cwd=tmp_path)
             (run_id,) = server.history
@@ -206,7 +206,7 @@ def test_dead_wandb_is_bounded_and_keeps_every_row(tmp_path, monkeypatch, fault)
         started = time.monotonic()
         mirror = start_mirror(run, "online")
         assert time.monotonic() - started < 1.0
-        timeout_s = 40.0
+        timeout_s = 240.0
         if fault != "refused":
             wait_until(lambda: mirrored(run, "baseline") == 3)
             timeout_s = 5.0
@@ -226,7 +226,7 @@ def test_dead_wandb_is_bounded_and_keeps_every_row(tmp_path, monkeypatch, fault)
             assert not said["complete"] and "did not end within" in said["problem"]
             for pid in pids:
                 wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text())
-            assert start_mirror(run).finish(60)["complete"]  # what `again` tells the user to do, offline
+            assert start_mirror(run).finish(300)["complete"]  # what `again` tells the user to do, offline
     (view,) = offline_runs(run, "baseline")
     assert_equal_to_ledger(view.history, run, "baseline")
 
@@ -235,7 +235,7 @@ def test_directory_that_cannot_be_written_is_named(tmp_path):
     run = tmp_path / "run"
     write(run, "baseline", range(1))
     (run / "baseline" / "wandb").write_text("a file where the directory should be")
-    said = start_mirror(run).finish(40)
+    said = start_mirror(run).finish(240)
     assert not said["complete"] and said["problem"]
     assert "baseline/wandb cannot be written" in log_path(run, "wandb").read_text()
     assert json.loads((run / "baseline" / "meta.json").read_text())["config_hash"] == "c0ffee"
