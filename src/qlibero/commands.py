@@ -283,6 +283,7 @@ def ls(args: argparse.Namespace) -> Document:
 
 # --------------------------------------------------------------------------------------------------- printing
 def _table(rows: list[Document], title: str) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from qlibero.progress import console
@@ -292,7 +293,7 @@ def _table(rows: list[Document], title: str) -> None:
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in (columns[0], "file"))
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(escape(_cell(row.get(column))) for column in columns))  # [cu13] is no markup
     console().print(table)
 
 
