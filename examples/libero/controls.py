@@ -1,11 +1,12 @@
-"""Does the policy see? Its success as it is, with its targets displaced, and of a twin trained on black images.
+"""Does the policy see? Its success as it is, with its targets displaced, and of a twin trained on black
+images.
 
-    python examples/libero/controls.py --checkpoint examples/libero/embedded --suite libero_object --episodes 10
-    python examples/libero/controls.py --checkpoint examples/libero/embedded --suite libero_object --displaced 0.03 0.08
-    python examples/libero/controls.py --checkpoint logs/blind/snapshot --suite libero_object --blind
+    controls.py --checkpoint examples/libero/embedded --suite libero_object --episodes 10
+    controls.py --checkpoint examples/libero/embedded --suite libero_object --displaced 0.03 0.08
+    controls.py --checkpoint logs/blind/snapshot --suite libero_object --blind
 
-A policy that memorised coordinates passes the first and fails the second; one that needs its eyes cannot be matched
-by the third, which had the same data and the same number of training steps.
+A policy that memorised coordinates passes the first and fails the second; one that needs its eyes cannot
+be matched by the third, which had the same data and the same number of training steps.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from qlibero.sim.suites import SETTLE_ACTION, SUITES
 SEED = 7
 
 
-def evaluate(pilot: Pilot, scene: Scene, episodes: int, displaced: tuple[float, float] | None) -> tuple[int, int]:
-    """(successes, episodes run) from official initial states, the target moved by `displaced` metres if given.
+def evaluate(
+    pilot: Pilot, scene: Scene, episodes: int, displaced: tuple[float, float] | None
+) -> tuple[int, int]:
+    """(successes, episodes run) from official initial states, the target moved by `displaced` metres if
+    given.
 
-    The expert's own target is moved: the first argument of the goal. States in which it cannot be moved that far
-    without a collision are left out.
+    The expert's own target is moved: the first argument of the goal. States in which it cannot be moved
+    that far without a collision are left out.
     """
     target = scene.env.parsed_problem["goal_state"][0][1]
     won = run = 0
@@ -51,7 +55,9 @@ def main() -> None:
     parser.add_argument("--suite", required=True, choices=list(RADIUS))
     parser.add_argument("--tasks", default="0-9")
     parser.add_argument("--episodes", type=int, default=10, help="per task")
-    parser.add_argument("--displaced", type=float, nargs=2, metavar=("LOW", "HIGH"), help="metres, such as 0.03 0.08")
+    parser.add_argument(
+        "--displaced", type=float, nargs=2, metavar=("LOW", "HIGH"), help="metres, such as 0.03 0.08"
+    )
     parser.add_argument("--blind", action="store_true", help="give the policy black images")
     arguments = parser.parse_args()
     pilot = Pilot(arguments.checkpoint, arguments.blind)
@@ -64,8 +70,18 @@ def main() -> None:
         won, run = won + a, run + b
         scene.close()
     low, high = wilson(won, run)
-    print(json.dumps({"suite": arguments.suite, "displaced": arguments.displaced, "blind": arguments.blind,
-                      "successes": won, "episodes": run, "wilson95": [round(low, 4), round(high, 4)]}))
+    print(
+        json.dumps(
+            {
+                "suite": arguments.suite,
+                "displaced": arguments.displaced,
+                "blind": arguments.blind,
+                "successes": won,
+                "episodes": run,
+                "wilson95": [round(low, 4), round(high, 4)],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

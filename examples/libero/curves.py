@@ -1,6 +1,6 @@
 """Draw a training's learning curves from its `curves.jsonl`.
 
-    python examples/libero/curves.py logs/training/curves.jsonl --to examples/libero/embedded/curves.png
+python examples/libero/curves.py logs/training/curves.jsonl --to examples/libero/embedded/curves.png
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 PANELS = (
     ("flow-matching loss", {"flow": "training"}, True),
-    ("where the instruction's objects are (pixels of 128)", {"pointed_px": "training", "val_pointed_px": "held out"}, True),
+    (
+        "pointing at what is meant (pixels of 128)",
+        {"pointed_px": "training", "val_pointed_px": "held out"},
+        True,
+    ),
     ("error of sampled actions, held out", {"val_xyz": "translation", "val_turn": "rotation"}, False),
     ("gripper right, held out", {"val_gripper": "share of steps"}, False),
-)  # fmt: skip
+)
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:

@@ -1,7 +1,8 @@
 """DAgger: the policy drives until something is worth correcting; the expert shows what should have been done.
 
-`drive` gives the policy a random number of steps. If it has solved the task by then there is nothing to learn;
-otherwise a fresh expert takes over wherever the scene has come to, and `demonstrations.py` records its corrections.
+`drive` gives the policy a random number of steps. If it has solved the task by then there is nothing to
+learn; otherwise a fresh expert takes over wherever the scene has come to, and `demonstrations.py` records
+its corrections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Training examples in memory (on the GPU when there is one), growing while demonstrations are still being made."""
+"""Training examples in memory (on the GPU when there is one), growing while demonstrations are still being
+made."""
 
 from __future__ import annotations
 
@@ -15,16 +16,22 @@ from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer
 
 PROFILE = PROFILES["qlibero"]
-_FIELDS = {"images": torch.uint8, "states": torch.float32, "chunks": torch.float32, "keypoints": torch.float16,
-           "aims": torch.float32, "aim_pixels": torch.float16}  # fmt: skip
+_FIELDS = {
+    "images": torch.uint8,
+    "states": torch.float32,
+    "chunks": torch.float32,
+    "keypoints": torch.float16,
+    "aims": torch.float32,
+    "aim_pixels": torch.float16,
+}
 _VALIDATION = 8  # every eighth seed, the first of each task among them, is never trained on
 
 
 class Examples:
     """All examples below `roots` (npz files of `frames.py`); `refresh` picks up new files.
 
-    `training` and `validation` are the row indices of the two parts, `weights` the training rows' sampling weights:
-    every task counts the same, however many demonstrations it has.
+    `training` and `validation` are the row indices of the two parts, `weights` the training rows' sampling
+    weights: every task counts the same, however many demonstrations it has.
     """
 
     def __init__(self, roots: list[Path], tokenizer: WordTokenizer, device: str, capacity: int):
@@ -75,7 +82,12 @@ class Examples:
             x = self.store[field][: self.count].flatten(0, -2).double().cpu().numpy()
             q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
             std = np.maximum(x.std(0), 0.02 if name == "actions" else 1e-3)
-            out[name] = {"mean": x.mean(0).tolist(), "std": std.tolist(), "q01": q01.tolist(), "q99": q99.tolist()}
+            out[name] = {
+                "mean": x.mean(0).tolist(),
+                "std": std.tolist(),
+                "q01": q01.tolist(),
+                "q99": q99.tolist(),
+            }
         aims, eef = self.store["aims"][: self.count], self.store["states"][: self.count, None, :3]
         reading = torch.cat([aims, aims - eef], 1).flatten(1)
         out["reading"] = {"mean": reading.mean(0).tolist(), "std": reading.std(0).clamp_min(0.01).tolist()}
@@ -83,7 +95,10 @@ class Examples:
 
     def sample(self, size: int, generator: torch.Generator) -> Tensor:
         """Training rows, tasks equally likely."""
-        u = torch.rand(size, device=self.device, generator=generator, dtype=torch.float64) * self._cumulative[-1]
+        u = (
+            torch.rand(size, device=self.device, generator=generator, dtype=torch.float64)
+            * self._cumulative[-1]
+        )
         return self.training[torch.searchsorted(self._cumulative, u).clamp_max(len(self.training) - 1)]
 
     def batch(self, rows: Tensor, statistics: dict, blind: bool) -> dict[str, Tensor]:
@@ -98,15 +113,20 @@ class Examples:
         reading = torch.cat([aims, aims - states[:, None, :3]], 1).flatten(1)
         tokens = self.tokens[rows]
         return {
-            "images": torch.full_like(images, -1.0) if blind else images, "tokens": tokens, "token_mask": tokens > 0,
-            "states": normalized(states, "state"), "chunks": normalized(self.store["chunks"][rows], "actions"),
-            "keypoints": self.store["keypoints"][rows].float(), "aim_pixels": self.store["aim_pixels"][rows].float(),
+            "images": torch.full_like(images, -1.0) if blind else images,
+            "tokens": tokens,
+            "token_mask": tokens > 0,
+            "states": normalized(states, "state"),
+            "chunks": normalized(self.store["chunks"][rows], "actions"),
+            "keypoints": self.store["keypoints"][rows].float(),
+            "aim_pixels": self.store["aim_pixels"][rows].float(),
             "reading": normalized(reading, "reading"),
-        }  # fmt: skip
+        }
 
 
 def augment(batch: dict[str, Tensor], generator: torch.Generator, blind: bool) -> dict[str, Tensor]:
-    """Colour gain and offset, blur, pixel noise; state noise. No shifts: a pixel is 7 mm, coordinates must stay true."""
+    """Colour gain and offset, blur, pixel noise; state noise. No shifts: a pixel is 7 mm, coordinates must
+    stay true."""
     images, states = batch["images"], batch["states"]
     size, device = images.shape[:2], images.device
 

@@ -1,18 +1,19 @@
 """Make demonstrations: scripted experts act in fresh scenes; physics now, pixels later.
 
-    python examples/libero/demonstrations.py --suite libero_object --tasks 0-9 --episodes 60 --out logs/demonstrations
+    python examples/libero/demonstrations.py --suite libero_object --tasks 0-9 --episodes 60
 
-One small npz an episode, named by its seed; what exists is not made again, so the same command continues. Only the
-simulator's state is stored: `frames.py` renders it, because rendering is nine tenths of the cost on a CPU, and a GPU
-renders the same states within seconds.
+One small npz an episode, named by its seed; what exists is not made again, so the same command continues.
+Only the simulator's state is stored: `frames.py` renders it, because rendering is nine tenths of the cost
+on a CPU, and a GPU renders the same states within seconds.
 
 Why the episodes look as they do (facts behind it: README.md):
 - Seeds start at 10⁹ and no official initial state is ever used, so evaluation is never seen.
 - Half of the scenes have their objects displaced beyond the suite's spread (`placements.py`).
 - Noise goes into the executed action, the label is the expert's clean action (DART): AR(1), and random kicks.
-- A third of the episodes start in trouble: blocked above a rim, closed on nothing, the object dropped, the arm astray.
-  Only what the expert does about it is recorded.
-- With `--policy`, the trouble is the policy's own: it drives for a while, then the expert takes over (DAgger).
+- A third of the episodes start in trouble: blocked above a rim, closed on nothing, the object dropped, the
+  arm astray. Only what the expert does about it is recorded.
+- With `--policy`, the trouble is the policy's own: it drives for a while, then the expert takes over
+  (DAgger).
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ _AXES = np.array([1, 1, 0.7, 0.3, 0.3, 0.5])  # noise per action axis
 def record_episode(scene: Scene, seed: int, drive=None) -> dict[str, np.ndarray] | None:
     """One demonstration in a scene drawn from `seed`, or None if it went wrong.
 
-    `drive(scene, rng)`, if given, brings the scene into the state where the expert takes over; returning False means
-    there is nothing to correct. Arrays: actions (T, 7) clean labels; states (T, 8) before each action; frame_steps
-    (F,); at those steps qpos (F, nq) and aims (F, 2, 3); body_pos, body_quat: the fixtures' places; language; start.
+    `drive(scene, rng)`, if given, brings the scene into the state where the expert takes over; returning
+    False means there is nothing to correct. Arrays: actions (T, 7) clean labels; states (T, 8) before each
+    action; frame_steps (F,); at those steps qpos (F, nq) and aims (F, 2, 3); body_pos, body_quat: the
+    fixtures' places; language; start.
     """
     from robosuite.utils.errors import RandomizationError
 
@@ -76,30 +78,42 @@ def record_episode(scene: Scene, seed: int, drive=None) -> dict[str, np.ndarray]
         executed = actions[-1].copy()
         if sigma:
             noise = 0.6 * noise + 0.8 * sigma * rng.standard_normal(6) * _AXES
-            if kicks and kick_left == 0 and rng.random() < 0.04 and expert.phase not in ("close", "open", "turn"):
+            if (
+                kicks
+                and kick_left == 0
+                and rng.random() < 0.04
+                and expert.phase not in ("close", "open", "turn")
+            ):
                 kick, kick_left = rng.uniform(-1, 1, 6) * _AXES * 0.8, int(rng.integers(2, 6))
             executed[:6] += noise + (kick if kick_left else 0)
             kick_left = max(0, kick_left - 1)
         if scene.step(np.clip(executed, -1, 1)):
             return {
-                "actions": np.array(actions, np.float32), "states": np.array(states, np.float32),
-                "frame_steps": np.array(frame_steps, np.int32), "qpos": np.array(qpos), "aims": np.array(aims),
+                "actions": np.array(actions, np.float32),
+                "states": np.array(states, np.float32),
+                "frame_steps": np.array(frame_steps, np.int32),
+                "qpos": np.array(qpos),
+                "aims": np.array(aims),
                 "body_pos": np.array(scene.env.sim.model.body_pos, np.float32),
                 "body_quat": np.array(scene.env.sim.model.body_quat, np.float32),
-                "language": np.array(scene.language), "start": np.array(start),
+                "language": np.array(scene.language),
+                "start": np.array(start),
             }
     return None
 
 
 def proprioception(env) -> np.ndarray:
-    """The (8,) float32 state that the evaluation gives to policies, read off the simulator without rendering."""
+    """The (8,) float32 state that the evaluation gives to policies, read off the simulator without
+    rendering."""
     robot, data = env.robots[0], env.sim.data
     w, x, y, z = data.get_body_xquat(robot.robot_model.eef_name)
-    return np.concatenate([
-        data.site_xpos[robot.eef_site_id],
-        axis_angle(np.array([x, y, z, w])),
-        data.qpos[robot._ref_gripper_joint_pos_indexes],
-    ]).astype(np.float32)
+    return np.concatenate(
+        [
+            data.site_xpos[robot.eef_site_id],
+            axis_angle(np.array([x, y, z, w])),
+            data.qpos[robot._ref_gripper_joint_pos_indexes],
+        ]
+    ).astype(np.float32)
 
 
 def _trouble(scene: Scene, rng: np.random.Generator, start: str) -> bool:
@@ -133,7 +147,7 @@ def _trouble(scene: Scene, rng: np.random.Generator, start: str) -> bool:
 
 
 def parse_tasks(text: str) -> list[int]:
-    """"0,3-5" → [0, 3, 4, 5]."""
+    """ "0,3-5" → [0, 3, 4, 5]."""
     spans = [part.split("-") for part in text.split(",")]
     return [task for span in spans for task in range(int(span[0]), int(span[-1]) + 1)]
 
@@ -173,7 +187,10 @@ def main() -> None:
             if not path.exists() and not path.with_suffix(".failed").exists():
                 save(path, record_episode(scene, seed, drive))
             made += path.exists()
-        print(f"{arguments.suite} task {task}: {made} of {arguments.episodes} seeds gave a demonstration", flush=True)
+        print(
+            f"{arguments.suite} task {task}: {made} of {arguments.episodes} seeds gave a demonstration",
+            flush=True,
+        )
         scene.close()
 
 

@@ -2,8 +2,8 @@
 
     python examples/libero/export.py --snapshot logs/training/snapshot --to examples/libero/embedded
 
-`calibration.npz` gets a few moments of one demonstration per task. Their seeds are used by no training example and no
-evaluation, and no official initial state is in them.
+`calibration.npz` gets a few moments of one demonstration per task. Their seeds are used by no training
+example and no evaluation, and no official initial state is in them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ SOURCE = f"scripted demonstrations, seeds from {FIRST_SEED + 900_000_000} on; ex
 
 
 def calibration(scene: Scene) -> list[Observation]:
-    """Observations (256 px) of one demonstration in `scene`, from start to end; empty if the expert never succeeds."""
+    """Observations (256 px) of one demonstration in `scene`, from start to end; empty if the expert never
+    succeeds."""
     first = FIRST_SEED + 900_000_000 + scene.task * 10_000
     episode = next((e for seed in range(first, first + 5) if (e := record_episode(scene, seed))), None)
     if episode is None:
@@ -58,7 +59,7 @@ def main() -> None:
             observations += calibration(scene)
             scene.close()
     write_demonstrations(arguments.to / "calibration.npz", observations, SOURCE)
-    print(f"{arguments.to}: {len(observations)} calibration observations, weights {sha256(arguments.to / WEIGHTS)}")
+    print(f"{arguments.to}: {len(observations)} observations, weights {sha256(arguments.to / WEIGHTS)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Give demonstrations their pixels: render the stored states, and note where things are in them.
 
-    python examples/libero/frames.py --demonstrations logs/demonstrations --out logs/frames [--suite … --tasks …]
+    python examples/libero/frames.py --demonstrations logs/demonstrations --out logs/frames
 
-Each episode becomes one npz of training examples: both cameras at 128 px (rendered at 256 and averaged 2×2, as the
-policy will see them), state, the chunk of the next 10 clean actions, and privileged targets for auxiliary losses.
+Each episode becomes one npz of training examples: both cameras at 128 px (rendered at 256 and averaged
+2×2, as the policy will see them), state, the chunk of the next 10 clean actions, and privileged targets for
+auxiliary losses.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ INSTANCES = 2  # of one kind in a scene (the two bowls of libero_spatial)
 def examples(scene: Scene, episode: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Training examples of one recorded episode, F rows.
 
-    images (F, 2, 128, 128, 3) uint8; states (F, 8); chunks (F, 10, 7), the last action repeated past the end;
-    keypoints (F, 2, 20, 2, 2) float16: (row, column) in [-1, 1] of each camera's kinds, NaN when absent or out of
-    view; aims (F, 2, 3) metres and aim_pixels (F, 2 cameras, 2 aims, 2), likewise; language.
+    images (F, 2, 128, 128, 3) uint8; states (F, 8); chunks (F, 10, 7), the last action repeated past the
+    end; keypoints (F, 2, 20, 2, 2) float16: (row, column) in [-1, 1] of each camera's kinds, NaN when
+    absent or out of view; aims (F, 2, 3) metres and aim_pixels (F, 2 cameras, 2 aims, 2), likewise;
+    language.
     """
     model, data = scene.env.sim.model, scene.env.sim.data
     model.body_pos[:], model.body_quat[:] = episode["body_pos"], episode["body_quat"]
@@ -43,10 +45,14 @@ def examples(scene: Scene, episode: dict[str, np.ndarray]) -> dict[str, np.ndarr
     steps = episode["frame_steps"]
     ahead = np.minimum(steps[:, None] + np.arange(HORIZON), len(episode["actions"]) - 1)
     return {
-        "images": np.stack(images), "states": episode["states"][steps], "chunks": episode["actions"][ahead],
-        "keypoints": np.stack(keypoints), "aims": episode["aims"],
-        "aim_pixels": np.stack(aim_pixels).astype(np.float16), "language": episode["language"],
-    }  # fmt: skip
+        "images": np.stack(images),
+        "states": episode["states"][steps],
+        "chunks": episode["actions"][ahead],
+        "keypoints": np.stack(keypoints),
+        "aims": episode["aims"],
+        "aim_pixels": np.stack(aim_pixels).astype(np.float16),
+        "language": episode["language"],
+    }
 
 
 def render(scene: Scene) -> np.ndarray:
@@ -64,7 +70,9 @@ def project(scene: Scene, camera: str, points: np.ndarray) -> np.ndarray:
     local = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
     depth = -local[:, 2]
     scale = 1 / (np.maximum(depth, 1e-3) * np.tan(np.deg2rad(model.cam_fovy[index]) / 2))
-    pixels = np.stack([-local[:, 1] * scale, -local[:, 0] * scale], -1)  # the frame is turned by 180°, mirrored once
+    pixels = np.stack(
+        [-local[:, 1] * scale, -local[:, 0] * scale], -1
+    )  # the frame is turned by 180°, mirrored once
     pixels[(depth < 1e-3) | (np.abs(pixels) > 1).any(1)] = np.nan
     return pixels
 
@@ -73,7 +81,9 @@ def _keypoints(scene: Scene) -> np.ndarray:
     env = scene.env
     found = np.full((len(CAMERAS), len(KINDS), INSTANCES, 2), np.nan, np.float16)
     names = sorted(env.obj_body_id)
-    points = np.stack([*(env.sim.data._data.xpos[env.obj_body_id[name]] for name in names), scene.eef_position()])
+    points = np.stack(
+        [*(env.sim.data._data.xpos[env.obj_body_id[name]] for name in names), scene.eef_position()]
+    )
     for camera, name_of_camera in enumerate(CAMERAS):
         pixels = project(scene, name_of_camera, points)
         found[camera, KINDS.index("gripper"), 0] = pixels[-1]

@@ -1,8 +1,8 @@
 """The compact pi0.5: its size, its vocabulary, and the losses that train it.
 
-Besides the flow-matching loss there are auxiliary ones with privileged targets. A network of this size gets almost no
-localisation signal from actions alone; where objects are, which one the instruction means and where it should go is
-what it has to learn first. Their heads are dropped at export.
+Besides the flow-matching loss there are auxiliary ones with privileged targets. A network of this size
+gets almost no localisation signal from actions alone; where objects are, which one the instruction means
+and where it should go is what it has to learn first. Their heads are dropped at export.
 """
 
 from __future__ import annotations
@@ -19,10 +19,27 @@ from qlibero.sim import suites
 SIZE = 128  # pixels of a camera frame
 HORIZON = 10  # actions of a chunk
 KINDS = (
-    "alphabet_soup", "basket", "bbq_sauce", "butter", "chocolate_pudding", "cream_cheese", "ketchup", "milk",
-    "orange_juice", "salad_dressing", "tomato_sauce", "akita_black_bowl", "cookies", "glazed_rim_porcelain_ramekin",
-    "plate", "wine_bottle", "flat_stove", "wooden_cabinet", "wine_rack", "gripper",
-)  # fmt: skip
+    "alphabet_soup",
+    "basket",
+    "bbq_sauce",
+    "butter",
+    "chocolate_pudding",
+    "cream_cheese",
+    "ketchup",
+    "milk",
+    "orange_juice",
+    "salad_dressing",
+    "tomato_sauce",
+    "akita_black_bowl",
+    "cookies",
+    "glazed_rim_porcelain_ramekin",
+    "plate",
+    "wine_bottle",
+    "flat_stove",
+    "wooden_cabinet",
+    "wine_rack",
+    "gripper",
+)
 FLOW_SAMPLES = 4  # noise/time draws per observation: spreads the cost of the prefix
 MAX_WORDS = 24
 
@@ -48,8 +65,12 @@ def architecture(size: str, vocab_size: int) -> Pi05Config:
         llm=GemmaConfig(width, depth, mlp, num_heads=heads, head_dim=32),
         expert=GemmaConfig(expert, depth, expert_mlp, num_heads=heads, head_dim=32),
         vision=ConvConfig(channels=channels, width=vision, image_size=SIZE, keypoints=len(KINDS)),
-        vocab_size=vocab_size, action_dim=7, action_horizon=HORIZON, max_token_len=MAX_WORDS + 1, state_dim=8,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        action_dim=7,
+        action_horizon=HORIZON,
+        max_token_len=MAX_WORDS + 1,
+        state_dim=8,
+    )
 
 
 class Learner(nn.Module):
@@ -65,8 +86,11 @@ class Learner(nn.Module):
         self.reader = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 12))
 
     def forward(self, batch: dict[str, Tensor], noise: Tensor, time: Tensor) -> dict[str, Tensor]:
-        """Scalar losses by name, for augmented `batch` (see `dataset.py`), noise (B, K, H, 7) and time (B, K)."""
-        prefix = self.policy.prefix(batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"])
+        """Scalar losses by name, for augmented `batch` (see `dataset.py`), noise (B, K, H, 7) and time (B,
+        K)."""
+        prefix = self.policy.prefix(
+            batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"]
+        )
         actions = batch["chunks"][:, None]
         x_t = time[..., None, None] * noise + (1 - time[..., None, None]) * actions
         velocity = self.policy.velocity(prefix, x_t.flatten(0, 1), time.flatten())
@@ -77,7 +101,9 @@ class Learner(nn.Module):
             "heat": _heat_loss(prefix.vision.heat, batch["keypoints"]),
             "pointer": pointer,
             "pointed_px": pointed * 64,  # mean error in pixels of a 128 px frame
-            "reader": F.smooth_l1_loss(self.reader(self._state_token(prefix.hidden)).float(), batch["reading"], beta=0.2),
+            "reader": F.smooth_l1_loss(
+                self.reader(self._state_token(prefix.hidden)).float(), batch["reading"], beta=0.2
+            ),
         }
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -88,10 +114,13 @@ class Learner(nn.Module):
         return hidden[:, 2 * self.policy.config.vision.tokens]
 
     def _pointer_losses(self, hidden: Tensor, aims: Tensor) -> tuple[Tensor, Tensor]:
-        """Which image token shows each aim, and where in it. aims (B, cameras, aims, 2), NaN = not in view."""
+        """Which image token shows each aim, and where in it. aims (B, cameras, aims, 2), NaN = not in
+        view."""
         count, tokens = self.side**2, self.policy.config.vision.tokens
         cameras = torch.stack([hidden[:, i * tokens : i * tokens + count] for i in range(2)], 1)
-        out = self.pointer(cameras).float().unflatten(-1, (2, 3)).transpose(2, 3)  # (B, cameras, aims, count, 3)
+        out = (
+            self.pointer(cameras).float().unflatten(-1, (2, 3)).transpose(2, 3)
+        )  # (B, cameras, aims, count, 3)
         grid = _grid(self.side, hidden.device)
         visible = aims.isfinite().all(-1)
         aims = aims.nan_to_num()
@@ -111,7 +140,8 @@ def _grid(side: int, device) -> Tensor:
 
 
 def _heat_loss(heat: Tensor, keypoints: Tensor) -> Tensor:
-    """Cross-entropy of heat maps (B, cameras, K, h, w) with Gaussians (1.2 cells) at keypoints (B, cameras, K, I, 2)."""
+    """Cross-entropy of heat maps (B, cameras, K, h, w) with Gaussians (1.2 cells) at keypoints (B, cameras,
+    K, I, 2)."""
     grid = _grid(heat.shape[-1], heat.device)
     there = keypoints.isfinite().all(-1)
     squared = ((keypoints.nan_to_num()[..., None, :] - grid) ** 2).sum(-1)

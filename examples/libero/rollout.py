@@ -1,6 +1,7 @@
 """Let a checkpoint act in a scene: the tutorial's own small loop (experiments use `qlibero run`).
 
-Replan after 5 of 10 actions, 10 flow steps, noise from the episode's key: the same episode that qlibero would run.
+Replan after 5 of 10 actions, 10 flow steps, noise from the episode's key: the same episode that qlibero
+would run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ REPLAN = 5
 
 
 class Pilot:
-    """A checkpoint directory as something that drives scenes, on one CPU core. `blind`: it gets black images."""
+    """A checkpoint directory as something that drives scenes, on one CPU core. `blind`: it gets black
+    images."""
 
     def __init__(self, checkpoint: Path, blind: bool = False):
         torch.set_num_threads(1)
@@ -31,7 +33,8 @@ class Pilot:
         self.blind = blind
 
     def steps(self, scene: Scene, init: int, seed: int) -> Iterator[bool]:
-        """Act for ever in a scene that has just been reset; yields after every step whether the goal is reached."""
+        """Act for ever in a scene that has just been reset; yields after every step whether the goal is
+        reached."""
         key, call = EpisodeKey(scene.suite, scene.task, init, seed), 0
         while True:
             seen = scene.observation

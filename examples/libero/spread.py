@@ -1,9 +1,10 @@
-"""How far objects move between a suite's episodes: official initial states, fresh resets, and our demonstrations.
+"""How far objects move between a suite's episodes: official initial states, fresh resets, and our
+demonstrations.
 
     python examples/libero/spread.py --suites libero_object libero_spatial libero_goal --resets 10
 
-Prints, per suite, the mean and largest range (centimetres, over objects and tasks) of the objects' positions. It is
-why demonstrations are widened: a policy could memorise coordinates that do not vary.
+Prints, per suite, the mean and largest range (centimetres, over objects and tasks) of the objects'
+positions. It is why demonstrations are widened: a policy could memorise coordinates that do not vary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from qlibero.sim.scene import Scene
 
 def positions(scene: Scene) -> np.ndarray:
     """(objects, 2) metres of the movable objects, in a fixed order."""
-    return np.stack([scene.env.sim.data.body_xpos[scene.env.obj_body_id[n]][:2] for n in sorted(scene.env.objects_dict)])
+    return np.stack(
+        [scene.env.sim.data.body_xpos[scene.env.obj_body_id[n]][:2] for n in sorted(scene.env.objects_dict)]
+    )
 
 
 def ranges(suite: str, task: int, resets: int) -> dict[str, np.ndarray]:
@@ -51,10 +54,14 @@ def main() -> None:
             for source, values in ranges(suite, task, arguments.resets).items():
                 found.setdefault(source, []).append(values)
         joined = {source: np.concatenate(values) for source, values in found.items()}
-        table[suite] = {source: {"mean_cm": round(float(v.mean()), 2), "largest_cm": round(float(v.max()), 2)}
-                        for source, v in joined.items()}  # fmt: skip
+        table[suite] = {
+            source: {"mean_cm": round(float(v.mean()), 2), "largest_cm": round(float(v.max()), 2)}
+            for source, v in joined.items()
+        }
         for source, row in table[suite].items():
-            print(f"{suite:16s} {source:9s} mean range {row['mean_cm']:5.2f} cm, largest {row['largest_cm']:5.2f} cm")
+            print(
+                f"{suite:16s} {source:9s} range mean {row['mean_cm']:5.2f} largest {row['largest_cm']:5.2f} cm"
+            )
     print(json.dumps(table))
 
 

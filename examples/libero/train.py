@@ -1,11 +1,12 @@
 """Train the compact pi0.5 on rendered demonstrations. The same command continues after an interruption.
 
-    python examples/libero/train.py --frames logs/frames --out logs/training --minutes 120        # CPU or GPU
-    python examples/libero/train.py --frames logs/frames --out logs/blind --steps 6000 --blind    # the blind control
+    python examples/libero/train.py --out logs/training --minutes 120       # CPU or GPU
+    python examples/libero/train.py --out logs/blind --steps 6000 --blind   # the blind control
 
-`--out` receives `state.pt` (everything needed to continue), `snapshot/` (a loadable checkpoint of the averaged
-weights, renewed with every save), `curves.jsonl`, and an offline wandb run when wandb is installed. New files below
-`--frames` are picked up while training runs, so demonstrations may still be in the making.
+`--out` receives `state.pt` (everything needed to continue), `snapshot/` (a loadable checkpoint of the
+averaged weights, renewed with every save), `curves.jsonl`, and an offline wandb run when wandb is
+installed. New files below `--frames` are picked up while training runs, so demonstrations may still be in
+the making.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class Trainer:
         plain = [p for p in self.learner.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-            arguments.learning_rate, betas=(0.9, 0.95), fused=self.device == "cuda",
-        )  # fmt: skip
+            arguments.learning_rate,
+            betas=(0.9, 0.95),
+            fused=self.device == "cuda",
+        )
         self.generator = torch.Generator(self.device).manual_seed(arguments.seed)
         self.examples = Examples(arguments.frames, self.tokenizer, self.device, arguments.capacity)
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -86,9 +89,17 @@ class Trainer:
                 refreshed = time.monotonic()
             if now - evaluated > self.arguments.evaluate_every or self._fraction() >= 1:
                 means = {name: round(float(value) / count, 4) for name, value in sums.items()}
-                self._log({"step": self.progress.step, "seconds": round(self.progress.seconds, 1),
-                           "samples": self.progress.step * self.arguments.batch, "examples": self.examples.count,
-                           "learning_rate": self.optimizer.param_groups[0]["lr"], **means, **self.validate()})
+                self._log(
+                    {
+                        "step": self.progress.step,
+                        "seconds": round(self.progress.seconds, 1),
+                        "samples": self.progress.step * self.arguments.batch,
+                        "examples": self.examples.count,
+                        "learning_rate": self.optimizer.param_groups[0]["lr"],
+                        **means,
+                        **self.validate(),
+                    }
+                )
                 sums, count, evaluated = {}, 0, time.monotonic()
             if now - saved > self.arguments.save_every:
                 self.save()
@@ -142,31 +153,52 @@ class Trainer:
         learner, device = self.average.eval(), self.device
         generator = torch.Generator(device).manual_seed(0)
         pick = torch.randperm(len(self.examples.validation), device=device, generator=generator)[:rows]
-        batch = self.examples.batch(self.examples.validation[pick], self.progress.statistics, self.arguments.blind)
+        batch = self.examples.batch(
+            self.examples.validation[pick], self.progress.statistics, self.arguments.blind
+        )
         x = torch.randn(batch["chunks"].shape, device=device, generator=generator)
         policy, steps = learner.policy, self.config.flow_steps
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            prefix = policy.prefix(batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"])
+            prefix = policy.prefix(
+                batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"]
+            )
             _, pointed = learner._pointer_losses(prefix.hidden, batch["aim_pixels"])
             for i in range(steps):
-                x = x - policy.velocity(prefix, x, torch.full((len(x),), 1 - i / steps, device=device)) / steps
-        error = (x - batch["chunks"]).abs() * torch.tensor(self.progress.statistics["actions"]["std"], device=device)
+                x = (
+                    x
+                    - policy.velocity(prefix, x, torch.full((len(x),), 1 - i / steps, device=device)) / steps
+                )
+        error = (x - batch["chunks"]).abs() * torch.tensor(
+            self.progress.statistics["actions"]["std"], device=device
+        )
         gripper = torch.tensor(self.progress.statistics["actions"]["mean"][6], device=device)
         std = torch.tensor(self.progress.statistics["actions"]["std"][6], device=device)
         same = ((x[..., 6] * std + gripper) > 0) == ((batch["chunks"][..., 6] * std + gripper) > 0)
-        return {"val_xyz": round(error[..., :3].mean().item(), 4), "val_turn": round(error[..., 3:6].mean().item(), 4),
-                "val_gripper": round(same.float().mean().item(), 4), "val_pointed_px": round(pointed.item() * 64, 3)}
+        return {
+            "val_xyz": round(error[..., :3].mean().item(), 4),
+            "val_turn": round(error[..., 3:6].mean().item(), 4),
+            "val_gripper": round(same.float().mean().item(), 4),
+            "val_pointed_px": round(pointed.item() * 64, 3),
+        }
 
     def save(self) -> None:
         """`state.pt`, then `snapshot/`; both whole or as they were."""
         temporary = self._state_file.with_suffix(".tmp")
-        torch.save({"learner": self.learner.state_dict(), "average": self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}, temporary)
+        torch.save(
+            {
+                "learner": self.learner.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "progress": vars(self.progress),
+            },
+            temporary,
+        )
         os.replace(temporary, self._state_file)
         export(self, self.arguments.out / "snapshot")
 
     def _begin_from(self, path: Path) -> None:
-        """Weights and statistics of an exported checkpoint; the auxiliary heads, which it lacks, begin anew."""
+        """Weights and statistics of an exported checkpoint; the auxiliary heads, which it lacks, begin
+        anew."""
         checkpoint = open_checkpoint(path)
         weights = load_model(checkpoint, torch.float32, torch.device(self.device)).state_dict()
         self.learner.policy.load_state_dict(weights)
@@ -185,8 +217,14 @@ def export(trainer: Trainer, path: Path) -> str:
     """The averaged weights, without training's extra heads, as a checkpoint directory that qlibero loads."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     statistics = {name: trainer.progress.statistics[name] for name in ("state", "actions")}
-    digest = write_checkpoint(temporary, trainer.average.policy, name="embedded", statistics=statistics,
-                              tokenizer=trainer.tokenizer.to_json(), normalization="mean_std")
+    digest = write_checkpoint(
+        temporary,
+        trainer.average.policy,
+        name="embedded",
+        statistics=statistics,
+        tokenizer=trainer.tokenizer.to_json(),
+        normalization="mean_std",
+    )
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -196,14 +234,21 @@ def export(trainer: Trainer, path: Path) -> str:
 
 
 def open_log(arguments: argparse.Namespace):
-    """A function that takes one row of numbers: to `curves.jsonl`, to the terminal, and to wandb if it is installed."""
+    """A function that takes one row of numbers: to `curves.jsonl`, to the terminal, and to wandb if it is
+    installed."""
     run = None
     try:
         import wandb
 
         os.environ.setdefault("WANDB_MODE", "offline")
-        run = wandb.init(project="qlibero", name=f"train-{arguments.out.name}", dir=str(arguments.out), resume="allow",
-                         id=f"train-{arguments.out.name}", config={k: str(v) for k, v in vars(arguments).items()})
+        run = wandb.init(
+            project="qlibero",
+            name=f"train-{arguments.out.name}",
+            dir=str(arguments.out),
+            resume="allow",
+            id=f"train-{arguments.out.name}",
+            config={k: str(v) for k, v in vars(arguments).items()},
+        )
     except ImportError:
         pass
 
@@ -227,13 +272,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=64, help="64 on a CPU, 512 to 1024 on a GPU")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--init", type=Path, help="checkpoint directory to begin from, such as another run's snapshot/")
-    parser.add_argument("--blind", action="store_true", help="black images: the control that shows whether it must see")
+    parser.add_argument(
+        "--init", type=Path, help="checkpoint directory to begin from, such as another run's snapshot/"
+    )
+    parser.add_argument(
+        "--blind", action="store_true", help="black images: the control that shows whether it must see"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--compile", action="store_true", help="torch.compile: worth it for long runs on a GPU")
-    parser.add_argument("--capacity", type=int, default=20_000, help="examples that memory is set aside for (0.1 MB each)")
-    parser.add_argument("--wait-for", type=int, default=1, help="episodes that must be there before training starts")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: worth it for long runs on a GPU"
+    )
+    parser.add_argument(
+        "--capacity", type=int, default=20_000, help="examples that memory is set aside for (0.1 MB each)"
+    )
+    parser.add_argument(
+        "--wait-for", type=int, default=1, help="episodes that must be there before training starts"
+    )
     parser.add_argument("--save-every", type=float, default=180, help="seconds")
     parser.add_argument("--evaluate-every", type=float, default=60, help="seconds")
     return parser.parse_args(argv)

@@ -1,7 +1,8 @@
 """Antipodal top-down grasps, sampled on an object's collision boxes.
 
 A candidate is a point and a yaw; its cost adds up turning, distance from the object's middle, fingers and
-hand inside other boxes, a too wide or too thin grip, and reach. Hollow objects (bowls) are gripped at the rim.
+hand inside other boxes, a too wide or too thin grip, and reach. Hollow objects (bowls) are gripped at the
+rim.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def plan_grasp(world: World, name: str) -> Grasp | None:
         candidates = [(middle + radius * np.array([np.cos(a), np.sin(a)]), a) for a in angles]
     else:
         low, high = slab.min(0), slab.max(0)
-        grid = [np.array([x, y]) for x in np.arange(low[0], high[0] + 1e-6, 0.008)
-                for y in np.arange(low[1], high[1] + 1e-6, 0.008)]
+        grid = [
+            np.array([x, y])
+            for x in np.arange(low[0], high[0] + 1e-6, 0.008)
+            for y in np.arange(low[1], high[1] + 1e-6, 0.008)
+        ]
         candidates = [(c, a) for c in [middle, *grid] for a in np.arange(0, np.pi, np.pi / 12)]
 
     obstacle, obstacle_rotation, obstacle_half = world.boxes()
@@ -68,8 +72,13 @@ def plan_grasp(world: World, name: str) -> Grasp | None:
         turn = (angle - yaw_now + np.pi / 2) % np.pi - np.pi / 2
         cover = np.ptp(aside[gripped])
         stretch = np.hypot(np.linalg.norm(centre - shoulder[:2]) - 0.088, height + 0.25 - shoulder[2])
-        cost = (0.02 * abs(turn) + 0.3 * max(0, width - 0.068) + 0.5 * max(0, 0.012 - cover)
-                + 1.5 * max(0, stretch - 0.60) + (0 if hollow else np.linalg.norm(centre - middle)))
+        cost = (
+            0.02 * abs(turn)
+            + 0.3 * max(0, width - 0.068)
+            + 0.5 * max(0, 0.012 - cover)
+            + 1.5 * max(0, stretch - 0.60)
+            + (0 if hollow else np.linalg.norm(centre - middle))
+        )
         grasps.append(Grasp(np.array([*centre, height]), yaw_now + turn, float(width), float(cost)))
 
     best: Grasp | None = None
@@ -92,7 +101,10 @@ def _box_points(*axes) -> np.ndarray:
 
 
 # Points of the open fingers and of the palm in the hand's frame (closing axis, across, up).
-_FINGER = _box_points(np.linspace(HALF_OPENING + 0.001, HALF_OPENING + 0.025, 4), np.linspace(-0.012, 0.012, 3),
-                      np.linspace(-TIP, 0.08, 8))
+_FINGER = _box_points(
+    np.linspace(HALF_OPENING + 0.001, HALF_OPENING + 0.025, 4),
+    np.linspace(-0.012, 0.012, 3),
+    np.linspace(-TIP, 0.08, 8),
+)
 _PALM = _box_points(np.linspace(-0.1, 0.1, 9), np.linspace(-0.03, 0.03, 3), np.linspace(0.037, 0.10, 4))
 _HAND = np.concatenate([_FINGER, _FINGER * [-1, 1, 1], _PALM])

@@ -12,13 +12,18 @@ class Knob(Expert):
     def __init__(self, world: World):
         super().__init__(world)
         model = world.model
-        self._geoms = [g for g in range(model.ngeom)
-                       if model.body(model.geom_bodyid[g]).name.endswith("button") and model.geom_contype[g]]
+        self._geoms = [
+            g
+            for g in range(model.ngeom)
+            if model.body(model.geom_bodyid[g]).name.endswith("button") and model.geom_contype[g]
+        ]
 
     def _ridge(self) -> tuple[np.ndarray, float]:
         """Middle (3,) of the knob's upper geoms, and the height of its top."""
         data, half = self.world.data, self.world.model.geom_size
-        tops = [data.geom_xpos[g][2] + (np.abs(data.geom_xmat[g].reshape(3, 3)) @ half[g])[2] for g in self._geoms]
+        tops = [
+            data.geom_xpos[g][2] + (np.abs(data.geom_xmat[g].reshape(3, 3)) @ half[g])[2] for g in self._geoms
+        ]
         upper = [g for g in self._geoms if data.geom_xpos[g][2] + half[g].min() > max(tops) - 0.03]
         return np.mean([data.geom_xpos[g] for g in upper], 0), max(tops)
 
