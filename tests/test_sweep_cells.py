@@ -137,7 +137,7 @@ def test_status_counts_files_not_promises(tmp_path):
     found = status(tmp_path / "out")
     assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (32, 400, 1, 12)   # the first 16 of 50 scenes, two arms
     assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)   # two arms, one episode a minute each
-    assert headline(found).startswith("32 of 400 episodes, 1 of 12 shards, 124.0 episodes/h, done about 20")
+    assert headline(found).startswith("32 of 400 episodes, 1 of 12 shards, 124 episodes/h, done about 20")
     with pytest.raises(UserError, match="neither a sweep"):
         status(tmp_path)
 
