@@ -59,9 +59,7 @@ def main() -> None:
             for source, v in joined.items()
         }
         for source, row in table[suite].items():
-            print(
-                f"{suite:16s} {source:9s} range mean {row['mean_cm']:5.2f} largest {row['largest_cm']:5.2f} cm"
-            )
+            print(f"{suite:16s} {source:9s} mean {row['mean_cm']:5.2f} largest {row['largest_cm']:5.2f} cm")
     print(json.dumps(table))
 
 
