@@ -8,8 +8,11 @@ import pytest
 
 from qlibero.config.labels import FREE
 from qlibero.config.load import ConfigError, load_experiment
-from qlibero.config.schema import Experiment
+from qlibero.config.schema import REPOSITORY, Experiment, config_hash
 from qlibero.config.sweep import Sweep, load_sweep
+from qlibero.quant.spec import METHODS
+
+CONFIGS = REPOSITORY / "configs"
 
 BASE = """\
 name: study
@@ -127,3 +130,15 @@ def test_a_mistake_in_a_sweep_has_its_line(tmp_path: Path, text: str, says: str)
 
 def test_a_mistake_common_to_all_cells_is_told_once(tmp_path: Path) -> None:
     assert complaint(tmp_path, "workers: many\ngrid: {seed: [1, 2, 3]}\n").count("\n") == 0
+
+
+def test_a_directory_of_one_table_can_be_continued_with_another() -> None:
+    tables = [load_experiment(CONFIGS / "experiments" / f"{name}.yaml", []) for name in ("compare_backends", "quantization_table", "methods")]
+    assert {(t.suite, t.episodes_per_task, t.tasks) for t in tables} == {("libero_spatial", 20, "all")}
+    hashes: dict[str, str] = {}
+    for table in tables:
+        for arm in table.arms():   # one name, one configuration: what a run directory asks of the arms it holds
+            assert hashes.setdefault(arm.name, config_hash(table, arm)) == config_hash(table, arm), arm.name
+    assert {arm.name for arm in tables[0].arms()} < {arm.name for arm in tables[1].arms()}
+    assert len(set(hashes.values())) == len(hashes)
+    assert {arm.quant.method for arm in tables[2].arms() if arm.quant} == set(METHODS)
