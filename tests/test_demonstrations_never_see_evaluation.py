@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples/libero"))
 import demonstrations  # noqa: E402
 import export  # noqa: E402
 
-SUITE, TASK = "libero_object", 1
+TASKS = [("libero_object", 1), ("libero_spatial", 4), ("libero_goal", 0)]
 
 
 class Watched(Scene):
@@ -28,12 +28,13 @@ class Watched(Scene):
         super().reset(init, seed)
 
 
-@pytest.fixture(scope="module")
-def recorded():
+@pytest.fixture(scope="module", params=TASKS, ids=lambda task: f"{task[0]}-{task[1]}")
+def recorded(request):
     """The watched scene, and one demonstration recorded in it."""
-    scene = Watched(SUITE, TASK, resolution=16)
+    suite, task = request.param
+    scene = Watched(suite, task, resolution=16)
     scene.asked = []
-    first = demonstrations.FIRST_SEED + TASK * 10_000
+    first = demonstrations.FIRST_SEED + task * 10_000
     episode = next(e for seed in range(first, first + 5) if (e := demonstrations.record_episode(scene, seed)))
     yield scene, episode
     scene.close()
@@ -49,5 +50,5 @@ def test_no_official_initial_state_is_ever_asked_for(recorded):
 def test_no_demonstration_begins_in_an_official_initial_state(recorded):
     scene, episode = recorded
     objects = slice(9, None)  # qpos after the arm's and the fingers' joints
-    official = init_states(SUITE, TASK)[:, 1 : 1 + scene.env.sim.model.nq]
+    official = init_states(scene.suite, scene.task)[:, 1 : 1 + scene.env.sim.model.nq]
     assert np.abs(official[:, objects] - episode["qpos"][0][objects]).max(1).min() > 1e-4
