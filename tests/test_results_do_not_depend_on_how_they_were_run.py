@@ -43,10 +43,15 @@ def records(run_dir: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, tiny_experiment: Path) -> dict:
+def undisturbed(tmp_path_factory, tiny_experiment: Path) -> Path:
     out = tmp_path_factory.mktemp("one_worker")
-    assert run(tiny_experiment, out, "workers=1")["complete"]
-    found = records(out)
+    assert run(tiny_experiment, out, "workers=1", "videos=0")["complete"]
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(undisturbed: Path) -> dict:
+    found = records(undisturbed)
     assert len(found) == 12 and len({value[1] for value in found.values()}) > 1
     return found
 
@@ -86,3 +91,13 @@ def test_a_complete_run_is_shown_without_running_anything(tmp_path, tiny_experim
     assert run(tiny_experiment, tmp_path)["complete"]
     assert time.monotonic() - started < 5, "a complete run must not load a policy or a simulator"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("episodes-*.jsonl")} == before
+
+
+def test_filming_afterwards_replays_the_very_episodes(undisturbed, reference):
+    for expected in (len(ARMS), 0):   # what is filmed already stays
+        process = qlibero("film", undisturbed, "--episodes", 1)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert len(json.loads(stdout.splitlines()[-1])["videos"]) == expected
+    assert all(len(list((undisturbed / arm / "videos").glob("*.mp4"))) == 1 for arm in ARMS)
+    assert records(undisturbed) == reference

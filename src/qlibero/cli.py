@@ -63,6 +63,10 @@ def build_parser() -> Parser:
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     command.add_argument("-o", "--output", type=Path, default=Path("episodes.csv"), metavar="FILE", help=".csv or .parquet (default: episodes.csv)")
 
+    command = add("film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("--episodes", type=_count, default=4, metavar="N", help="how many (default: 4)")
+
     command = add("plan", do.plan, "what a sweep or experiment would run, how long it takes, what difference it could detect", policy=True)
     _config(command)
     _out(command)
@@ -148,6 +152,12 @@ def _config(command: Parser) -> None:
 
 def _sets(command: Parser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, e.g. --set quant.alpha=0.6; repeatable")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
+    return int(text)
 
 
 def _shapes(command: Parser) -> None:

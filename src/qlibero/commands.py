@@ -66,6 +66,14 @@ def export(args: argparse.Namespace) -> Document:
     return document
 
 
+def film(args: argparse.Namespace) -> Document:
+    from qlibero.experiment import film_run
+
+    document = film_run(args.run_dir, args.episodes, explain)
+    explain(f"{len(document['videos'])} videos in {args.run_dir}/<arm>/videos")
+    return document
+
+
 def plan(args: argparse.Namespace) -> Document:
     from qlibero.config.sweep import load_sweep
     from qlibero.launch import cells

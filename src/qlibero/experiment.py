@@ -20,7 +20,7 @@ from typing import Any
 from qlibero.config.load import dump_resolved
 from qlibero.config.schema import REPOSITORY, Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
-from qlibero.errors import WorkFailed
+from qlibero.errors import UserError, WorkFailed
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
@@ -186,7 +186,7 @@ def _run(
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
-            _film(experiment, run_dir, {key for _, key in missing}, pool, say)
+            _film(experiment, run_dir, {key for _, key in missing}, experiment.videos, pool, say)
         finally:
             mirrors.finish()
 
@@ -199,17 +199,37 @@ def worker_count(experiment: Experiment, episodes: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), int(memory_gb / 2.5), episodes))
 
 
-def _film(experiment: Experiment, run_dir: Path, ours: set[EpisodeKey], pool, say: Callable[[str], None]) -> None:
-    """Videos of the episodes just run, the same in every arm: first those that flipped between arms."""
+def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Videos of a finished run's episodes in every arm, flipped ones first; what is filmed already stays.
+
+    For sweeps, whose shards cannot know what flips between arms elsewhere. Needs the simulator and renderer that the
+    records came from: a replay that differs raises `WorkFailed`.
+    """
+    from qlibero.config.load import load_experiment
+    from qlibero.launch.environment import simulator_environment
+    from qlibero.sim.pool import SimulatorPool
+
+    if not (run_dir / "experiment.yaml").is_file():
+        raise UserError(f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes")
+    experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
+    with SimulatorPool(worker_count(experiment, episodes), environment=simulator_environment()) as pool:
+        written = _film(experiment, run_dir, set(episode_keys(experiment)), episodes, pool, say)
+    return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}
+
+
+def _film(
+    experiment: Experiment, run_dir: Path, among: set[EpisodeKey], episodes: int | str, pool, say: Callable[[str], None]
+) -> list[Path]:
+    """Videos of so many (or "all") of those episodes, the same in every arm: first those that flipped between arms."""
     from qlibero.rollout.replay import film
 
     records: dict[EpisodeKey, list[EpisodeRecord]] = {}
     for arm in experiment.arms():
         for record in read_ledger(run_dir, arm.name):
-            if record.key in ours and record.outcome != "error":
+            if record.key in among and record.outcome != "error":
                 records.setdefault(record.key, []).append(record)
     flipped_first = sorted(records, key=lambda key: (len({r.outcome for r in records[key]}) < 2, key))
-    keys = flipped_first if experiment.videos == "all" else flipped_first[: experiment.videos]
+    keys = flipped_first if episodes == "all" else flipped_first[:episodes]
     wanted = [
         (record, trajectory, path)
         for key in keys
@@ -217,6 +237,7 @@ def _film(experiment: Experiment, run_dir: Path, ours: set[EpisodeKey], pool, sa
         if not (path := video_path(run_dir, record)).exists()
         and (trajectory := read_trajectory(run_dir, record)) is not None
     ]
-    if wanted:
-        say(f"filming {len(wanted)} episodes by replaying their actions")
-        film(wanted, pool, experiment.protocol)
+    if not wanted:
+        return []
+    say(f"filming {len(wanted)} episodes by replaying their actions")
+    return film(wanted, pool, experiment.protocol)
