@@ -8,6 +8,7 @@ import json
 import sys
 
 import pytest
+from pyarrow import parquet
 from statsmodels.stats.proportion import confint_proportions_2indep
 from synthetic_run import make_run
 
@@ -226,12 +227,15 @@ def test_export_has_a_row_per_episode_and_arm(tmp_path):
         export_episodes([run], tmp_path / "episodes.xlsx")
 
 
-def test_parquet_where_there_is_pyarrow_and_a_cure_where_not(tmp_path, monkeypatch):
+def test_parquet_holds_the_same_rows_and_says_its_cure_where_pyarrow_is_missing(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", arms={"baseline": 0.0})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
+    with pytest.raises(UserError, match=r"pip install 'qlibero\[parquet\]'"):
         export_episodes([run], tmp_path / "episodes.parquet")
     monkeypatch.undo()
-    parquet = pytest.importorskip("pyarrow.parquet")
     export_episodes([run], tmp_path / "episodes.parquet")
-    assert parquet.read_table(tmp_path / "episodes.parquet").num_rows == 30
+    export_episodes([run], tmp_path / "episodes.csv")
+    rows = parquet.read_table(tmp_path / "episodes.parquet").to_pylist()
+    with open(tmp_path / "episodes.csv", newline="") as file:
+        assert [str(row["steps"]) for row in rows] == [row["steps"] for row in csv.DictReader(file)]
+    assert len(rows) == 30 and {type(row["jerk"]) for row in rows} == {float}
