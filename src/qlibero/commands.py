@@ -45,15 +45,9 @@ def run(args: argparse.Namespace) -> Document:
 
 def compare(args: argparse.Namespace) -> Document:
     from qlibero.reporting.terminal import print_comparison
+    from qlibero.results.compare import compare_runs
 
-    if any(path.is_file() for path in args.results):
-        from qlibero.results.imports import compare_foreign
-
-        document = compare_foreign(args.results, args.reference, args.margin)
-    else:
-        from qlibero.results.compare import compare_runs
-
-        document = compare_runs(args.results, args.reference or "baseline", args.margin)
+    document = compare_runs(args.results, args.reference, args.margin)
     print_comparison(document)
     return document
 
