@@ -88,6 +88,10 @@ def test_bad_requests(tmp_path):
     with pytest.raises(UserError, match="no such run"):
         write_report([tmp_path / "nowhere"])
     run = make_run(tmp_path / "run", arms={"baseline": 0.0})
+    with pytest.raises(UserError, match="--reference nosuch: no such arm; here are baseline"):
+        write_report([run], reference="nosuch")
+    with pytest.raises(UserError, match="write 0.02 for 2 pp"):
+        write_report([run], margin=2)
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkFailed, match="another -o"):
         write_report([run], tmp_path / "file" / "report.html")

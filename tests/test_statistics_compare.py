@@ -5,17 +5,23 @@ dict.
 from __future__ import annotations
 
 import json
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qlibero.errors import UserError
+from qlibero.reporting.html import write_report
+from qlibero.reporting.terminal import print_comparison, print_run
 from qlibero.results import statistics as st
 from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import Ledger, write_meta
+from qlibero.results.phrases import sequential_text
 from qlibero.results.quality import first_divergence, gripper_flips, jerk, path_length_m
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import declare
+from qlibero.results.stopping import declare, make_declaration
+from qlibero.tracking.replay import versus_baseline
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +206,8 @@ def test_sequential_verdict_is_recomputed_from_the_declared_order(tmp_path):
     reference, arm = grid(n=500)
     write(tmp_path, "baseline", reference)
     keys = [record("x", t, i, "success").key for t, i in reference]
-    declaration = declare(tmp_path, keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7)
+    declaration = make_declaration(keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7)
+    declare(tmp_path, declaration)
     ran = {(k.task, k.init): "success" for k in declaration.order[:300]}
     write(tmp_path, "fake", ran)
     sequential = compare_runs([tmp_path])["arms"]["fake"]["sequential"]
@@ -220,9 +227,122 @@ def test_an_early_look_at_a_run_under_a_stopping_rule_decides_nothing(tmp_path):
     write(tmp_path, "baseline", reference)
     write(tmp_path, "fake", arm)
     keys = [record("x", t, i, "success").key for t, i in grid(n=500)[0]]
-    declare(tmp_path, keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7)
+    declare(tmp_path, make_declaration(keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7))
     result = compare_runs([tmp_path])["arms"]["fake"]
     assert st.verdict(0, 0, 250, 0.02) == "non-inferior" and result["verdict"] == "inconclusive"
+
+
+def under_a_rule(run_dir, outcomes, reference=None, **rule):
+    """A run under a stopping rule whose pairs, in declared order, ended as `outcomes` (of the arm) say."""
+    keys = [record("x", t, i, "success").key for t, i in grid(n=500)[0]]
+    declaration = make_declaration(keys, **{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "seed": 7, **rule})
+    declare(run_dir, declaration)
+    ran = [(k.task, k.init) for k in declaration.order[: len(outcomes)]]
+    write(run_dir, "baseline", dict.fromkeys(ran, "success"))
+    write(run_dir, "fake", dict(zip(ran, outcomes, strict=True)))
+    return compare_runs([run_dir])["arms"]["fake"]
+
+
+def test_a_sequential_verdict_does_not_look_away_from_errors(tmp_path):
+    """70 of 370 pairs lost in the tested arm: the 300 that are left alone would be "non-inferior"."""
+    fake = under_a_rule(tmp_path, ["error"] * 70 + ["success"] * 300)
+    assert fake["sequential"]["without_errors"] == "non-inferior" and fake["sequential"]["verdict"] is None
+    assert fake["verdict"] == "inconclusive (errors)" and fake["errors"]["worst_case_verdict"] == "inconclusive"
+    assert "70 pairs lost to errors" in fake["sentence"]
+    assert "70 pairs ended in errors, which the same command tries again" in sequential_text(fake["sequential"])
+
+
+def test_few_errors_cost_pairs_and_not_the_verdict(tmp_path):
+    fake = under_a_rule(tmp_path, ["error"] + ["success"] * 400)
+    assert fake["verdict"] == fake["errors"]["worst_case_verdict"] == "non-inferior"
+    assert fake["sequential"]["errors"] == 1 and fake["sequential"]["pairs"] > 272
+
+
+def test_a_capped_run_says_so_and_has_saved_nothing(tmp_path):
+    fake = under_a_rule(tmp_path, ["success"] * 40, max_pairs=40)
+    assert fake["verdict"] == "inconclusive" and fake["sequential"]["verdict"] == "undecided"
+    assert fake["sequential"]["episodes_saved"] == 0
+    assert "undecided at the cap of 40 pairs" in sequential_text(fake["sequential"])
+
+
+def test_runs_that_stopped_on_what_they_saw_are_not_judged_together(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert under_a_rule(tmp_path / "a", ["success"] * 300)["verdict"] == "non-inferior"
+    for arm in ("baseline", "fake"):
+        write(tmp_path / "b", arm, grid(n=300)[0], suite="libero_goal")
+    fake = compare_runs([tmp_path / "a", tmp_path / "b"])["arms"]["fake"]
+    assert (fake["pairs"], fake["verdict"]) == (600, "inconclusive") and "judge each run by that" in fake["sentence"]
+    assert {suite: cell["verdict"] for suite, cell in fake["suites"].items()} == {
+        "libero_object": "non-inferior",   # the declared test's
+        "libero_goal": "non-inferior",     # a fixed number of pairs
+    }
+    against_itself = compare_runs([tmp_path / "a"], reference="fake")["arms"]["baseline"]
+    assert against_itself["verdict"] == "inconclusive" and "judge each run by that" in against_itself["sentence"]
+
+
+def test_every_reader_of_a_run_uses_the_margin_it_declares(tmp_path, capsys):
+    reference, arm = grid(broken=10, repaired=10, n=100)
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "fake", arm)
+    assert compare_runs([tmp_path])["margin"] == 0.02
+    for said in ("margin: 0.15", "stop: {margin: 0.15}", "margin: 0.3\nstop: {margin: 0.15, alpha: 0.025}"):
+        (tmp_path / "experiment.yaml").write_text(said)
+        found = compare_runs([tmp_path])
+        assert (found["margin"], found["arms"]["fake"]["verdict"]) == (0.15, "non-inferior")
+        assert write_report([tmp_path])["verdicts"] == {"fake": "non-inferior"}
+        assert versus_baseline(tmp_path, "fake")["versus_baseline/verdict"] == "non-inferior"
+        print_run(tmp_path)
+        assert "non-inferior to baseline at −15 pp" in capsys.readouterr().err
+    assert compare_runs([tmp_path], margin=0.02)["arms"]["fake"]["verdict"] == "inconclusive"
+    write(tmp_path / "other", "w4a4", arm, suite="libero_goal")
+    with pytest.raises(UserError, match="different margins .* choose one with --margin"):
+        compare_runs([tmp_path, tmp_path / "other"])
+
+
+def test_non_inferiority_that_does_not_survive_holm_is_said_with_it(tmp_path):
+    """Five arms, of which one is non-inferior at p = 0.0185 by itself and none after Holm."""
+    reference, close = grid(broken=11, repaired=11, n=600)
+    write(tmp_path, "baseline", reference)
+    _, poor = grid(broken=60, n=600)
+    write(tmp_path, "close", close)
+    for name in ("p1", "p2", "p3", "p4"):
+        write(tmp_path, name, poor)
+    found = compare_runs([tmp_path])
+    arm = found["arms"]["close"]
+    (cell,) = arm["suites"].values()
+    assert arm["verdict"] == "non-inferior" and found["holm_family"] == 5
+    assert cell["noninferiority_p"] < 0.025 < cell["noninferiority_p_holm"]
+    assert arm["noninferior_after_holm"] is False is cell["noninferior_after_holm"]
+    assert ", but not after Holm over 5 arms × suites (p = " in arm["sentence"]
+    shown = Console(width=250, file=StringIO())
+    print_comparison(found, shown)
+    assert "non-inferior (not after Holm)" in shown.file.getvalue() and "NI Holm" in shown.file.getvalue()
+
+
+def test_the_control_reads_as_a_noise_floor_and_is_the_least_that_others_plan_with(tmp_path):
+    reference, again = grid(broken=6, repaired=4, n=100)
+    _, fake = grid(broken=1, n=100)
+    del fake[9, 9], fake[8, 9]
+    write(tmp_path, "baseline", reference)
+    write(tmp_path, "aa", again, policy_ms=[30.0, 20.0, 20.0])
+    write(tmp_path, "fake", fake)
+    arms = compare_runs([tmp_path])["arms"]
+    assert arms["aa"]["verdict"] == "noise floor" and arms["aa"]["suites"]["libero_object"]["verdict"] == "noise floor"
+    assert arms["aa"]["sentence"] == (
+        "aa is baseline against itself, the noise floor: Δ −2.0 pp [−9.2, +4.8], 6 broken, 4 repaired of 100 pairs, 10.0 % flip."
+    )
+    assert arms["fake"]["detectable"]["discordance_from"] == "the A/A arm's"
+    assert "10.0 % flips (the A/A arm's)" in arms["fake"]["detectable"]["line"]
+    assert "of 98 pairs, 2 unpaired" in arms["fake"]["sentence"]
+    turned = compare_runs([tmp_path], reference="fake")
+    assert turned["noise_floor"] is None and turned["arms"]["aa"]["verdict"] == "inconclusive"   # no floor of another arm
+
+
+def test_a_meta_file_that_is_no_mapping_is_named(tmp_path):
+    write(tmp_path, "baseline", grid(n=3)[0])
+    (tmp_path / "baseline" / "meta.json").write_text("[]")
+    with pytest.raises(UserError, match=r"baseline/meta.json: not a mapping"):
+        compare_runs([tmp_path])
 
 
 # execution quality

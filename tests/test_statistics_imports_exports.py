@@ -8,15 +8,18 @@ import json
 import sys
 
 import pytest
+from pyarrow import parquet
 from statsmodels.stats.proportion import confint_proportions_2indep
 from synthetic_run import make_run
 
+from qlibero.cli import main
 from qlibero.errors import UserError
 from qlibero.reporting.terminal import print_comparison
 from qlibero.results import statistics as st
 from qlibero.results.compare import compare_runs
 from qlibero.results.export import export_episodes
-from qlibero.results.imports import compare_foreign, read_foreign
+from qlibero.results.foreign import compare_foreign
+from qlibero.results.imports import read_foreign
 
 
 def fork(path, failures=(), episodes=20, suite="libero_object", as_csv=False):
@@ -115,9 +118,9 @@ def test_openpi_fork_json_and_csv_are_the_same_arm_and_pair(tmp_path):
         arm = fork(tmp_path / f"w4a8-{as_csv}" / name, flipped, as_csv=as_csv)
         result = compare_runs([base, arm])["arms"][f"w4a8-{as_csv}/libero_object_results"]
         assert (result["paired"], result["pairs"], result["broken"], result["repaired"]) == (True, 200, 9, 0)
-        assert result["tango95"] == pytest.approx(st.tango(9, 0, 200)) and result[
-            "mcnemar_p"
-        ] == st.mcnemar_exact(9, 0)
+        assert result["tango95"] == pytest.approx(st.tango(9, 0, 200), abs=1e-6)
+        assert result["mcnemar_p"] == pytest.approx(st.mcnemar_exact(9, 0), abs=1e-6)
+        assert "With 200 pairs and 4.5 % flips" in result["detectable"]["line"]
         assert "taken on trust" in result["caveat"] and "taken on trust" in result["sentence"]
 
 
@@ -160,6 +163,75 @@ def test_vla_eval_old_and_new_schema_and_its_errors(tmp_path):
     result = compare_foreign([tmp_path / "old.json", tmp_path / "new.json"])
     (arm,) = result["arms"].values()
     assert arm["pairs"] == 49 and arm["broken"] == arm["repaired"] == 0
+    assert arm["errors"]["removed_pairs"] == arm["errors"]["arm"] == 1 and "1 error in" in arm["sentence"]
+
+
+def test_an_episode_that_does_not_say_how_it_ended_is_no_failure(tmp_path):
+    path = vla_eval(tmp_path / "new.json", new=True)
+    data = json.loads(path.read_text())
+    del data["tasks"][0]["episodes"][7]["metrics"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"new.json: .*episode 7 of task 'pick up the soup' says neither success"):
+        read_foreign(path)
+    path.write_text(json.dumps({"per_episode": [{"episode_ix": 0, "success": None}]}))
+    with pytest.raises(UserError, match="success is None"):
+        read_foreign(path)
+
+
+def test_errors_of_a_file_can_only_cost_certainty(tmp_path):
+    """50 of 100 episodes of the second result ended in an error: what is left would look non-inferior at −10 pp."""
+    for name, failed in (("a", ()), ("b", range(50))):
+        episodes = [
+            {"episode_id": i, "metrics": {"success": True}, "failure_reason": "timeout" if i in failed else None} for i in range(100)
+        ]
+        data = {"benchmark": "libero_goal", "tasks": [{"task": "0", "episodes": episodes}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    (arm,) = compare_foreign([tmp_path / "a.json", tmp_path / "b.json"], margin=0.1)["arms"].values()
+    assert st.verdict(0, 0, 50, 0.1) == "non-inferior" and arm["errors"]["worst_case_verdict"] == "inferior"
+    assert arm["verdict"] == "inconclusive (errors)" and "50 errors in" in arm["sentence"]
+
+
+def test_two_arms_of_ours_among_files_are_paired_by_scene_as_always(tmp_path):
+    ours = []
+    for name, scene in (("one", "aaaa"), ("two", "bbbb")):
+        make_run(tmp_path / name, arms={"baseline": 0.0}, trajectories=False, name=name)
+        for path in (tmp_path / name / "baseline").glob("episodes-*.jsonl"):
+            lines = [json.dumps({**json.loads(line), "fingerprint": scene}) for line in path.read_text().splitlines()]
+            path.write_text("\n".join(lines) + "\n")
+        ours.append(tmp_path / name)
+    other = fork(tmp_path / "fork" / "libero_object_results.json", episodes=10)
+    result = compare_runs([*ours, other], reference="one/baseline")["arms"]
+    arm = result["two/baseline"]
+    assert arm["pairs"] == 0 and len(arm["unpaired"]) == 30 and "different scenes" in arm["unpaired"][0]["reason"]
+    assert "no finished episodes" in arm["sentence"]
+    assert result["fork/libero_object_results"]["pairs"] == 30   # a file has no scenes to differ in
+
+
+def test_seeds_belong_to_the_key_where_both_files_say_them(tmp_path):
+    one, two = (fork(tmp_path / name / "libero_object_results.json") for name in "ab")
+    two.write_text(json.dumps({**json.loads(two.read_text()), "seed": 8}))
+    (arm,) = compare_foreign([one, two])["arms"].values()
+    assert arm["paired"] is False and "share no episode key" in arm["caveat"]
+    assert "smallest drop found with 80 % power" in arm["detectable"]["line"]
+    rows = fork(tmp_path / "c" / "libero_object_results.csv", as_csv=True)
+    (arm,) = compare_foreign([one, rows])["arms"].values()
+    assert arm["paired"] is True and "and so are the seeds" in arm["caveat"]   # the .csv does not say
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--margin", "2"], "write 0.02 for 2 pp"),
+        (["--margin", "-0.5"], "write 0.02 for 2 pp"),
+        (["--reference", "nosuch"], "no such result; here are a/libero_object_results, b/libero_object_results"),
+        (["--reference", "libero_object_results"], "several are called so"),
+    ],
+)
+def test_a_wrong_request_about_files_is_status_2(tmp_path, capfd, arguments, says):
+    files = [fork(tmp_path / name / "libero_object_results.json") for name in "ab"]
+    assert main(["compare", *map(str, files), *arguments]) == 2
+    out, err = capfd.readouterr()
+    assert says in err and json.loads(out.splitlines()[-1])["error"]["exit_status"] == 2
 
 
 def test_a_run_of_ours_beside_a_file_of_the_fork(tmp_path, capsys):
@@ -226,12 +298,15 @@ def test_export_has_a_row_per_episode_and_arm(tmp_path):
         export_episodes([run], tmp_path / "episodes.xlsx")
 
 
-def test_parquet_where_there_is_pyarrow_and_a_cure_where_not(tmp_path, monkeypatch):
+def test_parquet_holds_the_same_rows_and_says_its_cure_where_pyarrow_is_missing(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", arms={"baseline": 0.0})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
+    with pytest.raises(UserError, match=r"pip install 'qlibero\[parquet\]'"):
         export_episodes([run], tmp_path / "episodes.parquet")
     monkeypatch.undo()
-    parquet = pytest.importorskip("pyarrow.parquet")
     export_episodes([run], tmp_path / "episodes.parquet")
-    assert parquet.read_table(tmp_path / "episodes.parquet").num_rows == 30
+    export_episodes([run], tmp_path / "episodes.csv")
+    rows = parquet.read_table(tmp_path / "episodes.parquet").to_pylist()
+    with open(tmp_path / "episodes.csv", newline="") as file:
+        assert [str(row["steps"]) for row in rows] == [row["steps"] for row in csv.DictReader(file)]
+    assert len(rows) == 30 and {type(row["jerk"]) for row in rows} == {float}

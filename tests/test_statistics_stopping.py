@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as hy
 
 from qlibero.episode_key import EpisodeKey
-from qlibero.errors import GuardRefusal
-from qlibero.results.stopping import decide, declare, declared_order, read_declaration
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.results.phrases import sequential_text
+from qlibero.results.stopping import (
+    decide,
+    declare,
+    declared_order,
+    make_declaration,
+    pair_step,
+    read_declaration,
+)
 
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]
 
@@ -68,9 +76,48 @@ def test_unfinished_pairs_hold_up_what_comes_after_them():
     assert not decision.stop and decision.pairs == 100
 
 
-def test_errors_are_skipped_not_counted():
-    decision = decide(["error"] * 5 + [0] * 272, margin=0.02)
-    assert (decision.verdict, decision.pairs, decision.position) == ("non-inferior", 272, 277)
+def test_the_unknown_outcome_of_an_error_is_bounded_by_what_is_known():
+    assert [pair_step("success", "failure"), pair_step("failure", "success"), pair_step("failure", "failure")] == [-1, 1, 0]
+    assert pair_step("success", "error") == (-1, 0) and pair_step("failure", "error") == (0, 1)
+    assert pair_step("error", "success") == (0, 1) and pair_step("error", "failure") == (-1, 0)
+    assert pair_step("error", "error") == (-1, 1) and pair_step("error", None) is None
+
+
+def test_errors_count_against_either_verdict_and_cannot_be_skipped():
+    """Where 70 of 200 pairs were lost in the tested arm, the pairs that are left say nothing about the arm."""
+    lost = [(-1, 0) if i % 3 == 0 else 0 for i in range(600)]
+    decision = decide(lost, margin=0.02)
+    assert decision.verdict is None and not decision.stop, "errors are left to retry"
+    assert decision.without_errors == "non-inferior" and decision.errors == 200
+    few = decide([(-1, 0)] * 2 + [0] * 500, margin=0.02)
+    assert few.verdict == "non-inferior" and few.pairs > 272 and few.position == few.pairs + 2
+    flattering = decide([(-1, 1)] * 200 + [-1, 0] * 20, margin=0.02)
+    assert flattering.verdict is None and flattering.without_errors == "inferior"
+
+
+@settings(max_examples=60, deadline=None)
+@given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, (-1, 0), (0, 1)]), max_size=200), hy.randoms())
+def test_a_retried_error_only_adds_evidence(steps, random):
+    """Whatever the errors turn out to be, both e-values grow at every pair, so no decision is withdrawn for want of evidence."""
+    known = [random.choice(s) if isinstance(s, tuple) else s for s in steps]
+    before, after = decide(steps, margin=0.1, alpha=1e-9), decide(known, margin=0.1, alpha=1e-9)
+    if before.position == after.position:
+        assert before.e_noninferior <= after.e_noninferior * (1 + 1e-9)
+        assert before.e_inferior <= after.e_inferior * (1 + 1e-9)
+    if decide(steps, margin=0.1, alpha=0.2).stop:
+        assert decide(known, margin=0.1, alpha=0.2).stop
+
+
+def test_errors_that_depend_on_the_outcome_keep_the_error_rates():
+    """The arm crashes in half of the episodes it would have failed: Δ = −δ, and leaving errors out would look like Δ > −δ."""
+    rng, wrong, fooled = np.random.default_rng(3), 0, 0
+    for _ in range(200):
+        truth = rng.choice([-1, 0, 1], size=800, p=[0.11, 0.88, 0.01])
+        steps = [(-1, 0) if x == -1 and rng.random() < 0.5 else int(x) for x in truth]
+        decision = decide(steps, margin=0.1)
+        wrong += decision.verdict == "non-inferior"
+        fooled += decision.without_errors == "non-inferior"
+    assert wrong / 200 <= 0.025 + 3 * 0.011 and fooled / 200 > 0.2
 
 
 def test_spent_without_an_answer_is_undecided():
@@ -84,7 +131,7 @@ def test_arms_share_alpha():
 
 
 @settings(max_examples=40, deadline=None)
-@given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, "error"]), max_size=300), hy.integers(0, 300))
+@given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, (-1, 0)]), max_size=300), hy.integers(0, 300))
 def test_more_pairs_never_change_a_decision(steps, cut):
     """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with
     itself.
@@ -104,12 +151,36 @@ def test_order_depends_on_the_seed_and_on_nothing_else():
     assert [k for k in declared_order(KEYS, 7) if k in some] == list(declared_order(some, 7))
 
 
+RULE = {"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "seed": 7}
+
+
 def test_declaration_is_written_once_and_guarded(tmp_path):
     assert read_declaration(tmp_path) is None
-    rule = {"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "seed": 7}
-    declaration = declare(tmp_path, KEYS, **rule)
-    assert declare(tmp_path, reversed(KEYS), **rule) == declaration == read_declaration(tmp_path)
+    declaration = make_declaration(KEYS, **RULE)
+    assert list(tmp_path.iterdir()) == [], "only declare writes"
+    declare(tmp_path, declaration)
+    assert make_declaration(reversed(KEYS), **RULE) == declaration == read_declaration(tmp_path)
     assert not declaration.decide([0] * 100).stop
     for change in ({"margin": 0.05}, {"alpha": 0.05}, {"seed": 8}, {"arms": ["fake", "w4a4"]}):
         with pytest.raises(GuardRefusal, match="declares another"):
-            declare(tmp_path, KEYS, **{**rule, **change})
+            declare(tmp_path, make_declaration(KEYS, **{**RULE, **change}))
+
+
+def test_the_cap_ends_the_question_undecided_and_may_be_raised(tmp_path):
+    capped = make_declaration(KEYS, **RULE, max_pairs=100)
+    assert capped.decide([0] * 99).verdict is None
+    decision = capped.decide([0] * 300)
+    assert (decision.verdict, decision.pairs, decision.stop) == ("undecided", 100, True)
+    shown = {**vars(decision), "margin": 0.02, "max_pairs": 100, "declared_pairs": 500, "episodes_saved": 0}
+    assert sequential_text(shown).startswith("undecided at the cap of 100 pairs") and "saved" not in sequential_text(shown)
+    declare(tmp_path, capped)
+    declare(tmp_path, make_declaration(KEYS, **RULE, max_pairs=300))   # evidence may be looked at whenever: no new question
+    assert read_declaration(tmp_path).decide([0] * 300).verdict == "non-inferior"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": ["x"]}',
+                                  '{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": []}'])
+def test_a_broken_declaration_is_named(tmp_path, text):
+    (tmp_path / "stopping.json").write_text(text)
+    with pytest.raises(UserError, match="stopping.json: not a stopping declaration"):
+        read_declaration(tmp_path)

@@ -16,14 +16,15 @@ import pytest
 from qlibero.config.schema import Launch, config_hash
 from qlibero.config.sweep import load_sweep
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.experiment import episode_keys
+from qlibero.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
 from qlibero.launch import cells, engine, local, ray, slurm
 from qlibero.launch.plan import plan, refuse_impossible, seconds
 from qlibero.launch.status import headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.statistics import minimum_detectable_difference
+from qlibero.results.statistics import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
+from qlibero.results.stopping import read_declaration
 
 REPOSITORY = Path(__file__).parents[1]
 GRID = """
@@ -50,19 +51,22 @@ def sweep_of(tmp_path: Path, text: str = GRID, *sets: str):
     return load_sweep(path, sets, environ={})
 
 
-def fill(cell: cells.Cell, keys, arms=("baseline", "fake"), minute: int = 0) -> None:
-    """Episodes of 2 s of simulator and 1 s of policy, one a minute."""
+def outcome_of(key, arm: str, minute: int = 0, outcome: str = "failure", error: str | None = None) -> EpisodeRecord:
+    return EpisodeRecord(
+        suite=key.suite, task=key.task, init=key.init, seed=key.seed, arm=arm, outcome=outcome, error=error,
+        success_step=300 if outcome == "success" else None, steps=300, replans=2, fingerprint="f", action_digest="a",
+        sim_ms=1500.0, render_ms=500.0, policy_ms=[500.0, 500.0], finished_at=f"2026-11-23T10:{minute:02d}:00+00:00",
+    )  # fmt: skip
+
+
+def fill(cell: cells.Cell, keys, arms=("baseline", "fake"), succeeds=(), error: str | None = None) -> None:
+    """Episodes of 2 s of simulator and 1 s of policy, one a minute: failures, but for those that shall succeed or are errors."""
     for arm in cell.experiment.arms():
         if arm.name in arms:
             with Ledger(cell.run_dir, arm.name, config_hash=config_hash(cell.experiment, arm)) as ledger:
                 for i, key in enumerate(keys):
-                    ledger.append(
-                        EpisodeRecord(
-                            suite=key.suite, task=key.task, init=key.init, seed=key.seed, arm=arm.name, outcome="failure",
-                            steps=300, replans=2, fingerprint="f", action_digest="a", sim_ms=1500.0, render_ms=500.0,
-                            policy_ms=[500.0, 500.0], finished_at=f"2026-11-23T10:{minute + i:02d}:00+00:00",
-                        ), np.zeros((1, 10), np.float32),
-                    )  # fmt: skip
+                    outcome = "error" if error else "success" if key in succeeds else "failure"
+                    ledger.append(outcome_of(key, arm.name, i, outcome, error), np.zeros((1, 10), np.float32))
     (cell.run_dir / "experiment.yaml").write_text(cells.dump_resolved(cell.experiment))
 
 
@@ -120,14 +124,107 @@ def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     found = plan(made, print)
     assert (found["episodes"], found["done"], found["without_cost"]) == (400, 100, 0)
     assert found["cells"][1]["seconds_each"] == {"baseline": 3.0, "fake": 3.0}   # another cell's cost: same policy and backend
-    expected = minimum_detectable_difference(50, 0.05)
-    assert found["cells"][1]["detectable_difference"] == (expected and pytest.approx(expected, abs=1e-4))
-    assert found["cells"][1]["discordance"] == "5.0% assumed"
+    cell = found["cells"][1]
+    assert cell["detectable_difference"] is None and cell["discordance"] == "5.0% assumed"   # 50 pairs are too few, and it says
+    assert f"only if every flip goes one way and it reaches {100 * cell['one_way_difference']:.1f} pp" in cell["detectable"]
+    assert cell["one_way_difference"] == pytest.approx(smallest_one_way_difference(50), rel=1e-4)
+    assert cell["noninferiority_power"] == pytest.approx(noninferiority_power(50, 0.05, 0.02), rel=1e-4)
+    assert f"80 % takes {cell['pairs_for_noninferiority']:,} pairs" in cell["detectable"]
     # 300 episodes are missing: 2 s on 4 cores and 1 s of policy (one at a time on a CPU) = 1.5 s each, on 9 shards at once
     slurm_cost = found["engines"]["slurm"]
     assert slurm_cost["gpu_h"] == pytest.approx(300 * 1.5 * 2 / 3600, abs=1e-3)
     assert slurm_cost["wall_h"] == pytest.approx(34 * 1.5 / 3600, abs=1e-3)
     assert [seconds(t) for t in ("30", "01:00:00", "2-01", "1-00:00:30", "10:30")] == [1800, 3600, 176400, 86430, 630]
+
+
+def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    (cell,) = plan(cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop=null", "tasks=all", "episodes_per_task=50"), tmp_path / "out"), print)["cells"]
+    assert cell["pairs"] == 500 and cell["detectable_difference"] == pytest.approx(minimum_detectable_difference(500, 0.05), rel=1e-4)
+
+
+def test_no_arm_is_planned_below_the_noise_of_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop=null", "backends=[baseline, aa, fake]"), tmp_path / "out")
+    (cell,), keys = made.cells, episode_keys(made.cells[0].experiment)
+    fill(cell, keys, arms=("baseline", "fake"))
+    fill(cell, keys, arms=("aa",), succeeds=keys[:10])
+    assert plan(made, print)["cells"][0]["discordance"] == "20.0% observed in aa"
+
+
+# ------------------------------------------------------------------------------------------------ sequential stopping
+STOPPING = """
+extends: {policy}
+suite: libero_goal
+tasks: [0, 4]
+episodes_per_task: 25
+backends: [baseline, fake]
+quant: {{method: rtn, layout: llm}}
+stop: {{margin: 0.3, alpha: 0.2}}
+launch: {{shard_episodes: 20}}
+"""
+
+
+def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.max_episodes=30"), tmp_path / "out")
+    (cell,) = plan(made, print)["cells"]
+    assert (cell["pairs"], cell["episodes"], cell["missing"], cell["done"], cell["shards"]) == (30, 60, 60, 0, 1)
+    assert cell["margin"] == 0.3 and "sequential test takes more" in cell["detectable"]
+    made.cells[0].run_dir.mkdir(parents=True)
+    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True, print)
+    assert document["submitted"] == [0] and not document["complete"]   # 50 pairs, one shard: the test needs them together
+    assert list((tmp_path / "out").rglob("*")) == []
+    with pytest.raises(UserError, match="cannot run on engine local:\n .*stop: needs the arm baseline"):
+        refuse_impossible(cells.make_manifest(sweep_of(tmp_path, STOPPING, "backends=[fake]"), tmp_path / "out"), "local")
+
+
+def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_then(tmp_path):
+    made = cells.make_manifest(sweep_of(tmp_path, STOPPING), tmp_path / "out")
+    (cell,) = made.cells
+    keys, order = episode_keys(cell.experiment), planned_keys(cell.experiment)
+    assert set(order) == set(keys) and list(order) != keys
+    fill(cell, keys, arms=("baseline",), succeeds=keys)
+    fill(cell, keys[:15], arms=("fake",), succeeds=keys)
+    fill(cell, keys[15:], arms=("fake",), error="the simulator died")
+    lacking = missing_episodes(cell.experiment, cell.run_dir)
+    assert set(lacking) == {("fake", key) for key in keys[15:]}   # all 50 pairs are spent, the question is open: tried again
+    document = summary(cell.experiment, cell.run_dir)
+    assert not document["complete"] and document["stop"]["episodes_saved"] == 0
+    assert document["stop"]["arms"]["fake"]["errors"] == 35
+
+    decided = cells.make_manifest(sweep_of(tmp_path, STOPPING), tmp_path / "decided").cells[0]
+    fill(decided, order[:20])
+    assert missing_episodes(decided.experiment, decided.run_dir) == []
+    document = summary(decided.experiment, decided.run_dir)
+    assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "non-inferior"
+    assert document["stop"]["episodes_saved"] == 100 - 40
+    assert status(decided.run_dir)["done"] == status(decided.run_dir)["episodes"] == 40   # what was run, not what was spared
+    capped = decided.experiment.model_copy(update={"stop": decided.experiment.stop.model_copy(update={"max_episodes": 3})})
+    document = summary(capped, decided.run_dir)
+    assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "undecided" and document["stop"]["episodes_saved"] == 0
+
+
+def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    made = cells.make_manifest(sweep_of(tmp_path, STOPPING), tmp_path / "out")
+    (cell,) = made.cells
+    ran: list[list] = []
+
+    def instead_of_simulators(experiment, run_dir, missing, ledgers, on_episode, say):
+        assert read_declaration(run_dir).order == planned_keys(cell.experiment)
+        ran.append(missing)
+        for arm, key in missing:
+            ledgers[arm].append(outcome_of(key, arm))
+
+    monkeypatch.setattr("qlibero.experiment._run", instead_of_simulators)
+    assert plan(made, print, calibrate=True)["engines"] is not None
+    assert ran == [[(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]]
+    assert run_experiment(cell.experiment, cell.run_dir)["complete"] and len(ran[1]) == 98
+    assert read_declaration(cell.run_dir).max_pairs is None
+    other = cell.experiment.model_copy(update={"margin": 0.1, "stop": cell.experiment.stop.model_copy(update={"margin": 0.1})})
+    with pytest.raises(GuardRefusal, match="declares another stopping rule"):
+        run_experiment(other, cell.run_dir)
 
 
 def test_status_counts_files_not_promises(tmp_path):

@@ -57,7 +57,7 @@ def build_parser() -> Parser:
         help="run directories; or a result file of LeRobot, openpi's fork or vla-eval, and what to compare it with",
     )  # fmt: skip
     command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline; among files the first)")
-    command.add_argument("--margin", type=float, default=0.02, help="largest acceptable loss of success rate (default: 0.02, 2 points)")
+    command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
@@ -91,8 +91,8 @@ def build_parser() -> Parser:
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory")
-    command.add_argument("--reference", default="baseline", metavar="ARM", help="the arm to compare with (default: baseline)")
-    command.add_argument("--margin", type=float, help="default: the experiment's stop.margin, or 0.02")
+    command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
+    command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")
 
     command = add("dashboard", do.dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="runs whose mirrors are, or will be, on the server")

@@ -45,15 +45,9 @@ def run(args: argparse.Namespace) -> Document:
 
 def compare(args: argparse.Namespace) -> Document:
     from qlibero.reporting.terminal import print_comparison
+    from qlibero.results.compare import compare_runs
 
-    if any(path.is_file() for path in args.results):
-        from qlibero.results.imports import compare_foreign
-
-        document = compare_foreign(args.results, args.reference, args.margin)
-    else:
-        from qlibero.results.compare import compare_runs
-
-        document = compare_runs(args.results, args.reference or "baseline", args.margin)
+    document = compare_runs(args.results, args.reference, args.margin)
     print_comparison(document)
     return document
 
@@ -80,8 +74,18 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.launch.plan import plan as make_plan
 
     document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
-    cells_shown = [{**cell, "seconds_each": [f"{arm} {s:g}" for arm, s in (cell["seconds_each"] or {}).items()]} for cell in document["cells"]]
+    in_words = ("detectable_difference", "one_way_difference", "margin", "noninferiority_power", "pairs_for_noninferiority", "detectable")
+    cells_shown = [
+        {key: value for key, value in cell.items() if key not in in_words}
+        | {"seconds_each": [f"{arm} {s:g}" for arm, s in (cell["seconds_each"] or {}).items()]}
+        for cell in document["cells"]
+    ]
     _table(cells_shown, title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
+    alike: dict[str, list[str]] = {}
+    for cell in document["cells"]:
+        alike.setdefault(cell.get("detectable", "one arm alone: there is no difference to detect"), []).append(cell["cell"])
+    for line, names in alike.items():
+        explain(f"{names[0]}{f' and {len(names) - 1} more cells' if names[1:] else ''}: {line}")
     if document["engines"]:
         _table([{"engine": name, **cost} for name, cost in document["engines"].items()], title="what is missing, on each engine")
     elif document["without_cost"]:

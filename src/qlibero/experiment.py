@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from qlibero.results.ledger import Ledger, check_config, read_ledger, read_traje
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 from qlibero.results.summary import summarize_arm
-from qlibero.sequential import SequentialRun
+from qlibero.sequential import SequentialRun, declaration_of
 
 RUNS = REPOSITORY / "logs"
 
@@ -49,23 +49,43 @@ def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> lis
     return keys[index * len(keys) // count : (index + 1) * len(keys) // count]
 
 
+def planned_keys(experiment: Experiment) -> Sequence[EpisodeKey]:
+    """The most episodes an arm will run: all, or as many as `stop` may spend, in its declared order.
+
+    Raises UserError for a `stop` without two arms to compare.
+    """
+    keys = episode_keys(experiment)
+    return keys if experiment.stop is None else declaration_of(experiment, keys).spendable
+
+
 def missing_episodes(
     experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
 ) -> list[tuple[str, EpisodeKey]]:
     """(arm, key) of everything the ledger does not hold yet. Episodes that ended in an error are missing: they get
-    another chance each time the experiment is run."""
-    done = {
+    another chance each time the experiment is run. Under `stop` nothing is missing once every arm is decided."""
+    done = finished_episodes(experiment, run_dir, shard)
+    arms = [arm.name for arm in experiment.arms()]
+    keys: Sequence[EpisodeKey] = episode_keys(experiment, shard)
+    if experiment.stop is not None:
+        if shard[1] > 1:
+            raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
+        sequential = SequentialRun(experiment, run_dir, keys)
+        keys = [] if sequential.decided() else sequential.order
+    return [(arm, key) for key in keys for arm in arms if (arm, key) not in done]
+
+
+def finished_episodes(
+    experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
+) -> set[tuple[str, EpisodeKey]]:
+    """(arm, key) of the experiment's episodes that are in the ledger with an outcome. With the missing ones these are
+    all it will run, as far as can be said now: under `stop` fewer than all keys."""
+    keys = set(episode_keys(experiment, shard))
+    return {
         (arm.name, record.key)
         for arm in experiment.arms()
         for record in read_ledger(run_dir, arm.name)
-        if record.outcome != "error"
+        if record.outcome != "error" and record.key in keys
     }
-    arms = [arm.name for arm in experiment.arms()]
-    keys = episode_keys(experiment, shard)
-    if experiment.stop is not None:
-        sequential = SequentialRun(experiment, run_dir, keys, shard[1])
-        keys = [] if sequential.decided() else sequential.order
-    return [(arm, key) for key in keys for arm in arms if (arm, key) not in done]
 
 
 def run_experiment(
@@ -84,9 +104,11 @@ def run_experiment(
     run_dir = run_directory(experiment, out)
     for arm in experiment.arms():
         check_config(run_dir, arm.name, config_hash(experiment, arm))
-    _prepare_directory(experiment, run_dir)
-    total = len(episode_keys(experiment, shard)) * len(experiment.arms())
     missing = missing_episodes(experiment, run_dir, shard)
+    _prepare_directory(experiment, run_dir)
+    if experiment.stop is not None:
+        SequentialRun(experiment, run_dir, episode_keys(experiment)).declare()
+    total = len(finished_episodes(experiment, run_dir, shard)) + len(missing)
     if missing:
         with ExitStack() as stack:
             name = f"{shard[0]:03d}of{shard[1]:03d}"
@@ -114,12 +136,13 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
     }
     if experiment.stop is not None:
         keys = episode_keys(experiment)
-        sequential = SequentialRun(experiment, run_dir, keys, 1)
+        sequential = SequentialRun(experiment, run_dir, keys)
         spent = sum(len(read_ledger(run_dir, arm.name)) for arm in experiment.arms())
+        most = len(sequential.order) * len(experiment.arms())
         document["stop"] = {
             "arms": {arm: asdict(decision) for arm, decision in sequential.decisions().items()},
             "episodes_spent": spent,
-            "episodes_saved": len(keys) * len(experiment.arms()) - spent,
+            "episodes_saved": max(0, most - spent) if document["complete"] else 0,   # an open question has saved nothing yet
         }
     return document
 
@@ -160,7 +183,7 @@ def _run(
 
     sequential = None
     if experiment.stop is not None:
-        sequential = SequentialRun(experiment, run_dir, episode_keys(experiment), 1)
+        sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
 
     def on_record(record: EpisodeRecord, trajectory) -> None:
         record = replace(

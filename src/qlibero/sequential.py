@@ -15,31 +15,51 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import Decision, PairStep, declare
+from qlibero.results.runs import REFERENCE, declared_margin
+from qlibero.results.stopping import Decision, Declaration, check_declaration, declare, make_declaration, pair_step
 
 BLOCK_PAIRS = 20
-REFERENCE = "baseline"
+
+
+def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declaration:
+    """The stopping rule of an experiment over `keys`, all of its episodes. Raises UserError without arms to compare."""
+    arms = [arm.name for arm in experiment.arms()]
+    if REFERENCE not in arms or len(arms) < 2:
+        raise UserError(f"stop: needs the arm {REFERENCE} and at least one more to compare it with; backends are {arms}")
+    others = [arm for arm in experiment.arms() if arm.name != REFERENCE]
+    # the A/A arm is the noise floor, not a hypothesis: it takes no share of alpha and holds nothing up
+    tested = [arm.name for arm in others if arm.backend != "aa"] or [arm.name for arm in others]
+    stop = experiment.stop
+    return make_declaration(
+        keys,
+        margin=declared_margin(experiment.model_dump(mode="json")),
+        alpha=stop.alpha,
+        arms=tested,
+        seed=experiment.seed,
+        max_pairs=stop.max_episodes,
+    )
 
 
 class SequentialRun:
-    """The state of the test: outcomes so far and the decision about every arm under test."""
+    """The state of the test: outcomes so far and the decision about every arm under test.
 
-    def __init__(self, experiment: Experiment, run_dir: Path, keys: Sequence[EpisodeKey], shards: int):
-        if shards > 1:
-            raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
-        arms = [arm.name for arm in experiment.arms()]
-        if REFERENCE not in arms or len(arms) < 2:
-            raise UserError(f"stop: needs the arm {REFERENCE} and at least one more to compare it with; backends are {arms}")
-        # the A/A arm is the noise floor, not a hypothesis: it takes no share of alpha and holds nothing up
-        self.arms = [a.name for a in experiment.arms() if a.name != REFERENCE and a.backend != "aa"] or arms[1:]
-        stop = experiment.stop
-        self._declaration = declare(
-            run_dir, keys, margin=stop.margin, alpha=stop.alpha, arms=self.arms, seed=experiment.seed
-        )
-        self.order = self._declaration.order[: stop.max_episodes]
+    Raises GuardRefusal where the run directory declares another rule. Only `declare` writes anything.
+    """
+
+    def __init__(self, experiment: Experiment, run_dir: Path, keys: Sequence[EpisodeKey]):
+        self._run_dir = run_dir
+        self._declaration = declaration_of(experiment, keys)
+        check_declaration(run_dir, self._declaration)
+        self.order = self._declaration.spendable
         self._outcomes = {
-            (arm, record.key): record.outcome for arm in arms for record in read_ledger(run_dir, arm)
+            (arm.name, record.key): record.outcome
+            for arm in experiment.arms()
+            for record in read_ledger(run_dir, arm.name)
         }
+
+    def declare(self) -> None:
+        """Put the rule and the order on record; to be called before the first episode."""
+        declare(self._run_dir, self._declaration)
 
     def block(self, key: EpisodeKey) -> int:
         """Which block of the declared order `key` belongs to."""
@@ -51,16 +71,12 @@ class SequentialRun:
 
     def decisions(self) -> dict[str, Decision]:
         """What can be said of every arm now."""
-        return {arm: self._declaration.decide([self._step(arm, key) for key in self.order]) for arm in self.arms}
+        of = self._outcomes.get
+        return {
+            arm: self._declaration.decide([pair_step(of((REFERENCE, key)), of((arm, key))) for key in self.order])
+            for arm in self._declaration.arms
+        }
 
     def decided(self) -> bool:
-        """Whether no arm needs another pair."""
+        """Whether no arm needs another pair or another try."""
         return all(decision.stop for decision in self.decisions().values())
-
-    def _step(self, arm: str, key: EpisodeKey) -> PairStep:
-        reference, tested = self._outcomes.get((REFERENCE, key)), self._outcomes.get((arm, key))
-        if reference is None or tested is None:
-            return None
-        if "error" in (reference, tested):
-            return "error"
-        return (tested == "success") - (reference == "success")

@@ -17,7 +17,7 @@ from qlibero.config.yaml_source import parse
 
 LONGEST = 80
 # What `schema.config_hash` leaves out, by the first word of the key.
-FREE = ("name", "tasks", "episodes_per_task", "backends", "workers", "retries", "videos", "stop", "tracking", "launch")
+FREE = ("name", "tasks", "episodes_per_task", "backends", "workers", "retries", "videos", "margin", "stop", "tracking", "launch")
 
 
 def suffix_of_sets(sets: Iterable[str], overrides: Iterable[tuple[str, Any]] = ()) -> str:

@@ -235,11 +235,13 @@ class Arm:
 
 # ------------------------------------------------------------------------------------------ around the episodes
 class Stop(Frozen):
-    """Sequential stopping: spend episodes on pairs only until the verdict is clear."""
+    """Sequential stopping: spend episodes on pairs only until the verdict is clear. A sweep runs such a cell as one shard."""
 
-    margin: Float = Field(0.02, gt=0, lt=1, description="largest acceptable loss of success rate, e.g. 0.02 = 2 points")
+    margin: Float | None = Field(None, gt=0, lt=1, description="the margin of this test; null: the experiment's `margin`")
     alpha: Float = Field(0.025, gt=0, lt=0.5, description="one-sided error rate of the anytime-valid test")
-    max_episodes: Int | None = Field(None, ge=1, description="pairs after which to stop undecided; null: all of them")
+    max_episodes: Int | None = Field(
+        None, ge=1, description="pairs after which to stop undecided; null: all of them; may be raised later"
+    )
 
 
 class Tracking(Frozen):
@@ -318,6 +320,9 @@ class Experiment(Frozen):
     videos: Literal["all"] | Annotated[Int, Field(ge=0)] = Field(
         2, description="all, or how many initial states are filmed in every arm, flipped ones first (after the run)"
     )
+    margin: Float = Field(
+        0.02, gt=0, lt=1, description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it"
+    )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
     tracking: Annotated[
         Tracking,
@@ -375,8 +380,8 @@ class Experiment(Frozen):
 def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
 
-    Left out: which episodes are run (tasks, episodes_per_task, stop), other arms, names, workers, retries, videos,
-    tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is refused.
+    Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
+    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is refused.
     A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does
     not depend on where the checkout lies.
     """

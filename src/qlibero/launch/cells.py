@@ -22,8 +22,9 @@ from typing import Any
 from qlibero.config.load import dump_resolved, load_experiment
 from qlibero.config.schema import Experiment, Tracking, config_hash
 from qlibero.config.sweep import Sweep
-from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment, summary
+from qlibero.results.ledger import check_config
 
 SCHEMA = 1
 OURS = "sweep"   # the sub-directory of a sweep directory that is not a run directory
@@ -40,7 +41,9 @@ class Cell:
 
     @property
     def shards(self) -> int:
-        """Number of shards: as many as `launch.shard_episodes` asks for."""
+        """Number of shards: as many as `launch.shard_episodes` asks for; one where `stop` looks at all episodes together."""
+        if self.experiment.stop is not None:
+            return 1
         return max(1, math.ceil(len(episode_keys(self.experiment)) / self.experiment.launch.shard_episodes))
 
 
@@ -212,14 +215,7 @@ def spans(indices: Sequence[int]) -> str:
 def _check_directory(cell: Cell) -> None:
     """The ledger would refuse too, but only on the cluster, after the queue."""
     for arm in cell.experiment.arms():
-        meta = cell.run_dir / arm.name / "meta.json"
-        if meta.exists():
-            known, ours = json.loads(meta.read_text()).get("config_hash"), config_hash(cell.experiment, arm)
-            if known not in (None, ours):
-                raise GuardRefusal(
-                    f"{meta.parent} holds episodes of another configuration ({known[:12]}, this sweep's is {ours[:12]}); "
-                    "choose another --out, or restore the configuration to continue it"
-                )
+        check_config(cell.run_dir, arm.name, config_hash(cell.experiment, arm))
 
 
 def _experiment_file(directory: Path, cell_id: str) -> Path:

@@ -7,7 +7,6 @@ one episode of each arm *into the ledger*, so that nothing of it is wasted.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from typing import Any
 from qlibero.config.schema import Experiment, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
-from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment
+from qlibero.experiment import RUNS, episode_keys, finished_episodes, missing_episodes, planned_keys, run_experiment
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.environment import find_gpus, memory_bytes
-from qlibero.results import statistics
+from qlibero.results.judgement import detectable
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import read_run
+from qlibero.results.runs import REFERENCE, declared_margin, read_run
 
 WORKER_GB = 2.5
 DISCORDANCE = 0.05   # share of pairs that flip, for planning, while none has been observed
@@ -78,6 +77,10 @@ def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
 
 
 def _problems(experiment: Experiment, engine: str) -> Iterator[str]:
+    try:
+        planned_keys(experiment)
+    except UserError as problem:
+        yield str(problem)
     slurm = experiment.launch.slurm
     workers = experiment.workers if experiment.workers != "auto" else 1
     memory_gb = memory_bytes() / 1e9 if engine == "local" else _gigabytes(slurm.mem) if engine == "slurm" and slurm.mem else None
@@ -159,40 +162,66 @@ def _cost(records: list[EpisodeRecord]) -> Cost:
 
 def _one_episode(cell: Cell) -> None:
     experiment = cell.experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": 0, "workers": 1})
-    run_experiment(experiment, cell.run_dir, (0, len(episode_keys(experiment))))
+    if experiment.stop is None:
+        run_experiment(experiment, cell.run_dir, (0, len(episode_keys(experiment))))
+        return
+    # the first pair of the declared order; the run itself raises the cap again
+    stop = experiment.stop.model_copy(update={"max_episodes": 1})
+    run_experiment(experiment.model_copy(update={"stop": stop}), cell.run_dir)
 
 
 def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
     """One cell: its arms, episodes, what the ledger has, the seconds an episode takes, and what its pairs can detect."""
     experiment = cell.experiment
     arms = [arm.name for arm in experiment.arms()]
-    pairs = len(episode_keys(experiment))
-    episodes, missing = pairs * len(arms), len(missing_episodes(experiment, cell.run_dir))
+    pairs = len(planned_keys(experiment))
+    done, missing = (len(of(experiment, cell.run_dir)) for of in (finished_episodes, missing_episodes))
     found = {arm: known.get(_kind(experiment, arm)) for arm in arms}
     each = {arm: round(cost.sim_s + cost.policy_s, 2) for arm, cost in found.items() if cost}
-    discordance, source = _discordance(cell)
     return {
         "cell": cell.id,
         "suite": experiment.suite,
         "arms": arms,
-        "episodes": episodes,
-        "done": episodes - missing,
+        "episodes": done + missing,
+        "done": done,
         "missing": missing,
         "shards": cell.shards,
         "seconds_each": each if len(each) == len(arms) else None,
         "pairs": pairs,
-        "detectable_difference": _rounded(statistics.minimum_detectable_difference(pairs, discordance)) if len(arms) > 1 else None,
-        "one_way_difference": _rounded(statistics.smallest_one_way_difference(pairs)) if len(arms) > 1 else None,
-        "discordance": f"{discordance:.1%} {source}",
+        **(_detectable(cell, pairs) if len(arms) > 1 else {}),
+    }
+
+
+def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
+    """What the cell's pairs can find, and what non-inferiority takes. None: not to be had with so few pairs or flips."""
+    margin = declared_margin(cell.experiment.model_dump(mode="json"))
+    found = detectable(pairs, *_discordance(cell), margin, sequential=cell.experiment.stop is not None)
+    return {
+        "discordance": f"{found['discordance']:.1%} {found['discordance_from']}",
+        "detectable_difference": found["difference"],
+        "one_way_difference": found["one_way_difference"],
+        "margin": margin,
+        "noninferiority_power": found["noninferiority_power"],
+        "pairs_for_noninferiority": found["pairs_for_noninferiority"],
+        "detectable": found["line"],
     }
 
 
 def _discordance(cell: Cell) -> tuple[float, str]:
-    """Share of pairs in which an arm differs from the first one: observed when at least 20 pairs are there, else assumed."""
-    first, *others = [{r.key: r.outcome for r in read_ledger(cell.run_dir, arm.name)} for arm in cell.experiment.arms()]
-    pairs = [(first[key], outcome) for other in others for key, outcome in other.items() if key in first]
-    flips = sum({"success", "failure"} == {a, b} for a, b in pairs)
-    return (flips / len(pairs), "observed") if len(pairs) >= 20 and flips else (DISCORDANCE, "assumed")
+    """Share of pairs that flip, the largest over the arms and never below that of the A/A arm: observed where an arm has
+    at least 20 pairs and a flip, else assumed."""
+    arms = cell.experiment.arms()
+    first = next((arm for arm in arms if arm.name == REFERENCE), arms[0])
+    reference = {r.key: r.outcome for r in read_ledger(cell.run_dir, first.name) if r.outcome != "error"}
+    found = []
+    for arm in arms:
+        if arm is first:
+            continue
+        outcomes = {r.key: r.outcome for r in read_ledger(cell.run_dir, arm.name) if r.outcome != "error" and r.key in reference}
+        flips = sum(outcome != reference[key] for key, outcome in outcomes.items())
+        if len(outcomes) >= 20 and flips:
+            found.append((flips / len(outcomes), f"observed in {arm.name}"))
+    return max(found, default=(DISCORDANCE, "assumed"))
 
 
 def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str, Any]]:
@@ -259,7 +288,3 @@ def _gres_gpus(gres: str | None) -> float:
 def _gigabytes(mem: str) -> float:
     number, unit = (mem[:-1], mem[-1]) if mem[-1] in "KMGT" else (mem, "M")
     return int(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit] / 1e9
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else math.ceil(value * 1e4) / 1e4

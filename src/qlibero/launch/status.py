@@ -13,7 +13,7 @@ from typing import Any
 
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
-from qlibero.experiment import episode_keys, missing_episodes
+from qlibero.experiment import episode_keys, finished_episodes, missing_episodes
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
@@ -36,13 +36,13 @@ def status(directory: Path) -> dict[str, Any]:
         records += found
         missing = missing_episodes(cell.experiment, cell.run_dir)
         missing_keys[cell.id] = {key for _, key in missing}
-        total = len(episode_keys(cell.experiment)) * len(cell.experiment.arms())
+        finished = len(finished_episodes(cell.experiment, cell.run_dir))
         errors = [r for r in found if r.outcome == "error"]
         cells.append(
             {
                 "cell": cell.id,
-                "done": total - len(missing),
-                "episodes": total,
+                "done": finished,
+                "episodes": finished + len(missing),
                 "errors": len(errors),
                 "last_error": errors[-1].error if errors else None,
                 "successes": sum(r.succeeded for r in found),

@@ -28,7 +28,8 @@ from qlibero.reporting.sections.success import success
 from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
-from qlibero.results.runs import read_run
+from qlibero.results.judgement import check_margin
+from qlibero.results.runs import common_margin, read_run
 
 VIDEO_MEGABYTES = 8.0
 
@@ -36,22 +37,20 @@ VIDEO_MEGABYTES = 8.0
 def write_report(
     paths: Sequence[Path | str],
     out: Path | str | None = None,
-    reference: str = "baseline",
+    reference: str | None = None,
     margin: float | None = None,
     video_megabytes: float = VIDEO_MEGABYTES,
 ) -> dict[str, Any]:
     """Write the report of one or several runs; `out` defaults to report.html in the first run directory.
 
-    `margin` defaults to the experiment's own (`stop.margin`) or 0.02. Flipped episodes' videos are embedded
-    up to `video_megabytes`. Returns {"report", "bytes", "video_bytes", "arms", "verdicts"}. Raises UserError
+    `reference` defaults to the baseline, without which a report has no verdicts; `margin` to the one the runs
+    declare. Flipped episodes' videos are embedded up to `video_megabytes`. Returns {"report", "bytes", "video_bytes", "arms", "verdicts"}. Raises UserError
     for directories without a ledger, WorkFailed if the file cannot be written.
     """
     if not paths:
         raise UserError("report: name at least one run directory")
     runs = [read_run(path) for path in paths]
-    if margin is None:
-        margin = (runs[0].experiment.get("stop") or {}).get("margin", 0.02)
-    material = gather(runs, reference, margin)
+    material = gather(runs, reference, check_margin(common_margin(runs) if margin is None else margin))
     filmed = flipped_videos(material)
     chosen = _within(filmed, video_megabytes * 1e6)
     page = render(material, chosen, len(filmed) - len(chosen))

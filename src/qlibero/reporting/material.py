@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
 from qlibero.results.compare import compare
 from qlibero.results.pairing import Arm, collect_arms
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import RunResults, video_path
+from qlibero.results.runs import REFERENCE, RunResults, video_path
 
 COLOURS = 6  # classes c2 … c7 in report.css; c0 is the reference's, c1 the A/A control's
 
@@ -69,11 +70,15 @@ class Material:
         return self.comparison["arms"] if self.comparison else {}
 
 
-def gather(runs: Sequence[RunResults], reference: str, margin: float) -> Material:
-    """Without the reference arm, or with one arm alone, there is no comparison and the report says what there
-    is.
+def gather(runs: Sequence[RunResults], reference: str | None, margin: float) -> Material:
+    """Without the baseline, or with one arm alone, there is no comparison and the report says what there is.
+
+    Raises UserError for a `reference` that was named and is not there.
     """
     arms = collect_arms(runs)
+    if reference is not None and reference not in arms:
+        raise UserError(f"--reference {reference}: no such arm; here are {', '.join(arms)}")
+    reference = reference or REFERENCE
     present = reference if reference in arms else None
     ordered = dict(sorted(arms.items(), key=lambda item: item[0] != present))
     comparison = compare(runs, reference, margin) if present and len(arms) > 1 else None

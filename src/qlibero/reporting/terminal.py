@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qlibero.results.compare import compare
-from qlibero.results.phrases import margin_text, p_text, percent, points, speed_text
-from qlibero.results.runs import RunResults, read_run, video_path
+from qlibero.results.phrases import NOISE_FLOOR, margin_text, p_text, points, sequential_text, speed_text
+from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
 from qlibero.results.statistics import wilson
 from qlibero.results.summary import counts, summarize_arm
 
 PLAIN_WIDTH = 160
-COLOURS = {"non-inferior": "green", "inferior": "red", "inconclusive": "yellow"}
+COLOURS = {"non-inferior": "green", "inferior": "red", "inconclusive": "yellow", NOISE_FLOOR: "cyan"}
 QUALITY = {
     "steps_to_success": "steps to success",
     "path_length_m": "path (m)",
@@ -34,16 +34,14 @@ def console() -> Console:
     return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
 
 
-def print_run(
-    run_dir: Path | str, to: Console | None = None, reference: str = "baseline", margin: float = 0.02
-) -> None:
-    """What a finished (or interrupted) run shows: success, flips, latency, simulator time, and where things
-    lie.
+def print_run(run_dir: Path | str, to: Console | None = None, reference: str = REFERENCE) -> None:
+    """What a finished (or interrupted) run shows: success, flips at the experiment's margin, latency, simulator time, and
+    where things lie.
     """
     run, to = read_run(run_dir), to or console()
     to.print(success_table(run))
     if reference in run.arms and len(run.arms) > 1:
-        to.print(comparison_tables(compare([run], reference, margin)))
+        to.print(comparison_tables(compare([run], reference)))
     to.print(cost_table(run))
     to.print(_places(run))
 
@@ -85,7 +83,8 @@ def _foreign(result: dict[str, Any]) -> Group:
             p,
             Text(r["verdict"], style=COLOURS.get(r["verdict"], "yellow")),
         )
-    return Group(table, *(Text(r["sentence"], style="dim") for r in result["arms"].values()))
+    lines = [line for r in result["arms"].values() for line in (r["sentence"], f"  {r['detectable']['line']}")]
+    return Group(table, *(Text(line, style="dim") for line in lines))
 
 
 def success_table(run: RunResults) -> Table:
@@ -155,17 +154,7 @@ def comparison_tables(result: dict[str, Any]) -> Group:
             parts.append(
                 Text(f"  … {len(arm['unpaired'])} unpaired in all; the JSON lists every one", style="yellow")
             )
-    floor = result["noise_floor"]
-    if floor:
-        low, high = floor["tango95"]
-        parts.append(
-            Text(
-                f"Noise floor: the reference against itself ({floor['arm']}) differs by {points(floor['delta'])} pp "
-                f"[{points(low)}, {points(high)}], {percent(floor['discordance'])} of {floor['pairs']} pairs flip.",
-                style="dim",
-            )
-        )
-    else:
+    if not result["noise_floor"]:
         parts.append(
             Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim")
         )
@@ -177,15 +166,6 @@ def comparison_tables(result: dict[str, Any]) -> Group:
             )
         )
     return Group(*parts)
-
-
-def sequential_text(s: dict[str, Any]) -> str:
-    """The anytime-valid decision in words."""
-    said = {"undecided": "no decision", None: "no decision yet"}.get(s["verdict"], s["verdict"])
-    return (
-        f"{said} at {margin_text(s['margin'])} after {s['pairs']} pairs in the declared order of {s['declared_pairs']} "
-        f"(e = {max(s['e_noninferior'], s['e_inferior']):.3g}, needs {s['threshold']:g}); {s['episodes_saved']} episodes saved"
-    )
 
 
 def _verdicts(result: dict[str, Any]) -> Table:
@@ -202,6 +182,7 @@ def _verdicts(result: dict[str, Any]) -> Table:
         "95 % interval",
         "McNemar",
         "Holm",
+        "NI Holm",
         "tasks like these",
         "speed",
         "verdict",
@@ -213,9 +194,12 @@ def _verdicts(result: dict[str, Any]) -> Table:
             rows.append(("all", arm))
         for suite, row in rows:
             if not row["pairs"]:
-                table.add_row(arm["label"], suite, "0", *[""] * 8, "no pairs")
+                table.add_row(arm["label"], suite, "0", *[""] * 9, "no pairs")
                 continue
             verdict = arm["verdict"] if len(rows) == 1 else row["verdict"]
+            shown = Text(verdict, style=COLOURS.get(verdict, "yellow"))
+            if verdict == "non-inferior" and row["noninferior_after_holm"] is False and row is not arm:
+                shown.append(" (not after Holm)", style="yellow")
             t95 = row["clusters"]["t95"]
             table.add_row(
                 arm["label"],
@@ -225,15 +209,16 @@ def _verdicts(result: dict[str, Any]) -> Table:
                 str(row["repaired"]),
                 points(row["delta"]),
                 _interval(row["tango95"]),
-                p_text(row["mcnemar_p"]).removeprefix("p ").removeprefix("= "),
-                p_text(row["mcnemar_p_holm"]).removeprefix("p ").removeprefix("= ")
-                if "mcnemar_p_holm" in row
-                else "",
+                *(_p(row.get(name)) for name in ("mcnemar_p", "mcnemar_p_holm", "noninferiority_p_holm")),
                 _interval(t95) if t95 else "",
-                speed_text(arm["speedup_p50"]),
-                Text(verdict, style=COLOURS.get(verdict, "yellow")),
+                "" if arm["control"] else speed_text(arm["speedup_p50"]),
+                shown,
             )
     return table
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else p_text(p).removeprefix("p ").removeprefix("= ")
 
 
 def _quality(result: dict[str, Any]) -> Table | None:

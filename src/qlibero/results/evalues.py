@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import betainc
 
 GRID = 20  # values of λ the martingale averages over
 
@@ -28,12 +27,6 @@ def log_e_difference(broken: int, repaired: int) -> float:
         - math.log(math.pi)
         + (broken + repaired) * math.log(2)
     )
-
-
-def log_e_worse(broken: int, repaired: int) -> float:
-    """One-sided version: evidence that breaking is likelier than repairing. log(2·I_½(r+½, b+½)) + log E."""
-    mass = 2 * float(betainc(repaired + 0.5, broken + 0.5, 0.5))
-    return log_e_difference(broken, repaired) + (math.log(mass) if mass > 0 else -math.inf)
 
 
 def margin_martingales(steps: Sequence[int] | np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:

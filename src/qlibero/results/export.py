@@ -89,6 +89,6 @@ def _parquet(rows: list[dict[str, Any]], columns: list[str], out: Path) -> None:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise UserError("export: Parquet needs pyarrow (pip install pyarrow); or write a .csv") from None
+        raise UserError("export: Parquet needs pyarrow (pip install 'qlibero[parquet]'); or write a .csv") from None
     table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
     pyarrow.parquet.write_table(table, out)

@@ -276,6 +276,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not JSON ({problem}); it is written atomically, so something else changed it"
         ) from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: not a mapping; it is written atomically, so something else changed it")
     if meta.get("schema") != META_SCHEMA:
         raise UserError(f"{path}: meta schema {meta.get('schema')!r}, this qlibero reads {META_SCHEMA}")
     return meta

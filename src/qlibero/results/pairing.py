@@ -15,7 +15,7 @@ from typing import Any
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.results.records import EpisodeRecord
+from qlibero.results.records import EpisodeRecord, Outcome
 from qlibero.results.runs import RunResults
 
 
@@ -49,6 +49,15 @@ class Pair:
     def step(self) -> int:
         """+1 repaired, −1 broken, 0 concordant."""
         return int(self.other.succeeded) - int(self.reference.succeeded)
+
+    @property
+    def outcomes(self) -> tuple[Outcome, Outcome]:
+        """Of the reference and of the other arm."""
+        return self.reference.outcome, self.other.outcome
+
+
+def outcomes_of(pairs: Iterable[Pair]) -> list[tuple[Outcome, Outcome]]:
+    return [pair.outcomes for pair in pairs]
 
 
 @dataclass(frozen=True)

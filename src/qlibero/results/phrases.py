@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+NOISE_FLOOR = "noise floor"  # what stands where other arms have a verdict, for the A/A arm
+
 
 def points(x: float, digits: int = 1) -> str:
     """0.014 → "+1.4": percentage points, always with a sign."""
@@ -33,11 +35,28 @@ def speed_text(speedup: float | None) -> str:
     return f"{speedup:.2f}× faster" if speedup > 1 else f"{1 / speedup:.2f}× slower"
 
 
-def sentence(result: dict[str, Any], reference: str, margin: float) -> str:
-    """What an arm's comparison says, in one sentence that stands alone."""
-    label = result["label"]
+def count_text(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def sentence(result: dict[str, Any], reference: str, margin: float, family: int = 1) -> str:
+    """What an arm's comparison says, in one sentence that stands alone. `family`: hypotheses that Holm runs over."""
+    label, errors = result["label"], result["errors"]["removed_pairs"]
+    lost = [f"{count_text(errors, 'pair')} lost to errors"] if errors else []
+    if result["unpaired"]:
+        lost.append(f"{len(result['unpaired']):,} unpaired")
     if not result["pairs"]:
-        return f"{label} and {reference} share no finished pair, so nothing can be said."
+        why = f" ({', '.join(lost)})" if lost else ""
+        return f"{label} and {reference} share no finished pair, so nothing can be said{why}."
+    low, high = result["tango95"]
+    pieces = [
+        f"Δ {points(result['delta'])} pp [{points(low)}, {points(high)}]",
+        f"{result['broken']} broken, {result['repaired']} repaired of {count_text(result['pairs'], 'pair')}",
+        *lost,
+    ]
+    if result["control"]:
+        flips = f"{percent(result['discordance'])} flip"
+        return f"{label} is {reference} against itself, the noise floor: {', '.join([*pieces, flips])}."
     at = margin_text(margin)
     opening = {
         "non-inferior": f"{label} is non-inferior to {reference} at {at}",
@@ -49,21 +68,26 @@ def sentence(result: dict[str, Any], reference: str, margin: float) -> str:
         opening = f"{label} is better than {reference}"
     elif result["qualifier"]:
         opening += f", {result['qualifier']}"
-    low, high = result["tango95"]
-    pieces = [
-        f"Δ {points(result['delta'])} pp [{points(low)}, {points(high)}]",
-        f"{result['broken']} broken, {result['repaired']} repaired of {result['pairs']} pairs",
-    ]
-    if errors := result["errors"]["removed_pairs"]:
-        pieces.append(f"{errors} pair{'s' * (errors > 1)} lost to errors")
+    if result["verdict"] == "non-inferior" and result["noninferior_after_holm"] is False:
+        opening += f", {_after_holm(result['suites'], family)}"
     if result["sequential"]:
         pieces.append(f"sequential test over {result['sequential']['pairs']} of them")
+    if result["note"]:
+        pieces.append(result["note"])
     if speed := speed_text(result["speedup_p50"]):
         pieces.append(speed)
     return f"{opening}: {', '.join(pieces)}."
 
 
-def detectable_line(d: dict[str, Any], margin: float) -> str:
+def _after_holm(suites: dict[str, Any], family: int) -> str:
+    over = f"Holm over {family} arms × suites"
+    if len(suites) == 1:
+        (cell,) = suites.values()
+        return f"but not after {over} ({p_text(cell['noninferiority_p_holm'])} > 0.025)"
+    return f"but after {over} in {sum(cell['noninferior_after_holm'] for cell in suites.values())} of {len(suites)} suites"
+
+
+def detectable_line(d: dict[str, Any], margin: float, sequential: bool = False) -> str:
     """The minimum detectable difference and the chance to show non-inferiority, in words."""
     flips = f"{percent(d['discordance'])} flips ({d['discordance_from']})"
     if d["difference"] is not None:
@@ -76,6 +100,25 @@ def detectable_line(d: dict[str, Any], margin: float) -> str:
     else:
         found = "no difference whatever can be found"
     return (
-        f"With {d['pairs']} pairs and {flips}, {found}; truly equal arms would be shown non-inferior at {margin_text(margin)} "
-        f"with {100 * d['noninferiority_power']:.0f} % chance (80 % takes {d['pairs_for_noninferiority']:,} pairs)."
+        f"With {count_text(d['pairs'], 'pair')} and {flips}, {found}; truly equal arms would be shown non-inferior at "
+        f"{margin_text(margin)} with {100 * d['noninferiority_power']:.0f} % chance (80 % takes "
+        f"{d['pairs_for_noninferiority']:,} pairs)"
+        + (", all for one look at the end: the sequential test takes more." if sequential else ".")
+    )
+
+
+def sequential_text(s: dict[str, Any]) -> str:
+    """The anytime-valid decision in words."""
+    evidence = f"(e = {max(s['e_noninferior'], s['e_inferior']):.3g}, needs {s['threshold']:g})"
+    at, errors = margin_text(s["margin"]), s["errors"]
+    against = f", {count_text(errors, 'pair')} with errors counted against it" if errors else ""
+    if s["verdict"] is None:
+        retried = f"; {count_text(errors, 'pair')} ended in errors, which the same command tries again" if errors else ""
+        return f"no decision yet at {at} after {s['position']} pairs {evidence}{retried}"
+    if s["verdict"] == "undecided":
+        where = f"at the cap of {s['max_pairs']}" if (s["max_pairs"] or s["declared_pairs"]) < s["declared_pairs"] else "after all"
+        return f"undecided {where} pairs, at {at} {evidence}"
+    return (
+        f"{s['verdict']} at {at} after {s['position']} pairs in the declared order of {s['declared_pairs']} "
+        f"{evidence}{against}; {s['episodes_saved']} episodes saved"
     )

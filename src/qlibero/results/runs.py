@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import yaml
 from qlibero.errors import UserError
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
+
+REFERENCE = "baseline"  # the arm that others are compared with unless another is named
+DEFAULT_MARGIN = 0.02  # 2 points, the schema's default: for directories whose experiment says nothing
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,20 @@ def read_run(run_dir: Path | str) -> RunResults:
     )
 
 
+def declared_margin(experiment: dict[str, Any]) -> float:
+    """The non-inferiority margin an experiment (resolved, as in experiment.yaml) was declared with, as a fraction."""
+    return (experiment.get("stop") or {}).get("margin") or experiment.get("margin") or DEFAULT_MARGIN
+
+
+def common_margin(runs: Sequence[RunResults]) -> float:
+    """The margin of a comparison that names none: what its runs declare. Raises UserError when they disagree."""
+    margins = {run.run_dir: declared_margin(run.experiment) for run in runs}
+    if len(set(margins.values())) > 1:
+        said = ", ".join(f"{run_dir} {margin:g}" for run_dir, margin in margins.items())
+        raise UserError(f"the runs declare different margins ({said}); choose one with --margin")
+    return next(iter(margins.values()), DEFAULT_MARGIN)
+
+
 def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
     """Where an episode's video lies when there is one. Videos are filmed after the run, so records cannot
     know of them.
@@ -71,6 +89,7 @@ def _environment(run_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        data = json.loads(path.read_text())
     except ValueError as problem:
         raise UserError(f"{path}: not JSON: {problem}") from None
+    return data if isinstance(data, dict) else {}

@@ -5,7 +5,7 @@ fails, `repaired` r = the reverse, n = all pairs; Δ = (r − b)/n, so a loss is
 discordance. Intervals are two-sided 95 % unless `confidence` says otherwise. Wald intervals are nowhere: near
 100 % they lie.
 
-Sources: Wilson 1927; Clopper & Pearson 1934; McNemar 1947 (exact); Tango, Stat. Med. 17 (1998) 891; Newcombe,
+Sources: Wilson 1927; McNemar 1947 (exact); Tango, Stat. Med. 17 (1998) 891; Newcombe,
 Stat. Med. 17 (1998) 2635, method 10; Holm 1979. Clusters and permutations are in `clusters.py`, stopping in
 `evalues.py`.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import bdtr, bdtrik, betaincinv, gammaln, xlog1py, xlogy
+from scipy.special import bdtr, bdtrik, gammaln, xlog1py, xlogy
 
 CONFIDENCE = 0.95
 ENUMERABLE_PAIRS = 5000  # beyond, power is approximated
@@ -41,17 +41,6 @@ def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
-
-
-def clopper_pearson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Exact interval for k of n: covers at least `confidence`, always. For guarantees, and for k = 0 or k =
-    n.
-    """
-    _check_counts(k, n)
-    tail = (1 - confidence) / 2
-    low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
-    high = 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
-    return low, high
 
 
 def _check_counts(k: int, n: int) -> None:
@@ -203,6 +192,20 @@ def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
     if mcnemar_power(n, 1.0, 1.0) < power:
         return None
     return _bisect(lambda d: mcnemar_power(n, d, d) < power, 0.0, 1.0)
+
+
+def detectable_drop(p: float, n: int, n_other: int, power: float = 0.8) -> float | None:
+    """Smallest drop from rate `p` (n episodes) that a two-sided 5 % test on two *independent* samples finds with `power`;
+    None if not even a drop to 0 is found. z·√(p̄q̄/n + p̄q̄/n′) + z_power·√(pq/n + p′q′/n′), Fleiss, 3rd ed., 4.2."""
+
+    def missed(drop: float) -> bool:
+        other, share = p - drop, 1 / n + 1 / n_other
+        pooled = (n * p + n_other * other) / (n + n_other)
+        own = p * (1 - p) / n + other * (1 - other) / n_other
+        needed = normal_quantile() * math.sqrt(pooled * (1 - pooled) * share)
+        return drop < needed + NormalDist().inv_cdf(power) * math.sqrt(own)
+
+    return None if missed(p) else _bisect(missed, 0.0, p)
 
 
 def noninferiority_power(n: int, discordance: float, margin: float) -> float:

@@ -9,8 +9,7 @@ from qlibero.reporting.markup import Markup, el, join
 from qlibero.reporting.material import Material
 from qlibero.reporting.sections.differences import difference, difference_scale
 from qlibero.reporting.sections.parts import section, swatch, unbroken
-from qlibero.reporting.terminal import sequential_text
-from qlibero.results.phrases import margin_text, percent, points, speed_text
+from qlibero.results.phrases import margin_text, percent, points, sequential_text, speed_text
 from qlibero.results.summary import summarize_arm
 
 GLYPHS = {"non-inferior": ("✓", "good"), "inferior": ("✕", "bad")}  # anything else: ("?", "open")
