@@ -113,7 +113,7 @@ def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
 def test_the_packed_kernel_really_saves_memory_and_shares_the_rest(policy):
     artifact = made(policy, method="rtn")
     quantized = quantize_policy(policy, artifact, "cpu_int4")
-    measured = memory(quantized.model)
+    measured = memory(quantized.model, artifact)
     assert (
         measured.weights * 4 == measured.bf16 and measured.summary()["ratio"] <= 0.36
     )  # scales weigh more at 64 inputs

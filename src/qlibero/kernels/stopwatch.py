@@ -100,6 +100,16 @@ def bench(
     return timings
 
 
+def left_out(layers: Sequence[Layer], names: Sequence[str]) -> dict[str, str]:
+    """Which of these backends can run none of the layers here, and why."""
+    reasons = {}
+    for name in names:
+        supports = [load(name).supports(layer.shape) for layer in layers]
+        if not any(support.ok for support in supports):
+            reasons[name] = supports[0].reason
+    return reasons
+
+
 def markdown(timings: Sequence[Timing]) -> str:
     """One row per shape and token count; per backend: microseconds, speed-up, share of the limit."""
     names = list(dict.fromkeys(t.backend for t in timings))
