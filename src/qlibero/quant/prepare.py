@@ -212,7 +212,6 @@ def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
             "with transforms": f"{(row['weight_bytes'] + row['transform_bytes']) / row['bf16_bytes']:.3f}",
             "mean action change": row["action_error"] and f"{row['action_error']['mean_abs']:.4f}",
             "": f"made in {row['seconds']:.0f} s" if row["made"] else "found",
-            "file": row["path"],
         }
         for row in document["artifacts"]
     ]
