@@ -8,6 +8,7 @@ Written against the source of version 0.1.19 and not yet run on a GPU: the court
   bit with unit scales, and for no more than those two roundings with real ones.
 * By itself it splits K over the processors and adds the parts *in bf16* in global memory, in whatever order they finish:
   neither exact nor repeatable. `use_batch_invariant` is its word for never doing that.
+* On SM75 and newer it patches the machine code it compiled (int4 loads); HUMMING_DISABLE_PATCH_CUBIN=1 keeps it from that.
 * K-groups are refused: with int8 activations it turns group scales into integers, which is another arithmetic.
 """
 
