@@ -11,7 +11,6 @@ from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, r
 from qlibero.config.schema import Pi05
 from qlibero.errors import WorkFailed
 from qlibero.policies import load_policy
-from qlibero.policies.load import load_quantized
 from qlibero.policies.pi05.checkpoint import write_checkpoint
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import quantize_policy
@@ -28,6 +27,12 @@ def config(tmp_path_factory) -> Pi05:
         path, random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer=words.to_json()
     )
     return Pi05(type="pi05", checkpoint=path)
+
+
+def load_quantized(config: Pi05, artifact, backend: str):
+    """As a run of quantized arms alone loads a policy: without what the artifact replaces."""
+    replaced = frozenset(f"{layer.name}.weight" for layer in artifact.layers)
+    return quantize_policy(load_policy(config, replaced), artifact, backend)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -113,7 +113,7 @@ def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
 def test_the_packed_kernel_really_saves_memory_and_shares_the_rest(policy):
     artifact = made(policy, method="rtn")
     quantized = quantize_policy(policy, artifact, "cpu_int4")
-    measured = memory(quantized.model)
+    measured = memory(quantized.model, artifact)
     assert (
         measured.weights * 4 == measured.bf16 and measured.summary()["ratio"] <= 0.36
     )  # scales weigh more at 64 inputs
@@ -186,3 +186,19 @@ def test_corrections_undo_a_known_distortion(policy):
         original, copy = policy.model.get_submodule(name), quantized.model.get_submodule(name)
         rows = torch.tensor(factors).repeat_interleave(len(original.weight) // len(factors))
         assert torch.equal(copy.weight, original.weight * rows[:, None])
+
+
+def test_episodes_of_a_packed_kernel_are_those_of_fake(tiny_experiment, tmp_path):
+    """Real LIBERO, real packed weights: not similar success rates but the same actions, step by step."""
+    from qlibero.config.load import load_experiment
+    from qlibero.experiment import run_experiment
+    from qlibero.results.ledger import read_ledger
+
+    sets = ["backends=[baseline,fake,cpu_int4]", "tasks=[0]", "episodes_per_task=2", "quant.layout=llm+expert"]
+    assert run_experiment(load_experiment(tiny_experiment, sets), tmp_path)["complete"]
+    arms = {
+        arm: {record.key: (record.action_digest, record.outcome, record.steps) for record in read_ledger(tmp_path, arm)}
+        for arm in ("baseline", "fake", "cpu_int4")
+    }
+    assert len(arms["fake"]) == 2 and arms["fake"] == arms["cpu_int4"]
+    assert all(arms["fake"][key][0] != arms["baseline"][key][0] for key in arms["fake"])

@@ -131,16 +131,55 @@ def test_identical_columns_are_named_as_such():
     assert "all rows are alike" in try_kernel(ColumnZeroEverywhere(), SHAPE, TOKENS).reason
 
 
-def test_captured_activations_are_tried():
-    class WrongOnThree(Liar):
-        def accumulate(self, codes_x, packed):
-            acc = super().accumulate(codes_x, packed)
-            return acc + (codes_x == 3).all(1, keepdim=True)
+# -------------------------------------------------------------------------------- kernels with a rounded output only
+class LikeHumming(Fake):
+    """What humming 0.1.19 computes when K is not split: right integers, rounded to bf16 after each scale, bias in fp32."""
 
-    captured = torch.full((2, SHAPE.k), 3, dtype=torch.int8)
-    assert try_kernel(WrongOnThree(), SHAPE, TOKENS).ok
-    finding = try_kernel(WrongOnThree(), SHAPE, TOKENS, captured)
-    assert not finding.ok and "captured" in finding.reason
+    name, real, rounds_to = "like_humming", True, torch.bfloat16
+
+    def accumulate(self, codes_x, packed):
+        raise NotImplementedError
+
+    def product(self, codes_x, s_x, packed, s_w):
+        acc = Fake.accumulate(self, codes_x, packed).float()
+        return (acc * s_x.unsqueeze(1)).bfloat16() * s_w.bfloat16()
+
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.bfloat16):
+        y = self.product(codes_x, s_x, packed, s_w)
+        return (y if bias is None else y.float() + bias.float()).to(out_dtype)
+
+
+class SplitsKInBf16(LikeHumming):
+    """What it computes by default: the parts of K are rounded, and added as rounded numbers."""
+
+    def product(self, codes_x, s_x, packed, s_w):
+        half, rest = codes_x.clone(), codes_x.clone()
+        half[:, codes_x.shape[1] // 2 :] = 0
+        rest[:, : codes_x.shape[1] // 2] = 0
+        return super().product(half, s_x, packed, s_w) + super().product(rest, s_x, packed, s_w)
+
+
+class RoundsTokenScales(LikeHumming):
+    def product(self, codes_x, s_x, packed, s_w):
+        return super().product(codes_x, s_x.bfloat16().float(), packed, s_w)
+
+
+class DropsTheBias(LikeHumming):
+    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.bfloat16):
+        return super().matmul(codes_x, s_x, packed, s_w, None, out_dtype)
+
+
+@pytest.mark.parametrize("k", sorted({layer.shape.k for layer in pi05_layers() + compact_layers()}))
+def test_a_kernel_that_only_rounds_its_output_passes_at_every_depth(k):
+    """Two roundings, and a bias that cancels the product or dwarfs it, are no error."""
+    finding = try_kernel(LikeHumming(), GemmShape(64, k), (1, 10, 33))
+    assert finding.ok, finding.reason
+
+
+@pytest.mark.parametrize("lie", [SplitsKInBf16, RoundsTokenScales, DropsTheBias], ids=lambda lie: lie.__name__)
+def test_what_a_rounded_output_could_hide_is_caught(lie):
+    finding = try_kernel(lie(), GemmShape(64, 256), TOKENS)
+    assert not finding.ok and "results wrong" in finding.reason
 
 
 class _Linear(nn.Module):
@@ -166,10 +205,10 @@ class _Linear(nn.Module):
         return p.kernel.matmul(q.codes, q.scales, p.packed, p.scales, p.bias).view(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("backend", ["fake", "cpu_int4"])
-def test_a_layer_that_skips_activation_quantization_is_caught(backend):
+@pytest.mark.parametrize("kernel", [load("fake"), load("cpu_int4"), LikeHumming()], ids=lambda kernel: kernel.name)
+def test_a_layer_that_skips_activation_quantization_is_caught(kernel):
     x = torch.randn(2, 5, SHAPE.k)
-    honest, skipping = _Linear(load(backend)), _Linear(load(backend), skips_activation_quantization=True)
+    honest, skipping = _Linear(kernel), _Linear(kernel, skips_activation_quantization=True)
     assert try_layer(honest, x, honest.codes).ok
     finding = try_layer(skipping, x, skipping.codes)
     assert not finding.ok and "int8 activations" in finding.reason
@@ -204,6 +243,7 @@ def test_a_fallback_says_to_what_and_why(lying):
 def test_auto_takes_a_real_kernel_that_passes_and_never_one_that_lies(lying):
     verdicts = court.check(LAYERS, "auto")
     assert {v.executed for v in verdicts} <= {"cpu_int4", "w8a8"} and "auto: fastest" in verdicts[0].reason
+    assert {v.requested for v in verdicts} == {"auto"}  # what the user wrote; `executed` is what was chosen
 
 
 def test_auto_refuses_when_nothing_real_passes(monkeypatch):
@@ -218,9 +258,42 @@ def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch
     assert court.check(LAYERS, "cpu_int4")[0].cached
     assert court.standing("cpu_int4").startswith("passed 2 shapes on")
     monkeypatch.setattr(court, "_source_hash", lambda: "another source")
+    assert court.standing("cpu_int4") == "unproven"  # the kernel that passed is not the one that would run
     assert not court.check(LAYERS, "cpu_int4")[0].cached
     monkeypatch.setattr(court.torch, "__version__", "9.9")
+    assert court.standing("cpu_int4") == "unproven"
     assert not court.check(LAYERS, "cpu_int4")[0].cached
+
+
+def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatch):
+    with monkeypatch.context() as interpreted:
+        interpreted.setenv("TRITON_INTERPRET", "1")
+        for _ in range(2):
+            assert court.check(LAYERS, "cpu_int4")[0].verdict == "pass" and not court.check(LAYERS, "cpu_int4")[0].cached
+    assert court.standing("cpu_int4") == "unproven"
+    assert not court.check(LAYERS, "cpu_int4")[0].cached
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_nothing_claims_a_gpu_that_is_not_there():
+    from qlibero import catalogue
+
+    assert {row["backend"] for row in catalogue.backends() if "cuda" in row["runs_on"]} == set()
+
+
+# ------------------------------------------------------------------------------------------------ 16-bit activations
+WEIGHT_ONLY = [Layer("d", GemmShape(48, 64, 4, 16), (10,))]
+
+
+def test_16_bit_activations_are_never_credited_to_a_kernel():
+    for backend in ("fake", "auto"):
+        (verdict,) = court.check(WEIGHT_ONLY, backend)
+        assert (verdict.executed, verdict.verdict) == ("dequantized", "pass") and "no memory is saved" in verdict.reason
+    for backend in ("cpu_int4", "triton_w4a8", "humming", "int_ref"):
+        with pytest.raises(GuardRefusal, match=f"{backend} has nothing to do; write fake"):
+            court.enforce(court.check(WEIGHT_ONLY, backend))
+        (verdict,) = court.check(WEIGHT_ONLY, backend, on_failure="fallback")
+        assert (verdict.executed, verdict.verdict) == ("dequantized", "fall back to dequantized")
 
 
 def test_failures_are_not_remembered(lying):
@@ -237,8 +310,14 @@ def test_what_a_machine_lacks_is_a_verdict_not_a_crash():
 def test_unknown_names_are_the_users_error():
     with pytest.raises(UserError, match="unknown backend 'int5'"):
         court.check(LAYERS, "int5")
+    with pytest.raises(UserError, match="unknown backend 'int5'"):
+        court.check(WEIGHT_ONLY, "int5")
     with pytest.raises(UserError, match="refuse or fallback"):
         court.check(LAYERS, "fake", on_failure="ignore")
+    with pytest.raises(UserError, match="nothing for a kernel to do"):
+        court.check([], "fake")
+    with pytest.raises(UserError, match="group_size 7 does not divide"):
+        pi05_layers(group_size=7)
 
 
 def test_the_court_passes_every_compact_shape_on_this_machine():
@@ -256,8 +335,15 @@ def test_the_header_mismatch_is_explained_even_behind_the_error_that_hides_it():
     assert diagnose("something else") is None
 
 
-def test_a_k_that_is_not_a_multiple_of_eight_is_explained():
+def test_a_k_that_is_not_a_multiple_of_eight_is_explained_where_it_does_harm():
     assert diagnose_shape(64, 64) is None
     assert "every output column is identical" in diagnose_shape(64, 4) and "multiple of 8" in diagnose_shape(64, 100)
-    finding = try_kernel(Liar(), GemmShape(64, 4), (4,))
+    finding = try_kernel(ColumnZeroEverywhere(), GemmShape(64, 4), (4,))
     assert not finding.ok and "K = 4 is not a multiple of 8" in finding.reason
+    assert try_kernel(load("cpu_int4"), GemmShape(64, 100), (4,)).ok  # whoever is right there is not refused for it
+    assert "two codes share a byte" in try_kernel(load("cpu_int4"), GemmShape(64, 99), (4,)).reason
+
+
+def test_a_compiler_that_failed_behind_bitblas_is_explained():
+    assert "nvcc had failed" in diagnose(AttributeError("/usr/bin/python3: undefined symbol: init"))
+    assert "CUDA toolkit" in diagnose(FileNotFoundError(2, "No such file or directory", "nvcc"))

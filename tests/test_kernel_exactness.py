@@ -66,7 +66,7 @@ def test_every_pi05_layer_with_worst_case_and_random_tokens(n, k):
     for kind in ("low", "random"):
         codes = codes_for(n, k, 4, k, kind)
         reference = IntRef().accumulate(x, IntRef().pack(codes))
-        for kernel in (Fake(), CpuInt4("fp32")):
+        for kernel in (Fake(), CpuInt4("fp32"), CpuInt4("int8")):
             assert torch.equal(kernel.accumulate(x, kernel.pack(codes)).double(), reference.double()), kernel.name
 
 

@@ -47,6 +47,21 @@ def test_a_layer_that_multiplies_in_bf16_is_named(policy, monkeypatch):
         ask(policy, quantized, artifact)
 
 
+def test_what_a_run_does_beyond_the_plain_network_is_compared_too(policy):
+    """Batches, the compiled flow, fused glue and graphs belong to the sampler, which only `infer` goes through."""
+    artifact = made(policy)
+    quantized = quantize_policy(policy, artifact, "cpu_int4")
+    sampler = quantized.sampler
+
+    def slightly_off(*arguments, **named):
+        actions, times = sampler(*arguments, **named)
+        return actions + 1e-4, times
+
+    quantized._sampler = slightly_off
+    with pytest.raises(GuardRefusal, match="actions differ from `fake`"):
+        ask(policy, quantized, artifact)
+
+
 def test_another_artifact_s_weights_are_noticed(policy):
     quantized = quantize_policy(policy, made(policy), "cpu_int4")
     with pytest.raises(GuardRefusal, match="largest difference"):

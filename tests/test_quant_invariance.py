@@ -163,7 +163,7 @@ def test_weight_only_layers_equal_their_codes_without_any_online_work(method, we
     )
     codes, s_w = quantize_weights(rotated.float(), weight_bits, group_size=32)
     (module,) = assemble(
-        load("fake"),
+        None,
         InputTransform(t, 128),
         [Weights(codes, s_w, torch.ones(len(w)), rotation)],
         weight_bits=weight_bits,

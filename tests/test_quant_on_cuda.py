@@ -10,6 +10,8 @@ import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
 
+from qlibero.errors import UserError
+from qlibero.kernels.contract import live_bytes
 from qlibero.policies.pi05.config import GemmaConfig
 from qlibero.policies.pi05.model import cast
 from qlibero.policies.pi05.normalize import from_openpi
@@ -18,6 +20,7 @@ from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.calibrate import calibrate
+from qlibero.quant.linear import QuantLinear
 from qlibero.quant.spec import METHODS, QuantSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -35,7 +38,7 @@ def policy() -> Pi05Policy:
 
 @pytest.mark.parametrize("changes", [
     *({"method": method} for method in METHODS), {"layout": "llm+expert", "group_size": 64},
-    {"layout": "llm+expert_mlp", "activation_bits": 4}, {"activation_bits": 16},
+    {"layout": "llm+expert_mlp", "activation_bits": 4},
     {"atm": True, "ohb": True, "layout": "llm+expert"}, {"method": "weight_pca", "row_rotation": True},
 ], ids=str)  # fmt: skip
 def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes):
@@ -48,3 +51,23 @@ def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes)
         actions = quantize_policy(policy, artifact, backend).infer(seen, noise).actions
         assert np.array_equal(actions, reference), backend
     assert not np.array_equal(reference, policy.infer(seen, noise).actions)
+
+
+def test_online_factors_are_not_kept_twice_on_the_gpu(policy):
+    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), QuantSpec(rotation_steps=16), {"data_sha256": "2" * 64})
+    quantized = quantize_policy(policy, artifact, "fake")
+    transforms = {id(m.transform): m.transform for m in quantized.model.modules() if isinstance(m, QuantLinear)}.values()
+    quantized.infer(observations(1), noises(1, policy.noise_shape))  # whatever is made on first use is there now
+    for transform in transforms:
+        read = live_bytes(t for t in vars(transform._fused[1]).values() if isinstance(t, torch.Tensor))
+        assert transform.nbytes == read  # the fused kernel's tensors, and none besides
+
+
+def test_weight_only_layers_run_dequantized_on_the_gpu(policy):
+    spec = QuantSpec(rotation_steps=16, activation_bits=16)
+    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
+    seen, noise = observations(2, seed=7), noises(2, policy.noise_shape, seed=7)
+    found = quantize_policy(policy, artifact, "fake").infer(seen, noise).actions
+    assert np.isfinite(found).all() and not np.array_equal(found, policy.infer(seen, noise).actions)
+    with pytest.raises(UserError, match="16-bit activations"):
+        quantize_policy(policy, artifact, "triton_w4a8")

@@ -128,6 +128,7 @@ def test_terminal_shows_the_same_and_survives_a_log_file(tmp_path, capsys):
     for arm in result["arms"].values():
         assert arm["sentence"] in " ".join(text.split())
     assert "/30 [" in text
+    assert "6.05  24.00   0.25             0.28  fake carries unpacked integers" in text  # MB, ratios, and why not less
     assert "p95" in text and "simulator" in text and "ledger" in text and "\x1b" not in text
     print_comparison(result)
     assert "Holm" in capsys.readouterr().err

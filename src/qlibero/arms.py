@@ -10,25 +10,25 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from qlibero.config.schema import REPOSITORY, Arm, Experiment
+from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
-from qlibero.kernels import court
+from qlibero.kernels import DEQUANTIZED, court
 from qlibero.kernels.shapes import Layer
 from qlibero.policies import load_policy, weights_sha256
 from qlibero.policies.base import Observation, Policy
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
-from qlibero.quant.prepare import artifact_for, ready_artifact
+from qlibero.quant.prepare import ARTIFACTS, artifact_for, demonstrations, ready_artifact
 from qlibero.quant.witness import hear_witness
 from qlibero.rollout.noise import call_noise
 from qlibero.sim.suites import task_language
 
-ARTIFACTS = REPOSITORY / "logs" / "artifacts"
 WARMUP_CALLS = 3
 
 Say = Callable[[str], None]
@@ -103,14 +103,14 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
     verdicts = court.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
     court.enforce(verdicts)
     executed = {verdict.layer: verdict.executed for verdict in verdicts}
-    # layers that never run, or run on dequantized weights, are not tried: they follow the arm's first choice
-    default = next(iter(executed.values()), arm.backend)
+    # layers that never run are not tried: they follow the arm's first choice
+    default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
     policy = quantize_policy(full, artifact, kernels)
     testimony = None
-    if set(kernels.values()) != {"fake"}:
+    if not set(kernels.values()) <= {"fake", DEQUANTIZED}:
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
-        testimony = hear_witness(full, policy, artifact, _grey(prompts(experiment)[0]), noise)
+        testimony = hear_witness(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     say(
         f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {', '.join(sorted(set(executed.values())))}"
@@ -127,7 +127,7 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
         },  # fmt: skip
         "witness": testimony.to_json() if testimony else None,
         "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
-        "memory": memory(policy.model).summary(),
+        "memory": memory(policy.model, artifact).summary(),
     }
 
 
@@ -140,6 +140,12 @@ def _label(full: Policy, arm: Arm) -> str:
     if arm.quant is None:
         return f"{arm.name} ({full.provenance().get('dtype', 'remote')})"
     return f"{arm.name} ({arm.quant.method} {arm.quant.precision} {arm.quant.layout or 'custom'})"
+
+
+def _seen(arm: Arm, prompt: str) -> Observation:
+    """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
+    found = demonstrations(arm.quant).observations
+    return replace(found[0], prompt=prompt) if found else _grey(prompt)
 
 
 def _grey(prompt: str) -> Observation:

@@ -42,10 +42,11 @@ def backends() -> Rows:
     """Every arm an experiment can list, and whether this machine can run it as W4A8 (else W8A8), with the reason."""
     from qlibero.kernels import BACKENDS
 
+    devices = "cpu, cuda" if has_cuda() else "cpu"
     rows: Rows = [
-        {"backend": "baseline", "runs_on": "cpu, cuda", "here": True, "about": "the policy unquantized: bf16 on a GPU, float32 on a CPU"},
-        {"backend": "aa", "runs_on": "cpu, cuda", "here": True, "about": "baseline again in other batches: the noise floor of every difference"},
-        {"backend": "auto", "runs_on": "cpu, cuda", "here": True, "about": "the fastest real kernel that passes the court"},
+        {"backend": "baseline", "runs_on": devices, "here": True, "about": "the policy unquantized: bf16 on a GPU, float32 on a CPU"},
+        {"backend": "aa", "runs_on": devices, "here": True, "about": "baseline again in other batches: the noise floor of every difference"},
+        {"backend": "auto", "runs_on": devices, "here": True, "about": "the fastest real kernel that passes the court"},
     ]  # fmt: skip
     return rows + [_backend(name) for name in BACKENDS]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlibero import commands as do
-from qlibero.commands import Document, Incomplete, explain
+from qlibero.commands import Document, Incomplete, Refused, explain
 from qlibero.errors import QliberoError, UserError
 
 INTERRUPTED = 130
@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints end like every other error: a UserError, one JSON line, exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}\n{self.format_usage().rstrip()}")
+        command = self.prog.removeprefix("qlibero").strip()  # the program's own name stands before every message
+        raise UserError(f"{command + ': ' if command else ''}{message}\n{self.format_usage().rstrip()}")
 
 
 def build_parser() -> Parser:
@@ -110,6 +111,7 @@ def build_parser() -> Parser:
     command.add_argument("--measure", type=Path, metavar="CONFIG",
                          help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)")
     command.add_argument("--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)")
+    command.add_argument("--json", action="store_true", help="only the JSON line")
 
     kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(metavar="COMMAND", required=True)
     command = add("check", do.kernels_check, "hold every kernel against the integer reference, on this machine", kernels, policy=True)
@@ -165,7 +167,7 @@ def _shapes(command: Parser) -> None:
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     command.add_argument("--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)")
     command.add_argument("--weight-bits", type=int, choices=(4, 8), default=4)
-    command.add_argument("--activation-bits", type=int, choices=(4, 8, 16), default=8)
+    command.add_argument("--activation-bits", type=int, choices=(4, 8), default=8)
     command.add_argument("--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)")
 
 
@@ -221,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 explain(str(error))
                 emit(error.document)
                 return error.exit_status
+            except Refused as error:
+                return _failed(emit, error.exit_status, str(error), "GuardRefusal", error.document)
             except QliberoError as error:
                 return _failed(emit, error.exit_status, str(error), type(error).__name__)
             except KeyboardInterrupt:
@@ -236,9 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _failed(emit: Callable[[Document], None], status: int, message: str, kind: str) -> int:
+def _failed(emit: Callable[[Document], None], status: int, message: str, kind: str, found: Document | None = None) -> int:
     explain(message)
-    emit({"error": {"kind": kind, "message": message, "exit_status": status}})
+    emit({**(found or {}), "error": {"kind": kind, "message": message, "exit_status": status}})
     return status
 
 

@@ -12,13 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
 Document = dict[str, Any]
 
 
 class Incomplete(WorkFailed):
     """The command did what it could and has a result to show, but the work is not all done."""
+
+    def __init__(self, message: str, document: Document):
+        super().__init__(message)
+        self.document = document
+
+
+class Refused(GuardRefusal):
+    """A guard said no, and `document` holds all that it looked at."""
 
     def __init__(self, message: str, document: Document):
         super().__init__(message)
@@ -155,6 +163,8 @@ def quantize(args: argparse.Namespace) -> Document:
 
     document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
     _table(readable(document), title="artifacts")
+    for made in document["artifacts"]:  # a path is as wide as a table
+        explain(f"{made['settings']}: {made['path']}")
     return document
 
 
@@ -162,15 +172,18 @@ def inspect(args: argparse.Namespace) -> Document:
     from qlibero.quant.inspect import inspect_artifact, readable
 
     document = inspect_artifact(args.artifact, args.diff, args.sort)
-    _table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
-    _table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
-    if "diff" in document:
-        _table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
     if args.measure:
         from qlibero.config.load import load_experiment
         from qlibero.quant.prepare import measured_sensitivity
 
         document["sensitivity"] = measured_sensitivity(load_experiment(args.measure), args.artifact)
+    if args.json:
+        return document
+    _table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
+    _table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
+    if "diff" in document:
+        _table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
+    if "sensitivity" in document:
         _table(readable(document["sensitivity"]), title="each layer quantized alone: what it does to the actions")
     return document
 
@@ -188,21 +201,28 @@ def kernels_check(args: argparse.Namespace) -> Document:
     _table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
     if refused := [row for row in rows if row["verdict"] != "pass"]:
         _table(refused, title="not passed")
-    court.enforce(verdicts)
+        raise Refused(court.refusals(verdicts), document)
     return document
 
 
 def kernels_bench(args: argparse.Namespace) -> Document:
     from dataclasses import asdict
 
-    from qlibero.kernels.stopwatch import bench
+    from qlibero import catalogue
+    from qlibero.kernels.stopwatch import bench, left_out
 
     policy, layers = _layers(args)
+    names = args.backend or list(catalogue.kernel_names())
+    impossible = left_out(layers, names)
+    if args.backend and len(impossible) == len(names):
+        raise UserError("nothing to time: " + "; ".join(f"{name}: {why}" for name, why in impossible.items()))
     timings = bench(layers, backends=args.backend)
     rows = [{"layer": t.layer, "shape": f"{t.n}×{t.k}", "tokens": t.tokens, "backend": t.backend, "µs": f"{t.us:.1f}",
              "speed-up": f"{t.speedup:.2f}×", "of limit": f"{t.of_limit:.0%}"} for t in timings]  # fmt: skip
     _table(rows, title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit")
-    return {"device": layers[0].shape.device, "shapes": policy, "timings": [asdict(t) for t in timings]}
+    if impossible:
+        _table([{"backend": name, "why": why} for name, why in impossible.items()], title="not timed here")
+    return {"device": layers[0].shape.device, "shapes": policy, "timings": [asdict(t) for t in timings], "left_out": impossible}
 
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
@@ -210,6 +230,8 @@ def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
     from qlibero import catalogue
     from qlibero.kernels.shapes import compact_layers, pi05_layers
 
+    if args.device == "cuda" and not catalogue.has_cuda():
+        raise UserError("--device cuda: torch sees no GPU on this machine; leave it out, or see `qlibero doctor`")
     device = args.device or ("cuda" if catalogue.has_cuda() else "cpu")
     policy = args.shapes or ("pi05" if device == "cuda" else "compact")
     make = {"pi05": pi05_layers, "compact": compact_layers}[policy]
@@ -217,9 +239,10 @@ def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
 
 
 def _tried(name: str, rows: list[Document]) -> Document:
-    passed = [row for row in rows if row["verdict"] == "pass"]
-    return {"backend": name, "shapes": len(rows), "passed": len(passed), "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "why": rows[0]["reason"] if rows else ""}  # fmt: skip
+    passed = sum(row["layers"] for row in rows if row["verdict"] == "pass")
+    return {"backend": name, "executed": sorted({row["executed"] for row in rows if row["executed"]}) or None,
+            "layers": sum(row["layers"] for row in rows), "passed": passed,
+            "seconds": round(sum(row["seconds"] for row in rows), 1), "why": rows[0]["reason"] if rows else ""}  # fmt: skip
 
 
 def checkpoint_verify(args: argparse.Namespace) -> Document:

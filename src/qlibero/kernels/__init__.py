@@ -13,6 +13,8 @@ from qlibero.errors import UserError
 if TYPE_CHECKING:
     from qlibero.kernels.contract import Kernel
 
+DEQUANTIZED = "dequantized"  # no kernel: what runs a layer whose activations are not quantized, an ordinary linear
+
 # name -> module:class. In this order `auto` prefers them when two are equally fast.
 BACKENDS = {
     "fake": "qlibero.kernels.fake:Fake",

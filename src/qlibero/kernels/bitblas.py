@@ -40,11 +40,13 @@ def _package():
 def _operator(m: int, n: int, k: int, backend: str):
     """The compiled product for one shape. Raises WorkFailed when the build failed, which the package itself conceals."""
     bitblas = _package()
+    major, minor = torch.cuda.get_device_capability()
     config = bitblas.MatmulConfig(
         M=m, N=n, K=k, A_dtype="int8", W_dtype="int4", accum_dtype="int32", out_dtype="int32", layout="nt",
         with_bias=False, with_scaling=False, with_zeros=False, fast_decoding=False, propagate_a=False, propagate_b=False,
     )  # fmt: skip
-    operator = bitblas.Matmul(config=config, enable_tuning=False, backend=backend)
+    # the target in so many words: by itself it asks nvidia-smi for a name, matches that fuzzily, and refuses several GPUs
+    operator = bitblas.Matmul(config=config, target=f"cuda -arch=sm_{major}{minor}", enable_tuning=False, backend=backend)
     if operator.lib is None:
         raise WorkFailed(
             f"bitblas could not build {m}x{n}x{k} (its library is None) and does not say why: bitblas.set_log_level('DEBUG') "

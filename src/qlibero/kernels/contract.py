@@ -143,6 +143,10 @@ class GemmShape:
     group_size: int | None = None  # None: one weight scale per output row
     device: str = "cpu"  # "cpu" or "cuda"
 
+    def __post_init__(self) -> None:
+        if self.group_size is not None and (self.group_size < 1 or self.k % self.group_size):
+            raise UserError(f"group_size {self.group_size} does not divide the layer's input width {self.k}")
+
     def __str__(self) -> str:
         grouped = f" g{self.group_size}" if self.group_size else ""
         return f"{self.n}x{self.k} W{self.weight_bits}A{self.activation_bits}{grouped} {self.device}"
@@ -168,9 +172,14 @@ class PackedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weight really occupies: each live storage once."""
-        storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in self.buffers()}
-        return sum(storages.values())
+        """Bytes the weight really occupies: each live storage once, a package's own layer with all it keeps."""
+        return live_bytes([*self.buffers(), *self.parameters()])
+
+
+def live_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors; what several share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 class Kernel:
@@ -179,7 +188,8 @@ class Kernel:
     name: str
     real = True  # False: a reference or simulation that saves neither memory nor time
     package: str | None = None  # the extra package whose version a verdict depends on
-    rounds_to: torch.dtype | None = None  # for a kernel that cannot give its accumulator, only an output in this dtype
+    #: for a kernel that cannot give its accumulator, only an output in this dtype, rounded once per scale
+    rounds_to: torch.dtype | None = None
 
     def supports(self, shape: GemmShape) -> Support:
         """Whether this machine and this shape will do; must not raise."""

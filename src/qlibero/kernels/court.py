@@ -4,7 +4,11 @@
 
 `on_failure: refuse` (the default) stops the run; `fallback` goes to the next kernel that passes, and says so in every
 record. Passing trials are remembered per (package versions, processor, shape, tokens, source of this room): any change
-of those is a new trial. Failures are never remembered, so that a mended machine is believed at once.
+of those is a new trial. Failures are never remembered, so that a mended machine is believed at once; nor are passes under
+Triton's interpreter, which say nothing about a GPU.
+
+Layers with 16-bit activations multiply no integers: their codes are dequantized once and an ordinary linear runs. They are
+judged too, so that a record says what ran and nobody takes it for the kernel that was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -22,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import BACKENDS, load
+from qlibero.kernels import BACKENDS, DEQUANTIZED, load
 from qlibero.kernels.contract import GemmShape, Kernel
 from qlibero.kernels.shapes import Layer
+from qlibero.kernels.stopwatch import seconds
 from qlibero.kernels.trial import Finding, quantized_weight, try_kernel
 
 FALLBACKS = {"cuda": ("triton_w4a8", "w8a8", "fake"), "cpu": ("cpu_int4", "fake")}
@@ -51,66 +55,87 @@ class Verdict:
         return asdict(self)
 
 
-def check(
-    layers: Sequence[Layer],
-    backend: str,
-    on_failure: str = "refuse",
-    captured: Mapping[str, Tensor] | None = None,
-    remember: bool = True,
-) -> list[Verdict]:
-    """Try `backend` on each layer. captured: int8 codes (M, K) by layer name. `backend` may be "auto".
+def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", remember: bool = True) -> list[Verdict]:
+    """Try `backend`, which may be "auto", on each layer. Layers with the same shape share a trial.
 
-    Layers with the same shape share a trial. Raises UserError for an unknown backend or policy; a failing kernel is a
-    verdict, which `enforce` turns into a refusal.
+    Raises UserError for an unknown backend or policy, or when there is no layer to run it; a failing kernel is a verdict,
+    which `enforce` turns into a refusal.
     """
     if on_failure not in ("refuse", "fallback"):
         raise UserError(f"on_failure is {on_failure!r}: write refuse or fallback")
-    note = ""
+    if not layers:
+        raise UserError(f"backend {backend}: no selected layer is ever run, so there is nothing for a kernel to do")
+    kernel, note = backend, ""
     if backend == "auto":
-        backend, note = choose(layers)
-    trials = _Trials(captured or {}, remember)
-    verdicts = []
-    for layer in layers:
-        finding, cached, seconds = trials.of(backend, layer)
-        executed, verdict, reason = backend, "pass", finding.reason
-        if not finding.ok:
-            executed, verdict = None, "refuse"
-            if on_failure == "fallback":
-                for other in FALLBACKS[layer.shape.device]:
-                    if other == backend:
-                        continue
-                    second, cached, more = trials.of(other, layer)
-                    seconds += more
-                    if second.ok:
-                        executed, verdict, reason = other, f"fall back to {other}", f"{backend}: {reason}"
-                        break
-                    reason = f"{reason}; {other}: {second.reason}"
-        reason = f"{note}; {reason}" if note else reason
-        verdicts.append(Verdict(layer.name, layer.shape, layer.tokens, backend, executed, verdict, reason, cached, round(seconds, 3)))
-    return verdicts
+        kernel, note = choose(layers)
+    elif kernel not in BACKENDS:
+        load(kernel)  # says which there are
+    trials = _Trials(remember)
+    return [_judge(layer, backend, kernel, note, on_failure, trials) for layer in layers]
+
+
+def _judge(layer: Layer, requested: str, kernel: str, note: str, on_failure: str, trials: _Trials) -> Verdict:
+    if layer.shape.activation_bits == 16:
+        return _weight_only(layer, requested, on_failure)
+    finding, cached, took = trials.of(kernel, layer)
+    executed, verdict, reason = kernel, "pass", finding.reason
+    if not finding.ok:
+        executed, verdict = None, "refuse"
+        for other in FALLBACKS[layer.shape.device] if on_failure == "fallback" else ():
+            if other == kernel:
+                continue
+            second, cached, more = trials.of(other, layer)
+            took += more
+            if second.ok:
+                executed, verdict, reason = other, f"fall back to {other}", f"{kernel}: {reason}"
+                break
+            reason = f"{reason}; {other}: {second.reason}"
+    reason = f"{note}; {reason}" if note else reason
+    return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, cached, round(took, 3))
+
+
+def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
+    """`fake` and `auto` are satisfied with an ordinary linear; whoever names a kernel is told that it would not run."""
+    reason = "16-bit activations: the codes are dequantized into an ordinary linear, no integers are multiplied and no memory is saved"
+    executed, verdict = DEQUANTIZED, "pass"
+    if requested not in ("fake", "auto"):
+        executed, verdict = (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
+        reason += f", so {requested} has nothing to do; write fake"
+    return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
 
 
 def enforce(verdicts: Sequence[Verdict]) -> None:
-    """Raises GuardRefusal naming the layers whose kernel was refused, with the reasons and what to do."""
+    """Raises GuardRefusal naming the layers whose kernel was refused, with the reasons and what to do in an experiment."""
+    if refused := refusals(verdicts):
+        raise GuardRefusal(
+            f"{refused}\nChoose another backend, exclude these layers (quant.exclude), or accept other kernels with "
+            "`on_failure: fallback`"
+        )
+
+
+def refusals(verdicts: Sequence[Verdict]) -> str:
+    """What was refused and why, layers with one reason together; "" when nothing was."""
     refused = [v for v in verdicts if v.executed is None]
     if not refused:
-        return
+        return ""
     reasons: dict[str, list[str]] = {}
     for v in refused:
         reasons.setdefault(f"{v.shape}: {v.reason}", []).append(v.layer)
-    lines = [f"  {reason}\n    ({len(names)} layers: {', '.join(names[:3])}{', …' if len(names) > 3 else ''})" for reason, names in reasons.items()]
-    raise GuardRefusal(
-        f"kernel {refused[0].requested} was refused in {len(refused)} of {len(verdicts)} layers:\n" + "\n".join(lines)
-        + "\nChoose another backend, exclude these layers (quant.exclude), or accept other kernels with `on_failure: fallback`"
-    )  # fmt: skip
+    names = ", ".join(dict.fromkeys(v.requested for v in refused))
+    return f"kernel {names} was refused in {len(refused)} of {len(verdicts)} layers:\n" + "\n".join(
+        f"  {reason}\n    ({len(names)} layers: {', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for reason, names in reasons.items()
+    )
 
 
 def choose(layers: Sequence[Layer]) -> tuple[str, str]:
     """`auto`: the fastest real kernel that passes the court on all layers, and why. Raises GuardRefusal when none does."""
     times: dict[str, float] = {}
     against: dict[str, str] = {}
-    trials = _Trials({}, remember=True)
-    distinct = {(layer.shape, layer.tokens): layer for layer in layers}.values()
+    trials = _Trials(remember=True)
+    distinct = {(x.shape, x.tokens): x for x in layers if x.shape.activation_bits < 16}.values()
+    if not distinct:
+        return DEQUANTIZED, ""
     for name in BACKENDS:
         kernel = load(name)
         if not kernel.real:
@@ -126,24 +151,26 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
             + "\nWrite `fake` to simulate the same integers"
         )  # fmt: skip
     best = min(times, key=times.__getitem__)
-    ranking = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in sorted(times.items(), key=lambda item: item[1]))
+    ranking = ", ".join(f"{name} {took * 1e3:.2f} ms" for name, took in sorted(times.items(), key=lambda item: item[1]))
     return best, f"auto: fastest of those that pass ({ranking})"
 
 
 def standing(name: str) -> str:
-    """What is known of a backend on this machine, for `ls backends`."""
-    if not load(name).real:
+    """What the court knows of a backend on this machine as it is now, for `ls backends`."""
+    kernel = load(name)
+    if not kernel.real:
         return "reference"
-    devices = {}
+    passed: dict[str, set[str]] = {}
     for path in _cache_directory().glob(f"{name}-*.json"):
         try:
-            passed = json.loads(path.read_text())
-        except (OSError, ValueError):
+            known = json.loads(path.read_text())
+            if known["facts"] == _facts(kernel, known["device"]):
+                passed.setdefault(known["facts"]["processor"], set()).add(known["shape"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        devices.setdefault(passed.get("processor"), set()).add(passed.get("shape"))
-    if not devices:
+    if not passed:
         return "unproven"
-    return "; ".join(f"passed {len(shapes)} shapes on {processor}" for processor, shapes in sorted(devices.items()))
+    return "; ".join(f"passed {len(shapes)} shapes on {processor}" for processor, shapes in sorted(passed.items()))
 
 
 def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -154,7 +181,7 @@ def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
         row = rows.setdefault(
             key,
             {"layer": v.layer, "layers": 0, "shape": str(v.shape), "tokens": v.tokens, "backend": v.requested,
-             "verdict": v.verdict, "cached": v.cached, "seconds": v.seconds, "reason": v.reason},
+             "executed": v.executed, "verdict": v.verdict, "cached": v.cached, "seconds": v.seconds, "reason": v.reason},
         )  # fmt: skip
         row["layers"] += 1
     return list(rows.values())
@@ -163,50 +190,37 @@ def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 class _Trials:
     """Trials of this call, each distinct one once, backed by the cache on disk."""
 
-    def __init__(self, captured: Mapping[str, Tensor], remember: bool):
-        self._captured, self._remember = captured, remember
+    def __init__(self, remember: bool):
+        self._remember = remember
         self._done: dict[tuple, Finding] = {}
 
     def of(self, name: str, layer: Layer) -> tuple[Finding, bool, float]:
         """(finding, whether it was known already, seconds it took)."""
-        captured = self._captured.get(layer.name)
-        key = (name, layer.shape, layer.tokens, layer.name if captured is not None else None)
+        key = (name, layer.shape, layer.tokens)
         if key in self._done:
             return self._done[key], True, 0.0
         kernel = load(name)
-        path = _cache_directory() / f"{name}-{_trial_key(kernel, layer)}.json"
-        finding = _remembered(path) if self._remember and captured is None else None
-        cached, start = finding is not None, time.perf_counter()
+        start = time.perf_counter()
+        finding = _remembered(kernel, layer) if self._remember else None
+        cached = finding is not None
         if finding is None:
-            finding = try_kernel(kernel, layer.shape, layer.tokens, captured)
-            if finding.ok and captured is None:
-                _remember(path, finding, layer)
+            finding = try_kernel(kernel, layer.shape, layer.tokens)
+            if finding.ok:
+                _keep(kernel, layer, finding)
         self._done[key] = finding
         return finding, cached, time.perf_counter() - start
 
 
-def _seconds(kernel: Kernel, layer: Layer, repeats: int = 5) -> float:
-    """Median seconds of one call at each token count, summed."""
+def _seconds(kernel: Kernel, layer: Layer) -> float:
+    """Seconds of one call at each token count, summed."""
     shape, total = layer.shape, 0.0
     codes, scales = quantized_weight(shape.n, shape.k, shape.weight_bits, shape.group_size)
     packed, scales = kernel.pack(codes.to(shape.device), shape.weight_bits, shape.group_size), scales.to(shape.device)
     for m in layer.tokens:
         x = torch.randint(-127, 128, (m, shape.k), dtype=torch.int8, device=shape.device)
         s_x = torch.ones(m, device=shape.device)
-        times = []
-        for _ in range(repeats + 2):
-            _wait(shape.device)
-            start = time.perf_counter()
-            kernel.matmul(x, s_x, packed, scales)
-            _wait(shape.device)
-            times.append(time.perf_counter() - start)
-        total += sorted(times[2:])[repeats // 2]
+        total += seconds(lambda x=x, s_x=s_x: kernel.matmul(x, s_x, packed, scales), shape.device, budget_s=0.05)
     return total
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # --------------------------------------------------------------------------------------------- what is remembered
@@ -214,13 +228,22 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlibero" / "court"
 
 
-def _trial_key(kernel: Kernel, layer: Layer) -> str:
-    facts = {
-        "kernel": kernel.name, "shape": asdict(layer.shape), "tokens": layer.tokens, "processor": _processor(layer.shape.device),
-        "torch": torch.__version__, "triton": _version("triton"), "package": _version(kernel.package), "source": _source_hash(),
-        "core": getattr(kernel, "core", None), "interpreted": os.environ.get("TRITON_INTERPRET"),
+def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
+    """What a verdict hangs on besides the layer."""
+    return {
+        "kernel": kernel.name, "processor": _processor(device), "torch": torch.__version__, "triton": _version("triton"),
+        "package": _version(kernel.package), "source": _source_hash(), "core": getattr(kernel, "core", None),
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _place(kernel: Kernel, layer: Layer) -> Path:
+    facts = {**_facts(kernel, layer.shape.device), "shape": asdict(layer.shape), "tokens": layer.tokens}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return _cache_directory() / f"{kernel.name}-{digest}.json"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -246,15 +269,19 @@ def _processor(device: str) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _remembered(path: Path) -> Finding | None:
+def _remembered(kernel: Kernel, layer: Layer) -> Finding | None:
     try:
-        return Finding(True, json.loads(path.read_text())["reason"])
+        return None if _interpreted() else Finding(True, json.loads(_place(kernel, layer).read_text())["reason"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _remember(path: Path, finding: Finding, layer: Layer) -> None:
-    known = {"reason": finding.reason, "shape": str(layer.shape), "tokens": layer.tokens, "processor": _processor(layer.shape.device)}
+def _keep(kernel: Kernel, layer: Layer, finding: Finding) -> None:
+    if _interpreted():
+        return
+    device = layer.shape.device
+    known = {"reason": finding.reason, "shape": str(layer.shape), "tokens": layer.tokens, "device": device, "facts": _facts(kernel, device)}
+    path = _place(kernel, layer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

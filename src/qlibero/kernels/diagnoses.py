@@ -23,6 +23,15 @@ _KNOWN = (
         "headers (see `qlibero doctor`)",
     ),
     (
+        r"undefined symbol: init\b",
+        "BitBLAS went on after nvcc had failed and loaded this program instead of its library. nvcc's own message is above in "
+        "the log; a CU_TENSOR_MAP_SWIZZLE_128B there is a mix of CUDA headers (see `qlibero doctor`)",
+    ),
+    (
+        r"No such file or directory: 'nvcc'",
+        "the package compiles its kernels with nvcc. Cure: put a CUDA toolkit of 12 or newer on PATH",
+    ),
+    (
         r"libnvrtc\.so\.12|libcudart\.so\.12",
         "the package is linked against CUDA 12 and this system has only CUDA 13; a symlink fails on symbol versions. Cure: "
         "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",

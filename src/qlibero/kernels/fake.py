@@ -33,6 +33,8 @@ class Fake(Kernel):
     real = False
 
     def supports(self, shape: GemmShape) -> Support:
+        if shape.device == "cuda" and not torch.cuda.is_available():
+            return Support(False, "no CUDA device")
         return Support(True, "codes in bf16, fp32 accumulation" if shape.device == "cuda" else "codes in fp32")
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:

@@ -3,9 +3,12 @@
 Written against the source of version 0.1.19 and not yet run on a GPU: the court decides. What it can and cannot be:
 
 * It takes our int8 codes and per-token scales as they are, so its own quantizer never runs.
-* It has no integer output: only bf16 comes out, weight scales are stored in bf16 (ours are bf16-representable, so nothing is
-  lost) and its epilogue has its own order. So the court asks for bf16(acc) bit for bit with unit scales, and for at most one
-  bf16 step of difference with real ones.
+* It has no integer output: only bf16 comes out, rounded twice on the way. bf16(fp32(acc)·s_x) is multiplied by the weight
+  scale in bf16 (ours are bf16-representable, so nothing is lost in storing them). So the court asks for bf16(acc) bit for
+  bit with unit scales, and for no more than those two roundings with real ones.
+* By itself it splits K over the processors and adds the parts *in bf16* in global memory, in whatever order they finish:
+  neither exact nor repeatable. `use_batch_invariant` is its word for never doing that.
+* On SM75 and newer it patches the machine code it compiled (int4 loads); HUMMING_DISABLE_PATCH_CUBIN=1 keeps it from that.
 * K-groups are refused: with int8 activations it turns group scales into integers, which is another arithmetic.
 """
 
@@ -14,47 +17,46 @@ from __future__ import annotations
 from importlib import metadata
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlibero.errors import WorkFailed
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 
 VERSION = "0.1.19"  # its API changed during 2026
+COMPUTE = '{"use_batch_invariant": true}'
+TILE = 64  # its repacking asserts whole tiles of this many rows and channels
 
 
 class _HummingWeight(PackedWeight):
-    """Offset-binary codes, and the package's layer made from them for one set of weight scales.
-
-    The layer bakes the scales in. A run has one set per weight; the court brings several, hence the codes are kept (in
-    host memory) and the layer is rebuilt when other scales come.
-    """
+    """The package's layer around one weight. Its codes are repacked once; the weight scales, which the layer holds in an
+    order of its own, are exchanged when others come: a run has one set for ever, the court brings several."""
 
     def __init__(self, codes: Tensor, weight_bits: int):
         super().__init__(*codes.shape, weight_bits, None)
         from humming import ops
+        from humming.layer import HummingLayer
 
-        offset = (codes.to(torch.int32) + 2 ** (weight_bits - 1)).contiguous()
-        self.host_codes = ops.pack_weight(offset, weight_bits).cpu()
-        self.device, self.layer, self._scales = codes.device, None, None
+        layer = HummingLayer(
+            shape_n=self.n, shape_k=self.k, weight_config={"dtype": f"int{weight_bits}"}, input_config={"dtype": "int8"},
+            torch_dtype=torch.bfloat16,
+        ).to(codes.device)  # fmt: skip
+        offset = (codes.to(torch.int32) + 2 ** (weight_bits - 1)).contiguous()  # its integers are offset binary
+        ones = torch.ones((self.n, 1), dtype=torch.bfloat16, device=codes.device)
+        layer.load_from_tensors({"weight": ops.pack_weight(offset, weight_bits), "weight_scale": ones})
+        layer.transform()
+        self.layer = layer
+        self._scales: Tensor | None = None
 
-    def layer_for(self, s_w: Tensor):
-        if self.layer is None or self._scales is not s_w:
-            from humming.layer import HummingLayer
+    def scaled_by(self, s_w: Tensor) -> nn.Module:
+        """The layer with these weight scales (N,)."""
+        if self._scales is not s_w:
+            from humming.transform import transform_humming_weight_scale
 
-            layer = HummingLayer(
-                shape_n=self.n, shape_k=self.k, weight_config={"dtype": f"int{self.weight_bits}"},
-                input_config={"dtype": "int8"}, torch_dtype=torch.bfloat16,
-            ).to(self.device)  # fmt: skip
-            layer.load_from_tensors({"weight": self.host_codes, "weight_scale": s_w.unsqueeze(1).bfloat16()})
-            layer.transform()
-            self.layer, self._scales = layer, s_w
+            on_output = self.layer.humming_config.should_apply_bs_on_c
+            ordered = transform_humming_weight_scale(s_w.unsqueeze(1).bfloat16(), to_apply_on_c=on_output)
+            self.layer.weight_scale = nn.Parameter(ordered, requires_grad=False)
+            self._scales = s_w
         return self.layer
-
-    @property
-    def nbytes(self) -> int:
-        if self.layer is None:
-            return self.host_codes.untyped_storage().nbytes()
-        return sum(t.untyped_storage().nbytes() for t in self.layer.parameters())
 
 
 class Humming(Kernel):
@@ -77,9 +79,9 @@ class Humming(Kernel):
             return Support(False, "turns K-group scales into integers, which is another arithmetic; use triton_w4a8")
         if shape.weight_bits not in (4, 8):
             return Support(False, f"this adapter packs 4- and 8-bit weights, not {shape.weight_bits}")
-        if shape.k % 32:
-            return Support(False, f"K = {shape.k} is not a multiple of 32")
-        return Support(True, f"humming-kernels {version}, bf16 out")
+        if shape.n % TILE or shape.k % TILE:
+            return Support(False, f"its tiles need N and K divisible by {TILE}, this layer is {shape.n}x{shape.k}")
+        return Support(True, f"humming-kernels {version}, bf16 out, rounded twice")
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
         return _HummingWeight(codes, weight_bits)
@@ -88,7 +90,8 @@ class Humming(Kernel):
         raise WorkFailed("humming has no integer output")
 
     def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.bfloat16) -> Tensor:
-        y = packed.layer_for(s_w)(codes_x.contiguous(), input_scale=s_x.float().unsqueeze(1).contiguous())
-        if bias is not None:  # in fp32, as the contract has it; the product before it is rounded to bf16 all the same
+        layer = packed.scaled_by(s_w)
+        y = layer(codes_x.contiguous(), input_scale=s_x.float().unsqueeze(1).contiguous(), compute_config=COMPUTE)
+        if bias is not None:  # in fp32, as the contract has it; its own bias would be a bf16 one
             y = y.float() + bias.float()
         return y.to(out_dtype)

@@ -20,6 +20,8 @@ class IntRef(Kernel):
     real = False
 
     def supports(self, shape: GemmShape) -> Support:
+        if shape.device == "cuda" and not torch.cuda.is_available():
+            return Support(False, "no CUDA device")
         return Support(True, "float64-held integers" if shape.device == "cuda" else "int32")
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:

@@ -100,6 +100,16 @@ def bench(
     return timings
 
 
+def left_out(layers: Sequence[Layer], names: Sequence[str]) -> dict[str, str]:
+    """Which of these backends can run none of the layers here, and why."""
+    reasons = {}
+    for name in names:
+        supports = [load(name).supports(layer.shape) for layer in layers]
+        if not any(support.ok for support in supports):
+            reasons[name] = supports[0].reason
+    return reasons
+
+
 def markdown(timings: Sequence[Timing]) -> str:
     """One row per shape and token count; per backend: microseconds, speed-up, share of the limit."""
     names = list(dict.fromkeys(t.backend for t in timings))
@@ -135,7 +145,7 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls[:2] * 2:
+        for call in [*calls, *calls[:2]]:  # each once: a weight may be made ready by its first call, which no graph may hold
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES, Profile
 from qlibero.policies.pi05.statistics import load_statistics
 from qlibero.policies.pi05.tokenizer import load_tokenizer
-from qlibero.quant.apply import quantize_policy
-from qlibero.quant.artifact import Artifact
 
 GPU_BATCH = 4
 
@@ -50,14 +47,6 @@ def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
     if config.untrained is not None:
         return untrained_policy(Path(config.untrained.config), config.untrained.seed, config)
     return _load_pi05(config, skip)
-
-
-def load_quantized(config: Any, artifact: Artifact, backend: str | Mapping[str, str]) -> Policy:
-    """The quantized policy straight from its artifact: the linears it replaces are never read from the
-    checkpoint, and the rest goes to the device tensor by tensor. Same errors as `load_policy` and
-    `quantize_policy`."""
-    replaced = frozenset(f"{layer.name}.weight" for layer in artifact.layers)
-    return quantize_policy(load_policy(config, replaced), artifact, backend)
 
 
 def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.errors import GuardRefusal, UserError
+from qlibero.kernels import DEQUANTIZED
 from qlibero.kernels import load as load_kernel
-from qlibero.kernels.contract import GemmShape
+from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import Policy
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.layout import select
@@ -24,7 +25,8 @@ from qlibero.quant.transform import InputTransform
 def quantize_policy(
     policy: Policy, artifact: Artifact, backend: str | Mapping[str, str], only: frozenset[str] | None = None
 ) -> Policy:
-    """`policy` with the artifact's linears on the given backend, one for all or one per linear name.
+    """`policy` with the artifact's linears on the given backend, one for all or one per linear name. Linears
+    with 16-bit activations have no kernel: their backend is "dequantized" (or `fake`, which means the same).
 
     `only` takes some of the linears and leaves the rest in full precision (to measure what one of them does).
 
@@ -58,6 +60,8 @@ def quantize_policy(
         for name in sorted(names):  # one, unless the court let neighbours fall back differently
             some = [layer for layer in together if isinstance(backend, str) or backend[layer.name] == name]
             modules |= _modules(policy.model, artifact, some, transforms[first.group], name, device)
+    for transform in transforms.values():
+        transform.settle()
     if only is None:
         modules |= _corrected(policy.model, artifact)
     return policy.with_model(exchange(policy.model, modules))
@@ -76,22 +80,25 @@ def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[lis
 def gemm_shapes(
     artifact: Artifact, device: str = "cpu", *, executed_only: bool = True
 ) -> dict[str, GemmShape]:
-    """What each linear's kernel is asked, by name: the court's list. Linears that are multiplied together
-    have the shape of their common product. Weight-only layers ask nothing."""
+    """What each linear asks of its kernel, by name: the court's list. Linears that are multiplied together
+    have the shape of their common product; weight-only ones (16-bit activations) are multiplied by themselves.
+    """
     shapes = {}
     for together in products(artifact):
-        first, n = together[0], sum(layer.out_features for layer in together)
-        if first.activation_bits < 16 and (first.executed or not executed_only):
-            shape = GemmShape(
-                n,
-                first.in_features,
-                first.weight_bits,
-                first.activation_bits,
-                artifact.spec.group_size,
-                device,
-            )
-            shapes |= {layer.name: shape for layer in together}
+        if together[0].executed or not executed_only:
+            for layers in _multiplied(together):
+                shapes |= dict.fromkeys((x.name for x in layers), _shape(artifact, layers, device))
     return {layer.name: shapes[layer.name] for layer in artifact.layers if layer.name in shapes}
+
+
+def _multiplied(together: list[LayerRecord]) -> list[list[LayerRecord]]:
+    return [[layer] for layer in together] if together[0].activation_bits == 16 else [together]
+
+
+def _shape(artifact: Artifact, layers: list[LayerRecord], device: str) -> GemmShape:
+    first, n = layers[0], sum(layer.out_features for layer in layers)
+    bits = first.weight_bits, first.activation_bits
+    return GemmShape(n, first.in_features, *bits, artifact.spec.group_size, device)
 
 
 def _modules(
@@ -114,16 +121,13 @@ def _modules(
         parts.append(Weights(artifact.codes(layer.name).to(device), artifact.scales(layer.name).to(device),
                              None if linear.bias is None else linear.bias.detach(),
                              None if rotation is None else rotation.to(device)))  # fmt: skip
-    first, kernel = layers[0], load_kernel(backend)
-    if first.activation_bits < 16:
-        shape = GemmShape(
-            sum(len(part.codes) for part in parts),
-            first.in_features,
-            first.weight_bits,
-            first.activation_bits,
-            artifact.spec.group_size,
-            device.type,
-        )
+    first = layers[0]
+    if first.activation_bits == 16:
+        if backend not in (DEQUANTIZED, "fake"):
+            raise UserError(f"{first.name} has 16-bit activations, for which there is no kernel {backend}; write fake")
+        kernel = None
+    else:
+        kernel, shape = load_kernel(backend), _shape(artifact, layers, device.type)
         support = kernel.supports(shape)
         if not support.ok:
             raise UserError(f"backend {backend} cannot run {first.name} ({shape}): {support.reason}")
@@ -190,15 +194,18 @@ class Memory:
         }
 
 
-def memory(model: nn.Module) -> Memory:
-    """Measure the quantized linears of `model`; what several share counts once."""
-    found = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    shared = {id(m.product): m.product for m in found}.values()
+def memory(model: nn.Module, artifact: Artifact) -> Memory:
+    """Measure the artifact's linears in `model`; what several share counts once. A weight-only linear counts
+    as what it is, a full weight of the model's dtype."""
+    found = [model.get_submodule(layer.name) for layer in artifact.layers]
+    quantized = [module for module in found if isinstance(module, QuantLinear)]
+    products = {id(m.product): m.product for m in quantized}.values()
+    transforms = {id(m.transform): m.transform for m in quantized}.values()
+    rotations = [m.output_rotation for m in quantized if m.output_rotation is not None]
+    plain = [module for module in found if not isinstance(module, QuantLinear)]
     return Memory(
-        weights=sum(product.packed.nbytes for product in shared),
-        scales=sum(product.scales.untyped_storage().nbytes() for product in shared),
-        transforms=sum(
-            transform.nbytes for transform in {id(m.transform): m.transform for m in found}.values()
-        ),
+        weights=sum(product.packed.nbytes for product in products) + sum(m.weight.nbytes for m in plain),
+        scales=sum(product.scales.untyped_storage().nbytes() for product in products),
+        transforms=sum(transform.nbytes for transform in transforms) + live_bytes(rotations),
         bf16=sum(2 * m.in_features * m.out_features for m in found),
     )

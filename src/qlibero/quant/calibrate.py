@@ -228,7 +228,7 @@ def quantize_linear(
     )
     part = Weights(codes, scales, None if linear.bias is None else linear.bias.detach(), rotation)
     (module,) = assemble(
-        load_kernel("fake"),
+        None if choice.activation_bits == 16 else load_kernel("fake"),
         shared,
         [part],
         weight_bits=choice.weight_bits,

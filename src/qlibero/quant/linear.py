@@ -133,7 +133,7 @@ class QuantLinear(nn.Module):
 
 
 def assemble(
-    kernel: Kernel,
+    kernel: Kernel | None,
     shared: InputTransform,
     parts: Sequence[Weights],
     *,
@@ -146,9 +146,10 @@ def assemble(
 
     With 16-bit activations nothing happens online: the codes are dequantized, every rotation is undone in the
     weights and the results are ordinary linears of `dtype`. They have the error of their bits but save no
-    memory.
+    memory, and `kernel` is None.
     """
     if activation_bits == 16:
+        assert kernel is None
         return [_dequantized(shared, part, dtype) for part in parts]
     settings = {"activation_bits": activation_bits, "activation_clip": activation_clip}
     if any(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from qlibero.config.schema import Experiment, Quant
     from qlibero.policies.base import Policy
 
-ROOT = Path(__file__).resolve().parents[3] / "logs" / "artifacts"
+#: where artifacts lie unless somebody says otherwise
+ARTIFACTS = Path(__file__).resolve().parents[3] / "logs" / "artifacts"
 FILE = "artifact.safetensors"
 NO_DATA = Demonstrations((), "none", "none")
 
@@ -79,7 +80,7 @@ def noise_for(policy: Policy, count: int, seed: int) -> np.ndarray:
 def ensure_artifact(
     policy: Policy,
     quant: Quant,
-    root: Path = ROOT,
+    root: Path = ARTIFACTS,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
     """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need
@@ -114,7 +115,7 @@ def ensure_artifact(
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
 
 
-def ready_artifact(checkpoint: str, quant: Quant, root: Path = ROOT) -> Artifact | None:
+def ready_artifact(checkpoint: str, quant: Quant, root: Path = ARTIFACTS) -> Artifact | None:
     """The artifact that `ensure_artifact` would find for weights of that sha256, or None if it must be made.
 
     Needs no policy: a policy whose artifact is ready need not load the weights that the artifact replaces.
@@ -127,7 +128,7 @@ def ready_artifact(checkpoint: str, quant: Quant, root: Path = ROOT) -> Artifact
 
 
 def artifact_for(
-    policy: Policy, quant: Quant, root: Path = ROOT, say: Callable[[str], None] = lambda text: None
+    policy: Policy, quant: Quant, root: Path = ARTIFACTS, say: Callable[[str], None] = lambda text: None
 ) -> Artifact:
     """`ensure_artifact` for a run: the artifact itself, and one line for people about where it came from."""
     found = ensure_artifact(policy, quant, root)
@@ -159,7 +160,7 @@ def quantize(
     policy = load_policy(experiment.policy)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        result = ensure_artifact(policy, arm.quant, root or ROOT, on_group)
+        result = ensure_artifact(policy, arm.quant, root or ARTIFACTS, on_group)
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
         row["arms"].append(arm.name)
     return {"experiment": experiment.name, "artifacts": list(found.values())}
@@ -211,7 +212,6 @@ def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
             "with transforms": f"{(row['weight_bytes'] + row['transform_bytes']) / row['bf16_bytes']:.3f}",
             "mean action change": row["action_error"] and f"{row['action_error']['mean_abs']:.4f}",
             "": f"made in {row['seconds']:.0f} s" if row["made"] else "found",
-            "file": row["path"],
         }
         for row in document["artifacts"]
     ]

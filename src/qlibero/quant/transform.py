@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlibero.kernels.contract import quantize_activations
+from qlibero.kernels.contract import live_bytes, quantize_activations
 
 FACTORS = ("scale", "first", "order", "second")
 
@@ -125,13 +125,24 @@ class InputTransform(nn.Module):
         self._fused: Any = None
 
     def factors(self) -> Transform:
-        """The same factors as plain data."""
+        """The same factors as plain data; not after `settle`."""
         return Transform(self.scale, self.first, self.order, self.second)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the online factors occupy."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Bytes that the online transform occupies: factors, and the fused kernel's own arrangement of them."""
+        return live_bytes([*self.buffers(), *_tensors(self._fused)])
+
+    def settle(self) -> None:
+        """Get ready to run: nothing is fitted any more. On CUDA the fused kernel arranges the factors its own
+        way; what it does not read itself is let go of, instead of being kept twice."""
+        device = next((buffer.device for buffer in self.buffers()), None)
+        if device is None or self._fused_on(device) is None:
+            return
+        read = {t.untyped_storage().data_ptr() for t in _tensors(self._fused)}
+        for name, buffer in list(self.named_buffers()):
+            if buffer.untyped_storage().data_ptr() not in read:
+                setattr(self, name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K) any float dtype -> (M, K) float32."""
@@ -143,11 +154,13 @@ class InputTransform(nn.Module):
         On CUDA transform and quantizer are one fused computation, for every backend alike, where triton is
         there and the blocks suit it.
         """
-        if x.is_cuda and (fused := self._fused_on_cuda(x.device)) is not None:
+        if (fused := self._fused_on(x.device)) is not None:
             return fused(x, bits, clip)
         return quantize_activations(self(x), bits, clip)
 
-    def _fused_on_cuda(self, device: torch.device) -> Any:
+    def _fused_on(self, device: torch.device) -> Any:
+        if device.type != "cuda":
+            return None
         if self._fused is None or self._fused[0] != device:
             self._fused = (device, _prologue(self.factors().tensors(), self.width))
         return self._fused[1]
@@ -159,3 +172,8 @@ def _prologue(factors: dict[str, Tensor], width: int) -> Any:
     except ImportError:  # a torch without triton: the same factors in torch, slower
         return None
     return None if Prologue.unfit(factors) else Prologue(factors, width)
+
+
+def _tensors(fused: Any) -> list[Tensor]:
+    """The tensors that the fused kernel of an `InputTransform` holds on to."""
+    return [] if fused is None or fused[1] is None else [t for t in vars(fused[1]).values() if isinstance(t, Tensor)]

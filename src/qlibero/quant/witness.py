@@ -1,10 +1,11 @@
 """The court's last instance: a quantized policy's kernels on the policy's own activations, and what they do
 to its actions.
 
-The court tries kernels on codes it makes up. Here one observation goes through the finished policy; every
-linear's input is kept, and each layer must give, from that input, exactly what the integer reference gives
-from its codes: proof that int8 activations are consumed where the policy really runs, not merely where the
-kernel was tried. Then the same observation and noise go through the same policy on `fake`; the largest
+The court tries kernels on codes it makes up. Here one demonstration's observation goes through the finished
+policy; every linear's input is kept, and each layer must give, from that input, exactly what the integer
+reference gives from its codes: proof that int8 activations are consumed where the policy really runs, not
+merely where the kernel was tried. Then the same observation and noise are put to the policy and to the same
+policy on `fake` *as a run asks them*, with its batches, compiled flow, fused glue and CUDA graphs; the largest
 difference between the two action chunks is put on record. It is 0 for every kernel with an exact output.
 """
 
@@ -33,8 +34,8 @@ ROWS = 16  # tokens of a layer's input that are multiplied again as integers
 
 @dataclass(frozen=True)
 class Testimony:
-    """`action_difference`: largest |difference| of a normalised action from the same policy on `fake`; None
-    when there was no memory for that second policy."""
+    """`action_difference`: largest |difference| of an action from the same policy on `fake`; None when there
+    was no memory for that second policy."""
 
     layers_consuming_int8: int
     action_difference: float | None
@@ -51,7 +52,7 @@ def hear_witness(
     Raises GuardRefusal naming the first layer whose output is not decided by its int8 activations, or when a
     kernel that claims to be exact changes an action.
     """
-    inputs, actions = _listen(quantized, observation, noise)
+    inputs = _listen(quantized, observation, noise)
     layers = {
         record.name: quantized.model.get_submodule(record.name)
         for record in artifact.layers
@@ -68,9 +69,9 @@ def hear_witness(
             raise GuardRefusal(f"kernel {layer.product.kernel.name} in {name}: {finding.reason}")
     difference = None
     if _room_for_twin(artifact, quantized.device):
-        twin = quantize_policy(full, artifact, "fake")
-        expected = sample_eagerly(twin, twin.model, observation, noise)
-        difference = float((actions - expected).abs().max())
+        actions = quantized.infer([observation], noise[None]).actions
+        expected = quantize_policy(full, artifact, "fake").infer([observation], noise[None]).actions
+        difference = float(np.abs(actions - expected).max())
         if difference and all(layer.product.kernel.rounds_to is None for layer in layers.values()):
             raise GuardRefusal(
                 f"every layer's kernel is exact, yet actions differ from `fake` by up to {difference:.3g}"
@@ -78,10 +79,9 @@ def hear_witness(
     return Testimony(len(layers), difference)
 
 
-def _listen(
-    policy: Pi05Policy, observation: Observation, noise: np.ndarray
-) -> tuple[dict[int, Tensor], Tensor]:
-    """The first input of every transform, by the transform's id, and the action chunk."""
+def _listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> dict[int, Tensor]:
+    """The first input of every transform, by the transform's id. The plain network is asked, because replayed
+    graphs call no method that could be listened to."""
     heard: dict[int, Tensor] = {}
     transforms = {id(m.transform): m.transform for m in policy.model.modules() if isinstance(m, QuantLinear)}
 
@@ -97,7 +97,8 @@ def _listen(
     for key, transform in transforms.items():
         transform.quantize = listening(key, transform)
     try:
-        return heard, sample_eagerly(policy, policy.model, observation, noise)
+        sample_eagerly(policy, policy.model, observation, noise)
+        return heard
     finally:
         for transform in transforms.values():
             del transform.quantize  # the method shows again

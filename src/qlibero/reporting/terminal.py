@@ -20,6 +20,12 @@ from qlibero.results.summary import counts, summarize_arm
 
 PLAIN_WIDTH = 160
 COLOURS = {"non-inferior": "green", "inferior": "red", "inconclusive": "yellow", NOISE_FLOOR: "cyan"}
+SAVES_NOTHING = {
+    "fake": "fake carries unpacked integers; a packed kernel saves",
+    "int_ref": "the reference keeps unpacked integers",
+    "w8a8": "w8a8 keeps a byte a code",
+    "dequantized": "16-bit activations: dequantized weights",
+}
 QUALITY = {
     "steps_to_success": "steps to success",
     "path_length_m": "path (m)",
@@ -43,6 +49,8 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
     if reference in run.arms and len(run.arms) > 1:
         to.print(comparison_tables(compare([run], reference)))
     to.print(cost_table(run))
+    if (memory := memory_table(run)).row_count:
+        to.print(memory)
     to.print(_places(run))
 
 
@@ -134,6 +142,30 @@ def cost_table(run: RunResults) -> Table:
                 for field in ("sim_ms", "render_ms")
             ),
             f"{np.mean([r.steps for r in finished]):.0f}",
+        )
+    return table
+
+
+def memory_table(run: RunResults) -> Table:
+    """What each arm's quantized linears occupy (live bytes, measured when the arm was loaded) beside the bf16
+    bytes of the same linears, which are what the baseline would need for them."""
+    table = _table("MB of the quantized linears; the same linears in bf16")
+    for title in ("arm", "weights and scales", "bf16", "ratio", "with transforms", ""):
+        table.add_column(title, justify="right" if title else "left")
+    table.columns[0].justify = "left"
+    for name, arm in run.arms.items():
+        found = arm.meta.get("memory")
+        if not found or not found["bf16_bytes"]:
+            continue
+        kept, bf16 = found["weight_bytes"] + found["scale_bytes"], found["bf16_bytes"]
+        executed = {kernel["kernel"] for kernel in (arm.meta.get("kernels") or {}).values()}
+        table.add_row(
+            str(arm.meta.get("label") or name),
+            f"{kept / 1e6:.2f}",
+            f"{bf16 / 1e6:.2f}",
+            f"{kept / bf16:.2f}",
+            f"{(kept + found['transform_bytes']) / bf16:.2f}",
+            "; ".join(SAVES_NOTHING[kernel] for kernel in sorted(executed & SAVES_NOTHING.keys())),
         )
     return table
 
