@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
 
 from qlibero.errors import UserError, WorkFailed
+from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
@@ -91,8 +94,15 @@ class Served:
         self._thread.join(20)
 
 
+def framed(observation):
+    """The observation with its frames as openpi's LIBERO client makes them: 224 px, PIL's antialiased bilinear."""
+    small = {key: resize_pil(getattr(observation, key), 224) for key in ("image", "wrist_image")}
+    return replace(observation, **small)
+
+
 def element(observation) -> dict:
     """What openpi's LIBERO client sends."""
+    observation = framed(observation)
     return {
         "observation/image": observation.image,
         "observation/wrist_image": observation.wrist_image,
@@ -126,6 +136,60 @@ def test_clients_share_batches_and_nobody_notices(policy):
         remote.close()
         assert sum(server.batches) == 8 and max(server.batches) > 1
     assert np.array_equal(answer.actions, policy.infer(seen, z).actions)
+
+
+EMPTY = np.zeros((0, 0, 3), np.uint8)
+BAD = {
+    "an empty image": ({"observation/image": EMPTY}, r"observation/image has shape \(0, 0, 3\)"),
+    "an image that is not square": (
+        {"observation/wrist_image": np.zeros((64, 32, 3), np.uint8)},
+        "observation/wrist_image has shape",
+    ),
+    "a float image in 0…255": ({"observation/image": np.full((8, 8, 3), 200.0)}, "outside 0…1"),
+    "a NaN in a float image": ({"observation/image": np.full((8, 8, 3), np.nan)}, "outside 0…1"),
+    "an image of int64": ({"observation/image": np.zeros((8, 8, 3), np.int64)}, "int64"),
+    "a NaN state": ({"observation/state": np.full(8, np.nan)}, "observation/state holds NaN"),
+    "a NaN noise": ({"noise": np.full((10, 7), np.nan, np.float32)}, "noise holds NaN"),
+    "noise of another shape": ({"noise": np.zeros((3, 7), np.float32)}, r"noise has shape \(3, 7\)"),
+    "an instruction that is no text": ({"prompt": 7}, "prompt is int"),
+    "a word that the policy does not know": ({"prompt": "juggle the zebra"}, "zebra"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_request_costs_nobody_else_theirs(policy, what):
+    """Two good clients and a bad one in one batch: two answers, and an error that names what was wrong."""
+    change, message = BAD[what]
+    started, go = threading.Event(), threading.Event()
+
+    class Slow:
+        """Holds its first call until everybody has asked, so that the next batch has all of them."""
+
+        noise_shape, batch_size, name = policy.noise_shape, 4, "slow"
+        provenance = staticmethod(policy.provenance)
+
+        def infer(self, observations, noise):
+            started.set()
+            assert go.wait(20)
+            return policy.infer(observations, noise)
+
+    seen, z = observations(3), noises(3, policy.noise_shape)
+    with Served(Slow()) as server, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(connect(server.url, compression=None)) for _ in range(4)]
+        for wire in wires:
+            wire.recv()
+        wires[0].send(pack({**element(seen[0]), "noise": z[0]}))
+        assert started.wait(20)
+        for wire, one, noise in zip(wires[1:3], seen[1:], z[1:], strict=True):
+            wire.send(pack({**element(one), "noise": noise}))
+        wires[3].send(pack({**element(seen[0]), **change}))
+        time.sleep(0.2)
+        go.set()
+        answers = [unpack(wire.recv(timeout=20))["actions"] for wire in wires[:3]]
+        error = wires[3].recv(timeout=20)
+        assert isinstance(error, str) and re.search(message, error), error
+    alone = [policy.infer([framed(one)], noise[None]).actions[0] for one, noise in zip(seen, z, strict=True)]
+    assert all(np.array_equal(a, b) for a, b in zip(answers, alone, strict=True))
 
 
 def test_the_protocol_frame_by_frame(policy):
@@ -256,26 +320,12 @@ def test_ready_file(policy, tmp_path):
 
 def test_the_stock_client_is_served(policy, tmp_path):
     """openpi-client 0.1.2 as published, unchanged; installed without its numpy < 2 requirement."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(tmp_path),
-        "openpi-client==0.1.2",
-    ]
-    try:
-        import openpi_client as _  # noqa: F401
-    except ImportError:
-        installed = subprocess.run(command, capture_output=True, text=True)
-        if installed.returncode:
-            pytest.skip(
-                f"openpi-client 0.1.2 cannot be installed here: {installed.stderr.strip().splitlines()[-1]}"
-            )
-    (seen,), z = observations(1), noises(1, policy.noise_shape)
+    package = ["--no-deps", "--target", tmp_path, "openpi-client==0.1.2"]
+    installed = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *map(str, package)], capture_output=True, text=True
+    )
+    assert installed.returncode == 0, f"without the stock client nothing is shown: {installed.stderr}"
+    seen, z = framed(observations(1)[0]), noises(1, policy.noise_shape)
     np.savez(tmp_path / "in.npz", image=seen.image, wrist=seen.wrist_image, state=seen.state, noise=z[0])
     client = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
@@ -304,4 +354,3 @@ else:
     assert np.array_equal(out["a"], policy.infer([seen], z).actions[0]) and not np.array_equal(
         out["a"], out["b"]
     )
-    assert Path(tmp_path).exists()

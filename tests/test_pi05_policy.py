@@ -54,8 +54,18 @@ def test_area_mean_is_exact():
     expected = image.reshape(128, 2, 128, 2, 3).astype(np.float64).mean((1, 3))
     assert np.array_equal(resize_area(image, 128), expected)
     assert to_network(image, 128, "area").shape == (3, 128, 128)
-    with pytest.raises(UserError, match="not a multiple"):
-        resize_area(image, 100)
+
+
+@pytest.mark.parametrize("source,target", [(224, 128), (360, 128), (100, 128), (256, 100)])
+def test_area_mean_of_sizes_that_do_not_divide(source, target):
+    """openpi's clients send 224 px: each target pixel is the mean of the area it covers."""
+    image = np.random.default_rng(source).integers(0, 256, (source, source, 3), dtype=np.uint8)
+    whole = np.repeat(np.repeat(image.astype(np.float64), target, 0)[:, :, 0], target, 1)
+    expected = whole.reshape(target, source, target, source).mean((1, 3))
+    found = resize_area(image, target)
+    assert found.shape == (target, target, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
+    assert np.array_equal(resize_area(np.full_like(image, 77), target), np.full_like(found, 77))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

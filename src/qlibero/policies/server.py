@@ -7,7 +7,7 @@ function of the request alone.
 
 openpi's own server computes inside its event loop, so that clients wait for each other and no ping is
 answered meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size,
-in one call.
+in one call. When that call fails, its requests are computed one by one, so that only the failing one is told.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from websockets.exceptions import ConnectionClosed
 
 from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
+from qlibero.policies.request import read_noise, read_observation
 from qlibero.policies.wire import pack, unpack
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -72,6 +73,10 @@ class _Job:
     observation: Observation
     noise: np.ndarray
     answer: asyncio.Future
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class PolicyServer:
@@ -165,9 +170,10 @@ class PolicyServer:
         if isinstance(frame, str):
             raise ValueError("a request is one binary frame; this was text")
         request = unpack(frame)
-        job = _Job(
-            read_observation(request), self._noise(request), asyncio.get_running_loop().create_future()
-        )
+        observation, noise = read_observation(request), read_noise(request, self.policy.noise_shape)
+        if noise is None:
+            noise = self._random.standard_normal(self.policy.noise_shape, dtype=np.float32)
+        job = _Job(observation, noise, asyncio.get_running_loop().create_future())
         started = time.monotonic()
         self._jobs.put_nowait(job)
         actions, infer_ms = await job.answer
@@ -178,61 +184,37 @@ class PolicyServer:
             "server_timing": {"infer_ms": waited_ms},
         }
 
-    def _noise(self, request: dict[str, Any]) -> np.ndarray:
-        shape = self.policy.noise_shape
-        if request.get("noise") is None:
-            return self._random.standard_normal(shape, dtype=np.float32)
-        noise = np.asarray(request["noise"], np.float32)
-        if noise.shape != shape:
-            raise ValueError(f"noise has shape {noise.shape}, this policy takes {shape}")
-        return noise
-
     # -- the one thread that computes --------------------------------------------------------------------------------
     async def _work(self, thread: ThreadPoolExecutor) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             jobs = [await self._jobs.get()]
             while len(jobs) < self._batch and not self._jobs.empty():
                 jobs.append(self._jobs.get_nowait())
-            started = time.monotonic()
             try:
-                chunk = await loop.run_in_executor(
-                    thread,
-                    self.policy.infer,
-                    [job.observation for job in jobs],
-                    np.stack([job.noise for job in jobs]),
-                )
+                await self._compute(thread, jobs)
             except Exception as error:
+                if len(jobs) == 1:
+                    jobs[0].fail(error)
+                    continue
+                # One client's request must not cost the others theirs: alone, only the one to blame fails.
                 for job in jobs:
-                    if not job.answer.done():
-                        job.answer.set_exception(error)
-                continue
-            infer_ms = (time.monotonic() - started) * 1e3
-            for job, actions in zip(jobs, chunk.actions, strict=True):
-                if not job.answer.done():
-                    job.answer.set_result((actions, infer_ms))
+                    try:
+                        await self._compute(thread, [job])
+                    except Exception as its_own:
+                        job.fail(its_own)
 
-
-def read_observation(request: Any) -> Observation:
-    """An observation from a request's keys; images may be (H, W, 3) or (3, H, W), uint8 or float 0…1, as
-    openpi allows."""
-    keys = ("observation/image", "observation/wrist_image", "observation/state", "prompt")
-    missing = [key for key in keys if not isinstance(request, dict) or key not in request]
-    if missing:
-        raise ValueError(f"the request lacks {', '.join(missing)}")
-    state = np.asarray(request["observation/state"], np.float32)
-    if state.shape != (8,):
-        raise ValueError(f"observation/state has shape {state.shape}, expected (8,)")
-    return Observation(_image(request[keys[0]]), _image(request[keys[1]]), state, str(request["prompt"]))
-
-
-def _image(value: Any) -> np.ndarray:
-    image = np.asarray(value)
-    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]):
-        raise ValueError(f"an image has shape {image.shape}, expected (H, W, 3)")
-    if np.issubdtype(image.dtype, np.floating):
-        image = (255 * image).astype(np.uint8)
-    return np.ascontiguousarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
+    async def _compute(self, thread: ThreadPoolExecutor, jobs: list[_Job]) -> None:
+        started = time.monotonic()
+        chunk = await asyncio.get_running_loop().run_in_executor(
+            thread,
+            self.policy.infer,
+            [job.observation for job in jobs],
+            np.stack([job.noise for job in jobs]),
+        )
+        infer_ms = (time.monotonic() - started) * 1e3
+        for job, actions in zip(jobs, chunk.actions, strict=True):
+            if not job.answer.done():
+                job.answer.set_result((actions, infer_ms))
 
 
 def serve(policy: Policy, settings: ServerSettings, ready: Callable[[int], None] = lambda port: None) -> None:
