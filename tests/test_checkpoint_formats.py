@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
 from safetensors.torch import load_file, save_file
@@ -262,7 +264,6 @@ def test_the_guess_follows_what_lerobot_wrote_and_when(tmp_path):
 
 
 def test_sentencepiece_and_tokenizer_json(tmp_path):
-    sentencepiece, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{p} Task: State: {i} Action:" for i in range(40) for p in PROMPTS))
     sentencepiece.SentencePieceTrainer.train(

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 
+import msgpack
 import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero import arms, cli
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
-
-pytest.importorskip("websockets")
-import asyncio
-
-import msgpack
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
-
 from qlibero.policies.remote import RemotePolicy
 from qlibero.policies.server import PolicyServer, ServerSettings
 from qlibero.policies.wire import pack, unpack
@@ -237,8 +235,8 @@ def test_health_is_answered_while_the_policy_computes(policy):
 
 def test_strangers_are_kept_out(policy):
     with pytest.raises(UserError, match="give a token"):
-        ServerSettings(host="0.0.0.0")
-    ServerSettings(host="0.0.0.0", token=TOKEN)
+        ServerSettings(host="0.0.0.0").require_possible()
+    ServerSettings(host="0.0.0.0", port=0, token=TOKEN).require_possible()
     with Served(policy, token=TOKEN) as server:
         with pytest.raises(InvalidStatus):
             connect(server.url)
@@ -270,6 +268,27 @@ def test_a_restarted_server_is_found_again(policy):
         before = remote.infer(seen, z).actions
     with Served(policy, port=port):
         assert np.array_equal(remote.infer(seen, z).actions, before)
+    remote.close()
+
+
+@pytest.mark.parametrize("change", [{"sha256": "1" * 64}, {"flow_steps": 5}], ids=str)
+def test_a_server_that_comes_back_as_another_policy_is_refused(policy, change):
+    """A restart with another checkpoint on the same port must not finish the first one's episodes."""
+    seen, z = observations(2), noises(2, policy.noise_shape)
+    with Served(policy) as first:
+        remote = RemotePolicy(first.url, batch_size=2, timeout_s=30.0)
+        remote.infer(seen, z)
+        port = first.port
+    said = policy.provenance()
+    other = Served(policy, port=port)
+    other._server.policy.provenance = lambda: {**said, **change}
+    with other:
+        for _ in range(2):
+            with pytest.raises(GuardRefusal, match=f"{next(iter(change))} was .* is {next(iter(change.values()))!r}"):
+                remote.infer(seen, z)
+        with pytest.raises(GuardRefusal, match="not the one that this run began with"):
+            remote.with_batch_size(3)
+    assert remote.provenance()["sha256"] == said["sha256"]
     remote.close()
 
 
@@ -309,6 +328,40 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
         not remote.provenance()["guarantees"]["noise"]
         and "neither repeatable" in remote.provenance()["guarantees"]["said"]
     )
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"port": 99999}, "--port 99999"),
+        ({"port": -1}, "--port -1"),
+        ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
+        ({"host": "192.0.2.1", "token": "t"}, "no address of this machine"),
+        ({"host": "0.0.0.0"}, "give a token"),
+        ({"ready_file": "/nowhere/ready.json"}, "--ready-file"),
+    ],
+    ids=str,
+)
+def test_a_server_that_could_not_listen_is_refused_before_a_policy_is_loaded(
+    settings, message, tiny_experiment, capfd, monkeypatch
+):
+    monkeypatch.setattr(arms, "load_arms", lambda *_: pytest.fail("the policy was loaded first"))
+    if "token" in settings:
+        monkeypatch.setenv("QLIBERO_TEST_TOKEN", settings.pop("token"))
+        settings = {**settings, "token-env": "QLIBERO_TEST_TOKEN"}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    assert cli.main(["serve", str(tiny_experiment), *flags]) == 2
+    out, err = capfd.readouterr()
+    assert message in json.loads(out)["error"]["message"] and "Traceback" not in err
+
+
+def test_a_port_in_use_fails_before_a_policy_is_loaded(tiny_experiment, capfd, monkeypatch):
+    monkeypatch.setattr(arms, "load_arms", lambda *_: pytest.fail("the policy was loaded first"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(tiny_experiment), "--port", str(port)]) == 1
+    message = json.loads(capfd.readouterr().out)["error"]["message"]
+    assert f"127.0.0.1:{port}" in message and "another --port" in message
 
 
 def test_ready_file(policy, tmp_path):

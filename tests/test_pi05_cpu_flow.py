@@ -7,8 +7,7 @@ import pytest
 import torch
 from pi05_small import conv_config, random_inputs, random_model, siglip_config
 
-cpu_flow = pytest.importorskip("qlibero.policies.pi05.cpu_flow", reason="numba is not installed")
-
+from qlibero.policies.pi05 import cpu_flow
 from qlibero.policies.pi05.config import GemmaConfig
 from qlibero.policies.pi05.sampler import Sampler
 

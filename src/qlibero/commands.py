@@ -243,8 +243,9 @@ def serve(args: argparse.Namespace) -> Document:
     from qlibero.policies.server import ServerSettings
     from qlibero.policies.server import serve as listen
 
-    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
+    settings.require_possible()
+    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
     listen(policies[args.arm], settings, lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"))
     return {"served": args.arm, "policy": meta[args.arm]["policy"]}
 

@@ -13,7 +13,7 @@ in one call. When that call fails, its requests are computed one by one, so that
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import hmac
 import http
 import ipaddress
@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -35,7 +36,7 @@ from websockets.asyncio.server import Request, Response, ServerConnection
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import QliberoError, UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
 from qlibero.policies.request import read_noise, read_observation
 from qlibero.policies.wire import pack, unpack
@@ -60,12 +61,40 @@ class ServerSettings:
     seed: int = 0
     """Of the noise of requests that bring none."""
 
-    def __post_init__(self) -> None:
-        if self.token is None and not _is_loopback(self.host):
+    def require_possible(self) -> None:
+        """Refuse what cannot become a server, so that nobody waits for a policy to be loaded first.
+
+        Raises `UserError` for a port, host or ready file that cannot be, and for strangers without a token;
+        `WorkFailed` for a port that is taken.
+        """
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port {self.port}: ports are 1 to 65535, and 0 takes a free one")
+        if self.ready_file is not None and not os.access(self.ready_file.parent, os.W_OK):
+            raise UserError(f"--ready-file {self.ready_file}: {self.ready_file.parent} is no directory to write in")
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+        except OSError:
+            raise UserError(f"--host {self.host}: no such host is known here; 127.0.0.1 is this machine") from None
+        if self.token is None and not ipaddress.ip_address(address[0]).is_loopback:
             raise UserError(
-                f"serving on {self.host} lets anybody who reaches it use the policy: give a token, or listen on "
-                "127.0.0.1 (and tunnel)"
+                f"serving on {self.host} lets anybody who reaches it use the policy: give a token (--token-env), or "
+                "listen on 127.0.0.1 (and tunnel)"
             )
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise self.cannot_listen(error) from None
+
+    def cannot_listen(self, error: OSError) -> QliberoError:
+        """The system's refusal, as an error with its cure."""
+        if error.errno == errno.EADDRNOTAVAIL:
+            return UserError(f"--host {self.host}: this is no address of this machine; 127.0.0.1 is, and 0.0.0.0 is all")
+        return WorkFailed(
+            f"cannot listen on {self.host}:{self.port}: {os.strerror(error.errno or 0)}; choose another --port (0 takes a "
+            "free one)"
+        )
 
 
 @dataclass
@@ -99,6 +128,7 @@ class PolicyServer:
     async def run(self, ready: Callable[[int], None], stop: asyncio.Event) -> None:
         """Listen until `stop` is set; `ready` is told the port."""
         settings = self.settings
+        settings.require_possible()
         try:
             server = await listen(
                 self._converse,
@@ -110,10 +140,7 @@ class PolicyServer:
                 ping_interval=None,
             )
         except OSError as error:
-            raise WorkFailed(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port "
-                "(0 takes a free one)"
-            ) from error
+            raise settings.cannot_listen(error) from error
         self.port = server.sockets[0].getsockname()[1]
         with ThreadPoolExecutor(1, "policy") as thread:
             worker = asyncio.create_task(self._work(thread))
@@ -236,11 +263,3 @@ def _announce(settings: ServerSettings, port: int) -> None:
     temporary = settings.ready_file.with_name(f".{settings.ready_file.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"host": settings.host, "port": port, "pid": os.getpid()}) + "\n")
     temporary.replace(settings.ready_file)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
