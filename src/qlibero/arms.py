@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlibero.config.schema import REPOSITORY, Arm, Experiment
@@ -20,7 +19,7 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.kernels import court
 from qlibero.kernels.shapes import Layer
 from qlibero.policies import load_policy, weights_sha256
-from qlibero.policies.base import Observation, Policy
+from qlibero.policies.base import Policy, grey
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.prepare import artifact_for, ready_artifact
@@ -110,7 +109,7 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
     testimony = None
     if set(kernels.values()) != {"fake"}:
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
-        testimony = hear_witness(full, policy, artifact, _grey(prompts(experiment)[0]), noise)
+        testimony = hear_witness(full, policy, artifact, grey(prompts(experiment)[0]), noise)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     say(
         f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {', '.join(sorted(set(executed.values())))}"
@@ -142,20 +141,14 @@ def _label(full: Policy, arm: Arm) -> str:
     return f"{arm.name} ({arm.quant.method} {arm.quant.precision} {arm.quant.layout or 'custom'})"
 
 
-def _grey(prompt: str) -> Observation:
-    """An observation of nothing, for calls before the first episode."""
-    image = np.full((256, 256, 3), 127, np.uint8)
-    return Observation(image, image, np.zeros(8, np.float32), prompt)
-
-
 def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
     """Milliseconds of the first calls (kernels compile, memory is taken, graphs are captured); no episode pays for them."""
-    texts = prompts(experiment)
+    seen = policy.rehearsal(prompts(experiment))
     times = []
     for call in range(WARMUP_CALLS):
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)
-        for prompt in texts if call == 0 else texts[:1]:
+        for observation in seen if call == 0 else seen[:1]:
             started = time.perf_counter()
-            policy.infer([_grey(prompt)], noise[None])
+            policy.infer([observation], noise[None])
             times.append(round((time.perf_counter() - started) * 1e3, 2))
     return times

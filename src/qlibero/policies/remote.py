@@ -91,6 +91,10 @@ class RemotePolicy:
             },
         }
 
+    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
+        """See `Policy.rehearsal`; what the server prepares, nobody knows here."""
+        return [grey(prompt) for prompt in prompts]
+
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`. `WorkFailed` when the server reports an error or stays away."""
         started = time.perf_counter()

@@ -47,12 +47,11 @@ class Statistics:
         return (y * 2.0 - 1.0 if self.mode == "quantile" else y).astype(np.float32)
 
     def denormalize(self, y: np.ndarray) -> np.ndarray:
-        """Network units (..., n ≥ dims) → environment units, float32; dimensions beyond the statistics pass
-        unchanged."""
-        n = len(self.low)
+        """Network units (..., n) → environment units, float32; dimensions beyond the statistics pass unchanged."""
         y = np.asarray(y, np.float64)
+        n = min(len(self.low), y.shape[-1])
         unit = (y[..., :n] + 1.0) / 2.0 if self.mode == "quantile" else y[..., :n]
-        x = unit * self._spread(self.epsilon_inverse) + self.low
+        x = unit * self._spread(self.epsilon_inverse)[:n] + self.low[:n]
         return np.concatenate([x, y[..., n:]], -1).astype(np.float32)
 
 
