@@ -217,6 +217,8 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     _table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
+    for condition in document["conditions"]:
+        explain(f"loads when the config's policy says {condition}")
     return document
 
 

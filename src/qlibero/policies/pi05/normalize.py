@@ -7,7 +7,7 @@ A policy without its statistics is not a policy: reading them is strict, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Statistics:
     epsilon_inverse: float
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise UserError(f"normalisation mode {self.mode!r} is not known; known: {', '.join(get_args(Mode))}")
         for name, values in (("low", self.low), ("high", self.high)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise UserError(f"normalisation statistics: {name} is not a finite vector: {values}")

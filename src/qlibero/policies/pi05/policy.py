@@ -19,6 +19,7 @@ import torch
 
 from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.base import Chunk, Observation, grey
+from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.images import to_network
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
@@ -29,6 +30,20 @@ from qlibero.policies.pi05.tokenizer import Tokenizer
 ACTION_NUMBERS = 7
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
+
+
+def require_match(config: Pi05Config, profile: Profile, tokenizer: Tokenizer) -> None:
+    """`UserError` when these cannot be parts of one policy."""
+    if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
+        raise UserError(
+            f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
+            f"takes {config.state_dim}"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
+            "they do not belong together"
+        )
 
 
 class Pi05Policy:
@@ -50,17 +65,8 @@ class Pi05Policy:
         flow_steps: int,
         identity: dict[str, Any],
     ):
+        require_match(model.config, profile, tokenizer)
         config = model.config
-        if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
-            raise UserError(
-                f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
-                f"takes {config.state_dim}"
-            )
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
-                "they do not belong together"
-            )
         self.name = name
         self.model = model
         self.noise_shape = (config.action_horizon, config.action_dim)
