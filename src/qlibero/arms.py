@@ -16,6 +16,7 @@ import torch
 
 from qlibero.config.schema import REPOSITORY, Arm, Experiment
 from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
 from qlibero.kernels import court
 from qlibero.kernels.shapes import Layer
 from qlibero.policies import load_policy, weights_sha256
@@ -95,6 +96,18 @@ def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> lis
         Layer(name, shape, tokens["expert" if "gemma_expert" in name else "llm"])
         for name, shape in gemm_shapes(artifact, device).items()
     ]
+
+
+def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
+    """What a run of the experiment would have the court try, all quantized arms together. Calibrates where an artifact
+    is not ready yet."""
+    arms = [arm for arm in experiment.arms() if arm.quant is not None]
+    full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
+    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, ARTIFACTS, say)]}
+    found = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
+    if not found:
+        raise UserError(f"{experiment.name}: no arm has integer activations, so nothing is asked of a kernel")
+    return list(dict.fromkeys(found))
 
 
 def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tuple[Policy, dict[str, Any]]:

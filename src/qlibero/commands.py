@@ -195,6 +195,12 @@ def kernels_bench(args: argparse.Namespace) -> Document:
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
     """Which policy's layers to try, as `kernels check` and `kernels bench` were asked."""
+    if args.config is not None:
+        from qlibero.arms import layers_of_arms
+        from qlibero.config.load import load_experiment
+
+        experiment = load_experiment(args.config, args.set)
+        return experiment.name, layers_of_arms(experiment, explain)
     from qlibero import catalogue
     from qlibero.kernels.shapes import compact_layers, pi05_layers
 
