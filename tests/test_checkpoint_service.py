@@ -45,7 +45,7 @@ def one_thread():
 def policy() -> Pi05Policy:
     words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
     statistics = {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()}
-    return Pi05Policy(
+    made = Pi05Policy(
         "small",
         random_model(conv_config()),
         PROFILES["qlibero"],
@@ -55,6 +55,8 @@ def policy() -> Pi05Policy:
         flow_steps=10,
         identity={"sha256": "0" * 64},
     )
+    made.infer(observations(1), noises(1, made.noise_shape))  # served policies are warm: they know what runs
+    return made
 
 
 class Served:
@@ -281,7 +283,7 @@ def test_a_server_that_comes_back_as_another_policy_is_refused(policy, change):
         port = first.port
     said = policy.provenance()
     other = Served(policy, port=port)
-    other._server.policy.provenance = lambda: {**said, **change}
+    other._server.metadata = {"qlibero": {"noise_shape": [10, 7], "provenance": {**said, **change}}}
     with other:
         for _ in range(2):
             with pytest.raises(GuardRefusal, match=f"{next(iter(change))} was .* is {next(iter(change.values()))!r}"):
@@ -311,14 +313,12 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
     heard = []
 
     class Foreign(PolicyServer):
-        metadata = {}
-
         async def _answer(self, frame):
             heard.append(unpack(frame))
             return {"actions": np.zeros((10, 7)), "server_timing": {"infer_ms": 1.0}}
 
     served = Served(policy)
-    served._server.__class__ = Foreign
+    served._server.__class__, served._server.metadata = Foreign, {}
     with served as server:
         remote = RemotePolicy(server.url, timeout_s=20.0)
         assert remote.infer(observations(1), noises(1, remote.noise_shape)).actions.shape == (1, 10, 7)

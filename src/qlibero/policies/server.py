@@ -117,13 +117,10 @@ class PolicyServer:
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._random = np.random.default_rng(settings.seed)
         self._batch = getattr(policy, "batch_size", 1)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The first frame. Clients that know nothing of it ignore it."""
-        return {
-            "qlibero": {"noise_shape": list(self.policy.noise_shape), "provenance": self.policy.provenance()}
+        self.metadata: dict[str, Any] = {
+            "qlibero": {"noise_shape": list(policy.noise_shape), "provenance": policy.provenance()}
         }
+        """The first frame, the same for every connection. Clients that know nothing of it ignore it."""
 
     async def run(self, ready: Callable[[int], None], stop: asyncio.Event) -> None:
         """Listen until `stop` is set; `ready` is told the port."""

@@ -103,7 +103,8 @@ class Pi05Policy:
         return twin
 
     def provenance(self) -> dict[str, Any]:
-        """See `Policy.provenance`."""
+        """See `Policy.provenance`. Once the policy has been asked, `execution` says what ran: see
+        `Sampler.execution`."""
         config = self.model.config
         return {
             "type": "pi05",
@@ -116,6 +117,7 @@ class Pi05Policy:
             "batch_size": self.batch_size,
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,
+            **({} if self._sampler is None else {"execution": self._sampler.execution()}),
         }
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
