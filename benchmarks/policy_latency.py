@@ -7,8 +7,16 @@ floor beside it.
 Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is
 the same sampler on the same shapes (10 flow steps, 32 text positions of which 24 are live); W4A8 stands
 beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
-have DuQuant's whole online work: two block rotations and a permutation before every quantized input. The last
-line of stdout is one JSON document.
+are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB at full
+size), and have DuQuant's whole online work: two block rotations and a permutation before every quantized
+input.
+
+Memory: "static" is what is allocated when calls are over, "peak" the most during a call, "loading" the most
+while the variant was made. The variants beside full precision share the card with it. The one that is made
+"straight from its artifact" has the card to itself: the linears that the artifact replaces never exist in
+bf16, the rest is made tensor by tensor.
+
+Rows are Markdown on stderr; the last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -21,10 +29,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -32,17 +40,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
-from qlibero.kernels import load as load_kernel
-from qlibero.kernels.contract import GemmShape
 from qlibero.policies.pi05.config import PI05_FULL, GemmaConfig, Pi05Config, SiglipConfig
 from qlibero.policies.pi05.glue import TorchGlue
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
+from qlibero.policies.pi05.policy import Pi05Policy
+from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.sampler import Sampler
+from qlibero.policies.pi05.tokenizer import WordTokenizer
+from qlibero.quant.apply import quantize_policy
+from qlibero.quant.artifact import Artifact, LayerRecord, build, load, save
 from qlibero.quant.layout import select
-from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.spec import QuantSpec
-from qlibero.quant.surgery import exchange
-from qlibero.quant.transform import InputTransform, Transform
 
 REDUCED = Pi05Config(
     llm=GemmaConfig(128, 3, 256, 8, 32),
@@ -52,6 +60,7 @@ REDUCED = Pi05Config(
 )
 TEXT, LIVE = 32, 24
 BLOCK = 64
+SHA256 = "0" * 64  # of weights that are in no file
 # (bytes/s, bf16 FLOP/s, int8 OP/s), dense, from the vendors' data sheets: the floor is what these allow, not
 # what is reached
 PEAKS = {
@@ -71,9 +80,10 @@ class Row:
     p50_ms: float
     p95_ms: float
     phases_ms: dict[str, float]
-    peak_gib: float | None
-    static_gib: float | None
     floor_ms: float | None
+    static_gib: float | None
+    peak_gib: float | None
+    loading_gib: float | None = None
     kernels: str = ""
     prepare_s: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -101,13 +111,13 @@ def random_model(
     return model.eval()
 
 
-def quantized(model: Pi05Model, layout: str, backend: str, device: torch.device) -> Pi05Model:
-    """`model` with random int4 codes on `backend` in the linears of `layout`, behind DuQuant-shaped
-    transforms."""
+def random_artifact(config: Pi05Config, layout: str, device: torch.device, path: Path) -> Artifact:
+    """A W4A8 DuQuant artifact of random numbers for the linears of `layout`, written, and opened as a run
+    opens it."""
     generator = torch.Generator(device).manual_seed(1)
-    spec = QuantSpec(method="duquant", layout=layout, block_size=min(BLOCK, model.config.expert.width))
-    kernel, modules = load_kernel(backend), {}
-
+    spec = QuantSpec(method="duquant", layout=layout, block_size=min(BLOCK, config.expert.width))
+    with torch.device("meta"):
+        model = Pi05Model(config)
     once = torch.randn(
         spec.block_size, spec.block_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
@@ -115,53 +125,46 @@ def quantized(model: Pi05Model, layout: str, backend: str, device: torch.device)
 
     def rotations(width: int) -> torch.Tensor:
         """(G, B, B): one random rotation with other signs in every block, which is a rotation again."""
-        signs = (
-            torch.randint(
-                0, 2, (width // spec.block_size, 1, spec.block_size), generator=generator, device=device
-            )
-            * 2
-            - 1
-        )
-        return base * signs.bfloat16()
+        shape = (width // spec.block_size, 1, spec.block_size)
+        return base * (torch.randint(0, 2, shape, generator=generator, device=device) * 2 - 1).bfloat16()
 
-    for choices in select(model, spec).groups().values():
+    tensors: dict[str, torch.Tensor] = {}
+    records = []
+    for group, choices in select(model, spec).groups().items():
         width = model.get_submodule(choices[0].name).in_features
         order = torch.randperm(width, generator=generator, device=device, dtype=torch.int32)
-        shared = InputTransform(Transform(None, rotations(width), order, rotations(width)), width)
-        for executed in (
-            True,
-            False,
-        ):  # as quantize_policy does: what is never run is no part of the common product
-            together = [choice for choice in choices if choice.executed == executed]
-            if not together:
-                continue
-            parts, dtype = [], None
-            for choice in together:
-                rows, dtype = (
-                    model.get_submodule(choice.name).out_features,
-                    model.get_submodule(choice.name).weight.dtype,
-                )
-                codes = torch.randint(
-                    -8, 8, (rows, width), generator=generator, device=device, dtype=torch.int8
-                )
-                parts.append(
-                    Weights(codes, torch.full((rows,), 0.02 / 4.6, device=device).bfloat16().float())
-                )
-            support = kernel.supports(
-                GemmShape(sum(len(part.codes) for part in parts), width, 4, 8, None, device.type)
+        factors = {"first": rotations(width), "order": order, "second": rotations(width)}
+        tensors |= {f"{group}.{factor}": value.cpu() for factor, value in factors.items()}
+        for choice in choices:
+            rows = model.get_submodule(choice.name).out_features
+            packed = torch.randint(
+                0, 256, (rows, width // 2), generator=generator, device=device, dtype=torch.uint8
             )
-            if not support.ok:
-                raise RuntimeError(f"{backend}: {support.reason}")
-            made = assemble(
-                kernel, shared, parts, weight_bits=4, activation_bits=8, activation_clip=1.0, dtype=dtype
-            )
-            modules |= dict(zip((choice.name for choice in together), made, strict=True))
-    return exchange(model, modules)
+            tensors[f"{choice.name}.codes"] = packed.cpu()
+            tensors[f"{choice.name}.scales"] = torch.full((rows,), 0.02 / 4.6).bfloat16()
+            records.append(
+                LayerRecord(
+                    choice.name, group, rows, width, 4, 8, choice.executed, None, None, None, None,
+                    packed.nbytes, 2 * rows, 0,
+                )
+            )  # fmt: skip
+    about = {"data_sha256": "random", "kept_in_full_precision": []}
+    return load(save(build(spec, SHA256, about, tuple(records), {}, tensors), path))
 
 
-def quantized_sampler(model: Pi05Model, layout: str, backend: str, device: torch.device) -> Sampler:
-    """With CUDA graphs where there is CUDA."""
-    return Sampler(quantized(model, layout, backend, device), graphs=device.type == "cuda")
+def quantized_sampler(model: Pi05Model, artifact: Artifact, backend: str, graphs: bool) -> Sampler:
+    """The sampler of `model` with the artifact's linears on `backend`, put together by the code of a run."""
+    full = Pi05Policy(
+        "random",
+        model,
+        PROFILES["openpi"],
+        {},
+        WordTokenizer([]),
+        batch_size=1,
+        flow_steps=model.config.flow_steps,
+        identity={"sha256": SHA256},
+    )
+    return Sampler(quantize_policy(full, artifact, backend).model, graphs=graphs)
 
 
 def compiled(sampler: Sampler) -> Sampler:
@@ -251,7 +254,6 @@ def measure(
     for _ in range(3):
         out, _ = sampler(given["images"], given["tokens"], noise, token_mask=given["token_mask"])
     prepare_s = time.perf_counter() - started
-    static = torch.cuda.memory_allocated() / 2**30 if cuda else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times, phases = [], []
@@ -269,25 +271,32 @@ def measure(
         round(statistics.median(times), 3),
         round(times[min(len(times) - 1, int(0.95 * len(times)))], 3),
         {key: round(statistics.median(p[key] for p in phases), 3) for key in phases[0]},
-        round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
-        static and round(static, 2),
         peaks and round(floor_ms(config, cameras, batch, bits, peaks), 2),
-        kernels,
-        round(prepare_s, 1),
+        gib(torch.cuda.memory_allocated) if cuda else None,
+        gib(torch.cuda.max_memory_allocated) if cuda else None,
+        kernels=kernels,
+        prepare_s=round(prepare_s, 1),
     )
     return row, out
 
 
-def show(row: Row) -> None:
-    phases = " ".join(f"{k} {v:.2f}" for k, v in row.phases_ms.items())
-    memory = "" if row.peak_gib is None else f"  static {row.static_gib:.2f} peak {row.peak_gib:.2f} GiB"
-    floor = "" if row.floor_ms is None else f"  floor {row.floor_ms:.2f}"
-    print(
-        f"{row.variant:<34} {row.cameras} cam  B={row.batch:<2}  p50 {row.p50_ms:8.2f}  p95 {row.p95_ms:8.2f} ms  ({phases}){floor}"
-        f"{memory}  [{row.prepare_s:.0f} s to prepare]  {'; '.join(row.notes)}",
-        file=sys.stderr,
-        flush=True,
-    )
+def gib(measure: Callable[[], int]) -> float:
+    return round(measure() / 2**30, 2)
+
+
+COLUMNS = ("variant", "cameras", "batch", "p50", "p95", "vision", "prefix", "flow", "floor", "static GiB", "peak GiB",
+           "loading GiB", "notes")  # fmt: skip
+
+
+def show(cells: Iterable[Any]) -> None:
+    """One line of the table."""
+    print(f"| {' | '.join('–' if cell is None else str(cell) for cell in cells)} |", file=sys.stderr, flush=True)
+
+
+def cells(row: Row) -> list[Any]:
+    phases = [row.phases_ms.get(name) for name in ("vision", "prefix", "flow")]
+    return [row.variant, row.cameras, row.batch, row.p50_ms, row.p95_ms, *phases, row.floor_ms, row.static_gib,
+            row.peak_gib, row.loading_gib, "; ".join(row.notes)]  # fmt: skip
 
 
 class Bench:
@@ -313,16 +322,18 @@ class Bench:
         self.clean()
         try:
             sampler = make()
+            loading = gib(torch.cuda.max_memory_allocated) if self.cuda else None
             for cameras, batch in shapes:
                 row, out = measure(
                     name, sampler, self.config, cameras, batch, self.device, self.repeats, bits, kernels
                 )
+                row.loading_gib = loading
                 row.notes.append(sampler.glue_reason)
                 if not bool(torch.isfinite(out).all()):
                     row.notes.append("ANSWER NOT FINITE")
                 self.answers[name, cameras, batch] = out
                 self.rows.append(row)
-                show(row)
+                show(cells(row))
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}"[:400], file=sys.stderr, flush=True)
             self.rows.append(
@@ -336,9 +347,8 @@ class Bench:
                     None,
                     None,
                     None,
-                    kernels,
-                    0.0,
-                    [f"{type(error).__name__}: {error}"[:400]],
+                    kernels=kernels,
+                    notes=[f"{type(error).__name__}: {error}"[:400]],
                 )
             )
 
@@ -357,12 +367,13 @@ class Bench:
                 next(
                     r for r in self.rows if (r.variant, r.cameras, r.batch) == (one, cameras, batch)
                 ).notes.append(text)
-                print(f"  {text}", file=sys.stderr, flush=True)
+                print(text, file=sys.stderr, flush=True)
 
     def clean(self) -> None:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def main() -> None:
@@ -375,7 +386,12 @@ def main() -> None:
     )
     parser.add_argument("--layouts", default="llm,llm+expert_mlp")
     parser.add_argument("--quick", action="store_true", help="2 cameras, batch 1 only")
-    parser.add_argument("--compile", action="store_true", help="torch.compile variants too (adds minutes)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compiled full precision too, last because it compiles for a minute or more (default: on a GPU)",
+    )
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None, help="also write the document here")
     args = parser.parse_args()
@@ -386,8 +402,17 @@ def main() -> None:
     shapes = [(c, b) for b in (1, 8, 16) for c in (2, 1, 3)] if cuda else [(2, 1), (2, 2)]
     bench = Bench(device, args.repeats or (30 if cuda else 5), shapes[:1] if args.quick else shapes)
     backends = (args.backends or ("triton_w4a8,w8a8,fake" if cuda else "fake")).split(",")
-    with torch.inference_mode():
-        variants(bench, args.layouts.split(","), backends, args.compile)
+    show(COLUMNS)
+    show("---" for _ in COLUMNS)
+    with torch.inference_mode(), TemporaryDirectory(prefix="policy_latency") as folder:
+        artifacts = {
+            layout: random_artifact(bench.config, layout, device, Path(folder) / f"{layout}.safetensors")
+            for layout in args.layouts.split(",")
+        }
+        beside_full_precision(bench, artifacts, backends)
+        straight_from_its_artifact(bench, artifacts, backends[0])
+        if cuda if args.compile is None else args.compile:
+            compiled_full_precision(bench)
     document = {
         "benchmark": "policy_latency",
         "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
@@ -404,50 +429,60 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def variants(bench: Bench, layouts: list[str], backends: list[str], compile_too: bool) -> None:
-    """Everything, in the order in which it is told: full precision, W4A8 beside it, then W4A8 with nothing
-    else in memory."""
-    one, full, cuda = bench.shapes[:1], {"llm": 16, "expert_mlp": 16}, bench.cuda
-    prefix = "graphed " if cuda else ""
+FULL = {"llm": 16, "expert_mlp": 16}
+
+
+def w4(layout: str) -> dict[str, int]:
+    """Weight bits for the floor."""
+    return {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16}
+
+
+def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], backends: list[str]) -> None:
+    """Full precision eager and graphed, and W4A8 on every backend while it stays in memory, as in a run."""
+    one, cuda = bench.shapes[:1], bench.cuda
+    graphed = "graphed " if cuda else ""
     model = random_model(bench.config, bench.device, bench.dtype)
     eager = f"eager {bench.word}"
-    bench.run(eager, lambda: Sampler(model), one, full)
-    if compile_too:
-        bench.run(f"compiled {bench.word}", lambda: compiled(Sampler(model)), one, full)
-        if cuda:
-            bench.run("compiled and graphed bf16", lambda: compiled(Sampler(model, graphs=True)), one, full)
+    bench.run(eager, lambda: Sampler(model), one, FULL)
     if cuda:
-        bench.run("graphed bf16", lambda: Sampler(model, graphs=True), bench.shapes, full)
+        bench.run("graphed bf16", lambda: Sampler(model, graphs=True), bench.shapes, FULL)
         bench.compare("graphed bf16", eager)
-    for layout in layouts:
-        bits = {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16}
-        for i, backend in enumerate(backends):
-            make = partial(quantized_sampler, model, layout, backend, bench.device)
+    every_shape = bench.shapes  # of the first layout's first backend; everything else at one shape
+    for layout, artifact in artifacts.items():
+        for backend in backends:
             bench.run(
-                f"{prefix}W4A8 {layout} {backend}", make, bench.shapes if i == 0 else one, bits, backend
+                f"{graphed}W4A8 {layout} {backend}",
+                lambda artifact=artifact, backend=backend: quantized_sampler(model, artifact, backend, cuda),
+                every_shape,
+                w4(layout),
+                backend,
             )
+            every_shape = one
         for backend in backends:
             if backend != "fake":
-                bench.compare(f"{prefix}W4A8 {layout} {backend}", f"{prefix}W4A8 {layout} fake")
-    if cuda:
-        names = frozenset(
-            c.name for c in select(model, QuantSpec(method="duquant", layout=layouts[-1])).choices
-        )
-        del model
-        bench.clean()
-        torch.cuda.reset_peak_memory_stats()
+                bench.compare(f"{graphed}W4A8 {layout} {backend}", f"{graphed}W4A8 {layout} fake")
 
-        def alone() -> Sampler:
-            bare = random_model(bench.config, bench.device, bench.dtype, names)
-            sampler = quantized_sampler(bare, layouts[-1], backends[0], bench.device)
-            print(
-                f"  loaded alone: peak while loading {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB",
-                file=sys.stderr,
-            )
-            return sampler
 
-        bits = {"llm": 4, "expert_mlp": 4 if "expert" in layouts[-1] else 16}
-        bench.run(f"graphed W4A8 {layouts[-1]} {backends[0]}, alone in memory", alone, one, bits, backends[0])
+def straight_from_its_artifact(bench: Bench, artifacts: dict[str, Artifact], backend: str) -> None:
+    """W4A8 with the card to itself: what the artifact replaces never exists in full precision."""
+    layout, artifact = list(artifacts.items())[-1]
+    replaced = frozenset(layer.name for layer in artifact.layers)
+
+    def make() -> Sampler:
+        rest = random_model(bench.config, bench.device, bench.dtype, replaced)
+        return quantized_sampler(rest, artifact, backend, bench.cuda)
+
+    name = f"{'graphed ' if bench.cuda else ''}W4A8 {layout} {backend}, straight from its artifact"
+    bench.run(name, make, bench.shapes[:1], w4(layout), backend)
+
+
+def compiled_full_precision(bench: Bench) -> None:
+    """Full precision through torch.compile, with the card to itself."""
+
+    def make() -> Sampler:
+        return compiled(Sampler(random_model(bench.config, bench.device, bench.dtype)))
+
+    bench.run(f"compiled {bench.word}", make, bench.shapes[:1], FULL)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,23 @@ that exist."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
 from safetensors.torch import load_file, save_file
 
+from qlibero import cli
 from qlibero.config.schema import Pi05
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies import load_policy
 from qlibero.policies.pi05.checkpoint import open_checkpoint, sha256, tensor_table, write_checkpoint
+from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.tokenizer import WordTokenizer, load_tokenizer, split_words
 from qlibero.policies.pi05.verify import verify_checkpoint
 
@@ -251,18 +256,101 @@ def test_verify_says_all_there_is_to_say(tmp_path):
     assert json.dumps(report)
 
 
+def settings(path: Path, **changes) -> None:
+    """Change keys of config.json; None removes one."""
+    content = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def verified(path: Path, capfd) -> tuple[int, dict]:
+    """Exit status and last line of `qlibero checkpoint verify`."""
+    status = cli.main(["checkpoint", "verify", str(path)])
+    out, _ = capfd.readouterr()
+    assert out.count("\n") == 1
+    return status, json.loads(out)
+
+
+@pytest.mark.parametrize("change", [{"normalization": "quantiles"}, {"normalization": None}], ids=str)
+def test_a_normalisation_nobody_knows_is_refused_not_taken_for_another(tmp_path, change, capfd):
+    """A typo used to be read as mean/std: other actions, and nothing said so."""
+    path = ours(tmp_path / "c")
+    settings(path, **change)
+    with pytest.raises(UserError, match="write one of quantile, mean_std"):
+        load(path)
+    status, report = verified(path, capfd)
+    assert status == 1 and not report["ok"] and "write one of quantile, mean_std" in report["problems"][0]
+    with pytest.raises(UserError, match="'quantiles' is not known"):
+        from_openpi(STATISTICS["state"], "quantiles", "test")
+
+
+def test_verify_exits_0_only_for_what_loads_as_it_says(tmp_path, capfd):
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+    path = ours(tmp_path / "a" / "c")
+    status, report = verified(path, capfd)
+    assert status == 0 and report["ok"] and report["conditions"] == []
+    load(path)
+
+    path = openpi(tmp_path / "b" / "c")
+    status, report = verified(path, capfd)
+    assert status == 0 and [said.split(":")[0] for said in report["conditions"]] == ["profile", "tokenizer"]
+    assert report["statistics"]["state"]["mode"] == "quantile"
+    assert "openpi normalises every pi0.5 by quantiles" in report["statistics"]["state"]["why"]
+    load(path, profile=report["profile"]["guess"], tokenizer=tmp_path / "b" / "tokenizer.json")
+
+    path = lerobot(tmp_path / "c" / "c", "MEAN_STD")
+    status, report = verified(path, capfd)
+    assert status == 0 and len(report["conditions"]) == 2
+    assert report["statistics"]["actions"]["why"] == "policy_postprocessor.json says MEAN_STD"
+    load(path, profile=report["profile"]["guess"], tokenizer=tmp_path / "c" / "tokenizer.json")
+
+    assert cli.main(["checkpoint", "verify", str(tmp_path / "nowhere")]) == 2
+    assert json.loads(capfd.readouterr().out)["error"]["exit_status"] == 2
+
+
+def shorten(path: Path) -> None:
+    file = next(path.glob("assets/**/norm_stats.json"))
+    content = json.loads(file.read_text())
+    content["norm_stats"]["state"] = {key: value[:3] for key, value in content["norm_stats"]["state"].items()}
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+        (lambda p: (p / "tokenizer.json").write_text("{"), "is not JSON"),
+        (
+            lambda p: (p / "tokenizer.json").write_text(WordTokenizer([f"w{i}" for i in range(200)]).to_json()),
+            "do not belong together",
+        ),
+        (lambda p: settings(p, profile="lerobot-0.3"), "'lerobot-0.3' is not known"),
+        (shorten, "statistics of 3 state numbers"),
+        (lambda p: next(p.glob("assets/**/norm_stats.json")).unlink(), "copy it here by hand"),
+        (lambda p: rewrite(p, lambda state: state.pop("time_mlp_in.bias")), "missing: time_mlp_in.bias"),
+    ],
+)
+def test_verify_finds_what_would_not_load(tmp_path, damage, message, capfd):
+    path = ours(tmp_path / "c")
+    damage(path)
+    with pytest.raises(UserError, match=message):
+        load(path)
+    status, report = verified(path, capfd)
+    assert status == (2 if "error" in report else 1)
+    said = report["error"]["message"] if "error" in report else " ".join(report["problems"])
+    assert re.search(message, said), said
+
+
 def test_the_guess_follows_what_lerobot_wrote_and_when(tmp_path):
     path = lerobot(tmp_path / "c")
-    settings = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(settings | {"use_relative_actions": False}))
+    settings(path, use_relative_actions=False)
     assert verify_checkpoint(path)["profile"]["guess"] == "lerobot-0.6"
-    (path / "config.json").write_text(json.dumps(settings | {"use_relative_actions": True}))
+    settings(path, use_relative_actions=True)
     with pytest.raises(UserError, match="use_relative_actions is True"):
         verify_checkpoint(path)
 
 
 def test_sentencepiece_and_tokenizer_json(tmp_path):
-    sentencepiece, tokenizers = pytest.importorskip("sentencepiece"), pytest.importorskip("tokenizers")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{p} Task: State: {i} Action:" for i in range(40) for p in PROMPTS))
     sentencepiece.SentencePieceTrainer.train(

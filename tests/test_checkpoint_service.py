@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import json
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from dataclasses import replace
 
+import msgpack
 import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero import arms, cli
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
-
-pytest.importorskip("websockets")
-import asyncio
-
-import msgpack
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
-
 from qlibero.policies.remote import RemotePolicy
 from qlibero.policies.server import PolicyServer, ServerSettings
 from qlibero.policies.wire import pack, unpack
@@ -44,7 +45,7 @@ def one_thread():
 def policy() -> Pi05Policy:
     words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
     statistics = {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()}
-    return Pi05Policy(
+    made = Pi05Policy(
         "small",
         random_model(conv_config()),
         PROFILES["qlibero"],
@@ -54,6 +55,8 @@ def policy() -> Pi05Policy:
         flow_steps=10,
         identity={"sha256": "0" * 64},
     )
+    made.infer(observations(1), noises(1, made.noise_shape))  # served policies are warm: they know what runs
+    return made
 
 
 class Served:
@@ -91,8 +94,15 @@ class Served:
         self._thread.join(20)
 
 
+def framed(observation):
+    """The observation with its frames as openpi's LIBERO client makes them: 224 px, PIL's antialiased bilinear."""
+    small = {key: resize_pil(getattr(observation, key), 224) for key in ("image", "wrist_image")}
+    return replace(observation, **small)
+
+
 def element(observation) -> dict:
     """What openpi's LIBERO client sends."""
+    observation = framed(observation)
     return {
         "observation/image": observation.image,
         "observation/wrist_image": observation.wrist_image,
@@ -126,6 +136,60 @@ def test_clients_share_batches_and_nobody_notices(policy):
         remote.close()
         assert sum(server.batches) == 8 and max(server.batches) > 1
     assert np.array_equal(answer.actions, policy.infer(seen, z).actions)
+
+
+EMPTY = np.zeros((0, 0, 3), np.uint8)
+BAD = {
+    "an empty image": ({"observation/image": EMPTY}, r"observation/image has shape \(0, 0, 3\)"),
+    "an image that is not square": (
+        {"observation/wrist_image": np.zeros((64, 32, 3), np.uint8)},
+        "observation/wrist_image has shape",
+    ),
+    "a float image in 0…255": ({"observation/image": np.full((8, 8, 3), 200.0)}, "outside 0…1"),
+    "a NaN in a float image": ({"observation/image": np.full((8, 8, 3), np.nan)}, "outside 0…1"),
+    "an image of int64": ({"observation/image": np.zeros((8, 8, 3), np.int64)}, "int64"),
+    "a NaN state": ({"observation/state": np.full(8, np.nan)}, "observation/state holds NaN"),
+    "a NaN noise": ({"noise": np.full((10, 7), np.nan, np.float32)}, "noise holds NaN"),
+    "noise of another shape": ({"noise": np.zeros((3, 7), np.float32)}, r"noise has shape \(3, 7\)"),
+    "an instruction that is no text": ({"prompt": 7}, "prompt is int"),
+    "a word that the policy does not know": ({"prompt": "juggle the zebra"}, "zebra"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_request_costs_nobody_else_theirs(policy, what):
+    """Two good clients and a bad one in one batch: two answers, and an error that names what was wrong."""
+    change, message = BAD[what]
+    started, go = threading.Event(), threading.Event()
+
+    class Slow:
+        """Holds its first call until everybody has asked, so that the next batch has all of them."""
+
+        noise_shape, batch_size, name = policy.noise_shape, 4, "slow"
+        provenance = staticmethod(policy.provenance)
+
+        def infer(self, observations, noise):
+            started.set()
+            assert go.wait(20)
+            return policy.infer(observations, noise)
+
+    seen, z = observations(3), noises(3, policy.noise_shape)
+    with Served(Slow()) as server, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(connect(server.url, compression=None)) for _ in range(4)]
+        for wire in wires:
+            wire.recv()
+        wires[0].send(pack({**element(seen[0]), "noise": z[0]}))
+        assert started.wait(20)
+        for wire, one, noise in zip(wires[1:3], seen[1:], z[1:], strict=True):
+            wire.send(pack({**element(one), "noise": noise}))
+        wires[3].send(pack({**element(seen[0]), **change}))
+        time.sleep(0.2)
+        go.set()
+        answers = [unpack(wire.recv(timeout=20))["actions"] for wire in wires[:3]]
+        error = wires[3].recv(timeout=20)
+        assert isinstance(error, str) and re.search(message, error), error
+    alone = [policy.infer([framed(one)], noise[None]).actions[0] for one, noise in zip(seen, z, strict=True)]
+    assert all(np.array_equal(a, b) for a, b in zip(answers, alone, strict=True))
 
 
 def test_the_protocol_frame_by_frame(policy):
@@ -173,8 +237,8 @@ def test_health_is_answered_while_the_policy_computes(policy):
 
 def test_strangers_are_kept_out(policy):
     with pytest.raises(UserError, match="give a token"):
-        ServerSettings(host="0.0.0.0")
-    ServerSettings(host="0.0.0.0", token=TOKEN)
+        ServerSettings(host="0.0.0.0").require_possible()
+    ServerSettings(host="0.0.0.0", port=0, token=TOKEN).require_possible()
     with Served(policy, token=TOKEN) as server:
         with pytest.raises(InvalidStatus):
             connect(server.url)
@@ -209,6 +273,27 @@ def test_a_restarted_server_is_found_again(policy):
     remote.close()
 
 
+@pytest.mark.parametrize("change", [{"sha256": "1" * 64}, {"flow_steps": 5}], ids=str)
+def test_a_server_that_comes_back_as_another_policy_is_refused(policy, change):
+    """A restart with another checkpoint on the same port must not finish the first one's episodes."""
+    seen, z = observations(2), noises(2, policy.noise_shape)
+    with Served(policy) as first:
+        remote = RemotePolicy(first.url, batch_size=2, timeout_s=30.0)
+        remote.infer(seen, z)
+        port = first.port
+    said = policy.provenance()
+    other = Served(policy, port=port)
+    other._server.metadata = {"qlibero": {"noise_shape": [10, 7], "provenance": {**said, **change}}}
+    with other:
+        for _ in range(2):
+            with pytest.raises(GuardRefusal, match=f"{next(iter(change))} was .* is {next(iter(change.values()))!r}"):
+                remote.infer(seen, z)
+        with pytest.raises(GuardRefusal, match="not the one that this run began with"):
+            remote.with_batch_size(3)
+    assert remote.provenance()["sha256"] == said["sha256"]
+    remote.close()
+
+
 def test_a_server_error_is_an_error_here(policy):
     (seen,) = observations(1)
     unknown = type(seen)(seen.image, seen.wrist_image, seen.state, "juggle the zebra")
@@ -228,14 +313,12 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
     heard = []
 
     class Foreign(PolicyServer):
-        metadata = {}
-
         async def _answer(self, frame):
             heard.append(unpack(frame))
             return {"actions": np.zeros((10, 7)), "server_timing": {"infer_ms": 1.0}}
 
     served = Served(policy)
-    served._server.__class__ = Foreign
+    served._server.__class__, served._server.metadata = Foreign, {}
     with served as server:
         remote = RemotePolicy(server.url, timeout_s=20.0)
         assert remote.infer(observations(1), noises(1, remote.noise_shape)).actions.shape == (1, 10, 7)
@@ -247,6 +330,40 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
     )
 
 
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"port": 99999}, "--port 99999"),
+        ({"port": -1}, "--port -1"),
+        ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
+        ({"host": "192.0.2.1", "token": "t"}, "no address of this machine"),
+        ({"host": "0.0.0.0"}, "give a token"),
+        ({"ready_file": "/nowhere/ready.json"}, "--ready-file"),
+    ],
+    ids=str,
+)
+def test_a_server_that_could_not_listen_is_refused_before_a_policy_is_loaded(
+    settings, message, tiny_experiment, capfd, monkeypatch
+):
+    monkeypatch.setattr(arms, "load_arms", lambda *_: pytest.fail("the policy was loaded first"))
+    if "token" in settings:
+        monkeypatch.setenv("QLIBERO_TEST_TOKEN", settings.pop("token"))
+        settings = {**settings, "token-env": "QLIBERO_TEST_TOKEN"}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    assert cli.main(["serve", str(tiny_experiment), *flags]) == 2
+    out, err = capfd.readouterr()
+    assert message in json.loads(out)["error"]["message"] and "Traceback" not in err
+
+
+def test_a_port_in_use_fails_before_a_policy_is_loaded(tiny_experiment, capfd, monkeypatch):
+    monkeypatch.setattr(arms, "load_arms", lambda *_: pytest.fail("the policy was loaded first"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(tiny_experiment), "--port", str(port)]) == 1
+    message = json.loads(capfd.readouterr().out)["error"]["message"]
+    assert f"127.0.0.1:{port}" in message and "another --port" in message
+
+
 def test_ready_file(policy, tmp_path):
     ready = tmp_path / "ready.json"
     with Served(policy, ready_file=ready) as server:
@@ -256,26 +373,12 @@ def test_ready_file(policy, tmp_path):
 
 def test_the_stock_client_is_served(policy, tmp_path):
     """openpi-client 0.1.2 as published, unchanged; installed without its numpy < 2 requirement."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(tmp_path),
-        "openpi-client==0.1.2",
-    ]
-    try:
-        import openpi_client as _  # noqa: F401
-    except ImportError:
-        installed = subprocess.run(command, capture_output=True, text=True)
-        if installed.returncode:
-            pytest.skip(
-                f"openpi-client 0.1.2 cannot be installed here: {installed.stderr.strip().splitlines()[-1]}"
-            )
-    (seen,), z = observations(1), noises(1, policy.noise_shape)
+    package = ["--no-deps", "--target", tmp_path, "openpi-client==0.1.2"]
+    installed = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *map(str, package)], capture_output=True, text=True
+    )
+    assert installed.returncode == 0, f"without the stock client nothing is shown: {installed.stderr}"
+    seen, z = framed(observations(1)[0]), noises(1, policy.noise_shape)
     np.savez(tmp_path / "in.npz", image=seen.image, wrist=seen.wrist_image, state=seen.state, noise=z[0])
     client = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
@@ -304,4 +407,3 @@ else:
     assert np.array_equal(out["a"], policy.infer([seen], z).actions[0]) and not np.array_equal(
         out["a"], out["b"]
     )
-    assert Path(tmp_path).exists()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from qlibero import cli, commands
+from qlibero.config.load import load_experiment
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
 GOOD = "suite: libero_object\npolicy: {type: pi05, checkpoint: weights}\nbackends: [baseline]\n"
@@ -74,6 +75,25 @@ def test_a_wrong_request_is_status_2_with_its_cure(tmp_path: Path, arguments: li
     assert "Traceback" not in done.stderr
 
 
+def test_kernels_check_takes_the_experiment_that_will_run(
+    tiny_experiment: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented command: this policy's layers at this run's numbers of tokens, on every kernel or the named one."""
+    from qlibero import arms
+
+    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path)
+    assert cli.main(["kernels", "check", str(tiny_experiment), "--backend", "cpu_int4"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["shapes"] == "tiny" and found["verdicts"]
+    experiment = load_experiment(tiny_experiment)
+    policy = arms.load_policy(experiment.policy)
+    llm = list(policy.token_counts(arms.prompts(experiment))["llm"])
+    for verdict in found["verdicts"]:
+        assert ".language_model." in verdict["layer"] and verdict["tokens"] == llm and verdict["verdict"] == "pass"
+    assert cli.main(["kernels", "check", str(tiny_experiment), "--set", "backends=[baseline]"]) == 2
+    assert "nothing is asked of a kernel" in json.loads(capfd.readouterr().out)["error"]["message"]
+
+
 def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def chatty(args: Any) -> dict[str, int]:
         print("from Python")
@@ -111,6 +131,7 @@ def test_sigterm_ends_like_ctrl_c() -> None:
     sleeper = """
 import sys, time
 from qlibero import cli, commands
+from qlibero.config.load import load_experiment
 
 def wait(args):
     print("ready", file=sys.stderr, flush=True)

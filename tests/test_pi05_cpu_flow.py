@@ -7,9 +7,9 @@ import pytest
 import torch
 from pi05_small import conv_config, random_inputs, random_model, siglip_config
 
-cpu_flow = pytest.importorskip("qlibero.policies.pi05.cpu_flow", reason="numba is not installed")
-
+from qlibero.policies.pi05 import cpu_flow
 from qlibero.policies.pi05.config import GemmaConfig
+from qlibero.policies.pi05.model import cast
 from qlibero.policies.pi05.sampler import Sampler
 
 
@@ -72,9 +72,15 @@ def test_exponential_is_accurate_and_lets_nan_through():
     assert np.isnan(out[-2]) and out[-1] < 1e-37
 
 
-def test_a_quantized_expert_takes_the_torch_path():
+def test_results_say_which_flow_ran_and_why():
+    """A quantized expert takes the torch path, which is slower: an arm's latency must not be read without it."""
     config = conv_config()
-    model = random_model(config)
-    model.expert.layers[0].mlp.down_proj = torch.nn.Identity()
-    assert cpu_flow.CpuFlow.of(model, []) is None
-    assert cpu_flow.CpuFlow.of(random_model(config).bfloat16(), []) is None
+    plain = Sampler(random_model(config)).execution()
+    assert plain["flow"] == "numba" and plain["glue"] == "torch" and plain["glue_reason"] == "no GPU"
+    quantized = random_model(config)
+    inner = quantized.expert.layers[0].mlp.down_proj
+    quantized.expert.layers[0].mlp.down_proj = torch.nn.Sequential(inner)
+    said = Sampler(quantized).execution()
+    assert said["flow"] == "torch" and said["flow_reason"] == "1 of 21 linears of the expert are quantized"
+    half = Sampler(cast(random_model(config), torch.bfloat16)).execution()
+    assert half["flow"] == "torch" and "bfloat16" in half["flow_reason"]

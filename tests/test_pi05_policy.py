@@ -4,6 +4,8 @@ notices."""
 from __future__ import annotations
 
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, r
 from PIL import Image
 
 from qlibero.errors import UserError
+from qlibero.policies.base import Observation
 from qlibero.policies.pi05.images import resize_area, resize_pil, to_network
 from qlibero.policies.pi05.normalize import from_lerobot, from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
@@ -54,8 +57,20 @@ def test_area_mean_is_exact():
     expected = image.reshape(128, 2, 128, 2, 3).astype(np.float64).mean((1, 3))
     assert np.array_equal(resize_area(image, 128), expected)
     assert to_network(image, 128, "area").shape == (3, 128, 128)
-    with pytest.raises(UserError, match="not a multiple"):
-        resize_area(image, 100)
+
+
+@pytest.mark.parametrize("source,target", [(224, 128), (320, 128), (96, 128), (250, 100)])
+def test_area_mean_of_sizes_that_do_not_divide(source, target):
+    """openpi's clients send 224 px: each target pixel is the mean of the area it covers."""
+    image = np.random.default_rng(source).integers(0, 256, (source, source, 3), dtype=np.uint8)
+    common = math.gcd(source, target)
+    finer, block = target // common, source // common  # pixels cut so that each belongs to one target pixel
+    whole = image[:, :, 0].astype(np.float64).repeat(finer, 0).repeat(finer, 1)
+    expected = whole.reshape(target, block, target, block).mean((1, 3))
+    found = resize_area(image, target)
+    assert found.shape == (target, target, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
+    assert np.array_equal(resize_area(np.full_like(image, 77), target), np.full_like(found, 77))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -141,6 +156,53 @@ def test_normalisation_in_both_modes_and_spellings():
             assert np.array_equal(beyond[:, 8:], np.ones((2, 24)))
     with pytest.raises(UserError, match="q01, q99"):
         from_openpi({"mean": [0], "std": [1]}, "quantile", "norm_stats.json")
+
+
+class DigitTokenizer:
+    """As PaliGemma's: words are a token each, numbers a token for each digit and sign."""
+
+    vocab_size = 300
+
+    def encode(self, pieces):
+        return [2, *(3 + ord(piece[0]) for piece in re.findall(r"[A-Za-z]+|\S", " ".join(pieces)))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("profile", ["openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6"])
+def test_every_text_length_of_a_run_was_tried_and_warmed_up_before(profile, batch_size):
+    """Where the state is part of the text, its digits decide how many tokens a kernel sees: all of it in any
+    state must be among what the court is told, and among what the rehearsal asks for."""
+    p = Pi05Policy(
+        "small",
+        random_model(siglip_config()),
+        PROFILES[profile],
+        {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()},
+        DigitTokenizer(),
+        batch_size=batch_size,
+        flow_steps=1,
+        identity={},
+    )
+    prompts, random = PROMPTS[1:], np.random.default_rng(0)
+    images = 2 * p.model.config.vision.tokens
+    told = {count // batch_size - images for count in p.token_counts(prompts)["llm"]}
+
+    def lengths(state: np.ndarray) -> set[int]:
+        rows = [len(p.preprocess(Observation(frame, frame, state, prompt))[1]) for prompt in prompts]
+        return {bucket or rows[0] for rows in zip(rows) for _, bucket in p._batches(list(rows))}
+
+    frame = np.zeros((28, 28, 3), np.uint8)
+    seen = set()
+    for share in (0.0, 0.3, 0.7, 1.0):
+        for _ in range(40):  # numbers of one, two and three digits in changing shares
+            state = np.where(random.random(8) < share, random.uniform(-1, -0.9, 8), random.uniform(-2, 2, 8))
+            seen |= lengths(p._statistics["state"].denormalize(state))
+    assert seen <= told and (len(seen) > 1 or profile == "openpi")
+    ran = set()
+    plain = p._run
+    p._run = lambda rows, length, z: ran.add(length or len(rows[0][1])) or plain(rows, length, z)
+    for observation in p.rehearsal(prompts):
+        p.infer([observation], noises(1, p.noise_shape))
+    assert ran == told
 
 
 def test_unknown_words_are_refused_by_name():

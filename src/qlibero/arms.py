@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
 from qlibero.kernels import DEQUANTIZED, court
 from qlibero.kernels.shapes import Layer
 from qlibero.policies import load_policy, weights_sha256
-from qlibero.policies.base import Observation, Policy
+from qlibero.policies.base import Observation, Policy, grey
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.prepare import ARTIFACTS, artifact_for, demonstrations, ready_artifact
@@ -98,6 +98,18 @@ def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> lis
     ]
 
 
+def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
+    """What a run of the experiment would have the court try, all quantized arms together. Calibrates where an artifact
+    is not ready yet."""
+    arms = [arm for arm in experiment.arms() if arm.quant is not None]
+    full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
+    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, ARTIFACTS, say)]}
+    found = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
+    if not found:
+        raise UserError(f"{experiment.name}: no arm has integer activations, so nothing is asked of a kernel")
+    return list(dict.fromkeys(found))
+
+
 def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tuple[Policy, dict[str, Any]]:
     artifact = artifact_for(full, arm.quant, ARTIFACTS, say)
     verdicts = court.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
@@ -145,23 +157,17 @@ def _label(full: Policy, arm: Arm) -> str:
 def _seen(arm: Arm, prompt: str) -> Observation:
     """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
     found = demonstrations(arm.quant).observations
-    return replace(found[0], prompt=prompt) if found else _grey(prompt)
-
-
-def _grey(prompt: str) -> Observation:
-    """An observation of nothing, for calls before the first episode."""
-    image = np.full((256, 256, 3), 127, np.uint8)
-    return Observation(image, image, np.zeros(8, np.float32), prompt)
+    return replace(found[0], prompt=prompt) if found else grey(prompt)
 
 
 def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
     """Milliseconds of the first calls (kernels compile, memory is taken, graphs are captured); no episode pays for them."""
-    texts = prompts(experiment)
+    seen = policy.rehearsal(prompts(experiment))
     times = []
     for call in range(WARMUP_CALLS):
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)
-        for prompt in texts if call == 0 else texts[:1]:
+        for observation in seen if call == 0 else seen[:1]:
             started = time.perf_counter()
-            policy.infer([_grey(prompt)], noise[None])
+            policy.infer([observation], noise[None])
             times.append(round((time.perf_counter() - started) * 1e3, 2))
     return times

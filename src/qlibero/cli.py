@@ -163,6 +163,9 @@ def _count(text: str) -> int:
 
 
 def _shapes(command: Parser) -> None:
+    command.add_argument("config", nargs="?", type=Path, metavar="CONFIG",
+                         help="an experiment: its quantized arms' layers at the run's token counts, instead of --shapes and the bits below")  # fmt: skip
+    _sets(command)
     command.add_argument("--backend", action="append", metavar="NAME", help="default: all that this machine supports; repeatable")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     command.add_argument("--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)")

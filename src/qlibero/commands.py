@@ -227,6 +227,12 @@ def kernels_bench(args: argparse.Namespace) -> Document:
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
     """Which policy's layers to try, as `kernels check` and `kernels bench` were asked."""
+    if args.config is not None:
+        from qlibero.arms import layers_of_arms
+        from qlibero.config.load import load_experiment
+
+        experiment = load_experiment(args.config, args.set)
+        return experiment.name, layers_of_arms(experiment, explain)
     from qlibero import catalogue
     from qlibero.kernels.shapes import compact_layers, pi05_layers
 
@@ -252,6 +258,8 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     _table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
+    for condition in document["conditions"]:
+        explain(f"loads when the config's policy says {condition}")
     return document
 
 
@@ -278,8 +286,9 @@ def serve(args: argparse.Namespace) -> Document:
     from qlibero.policies.server import ServerSettings
     from qlibero.policies.server import serve as listen
 
-    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
+    settings.require_possible()
+    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
     listen(policies[args.arm], settings, lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"))
     return {"served": args.arm, "policy": meta[args.arm]["policy"]}
 

@@ -31,6 +31,12 @@ class Observation:
     """The task's language instruction."""
 
 
+def grey(prompt: str, state: np.ndarray | None = None) -> Observation:
+    """An observation of nothing, for calls before the first episode."""
+    image = np.full((256, 256, 3), 127, np.uint8)
+    return Observation(image, image, np.zeros(8, np.float32) if state is None else state, prompt)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A policy's answer to a batch of observations."""
@@ -52,6 +58,11 @@ class Policy(Protocol):
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """`noise` is (B, H, D) float32, one slice an observation. Actions come back in the same order."""
+        ...
+
+    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
+        """Observations that between them need everything a call with these prompts can need (shapes, kernels,
+        graphs)."""
         ...
 
     def provenance(self) -> dict[str, Any]:

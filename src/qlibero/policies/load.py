@@ -22,7 +22,7 @@ from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES, Profile
 from qlibero.policies.pi05.statistics import load_statistics
-from qlibero.policies.pi05.tokenizer import load_tokenizer
+from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
 
 GPU_BATCH = 4
 
@@ -59,27 +59,37 @@ def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
         )
     profile = choose_profile(checkpoint, config.profile)
     statistics = load_statistics(checkpoint)
-    tokenizer = load_tokenizer(
-        Path(config.tokenizer) if config.tokenizer else checkpoint.path / "tokenizer.json"
-    )
+    tokenizer = _tokenizer(config, checkpoint.path)
     device, dtype = _place(config)
     model = load_model(checkpoint, dtype, device, skip)
-    identity = {
-        "checkpoint": str(checkpoint.path),
-        "kind": checkpoint.kind,
-        "sha256": digest,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    name = checkpoint.raw.get("name") or checkpoint.path.name
+    identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
+    return _policy(config, name, model, profile, statistics, tokenizer, identity)
+
+
+def _policy(
+    config: Any,
+    name: str,
+    model: Pi05Model,
+    profile: Profile,
+    statistics: dict[str, Statistics],
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+) -> Pi05Policy:
     return Pi05Policy(
-        checkpoint.raw.get("name") or checkpoint.path.name,
+        name,
         model,
         profile,
         statistics,
         tokenizer,
-        batch_size=_batch_size(config, device),
+        batch_size=_batch_size(config, model.action_in_proj.weight.device),
         flow_steps=config.flow_steps,
-        identity=identity,
+        identity={**identity, "parameters": sum(p.numel() for p in model.parameters())},
     )
+
+
+def _tokenizer(config: Any, folder: Path) -> Tokenizer:
+    return load_tokenizer(Path(config.tokenizer) if config.tokenizer else folder / "tokenizer.json")
 
 
 def weights_sha256(config: Any) -> str | None:
@@ -142,26 +152,10 @@ def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
     model = cast(model, dtype).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    identity = {
-        "checkpoint": None,
-        "kind": "untrained",
-        "sha256": digest.hexdigest(),
-        "seed": seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    identity = {"checkpoint": None, "kind": "untrained", "sha256": digest.hexdigest(), "seed": seed}
     name = f"untrained-{content.get('name', path.parent.name)}-seed{seed}"
     profile = PROFILES[content.get("profile", "qlibero")]
-    tokenizer = load_tokenizer(Path(config.tokenizer) if config.tokenizer else path.parent / "tokenizer.json")
-    return Pi05Policy(
-        name,
-        model,
-        profile,
-        statistics,
-        tokenizer,
-        batch_size=_batch_size(config, device),
-        flow_steps=config.flow_steps,
-        identity=identity,
-    )
+    return _policy(config, name, model, profile, statistics, _tokenizer(config, path.parent), identity)
 
 
 def _place(config: Any) -> tuple[torch.device, torch.dtype]:

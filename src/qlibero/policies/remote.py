@@ -20,8 +20,8 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from qlibero.errors import UserError, WorkFailed
-from qlibero.policies.base import Chunk, Observation
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.policies.base import Chunk, Observation, grey
 from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.wire import pack, unpack
 
@@ -36,7 +36,8 @@ class RemotePolicy:
     """Speaks openpi's protocol with up to `batch_size` connections at once (the protocol has one request in
     flight each).
 
-    A lost connection is opened again, and its request repeated, until `timeout_s` has passed.
+    A lost connection is opened again, and its request repeated, until `timeout_s` has passed. Every connection must
+    be greeted as the first one was: a server that comes back with other metadata is another policy.
     """
 
     model = None
@@ -47,8 +48,9 @@ class RemotePolicy:
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self._idle: queue.LifoQueue[ClientConnection] = queue.LifoQueue()
         self._threads = ThreadPoolExecutor(batch_size, "remote")
-        connection, self.metadata = self._open(time.monotonic() + timeout_s)
+        connection, self._greeting = self._open(time.monotonic() + timeout_s)
         self._idle.put(connection)
+        self.metadata = unpack(self._greeting)
         ours = self.metadata.get("qlibero") if isinstance(self.metadata, dict) else None
         self._ours: dict[str, Any] | None = ours
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
@@ -65,7 +67,9 @@ class RemotePolicy:
 
     def with_batch_size(self, batch_size: int) -> RemotePolicy:
         """The same server asked with another number of requests at once."""
-        return RemotePolicy(self.url, batch_size=batch_size, timeout_s=self._timeout_s, api_key=self._api_key)
+        twin = RemotePolicy(self.url, batch_size=batch_size, timeout_s=self._timeout_s, api_key=self._api_key)
+        self._recognize(twin._greeting)
+        return twin
 
     def provenance(self) -> dict[str, Any]:
         """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
@@ -86,6 +90,10 @@ class RemotePolicy:
                 "what it says they are",
             },
         }
+
+    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
+        """See `Policy.rehearsal`; what the server prepares, nobody knows here."""
+        return [grey(prompt) for prompt in prompts]
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`. `WorkFailed` when the server reports an error or stays away."""
@@ -117,7 +125,12 @@ class RemotePolicy:
             try:
                 connection = self._idle.get_nowait()
             except queue.Empty:
-                connection, _ = self._open(deadline)
+                connection, greeting = self._open(deadline)
+                try:
+                    self._recognize(greeting)
+                except GuardRefusal:
+                    connection.close()
+                    raise
             try:
                 connection.send(request)
                 answer = connection.recv(timeout=max(deadline - time.monotonic(), 0.001))
@@ -137,7 +150,23 @@ class RemotePolicy:
             self._idle.put(connection)
             return unpack(answer)
 
-    def _open(self, deadline: float) -> tuple[ClientConnection, Any]:
+    def _recognize(self, greeting: bytes) -> None:
+        """`GuardRefusal` when this is not the metadata that the run began with."""
+        if greeting == self._greeting:
+            return
+        before, after = (_provenance(unpack(frame)) for frame in (self._greeting, greeting))
+        changes = [
+            f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
+        raise GuardRefusal(
+            f"the server at {self.url} is not the one that this run began with: its metadata has changed"
+            + (f" ({'; '.join(changes)})" if changes else "")
+            + "; serve the first one again, or give the new one a run directory of its own"
+        )
+
+    def _open(self, deadline: float) -> tuple[ClientConnection, bytes]:
         while True:
             try:
                 connection = connect(
@@ -148,7 +177,7 @@ class RemotePolicy:
                     ping_interval=None,
                     open_timeout=max(deadline - time.monotonic(), 0.1),
                 )
-                return connection, unpack(connection.recv(timeout=max(deadline - time.monotonic(), 0.1)))
+                return connection, connection.recv(timeout=max(deadline - time.monotonic(), 0.1))
             except InvalidURI as error:
                 raise UserError(f"policy.url: {error}") from None
             except InvalidStatus as error:
@@ -164,3 +193,11 @@ class RemotePolicy:
                     f"no policy server at {self.url} within {self._timeout_s:g} s (policy.timeout_s): {problem}"
                 )
             time.sleep(_RETRY_S)
+
+
+def _provenance(metadata: Any) -> dict[str, Any]:
+    """What a server says of its policy: qlibero's own says it all, of another one it is whatever the metadata
+    holds."""
+    if not isinstance(metadata, dict):
+        return {}
+    return metadata["qlibero"]["provenance"] if "qlibero" in metadata else metadata

@@ -7,13 +7,13 @@ function of the request alone.
 
 openpi's own server computes inside its event loop, so that clients wait for each other and no ping is
 answered meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size,
-in one call.
+in one call. When that call fails, its requests are computed one by one, so that only the failing one is told.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import hmac
 import http
 import ipaddress
@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -35,8 +36,9 @@ from websockets.asyncio.server import Request, Response, ServerConnection
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import QliberoError, UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
+from qlibero.policies.request import read_noise, read_observation
 from qlibero.policies.wire import pack, unpack
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -59,12 +61,40 @@ class ServerSettings:
     seed: int = 0
     """Of the noise of requests that bring none."""
 
-    def __post_init__(self) -> None:
-        if self.token is None and not _is_loopback(self.host):
+    def require_possible(self) -> None:
+        """Refuse what cannot become a server, so that nobody waits for a policy to be loaded first.
+
+        Raises `UserError` for a port, host or ready file that cannot be, and for strangers without a token;
+        `WorkFailed` for a port that is taken.
+        """
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port {self.port}: ports are 1 to 65535, and 0 takes a free one")
+        if self.ready_file is not None and not os.access(self.ready_file.parent, os.W_OK):
+            raise UserError(f"--ready-file {self.ready_file}: {self.ready_file.parent} is no directory to write in")
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+        except OSError:
+            raise UserError(f"--host {self.host}: no such host is known here; 127.0.0.1 is this machine") from None
+        if self.token is None and not ipaddress.ip_address(address[0]).is_loopback:
             raise UserError(
-                f"serving on {self.host} lets anybody who reaches it use the policy: give a token, or listen on "
-                "127.0.0.1 (and tunnel)"
+                f"serving on {self.host} lets anybody who reaches it use the policy: give a token (--token-env), or "
+                "listen on 127.0.0.1 (and tunnel)"
             )
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise self.cannot_listen(error) from None
+
+    def cannot_listen(self, error: OSError) -> QliberoError:
+        """The system's refusal, as an error with its cure."""
+        if error.errno == errno.EADDRNOTAVAIL:
+            return UserError(f"--host {self.host}: this is no address of this machine; 127.0.0.1 is, and 0.0.0.0 is all")
+        return WorkFailed(
+            f"cannot listen on {self.host}:{self.port}: {os.strerror(error.errno or 0)}; choose another --port (0 takes a "
+            "free one)"
+        )
 
 
 @dataclass
@@ -72,6 +102,10 @@ class _Job:
     observation: Observation
     noise: np.ndarray
     answer: asyncio.Future
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class PolicyServer:
@@ -83,17 +117,15 @@ class PolicyServer:
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._random = np.random.default_rng(settings.seed)
         self._batch = getattr(policy, "batch_size", 1)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The first frame. Clients that know nothing of it ignore it."""
-        return {
-            "qlibero": {"noise_shape": list(self.policy.noise_shape), "provenance": self.policy.provenance()}
+        self.metadata: dict[str, Any] = {
+            "qlibero": {"noise_shape": list(policy.noise_shape), "provenance": policy.provenance()}
         }
+        """The first frame, the same for every connection. Clients that know nothing of it ignore it."""
 
     async def run(self, ready: Callable[[int], None], stop: asyncio.Event) -> None:
         """Listen until `stop` is set; `ready` is told the port."""
         settings = self.settings
+        settings.require_possible()
         try:
             server = await listen(
                 self._converse,
@@ -105,10 +137,7 @@ class PolicyServer:
                 ping_interval=None,
             )
         except OSError as error:
-            raise WorkFailed(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port "
-                "(0 takes a free one)"
-            ) from error
+            raise settings.cannot_listen(error) from error
         self.port = server.sockets[0].getsockname()[1]
         with ThreadPoolExecutor(1, "policy") as thread:
             worker = asyncio.create_task(self._work(thread))
@@ -165,9 +194,10 @@ class PolicyServer:
         if isinstance(frame, str):
             raise ValueError("a request is one binary frame; this was text")
         request = unpack(frame)
-        job = _Job(
-            read_observation(request), self._noise(request), asyncio.get_running_loop().create_future()
-        )
+        observation, noise = read_observation(request), read_noise(request, self.policy.noise_shape)
+        if noise is None:
+            noise = self._random.standard_normal(self.policy.noise_shape, dtype=np.float32)
+        job = _Job(observation, noise, asyncio.get_running_loop().create_future())
         started = time.monotonic()
         self._jobs.put_nowait(job)
         actions, infer_ms = await job.answer
@@ -178,61 +208,37 @@ class PolicyServer:
             "server_timing": {"infer_ms": waited_ms},
         }
 
-    def _noise(self, request: dict[str, Any]) -> np.ndarray:
-        shape = self.policy.noise_shape
-        if request.get("noise") is None:
-            return self._random.standard_normal(shape, dtype=np.float32)
-        noise = np.asarray(request["noise"], np.float32)
-        if noise.shape != shape:
-            raise ValueError(f"noise has shape {noise.shape}, this policy takes {shape}")
-        return noise
-
     # -- the one thread that computes --------------------------------------------------------------------------------
     async def _work(self, thread: ThreadPoolExecutor) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             jobs = [await self._jobs.get()]
             while len(jobs) < self._batch and not self._jobs.empty():
                 jobs.append(self._jobs.get_nowait())
-            started = time.monotonic()
             try:
-                chunk = await loop.run_in_executor(
-                    thread,
-                    self.policy.infer,
-                    [job.observation for job in jobs],
-                    np.stack([job.noise for job in jobs]),
-                )
+                await self._compute(thread, jobs)
             except Exception as error:
+                if len(jobs) == 1:
+                    jobs[0].fail(error)
+                    continue
+                # One client's request must not cost the others theirs: alone, only the one to blame fails.
                 for job in jobs:
-                    if not job.answer.done():
-                        job.answer.set_exception(error)
-                continue
-            infer_ms = (time.monotonic() - started) * 1e3
-            for job, actions in zip(jobs, chunk.actions, strict=True):
-                if not job.answer.done():
-                    job.answer.set_result((actions, infer_ms))
+                    try:
+                        await self._compute(thread, [job])
+                    except Exception as its_own:
+                        job.fail(its_own)
 
-
-def read_observation(request: Any) -> Observation:
-    """An observation from a request's keys; images may be (H, W, 3) or (3, H, W), uint8 or float 0…1, as
-    openpi allows."""
-    keys = ("observation/image", "observation/wrist_image", "observation/state", "prompt")
-    missing = [key for key in keys if not isinstance(request, dict) or key not in request]
-    if missing:
-        raise ValueError(f"the request lacks {', '.join(missing)}")
-    state = np.asarray(request["observation/state"], np.float32)
-    if state.shape != (8,):
-        raise ValueError(f"observation/state has shape {state.shape}, expected (8,)")
-    return Observation(_image(request[keys[0]]), _image(request[keys[1]]), state, str(request["prompt"]))
-
-
-def _image(value: Any) -> np.ndarray:
-    image = np.asarray(value)
-    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]):
-        raise ValueError(f"an image has shape {image.shape}, expected (H, W, 3)")
-    if np.issubdtype(image.dtype, np.floating):
-        image = (255 * image).astype(np.uint8)
-    return np.ascontiguousarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
+    async def _compute(self, thread: ThreadPoolExecutor, jobs: list[_Job]) -> None:
+        started = time.monotonic()
+        chunk = await asyncio.get_running_loop().run_in_executor(
+            thread,
+            self.policy.infer,
+            [job.observation for job in jobs],
+            np.stack([job.noise for job in jobs]),
+        )
+        infer_ms = (time.monotonic() - started) * 1e3
+        for job, actions in zip(jobs, chunk.actions, strict=True):
+            if not job.answer.done():
+                job.answer.set_result((actions, infer_ms))
 
 
 def serve(policy: Policy, settings: ServerSettings, ready: Callable[[int], None] = lambda port: None) -> None:
@@ -254,11 +260,3 @@ def _announce(settings: ServerSettings, port: int) -> None:
     temporary = settings.ready_file.with_name(f".{settings.ready_file.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"host": settings.host, "port": port, "pid": os.getpid()}) + "\n")
     temporary.replace(settings.ready_file)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False

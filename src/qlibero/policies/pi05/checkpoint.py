@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlibero.errors import UserError
+from qlibero.policies.pi05.architecture import EMBEDDING, TIED, architecture, strip
 from qlibero.policies.pi05.config import PI05_FULL, Pi05Config
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.normalize import Mode
@@ -33,9 +34,7 @@ from qlibero.policies.pi05.profiles import PROFILES, Profile
 
 WEIGHTS = "model.safetensors"
 FORMAT = "qlibero-pi05-1"
-_EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-_TIED = "paligemma_with_expert.paligemma.lm_head.weight"
-_UNUSED = (_TIED, "paligemma_with_expert.gemma_expert.lm_head.weight")
+_UNUSED = (TIED, "paligemma_with_expert.gemma_expert.lm_head.weight")
 _UNSUPPORTED_IN_LEROBOT = ("use_relative_actions", "use_visual_memory", "use_proprioceptive_memory")
 _LISTED = 8
 """Tensors named in a message before "and n more"."""
@@ -118,7 +117,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     if raw.get("type") == "pi05" or (path / "policy_preprocessor.json").is_file():
         return _open_lerobot(path, raw, shapes, dtypes)
-    config = _architecture(
+    config = architecture(
         shapes, PI05_FULL.action_horizon if "action_horizon" not in raw else raw["action_horizon"], weights
     )
     return Checkpoint(
@@ -136,7 +135,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoint:
-    config = _architecture(shapes, raw.get("chunk_size", 50), path / WEIGHTS)
+    config = architecture(shapes, raw.get("chunk_size", 50), path / WEIGHTS)
     for key in _UNSUPPORTED_IN_LEROBOT:
         if raw.get(key):
             raise UserError(
@@ -162,11 +161,11 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in Pi05Model(checkpoint.config).state_dict().items()}
     notes = []
-    renamed = {_strip(name): name for name in checkpoint.shapes}
+    renamed = {strip(name): name for name in checkpoint.shapes}
     if any(name.startswith("model.") for name in checkpoint.shapes):
         notes.append("prefix `model.` removed")
-    if _EMBEDDING not in renamed and _TIED in renamed:
-        renamed[_EMBEDDING] = renamed[_TIED]
+    if EMBEDDING not in renamed and TIED in renamed:
+        renamed[EMBEDDING] = renamed[TIED]
         notes.append("token embedding taken from lm_head (tied weights)")
     for name in _UNUSED:
         if renamed.pop(name, None):
@@ -300,10 +299,6 @@ def _header(weights: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         ) from None
 
 
-def _strip(name: str) -> str:
-    return name.removeprefix("model.")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -318,62 +313,3 @@ def _named(name: Any, where: Path) -> Profile:
     if name not in PROFILES:
         raise UserError(f"{where}: profile {name!r} is not known; known: {', '.join(PROFILES)}")
     return PROFILES[name]
-
-
-def _architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where: Path) -> Pi05Config:
-    """An openpi-named network's sizes, read off its tensors; head_dim 256 for published sizes, else
-    width/heads of k_proj."""
-    from qlibero.policies.pi05.config import GemmaConfig, SiglipConfig
-
-    names = {_strip(name): shape for name, shape in shapes.items()}
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in names:
-            raise UserError(
-                f"{where}: tensor {name} is missing; this is not a pi0.5 checkpoint with openpi's names "
-                f"({len(names)} tensors, first: {next(iter(sorted(names)), 'none')})"
-            )
-        return names[name]
-
-    def depth(stem: str) -> int:
-        return 1 + max(
-            (int(name[len(stem) :].split(".")[0]) for name in names if name.startswith(stem)), default=-1
-        )
-
-    def stack(stem: str) -> GemmaConfig:
-        query, key = (
-            shape(f"{stem}layers.0.self_attn.q_proj.weight"),
-            shape(f"{stem}layers.0.self_attn.k_proj.weight"),
-        )
-        return GemmaConfig(
-            width=query[1],
-            depth=depth(f"{stem}layers."),
-            mlp_dim=shape(f"{stem}layers.0.mlp.gate_proj.weight")[0],
-            num_heads=query[0] // key[0],
-            head_dim=key[0],
-        )
-
-    pali, vit = (
-        "paligemma_with_expert.paligemma.model.",
-        "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
-    )
-    llm, expert = stack(f"{pali}language_model."), stack("paligemma_with_expert.gemma_expert.model.")
-    patch = shape(f"{vit}embeddings.patch_embedding.weight")
-    positions = shape(f"{vit}embeddings.position_embedding.weight")[0]
-    vision = SiglipConfig(
-        width=patch[0],
-        depth=depth(f"{vit}encoder.layers."),
-        mlp_dim=shape(f"{vit}encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=16,
-        patch=patch[2],
-        image_size=int(positions**0.5) * patch[2],
-    )
-    vocab = names.get(_EMBEDDING) or shape(_TIED)
-    return Pi05Config(
-        llm=llm,
-        expert=expert,
-        vision=vision,
-        vocab_size=vocab[0],
-        action_dim=shape("action_in_proj.weight")[1],
-        action_horizon=action_horizon,
-    )

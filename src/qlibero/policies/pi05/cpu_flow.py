@@ -35,15 +35,21 @@ class CpuFlow:
     """(steps, 2L + 1, 3, W): 1 + scale, shift, gate."""
 
     @staticmethod
-    def of(model: Pi05Model, modulations: list[list[tuple[Tensor, Tensor, Tensor]]]) -> CpuFlow | None:
-        """For a model that qualifies, else None."""
+    def unfit(model: Pi05Model) -> str:
+        """Why a model on a CPU cannot have a compiled flow; empty when it can."""
+        if model.stream_dtype != torch.float32:
+            return f"the model is in {model.stream_dtype}"
         linears = [
             linear
             for layer in model.expert.layers
             for linear in (*layer.self_attn.children(), *layer.mlp.children())
         ]
-        if model.stream_dtype != torch.float32 or any(type(linear) is not nn.Linear for linear in linears):
-            return None
+        quantized = sum(type(linear) is not nn.Linear for linear in linears)
+        return f"{quantized} of {len(linears)} linears of the expert are quantized" if quantized else ""
+
+    @staticmethod
+    def of(model: Pi05Model, modulations: list[list[tuple[Tensor, Tensor, Tensor]]]) -> CpuFlow:
+        """For a model that is not `unfit`."""
 
         def stacked(*names: str) -> np.ndarray:
             rows = [

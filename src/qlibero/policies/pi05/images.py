@@ -3,7 +3,7 @@
 `pil`    openpi: PIL's antialiased bilinear on uint8, rounded to uint8 between its two passes. Done here in
          integers, with PIL's fixed-point coefficients: the same to the last bit, without PIL.
 `torch`  LeRobot: plain bilinear without antialias on floats.
-`area`   our compact policies: the exact mean of k×k pixels.
+`area`   our compact policies: the exact mean of the pixels that a target pixel covers (2×2 of LIBERO's 256 px).
 
 Frames are square, so the padding of the original functions never applies; anything else is refused.
 """
@@ -44,16 +44,33 @@ def to_network(image: np.ndarray, size: int, resize: Resize) -> Tensor:
 
 
 def resize_area(image: np.ndarray, size: int) -> np.ndarray:
-    """Mean of k×k blocks, float32 in 0…255; exact, because sums of up to 2¹⁶ pixel values are exact in
-    float32."""
-    factor, remainder = divmod(image.shape[0], size)
-    if remainder or factor < 1:
-        raise UserError(f"images of {image.shape[0]} px cannot be averaged down to {size} px: not a multiple")
-    total = np.zeros((size, size, 3), np.uint32)
-    for row in range(factor):
-        for column in range(factor):
-            total += image[row::factor, column::factor]
-    return total.astype(np.float32) / np.float32(factor * factor)
+    """The mean of what each target pixel covers, float32 in 0…255: k×k blocks where sizes are multiples, else
+    partly covered pixels by their share.
+
+    Every sum is of integers that its type holds exactly, so the result does not depend on an order.
+    """
+    source = image.shape[0]
+    factor, remainder = divmod(source, size)
+    if not remainder:
+        total = np.zeros((size, size, 3), np.uint32)
+        for row in range(factor):
+            for column in range(factor):
+                total += image[row::factor, column::factor]
+        return total.astype(np.float32) / np.float32(factor * factor)
+    shares = _shares(source, size)
+    rows = shares @ image.reshape(source, -1).astype(np.float64)
+    total = np.matmul(shares, rows.reshape(size, source, 3))
+    return (total / source**2).astype(np.float32)
+
+
+@cache
+def _shares(source: int, target: int) -> np.ndarray:
+    """(target, source) float64: how much of each source pixel a target pixel covers, in units of 1/source of
+    a target pixel; rows sum to `source`."""
+    edges = np.arange(target + 1) * source  # in units of 1/target of a source pixel
+    pixels = np.arange(source + 1) * target
+    covered = np.minimum(edges[1:, None], pixels[None, 1:]) - np.maximum(edges[:-1, None], pixels[None, :-1])
+    return np.maximum(covered, 0).astype(np.float64)
 
 
 def resize_pil(image: np.ndarray, size: int) -> np.ndarray:

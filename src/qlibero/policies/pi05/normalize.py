@@ -7,7 +7,7 @@ A policy without its statistics is not a policy: reading them is strict, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Statistics:
     epsilon_inverse: float
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise UserError(f"normalisation mode {self.mode!r} is not known; known: {', '.join(get_args(Mode))}")
         for name, values in (("low", self.low), ("high", self.high)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise UserError(f"normalisation statistics: {name} is not a finite vector: {values}")
@@ -47,12 +49,11 @@ class Statistics:
         return (y * 2.0 - 1.0 if self.mode == "quantile" else y).astype(np.float32)
 
     def denormalize(self, y: np.ndarray) -> np.ndarray:
-        """Network units (..., n ≥ dims) → environment units, float32; dimensions beyond the statistics pass
-        unchanged."""
-        n = len(self.low)
+        """Network units (..., n) → environment units, float32; dimensions beyond the statistics pass unchanged."""
         y = np.asarray(y, np.float64)
+        n = min(len(self.low), y.shape[-1])
         unit = (y[..., :n] + 1.0) / 2.0 if self.mode == "quantile" else y[..., :n]
-        x = unit * self._spread(self.epsilon_inverse) + self.low
+        x = unit * self._spread(self.epsilon_inverse)[:n] + self.low[:n]
         return np.concatenate([x, y[..., n:]], -1).astype(np.float32)
 
 

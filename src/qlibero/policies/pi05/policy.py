@@ -2,8 +2,9 @@
 units.
 
 An episode's actions must not depend on who shares its batch, so a call always runs at exactly `batch_size`
-rows (padded by repetition) and at a text length that depends on the row's own prompt alone. On a CPU the
-default is one row at a time, at the prompt's exact length: nothing is padded at all.
+rows (padded by repetition) and at a text length that depends on the row's own prompt and state alone. On a CPU
+the default is one row at a time, and unless the state is part of the text, at the prompt's exact length: nothing
+is padded at all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 
 from qlibero.errors import UserError, WorkFailed
-from qlibero.policies.base import Chunk, Observation
+from qlibero.policies.base import Chunk, Observation, grey
+from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.images import to_network
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
@@ -28,6 +30,20 @@ from qlibero.policies.pi05.tokenizer import Tokenizer
 ACTION_NUMBERS = 7
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
+
+
+def require_match(config: Pi05Config, profile: Profile, tokenizer: Tokenizer) -> None:
+    """`UserError` when these cannot be parts of one policy."""
+    if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
+        raise UserError(
+            f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
+            f"takes {config.state_dim}"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
+            "they do not belong together"
+        )
 
 
 class Pi05Policy:
@@ -49,17 +65,8 @@ class Pi05Policy:
         flow_steps: int,
         identity: dict[str, Any],
     ):
+        require_match(model.config, profile, tokenizer)
         config = model.config
-        if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
-            raise UserError(
-                f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
-                f"takes {config.state_dim}"
-            )
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
-                "they do not belong together"
-            )
         self.name = name
         self.model = model
         self.noise_shape = (config.action_horizon, config.action_dim)
@@ -96,7 +103,8 @@ class Pi05Policy:
         return twin
 
     def provenance(self) -> dict[str, Any]:
-        """See `Policy.provenance`."""
+        """See `Policy.provenance`. Once the policy has been asked, `execution` says what ran: see
+        `Sampler.execution`."""
         config = self.model.config
         return {
             "type": "pi05",
@@ -109,22 +117,40 @@ class Pi05Policy:
             "batch_size": self.batch_size,
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,
+            **({} if self._sampler is None else {"execution": self._sampler.execution()}),
         }
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Rows that one call puts through a linear of the language model ("llm") and of the action expert
-        ("expert"), for these prompts: what a kernel must be tried on."""
+        ("expert"), for these prompts in every state: what a kernel must be tried on."""
         config = self.model.config
         cameras = 2 * config.vision.tokens + (1 if config.state_dim else 0)
-        state = np.zeros(8, np.float32)
-        lengths = {len(self._tokenizer.encode(self.profile.text(prompt, state))) for prompt in prompts}
-        lengths = {min(length, config.max_token_len) for length in lengths}
-        if not (self.batch_size == 1 and self.device.type == "cpu"):
-            lengths = {min(-(-length // BUCKET) * BUCKET, config.max_token_len) for length in lengths}
         return {
-            "llm": tuple(sorted(self.batch_size * (cameras + length) for length in lengths)),
+            "llm": tuple(self.batch_size * (cameras + length) for length in self._observations_by_length(prompts)),
             "expert": (self.batch_size * config.action_horizon,),
         }
+
+    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
+        """See `Policy.rehearsal`."""
+        return list(self._observations_by_length(prompts).values())
+
+    def _observations_by_length(self, prompts: Sequence[str]) -> dict[int, Observation]:
+        """Every text length that a call with these prompts can have, ascending, and an observation that has it.
+
+        Where the state is written into the text, its numbers decide the length. Tokenizers do not join numbers
+        across the blank between them, so the shortest and the longest text repeat one number, and exchanging one
+        place after the other passes through every bucket between them.
+        """
+        found: dict[int, Observation] = {}
+        for prompt in prompts:
+            states = self.profile.states
+            lengths = [len(self._tokens(prompt, state)) for state in states]
+            short, long = states[int(np.argmin(lengths))], states[int(np.argmax(lengths))]
+            for exchanged in range(len(short) + 1):
+                state = np.concatenate([long[:exchanged], short[exchanged:]])
+                tokens = len(self._tokens(prompt, state))
+                found[self._bucket(tokens) or tokens] = grey(prompt, self._statistics["state"].denormalize(state))
+        return dict(sorted(found.items()))
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`."""
@@ -156,22 +182,28 @@ class Pi05Policy:
             ]
         )
         state = self._statistics["state"].normalize(observation.state)
-        tokens = self._tokenizer.encode(self.profile.text(observation.prompt, state))
-        return images, tokens[: self.model.config.max_token_len], state
+        return images, self._tokens(observation.prompt, state), state
+
+    def _tokens(self, prompt: str, state: np.ndarray) -> list[int]:
+        return self._tokenizer.encode(self.profile.text(prompt, state))[: self.model.config.max_token_len]
+
+    def _bucket(self, length: int) -> int | None:
+        """To what a text of `length` tokens is padded; None: not at all. Only where a row has a call of its own
+        and its prompt alone decides the length are there few enough lengths to leave them as they are."""
+        if self.batch_size == 1 and self.device.type == "cpu" and self.profile.prompt != "prompt":
+            return None
+        return min(-(-length // BUCKET) * BUCKET, self.model.config.max_token_len)
 
     def _batches(self, lengths: list[int]) -> list[tuple[list[int], int | None]]:
         """Row indices of each call and the padded text length (None: as it is), from the rows' own lengths
         only."""
-        if self.batch_size == 1 and self.device.type == "cpu":
-            return [([i], None) for i in range(len(lengths))]
-        buckets: dict[int, list[int]] = {}
+        buckets: dict[int | None, list[int]] = {}
         for i, length in enumerate(lengths):
-            bucket = min(-(-length // BUCKET) * BUCKET, self.model.config.max_token_len)
-            buckets.setdefault(bucket, []).append(i)
+            buckets.setdefault(self._bucket(length), []).append(i)
         size = self.batch_size
         return [
             (rows[i : i + size], bucket)
-            for bucket, rows in sorted(buckets.items())
+            for bucket, rows in sorted(buckets.items(), key=lambda item: item[0] or 0)
             for i in range(0, len(rows), size)
         ]
 

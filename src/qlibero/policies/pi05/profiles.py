@@ -14,6 +14,9 @@ import numpy as np
 from qlibero.policies.pi05.images import Resize
 
 PromptMode = Literal["none", "prompt", "proj"]
+STATE_NUMBERS = 8
+"""What LIBERO's robot has: position 3, axis-angle 3, gripper 2."""
+BINS = 256
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,16 @@ class Profile:
             # Zero padding happens after normalisation, so a padded number is written as the bin of 0.0.
             padded = np.zeros(max(self.state_numbers, len(state)), np.float32)
             padded[: len(state)] = state
-            bins = np.digitize(padded, np.linspace(-1, 1, 257)[:-1]) - 1
+            bins = np.digitize(padded, np.linspace(-1, 1, BINS + 1)[:-1]) - 1
             return (f"Task: {task}, State: {' '.join(map(str, bins))};\nAction: ",)
         return (task, "\n")
+
+    @property
+    def states(self) -> np.ndarray:
+        """(n, STATE_NUMBERS) normalised states that write every number there is, the same one in all places; one
+        state where the text does not depend on it. The middle of each bin, and -2, which is written as -1."""
+        values = [-2.0, *(-1 + (2 * i + 1) / BINS for i in range(BINS))] if self.prompt == "prompt" else [0.0]
+        return np.repeat(np.array(values, np.float32)[:, None], STATE_NUMBERS, 1)
 
 
 PROFILES = {

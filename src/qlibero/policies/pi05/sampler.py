@@ -62,12 +62,16 @@ class Workspace:
     """What runs each phase: the plain method, or its captured graph."""
 
 
-def _cpu_flow(model: Pi05Model, modulations: list) -> CpuFlow | None:
+def _cpu_flow(model: Pi05Model, modulations: list) -> tuple[CpuFlow | None, str]:
+    """The compiled flow where there can be one, and why or why not."""
+    if model.action_in_proj.weight.device.type != "cpu":
+        return None, "the model is on a GPU"
     try:
         from qlibero.policies.pi05.cpu_flow import CpuFlow
-    except ImportError:  # no numba: the same in torch, slower
-        return None
-    return CpuFlow.of(model, modulations)
+    except ImportError as error:  # the same in torch, slower
+        return None, f"numba cannot be imported: {error}"
+    unfit = CpuFlow.unfit(model)
+    return (None, unfit) if unfit else (CpuFlow.of(model, modulations), "float32 on a CPU, the whole expert in full precision")
 
 
 class Sampler:
@@ -95,7 +99,7 @@ class Sampler:
                 fuse(m.gate_proj, m.up_proj)
         self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
         self.modulations = self._modulations()
-        self.cpu_flow = _cpu_flow(model, self.modulations) if self.device.type == "cpu" else None
+        self.cpu_flow, self.cpu_flow_reason = _cpu_flow(model, self.modulations)
         self.llm_scales = [
             1.0 + norm.weight.float()
             for layer in model.llm.layers
@@ -120,6 +124,16 @@ class Sampler:
                 row.append((scale, shift, gate.to(self.model.stream_dtype)))
             table.append(row)
         return table
+
+    def execution(self) -> dict[str, str]:
+        """Which implementations run, and why: they differ in last bits and in speed, so results record them."""
+        flow = "numba" if self.cpu_flow is not None else "torch in CUDA graphs" if self.graphs else "torch"
+        return {
+            "flow": flow,
+            "flow_reason": self.cpu_flow_reason,
+            "glue": self.glue.name,
+            "glue_reason": self.glue_reason,
+        }
 
     def workspace(self, batch: int, cameras: int, text: int, masked: bool) -> Workspace:
         """The buffers of one shape, made or found."""

@@ -20,16 +20,19 @@ from qlibero.policies.pi05.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
+from qlibero.policies.pi05.policy import require_match
 from qlibero.policies.pi05.profiles import PROFILES
-from qlibero.policies.pi05.statistics import load_statistics
+from qlibero.policies.pi05.statistics import load_statistics, normalization
+from qlibero.policies.pi05.tokenizer import load_tokenizer
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """A JSON-ready report on a checkpoint directory.
 
-    Keys: path, kind, ok, problems (list of sentences, empty when ok), notes, parameters, tensors, dtypes,
-    architecture, missing, extra, misshapen, non_finite (lists of names), statistics ({"state": {"mode",
-    "dimensions"}, …} or None), profile ({"guess", "proven", "why", "means"}), sha256 ({file: digest}).
+    Keys: path, kind, ok, problems (list of sentences, empty when ok), conditions (what a config has to say so that
+    it loads; empty when nothing), notes, parameters, tensors, dtypes, architecture, missing, extra, misshapen,
+    non_finite (lists of names), statistics ({"state": {"mode", "why", "dimensions"}, …} or None), profile ({"guess",
+    "proven", "why", "means"}), sha256 ({file: digest}).
 
     Raises `UserError` only when there is no checkpoint to speak of (no directory, no readable safetensors).
     """
@@ -39,17 +42,29 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     problems = list(table.problems)
     if non_finite:
         problems.append(f"{len(non_finite)} tensors hold NaN or infinity: {', '.join(non_finite[:8])}")
-    statistics = None
+    statistics, conditions = None, []
     try:
+        why = {name: reason for name, (_, reason) in normalization(checkpoint).items()}
         statistics = {
-            name: {"mode": s.mode, "dimensions": len(s.low)}
+            name: {"mode": s.mode, "why": why[name], "dimensions": len(s.low)}
             for name, s in load_statistics(checkpoint).items()
         }
     except UserError as error:
         problems.append(str(error))
+    if checkpoint.profile is None:
+        conditions.append(f"profile: {checkpoint.guess}   (likely, not proven by the files; see docs/checkpoints.md)")
+    tokenizer = checkpoint.path / "tokenizer.json"
+    if checkpoint.kind != "qlibero" and not tokenizer.exists():
+        conditions.append("tokenizer: PATH   (of paligemma_tokenizer.model or a tokenizer.json; the directory has none)")
+    else:
+        try:
+            require_match(checkpoint.config, PROFILES[checkpoint.guess], load_tokenizer(tokenizer))
+        except UserError as error:
+            problems.append(str(error))
     shapes = checkpoint.shapes
     return {
-        "path": str(checkpoint.path), "kind": checkpoint.kind, "ok": not problems, "problems": problems, "notes": table.notes,
+        "path": str(checkpoint.path), "kind": checkpoint.kind, "ok": not problems, "problems": problems,
+        "conditions": conditions, "notes": table.notes,
         "parameters": sum(torch.Size(shapes[source]).numel() for source in table.source.values()), "tensors": len(shapes),
         "dtypes": dict(Counter(checkpoint.dtypes.values())), "architecture": checkpoint.config.to_dict(),
         "missing": table.missing, "extra": table.extra, "misshapen": table.misshapen, "non_finite": non_finite,

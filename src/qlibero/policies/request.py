@@ -1,0 +1,58 @@
+"""From the keys of a client's request to an observation and its noise; what cannot be computed is refused here.
+
+Requests of several clients share a batch. Whatever is wrong with one of them must come to light before it
+stands beside the others, and the answer must name the key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qlibero.policies.base import Observation
+
+IMAGES = ("observation/image", "observation/wrist_image")
+STATE, PROMPT = "observation/state", "prompt"
+
+
+def read_observation(request: Any) -> Observation:
+    """An observation from openpi's LIBERO keys. Images are square, (S, S, 3) or (3, S, S), uint8 or float 0…1, as
+    openpi allows; the state is 8 finite numbers. `ValueError` names the key."""
+    keys = (*IMAGES, STATE, PROMPT)
+    missing = [key for key in keys if not isinstance(request, dict) or key not in request]
+    if missing:
+        raise ValueError(f"the request lacks {', '.join(missing)}")
+    if not isinstance(request[PROMPT], str):
+        raise ValueError(f"{PROMPT} is {type(request[PROMPT]).__name__}, expected text")
+    state = _finite(request[STATE], STATE, (8,))
+    return Observation(*(_image(request[key], key) for key in IMAGES), state, request[PROMPT])
+
+
+def read_noise(request: dict[str, Any], shape: tuple[int, int]) -> np.ndarray | None:
+    """The request's own flow noise, float32 of `shape`; None when it brings none."""
+    return None if request.get("noise") is None else _finite(request["noise"], "noise", shape)
+
+
+def _finite(value: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    numbers = np.asarray(value, np.float32)
+    if numbers.shape != shape:
+        raise ValueError(f"{key} has shape {numbers.shape}, this policy takes {shape}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{key} holds NaN or infinity")
+    return numbers
+
+
+def _image(value: Any, key: str) -> np.ndarray:
+    image = np.asarray(value)
+    if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
+        image = image.transpose(1, 2, 0)
+    if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1] or image.size == 0:
+        raise ValueError(f"{key} has shape {np.shape(value)}, expected (S, S, 3)")
+    if np.issubdtype(image.dtype, np.floating):
+        if not ((image >= 0) & (image <= 1)).all():
+            raise ValueError(f"{key} is {image.dtype} with values outside 0…1")
+        image = (255 * image).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"{key} is {image.dtype}, expected uint8, or float in 0…1")
+    return np.ascontiguousarray(image)
