@@ -104,7 +104,8 @@ def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
     artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, ARTIFACTS, say)]}
-    found = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
+    layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
+    found = [layer for layer in layers if layer.shape.activation_bits < 16]
     if not found:
         raise UserError(f"{experiment.name}: no arm has integer activations, so nothing is asked of a kernel")
     return list(dict.fromkeys(found))

@@ -101,7 +101,7 @@ def calibrate(
                 else nn.Parameter(linear.bias.detach() * rows.to(linear.bias)),
             }
             _, stored = quantize_linear(
-                linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features), spec
+                linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features).to(linear.weight.device), spec
             )
             return on_disk(stored, choice)
 
@@ -159,7 +159,8 @@ def _quantize_group(
     sample = seen.sample if seen is not None else None
     before = outlier_ratio(sample) if seen is not None else None
     after = outlier_ratio(transform.forward(sample)) if seen is not None else None
-    shared = InputTransform(transform, next(iter(linears.values())).in_features)
+    any_linear = next(iter(linears.values()))
+    shared = InputTransform(transform, any_linear.in_features).to(any_linear.weight.device)
     records = []
     for choice in choices:
         linear = linears[choice.name]
