@@ -82,8 +82,8 @@ class ServerSettings:
         loopback = all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
         if self.token is None and not loopback:
             raise UserError(
-                f"serving on {self.host or 'every interface'} lets anybody who reaches it use the policy: give a token (--token-env), or "
-                "listen on 127.0.0.1 (and tunnel)"
+                f"serving on {self.host or 'every interface'} lets anybody who reaches it use the policy: give a "
+                "token (--token-env), or listen on 127.0.0.1 (and tunnel)"
             )
         family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as probe:
