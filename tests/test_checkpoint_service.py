@@ -338,6 +338,8 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ({"host": "192.0.2.1", "token": "t"}, "no address of this machine"),
         ({"host": "0.0.0.0"}, "give a token"),
+        ({"host": ""}, "give a token"),
+        ({"host": "::"}, "give a token"),
         ({"ready_file": "/nowhere/ready.json"}, "--ready-file"),
     ],
     ids=str,

@@ -69,17 +69,23 @@ class ServerSettings:
         """
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port {self.port}: ports are 1 to 65535, and 0 takes a free one")
-        if self.ready_file is not None and not os.access(self.ready_file.parent, os.W_OK):
-            raise UserError(f"--ready-file {self.ready_file}: {self.ready_file.parent} is no directory to write in")
+        folder = self.ready_file.parent if self.ready_file is not None else None
+        if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UserError(f"--ready-file {self.ready_file}: {folder} is no directory to write in")
         try:
-            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            # as asyncio resolves it: an empty host is every interface, a name may be several addresses
+            found = socket.getaddrinfo(
+                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
         except OSError:
             raise UserError(f"--host {self.host}: no such host is known here; 127.0.0.1 is this machine") from None
-        if self.token is None and not ipaddress.ip_address(address[0]).is_loopback:
+        loopback = all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+        if self.token is None and not loopback:
             raise UserError(
-                f"serving on {self.host} lets anybody who reaches it use the policy: give a token (--token-env), or "
-                "listen on 127.0.0.1 (and tunnel)"
+                f"serving on {self.host or 'every interface'} lets anybody who reaches it use the policy: give a "
+                "token (--token-env), or listen on 127.0.0.1 (and tunnel)"
             )
+        family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -90,7 +96,9 @@ class ServerSettings:
     def cannot_listen(self, error: OSError) -> QliberoError:
         """The system's refusal, as an error with its cure."""
         if error.errno == errno.EADDRNOTAVAIL:
-            return UserError(f"--host {self.host}: this is no address of this machine; 127.0.0.1 is, and 0.0.0.0 is all")
+            return UserError(
+                f"--host {self.host}: this is no address of this machine; 127.0.0.1 is one, and 0.0.0.0 is all of them"
+            )
         return WorkFailed(
             f"cannot listen on {self.host}:{self.port}: {os.strerror(error.errno or 0)}; choose another --port (0 takes a "
             "free one)"

@@ -71,7 +71,9 @@ def _cpu_flow(model: Pi05Model, modulations: list) -> tuple[CpuFlow | None, str]
     except ImportError as error:  # the same in torch, slower
         return None, f"numba cannot be imported: {error}"
     unfit = CpuFlow.unfit(model)
-    return (None, unfit) if unfit else (CpuFlow.of(model, modulations), "float32 on a CPU, the whole expert in full precision")
+    if unfit:
+        return None, unfit
+    return CpuFlow.of(model, modulations), "float32 on a CPU, the whole expert in full precision"
 
 
 class Sampler:

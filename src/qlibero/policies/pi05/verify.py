@@ -52,10 +52,14 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     except UserError as error:
         problems.append(str(error))
     if checkpoint.profile is None:
-        conditions.append(f"profile: {checkpoint.guess}   (likely, not proven by the files; see docs/checkpoints.md)")
+        conditions.append(
+            f"profile: {checkpoint.guess}   (likely, not proven by the files; see docs/checkpoints.md)"
+        )
     tokenizer = checkpoint.path / "tokenizer.json"
     if checkpoint.kind != "qlibero" and not tokenizer.exists():
-        conditions.append("tokenizer: PATH   (of paligemma_tokenizer.model or a tokenizer.json; the directory has none)")
+        conditions.append(
+            "tokenizer: PATH   (of paligemma_tokenizer.model or a tokenizer.json; the directory has none)"
+        )
     else:
         try:
             require_match(checkpoint.config, PROFILES[checkpoint.guess], load_tokenizer(tokenizer))
