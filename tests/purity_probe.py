@@ -1,7 +1,7 @@
 """Run by test_purity in processes of its own: `purity_probe.py SUITE/TASK …` prints one JSON line a task.
 
 Per task: digests of every reset in a sequence that visits one episode twice with other seeds, other initial states, fresh
-placements and steps between; and whether LIBERO's own recompiling reset gives the same bits.
+placements and steps between; and whether LIBERO's own recompiling reset and step give the same bits.
 """
 
 from __future__ import annotations
@@ -37,14 +37,19 @@ def probe(suite: str, task: int, visits=VISITS) -> dict:
                 "fingerprint": scene.fingerprint(),
             }
         )
-        ours = physics(scene.env)
+        ours = [physics(scene.env)]
         for action in rough_actions(4, seed):
             scene.step(action)
+            ours.append(physics(scene.env))
     scene.close()
     init, seed = visits[-1]
     stock = StockEpisodes(suite, task, render=False)
     stock.reset_pure(init, seed)
-    equal = bool(np.array_equal(physics(stock.control.env), ours))
+    theirs = [physics(stock.control.env)]
+    for action in rough_actions(4, seed):
+        stock.control.step(action)
+        theirs.append(physics(stock.control.env))
+    equal = bool(np.array_equal(theirs, ours))
     stock.close()
     return {"suite": suite, "task": task, "seen": seen, "equals_stock": equal}
 
