@@ -16,6 +16,8 @@ from qlibero.results.ledger import read_ledger
 from qlibero.results.statistics import wilson
 from qlibero.results.summary import percentiles, policy_calls_ms
 
+LAYOUTS = ("llm", "llm+expert_mlp", "llm+expert")
+
 
 def success(runs: Iterable[Path]) -> list[list[str]]:
     """Per suite: successes of episodes, Wilson interval, every task, latency of a policy call."""
@@ -42,9 +44,9 @@ def success(runs: Iterable[Path]) -> list[list[str]]:
 
 def quantization(run: Path) -> list[list[str]]:
     """Per arm against the reference: success, flips, Δ with its interval, McNemar, time to success, jerk."""
-    document = compare_runs([run])
+    arms = compare_runs([run])["arms"]
     rows = []
-    for name, arm in document["arms"].items():
+    for name, arm in sorted(arms.items(), key=lambda item: (not item[1]["control"], LAYOUTS.index(layout(item[0])))):
         summary, quality = arm["summary"], arm["quality"]
         rows.append(
             [
@@ -61,6 +63,11 @@ def quantization(run: Path) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def layout(arm: str) -> str:
+    """The layout in an arm's name, "precision[-method][-layout]"; `llm` where none is named."""
+    return next((name for name in LAYOUTS if arm.endswith(f"-{name}")), "llm")
 
 
 def changed(measure: dict | None, digits: int) -> str:
