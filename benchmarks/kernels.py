@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                          the stopwatch, on the GPU if there is one
     python benchmarks/kernels.py --court --prologue       first the court on every pi0.5 layer, and the fused prologue
     python benchmarks/kernels.py --tune 60                and 60 seconds of trying other tiles (says, changes nothing)
+    python benchmarks/kernels.py --no-stopwatch --prologue --glue    only the parts that are named
 
 Needs torch and triton, nothing else. Results as Markdown on the way, as JSON in --out and, shortened, in the last line.
 """
@@ -46,13 +47,14 @@ def judge(layers: list[Layer], backends: list[str]) -> dict[str, Any]:
     return verdicts
 
 
-def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
+def try_prologue(repeats: int = 50, sweep: bool = False) -> list[dict[str, Any]]:
     """The fused transform and quantizer against torch's, its repeatability, and both times."""
     from qlibero.kernels import triton_prologue
     from qlibero.kernels.contract import quantize_activations
 
     rows = []
-    for k, block in ((1024, 64), (2048, 64), (4096, 64), (16384, 64), (2048, 128)):
+    for k, block, dtype in ((1024, 64, torch.bfloat16), (2048, 64, torch.bfloat16), (4096, 64, torch.bfloat16), (16384, 64, torch.bfloat16),
+                            (2048, 128, torch.bfloat16), (2048, 64, torch.float32)):  # fmt: skip
         rotations = [torch.linalg.qr(torch.randn(k // block, block, block))[0].bfloat16().cuda() for _ in range(2)]
         order = torch.randperm(k).int().cuda()
         prologue = triton_prologue.Prologue({"first": rotations[0], "order": order, "second": rotations[1]}, k)
@@ -61,8 +63,8 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
         def rotate(x, blocks, k=k, block=block):
             return torch.bmm(x.view(-1, k // block, block).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, k)
 
-        for m in (1, 10, 50, 128, 542, 968):
-            x = (torch.randn(m, k) * torch.exp(torch.randn(k))).bfloat16().cuda()
+        for m in (1, 10, 16, 32, 50, 64, 80, 128, 542, 968):
+            x = (torch.randn(m, k) * torch.exp(torch.randn(k))).to(dtype).cuda()
 
             def plain(x=x, first=first, order=order, second=second):
                 return quantize_activations(rotate(rotate(x.float(), first).index_select(1, order), second))
@@ -72,17 +74,78 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
             same = all(torch.equal(codes, again[0]) and torch.equal(scales, again[1]) for again in (prologue(x) for _ in range(repeats)))
             difference = (codes.int() - expected.int()).abs()
             row = {
-                "k": k, "block": block, "tokens": m, "repeats_identical": same,
+                "k": k, "block": block, "input": str(dtype)[6:], "tokens": m, "repeats_identical": same,
                 "scale_error": float(((scales - s_x).abs() / s_x).max()), "largest_code_difference": int(difference.max()),
-                "codes_different": float((difference > 0).float().mean()),
-                "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6, "torch_us": graph_seconds([plain] * 20) * 1e6,
+                "codes_different_per_million": float((difference > 0).double().mean()) * 1e6,
+                "torch_us": graph_seconds([plain] * 20) * 1e6, "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6,
             }  # fmt: skip
-            if m > triton_prologue.FEW_TOKENS:
-                triton_prologue.PRECISION = "tf32x3"
-                row["tf32x3_us"] = graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6
-                triton_prologue.PRECISION = "ieee"
+            if sweep and block == 64 and dtype == torch.bfloat16:
+                row |= sweep_prologue(triton_prologue, prologue, x, m)
             rows.append(row)
             say("prologue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+def sweep_prologue(module: Any, prologue: Any, x: torch.Tensor, m: int) -> dict[str, float]:
+    """µs of one call under other launch shapes."""
+    few = [{"FEW_ROWS": rows, "FEW_TOKENS": 64} for rows in (1, 2, 4)] if m <= 64 else []
+    many = [{"MANY_ROWS": rows, "MANY_WARPS": warps, "RECOMPUTE": recompute, "FEW_TOKENS": 0}
+            for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)) for recompute in (True, False) if m >= 16]  # fmt: skip
+    found = {}
+    import prologue_transposed
+
+    if m >= 16:
+        prologue_transposed.FEW_TOKENS = 0
+        other = prologue_transposed.Prologue.__new__(prologue_transposed.Prologue)
+        other.__dict__ = prologue.__dict__
+        for rows, warps in ((32, 4), (64, 4), (128, 4)):
+            for recompute in (True, False):
+                prologue_transposed.MANY_ROWS, prologue_transposed.MANY_WARPS, prologue_transposed.RECOMPUTE = rows, warps, recompute
+                found[f"T{rows}/{warps}/{recompute}"] = round(graph_seconds([lambda: other(x)] * 20) * 1e6, 1)
+    for setting in few + many:
+        before = {name: getattr(module, name) for name in setting}
+        for name, value in setting.items():
+            setattr(module, name, value)
+        label = "few" if "FEW_ROWS" in setting else "many"
+        label += "/".join(str(value) for name, value in setting.items() if name != "FEW_TOKENS")
+        try:
+            found[label] = round(graph_seconds([lambda: prologue(x)] * 20) * 1e6, 1)
+        except Exception as error:
+            say(f"prologue: {label}: {type(error).__name__}: {str(error)[:100]}")
+        for name, value in before.items():
+            setattr(module, name, value)
+    return found
+
+
+def time_glue() -> list[dict[str, Any]]:
+    """What lies between the products of a flow step (10 tokens) of full-size pi0.5: fused, and in torch."""
+    from qlibero.policies.pi05.glue import TorchGlue
+    from qlibero.policies.pi05.triton_glue import TritonGlue
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    rows = []
+    for batch, keys in ((1, 298), (1, 554), (1, 810), (8, 554)):
+        h, delta, gate = random(batch, 10, 1024), random(batch, 10, 1024), random(1, 1, 1024)
+        scale, shift = random(1, 1, 1024, dtype=torch.float32), random(1, 1, 1024, dtype=torch.float32)
+        joined, cos, sin, mlp = random(batch, 10, 2560), random(batch, 10, 1, 256), random(batch, 10, 1, 256), random(batch, 10, 8192)
+        q, k, v, mask = random(batch, 10, 8, 256), random(batch, keys, 256), random(batch, keys, 256), torch.zeros_like(random(batch, 1, keys))
+        calls = {
+            "residual_norm": lambda glue: glue.residual_norm(h, delta, gate, scale, shift),
+            "rotate_split": lambda glue: glue.rotate_split(joined, cos, sin, k[:, -10:], v[:, -10:]),
+            "attend_few": lambda glue: glue.attend_few(q, k, v, mask),
+            "gelu_gate": lambda glue: glue.gelu_gate(*mlp.chunk(2, -1)),
+        }  # fmt: skip
+        for name, call in calls.items():
+            expected, found = (call(glue) for glue in (TorchGlue(), TritonGlue()))
+            expected, found = (y[1] if isinstance(y, tuple) else y for y in (expected, found))
+            rows.append({
+                "batch": batch, "keys": keys, "function": name,
+                "worst": float((expected.float() - found.float()).abs().max() / expected.float().abs().max()),
+                **{f"{glue.name}_us": graph_seconds([lambda g=glue, c=call: c(g)] * 20) * 1e6 for glue in (TorchGlue(), TritonGlue())},
+            })  # fmt: skip
+            say("glue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()))
     return rows
 
 
@@ -125,6 +188,9 @@ def main() -> None:
     parser.add_argument("--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here")
     parser.add_argument("--court", action="store_true", help="try every layer first")
     parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
+    parser.add_argument("--sweep", action="store_true", help="with --prologue: under other launch shapes too (says, changes nothing)")
+    parser.add_argument("--glue", action="store_true", help="CUDA: what lies between the products of a flow step")
+    parser.add_argument("--no-stopwatch", action="store_true", help="leave the products' times out")
     parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="CUDA: try other tiles that long")
     parser.add_argument("--out", type=Path, default=None, help="where the whole JSON goes")
     args = parser.parse_args()
@@ -164,12 +230,15 @@ def main() -> None:
 
     if args.court:
         stage("court", lambda: judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])))
-    stage("stopwatch", stopwatch)
+    if not args.no_stopwatch:
+        stage("stopwatch", stopwatch)
     if args.prologue and cuda:
-        stage("prologue", try_prologue)
+        stage("prologue", lambda: try_prologue(sweep=args.sweep))
+    if args.glue and cuda:
+        stage("glue", time_glue)
     if args.tune and cuda:
         stage("tune", lambda: tune(args.tune))
-    short = {key: value for key, value in result.items() if key not in ("stopwatch", "court", "prologue", "tune")}
+    short = {key: value for key, value in result.items() if key not in ("stopwatch", "court", "prologue", "glue", "tune")}
     short["failed"] = [key for key, value in result.items() if isinstance(value, dict) and "failed" in value]
     if args.court and "court" not in short["failed"]:
         short["verdicts"] = {name: sorted({v["verdict"] for v in found}) for name, found in result["court"].items()}

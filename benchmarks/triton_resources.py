@@ -60,18 +60,22 @@ def cases() -> Iterator[Case]:
                dict(HAS_BIAS=True, BLOCK=1024), ("partial_ptr", "sw_ptr", "out_ptr", "N"), contract=False)  # fmt: skip
     floats = dict(x_ptr="*bf16", scale_ptr="*fp32", first_ptr="*bf16", order_ptr="*i32", inverse_ptr="*i32", second_ptr="*bf16",
                   y_ptr="*fp32", z_ptr="*fp32", peak_ptr="*i32", arrived_ptr="*i32", codes_ptr="*i8", s_ptr="*fp32", M="i32", K="i32",
-                  STRIDE="i32", STRIDE_M="i32", STRIDE_K="i32", WIDTH="i32", clip="fp32", limit="fp32")  # fmt: skip
-    aligned = tuple(name for name, kind in floats.items() if kind.startswith("*")) + ("K", "STRIDE", "WIDTH")
+                  STRIDE="i32", STRIDE_M="i32", STRIDE_K="i32", clip="fp32", limit="fp32")  # fmt: skip
+    aligned = tuple(name for name, kind in floats.items() if kind.startswith("*")) + ("K", "STRIDE", "STRIDE_K")
     flags = dict(HAS_SCALE=False, HAS_FIRST=True, FIRST_SHARED=False, HAS_ORDER=True, HAS_SECOND=True, SECOND_SHARED=False)
     for width in (2048, 16384):
         yield Case(f"plain {width}", triton_prologue.plain_kernel, floats, flags | dict(WIDTH=width, HAS_ORDER=False), aligned,
                    4 if width <= 4096 else 8)  # fmt: skip
     for block in (64, 128):
-        yield Case(f"few B={block}", triton_prologue.few_kernel, floats, flags | dict(B=block, CHUNK=1024), aligned, 4 if block <= 64 else 8)
-        many = flags | dict(B=block, BM=triton_prologue.ROWS, DEPTH=triton_prologue.DEPTH, PRECISION=triton_prologue.PRECISION)
-        yield Case(f"first B={block}", triton_prologue.first_kernel, floats, many, aligned)
-        yield Case(f"second B={block}", triton_prologue.second_kernel, floats, many, aligned)
-    yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024), aligned)
+        warps = 4 if block <= 64 else 8
+        yield Case(f"few B={block}", triton_prologue.few_kernel, floats, flags | dict(ROWS=triton_prologue.FEW_ROWS, B=block, CHUNK=2048),
+                   aligned, warps)  # fmt: skip
+        many = flags | dict(BM=triton_prologue.MANY_ROWS, B=block, DEPTH=4096 // block, STRIDE_M=1, WHOLE=True, STORE=False)
+        for name, dtype in (("first", "*bf16"), ("first of fp32", "*fp32")):
+            yield Case(f"{name} B={block}", triton_prologue.first_kernel, floats | {"x_ptr": dtype}, many, aligned, warps, contract=False)
+        for name, quantize in (("maxima", False), ("codes", True)):
+            yield Case(f"{name} B={block}", triton_prologue.second_kernel, floats, many | dict(QUANTIZE=quantize), aligned, warps,
+                       contract=False)  # fmt: skip
 
 
 def compile_case(case: Case, sm: int) -> dict[str, Any]:

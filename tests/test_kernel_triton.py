@@ -102,7 +102,7 @@ def test_without_the_interpreter_it_never_offers_itself_to_a_cpu():
 
 # ------------------------------------------------------------------------------------------------------ prologue
 def orthogonal(blocks, size):
-    return torch.linalg.qr(torch.randn(blocks, size, size))[0].contiguous()
+    return torch.linalg.qr(torch.randn(blocks, size, size))[0].bfloat16()
 
 
 def factors(k, block, kinds):
@@ -126,20 +126,50 @@ def test_without_rotations_it_is_the_contract_bit_for_bit(m, k, kinds):
         assert torch.equal(codes, expected) and torch.equal(scales, s_x)
 
 
+def assert_the_transform(prologue, made, x, bits=8, clip=1.0):
+    """Scales to 2^-20 of torch's fp32 code, codes equal but for values on the edge of a step, and the same every time."""
+    codes, scales = prologue(x, bits, clip)
+    again = prologue(x, bits, clip)  # finds what the first call left in the workspace
+    assert torch.equal(codes, again[0]) and torch.equal(scales, again[1])
+    y = Transform(**made).forward(x.float())
+    expected, s_x = quantize_activations(y, bits, clip)
+    assert torch.allclose(scales, s_x, rtol=2**-20, atol=0)
+    apart = codes != expected
+    steps = y / s_x[:, None]
+    assert (codes.int() - expected.int()).abs().max() <= 1
+    assert ((steps - steps.floor() - 0.5).abs()[apart] < 2**-20 * 128).all()
+
+
 @pytest.mark.parametrize("m", [3, triton_prologue.FEW_TOKENS + 1], ids=["few", "many"])
-@pytest.mark.parametrize("kinds", ["sfor", "f", "For", "or", "R", "sF", "fo"])
-def test_rotations_are_the_transform_to_float_error_and_rounding_follows_the_contract(m, kinds):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kinds", ["sfor", "f", "For", "or", "R", "sF", "fo", "sr"])
+def test_rotations_are_the_transform_to_float_error_and_rounding_follows_the_contract(m, dtype, kinds):
     torch.manual_seed(0)
-    k, made = 32, factors(32, 16, kinds)
-    x = torch.randn(m, k) * torch.exp(torch.randn(k))
+    made = factors(32, 16, kinds)
+    x = (torch.randn(m, 32) * torch.exp(torch.randn(32))).to(dtype)
     x[1] = 0
+    assert_the_transform(triton_prologue.Prologue(made, 32), made, x, 8, 0.9)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("m", [1, 5, 130], ids=str)
+def test_every_block_size_and_ragged_tokens(block, m):
+    torch.manual_seed(block)
+    k, made = 3 * block, factors(3 * block, block, "for")
+    x = torch.randn(m, k) * torch.exp(3 * torch.randn(k))
     prologue = triton_prologue.Prologue(made, k)
-    for _ in range(2):  # the second call finds what the first left in the workspace
-        codes, scales = prologue(x, 8, 0.9)
-    expected, s_x = quantize_activations(Transform(**made).forward(x), 8, 0.9)
-    assert torch.allclose(scales, s_x, rtol=1e-6)
-    difference = (codes.int() - expected.int()).abs()
-    assert difference.max() <= 1 and difference.count_nonzero() <= 2  # a value may sit on the edge of a step
+    assert_the_transform(prologue, made, x)
+    assert_the_transform(prologue, made, x.bfloat16())
+
+
+def test_three_bfloat16_pieces_are_an_fp32_number():
+    """Two would leave 2^-17: rotating by the identity must give fp32 numbers back, bit for bit."""
+    torch.manual_seed(0)
+    m, k = triton_prologue.FEW_TOKENS + 1, 32
+    x = torch.randn(m, k) * torch.exp(4 * torch.randn(m, k))
+    codes, scales = triton_prologue.Prologue({"second": torch.eye(16).bfloat16()[None]}, k)(x)
+    expected, s_x = quantize_activations(x)
+    assert torch.equal(codes, expected) and torch.equal(scales, s_x)
 
 
 @pytest.mark.parametrize("m", [2, triton_prologue.FEW_TOKENS + 1], ids=["few", "many"])
@@ -156,10 +186,14 @@ def test_a_non_finite_row_cannot_pass_unnoticed(m, bad):
 
 
 def test_blocks_that_do_not_suit_are_left_to_torch():
-    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 24, 24)})
-    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 256, 256)})
-    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 64, 64), "second": torch.zeros(4, 32, 32)})
-    assert triton_prologue.Prologue.unfit({"first": torch.zeros(2, 64, 64), "order": torch.zeros(128)}) is None
+    def blocks(size):
+        return torch.zeros(2, size, size, dtype=torch.bfloat16)
+
+    assert triton_prologue.Prologue.unfit({"first": blocks(24)})
+    assert triton_prologue.Prologue.unfit({"first": blocks(256)})
+    assert triton_prologue.Prologue.unfit({"first": blocks(64), "second": blocks(32)})
+    assert triton_prologue.Prologue.unfit({"first": blocks(64).float()})
+    assert triton_prologue.Prologue.unfit({"first": blocks(64), "order": torch.zeros(128)}) is None
 
 
 def test_a_settled_transform_counts_what_it_keeps_and_keeps_nothing_twice(monkeypatch):

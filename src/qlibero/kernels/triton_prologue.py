@@ -5,18 +5,26 @@ group of linears and each launch costs as much as a small product. One computati
 included, so that codes are equal because they are the same. Three ways, by what there is to do:
 
 * no rotation: one program per row, one launch. Bit for bit what `contract.quantize_activations` gives.
-* few tokens (an expert's 10): one launch. A program computes one block of one row. Every rotated channel is needed by
-  exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing is
-  computed twice. The program that finishes a row last quantizes it.
-* many tokens: a product per rotation, then the quantizer; three launches, each parallel over rows and blocks. The
-  first product is stored transposed, so that the permutation reads whole runs of tokens.
+* few tokens (an expert's 10): one launch. A program computes one block of a few rows. Every rotated channel is needed
+  by exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing is
+  computed twice. The program that finishes a group of rows last quantizes them.
+* many tokens: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
+  permutation reads whole runs of tokens. The second is computed twice, once for the row maxima and once for the codes:
+  bytes are the cost here, not products, and what is not stored need not be read back.
 
-Rotations are fp32 products without TF32. A non-finite row gets an infinite scale, hence non-finite outputs: it cannot
-pass unnoticed, and nobody waits for the GPU to find out.
+Rotations are fp32-grade. The stored blocks are bfloat16, so with many tokens they run on tensor cores: a bfloat16 input
+as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of bfloat16
+are exact in fp32; what remains is the order of the sums and that tensor cores cut aligned terms off where fp32 additions
+would round: some 2^-22 of a row's largest value, a 30,000th of an int8 step. Neither depends on anything but the
+shapes, so codes repeat from run to run. With few tokens rotations are plain fp32 multiply-adds.
+
+A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pass unnoticed, and nobody waits for the GPU
+to find out.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -27,12 +35,14 @@ from torch import Tensor
 from qlibero.kernels.contract import EPS, activation_limit
 
 FEW_TOKENS = 64  # up to here a row is cheap enough to be done block by block, without sharing a block's rotation
-ROWS = 32  # tokens of one program when there are many
-DEPTH = 32  # channels of a rotation taken in at a time: whole blocks of 128 would not fit in registers
-PRECISION = "ieee"  # fp32 multiply-adds; "tf32x3" would use tensor cores, to some 21 bits
+FEW_ROWS = 2  # tokens of one program when there are few
+MANY_ROWS = 64  # tokens of one program when there are many
+MANY_WARPS = 4
+RECOMPUTE = True
 
 _EPS = tl.constexpr(EPS)
 _ROUND = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds |v| < 2^22 to integers, half to even
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -73,14 +83,15 @@ def plain_kernel(
     tl.store(s_ptr + m, s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def few_kernel(
-    x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, K, clip, limit,
+    x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, M, K, clip, limit,
     HAS_SCALE: tl.constexpr, HAS_FIRST: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
-    m = tl.program_id(0).to(tl.int64)
+    """Grid: (M / ROWS, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
+    # Rows beyond the edge do the last row once more: cheaper than masks.
+    rm = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1).to(tl.int64)
     g = tl.program_id(1)
     i = tl.arange(0, B)
     j = tl.arange(0, B)
@@ -88,94 +99,134 @@ def few_kernel(
     source = place
     if HAS_ORDER:
         source = tl.load(order_ptr + place)
-    if HAS_FIRST:
-        channel = (source // B * B)[:, None] + j[None, :]  # the input block that each gathered channel is made of
-        x = tl.load(x_ptr + m * K + channel).to(tl.float32)
-        if HAS_SCALE:
-            x = x * tl.load(scale_ptr + channel)
-        row = source % B if FIRST_SHARED else place
-        y = tl.sum(x * tl.load(first_ptr + row[:, None] * B + j[None, :]), axis=1)
-    else:
-        y = tl.load(x_ptr + m * K + source).to(tl.float32)
-        if HAS_SCALE:
-            y = y * tl.load(scale_ptr + source)
-    if HAS_SECOND:
+    if HAS_SECOND:  # asked for before the first rotation is waited for
         block = 0 if SECOND_SHARED else g * B * B
-        y = tl.sum(y[:, None] * tl.load(second_ptr + block + i[:, None] * B + j[None, :]), axis=0)
-    tl.store(y_ptr + m * K + g * B + j, y)
-    tl.atomic_max(peak_ptr + m, _peak(y, 0).to(tl.int32, bitcast=True))  # bits of non-negative floats order as integers
+        second = tl.load(second_ptr + block + i[:, None] * B + j[None, :])
+    if HAS_FIRST:
+        row = source % B if FIRST_SHARED else place
+        first = tl.load(first_ptr + row[:, None] * B + j[None, :]).to(tl.float32)
+        channel = (source // B * B)[:, None] + j[None, :]  # the input block that each gathered channel is made of
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + channel)
+        x = tl.load(x_ptr + rm[:, None, None] * K + channel[None, :, :]).to(tl.float32)
+        if HAS_SCALE:
+            x = x * scale[None, :, :]
+        y = tl.sum(x * first[None, :, :], axis=2)
+    else:
+        y = tl.load(x_ptr + rm[:, None] * K + source[None, :]).to(tl.float32)
+        if HAS_SCALE:
+            y = y * tl.load(scale_ptr + source)[None, :]
+    if HAS_SECOND:
+        y = tl.sum(y[:, :, None] * second.to(tl.float32)[None, :, :], axis=1)
+    tl.store(y_ptr + rm[:, None] * K + (g * B + j)[None, :], y)
+    # Bits of non-negative floats order as integers. Relaxed: the arrival below orders it before the last program's look.
+    tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
     tl.debug_barrier()  # the whole block is stored before its arrival is announced
-    if tl.atomic_add(arrived_ptr + m, 1) == tl.num_programs(1) - 1:
-        s = _scale(tl.atomic_xchg(peak_ptr + m, 0).to(tl.float32, bitcast=True), clip, limit)
-        tl.atomic_xchg(arrived_ptr + m, 0)
+    if tl.atomic_add(arrived_ptr + tl.program_id(0), 1) == tl.num_programs(1) - 1:
+        s = _scale(tl.load(peak_ptr + rm, cache_modifier=".cg").to(tl.float32, bitcast=True), clip, limit)
         for start in range(0, K, CHUNK):
-            k = start + tl.arange(0, CHUNK)
-            done = tl.load(y_ptr + m * K + k, mask=k < K, other=0.0, cache_modifier=".cg")
-            tl.store(codes_ptr + m * K + k, _codes(done, s, limit), mask=k < K)
-        tl.store(s_ptr + m, s)
+            k = (start + tl.arange(0, CHUNK))[None, :]
+            done = tl.load(y_ptr + rm[:, None] * K + k, mask=k < K, other=0.0, cache_modifier=".cg")
+            tl.store(codes_ptr + rm[:, None] * K + k, _codes(done, s[:, None], limit), mask=k < K)
+        tl.store(s_ptr + rm, s)
+        tl.debug_barrier()  # every thread has read the maxima before they are wiped
+        tl.store(peak_ptr + rm, tl.zeros((ROWS,), tl.int32))
+        tl.store(arrived_ptr + tl.program_id(0), 0)
+
+
+@triton.jit
+def _product(z, rotation, y):
+    """z · rotation + y of bfloat16 operands; under the interpreter, whose numpy has no bfloat16, of the same numbers."""
+    if _INTERPRETED:
+        return tl.dot(z.to(tl.float32), rotation.to(tl.float32), y)
+    return tl.dot(z, rotation, y)
+
+
+@triton.jit
+def _rotate(z, rotation, y):
+    """z (m, i) · rotation (i, j) + y → fp32 (m, j)."""
+    if z.dtype == tl.bfloat16:
+        return _product(z, rotation, y)
+    z = z.to(tl.float32)
+    high = z.to(tl.bfloat16)
+    rest = z - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return _product(high, rotation, _product(middle, rotation, _product(low, rotation, y)))  # small to large
 
 
 @triton.jit(do_not_specialize=["M"])
 def first_kernel(
-    x_ptr, scale_ptr, first_ptr, inverse_ptr, y_ptr, peak_ptr, M, K, STRIDE, WIDTH,
+    x_ptr, scale_ptr, first_ptr, inverse_ptr, z_ptr, peak_ptr, M, K, STRIDE,
     HAS_SCALE: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """First rotation of many tokens, stored transposed: y (K, STRIDE). Also zeroes `peak` for the second.
-
-    WIDTH is B again, as a run-time number: a loop of known length is unrolled whole, and blocks of 128 then spill.
-    """
+    """First rotation of many tokens, stored transposed: z (K, STRIDE), whole tiles. Also zeroes `peak` for the second."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
-    i = tl.arange(0, B)
-    if FIRST_SHARED:
-        row = i
-    elif HAS_ORDER:
-        row = tl.load(inverse_ptr + g * B + i)
-    else:
-        row = g * B + i
-    y = tl.zeros((BM, B), tl.float32)
-    for start in range(0, WIDTH, DEPTH):
-        j = start + tl.arange(0, DEPTH)
-        channel = g * B + j
-        x = tl.load(x_ptr + rm[:, None].to(tl.int64) * K + channel[None, :], mask=rm[:, None] < M, other=0.0).to(tl.float32)
+    j = tl.arange(0, B)
+    row = j
+    if not FIRST_SHARED:
+        row = g * B + j
+        if HAS_ORDER:
+            row = tl.load(inverse_ptr + row)
+    z = tl.zeros((BM, B), tl.float32)
+    for start in tl.static_range(0, B, DEPTH):
+        i = start + tl.arange(0, DEPTH)
+        x = tl.load(x_ptr + rm[:, None].to(tl.int64) * K + (g * B + i)[None, :], mask=rm[:, None] < M, other=0.0)
         if HAS_SCALE:
-            x = x * tl.load(scale_ptr + channel)[None, :]
-        rotation = tl.load(first_ptr + row[None, :] * B + j[:, None]).to(tl.float32)  # (j, i)
-        y = tl.dot(x, rotation, y, input_precision=PRECISION)
-    tl.store(y_ptr + (g * B + i)[None, :].to(tl.int64) * STRIDE + rm[:, None], y, mask=rm[:, None] < M)
+            x = x.to(tl.float32) * tl.load(scale_ptr + g * B + i)[None, :]
+        z = _rotate(x, tl.load(first_ptr + row[None, :] * B + i[:, None]), z)
+    tl.store(z_ptr + (g * B + j)[:, None].to(tl.int64) * STRIDE + rm[None, :], tl.trans(z))
     if g == 0:
-        tl.store(peak_ptr + rm, tl.zeros((BM,), tl.int32), mask=rm < M)
+        tl.store(peak_ptr + rm, tl.zeros((BM,), tl.int32))
 
 
 @triton.jit(do_not_specialize=["M"])
 def second_kernel(
-    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K, WIDTH,
+    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, codes_ptr, s_ptr, M, K, STRIDE_M, STRIDE_K, clip, limit,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
-    BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, STORE: tl.constexpr, QUANTIZE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Gather, second rotation, row maxima. z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, or the input."""
+    """Gather and second rotation, for the row maxima or, when those are known, to QUANTIZE.
+
+    z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, which has WHOLE tiles of rows, or the input.
+    """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
     j = tl.arange(0, B)
-    y = tl.zeros((B, BM), tl.float32)
-    for start in range(0, WIDTH, DEPTH):
+    y = tl.zeros((BM, B), tl.float32)
+    for start in tl.static_range(0, B, DEPTH):
         i = start + tl.arange(0, DEPTH)
+        if HAS_SECOND:  # asked for before the order is waited for
+            rotation = tl.load(second_ptr + (0 if SECOND_SHARED else g * B * B) + i[:, None] * B + j[None, :])
         source = g * B + i
         if HAS_ORDER:
             source = tl.load(order_ptr + source)
-        where = rm[None, :].to(tl.int64) * STRIDE_M + source[:, None].to(tl.int64) * STRIDE_K
-        z = tl.load(z_ptr + where, mask=rm[None, :] < M, other=0.0).to(tl.float32)  # (i, m)
-        if HAS_SCALE:
-            z = z * tl.load(scale_ptr + source)[:, None]
-        if HAS_SECOND:
-            block = 0 if SECOND_SHARED else g * B * B
-            rotation = tl.load(second_ptr + block + i[None, :] * B + j[:, None]).to(tl.float32)  # (j, i): y' = Rᵀ·z
-            y = tl.dot(rotation, z, y, input_precision=PRECISION)
+        where = rm[:, None].to(tl.int64) * STRIDE_M + source[None, :].to(tl.int64) * STRIDE_K
+        if WHOLE:
+            z = tl.load(z_ptr + where)
         else:
-            y = z  # DEPTH is B then
-    tl.store(y_ptr + rm[None, :].to(tl.int64) * K + (g * B + j)[:, None], y, mask=rm[None, :] < M)
-    tl.atomic_max(peak_ptr + rm, _peak(y, 0).to(tl.int32, bitcast=True), mask=rm < M)
+            z = tl.load(z_ptr + where, mask=rm[:, None] < M, other=0.0)
+        if HAS_SCALE:
+            z = z.to(tl.float32) * tl.load(scale_ptr + source)[None, :]
+        if HAS_SECOND:
+            y = _rotate(z, rotation, y)
+        else:
+            y = z.to(tl.float32)  # DEPTH is B then
+    inside = rm[:, None] < M
+    place = rm[:, None].to(tl.int64) * K + (g * B + j)[None, :]
+    if QUANTIZE:
+        s = _scale(tl.load(peak_ptr + rm).to(tl.float32, bitcast=True), clip, limit)
+        tl.store(codes_ptr + place, _codes(y, s[:, None], limit), mask=inside)
+        if g == 0:
+            tl.store(s_ptr + rm, s, mask=rm < M)
+    else:
+        # Bits of non-negative floats order as integers. Relaxed: the next launch comes after all of it anyway.
+        tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+        if STORE:
+            tl.store(y_ptr + place, y, mask=inside)
 
 
 @triton.jit
@@ -194,7 +245,7 @@ class Prologue:
     """One input's transform, laid out for these kernels on the device its factors are on.
 
     factors: any of `scale` (K,), `first` (G, B, B), `order` (K,), `second` (G, B, B), as quant's Transform has them:
-    scale float32, blocks float32 or bfloat16, order integer; G may be 1 (one block shared by all). B must be a power of two of at least 16.
+    scale float32, blocks bfloat16, order integer; G may be 1 (one block shared by all). B must be a power of two of 16 to 128.
     """
 
     def __init__(self, factors: Mapping[str, Tensor], k: int):
@@ -222,7 +273,10 @@ class Prologue:
     @staticmethod
     def unfit(factors: Mapping[str, Tensor]) -> str | None:
         """Why these factors need the torch code instead, or None."""
-        sizes = {f.shape[-1] for name, f in factors.items() if name in ("first", "second")}
+        blocks = [f for name, f in factors.items() if name in ("first", "second")]
+        if any(f.dtype != torch.bfloat16 for f in blocks):
+            return "rotation blocks that are not in bfloat16, as stored ones are"
+        sizes = {f.shape[-1] for f in blocks}
         if len(sizes) > 1:
             return f"the two rotations have different block sizes {sorted(sizes)}"
         for size in sizes:
@@ -251,38 +305,44 @@ class Prologue:
 
     def _few(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
         m, k = x.shape
+        rows = min(FEW_ROWS, triton.next_power_of_2(m))
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
-        few_kernel[(m, k // self.block)](
+        few_kernel[(triton.cdiv(m, rows), k // self.block)](
             x, _or(self.scale, x), _or(self.first, x), _or(self.order, x), _or(self.second, x), y, self._peak, self._arrived,
-            codes, scales, k, clip, limit,
+            codes, scales, m, k, clip, limit,
             HAS_SCALE=self.scale is not None, HAS_FIRST=self.first is not None, FIRST_SHARED=self.first_shared,
             HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None, SECOND_SHARED=self.second_shared,
-            B=self.block, CHUNK=1024, num_warps=4 if self.block <= 64 else 8,
+            ROWS=rows, B=self.block, CHUNK=min(triton.next_power_of_2(k), 4096 // rows), num_warps=4 if self.block <= 64 else 8,
         )  # fmt: skip
 
     def _many(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
-        m, k = x.shape
-        grid = (triton.cdiv(m, ROWS), k // self.block)
+        (m, k), tiles = x.shape, triton.cdiv(x.shape[0], MANY_ROWS)
+        grid, padded = (tiles, k // self.block), tiles * MANY_ROWS
+        # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
+        # A block of 128 is taken in by quarters: whole, its pieces would not fit in Ampere's registers.
+        launch = dict(BM=MANY_ROWS, B=self.block, DEPTH=min(self.block, 4096 // self.block),
+                      num_warps=MANY_WARPS if self.block <= 64 else 8, enable_fp_fusion=False)  # fmt: skip
         z, strides, scale = x, (k, 1), self.scale
         if self.first is not None:
-            stride = triton.cdiv(m, 16) * 16
-            peak = torch.empty(m, dtype=torch.int32, device=x.device)
-            z, strides, scale = torch.empty((k, stride), dtype=torch.float32, device=x.device), (1, stride), None
+            peak = torch.empty(padded, dtype=torch.int32, device=x.device)
+            z, strides, scale = torch.empty((k, padded), dtype=torch.float32, device=x.device), (1, padded), None
             first_kernel[grid](
-                x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, stride, self.block,
-                HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None,
-                BM=ROWS, B=self.block, DEPTH=min(DEPTH, self.block), PRECISION=PRECISION, num_warps=4,
+                x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, padded,
+                HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None, **launch,
             )  # fmt: skip
         else:
-            peak = torch.zeros(m, dtype=torch.int32, device=x.device)
-        y = torch.empty((m, k), dtype=torch.float32, device=x.device)
-        second_kernel[grid](
-            z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides, self.block,
-            HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
-            SECOND_SHARED=self.second_shared, BM=ROWS, B=self.block,
-            DEPTH=self.block if self.second is None else min(DEPTH, self.block), PRECISION=PRECISION, num_warps=4,
-        )  # fmt: skip
-        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
+            peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
+        if self.second is None:
+            launch["DEPTH"] = self.block
+        y = x if RECOMPUTE else torch.empty((m, k), dtype=torch.float32, device=x.device)
+        for quantize in (False, True) if RECOMPUTE else (False,):
+            second_kernel[grid](
+                z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, codes, scales, m, k, *strides, clip, limit,
+                HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
+                SECOND_SHARED=self.second_shared, WHOLE=z is not x, STORE=not RECOMPUTE, QUANTIZE=quantize, **launch,
+            )  # fmt: skip
+        if not RECOMPUTE:
+            quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 a CPU).
 
 A flow step at full size has 18 layers of which each has four matrix products over 10 tokens; in plain torch
-some twenty more launches of a few microseconds lie between them. Here they are six.
+some twenty more launches of a few microseconds lie between them. Here they are six, the attention two of them.
 """
 
 from __future__ import annotations
@@ -84,29 +84,35 @@ class TritonGlue:
 
     def attend_few(self, q, k, v, mask):
         batch, length, heads, dim = q.shape
-        q = q.contiguous()
+        q, rows, keys = q.contiguous(), length * heads, k.shape[1]
+        at_once = KEYS_AT_ONCE if dim >= 64 and q.element_size() == 2 else 32
+        splits = triton.cdiv(keys, at_once)
+        parts = torch.empty(batch, splits, rows, dim, dtype=torch.float32, device=q.device)
+        sums = torch.empty(batch, splits, rows, 2, dtype=torch.float32, device=q.device)
         out = torch.empty_like(q)
-        _attend_few[(batch, heads)](
+        _attend_part[(triton.cdiv(rows, 16), splits, batch)](
             q,
             k,
             v,
             k if mask is None else mask,
-            out,
-            length,
-            heads,
-            k.shape[1],
+            parts,
+            sums,
+            rows,
+            keys,
             dim**-0.5,
             k.stride(0),
             k.stride(1),
             v.stride(0),
             v.stride(1),
             0 if mask is None else mask.stride(0),
-            LENGTH=max(16, triton.next_power_of_2(length)),
+            ROWS=16,
             DIM=dim,
-            KEYS=KEYS_AT_ONCE if dim >= 64 else 32,
+            KEYS=at_once,
             MASK=mask is not None,
             num_warps=4,
-            num_stages=2,
+        )
+        _attend_join[(rows, batch)](
+            parts, sums, out, rows, splits, DIM=dim, SPLITS=triton.next_power_of_2(splits), num_warps=4
         )
         return out.view(batch, length, heads * dim)
 
@@ -201,14 +207,14 @@ def _gelu_gate(gate_ptr, up_ptr, out_ptr, width, gs, us, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _attend_few(
+def _attend_part(
     q_ptr,
     k_ptr,
     v_ptr,
     mask_ptr,
-    out_ptr,
-    length,
-    heads,
+    parts_ptr,
+    sums_ptr,
+    rows,
     keys,
     scale,
     kb,
@@ -216,38 +222,45 @@ def _attend_few(
     vb,
     vt,
     mb,
-    LENGTH: tl.constexpr,
+    ROWS: tl.constexpr,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t, d, n = tl.arange(0, LENGTH), tl.arange(0, DIM), tl.arange(0, KEYS)
-    rows = ((batch * length + t) * heads + head) * DIM
-    live = t < length
-    q = tl.load(q_ptr + rows[:, None] + d[None, :], mask=live[:, None], other=0.0)
-    peak = tl.full((LENGTH,), -1e30, tl.float32)
-    total = tl.zeros((LENGTH,), tl.float32)
-    out = tl.zeros((LENGTH, DIM), tl.float32)
-    for start in range(0, keys, KEYS):
-        there = start + n < keys
-        k = tl.load(
-            k_ptr + batch * kb + (start + n)[:, None] * kt + d[None, :], mask=there[:, None], other=0.0
-        )
-        v = tl.load(
-            v_ptr + batch * vb + (start + n)[:, None] * vt + d[None, :], mask=there[:, None], other=0.0
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASK:
-            scores += tl.load(mask_ptr + batch * mb + start + n, mask=there, other=0.0).to(tl.float32)[
-                None, :
-            ]
-        scores = tl.where(there[None, :], scores, -1e38)
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp(scores - highest[:, None])
-        fade = tl.exp(peak - highest)
-        total = total * fade + tl.sum(weights, 1)
-        out = out * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        peak = highest
-    out = out / total[:, None]
-    tl.store(out_ptr + rows[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    """Some query rows against some keys: unscaled output, largest score and sum of weights, for `_attend_join`.
+
+    Heads are rows of one query matrix, since they share their keys. Ten queries are too few to fill a GPU, and one
+    program that walks along all keys waits for memory at every step; so each program takes one stretch of them.
+    """
+    batch, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    r, n, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), split * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
+    live, there = r < rows, n < keys
+    q = tl.load(q_ptr + (batch * rows + r)[:, None] * DIM + d[None, :], mask=live[:, None], other=0.0)
+    k = tl.load(k_ptr + batch * kb + n[:, None] * kt + d[None, :], mask=there[:, None], other=0.0)
+    v = tl.load(v_ptr + batch * vb + n[:, None] * vt + d[None, :], mask=there[:, None], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASK:
+        scores += tl.load(mask_ptr + batch * mb + n, mask=there, other=0.0).to(tl.float32)[None, :]
+    scores = tl.where(there[None, :], scores, -1e38)
+    peak = tl.maximum(tl.max(scores, 1), -1e30)  # of masked keys alone: their weights are 0, not 1
+    weights = tl.exp(scores - peak[:, None])
+    out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    place = (batch * tl.num_programs(1) + split) * rows + r
+    tl.store(parts_ptr + place[:, None] * DIM + d[None, :], out, mask=live[:, None])
+    tl.store(sums_ptr + 2 * place, peak, mask=live)
+    tl.store(sums_ptr + 2 * place + 1, tl.sum(weights, 1), mask=live)
+
+
+@triton.jit
+def _attend_join(parts_ptr, sums_ptr, out_ptr, rows, splits, DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """Adds the parts of one query row, each faded to the largest score of all."""
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
+    there = s < splits
+    place = (batch * splits + s) * rows + row
+    peak = tl.load(sums_ptr + 2 * place, mask=there, other=-1e38)
+    total = tl.load(sums_ptr + 2 * place + 1, mask=there, other=0.0)
+    part = tl.load(parts_ptr + place[:, None] * DIM + d[None, :], mask=there[:, None], other=0.0)
+    fade = tl.exp(peak - tl.max(peak, 0))
+    out = tl.sum(part * fade[:, None], 0) / tl.sum(total * fade, 0)
+    tl.store(out_ptr + (batch * rows + row) * DIM + d, out.to(out_ptr.dtype.element_ty))

@@ -1,0 +1,341 @@
+"""From a layer's input to its codes on CUDA: scale, block-rotate, permute, block-rotate, absmax, quantize.
+
+The same transform as quant's torch code (see there for what the factors mean), fused because it comes before every
+group of linears and each launch costs as much as a small product. One computation for *all* backends on CUDA, `fake`
+included, so that codes are equal because they are the same. Three ways, by what there is to do:
+
+* no rotation: one program per row, one launch. Bit for bit what `contract.quantize_activations` gives.
+* few tokens (an expert's 10): one launch. A program computes one block of a few rows. Every rotated channel is needed
+  by exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing is
+  computed twice. The program that finishes a group of rows last quantizes them.
+* many tokens: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
+  permutation reads whole runs of tokens. The second is computed twice, once for the row maxima and once for the codes:
+  bytes are the cost here, not products, and what is not stored need not be read back.
+
+Rotations are fp32-grade. The stored blocks are bfloat16, so with many tokens they run on tensor cores: a bfloat16 input
+as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of bfloat16
+are exact in fp32; what remains is the order of the sums and that tensor cores cut aligned terms off where fp32 additions
+would round: some 2^-22 of a row's largest value, a 30,000th of an int8 step. Neither depends on anything but the
+shapes, so codes repeat from run to run. With few tokens rotations are plain fp32 multiply-adds.
+
+A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pass unnoticed, and nobody waits for the GPU
+to find out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlibero.kernels.contract import EPS, activation_limit
+
+FEW_TOKENS = 64  # up to here a row is cheap enough to be done block by block, without sharing a block's rotation
+FEW_ROWS = 2  # tokens of one program when there are few
+MANY_ROWS = 64  # tokens of one program when there are many
+MANY_WARPS = 4
+RECOMPUTE = True
+
+_EPS = tl.constexpr(EPS)
+_ROUND = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds |v| < 2^22 to integers, half to even
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _peak(y, axis: tl.constexpr):
+    """Largest magnitude along an axis; infinite when anything is not finite (tl.max would skip a NaN)."""
+    size = tl.abs(y)
+    return tl.max(tl.where(size < float("inf"), size, float("inf")), axis)
+
+
+@triton.jit
+def _scale(peak, clip, limit):
+    return tl.div_rn(tl.maximum(peak * clip, _EPS), limit)
+
+
+@triton.jit
+def _codes(y, scale, limit):
+    v = tl.minimum(tl.maximum(tl.div_rn(y, scale), -limit), limit)
+    return ((v + _ROUND) - _ROUND).to(tl.int8)
+
+
+@triton.jit
+def plain_kernel(
+    x_ptr, scale_ptr, order_ptr, codes_ptr, s_ptr, K, clip, limit,
+    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """No rotation. Grid: one program per row."""
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    inside = k < K
+    source = k
+    if HAS_ORDER:
+        source = tl.load(order_ptr + k, mask=inside, other=0)
+    y = tl.load(x_ptr + m * K + source, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        y = y * tl.load(scale_ptr + source, mask=inside, other=0.0)
+    s = _scale(_peak(y, 0), clip, limit)
+    tl.store(codes_ptr + m * K + k, _codes(y, s, limit), mask=inside)
+    tl.store(s_ptr + m, s)
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_kernel(
+    x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, M, K, clip, limit,
+    HAS_SCALE: tl.constexpr, HAS_FIRST: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr,
+    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (M / ROWS, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
+    # Rows beyond the edge do the last row once more: cheaper than masks.
+    rm = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1).to(tl.int64)
+    g = tl.program_id(1)
+    i = tl.arange(0, B)
+    j = tl.arange(0, B)
+    place = g * B + i
+    source = place
+    if HAS_ORDER:
+        source = tl.load(order_ptr + place)
+    if HAS_SECOND:  # asked for before the first rotation is waited for
+        block = 0 if SECOND_SHARED else g * B * B
+        second = tl.load(second_ptr + block + i[:, None] * B + j[None, :])
+    if HAS_FIRST:
+        row = source % B if FIRST_SHARED else place
+        first = tl.load(first_ptr + row[:, None] * B + j[None, :]).to(tl.float32)
+        channel = (source // B * B)[:, None] + j[None, :]  # the input block that each gathered channel is made of
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + channel)
+        x = tl.load(x_ptr + rm[:, None, None] * K + channel[None, :, :]).to(tl.float32)
+        if HAS_SCALE:
+            x = x * scale[None, :, :]
+        y = tl.sum(x * first[None, :, :], axis=2)
+    else:
+        y = tl.load(x_ptr + rm[:, None] * K + source[None, :]).to(tl.float32)
+        if HAS_SCALE:
+            y = y * tl.load(scale_ptr + source)[None, :]
+    if HAS_SECOND:
+        y = tl.sum(y[:, :, None] * second.to(tl.float32)[None, :, :], axis=1)
+    tl.store(y_ptr + rm[:, None] * K + (g * B + j)[None, :], y)
+    # Bits of non-negative floats order as integers. Relaxed: the arrival below orders it before the last program's look.
+    tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+    tl.debug_barrier()  # the whole block is stored before its arrival is announced
+    if tl.atomic_add(arrived_ptr + tl.program_id(0), 1) == tl.num_programs(1) - 1:
+        s = _scale(tl.load(peak_ptr + rm, cache_modifier=".cg").to(tl.float32, bitcast=True), clip, limit)
+        for start in range(0, K, CHUNK):
+            k = (start + tl.arange(0, CHUNK))[None, :]
+            done = tl.load(y_ptr + rm[:, None] * K + k, mask=k < K, other=0.0, cache_modifier=".cg")
+            tl.store(codes_ptr + rm[:, None] * K + k, _codes(done, s[:, None], limit), mask=k < K)
+        tl.store(s_ptr + rm, s)
+        tl.debug_barrier()  # every thread has read the maxima before they are wiped
+        tl.store(peak_ptr + rm, tl.zeros((ROWS,), tl.int32))
+        tl.store(arrived_ptr + tl.program_id(0), 0)
+
+
+@triton.jit
+def _product(rotation, z, y):
+    """rotation · z + y of bfloat16 operands; under the interpreter, whose numpy has no bfloat16, of the same numbers."""
+    if _INTERPRETED:
+        return tl.dot(rotation.to(tl.float32), z.to(tl.float32), y)
+    return tl.dot(rotation, z, y)
+
+
+@triton.jit
+def _rotate(rotation, z):
+    """rotation (j, i) · z (i, m) → fp32 (j, m)."""
+    y = tl.zeros((rotation.shape[0], z.shape[1]), tl.float32)
+    if z.dtype == tl.bfloat16:
+        return _product(rotation, z, y)
+    z = z.to(tl.float32)
+    high = z.to(tl.bfloat16)
+    rest = z - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return _product(rotation, high, _product(rotation, middle, _product(rotation, low, y)))  # small to large
+
+
+@triton.jit(do_not_specialize=["M"])
+def first_kernel(
+    x_ptr, scale_ptr, first_ptr, inverse_ptr, z_ptr, peak_ptr, M, K, STRIDE,
+    HAS_SCALE: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """First rotation of many tokens, stored transposed: z (K, STRIDE), whole tiles. Also zeroes `peak` for the second."""
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    g = tl.program_id(1)
+    i = tl.arange(0, B)
+    j = tl.arange(0, B)
+    channel = g * B + j
+    x = tl.load(x_ptr + rm[:, None].to(tl.int64) * K + channel[None, :], mask=rm[:, None] < M, other=0.0)
+    row = i
+    if not FIRST_SHARED:
+        row = g * B + i
+        if HAS_ORDER:
+            row = tl.load(inverse_ptr + row)
+    rotation = tl.load(first_ptr + row[:, None] * B + j[None, :])
+    if HAS_SCALE:
+        x = x.to(tl.float32) * tl.load(scale_ptr + channel)[None, :]
+    tl.store(z_ptr + (g * B + i)[:, None].to(tl.int64) * STRIDE + rm[None, :], _rotate(rotation, tl.trans(x)))
+    if g == 0:
+        tl.store(peak_ptr + rm, tl.zeros((BM,), tl.int32))
+
+
+@triton.jit(do_not_specialize=["M"])
+def second_kernel(
+    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, codes_ptr, s_ptr, M, K, STRIDE_M, STRIDE_K, clip, limit,
+    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
+    WHOLE: tl.constexpr, STORE: tl.constexpr, QUANTIZE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Gather and second rotation, for the row maxima or, when those are known, to QUANTIZE.
+
+    z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, which has WHOLE tiles of rows, or the input.
+    """
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    g = tl.program_id(1)
+    i = tl.arange(0, B)
+    j = tl.arange(0, B)
+    if HAS_SECOND:  # asked for before the order is waited for
+        block = 0 if SECOND_SHARED else g * B * B
+        rotation = tl.load(second_ptr + block + i[None, :] * B + j[:, None])  # (j, i): y' = Rᵀ·y
+    source = g * B + i
+    if HAS_ORDER:
+        source = tl.load(order_ptr + source)
+    where = rm[None, :].to(tl.int64) * STRIDE_M + source[:, None].to(tl.int64) * STRIDE_K
+    if WHOLE:
+        y = tl.load(z_ptr + where)  # (i, m)
+    else:
+        y = tl.load(z_ptr + where, mask=rm[None, :] < M, other=0.0)
+    if HAS_SCALE:
+        y = y.to(tl.float32) * tl.load(scale_ptr + source)[:, None]
+    if HAS_SECOND:
+        y = _rotate(rotation, y)
+    else:
+        y = y.to(tl.float32)
+    if QUANTIZE:
+        s = _scale(tl.load(peak_ptr + rm).to(tl.float32, bitcast=True), clip, limit)
+        codes = tl.trans(_codes(y, s[None, :], limit))
+        tl.store(codes_ptr + rm[:, None].to(tl.int64) * K + (g * B + j)[None, :], codes, mask=rm[:, None] < M)
+        if g == 0:
+            tl.store(s_ptr + rm, s, mask=rm < M)
+    else:
+        # Bits of non-negative floats order as integers.
+        tl.atomic_max(peak_ptr + rm, _peak(y, 0).to(tl.int32, bitcast=True), sem="relaxed")
+        if STORE:
+            tl.store(y_ptr + rm[:, None].to(tl.int64) * K + (g * B + j)[None, :], tl.trans(y), mask=rm[:, None] < M)
+
+
+@triton.jit
+def quantize_kernel(y_ptr, peak_ptr, codes_ptr, s_ptr, K, clip, limit, CHUNK: tl.constexpr):
+    """Rounds transformed rows whose maxima are known. Grid: (rows, K / CHUNK)."""
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    s = _scale(tl.load(peak_ptr + m).to(tl.float32, bitcast=True), clip, limit)
+    y = tl.load(y_ptr + m * K + k, mask=k < K, other=0.0)
+    tl.store(codes_ptr + m * K + k, _codes(y, s, limit), mask=k < K)
+    if tl.program_id(1) == 0:
+        tl.store(s_ptr + m, s)
+
+
+class Prologue:
+    """One input's transform, laid out for these kernels on the device its factors are on.
+
+    factors: any of `scale` (K,), `first` (G, B, B), `order` (K,), `second` (G, B, B), as quant's Transform has them:
+    scale float32, blocks bfloat16, order integer; G may be 1 (one block shared by all). B must be a power of two of 16 to 128.
+    """
+
+    def __init__(self, factors: Mapping[str, Tensor], k: int):
+        self.k = k
+        self.scale, self.order = factors.get("scale"), factors.get("order")
+        first, second = factors.get("first"), factors.get("second")
+        blocks = [f.shape[-1] for f in (first, second) if f is not None]
+        self.block = blocks[0] if blocks else None
+        self.inverse = None
+        if self.order is not None:
+            self.order = self.order.to(torch.int32).contiguous()
+            self.inverse = torch.argsort(self.order.long()).to(torch.int32)
+        self.first_shared, self.second_shared = (f is not None and f.shape[0] == 1 and k > f.shape[-1] for f in (first, second))
+        self.first = self.second = None
+        if first is not None:  # row p: what makes the channel that ends at place p after the permutation
+            rows = first.transpose(1, 2).reshape(-1, self.block)
+            self.first = (rows if self.first_shared or self.order is None else rows[self.order.long()]).contiguous()
+        if second is not None:
+            self.second = second.contiguous()
+        if self.block is not None:
+            device = (first if first is not None else second).device
+            self._peak = torch.zeros(FEW_TOKENS, dtype=torch.int32, device=device)
+            self._arrived = torch.zeros(FEW_TOKENS, dtype=torch.int32, device=device)
+
+    @staticmethod
+    def unfit(factors: Mapping[str, Tensor]) -> str | None:
+        """Why these factors need the torch code instead, or None."""
+        blocks = [f for name, f in factors.items() if name in ("first", "second")]
+        if any(f.dtype != torch.bfloat16 for f in blocks):
+            return "rotation blocks that are not in bfloat16, as stored ones are"
+        sizes = {f.shape[-1] for f in blocks}
+        if len(sizes) > 1:
+            return f"the two rotations have different block sizes {sorted(sizes)}"
+        for size in sizes:
+            if size < 16 or size > 128 or size & (size - 1):
+                return f"rotation blocks of {size} channels; the fused kernel takes 16, 32, 64 and 128"
+        return None
+
+    def __call__(self, x: Tensor, bits: int = 8, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+        """x (M, K) of any float dtype → codes int8 (M, K), scales fp32 (M,)."""
+        x = x.contiguous()
+        (m, k), limit = x.shape, float(activation_limit(bits))
+        codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+        scales = torch.empty(m, dtype=torch.float32, device=x.device)
+        if self.block is None:
+            width = triton.next_power_of_2(k)
+            plain_kernel[(m,)](
+                x, _or(self.scale, x), _or(self.order, x), codes, scales, k, clip, limit,
+                HAS_SCALE=self.scale is not None, HAS_ORDER=self.order is not None, WIDTH=width,
+                num_warps=4 if width <= 4096 else 8,
+            )  # fmt: skip
+        elif m <= FEW_TOKENS:
+            self._few(x, codes, scales, clip, limit)
+        else:
+            self._many(x, codes, scales, clip, limit)
+        return codes, scales
+
+    def _few(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
+        m, k = x.shape
+        rows = min(FEW_ROWS, triton.next_power_of_2(m))
+        y = torch.empty((m, k), dtype=torch.float32, device=x.device)
+        few_kernel[(triton.cdiv(m, rows), k // self.block)](
+            x, _or(self.scale, x), _or(self.first, x), _or(self.order, x), _or(self.second, x), y, self._peak, self._arrived,
+            codes, scales, m, k, clip, limit,
+            HAS_SCALE=self.scale is not None, HAS_FIRST=self.first is not None, FIRST_SHARED=self.first_shared,
+            HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None, SECOND_SHARED=self.second_shared,
+            ROWS=rows, B=self.block, CHUNK=min(triton.next_power_of_2(k), 4096 // rows), num_warps=4 if self.block <= 64 else 8,
+        )  # fmt: skip
+
+    def _many(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
+        (m, k), tiles = x.shape, triton.cdiv(x.shape[0], MANY_ROWS)
+        grid, padded = (tiles, k // self.block), tiles * MANY_ROWS
+        # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
+        launch = dict(BM=MANY_ROWS, B=self.block, num_warps=MANY_WARPS if self.block <= 64 else 8, enable_fp_fusion=False)
+        z, strides, scale = x, (k, 1), self.scale
+        if self.first is not None:
+            peak = torch.empty(padded, dtype=torch.int32, device=x.device)
+            z, strides, scale = torch.empty((k, padded), dtype=torch.float32, device=x.device), (1, padded), None
+            first_kernel[grid](
+                x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, padded,
+                HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None, **launch,
+            )  # fmt: skip
+        else:
+            peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
+        y = x if RECOMPUTE else torch.empty((m, k), dtype=torch.float32, device=x.device)
+        for quantize in (False, True) if RECOMPUTE else (False,):
+            second_kernel[grid](
+                z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, codes, scales, m, k, *strides, clip, limit,
+                HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
+                SECOND_SHARED=self.second_shared, WHOLE=z is not x, STORE=not RECOMPUTE, QUANTIZE=quantize, **launch,
+            )  # fmt: skip
+        if not RECOMPUTE:
+            quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
+
+
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    return placeholder if tensor is None else tensor
