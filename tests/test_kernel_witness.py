@@ -66,3 +66,27 @@ def test_another_artifact_s_weights_are_noticed(policy):
     quantized = quantize_policy(policy, made(policy), "cpu_int4")
     with pytest.raises(GuardRefusal, match="largest difference"):
         ask(policy, quantized, made(policy, weight_clip=0.8))
+
+
+def test_a_fused_transform_that_lies_is_refused():
+    """All backends share its codes, so it is held against torch itself."""
+    from qlibero.errors import GuardRefusal
+    from qlibero.kernels.contract import quantize_activations
+    from qlibero.quant.transform import Transform, attest
+
+    blocks = torch.linalg.qr(torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(3)))[0].bfloat16()
+    transform = Transform(first=blocks, order=torch.randperm(64).int(), second=blocks.flip(0))
+
+    def honest(x):
+        return quantize_activations(transform.forward(x.float()))
+
+    def forgets_the_second_rotation(x):
+        return quantize_activations(Transform(first=blocks, order=transform.order).forward(x.float()))
+
+    def right_for_one_row(x):
+        return honest(x if len(x) == 1 else x.roll(1, 0))
+
+    attest(honest, transform, 64)
+    for liar in (forgets_the_second_rotation, right_for_one_row):
+        with pytest.raises(GuardRefusal, match="other codes than torch"):
+            attest(liar, transform, 64)

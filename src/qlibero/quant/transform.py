@@ -16,12 +16,14 @@ in a kernel are a consequence, not a hope.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlibero.errors import GuardRefusal
 from qlibero.kernels.contract import live_bytes, quantize_activations
 
 FACTORS = ("scale", "first", "order", "second")
@@ -162,16 +164,47 @@ class InputTransform(nn.Module):
         if device.type != "cuda":
             return None
         if self._fused is None or self._fused[0] != device:
-            self._fused = (device, _prologue(self.factors().tensors(), self.width))
+            self._fused = (device, _prologue(self.factors(), self.width))
         return self._fused[1]
 
 
-def _prologue(factors: dict[str, Tensor], width: int) -> Any:
+def _prologue(transform: Transform, width: int) -> Any:
     try:
         from qlibero.kernels.triton_prologue import Prologue
     except ImportError:  # a torch without triton: the same factors in torch, slower
         return None
-    return None if Prologue.unfit(factors) else Prologue(factors, width)
+    factors = transform.tensors()
+    if Prologue.unfit(factors):
+        return None
+    fused = Prologue(factors, width)
+    attest(fused, transform, width)
+    return fused
+
+
+@torch.no_grad()
+def attest(fused: Callable[[Tensor], tuple[Tensor, Tensor]], transform: Transform, width: int) -> None:
+    """Hold a fused transform against torch's, on few rows and on many. Every backend, `fake` included, computes
+    its codes with it, so no court that compares backends could see it lie.
+
+    A code on the edge of a step may fall to either side; more than that raises GuardRefusal.
+    """
+    device = next(iter(transform.tensors().values())).device
+    generator = torch.Generator(device).manual_seed(0)
+    loudness = torch.randn(width, generator=generator, device=device).exp()
+    for rows in (1, 8, 256):  # whichever way the fused one goes about so many
+        x = (torch.randn(rows, width, generator=generator, device=device) * loudness).bfloat16()
+        codes, scales = fused(x)
+        expected, true_scales = quantize_activations(transform.forward(x.float()))
+        apart = (codes.int() - expected.int()).abs()
+        if not (
+            torch.allclose(scales, true_scales, rtol=1e-4, atol=0)
+            and int(apart.max()) <= 1
+            and int((apart > 0).sum()) <= max(2, apart.numel() // 1000)
+        ):
+            raise GuardRefusal(
+                f"the fused transform of {width} channels gives other codes than torch for {rows} rows on {device}: "
+                "its compiler or driver is not to be trusted here; without triton the transform runs in torch"
+            )
 
 
 def _tensors(fused: Any) -> list[Tensor]:
