@@ -1,6 +1,7 @@
 """`humming`: the optional package humming-kernels (`pip install "humming-kernels[cu13]==0.1.19"`), JIT-compiled for SM75 and newer.
 
-Written against the source of version 0.1.19 and not yet run on a GPU: the court decides. What it can and cannot be:
+On an H100 the court passed it on every pi0.5 layer (docs/h100.md); elsewhere the court has yet to decide. What it can and
+cannot be:
 
 * It takes our int8 codes and per-token scales as they are, so its own quantizer never runs.
 * It has no integer output: only bf16 comes out, rounded twice on the way. bf16(fp32(acc)·s_x) is multiplied by the weight
