@@ -142,6 +142,20 @@ def test_status_counts_files_not_promises(tmp_path):
         status(tmp_path)
 
 
+def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.slurm._notes", lambda directory: [])
+    made = sweep_of(tmp_path, GRID, "tracking=[]")
+    manifest = cells.make_manifest(made, tmp_path / "out")
+    cells.write_manifest(manifest)
+    for cell in manifest.cells:
+        fill(cell, episode_keys(cell.experiment))
+    assert not cells.merged(manifest)
+    said: list[str] = []
+    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
+    assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
+    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["submitted"] == [] and len(said) == 1
+
+
 # ------------------------------------------------------------------------------------------------ the local engine
 def submission(tmp_path: Path, monkeypatch, shards: int) -> engine.Submission:
     monkeypatch.setattr(engine, "program", lambda: [sys.executable, light_shard.__file__])

@@ -95,9 +95,9 @@ def run_shard(args: argparse.Namespace) -> Document:
     from qlibero.launch import cells
     from qlibero.progress import RunProgress
 
-    if args.merge:
-        return cells.merge(args.manifest, explain)
     manifest = cells.read_manifest(args.manifest)
+    if args.merge:
+        return cells.merge(manifest, explain)
     with RunProgress(manifest.experiment_of(args.index)) as progress:
         document = cells.run_shard(
             manifest, args.index, on_start=progress.start, on_episode=progress.episode, say=progress.say

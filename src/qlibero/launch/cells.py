@@ -177,11 +177,10 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
     }
 
 
-def merge(manifest_path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
     """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated."""
     from qlibero.tracking.mirror import start_mirrors
 
-    manifest = read_manifest(manifest_path)
     document = result(manifest)
     for cell in manifest.cells:
         if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
@@ -189,6 +188,14 @@ def merge(manifest_path: Path, say: Callable[[str], None]) -> dict[str, Any]:
                 say(f"{cell.id}: {said['tracker']}: {said['problem'] or said['mode']}")
     _replace(manifest.directory / OURS / "result.json", json.dumps(document, indent=1) + "\n")
     return document
+
+
+def merged(manifest: Manifest) -> bool:
+    """Whether the merge has been done since the last episode; it writes its result last, so a killed one has not."""
+    try:
+        return json.loads((manifest.directory / OURS / "result.json").read_text()) == result(manifest)
+    except (OSError, ValueError):
+        return False
 
 
 def result(manifest: Manifest) -> dict[str, Any]:

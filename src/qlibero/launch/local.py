@@ -58,7 +58,9 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
                     say(f"shard {index} is done ({done} of {len(submission.indices)})")
     finally:
         _stop([process for process, _, _ in running.values()])
-    subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent)
+    merge = subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent)
+    if merge.returncode:
+        say(f"the merge ended with status {merge.returncode}: the same command does it again")
     return Submitted(finished=True, failed=tuple(sorted(failed)))
 
 

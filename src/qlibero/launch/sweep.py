@@ -40,6 +40,9 @@ def run_sweep(
         else:
             say(f"{len(indices)} of {len(manifest.shards)} shards, engine {name}, {directory}")
             submitted = module.submit(submission, say)
+    elif not missing and not dry_run and _merge_was_lost(manifest):
+        say("every episode is there, but the merge after them was not finished: doing it here")
+        cells.merge(manifest, say)
     document = cells.result(manifest)
     return {
         **document,
@@ -51,6 +54,14 @@ def run_sweep(
         "finished": submitted.finished and not under_way,
         **({"dry_run": text} if dry_run else {}),
     }
+
+
+def _merge_was_lost(manifest: cells.Manifest) -> bool:
+    """Killed after the last episode, a merge would never come back by itself: no shard is missing that would bring it."""
+    from qlibero.launch.slurm import merge_is_queued
+
+    submitted = any((manifest.directory / cells.OURS).glob("submission-*/manifest.json"))
+    return submitted and not cells.merged(manifest) and not merge_is_queued(manifest.directory)
 
 
 def _under_way(manifest: cells.Manifest) -> dict[cells.Shard, str]:
