@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -150,6 +151,8 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
     for cell in manifest.cells:
         fill(cell, episode_keys(cell.experiment))
     assert not cells.merged(manifest)
+    (tmp_path / "out/sweep/result.json").write_text(json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}}))
+    assert not cells.merged(manifest)   # as good as killed for who waits for wandb's rows
     said: list[str] = []
     assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]

@@ -178,24 +178,31 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
 
 
 def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
-    """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated."""
+    """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated.
+
+    Returns `result`; the file has also {"mirrors": {cell: {tracker: problem or None}}}.
+    """
     from qlibero.tracking.mirror import start_mirrors
 
     document = result(manifest)
+    mirrors: dict[str, dict[str, str | None]] = {}
     for cell in manifest.cells:
         if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
             for said in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
                 say(f"{cell.id}: {said['tracker']}: {said['problem'] or said['mode']}")
-    _replace(manifest.directory / OURS / "result.json", json.dumps(document, indent=1) + "\n")
+                mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
+    _replace(manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n")
     return document
 
 
 def merged(manifest: Manifest) -> bool:
-    """Whether the merge has been done since the last episode; it writes its result last, so a killed one has not."""
+    """Whether a merge has mirrored everything since the last episode; it writes its result last, so a killed one has not."""
     try:
-        return json.loads((manifest.directory / OURS / "result.json").read_text()) == result(manifest)
+        found = json.loads((manifest.directory / OURS / "result.json").read_text())
     except (OSError, ValueError):
         return False
+    problems = [problem for cell in found.pop("mirrors", {}).values() for problem in cell.values()]
+    return found == result(manifest) and not any(problems)
 
 
 def result(manifest: Manifest) -> dict[str, Any]:
