@@ -18,6 +18,8 @@ from qlibero.config.schema import Launch, config_hash
 from qlibero.config.sweep import load_sweep
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.experiment import episode_keys
+from qlibero.kernels import BACKENDS, load
+from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, local, ray, slurm
 from qlibero.launch.plan import plan, refuse_impossible, seconds
 from qlibero.launch.status import headline, status
@@ -101,16 +103,54 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
     refuse_impossible(manifest(), "local")
     with pytest.raises(UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"):
         refuse_impossible(manifest("backends=[baseline, triton_w4a8]", "policy.device=cpu"), "local")
-    with pytest.raises(UserError, match="2000 simulator workers need 5000 GB"):
+    with pytest.raises(UserError, match="2000 simulators need 5000 GB"):
         refuse_impossible(manifest("workers=2000"), "local")
     with pytest.raises(UserError, match="launch.slurm.time 2 is not longer than launch.slurm.signal_s 120"):
         refuse_impossible(manifest("launch.slurm.time='2'"), "slurm")
-    with pytest.raises(UserError, match="5 GB, slurm has 4 GB"):
+    with pytest.raises(UserError, match="5 GB, a shard on engine slurm has 4.3 GB; set workers or launch.slurm.mem"):
         refuse_impossible(manifest("workers=2", "launch.slurm.mem=4G"), "slurm")
     made = manifest()
     fill(made.cells[0], episode_keys(made.cells[0].experiment)[:1])
     with pytest.raises(GuardRefusal, match="holds episodes of another configuration"):
         manifest("max_steps=9")
+
+
+def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
+    """The kernel's court sits on the node; here only what is true on every machine is refused."""
+    plain = GRID.replace("quant.activation_bits: [8, 4]", "quant.activation_bits: [8]").partition("exclude:")[0] + GRID.partition("w4a16: {{quant.activation_bits: 16}}\n")[2]
+
+    def problems(engine: str, *sets: str) -> str:
+        try:
+            refuse_impossible(cells.make_manifest(sweep_of(tmp_path, plain, *sets), tmp_path / "none"), engine)
+        except UserError as refused:
+            return str(refused)
+        return ""
+
+    for kernel in ("triton_w4a8", "humming", "bitblas", "w8a8", "fake"):
+        assert problems("slurm", f"backends=[baseline, {kernel}]") == "", kernel
+        assert problems("ray", f"backends=[baseline, {kernel}]", "launch.ray.gpus=1") == "", kernel
+    assert "triton_w4a8 on cuda: packs weights of 4 bits, not 8" in problems("slurm", "backends=[triton_w4a8]", "quant.weight_bits=8")
+    assert "humming on cuda: takes one weight scale per row" in problems("slurm", "backends=[humming]", "quant.group_size=64")
+    assert "cpu_int4 on cuda: runs on cpu only" in problems("slurm", "backends=[cpu_int4]")
+    assert "triton_w4a8 on cpu: runs on cuda only" in problems("slurm", "backends=[triton_w4a8]", "launch.slurm.gres=null")
+    assert "triton_w4a8" in problems("local", "backends=[triton_w4a8]", "policy.device=cuda")   # this machine can be asked
+
+
+def test_what_no_machine_can_do_this_one_cannot_either():
+    shapes = [GemmShape(256, 256, bits, 8, group, device) for bits in (4, 8) for group in (None, 64) for device in ("cpu", "cuda")]
+    wrong = [(name, str(shape)) for name in BACKENDS for shape in shapes
+             if not load(name).fits(shape).ok and load(name).supports(shape).ok]  # fmt: skip
+    assert wrong == [] or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    with pytest.raises(UserError, match="1 simulators need 2.5 GB, a shard on engine slurm has 2.1 GB"):
+        refuse_impossible(cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm")
+    made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=6G"), tmp_path / "out")
+    fill(made.cells[0], episode_keys(made.cells[0].experiment))
+    slurm_cost = plan(made, print)["engines"]["slurm"]   # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    assert slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
 
 
 def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):

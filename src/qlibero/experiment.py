@@ -21,6 +21,7 @@ from qlibero.config.load import dump_resolved
 from qlibero.config.schema import REPOSITORY, Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import WorkFailed
+from qlibero.launch.capacity import simulators
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
@@ -181,7 +182,11 @@ def _run(
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
     )
-    with SimulatorPool(worker_count(experiment, len(missing)), environment=simulator_environment()) as pool:
+    fitting = simulators(experiment.workers, len(missing))
+    say(f"simulators: {fitting.workers}, {fitting.why}")
+    if fitting.short:
+        say(f"simulators: {fitting.short}; one that is killed for it costs its episode")
+    with SimulatorPool(fitting.workers, environment=simulator_environment()) as pool:
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
@@ -189,14 +194,6 @@ def _run(
             _film(experiment, run_dir, {key for _, key in missing}, pool, say)
         finally:
             mirrors.finish()
-
-
-def worker_count(experiment: Experiment, episodes: int) -> int:
-    """Simulator processes: as asked, or one per core this process may use, as far as memory allows (2.5 GB each)."""
-    if experiment.workers != "auto":
-        return min(experiment.workers, episodes)
-    memory_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return max(1, min(len(os.sched_getaffinity(0)), int(memory_gb / 2.5), episodes))
 
 
 def _film(experiment: Experiment, run_dir: Path, ours: set[EpisodeKey], pool, say: Callable[[str], None]) -> None:

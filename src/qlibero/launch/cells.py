@@ -165,8 +165,6 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
     if shard.count > 1:
         videos = experiment.videos if shard.index == 0 or experiment.videos == "all" else 0
         experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": videos})
-    if experiment.workers == "auto" and (cpus := os.environ.get("SLURM_CPUS_PER_TASK")):
-        experiment = experiment.model_copy(update={"workers": max(1, int(cpus))})
     part = (shard.index, shard.count)
     run_experiment(experiment, cell.run_dir, part, **watchers)
     return {

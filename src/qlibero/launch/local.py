@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from qlibero.launch.capacity import CORES, capacity
 from qlibero.launch.engine import Submission, Submitted, shown
 from qlibero.launch.environment import find_gpus
 
@@ -66,6 +67,8 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
 
 def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    if submission.launch.processes > 1:
+        environment[CORES] = str(max(1, capacity().cores // submission.launch.processes))
     if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open(submission.log(index), "ab") as log:

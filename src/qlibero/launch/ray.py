@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 
 from qlibero.errors import UserError
+from qlibero.launch.capacity import CORES
 from qlibero.launch.engine import Submission, Submitted, shown
 
 RETRIES = 3
@@ -35,7 +36,8 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=RETRIES)(_run)
-        tasks = {task.remote(submission.shard_command(i), str(submission.log(i))): i for i in submission.indices}
+        cores = str(max(1, int(options.cpus)))
+        tasks = {task.remote(submission.shard_command(i), str(submission.log(i)), cores): i for i in submission.indices}
         waiting, failed = list(tasks), []
         while waiting:
             (done,), waiting = ray.wait(waiting, num_returns=1)
@@ -54,13 +56,13 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     return Submitted(finished=True, failed=tuple(sorted(failed)))
 
 
-def _run(command: list[str], log: str) -> int:
+def _run(command: list[str], log: str, cores: str) -> int:
     """On a node: run the shard and wait. Ends with it when Ray kills this worker."""
     from qlibero.launch.local import end_with_parent
 
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(os.environ), preexec_fn=end_with_parent
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, CORES: cores}, preexec_fn=end_with_parent
         )
     status = process.wait()
     if status == -signal.SIGKILL:   # as if the worker had died: Ray shall try again
