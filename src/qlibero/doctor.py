@@ -2,7 +2,7 @@
 
 One small function per question; each answers with Findings and never raises. `fail` means runs will not work or their
 numbers would not count, `warn` that something is slower, narrower or less comparable than it could be. Whoever adds a
-check adds it to CHECKS. The slow ones (the simulator's passport, about 20 s) come last.
+check adds it to CHECKS. The slow ones (the simulator's passport, about 30 s) come last.
 """
 
 from __future__ import annotations
@@ -260,8 +260,9 @@ def wandb(environ: Mapping[str, str] | None = None, timeout_s: float = 3.0) -> F
 def passport(report: Any = None) -> list[Finding]:
     """Settled states and golden frames of a few episodes against the shipped references."""
     from qlibero.sim import passport as sim_passport
+    from qlibero.sim.pool import worker_environment
 
-    report = sim_passport.check() if report is None else report
+    report = sim_passport.check(worker_environment(environment.simulator_environment())) if report is None else report
     if not report.findings:
         return [Finding("physics passport", "ok", f"states and frames equal the references to the last bit ({report.renderer})")]
     status: dict[str, Literal["warn", "fail"]] = {"warning": "warn", "refusal": "fail"}

@@ -1,6 +1,7 @@
 """One experiment from its config to its ledger: the only place that knows all the parts.
 
-    run directory → what is missing → policies of the arms (calibrated, quantized, kernels tried) → simulators → ledger
+    run directory → what is missing → policies of the arms (calibrated, quantized, kernels tried), and beside them the
+    simulator's passport → simulators → ledger
 
 Running the same experiment again continues it: what the ledger holds is never run twice, and when nothing is missing
 the result is shown without loading a policy. A shard is the same thing over a part of the episodes.
@@ -79,7 +80,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
 
-    Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused;
+    Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
+    simulator has other physics than the references (`sim/guard.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
     run_dir = run_directory(experiment, out)
@@ -148,16 +150,21 @@ def _run(
     from qlibero.launch.environment import describe, simulator_environment
     from qlibero.rollout.engine import RolloutSettings, run_episodes
     from qlibero.rollout.episode import PlannedEpisode
-    from qlibero.sim.pool import SimulatorPool
+    from qlibero.sim.guard import PassportGuard, in_words, on_record
+    from qlibero.sim.pool import SimulatorPool, worker_environment
     from qlibero.sim.suites import SUITES
     from qlibero.tracking.mirror import start_mirrors
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
-    policies, meta = load_arms(experiment, arms, say)
     environment = describe()
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+        policies, meta = load_arms(experiment, arms, say)
+        report = guard.enforce()
+    say(f"simulator passport: {in_words(report)}")
+    passport = {"passport": on_record(report)}
+    (run_dir / "environment.json").write_text(json.dumps(environment | passport, indent=2) + "\n")
     for arm in arms:
-        write_meta(run_dir, arm.name, meta[arm.name])
+        write_meta(run_dir, arm.name, meta[arm.name] | passport)
 
     sequential = None
     if experiment.stop is not None:
