@@ -18,9 +18,6 @@ from qlibero.config.schema import Launch
 from qlibero.launch import cells, engine, slurm
 from qlibero.results.ledger import read_ledger
 
-needs_slurm = pytest.mark.skipif(
-    bool(slurm_cluster.missing_programs()), reason="needs a real Slurm: apt-get install slurm-wlm munge"
-)
 SMALL = """
 extends: {untrained}
 suite: libero_object
@@ -37,6 +34,7 @@ launch: {{shard_episodes: 1, slurm: {{partition: gpu, gres: gpu:1, time: "00:30:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
+    assert not slurm_cluster.missing_programs(), "no Slurm here: scripts/setup.sh --test installs it"
     with slurm_cluster.slurm(tmp_path_factory.mktemp("slurm")) as directory:
         yield directory
 
@@ -60,7 +58,6 @@ def assert_all_once(submission: engine.Submission) -> None:
         assert light_shard.rows(submission.directory, index) == list(range(light_shard.ROWS)), index
 
 
-@needs_slurm
 def test_tasks_come_back_after_requeue_preemption_and_the_death_of_a_node(cluster, tmp_path, monkeypatch):
     submission = light(tmp_path, monkeypatch, "submission-001", 4)
     array, merge = slurm.submit(submission, print).jobs
@@ -87,7 +84,6 @@ def test_tasks_come_back_after_requeue_preemption_and_the_death_of_a_node(cluste
     assert gpus <= {"0", "1"}
 
 
-@needs_slurm
 def test_shard_that_is_longer_than_the_time_limit_comes_back(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(light_shard, "ROWS", 110)
     monkeypatch.setenv("LIGHT_ROWS", "110")   # 33 s and more; Slurm warns after about 27 s of its minute
@@ -99,7 +95,6 @@ def test_shard_that_is_longer_than_the_time_limit_comes_back(cluster, tmp_path, 
     assert "requeued at" in log and "start 1" in log
 
 
-@needs_slurm
 def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp_path, monkeypatch):
     wait_for(lambda: subprocess.check_output(["sinfo", "-h", "-o", "%t"], text=True).split() in (["idle"], ["idle", "idle"]), 60)
     submission = light(tmp_path, monkeypatch, "submission-001", 3)
@@ -118,7 +113,6 @@ def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp
     assert_all_once(submission)
 
 
-@needs_slurm
 def test_real_sweep_on_slurm_equals_the_local_run(cluster, tmp_path):
     repository = Path(__file__).parents[1]
     config = tmp_path / "small.yaml"
@@ -134,7 +128,9 @@ def test_real_sweep_on_slurm_equals_the_local_run(cluster, tmp_path):
     found = qlibero("status", out)
     assert found["complete"] and found["done"] == found["episodes"] == 2 and found["queue"] == {}, log
     assert json.loads((out / "sweep" / "result.json").read_text())["complete"], log
-    assert sorted(p.name for p in (out / "baseline").glob("episodes-*")) == ["episodes-000of002-1.jsonl", "episodes-001of002-2.jsonl"] or log
+    # one file per shard; the attempt in its name counts over both, which may have begun together
+    files = [path.name.split("-")[1] for path in (out / "baseline").glob("episodes-*.jsonl")]
+    assert sorted(files) == ["000of002", "001of002"], log
     third = qlibero("sweep", config, "--out", out, "--engine", "slurm")
     assert third["complete"] and third["submitted"] == []
 

@@ -21,8 +21,10 @@ from qlibero.experiment import episode_keys
 from qlibero.kernels import BACKENDS, load
 from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, local, ray, slurm
+from qlibero.launch import status as watch
+from qlibero.launch.capacity import Capacity
 from qlibero.launch.plan import plan, refuse_impossible, seconds
-from qlibero.launch.status import headline, status
+from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
@@ -178,7 +180,8 @@ def test_status_counts_files_not_promises(tmp_path):
     found = status(tmp_path / "out")
     assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (32, 400, 1, 12)   # the first 16 of 50 scenes, two arms
     assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)   # two arms, one episode a minute each
-    assert headline(found).startswith("32 of 400 episodes, 1 of 12 shards, 124 episodes/h, done about 20")
+    assert headline(found) == "32 of 400 episodes, 1 of 12 shards, 124 episodes/h, nothing under way here"
+    assert headline(found | {"queue": {"RUNNING": 2}}).startswith("32 of 400 episodes, 1 of 12 shards, 2 running, 124 episodes/h, done about 20")
     with pytest.raises(UserError, match="neither a sweep"):
         status(tmp_path)
 
@@ -197,6 +200,48 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
     assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
     assert run_sweep(made, "local", tmp_path / "out", False, said.append)["submitted"] == [] and len(said) == 1
+
+
+def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):
+    manifest = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
+    cells.write_manifest(manifest)
+    fill(manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3)))   # 32 of 400, and nobody works on the rest
+    clock = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    seen: list[dict] = []
+    assert not follow(tmp_path / "out", seen.append)["complete"] and clock[0] == watch.QUIET_S + watch.FOLLOW_S
+    assert headline(seen[-1]).endswith("nothing under way here")
+
+    first = manifest.cells[0]
+    arm = first.experiment.arms()[0]
+    with Ledger(first.run_dir, arm.name, shard="working", config_hash=config_hash(first.experiment, arm)):
+        begun = clock[0]
+
+        def look(found: dict) -> None:
+            assert found["writing"] == 1
+            if clock[0] - begun > 600:
+                raise KeyboardInterrupt   # held open by a living process: it would go on
+
+        with pytest.raises(KeyboardInterrupt):
+            follow(tmp_path / "out", look)
+    assert status(tmp_path / "out")["writing"] == 0
+
+
+def test_cells_that_ask_for_other_resources_are_refused_not_given_the_first_ones(tmp_path):
+    other = GRID.replace("w4a16: {{quant.activation_bits: 16}}", 'w4a16: {{quant.activation_bits: 16, launch.slurm.gres: "gpu:4"}}')
+    with pytest.raises(UserError, match="launch.slurm.gres is 'gpu:h100:2' in cell seed-7.activation_bits-8 and 'gpu:4' in cell w4a16"):
+        cells.make_manifest(sweep_of(tmp_path, other), tmp_path / "out")
+    shards = GRID.replace("w4a16: {{quant.activation_bits: 16}}", "w4a16: {{quant.activation_bits: 16, launch.shard_episodes: 50}}")
+    assert [cell.shards for cell in cells.make_manifest(sweep_of(tmp_path, shards), tmp_path / "out").cells] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1}', "[]", '{"schema": 1, "sweep": "x", "directory": "/", "cells": [], "shards": [["a", 0, 1]]}',
+                                  '{"schema": 1, "sweep": "x", "directory": "/", "cells": {"id": 1}, "shards": []}'])  # fmt: skip
+def test_a_manifest_that_is_none_is_the_users_error(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest.json: .*(not a sweep's manifest|manifest schema None)"):
+        cells.read_manifest(tmp_path / "manifest.json")
 
 
 # ------------------------------------------------------------------------------------------------ the local engine
@@ -225,6 +270,29 @@ def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named
     assert light_shard.rows(tmp_path, 0) == list(range(light_shard.ROWS)) and (tmp_path / "merged").exists()
     assert "shard 0 was killed by SIGKILL: starting it again" in said
     assert any("shard 1 ended with status 2" in line and "no such thing" in line for line in said)
+
+
+def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch):
+    made = submission(tmp_path, monkeypatch, 1)
+    monkeypatch.setenv("LIGHT_ROWS", "1")
+    monkeypatch.setattr(engine.Submission, "merge_command", lambda self: ["sh", "-c", "exit 5"])
+    said: list[str] = []
+    assert local.submit(made, said.append).merge_status == 5
+    assert said[-1] == "the merge after the shards ended with status 5; by hand: sh -c 'exit 5'"
+
+    from qlibero import cli
+
+    monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: {"finished": True, "complete": True, "merge_status": 5})
+    (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
+    assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_shards_beside_each_other_share_the_cores(tmp_path, monkeypatch):
+    made = submission(tmp_path, monkeypatch, 2)
+    monkeypatch.setattr(local, "capacity", lambda: Capacity(8, 64.0, 64.0, ""))
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", "echo cores $QLIBERO_CORES"])
+    assert not local.submit(made, print).failed
+    assert [made.log(i).read_text() for i in (0, 1)] == ["cores 4\n"] * 2
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):

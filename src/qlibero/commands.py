@@ -88,6 +88,8 @@ def sweep(args: argparse.Namespace) -> Document:
     document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, explain)
     if document["finished"] and not document["complete"] and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
+    if document["merge_status"]:
+        raise Incomplete("every episode is there, but the merge after them failed; the same command does it again", document)
     return document
 
 
@@ -125,6 +127,8 @@ def status(args: argparse.Namespace) -> Document:
 
     document = watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
     _table(document["cells"], title=watch.headline(document))
+    if args.follow and not document["complete"]:
+        raise Incomplete("nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing", document)
     return document
 
 

@@ -80,6 +80,7 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
 
+    "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
     simulator has other physics than the references (`sim/guard.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
@@ -89,6 +90,7 @@ def run_experiment(
         check_config(run_dir, arm.name, config_hash(experiment, arm))
     _prepare_directory(experiment, run_dir)
     total = len(episode_keys(experiment, shard)) * len(experiment.arms())
+    mirrors: list[dict[str, Any]] = []
     missing = missing_episodes(experiment, run_dir, shard)
     if missing:
         with ExitStack() as stack:
@@ -101,10 +103,10 @@ def run_experiment(
             missing = missing_episodes(experiment, run_dir, shard)
             on_start(len(missing), total)
             if missing:
-                _run(experiment, run_dir, missing, ledgers, on_episode, say)
+                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say)
     else:
         on_start(0, total)
-    return summary(experiment, run_dir)
+    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
 
 
 def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
@@ -144,7 +146,8 @@ def _run(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     say: Callable[[str], None],
-) -> None:
+) -> list[dict[str, Any]]:
+    """Run these episodes; returns what each mirror said at its end, which is no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.arms import load_arms
     from qlibero.launch.environment import describe, simulator_environment
@@ -153,7 +156,7 @@ def _run(
     from qlibero.sim.guard import PassportGuard, in_words, on_record
     from qlibero.sim.pool import SimulatorPool, worker_environment
     from qlibero.sim.suites import SUITES
-    from qlibero.tracking.mirror import start_mirrors
+    from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
     environment = describe()
@@ -200,7 +203,10 @@ def _run(
             run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
             _film(experiment, run_dir, {key for _, key in missing}, pool, say)
         finally:
-            mirrors.finish()
+            ended = mirrors.finish()
+            for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
+                say(said)
+    return ended
 
 
 def _film(experiment: Experiment, run_dir: Path, ours: set[EpisodeKey], pool, say: Callable[[str], None]) -> None:

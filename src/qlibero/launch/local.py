@@ -6,7 +6,6 @@ ends by itself with an error is not; it says in its log what to do.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,12 +14,11 @@ from collections import deque
 from collections.abc import Callable
 
 from qlibero.launch.capacity import CORES, capacity
-from qlibero.launch.engine import Submission, Submitted, shown
+from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.launch.environment import find_gpus
 
 RESTARTS = 3
 STOP_S = 30.0   # what a shard gets to put its current episodes down
-_PR_SET_PDEATHSIG = 1
 
 
 def describe(submission: Submission) -> str:
@@ -59,10 +57,7 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
                     say(f"shard {index} is done ({done} of {len(submission.indices)})")
     finally:
         _stop([process for process, _, _ in running.values()])
-    merge = subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent)
-    if merge.returncode:
-        say(f"the merge ended with status {merge.returncode}: the same command does it again")
-    return Submitted(finished=True, failed=tuple(sorted(failed)))
+    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission, say))
 
 
 def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen:
@@ -75,11 +70,6 @@ def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> su
         return subprocess.Popen(
             submission.shard_command(index), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
         )
-
-
-def end_with_parent() -> None:
-    """In a child before exec: SIGTERM when the parent dies, so that a killed launcher leaves nothing behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:

@@ -15,7 +15,8 @@ from qlibero.launch.plan import refuse_impossible
 def run_sweep(
     sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Submit what the ledgers lack. Returns `cells.result` with {"engine", "submitted": indices, "jobs", "failed"} added.
+    """Submit what the ledgers lack. Returns `cells.result` with {"engine", "submitted": indices, "jobs", "failed",
+    "merge_status"} added.
 
     `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
     """
@@ -50,6 +51,7 @@ def run_sweep(
         "submitted": list(indices),
         "under_way": len(missing) - len(indices),
         "failed": list(submitted.failed),
+        "merge_status": submitted.merge_status,
         "jobs": list(submitted.jobs),
         "finished": submitted.finished and not under_way,
         **({"dry_run": text} if dry_run else {}),
