@@ -55,7 +55,7 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
         (lambda: doctor.driver([], "13.0"), "warn", "torch is built for CUDA 13.0", "nvidia-smi"),
         (lambda: doctor.driver([GPU], None), "warn", "torch is a CPU build", "pip install"),
         (lambda: doctor.driver([GPU], "12.8"), "ok", "A40 45 GiB; driver 550.54.14", ""),
-        (lambda: doctor.driver([GPU], "13.0"), "fail", "CUDA 13.0 needs 580", "update the driver"),
+        (lambda: doctor.driver([GPU], "13.0"), "fail", "CUDA 13.0 needs 580", "update the driver to 580"),
         (lambda: doctor.rendering({"problem": "no EGL"}, []), "fail", "no EGL", "libegl1"),
         (lambda: doctor.rendering(LLVMPIPE, []), "ok", "llvmpipe", ""),
         (lambda: doctor.rendering(LLVMPIPE, [GPU]), "warn", "although there is a GPU", "NVIDIA_DRIVER_CAPABILITIES"),
@@ -110,6 +110,18 @@ def test_wandb_is_never_a_failure_and_no_key_is_shown(monkeypatch: pytest.Monkey
         assert "wandb login" in doctor.wandb({"WANDB_BASE_URL": url}).cure
     gone = doctor.wandb({"WANDB_BASE_URL": url}, timeout_s=1)
     assert gone.status == "ok" and "cannot be reached" in gone.found and "offline" in gone.found
+
+
+def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"backend": "baseline", "here": True}, {"backend": "fake", "here": True, "court": "reference", "runs_on": "cpu"},
+            {"backend": "cpu_int4", "here": True, "court": "unproven", "runs_on": "cpu"},
+            {"backend": "w8a8", "here": True, "court": "passed 3 shapes on x86", "runs_on": "cpu"}]  # fmt: skip
+    monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows)
+    untried, passed = doctor.kernels()
+    assert (untried.name, untried.status, untried.cure) == ("kernel cpu_int4", "warn", "qlibero kernels check --backend cpu_int4")
+    assert (passed.status, passed.cure) == ("ok", "")
+    monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows[:2])
+    assert one(doctor.kernels()).status == "warn"
 
 
 def test_the_passports_verdict_becomes_findings() -> None:

@@ -48,6 +48,8 @@ def reference(tmp_path_factory, tiny_experiment: Path) -> dict:
     assert run(tiny_experiment, out, "workers=1")["complete"]
     found = records(out)
     assert len(found) == 12 and len({value[1] for value in found.values()}) > 1
+    every = [record for arm in ARMS for record in read_ledger(out, arm)]
+    assert all(record.batch_sizes == [1] * record.replans and record.wall_s * 1e3 > sum(record.policy_ms) for record in every)
     return found
 
 

@@ -14,7 +14,8 @@ import pytest
 import slurm_cluster
 from slurm_cluster import kill, queue, wait_for
 
-from qlibero.config.schema import Launch
+from qlibero.config.load import load_experiment
+from qlibero.config.schema import REPOSITORY, Launch, config_hash
 from qlibero.launch import cells, engine, slurm
 from qlibero.results.ledger import read_ledger
 
@@ -168,6 +169,17 @@ def read(path: str) -> str:
         return ""
 
 
+def test_a_configuration_has_one_hash_inside_and_outside_a_container(monkeypatch):
+    """A sweep's experiments name the checkout's absolute paths; the container's own checkout lies elsewhere."""
+    experiment = load_experiment(REPOSITORY / "configs/experiments/llm_w4a8_fake.yaml", environ={})
+    arm = experiment.arms()[1]
+    outside = config_hash(experiment, arm)
+    monkeypatch.setattr("qlibero.config.schema.REPOSITORY", Path("/qlibero"))
+    assert config_hash(experiment, arm) != outside
+    monkeypatch.setenv("QLIBERO_CHECKOUT", str(REPOSITORY))
+    assert config_hash(experiment, arm) == outside
+
+
 def test_scripts_say_what_was_asked_for(tmp_path):
     launch = Launch(
         slurm={"partition": "h100", "account": "vla", "qos": "long", "gres": "gpu:1", "time": "1-00:00:00", "cpus_per_task": 12,
@@ -181,6 +193,6 @@ def test_scripts_say_what_was_asked_for(tmp_path):
                  "--open-mode=append", "--constraint=h100"):  # fmt: skip
         assert f"#SBATCH {line}\n" in script
     assert "module load cuda\nsource venv/bin/activate\n" in script
-    assert f"apptainer exec --nv q.sif qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index" in script
+    assert f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert "--dependency=afterany:" in slurm.describe(submission) and "--gres" not in slurm.merge_script(submission)

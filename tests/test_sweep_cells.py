@@ -16,6 +16,7 @@ import pytest
 
 from qlibero.config.schema import Launch, config_hash
 from qlibero.config.sweep import load_sweep
+from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.experiment import episode_keys
 from qlibero.kernels import BACKENDS, load
@@ -24,6 +25,7 @@ from qlibero.launch import cells, engine, local, ray, slurm
 from qlibero.launch import status as watch
 from qlibero.launch.capacity import Capacity
 from qlibero.launch.plan import plan, refuse_impossible, seconds
+from qlibero.launch.plan_tables import readable
 from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.results.ledger import Ledger
@@ -165,12 +167,26 @@ def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     assert found["cells"][1]["seconds_each"] == {"baseline": 3.0, "fake": 3.0}   # another cell's cost: same policy and backend
     expected = minimum_detectable_difference(50, 0.05)
     assert found["cells"][1]["detectable_difference"] == (expected and pytest.approx(expected, abs=1e-4))
-    assert found["cells"][1]["discordance"] == "5.0% assumed"
+    assert (found["cells"][1]["discordance"], found["cells"][1]["discordance_is"]) == (0.05, "assumed")
     # 300 episodes are missing: 2 s on 4 cores and 1 s of policy (one at a time on a CPU) = 1.5 s each, on 9 shards at once
     slurm_cost = found["engines"]["slurm"]
     assert slurm_cost["gpu_h"] == pytest.approx(300 * 1.5 * 2 / 3600, abs=1e-3)
     assert slurm_cost["wall_h"] == pytest.approx(34 * 1.5 / 3600, abs=1e-3)
     assert [seconds(t) for t in ("30", "01:00:00", "2-01", "1-00:00:30", "10:30")] == [1800, 3600, 176400, 86430, 630]
+
+
+def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qlibero.console.PLAIN_WIDTH", 100)
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    made = cells.make_manifest(load_sweep(REPOSITORY / "configs/sweeps/methods_and_layouts.yaml", (), environ={}), tmp_path / "out")
+    document = plan(made, print)
+    for title, rows in readable(document):
+        table(rows, title)
+    said = capsys.readouterr().err
+    assert max(map(len, said.splitlines())) <= 100
+    cell = "suite-libero_object.method-duquant.layout-llm+expert_mlp"
+    assert all(f" {word} " in f" {' '.join(said.split())} " for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the"))
+    assert len(said.splitlines()) < 2 * len(document["cells"])
 
 
 def test_status_counts_files_not_promises(tmp_path):

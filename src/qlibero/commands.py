@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlibero.console import table
 from qlibero.errors import UserError, WorkFailed
 
 Document = dict[str, Any]
@@ -70,13 +71,12 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.config.sweep import load_sweep
     from qlibero.launch import cells
     from qlibero.launch.plan import plan as make_plan
+    from qlibero.launch.plan_tables import readable
 
     document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
-    cells_shown = [{**cell, "seconds_each": [f"{arm} {s:g}" for arm, s in (cell["seconds_each"] or {}).items()]} for cell in document["cells"]]
-    _table(cells_shown, title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
-    if document["engines"]:
-        _table([{"engine": name, **cost} for name, cost in document["engines"].items()], title="what is missing, on each engine")
-    elif document["without_cost"]:
+    for title, rows in readable(document):
+        table(rows, title)
+    if document["without_cost"]:
         explain("no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)")
     return document
 
@@ -126,7 +126,7 @@ def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
     document = watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
-    _table(document["cells"], title=watch.headline(document))
+    table(document["cells"], title=watch.headline(document))
     if args.follow and not document["complete"]:
         raise Incomplete("nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing", document)
     return document
@@ -146,7 +146,7 @@ def quantize(args: argparse.Namespace) -> Document:
     from qlibero.quant.prepare import readable
 
     document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
-    _table(readable(document), title="artifacts")
+    table(readable(document), title="artifacts")
     return document
 
 
@@ -154,16 +154,16 @@ def inspect(args: argparse.Namespace) -> Document:
     from qlibero.quant.inspect import inspect_artifact, readable
 
     document = inspect_artifact(args.artifact, args.diff, args.sort)
-    _table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
-    _table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
+    table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
+    table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
     if "diff" in document:
-        _table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
+        table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
     if args.measure:
         from qlibero.config.load import load_experiment
         from qlibero.quant.prepare import measured_sensitivity
 
         document["sensitivity"] = measured_sensitivity(load_experiment(args.measure), args.artifact)
-        _table(readable(document["sensitivity"]), title="each layer quantized alone: what it does to the actions")
+        table(readable(document["sensitivity"]), title="each layer quantized alone: what it does to the actions")
     return document
 
 
@@ -177,9 +177,9 @@ def kernels_check(args: argparse.Namespace) -> Document:
     document = {"device": layers[0].shape.device, "shapes": policy, "verdicts": [verdict.to_json() for verdict in verdicts]}
     rows = court.table(verdicts)
     title = f"court: {policy} shapes on {layers[0].shape.device}"
-    _table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
+    table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
     if refused := [row for row in rows if row["verdict"] != "pass"]:
-        _table(refused, title="not passed")
+        table(refused, title="not passed")
     court.enforce(verdicts)
     return document
 
@@ -193,7 +193,7 @@ def kernels_bench(args: argparse.Namespace) -> Document:
     timings = bench(layers, backends=args.backend)
     rows = [{"layer": t.layer, "shape": f"{t.n}×{t.k}", "tokens": t.tokens, "backend": t.backend, "µs": f"{t.us:.1f}",
              "speed-up": f"{t.speedup:.2f}×", "of limit": f"{t.of_limit:.0%}"} for t in timings]  # fmt: skip
-    _table(rows, title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit")
+    table(rows, title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit")
     return {"device": layers[0].shape.device, "shapes": policy, "timings": [asdict(t) for t in timings]}
 
 
@@ -218,7 +218,7 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     from qlibero.policies.pi05.verify import verify_checkpoint
 
     document = verify_checkpoint(args.checkpoint)
-    _table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
+    table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
     return document
@@ -258,7 +258,7 @@ def doctor(args: argparse.Namespace) -> Document:
 
     findings = [finding.to_json() for finding in diagnose()]
     if not args.json:
-        _table(findings, title="doctor")
+        table(findings, title="doctor")
     document = {"ok": all(f["status"] != "fail" for f in findings), "findings": findings}
     if not document["ok"]:
         raise Incomplete("something here will not work; each finding names the command that mends it", document)
@@ -281,38 +281,17 @@ def ls(args: argparse.Namespace) -> Document:
     from qlibero import catalogue
 
     rows = getattr(catalogue, args.what)()
-    _table(rows, title=args.what)
+    table(rows, title=args.what)
     return {args.what: rows}
 
 
 # --------------------------------------------------------------------------------------------------- printing
-def _table(rows: list[Document], title: str) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from qlibero.progress import console
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in (columns[0], "file"))
-    for row in rows:
-        table.add_row(*(escape(_cell(row.get(column))) for column in columns))  # [cu13] is no markup
-    console().print(table)
-
-
 def _counter(what: str) -> Callable[[int, int], None]:
     def count(done: int, total: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done}/{total} {what}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     return count
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def explain(message: str) -> None:

@@ -52,7 +52,7 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
         try:
             answer = check()
         except Exception as error:   # one broken check must not hide the others
-            answer = Finding(check.__name__, "fail", f"the check itself failed: {error!r}", "please report this line")
+            answer = Finding(check.__name__, "fail", f"the check itself failed: {error!r}", f"please report this line; {SETUP} mends a damaged installation")
         findings += answer if isinstance(answer, list) else [answer]
     return findings
 
@@ -72,7 +72,7 @@ def lock(directory: Path = REPOSITORY) -> Finding:
     """Whether what is installed is what requirements.txt pins."""
     path = directory / "requirements.txt"
     if not path.exists():
-        return Finding("pinned packages", "warn", f"no {path.name} in {directory}", "work in a checkout of qlibero")
+        return Finding("pinned packages", "warn", f"no {path.name} in {directory}", "git clone the repository, and work in the checkout")
     lines = (line.split(" ")[0].partition("==") for line in path.read_text().splitlines() if "==" in line and line[0].isalnum())
     pinned = {name.partition("[")[0]: version.rstrip("\\;") for name, _, version in lines}
     found = environment.packages(tuple(pinned))
@@ -142,7 +142,7 @@ def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:
         with mmap.mmap(descriptor, frame_bytes) as memory:
             memory[:] = b"\1" * frame_bytes
     except OSError as error:
-        return [Finding("shared memory", "fail", f"a frame of {frame_bytes} bytes cannot be shared: {error}", "raise the memory limit")]
+        return [Finding("shared memory", "fail", f"a frame of {frame_bytes} bytes cannot be shared: {error}", "ulimit -v unlimited, or ask for more memory (--mem, docker run --memory)")]
     finally:
         os.close(descriptor)
     size = shutil.disk_usage("/dev/shm").total / 1e6 if os.path.isdir("/dev/shm") else 0.0
@@ -181,7 +181,8 @@ def driver(gpus: list[dict[str, str]] | None = None, cuda: str | None = None) ->
         return [Finding("GPU", "warn", f"{names}; but torch is a CPU build", CUDA_TORCH)]
     needs, has = DRIVER_OF_CUDA.get(int(cuda.split(".")[0]), 0), gpus[0]["driver"]
     if int(has.split(".")[0]) < needs:
-        return [Finding("GPU", "fail", f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer", "update the driver, or install torch for an older CUDA")]
+        return [Finding("GPU", "fail", f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer", f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), or put torch for an older CUDA: "
+                        ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126")]
     return [Finding("GPU", "ok", f"{names}; driver {has}, torch for CUDA {cuda}")]
 
 
@@ -215,7 +216,7 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
     findings = [Finding("rendering", "ok", f"{own['MUJOCO_GL']}: {where}{gl['renderer']}")]
     if gpus and software:
         findings = [Finding("rendering", "warn", f"{own['MUJOCO_GL']}: {gl['renderer']} although there is a GPU: several times slower",
-                            "install the driver's EGL library (libnvidia-gl), in containers NVIDIA_DRIVER_CAPABILITIES=all")]  # fmt: skip
+                            "apt-get install libnvidia-egl-gbm1 libnvidia-eglcore (Ubuntu: libnvidia-gl-<driver>); in containers NVIDIA_DRIVER_CAPABILITIES=all")]  # fmt: skip
     elif len(gpus) == 1 and where:
         findings.append(Finding("GPU sharing", "warn", "the policy and the simulators share the only GPU; some drivers abort EGL then",
                                 "if simulators die: MUJOCO_GL=osmesa"))  # fmt: skip
@@ -232,8 +233,9 @@ def kernels() -> list[Finding]:
 
     rows = [row for row in backends() if row.get("court") not in (None, "reference")]
     usable = [row for row in rows if row["here"]]
-    findings = [Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}",
-                        f"qlibero kernels check --backend {row['backend']}" if row["court"] == "unproven" else "")
+    findings = [Finding(f"kernel {row['backend']}", "warn", f"on {row['runs_on']}; unproven: never tried here (a run tries it before its first episode)",
+                        f"qlibero kernels check --backend {row['backend']}")
+                if row["court"] == "unproven" else Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}")
                 for row in usable]  # fmt: skip
     return findings or [Finding("kernels", "warn", "no real kernel runs here, only fake and int_ref", "qlibero ls backends")]
 
@@ -253,7 +255,7 @@ def wandb(environ: Mapping[str, str] | None = None, timeout_s: float = 3.0) -> F
     try:
         socket.create_connection((parts.hostname or "", port), timeout=timeout_s).close()
     except OSError as error:
-        return Finding("wandb", "ok", f"{parts.hostname}:{port} cannot be reached ({error}); {offline}", "for online tracking: set WANDB_BASE_URL or your proxy")
+        return Finding("wandb", "ok", f"{parts.hostname}:{port} cannot be reached ({error}); {offline}", "for online tracking: export WANDB_BASE_URL=https://…, or HTTPS_PROXY=…")
     return Finding("wandb", "ok", f"{parts.hostname}:{port} answers; {offline}", "" if environ.get("WANDB_API_KEY") else "for online tracking: wandb login")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -400,6 +401,7 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
 
 
 REPOSITORY = Path(__file__).resolve().parents[3]   # the checkout of an editable install
+CHECKOUT = "QLIBERO_CHECKOUT"   # set by a sweep inside a container: the checkout outside, whose paths the experiment names
 
 
 def _portable(value: Any) -> Any:
@@ -407,6 +409,7 @@ def _portable(value: Any) -> Any:
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_portable(item) for item in value]
-    if isinstance(value, str) and value.startswith(f"{REPOSITORY}/"):
-        return value[len(f"{REPOSITORY}/"):]
+    for checkout in (str(REPOSITORY), os.environ.get(CHECKOUT)):
+        if checkout and isinstance(value, str) and value.startswith(f"{checkout}/"):
+            return value[len(f"{checkout}/"):]
     return value

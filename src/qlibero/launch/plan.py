@@ -202,7 +202,8 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
         "pairs": pairs,
         "detectable_difference": _rounded(statistics.minimum_detectable_difference(pairs, discordance)) if len(arms) > 1 else None,
         "one_way_difference": _rounded(statistics.smallest_one_way_difference(pairs)) if len(arms) > 1 else None,
-        "discordance": f"{discordance:.1%} {source}",
+        "discordance": discordance,
+        "discordance_is": source,
     }
 
 
@@ -234,7 +235,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
             "wall_h": round(wall / 3600, 3),
             "gpu_h": round(sum(shards) * gpus_each / 3600, 3),
             "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
-            "basis": f"{at_once} shards at once, {cores} cores and up to {workers} simulators each",
+            "basis": f"shards at once: {at_once}; of each: {cores} cores, up to {workers} simulators",
         }
     return by_engine
 

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from qlibero.config.schema import REPOSITORY
+from qlibero.config.schema import CHECKOUT, REPOSITORY
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
 from qlibero.launch.engine import Submission, Submitted
@@ -148,8 +148,9 @@ def _setup(submission: Submission) -> str:
 
 
 def _in_container(submission: Submission, command: list[str]) -> str:
+    """The container has a checkout of its own: it is told where ours lies, or the same configuration would have another hash."""
     prefix = submission.launch.slurm.container
-    return f"{prefix} qlibero {shlex.join(command[3:])}" if prefix else shlex.join(command)
+    return f"{prefix} env {CHECKOUT}={shlex.quote(str(REPOSITORY))} qlibero {shlex.join(command[3:])}" if prefix else shlex.join(command)
 
 
 def _lines(prefix: str, options: list[str]) -> str:

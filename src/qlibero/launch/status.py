@@ -89,7 +89,7 @@ def follow(directory: Path, show: Callable[[dict[str, Any]], None]) -> dict[str,
 
 def headline(found: dict[str, Any]) -> str:
     """One line for people."""
-    parts = [f"{found['done']} of {found['episodes']} episodes", f"{found['shards_done']} of {found['shards']} shards"]
+    parts = [f"{found['done']:,} of {found['episodes']:,} episodes", f"{found['shards_done']:,} of {found['shards']:,} shards"]
     if found["errors"]:
         parts.append(f"{found['errors']} errors")
     parts += [f"{n} {state.lower()}" for state, n in sorted(found["queue"].items())]

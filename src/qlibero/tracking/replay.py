@@ -223,7 +223,7 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
         "time/sim_s": round(record.sim_ms / 1e3, 3),
         "time/render_s": round(record.render_ms / 1e3, 3),
     }
-    timed = sorted(record.policy_ms[record.warmup_calls :])
+    timed = sorted(record.policy_ms)
     if timed:
         row["latency_ms/episode_median"] = timed[len(timed) // 2]
     for name in ("path_length_m", "jerk", "gripper_flips"):
