@@ -12,6 +12,7 @@ import pytest
 
 from qlibero import doctor
 from qlibero.doctor import PINS, Finding, diagnose
+from qlibero.launch.capacity import Capacity
 from qlibero.launch.cuda_toolkit import Agreement, Toolkit
 from qlibero.sim.passport import Finding as PassportFinding
 
@@ -44,14 +45,17 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
         (lambda: doctor.fork_variables({"OPENPI_DUQUANT_ABITS": "4"}), "warn", "will override quant", "unset OPENPI_DUQUANT_ABITS"),
         (lambda: doctor.fork_variables({"PATH": "/bin"}), "ok", "no OPENPI_DUQUANT_*", ""),
         (lambda: doctor.ffmpeg(path="/nowhere"), "warn", "no ffmpeg", "--set videos=0"),
-        (lambda: doctor.memory(2 * 10**9, 2), "fail", "2.0 GB", "more memory"),
-        (lambda: doctor.memory(8 * 10**9, 16), "warn", "3 simulators", "--set workers=3"),
-        (lambda: doctor.memory(64 * 10**9, 16), "ok", "64.0 GB", ""),
+        (lambda: doctor.memory(Capacity(2, 2.0, 1.0, "")), "fail", "1.0 of 2.0 GB are free", "--mem"),
+        (lambda: doctor.memory(Capacity(2, 4.0, 2.0, "")), "warn", "2.0 of 4.0 GB are free now", "ps aux"),
+        (lambda: doctor.memory(Capacity(16, 8.0, 8.0, "")), "warn", "3 simulators", "--mem"),
+        (lambda: doctor.memory(Capacity(16, 64.0, 60.0, "")), "ok", "60.0 of 64.0 GB", ""),
+        (lambda: doctor.cpus(Capacity(8, 9.0, 9.0, ""), 8), "ok", "8", ""),
+        (lambda: doctor.cpus(Capacity(1, 9.0, 9.0, "cores by a cgroup quota"), 8), "warn", "1 of the 8 that are shown (cores by a cgroup quota)", "--cpus"),
         (lambda: doctor.driver([], None), "ok", "policies run on the CPU", ""),
         (lambda: doctor.driver([], "13.0"), "warn", "torch is built for CUDA 13.0", "nvidia-smi"),
         (lambda: doctor.driver([GPU], None), "warn", "torch is a CPU build", "pip install"),
         (lambda: doctor.driver([GPU], "12.8"), "ok", "A40 45 GiB; driver 550.54.14", ""),
-        (lambda: doctor.driver([GPU], "13.0"), "fail", "CUDA 13.0 needs 580", "update the driver"),
+        (lambda: doctor.driver([GPU], "13.0"), "fail", "CUDA 13.0 needs 580", "update the driver to 580"),
         (lambda: doctor.rendering({"problem": "no EGL"}, []), "fail", "no EGL", "libegl1"),
         (lambda: doctor.rendering(LLVMPIPE, []), "ok", "llvmpipe", ""),
         (lambda: doctor.rendering(LLVMPIPE, [GPU]), "warn", "although there is a GPU", "NVIDIA_DRIVER_CAPABILITIES"),
@@ -80,16 +84,6 @@ def test_a_toolkit_that_disagrees_with_itself_fails(monkeypatch: pytest.MonkeyPa
     assert doctor.toolkit().status == "ok" and "13.0" in doctor.toolkit().found
 
 
-def test_a_quota_that_nproc_does_not_show_is_found(tmp_path: Path) -> None:
-    file = tmp_path / "cpu.max"
-    assert doctor.cpus(file, 8).status == "ok"
-    for text, status in (("max 100000", "ok"), ("800000 100000", "ok"), ("150000 100000", "warn"), ("nonsense", "ok")):
-        file.write_text(text)
-        assert doctor.cpus(file, 8).status == status, text
-    file.write_text("150000 100000")
-    assert doctor.cpus(file, 8).cure == "--set workers=1"
-
-
 def test_another_version_than_pinned_is_named(tmp_path: Path) -> None:
     assert doctor.lock(tmp_path).status == "warn"
     (tmp_path / "requirements.txt").write_text("# locked\nmujoco==3.2.3\nnumpy==1.0.0\n")
@@ -116,6 +110,18 @@ def test_wandb_is_never_a_failure_and_no_key_is_shown(monkeypatch: pytest.Monkey
         assert "wandb login" in doctor.wandb({"WANDB_BASE_URL": url}).cure
     gone = doctor.wandb({"WANDB_BASE_URL": url}, timeout_s=1)
     assert gone.status == "ok" and "cannot be reached" in gone.found and "offline" in gone.found
+
+
+def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"backend": "baseline", "here": True}, {"backend": "fake", "here": True, "court": "reference", "runs_on": "cpu"},
+            {"backend": "cpu_int4", "here": True, "court": "unproven", "runs_on": "cpu"},
+            {"backend": "w8a8", "here": True, "court": "passed 3 shapes on x86", "runs_on": "cpu"}]  # fmt: skip
+    monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows)
+    untried, passed = doctor.kernels()
+    assert (untried.name, untried.status, untried.cure) == ("kernel cpu_int4", "warn", "qlibero kernels check --backend cpu_int4")
+    assert (passed.status, passed.cure) == ("ok", "")
+    monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows[:2])
+    assert one(doctor.kernels()).status == "warn"
 
 
 def test_the_passports_verdict_becomes_findings() -> None:

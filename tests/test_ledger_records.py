@@ -36,7 +36,8 @@ def records(draw, arm=text):
         phases_ms=draw(hy.dictionaries(text, hy.lists(ms, max_size=3), max_size=3)),
         sim_ms=draw(ms),
         jerk=draw(hy.none() | ms),
-        video=draw(hy.none() | text),
+        batch_sizes=draw(hy.lists(hy.integers(1, 64), max_size=5)),
+        wall_s=draw(ms),
         trajectory=draw(
             hy.none() | hy.builds(TrajectorySlice, text, hy.integers(0, 2**40), hy.integers(0, 530))
         ),
@@ -87,6 +88,11 @@ def test_foreign_lines_are_refused_with_their_place(change, message):
     assert str(refusal.value).startswith("runs/fake/episodes-0-1.jsonl:12: ") and message in str(
         refusal.value
     )
+
+
+def test_lines_of_earlier_versions_with_fields_that_are_gone_still_read():
+    line = json.dumps({**json.loads(EXAMPLE.to_json()), "video": None, "warmup_calls": 0})
+    assert record_from_json(line) == EXAMPLE
 
 
 def test_missing_field_is_refused():

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from qlibero.errors import GuardRefusal
+from qlibero.launch.environment import simulator_environment
 from qlibero.sim import passport
+from qlibero.sim.pool import worker_environment
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def recolour(frame: dict, change) -> None:
 
 
 def test_this_machine_is_not_refused():
-    report = passport.check().enforce()
+    report = passport.check(worker_environment(simulator_environment())).enforce()
     assert report.verdict in ("valid", "warning") and report.versions["mujoco"] == "3.2.3"
     assert report.renderer
 

@@ -24,7 +24,6 @@ SHARDS = 4
 @pytest.fixture(scope="module")
 def cluster():
     """Two real nodes of two pretend GPUs each."""
-    pytest.importorskip("ray", reason="needs Ray: pip install 'qlibero[ray]'")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 80 * 2**20}
@@ -75,6 +74,20 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(("address", "why"), [("auto", "none is running on this machine"), ("127.0.0.1:9", "Connection refused")])
+def test_without_a_cluster_the_setting_is_named(tmp_path, monkeypatch, address, why):
+    import ray
+
+    def nobody(**options) -> None:   # what Ray says where no cluster runs; a neighbour's may run on this machine
+        raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to by setting `--address` flag")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    made = engine.Submission("x", tmp_path, (0,), Launch(ray={"address": address}))
+    with pytest.raises(UserError, match=rf"no Ray cluster at launch.ray.address={address} .*{why}.*--set launch.ray.address") as refused:
+        ray_engine.submit(made, print)
+    assert "--address" not in str(refused.value)
 
 
 def test_without_ray_the_cure_is_named(tmp_path, monkeypatch):

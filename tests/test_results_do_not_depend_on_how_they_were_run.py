@@ -53,6 +53,8 @@ def undisturbed(tmp_path_factory, tiny_experiment: Path) -> Path:
 def reference(undisturbed: Path) -> dict:
     found = records(undisturbed)
     assert len(found) == 12 and len({value[1] for value in found.values()}) > 1
+    every = [record for arm in ARMS for record in read_ledger(undisturbed, arm)]
+    assert all(record.batch_sizes == [1] * record.replans and record.wall_s * 1e3 > sum(record.policy_ms) for record in every)
     return found
 
 

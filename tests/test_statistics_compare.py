@@ -44,8 +44,7 @@ def record(arm, task, init, outcome, **more):
         error="hung" if outcome == "error" else None,
         fingerprint=f"{task:02x}{init:02x}",
         action_digest="cd",
-        policy_ms=[30.0, 10.0, 10.0],
-        warmup_calls=1,
+        policy_ms=[10.0, 10.0],
     )
     return EpisodeRecord(**{**fields, **more})
 
@@ -82,7 +81,7 @@ def test_the_contract_of_the_last_line(tmp_path):
     }
     assert [round(100 * x, 2) for x in fake["tango95"]] == [-2.33, 1.47]
     assert fake["mcnemar_p"] == pytest.approx(0.8238, abs=1e-4)
-    assert fake["speedup_p50"] == 2.0  # warm-up calls are left out
+    assert fake["speedup_p50"] == 2.0
     assert fake["both_succeed"] + fake["broken"] + fake["repaired"] + fake["both_fail"] == 500
     assert fake["sentence"] == (
         "fake against baseline is inconclusive at −2 pp: Δ −0.4 pp [−2.3, +1.5], 11 broken, 9 repaired of 500 pairs, "

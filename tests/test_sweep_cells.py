@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,11 +16,17 @@ import pytest
 
 from qlibero.config.schema import Launch, config_hash
 from qlibero.config.sweep import load_sweep
+from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
+from qlibero.kernels import BACKENDS, load
+from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, local, ray, slurm
+from qlibero.launch import status as watch
+from qlibero.launch.capacity import Capacity
 from qlibero.launch.plan import plan, refuse_impossible, seconds
-from qlibero.launch.status import headline, status
+from qlibero.launch.plan_tables import readable
+from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
@@ -104,16 +111,54 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
     refuse_impossible(manifest(), "local")
     with pytest.raises(UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"):
         refuse_impossible(manifest("backends=[baseline, triton_w4a8]", "policy.device=cpu"), "local")
-    with pytest.raises(UserError, match="2000 simulator workers need 5000 GB"):
+    with pytest.raises(UserError, match="2000 simulators need 5000 GB"):
         refuse_impossible(manifest("workers=2000"), "local")
     with pytest.raises(UserError, match="launch.slurm.time 2 is not longer than launch.slurm.signal_s 120"):
         refuse_impossible(manifest("launch.slurm.time='2'"), "slurm")
-    with pytest.raises(UserError, match="5 GB, slurm has 4 GB"):
+    with pytest.raises(UserError, match="5 GB, a shard on engine slurm has 4.3 GB; set workers or launch.slurm.mem"):
         refuse_impossible(manifest("workers=2", "launch.slurm.mem=4G"), "slurm")
     made = manifest()
     fill(made.cells[0], episode_keys(made.cells[0].experiment)[:1])
     with pytest.raises(GuardRefusal, match="holds episodes of another configuration"):
         manifest("max_steps=9")
+
+
+def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
+    """The kernel's court sits on the node; here only what is true on every machine is refused."""
+    plain = GRID.replace("quant.activation_bits: [8, 4]", "quant.activation_bits: [8]").partition("exclude:")[0] + GRID.partition("w4a16: {{quant.activation_bits: 16}}\n")[2]
+
+    def problems(engine: str, *sets: str) -> str:
+        try:
+            refuse_impossible(cells.make_manifest(sweep_of(tmp_path, plain, *sets), tmp_path / "none"), engine)
+        except UserError as refused:
+            return str(refused)
+        return ""
+
+    for kernel in ("triton_w4a8", "humming", "bitblas", "w8a8", "fake"):
+        assert problems("slurm", f"backends=[baseline, {kernel}]") == "", kernel
+        assert problems("ray", f"backends=[baseline, {kernel}]", "launch.ray.gpus=1") == "", kernel
+    assert "triton_w4a8 on cuda: packs weights of 4 bits, not 8" in problems("slurm", "backends=[triton_w4a8]", "quant.weight_bits=8")
+    assert "humming on cuda: takes one weight scale per row" in problems("slurm", "backends=[humming]", "quant.group_size=64")
+    assert "cpu_int4 on cuda: runs on cpu only" in problems("slurm", "backends=[cpu_int4]")
+    assert "triton_w4a8 on cpu: runs on cuda only" in problems("slurm", "backends=[triton_w4a8]", "launch.slurm.gres=null")
+    assert "triton_w4a8" in problems("local", "backends=[triton_w4a8]", "policy.device=cuda")   # this machine can be asked
+
+
+def test_what_no_machine_can_do_this_one_cannot_either():
+    shapes = [GemmShape(256, 256, bits, 8, group, device) for bits in (4, 8) for group in (None, 64) for device in ("cpu", "cuda")]
+    wrong = [(name, str(shape)) for name in BACKENDS for shape in shapes
+             if not load(name).fits(shape).ok and load(name).supports(shape).ok]  # fmt: skip
+    assert wrong == [] or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    with pytest.raises(UserError, match="1 simulators need 2.5 GB, a shard on engine slurm has 2.1 GB"):
+        refuse_impossible(cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm")
+    made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=6G"), tmp_path / "out")
+    fill(made.cells[0], episode_keys(made.cells[0].experiment))
+    slurm_cost = plan(made, print)["engines"]["slurm"]   # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    assert slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
 
 
 def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
@@ -227,6 +272,20 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
         run_experiment(other, cell.run_dir)
 
 
+def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qlibero.console.PLAIN_WIDTH", 100)
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    made = cells.make_manifest(load_sweep(REPOSITORY / "configs/sweeps/methods_and_layouts.yaml", (), environ={}), tmp_path / "out")
+    document = plan(made, print)
+    for title, rows in readable(document):
+        table(rows, title)
+    said = capsys.readouterr().err
+    assert max(map(len, said.splitlines())) <= 100
+    cell = "suite-libero_object.method-duquant.layout-llm+expert_mlp"
+    assert all(f" {word} " in f" {' '.join(said.split())} " for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the"))
+    assert len(said.splitlines()) < 2 * len(document["cells"])
+
+
 def test_status_counts_files_not_promises(tmp_path):
     manifest = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
     cells.write_manifest(manifest)
@@ -234,9 +293,68 @@ def test_status_counts_files_not_promises(tmp_path):
     found = status(tmp_path / "out")
     assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (32, 400, 1, 12)   # the first 16 of 50 scenes, two arms
     assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)   # two arms, one episode a minute each
-    assert headline(found).startswith("32 of 400 episodes, 1 of 12 shards, 124 episodes/h, done about 20")
+    assert headline(found) == "32 of 400 episodes, 1 of 12 shards, 124 episodes/h, nothing under way here"
+    assert headline(found | {"queue": {"RUNNING": 2}}).startswith("32 of 400 episodes, 1 of 12 shards, 2 running, 124 episodes/h, done about 20")
     with pytest.raises(UserError, match="neither a sweep"):
         status(tmp_path)
+
+
+def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlibero.launch.slurm._notes", lambda directory: [])
+    made = sweep_of(tmp_path, GRID, "tracking=[]")
+    manifest = cells.make_manifest(made, tmp_path / "out")
+    cells.write_manifest(manifest)
+    for cell in manifest.cells:
+        fill(cell, episode_keys(cell.experiment))
+    assert not cells.merged(manifest)
+    (tmp_path / "out/sweep/result.json").write_text(json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}}))
+    assert not cells.merged(manifest)   # as good as killed for who waits for wandb's rows
+    said: list[str] = []
+    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
+    assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
+    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["submitted"] == [] and len(said) == 1
+
+
+def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):
+    manifest = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
+    cells.write_manifest(manifest)
+    fill(manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3)))   # 32 of 400, and nobody works on the rest
+    clock = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    seen: list[dict] = []
+    assert not follow(tmp_path / "out", seen.append)["complete"] and clock[0] == watch.QUIET_S + watch.FOLLOW_S
+    assert headline(seen[-1]).endswith("nothing under way here")
+
+    first = manifest.cells[0]
+    arm = first.experiment.arms()[0]
+    with Ledger(first.run_dir, arm.name, shard="working", config_hash=config_hash(first.experiment, arm)):
+        begun = clock[0]
+
+        def look(found: dict) -> None:
+            assert found["writing"] == 1
+            if clock[0] - begun > 600:
+                raise KeyboardInterrupt   # held open by a living process: it would go on
+
+        with pytest.raises(KeyboardInterrupt):
+            follow(tmp_path / "out", look)
+    assert status(tmp_path / "out")["writing"] == 0
+
+
+def test_cells_that_ask_for_other_resources_are_refused_not_given_the_first_ones(tmp_path):
+    other = GRID.replace("w4a16: {{quant.activation_bits: 16}}", 'w4a16: {{quant.activation_bits: 16, launch.slurm.gres: "gpu:4"}}')
+    with pytest.raises(UserError, match="launch.slurm.gres is 'gpu:h100:2' in cell seed-7.activation_bits-8 and 'gpu:4' in cell w4a16"):
+        cells.make_manifest(sweep_of(tmp_path, other), tmp_path / "out")
+    shards = GRID.replace("w4a16: {{quant.activation_bits: 16}}", "w4a16: {{quant.activation_bits: 16, launch.shard_episodes: 50}}")
+    assert [cell.shards for cell in cells.make_manifest(sweep_of(tmp_path, shards), tmp_path / "out").cells] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1}', "[]", '{"schema": 1, "sweep": "x", "directory": "/", "cells": [], "shards": [["a", 0, 1]]}',
+                                  '{"schema": 1, "sweep": "x", "directory": "/", "cells": {"id": 1}, "shards": []}'])  # fmt: skip
+def test_a_manifest_that_is_none_is_the_users_error(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest.json: .*(not a sweep's manifest|manifest schema None)"):
+        cells.read_manifest(tmp_path / "manifest.json")
 
 
 # ------------------------------------------------------------------------------------------------ the local engine
@@ -265,6 +383,29 @@ def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named
     assert light_shard.rows(tmp_path, 0) == list(range(light_shard.ROWS)) and (tmp_path / "merged").exists()
     assert "shard 0 was killed by SIGKILL: starting it again" in said
     assert any("shard 1 ended with status 2" in line and "no such thing" in line for line in said)
+
+
+def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch):
+    made = submission(tmp_path, monkeypatch, 1)
+    monkeypatch.setenv("LIGHT_ROWS", "1")
+    monkeypatch.setattr(engine.Submission, "merge_command", lambda self: ["sh", "-c", "exit 5"])
+    said: list[str] = []
+    assert local.submit(made, said.append).merge_status == 5
+    assert said[-1] == "the merge after the shards ended with status 5; by hand: sh -c 'exit 5'"
+
+    from qlibero import cli
+
+    monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: {"finished": True, "complete": True, "merge_status": 5})
+    (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
+    assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_shards_beside_each_other_share_the_cores(tmp_path, monkeypatch):
+    made = submission(tmp_path, monkeypatch, 2)
+    monkeypatch.setattr(local, "capacity", lambda: Capacity(8, 64.0, 64.0, ""))
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", "echo cores $QLIBERO_CORES"])
+    assert not local.submit(made, print).failed
+    assert [made.log(i).read_text() for i in (0, 1)] == ["cores 4\n"] * 2
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def build_parser() -> Parser:
 
     command = add("status", do.status, "how far a sweep or a run is, from its result files and the queue")
     command.add_argument("dir", type=Path, metavar="DIR", help="a sweep's or a run's directory")
-    command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done")
+    command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done, or nothing is under way any more")
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")

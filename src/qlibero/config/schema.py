@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,7 +267,7 @@ class Slurm(Frozen):
     gres: str | None = Field(None, description="--gres, e.g. gpu:1")
     time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="--time of one array task")
     cpus_per_task: Int = Field(8, ge=1, description="--cpus-per-task; simulator workers share them")
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="--mem, e.g. 48G; about 2.5G per simulator worker")
+    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own")
     array_limit: Int | None = Field(None, ge=1, description="most array tasks at once (`--array=0-99%N`)")
     signal_s: Int = Field(120, ge=30, description="seconds before the time limit at which a task saves and requeues")
     setup: tuple[str, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
@@ -314,7 +315,7 @@ class Experiment(Frozen):
         "refuse", description="when a kernel fails its trial: stop, or fall back with the reason on record"
     )
     workers: Literal["auto"] | Annotated[Int, Field(ge=1)] = Field(
-        "auto", description="simulator processes; auto: one per core, as far as memory allows"
+        "auto", description="simulator processes; auto: one per core this job may use, as far as its memory allows"
     )
     retries: Int = Field(2, ge=0, description="times an episode whose simulator died is run again before it is an error")
     videos: Literal["all"] | Annotated[Int, Field(ge=0)] = Field(
@@ -405,6 +406,7 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
 
 
 REPOSITORY = Path(__file__).resolve().parents[3]   # the checkout of an editable install
+CHECKOUT = "QLIBERO_CHECKOUT"   # set by a sweep inside a container: the checkout outside, whose paths the experiment names
 
 
 def _portable(value: Any) -> Any:
@@ -412,6 +414,7 @@ def _portable(value: Any) -> Any:
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_portable(item) for item in value]
-    if isinstance(value, str) and value.startswith(f"{REPOSITORY}/"):
-        return value[len(f"{REPOSITORY}/"):]
+    for checkout in (str(REPOSITORY), os.environ.get(CHECKOUT)):
+        if checkout and isinstance(value, str) and value.startswith(f"{checkout}/"):
+            return value[len(f"{checkout}/"):]
     return value

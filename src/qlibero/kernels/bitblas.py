@@ -57,6 +57,7 @@ def _operator(m: int, n: int, k: int, backend: str):
 
 class BitBLAS(Kernel):
     name = "bitblas"
+    devices, weight_bits, grouped = ("cuda",), (4,), False
     package = "bitblas"
 
     def supports(self, shape: GemmShape) -> Support:

@@ -187,6 +187,10 @@ class Kernel:
 
     name: str
     real = True  # False: a reference or simulation that saves neither memory nor time
+    # what it takes on any machine, so that a login node can plan for nodes it is not like
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    weight_bits: tuple[int, ...] = (4, 8)
+    grouped = True  # whether it takes a weight scale per K-group
     package: str | None = None  # the extra package whose version a verdict depends on
     #: for a kernel that cannot give its accumulator, only an output in this dtype, rounded once per scale
     rounds_to: torch.dtype | None = None
@@ -194,6 +198,16 @@ class Kernel:
     def supports(self, shape: GemmShape) -> Support:
         """Whether this machine and this shape will do; must not raise."""
         raise NotImplementedError
+
+    def fits(self, shape: GemmShape) -> Support:
+        """Whether it could take such a layer on *some* machine: the part of `supports` that asks nothing of this one."""
+        if shape.device not in self.devices:
+            return Support(False, f"runs on {' and '.join(self.devices)} only")
+        if shape.weight_bits not in self.weight_bits:
+            return Support(False, f"packs weights of {' or '.join(map(str, self.weight_bits))} bits, not {shape.weight_bits}")
+        if shape.group_size and not self.grouped:
+            return Support(False, "takes one weight scale per row, not one per K-group")
+        return Support(True)
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
         """codes: int8 (N, K) on the device the layer will run on."""

@@ -62,6 +62,7 @@ class _HummingWeight(PackedWeight):
 
 class Humming(Kernel):
     name = "humming"
+    devices, grouped = ("cuda",), False
     package = "humming-kernels"
     rounds_to = torch.bfloat16
 

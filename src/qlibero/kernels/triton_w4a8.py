@@ -43,6 +43,7 @@ def _processors(device_index: int | None) -> int:
 
 class TritonW4A8(Kernel):
     name = "triton_w4a8"
+    devices, weight_bits = ("cuda",), (4,)
 
     def supports(self, shape: GemmShape) -> Support:
         if reason := missing():

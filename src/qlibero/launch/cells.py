@@ -97,6 +97,7 @@ def make_manifest(sweep: Sweep, out: Path | None = None) -> Manifest:
         if cell.id == OURS and not alone:
             raise UserError(f"a cell cannot be called {OURS}: the sweep keeps its own files in a directory of that name")
         _check_directory(cell)
+    _check_launch(cells)
     shards = tuple(Shard(cell.id, i, cell.shards) for cell in cells for i in range(cell.shards))
     return Manifest(sweep.name, directory, cells, shards)
 
@@ -138,16 +139,22 @@ def read_manifest(path: Path, check_files: bool = True) -> Manifest:
         raise UserError(f"{path}: {problem.strerror}; `qlibero sweep` writes manifests") from None
     except ValueError as problem:
         raise UserError(f"{path}: not JSON ({problem})") from None
-    if document.get("schema") != SCHEMA:
-        raise UserError(f"{path}: manifest schema {document.get('schema')!r}, this qlibero reads {SCHEMA}")
-    directory = Path(document["directory"])
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise UserError(f"{path}: manifest schema {found!r}, this qlibero reads {SCHEMA}")
 
     def experiment(cell_id: str) -> Experiment:
         # no environment: what was resolved at submission is what runs, whatever a node's shell exports
-        return load_experiment(_experiment_file(directory, cell_id), environ={}, check_files=check_files)
+        return load_experiment(_experiment_file(Path(document["directory"]), cell_id), environ={}, check_files=check_files)
 
-    cells = tuple(Cell(c["id"], Path(c["run_dir"]), c["axes"], experiment(c["id"])) for c in document["cells"])
-    return Manifest(document["sweep"], directory, cells, tuple(Shard(*shard) for shard in document["shards"]))
+    try:
+        cells = tuple(Cell(c["id"], Path(c["run_dir"]), c["axes"], experiment(c["id"])) for c in document["cells"])
+        manifest = Manifest(document["sweep"], Path(document["directory"]), cells, tuple(Shard(*each) for each in document["shards"]))
+        for shard in manifest.shards:
+            manifest.cell(shard)
+    except (KeyError, TypeError, StopIteration) as problem:
+        raise UserError(f"{path}: not a sweep's manifest ({type(problem).__name__}: {problem}); `qlibero sweep` writes a whole one") from None
+    return manifest
 
 
 def latest_manifest(directory: Path) -> Manifest | None:
@@ -168,8 +175,6 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
     if shard.count > 1:
         videos = experiment.videos if shard.index == 0 or experiment.videos == "all" else 0
         experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": videos})
-    if experiment.workers == "auto" and (cpus := os.environ.get("SLURM_CPUS_PER_TASK")):
-        experiment = experiment.model_copy(update={"workers": max(1, int(cpus))})
     part = (shard.index, shard.count)
     run_experiment(experiment, cell.run_dir, part, **watchers)
     return {
@@ -180,18 +185,33 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
     }
 
 
-def merge(manifest_path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated."""
-    from qlibero.tracking.mirror import start_mirrors
+def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
+    """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated.
 
-    manifest = read_manifest(manifest_path)
+    Returns `result`; the file has also {"mirrors": {cell: {tracker: problem or None}}}.
+    """
+    from qlibero.tracking.mirror import start_mirrors, trouble
+
     document = result(manifest)
+    mirrors: dict[str, dict[str, str | None]] = {}
     for cell in manifest.cells:
         if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
             for said in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
-                say(f"{cell.id}: {said['tracker']}: {said['problem'] or said['mode']}")
-    _replace(manifest.directory / OURS / "result.json", json.dumps(document, indent=1) + "\n")
+                well = f"{said['tracker']}: {said['mode'] or 'mirrored'}"
+                say(f"{cell.id}: {trouble(said, cell.experiment.tracking) or well}")
+                mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
+    _replace(manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n")
     return document
+
+
+def merged(manifest: Manifest) -> bool:
+    """Whether a merge has mirrored everything since the last episode; it writes its result last, so a killed one has not."""
+    try:
+        found = json.loads((manifest.directory / OURS / "result.json").read_text())
+    except (OSError, ValueError):
+        return False
+    problems = [problem for cell in found.pop("mirrors", {}).values() for problem in cell.values()]
+    return found == result(manifest) and not any(problems)
 
 
 def result(manifest: Manifest) -> dict[str, Any]:
@@ -216,6 +236,25 @@ def _check_directory(cell: Cell) -> None:
     """The ledger would refuse too, but only on the cluster, after the queue."""
     for arm in cell.experiment.arms():
         check_config(cell.run_dir, arm.name, config_hash(cell.experiment, arm))
+
+
+def _check_launch(cells: Sequence[Cell]) -> None:
+    """A submission is one array (or one set of processes), so its resources are one choice: nobody's is dropped in silence."""
+    first, *others = cells
+    ours = _flat(first.experiment.launch.model_dump(exclude={"shard_episodes"}))
+    for cell in others:
+        theirs = _flat(cell.experiment.launch.model_dump(exclude={"shard_episodes"}))
+        if differing := [key for key in ours if ours[key] != theirs[key]]:
+            key = differing[0]
+            raise UserError(
+                f"launch.{key} is {ours[key]!r} in cell {first.id} and {theirs[key]!r} in cell {cell.id}: the cells of a sweep are "
+                "submitted together and share launch (but shard_episodes); write one sweep file for each kind of job"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {k: v for key, value in tree.items()
+            for k, v in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}).items()}  # fmt: skip
 
 
 def _experiment_file(directory: Path, cell_id: str) -> Path:

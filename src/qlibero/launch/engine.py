@@ -7,9 +7,13 @@ An engine is a module with two functions:
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import shlex
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +21,7 @@ from types import ModuleType
 from qlibero.config.schema import Launch
 
 ENGINES = ("local", "slurm", "ray")
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,13 @@ class Submission:
 
 @dataclass(frozen=True)
 class Submitted:
-    """`finished`: the shards have been run, well or badly; otherwise they are queued as `jobs`."""
+    """`finished`: the shards have been run, well or badly; otherwise they are queued as `jobs`. `merge_status`: how the
+    merge after them ended, 0 when well or when it is queued."""
 
     finished: bool
     failed: tuple[int, ...] = ()
     jobs: tuple[str, ...] = ()
+    merge_status: int = 0
 
 
 def load_engine(name: str) -> ModuleType:
@@ -59,6 +66,19 @@ def load_engine(name: str) -> ModuleType:
 def program() -> list[str]:
     """The qlibero of this very environment: a cluster's nodes see it at the same path."""
     return [sys.executable, "-m", "qlibero.cli"]
+
+
+def run_merge(submission: Submission, say: Callable[[str], None]) -> int:
+    """Run the merge here, for engines that stay until the end; returns its exit status."""
+    status = subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent).returncode
+    if status:
+        say(f"the merge after the shards ended with status {status}; by hand: {shown(submission.merge_command())}")
+    return status
+
+
+def end_with_parent() -> None:
+    """In a child before exec: SIGTERM when the parent dies, so that a killed launcher leaves nothing behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def shown(command: list[str]) -> str:

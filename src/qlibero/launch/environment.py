@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.schema import REPOSITORY
+from qlibero.launch.capacity import memory_bytes
 from qlibero.launch.cuda_toolkit import Agreement, Toolkit, check_agreement, find_toolkit, site_packages, torch_cuda
 
 ENTERED = "QLIBERO_POLICY_ENVIRONMENT"   # set in the re-started process; holds the LD_LIBRARY_PATH from before
@@ -196,16 +197,6 @@ def cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def memory_bytes() -> int:
-    """Physical memory, or the cgroup's limit where that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def _output(*command: str) -> str | None:

@@ -6,7 +6,6 @@ ends by itself with an error is not; it says in its log what to do.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,12 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from qlibero.launch.engine import Submission, Submitted, shown
+from qlibero.launch.capacity import CORES, capacity
+from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.launch.environment import find_gpus
 
 RESTARTS = 3
 STOP_S = 30.0   # what a shard gets to put its current episodes down
-_PR_SET_PDEATHSIG = 1
 
 
 def describe(submission: Submission) -> str:
@@ -58,23 +57,19 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
                     say(f"shard {index} is done ({done} of {len(submission.indices)})")
     finally:
         _stop([process for process, _, _ in running.values()])
-    subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent)
-    return Submitted(finished=True, failed=tuple(sorted(failed)))
+    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission, say))
 
 
 def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    if submission.launch.processes > 1:
+        environment[CORES] = str(max(1, capacity().cores // submission.launch.processes))
     if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open(submission.log(index), "ab") as log:
         return subprocess.Popen(
             submission.shard_command(index), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
         )
-
-
-def end_with_parent() -> None:
-    """In a child before exec: SIGTERM when the parent dies, so that a killed launcher leaves nothing behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:

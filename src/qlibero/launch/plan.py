@@ -7,24 +7,23 @@ one episode of each arm *into the ledger*, so that nothing of it is wasted.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.schema import Experiment, Tracking
+from qlibero.config.schema import Arm, Experiment, Launch, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.experiment import RUNS, episode_keys, finished_episodes, missing_episodes, planned_keys, run_experiment
+from qlibero.launch.capacity import WORKER_GB, capacity, fitting
 from qlibero.launch.cells import Cell, Manifest, Shard
-from qlibero.launch.environment import find_gpus, memory_bytes
+from qlibero.launch.environment import find_gpus
 from qlibero.results.judgement import detectable
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, read_run
 
-WORKER_GB = 2.5
 DISCORDANCE = 0.05   # share of pairs that flip, for planning, while none has been observed
 
 
@@ -82,28 +81,48 @@ def _problems(experiment: Experiment, engine: str) -> Iterator[str]:
     except UserError as problem:
         yield str(problem)
     slurm = experiment.launch.slurm
-    workers = experiment.workers if experiment.workers != "auto" else 1
-    memory_gb = memory_bytes() / 1e9 if engine == "local" else _gigabytes(slurm.mem) if engine == "slurm" and slurm.mem else None
+    _, memory_gb = _shard_place(experiment.launch, engine)
+    workers = experiment.workers if experiment.workers != "auto" else 1   # auto takes what fits, and one must
     if memory_gb is not None and workers * WORKER_GB > memory_gb:
-        yield f"{workers} simulator workers need {workers * WORKER_GB:g} GB, {engine} has {memory_gb:.0f} GB; set workers or launch.slurm.mem"
+        cure = {"local": "set workers or launch.processes", "slurm": "set workers or launch.slurm.mem"}[engine]
+        yield f"{workers} simulators need {workers * WORKER_GB:g} GB, a shard on engine {engine} has {memory_gb:.1f} GB; {cure}"
     if engine == "slurm" and seconds(slurm.time) <= slurm.signal_s:
         yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
     device = _device(experiment, engine)
     for arm in experiment.arms():
-        if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse" and (reason := _unsupported(arm, device)):
-            yield f"arm {arm.name}: {reason}"
+        if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
+            if reason := _unsupported(arm, device, here=engine == "local"):
+                yield f"arm {arm.name}: {reason}"
 
 
-def _unsupported(arm, device: str) -> str | None:
-    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. The court has the last word."""
+def _shard_place(launch: Launch, engine: str) -> tuple[int, float | None]:
+    """Cores and memory (GB, None: not known here) of one shard on an engine."""
+    if engine == "local":
+        ours = capacity()
+        return max(1, ours.cores // launch.processes), ours.memory_gb / launch.processes
+    if engine == "slurm":
+        return launch.slurm.cpus_per_task, _gigabytes(launch.slurm.mem) if launch.slurm.mem else None
+    return max(1, int(launch.ray.cpus)), None
+
+
+def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
+    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. The court has the last word.
+
+    Of a cluster's nodes (not `here`) only what is true on any machine is said: a login node has no GPU and perhaps not
+    the kernel's package, which says nothing about where the work will run.
+    """
     from qlibero.kernels import load
     from qlibero.kernels.contract import GemmShape
 
+    quant = arm.quant
     try:
-        quant = arm.quant
-        support = load(arm.backend).supports(GemmShape(2048, 2048, quant.weight_bits, quant.activation_bits, quant.group_size, device))
-    except (ImportError, QliberoError) as problem:
+        kernel = load(arm.backend)
+        shape = GemmShape(2048, 2048, quant.weight_bits, quant.activation_bits, quant.group_size, device)
+    except ImportError as problem:
+        return str(problem) if here else None
+    except QliberoError as problem:
         return str(problem)
+    support = kernel.supports(shape) if here else kernel.fits(shape)
     return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
 
 
@@ -228,16 +247,15 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
     launch = manifest.cells[0].experiment.launch
     gpus = len(find_gpus())
-    cores = len(os.sched_getaffinity(0))
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
     by_engine = {}
-    for name, workers, slots, gpus_each, basis in (
-        ("local", max(1, cores // launch.processes), launch.processes, min(gpus, launch.processes) / launch.processes,
-         f"{launch.processes} at a time, {cores} cores"),
-        ("slurm", launch.slurm.cpus_per_task, launch.slurm.array_limit or 10**9, _gres_gpus(launch.slurm.gres),
-         f"{launch.slurm.array_limit or 'all'} tasks at once, {launch.slurm.cpus_per_task} cores each"),
-        ("ray", max(1, int(launch.ray.cpus)), 10**9, launch.ray.gpus, f"all tasks at once, {launch.ray.cpus:g} cores each"),
-    ):  # fmt: skip
+    for name, slots, gpus_each, at_once in (
+        ("local", launch.processes, min(gpus, launch.processes) / launch.processes, launch.processes),
+        ("slurm", launch.slurm.array_limit or 10**9, _gres_gpus(launch.slurm.gres), launch.slurm.array_limit or "all"),
+        ("ray", 10**9, launch.ray.gpus, "all"),
+    ):
+        cores, memory_gb = _shard_place(launch, name)
+        workers = cores if memory_gb is None else fitting(cores, memory_gb)
         shards = [s for shard in manifest.shards if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))]
         # the longest shard is a bound of its own; below it the slots share the sum
         wall = max(max(shards, default=0.0), sum(shards) / min(slots, len(shards) or 1))
@@ -245,7 +263,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
             "wall_h": round(wall / 3600, 3),
             "gpu_h": round(sum(shards) * gpus_each / 3600, 3),
             "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
-            "basis": basis,
+            "basis": f"shards at once: {at_once}; of each: {cores} cores, up to {workers} simulators",
         }
     return by_engine
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 
 from qlibero.errors import UserError
-from qlibero.launch.engine import Submission, Submitted, shown
+from qlibero.launch.capacity import CORES
+from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
 
 RETRIES = 3
 
@@ -32,17 +34,26 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
         raise UserError("--engine ray: Ray is not installed; pip install 'qlibero[ray]'") from None
     options = submission.launch.ray
     address = None if options.address == "local" else options.address
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        _reach(options.address)
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    except (OSError, ValueError, RuntimeError) as problem:   # Ray's own message advises a flag that qlibero has not
+        why = "none is running on this machine" if options.address == "auto" else (str(problem).splitlines() or [""])[0]
+        raise UserError(
+            f"no Ray cluster at launch.ray.address={options.address} ({why}): start one with `ray start --head`, name another with "
+            "--set launch.ray.address=HOST:6379, or write `local` for one that lives as long as this command"
+        ) from None
     try:
         task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=RETRIES)(_run)
-        tasks = {task.remote(submission.shard_command(i), str(submission.log(i))): i for i in submission.indices}
+        cores = str(max(1, int(options.cpus)))
+        tasks = {task.remote(submission.shard_command(i), str(submission.log(i)), cores): i for i in submission.indices}
         waiting, failed = list(tasks), []
         while waiting:
             (done,), waiting = ray.wait(waiting, num_returns=1)
             try:
                 status = ray.get(done)
             except ray.exceptions.RayError as problem:   # out of retries
-                status = str(problem).splitlines()[0]
+                status = str(problem).strip().splitlines()[-1]
             if status:
                 failed.append(tasks[done])
                 say(f"shard {tasks[done]} ended with status {status}, see {submission.log(tasks[done])}")
@@ -50,17 +61,21 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
                 say(f"shard {tasks[done]} is done ({len(tasks) - len(waiting) - len(failed)} of {len(tasks)})")
     finally:
         ray.shutdown()
-    subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False)
-    return Submitted(finished=True, failed=tuple(sorted(failed)))
+    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission, say))
 
 
-def _run(command: list[str], log: str) -> int:
+def _reach(address: str) -> None:
+    """Raises OSError for HOST:PORT where nobody listens; Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _run(command: list[str], log: str, cores: str) -> int:
     """On a node: run the shard and wait. Ends with it when Ray kills this worker."""
-    from qlibero.launch.local import end_with_parent
-
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(os.environ), preexec_fn=end_with_parent
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, CORES: cores}, preexec_fn=end_with_parent
         )
     status = process.wait()
     if status == -signal.SIGKILL:   # as if the worker had died: Ray shall try again

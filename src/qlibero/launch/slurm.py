@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from qlibero.config.schema import REPOSITORY
+from qlibero.config.schema import CHECKOUT, REPOSITORY
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
 from qlibero.launch.engine import Submission, Submitted
@@ -110,17 +110,29 @@ def live_shards(sweep_directory: Path) -> dict[Shard, str]:
     Raises WorkFailed when squeue is there and does not answer: then submitting again could double the work.
     """
     found: dict[Shard, str] = {}
-    for note in sorted(sweep_directory.glob(f"{OURS}/submission-*/{JOBS}")) if shutil.which("squeue") else ():
-        job = json.loads(note.read_text())["array"]
-        asked = _run(["squeue", "--noheader", "--array", "--jobs", job, "--format=%K %T"])
-        if asked.returncode:
-            if "Invalid job id" in asked.stderr:   # long gone
-                continue
-            raise WorkFailed(f"squeue does not answer: {asked.stderr.strip()}")
+    for note in _notes(sweep_directory):
         shards = json.loads((note.parent / "manifest.json").read_text())["shards"]
-        for index, state in (line.split() for line in asked.stdout.splitlines()):
+        for index, state in _queued(json.loads(note.read_text())["array"]):
             found[Shard(*shards[int(index)])] = state
     return found
+
+
+def merge_is_queued(sweep_directory: Path) -> bool:
+    """Whether an earlier submission's merge job still waits or runs. Raises like `live_shards`."""
+    jobs = [json.loads(note.read_text()).get("merge") for note in _notes(sweep_directory)]
+    return any(job and _queued(job) for job in jobs)
+
+
+def _notes(sweep_directory: Path) -> list[Path]:
+    return sorted(sweep_directory.glob(f"{OURS}/submission-*/{JOBS}")) if shutil.which("squeue") else []
+
+
+def _queued(job: str) -> list[list[str]]:
+    """[array index, state] of a job's tasks that squeue still lists; [] for a job it has forgotten."""
+    asked = _run(["squeue", "--noheader", "--array", "--jobs", job, "--format=%K %T"])
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        raise WorkFailed(f"squeue does not answer: {asked.stderr.strip()}")
+    return [line.split() for line in asked.stdout.splitlines()]
 
 
 def _resources(submission: Submission) -> list[str]:
@@ -136,8 +148,9 @@ def _setup(submission: Submission) -> str:
 
 
 def _in_container(submission: Submission, command: list[str]) -> str:
+    """The container has a checkout of its own: it is told where ours lies, or the same configuration would have another hash."""
     prefix = submission.launch.slurm.container
-    return f"{prefix} qlibero {shlex.join(command[3:])}" if prefix else shlex.join(command)
+    return f"{prefix} env {CHECKOUT}={shlex.quote(str(REPOSITORY))} qlibero {shlex.join(command[3:])}" if prefix else shlex.join(command)
 
 
 def _lines(prefix: str, options: list[str]) -> str:

@@ -15,18 +15,19 @@ from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import episode_keys, finished_episodes, missing_episodes
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
-from qlibero.results.ledger import read_ledger
+from qlibero.results.ledger import is_locked, read_ledger
 from qlibero.results.records import EpisodeRecord
 
 RATE_WINDOW = timedelta(minutes=30)
 FOLLOW_S = 10.0
+QUIET_S = 120.0   # longer than a shard takes to start, so that the pause between two is not taken for the end
 
 
 def status(directory: Path) -> dict[str, Any]:
     """Of a sweep directory or a single run directory. Raises UserError when it is neither.
 
     Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
-    "episodes_per_hour", "eta", "cells": [...]}; the rate is that of the last half hour in which episodes finished.
+    "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate is that of the last half hour in which episodes finished.
     """
     manifest = latest_manifest(directory) or _single_run(directory)
     cells, records = [], []
@@ -60,6 +61,7 @@ def status(directory: Path) -> dict[str, Any]:
         "errors": sum(c["errors"] for c in cells),
         "shards": len(manifest.shards),
         "shards_done": len(manifest.shards) - len(lacking),
+        "writing": sum(is_locked(lock) for cell in manifest.cells for lock in cell.run_dir.glob("*/.lock-*")),
         "queue": queue,
         "queue_problem": queue_problem,
         "episodes_per_hour": rate and round(rate, 1),
@@ -69,25 +71,38 @@ def status(directory: Path) -> dict[str, Any]:
 
 
 def follow(directory: Path, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """`show` the status every ten seconds until everything is done; returns the last one."""
+    """`show` the status every ten seconds until everything is done, or nothing has been under way for two minutes.
+
+    Under way is what stands in a queue, holds a shard's lock, or adds to the ledgers. Returns the last status.
+    """
+    alive, grown = time.monotonic(), None
     while True:
         found = status(directory)
         show(found)
-        if found["complete"]:
+        growth = (found["done"], found["errors"])
+        if found["queue"] or found["queue_problem"] or found["writing"] or growth != grown:
+            alive, grown = time.monotonic(), growth
+        if found["complete"] or time.monotonic() - alive > QUIET_S:
             return found
         time.sleep(FOLLOW_S)
 
 
 def headline(found: dict[str, Any]) -> str:
     """One line for people."""
-    parts = [f"{found['done']} of {found['episodes']} episodes", f"{found['shards_done']} of {found['shards']} shards"]
+    parts = [f"{found['done']:,} of {found['episodes']:,} episodes", f"{found['shards_done']:,} of {found['shards']:,} shards"]
     if found["errors"]:
         parts.append(f"{found['errors']} errors")
     parts += [f"{n} {state.lower()}" for state, n in sorted(found["queue"].items())]
     if found["queue_problem"]:
         parts.append(found["queue_problem"])
-    if found["episodes_per_hour"] and not found["complete"]:
-        parts.append(f"{found['episodes_per_hour']:g} episodes/h, done about {found['eta']}")
+    if found["complete"]:
+        return ", ".join(parts)
+    if found["episodes_per_hour"]:
+        parts.append(f"{found['episodes_per_hour']:g} episodes/h")
+    if not found["queue"] and not found["writing"] and not found["queue_problem"]:
+        parts.append("nothing under way here")
+    elif found["eta"]:
+        parts.append(f"done about {found['eta']}")
     return ", ".join(parts)
 
 

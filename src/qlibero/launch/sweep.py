@@ -15,7 +15,8 @@ from qlibero.launch.plan import refuse_impossible
 def run_sweep(
     sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Submit what the ledgers lack. Returns `cells.result` with {"engine", "submitted": indices, "jobs", "failed"} added.
+    """Submit what the ledgers lack. Returns `cells.result` with {"engine", "submitted": indices, "jobs", "failed",
+    "merge_status"} added.
 
     `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
     """
@@ -40,6 +41,9 @@ def run_sweep(
         else:
             say(f"{len(indices)} of {len(manifest.shards)} shards, engine {name}, {directory}")
             submitted = module.submit(submission, say)
+    elif not missing and not dry_run and _merge_was_lost(manifest):
+        say("every episode is there, but the merge after them was not finished: doing it here")
+        cells.merge(manifest, say)
     document = cells.result(manifest)
     return {
         **document,
@@ -47,10 +51,19 @@ def run_sweep(
         "submitted": list(indices),
         "under_way": len(missing) - len(indices),
         "failed": list(submitted.failed),
+        "merge_status": submitted.merge_status,
         "jobs": list(submitted.jobs),
         "finished": submitted.finished and not under_way,
         **({"dry_run": text} if dry_run else {}),
     }
+
+
+def _merge_was_lost(manifest: cells.Manifest) -> bool:
+    """Killed after the last episode, a merge would never come back by itself: no shard is missing that would bring it."""
+    from qlibero.launch.slurm import merge_is_queued
+
+    submitted = any((manifest.directory / cells.OURS).glob("submission-*/manifest.json"))
+    return submitted and not cells.merged(manifest) and not merge_is_queued(manifest.directory)
 
 
 def _under_way(manifest: cells.Manifest) -> dict[cells.Shard, str]:

@@ -12,13 +12,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qlibero.console import console
 from qlibero.results.compare import compare
 from qlibero.results.phrases import NOISE_FLOOR, margin_text, p_text, points, sequential_text, speed_text
 from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
 from qlibero.results.statistics import wilson
 from qlibero.results.summary import counts, summarize_arm
 
-PLAIN_WIDTH = 160
 COLOURS = {"non-inferior": "green", "inferior": "red", "inconclusive": "yellow", NOISE_FLOOR: "cyan"}
 SAVES_NOTHING = {
     "fake": "fake carries unpacked integers; a packed kernel saves",
@@ -32,12 +32,6 @@ QUALITY = {
     "gripper_flips": "gripper flips",
     "jerk": "jerk (m/s³)",
 }
-
-
-def console() -> Console:
-    """stderr; a log file gets 160 columns and no colour codes."""
-    found = Console(stderr=True, highlight=False)
-    return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
 
 
 def print_run(run_dir: Path | str, to: Console | None = None, reference: str = REFERENCE) -> None:
@@ -135,7 +129,7 @@ def cost_table(run: RunResults) -> Table:
         latency = summarize_arm(arm.records)["latency_ms"] or {}
         table.add_row(
             str(arm.meta.get("label") or name),
-            f"{sum(len(r.policy_ms) - r.warmup_calls for r in arm.records):,}",
+            f"{sum(len(r.policy_ms) for r in arm.records):,}",
             *(f"{latency[p]:.1f}" if latency else "–" for p in ("p50", "p95", "p99")),
             *(
                 f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}"

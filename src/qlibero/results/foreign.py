@@ -73,7 +73,7 @@ def _reference(names: Sequence[str], asked: str | None) -> str:
 
 
 def _against(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any]:
-    (k0, n0, e0), (k1, n1, e1) = base.counts, arm.counts
+    (k0, n0, _), (k1, n1, _) = base.counts, arm.counts
     result = _paired(base, arm, margin) or _independent(base, arm, margin)
     if result["errors"]["worst_case_verdict"] != result["verdict"] and result["delta"] is not None:
         result["verdict"] = ERRORS_DECIDE

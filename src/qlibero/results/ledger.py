@@ -316,6 +316,19 @@ def _lock(directory: Path, shard: str) -> int:
     return descriptor
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a process of this machine holds a shard's lock file open. Asks /proc: trying the lock, even for a moment,
+    could be what a writer that is just starting finds it held by."""
+    try:
+        _, pid, _, host = lock.read_text().split()
+        if host != os.uname().nodename:
+            return False
+        held = lock.resolve()
+        return any(Path(os.readlink(descriptor)) == held for descriptor in Path(f"/proc/{pid}/fd").iterdir())
+    except (OSError, ValueError):   # gone, ended, or being written this moment
+        return False
+
+
 def _append(descriptor: int, data: bytes, path: Path) -> int:
     """One write and an fsync; returns the offset it went to. On any failure the file is as it was before."""
     offset = os.fstat(descriptor).st_size

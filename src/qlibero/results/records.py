@@ -38,8 +38,10 @@ class EpisodeRecord:
     `outcome`: `success`, `failure` (horizon reached, or the policy returned non-finite actions) or `error`
     (simulator, rendering, transport, watchdog: neither success nor failure; `error` then says what happened).
     `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per
-    policy call, the time its whole batch took; `phases_ms` the same per phase; the first `warmup_calls` of
-    them are left out of latency statistics. `sim_ms`, `render_ms` are totals. `kernels` is the hash of the
+    policy call, the time its whole batch took; `phases_ms` the same per phase; `batch_sizes` says how many
+    episodes shared each call. (Warm-up calls belong to no episode: they are in the arm's meta.json.)
+    `sim_ms`, `render_ms` are totals, `wall_s` is from the episode's start to its end, waiting included, of
+    the attempt that counts. `kernels` is the hash of the
     kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
     the trajectory (`quality.py`).
     """
@@ -60,7 +62,6 @@ class EpisodeRecord:
     policy_ms: list[float] = field(default_factory=list)
     phases_ms: dict[str, list[float]] = field(default_factory=dict)
     batch_sizes: list[int] = field(default_factory=list)
-    warmup_calls: int = 0
     sim_ms: float = 0.0
     render_ms: float = 0.0
     wall_s: float = 0.0
@@ -69,7 +70,6 @@ class EpisodeRecord:
     jerk: float | None = None
     gripper_flips: int | None = None
     trajectory: TrajectorySlice | None = None
-    video: str | None = None  # path relative to the run directory
     protocol: str = "pure"
     kernels: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -118,6 +118,7 @@ def _rounded(value: Any) -> Any:
 
 
 _FIELDS = {f.name for f in fields(EpisodeRecord)}
+_RETIRED = {"video", "warmup_calls"}  # in lines of earlier versions of schema 1, never with a value
 
 
 def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
@@ -138,6 +139,7 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
             f"{where}: written with record schema {data['schema']}, which is older than the {SCHEMA} this qlibero reads; "
             "read it with the qlibero that wrote it, or run again into another --out"
         )
+    data = {key: value for key, value in data.items() if key not in _RETIRED}
     unknown = sorted(set(data) - _FIELDS)
     if unknown:
         raise UserError(f"{where}: unknown field(s) {', '.join(unknown)} in a schema {SCHEMA} record")

@@ -23,8 +23,8 @@ def counts(records: Iterable[EpisodeRecord]) -> tuple[int, int, int]:
 
 
 def policy_calls_ms(records: Iterable[EpisodeRecord]) -> np.ndarray:
-    """Milliseconds of every measured policy call, as an episode waits for it; warm-up calls are left out."""
-    return np.array([ms for r in records for ms in r.policy_ms[r.warmup_calls :]], dtype=np.float64)
+    """Milliseconds of every policy call of an episode, as it waits for it; warm-up calls belong to none."""
+    return np.array([ms for r in records for ms in r.policy_ms], dtype=np.float64)
 
 
 def phase_calls_ms(records: Iterable[EpisodeRecord]) -> dict[str, np.ndarray]:
@@ -32,7 +32,7 @@ def phase_calls_ms(records: Iterable[EpisodeRecord]) -> dict[str, np.ndarray]:
     phases: dict[str, list[float]] = {}
     for r in records:
         for phase, values in r.phases_ms.items():
-            phases.setdefault(phase, []).extend(values[r.warmup_calls :])
+            phases.setdefault(phase, []).extend(values)
     return {phase: np.array(values, dtype=np.float64) for phase, values in phases.items()}
 
 

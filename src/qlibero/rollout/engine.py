@@ -138,5 +138,5 @@ def _serve(
     policy_ms = (time.perf_counter() - started) * 1e3
     for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
         waiting.remove(worker)
-        episode.answered(chunk, policy_ms)
+        episode.answered(chunk, policy_ms, len(batch))
         pool.act(worker, actions[:replan_steps])

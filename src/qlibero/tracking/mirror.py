@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ class Mirror:
             "mode": state.get("mode"),
             "rows": state.get("rows", {}),
             "problem": problem,
-            "again": f"{Path(sys.executable).name} -m {TRACKERS[self.tracker]} {self.run_dir}",
+            "again": shlex.join([sys.executable, "-m", TRACKERS[self.tracker], str(self.run_dir), *self.arguments]),
         }
 
 
@@ -103,6 +104,15 @@ def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
         _spawn(mirror)
         mirrors.append(mirror)
     return Mirrors(tuple(mirrors))
+
+
+def trouble(said: dict, tracking: Tracking) -> str | None:
+    """What to tell people about a mirror that has ended (`said`: what `Mirror.finish` says); None when all is well."""
+    if not said["complete"]:
+        return f"{said['tracker']} mirror {said['problem'] or 'failed'}; the ledger has everything, and this replays it: {said['again']}"
+    if said["tracker"] == "wandb" and tracking.mode == "online" and said["mode"] == "offline":
+        return f"wandb could not be reached and went on offline; once it can, this replays the ledger: {said['again']}"
+    return None
 
 
 def _spawn(mirror: Mirror) -> None:

@@ -3,7 +3,8 @@
 What every tracker shows is decided here; the trackers only know how to log. The rows of an arm have a fixed order,
 written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows it
 holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. A note of what *was* logged
-would not do: a mirror killed between the two loses or doubles a row.
+would not do: a mirror killed between the two loses or doubles a row. A row whose record the ledger has lost since (its
+tail was torn) and which the tracker does not hold is void: the episode is run again and gets a new row.
 
 Only finished episodes have rows. Errors are tried again by the next run, and a row cannot be taken back from a
 tracker; they are counted in the summary.
@@ -87,12 +88,17 @@ class ArmReplay:
             self.run = self.open_run(self.arm, ledger)
             self.order = Order(self.run_dir / self.arm / self.tracker / "order")
             self.numbers: dict[str, int] = {}
-        known = set(self.order.entries)
+            self.void: set[str] = set()
+        known = set(self.order.entries) - self.void
         for entry in (*records, *videos):
             if entry not in known:
                 self.order.append(entry)
+        self.void -= records.keys()
+        place = {entry: step for step, entry in enumerate(self.order.entries)}  # of two equal rows the earlier one is void
         while self.rows < len(self.order.entries):
-            self._log(self.order.entries[self.rows], self.rows, records)
+            entry = self.order.entries[self.rows]
+            if place[entry] == self.rows:
+                self._log(entry, self.rows, records)
             self.rows += 1
         if last:
             self.run.summarize(arm_summary(ledger) | versus_baseline(self.run_dir, self.arm))
@@ -104,7 +110,11 @@ class ArmReplay:
             self.numbers[entry] = self.finished
             if step >= self.run.have:
                 self.run.log(episode_row(record, self.finished, self.wins), step)
-        elif step >= self.run.have and (path := self.run_dir / entry).suffix == ".mp4" and path.is_file():
+        elif step < self.run.have:
+            return
+        elif (path := self.run_dir / entry).suffix != ".mp4":
+            self.void.add(entry)
+        elif path.is_file():
             record = next(record for record in records.values() if self._video(record) == entry)
             row = {"episode": self.numbers[str(record.key)]}
             self.run.log_video(f"rollout/task{record.task}/{record.outcome}", path, row, step)
@@ -213,7 +223,7 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
         "time/sim_s": round(record.sim_ms / 1e3, 3),
         "time/render_s": round(record.render_ms / 1e3, 3),
     }
-    timed = sorted(record.policy_ms[record.warmup_calls :])
+    timed = sorted(record.policy_ms)
     if timed:
         row["latency_ms/episode_median"] = timed[len(timed) // 2]
     for name in ("path_length_m", "jerk", "gripper_flips"):

@@ -1,0 +1,46 @@
+"""Where text for people goes: stderr, as wide as the terminal; a log file gets lines of 160 columns without colour codes.
+
+Rich is imported on first use, because `qlibero --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN_WIDTH = 160
+WHOLE_WORD = 24   # words up to this length are not broken while there is room for the columns' longest ones
+
+
+def console() -> Console:
+    """A new console on stderr."""
+    from rich.console import Console
+
+    found = Console(stderr=True, highlight=False)
+    return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
+
+
+def table(rows: list[dict[str, Any]], title: str) -> None:
+    """Rows as a table whose columns are all keys that occur; long text wraps between words."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        texts = [column.replace("_", " "), *(_cell(row.get(column)) for row in rows)]
+        longest = max((len(word) for text in texts for word in text.split()), default=0)
+        shown.add_column(texts[0], overflow="fold", no_wrap=column in (columns[0], "file"), min_width=min(longest, WHOLE_WORD))
+    for row in rows:
+        shown.add_row(*(escape(_cell(row.get(column))) for column in columns))   # [cu13] is no markup
+    to = console()
+    to.print(title, style="italic", markup=False)   # not the table's own, which wraps at the table's width
+    to.print(shown)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:,}" if isinstance(value, int) else str(value)

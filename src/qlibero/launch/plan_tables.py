@@ -1,0 +1,43 @@
+"""The plan as tables for a terminal: what all cells have in common once, then what distinguishes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
+    """(title, rows) of each table, from the document that `plan` returns."""
+    cells = [_row(cell) for cell in document["cells"]]
+    title = f"{document['sweep']}: {document['done']:,} of {document['episodes']:,} episodes are in the ledger, in {document['shards']} shards"
+    tables = []
+    if len(cells) > 1:
+        common = [key for key in cells[0] if len({str(cell[key]) for cell in cells}) == 1]
+        tables.append((f"{title}; {len(cells)} cells with", [{"of each cell": key, "": cells[0][key]} for key in common]))
+        tables.append(("and", [{key: value for key, value in cell.items() if key not in common} for cell in cells]))
+    else:
+        tables.append((title, [{"of the experiment": key, "": value} for key, value in cells[0].items() if key != "cell"]))
+    if document["engines"]:
+        tables.append(("what is missing, on each engine", [{"engine": name, **cost} for name, cost in document["engines"].items()]))
+    return tables
+
+
+def _row(cell: dict[str, Any]) -> dict[str, Any]:
+    each = cell["seconds_each"] or {}
+    row = {
+        "cell": cell["cell"],
+        "suite": cell["suite"],
+        "arms": ", ".join(cell["arms"]),
+        "episodes": f"{cell['done']:,} of {cell['episodes']:,} done",
+        "shards": cell["shards"],
+        "s per episode": ", ".join(f"{arm} {seconds:g}" for arm, seconds in each.items()) or "not known yet",
+    }
+    if len(cell["arms"]) > 1:
+        row["detectable"] = f"{_points(cell['detectable_difference'])} in {cell['pairs']} pairs, flips {cell['discordance']}"
+        row["all one way"] = _points(cell["one_way_difference"])
+    return row
+
+
+def _points(difference: float | None) -> str:
+    return "nothing" if difference is None else f"{100 * difference:.1f} pp"
