@@ -61,8 +61,8 @@ SERVICE_KILLED, MIRROR_KILLED = "wandb service process killed", "wandb mirror ki
 TORN, FULL, FLIPPED = "ledger tail torn", "disk full", "artifact byte flipped"
 SLURMD, TASK, NODE = "slurmd killed", "Slurm task killed", "Slurm node killed"
 QUOTA = {
-    WORKER_KILLED: 34, WORKER_STOPPED: 2, POLICY_KILLED: 8, LAUNCHER_KILLED: 8, SERVICE_KILLED: 12, MIRROR_KILLED: 6,
-    TORN: 10, FULL: 5, FLIPPED: 3, SLURMD: 6, TASK: 3, NODE: 3,
+    WORKER_KILLED: 28, WORKER_STOPPED: 2, POLICY_KILLED: 6, LAUNCHER_KILLED: 6, SERVICE_KILLED: 18, MIRROR_KILLED: 8,
+    TORN: 9, FULL: 4, FLIPPED: 3, SLURMD: 10, TASK: 3, NODE: 3,
 }  # fmt: skip
 # Kinds after which work has to start anew: {kind: blows of its sort that may fall before another episode is finished}
 WITHOUT_PROGRESS = {POLICY_KILLED: 1, LAUNCHER_KILLED: 1, FULL: 1, TASK: 1, NODE: 1, WORKER_KILLED: 2}

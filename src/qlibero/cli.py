@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     command.add_argument("--margin", type=float, default=0.02, help="largest acceptable loss of success rate (default: 0.02, 2 points)")
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells")
     command.add_argument("-o", "--output", type=Path, default=Path("episodes.csv"), metavar="FILE", help=".csv or .parquet (default: episodes.csv)")
 
     command = add("plan", do.plan, "what a sweep or experiment would run, how long it takes, what difference it could detect", policy=True)
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
     command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done")
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells")
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory")
     command.add_argument("--reference", default="baseline", metavar="ARM", help="the arm to compare with (default: baseline)")
     command.add_argument("--margin", type=float, help="default: the experiment's stop.margin, or 0.02")

@@ -28,7 +28,7 @@ from qlibero.reporting.sections.success import success
 from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
-from qlibero.results.runs import read_run
+from qlibero.results.runs import read_runs
 
 VIDEO_MEGABYTES = 8.0
 
@@ -48,7 +48,7 @@ def write_report(
     """
     if not paths:
         raise UserError("report: name at least one run directory")
-    runs = [read_run(path) for path in paths]
+    runs = read_runs(paths)
     if margin is None:
         margin = (runs[0].experiment.get("stop") or {}).get("margin", 0.02)
     material = gather(runs, reference, margin)
