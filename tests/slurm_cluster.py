@@ -100,12 +100,13 @@ def start_node(name: str) -> None:
     _call("slurmd", "-N", name)
 
 
-def kill(pid_file: Path, number: int) -> None:
-    """Send a signal to the process a daemon's pid file names."""
+def kill(pid_file: Path, number: int) -> bool:
+    """Send a signal to the process a daemon's pid file names; whether there was one."""
     try:
         os.kill(int(pid_file.read_text()), number)
     except (OSError, ValueError):
-        pass
+        return False
+    return True
 
 
 def queue() -> dict[str, str]:

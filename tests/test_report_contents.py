@@ -82,6 +82,19 @@ def test_several_runs_in_one_report(tmp_path):
     assert "libero_goal 2" in page and "libero_object + libero_goal" in page
 
 
+def test_a_sweeps_directory_stands_for_its_cells(tmp_path):
+    """As docs/clusters.md has it, and as a shell's `*/` spells it, with what the sweep keeps for itself in between."""
+    for suite in ("libero_object", "libero_spatial"):
+        make_run(tmp_path / suite, suite=suite, name=suite)
+    (tmp_path / "sweep/experiments").mkdir(parents=True)
+    (tmp_path / "sweep/submission-001").mkdir()
+    for given in ([tmp_path], sorted(path for path in tmp_path.iterdir() if path.is_dir())):
+        assert write_report(given, tmp_path / "all.html")["arms"] == ["baseline", "aa", "w4a8", "w4a4"]
+    assert "libero_object + libero_spatial" in (tmp_path / "all.html").read_text()
+    with pytest.raises(UserError, match="no run here"):
+        write_report([tmp_path / "sweep"])
+
+
 def test_bad_requests(tmp_path):
     with pytest.raises(UserError, match="at least one"):
         write_report([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 from qlibero.config.schema import Launch, config_hash
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
-from qlibero.errors import GuardRefusal, UserError
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
 from qlibero.kernels import BACKENDS, load
 from qlibero.kernels.contract import GemmShape
@@ -434,3 +435,27 @@ def test_dry_runs_of_all_engines_name_every_shard(tmp_path):
         text = module.describe(made)
         assert text.count("run-shard --manifest") == 3 and "--index 3" in text and "--merge" in text
     assert "--array=0,3\n" in slurm.describe(made)
+
+
+def test_full_disk_is_named_though_no_log_can_say_so(tmp_path, monkeypatch):
+    made = submission(tmp_path, monkeypatch, 1)
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", "exit 1"])
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    said: list[str] = []
+    assert local.submit(made, said.append).failed == (0,)
+    assert "is full" in said[0] and "same command again" in said[0]
+
+
+def test_merge_on_a_full_disk_names_the_file_and_leaves_no_half_of_it(tmp_path, monkeypatch):
+    made = sweep_of(tmp_path, GRID, "tracking=[]")
+    manifest = cells.make_manifest(made, tmp_path / "out")
+    cells.write_manifest(manifest)
+
+    def full(self: Path, text: str) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(WorkFailed, match="result.json: the disk is full"):
+        cells.merge(manifest, print)
+    assert [path.name for path in (tmp_path / "out/sweep").glob("*result*")] == []

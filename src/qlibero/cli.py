@@ -61,7 +61,7 @@ def build_parser() -> Parser:
     command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells")
     command.add_argument("-o", "--output", type=Path, default=Path("episodes.csv"), metavar="FILE", help=".csv or .parquet (default: episodes.csv)")
 
     command = add("film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first")
@@ -90,7 +90,7 @@ def build_parser() -> Parser:
     command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done, or nothing is under way any more")
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells")
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory")
     command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
     command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")

@@ -125,9 +125,9 @@ def run_shard(args: argparse.Namespace) -> Document:
 
 def dashboard(args: argparse.Namespace) -> Document:
     from qlibero.reporting import wandb_workspace
-    from qlibero.results.runs import read_run
+    from qlibero.results.runs import read_runs
 
-    runs = [read_run(directory) for directory in args.run_dirs]
+    runs = read_runs(args.run_dirs)
     tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
     made = wandb_workspace.workspace(args.project, args.entity or "", [run.name for run in runs], tasks)
     document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}

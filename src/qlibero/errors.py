@@ -6,6 +6,14 @@ can tell a typo (2) from a guard's refusal (3) from work that failed (1).
 
 from __future__ import annotations
 
+import errno
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
+}
+
 
 class QliberoError(Exception):
     """Base of every error whose message is written for the user; `exit_status` is what the command returns."""
@@ -29,3 +37,8 @@ class GuardRefusal(QliberoError):
     """A guard (kernel court, physics passport, artifact, run directory) refused to produce a number it cannot vouch for."""
 
     exit_status = 3
+
+
+def cause(problem: OSError) -> str:
+    """What the system says is wrong, in words that tell what to do about it."""
+    return _FULL.get(problem.errno or 0) or problem.strerror or str(problem)

@@ -21,7 +21,7 @@ from typing import Any
 from qlibero.config.load import dump_resolved
 from qlibero.config.schema import REPOSITORY, Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
@@ -155,11 +155,20 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
 def _prepare_directory(experiment: Experiment, run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run_dir / f".experiment.yaml.{os.getpid()}"
-        temporary.write_text(dump_resolved(experiment))
-        temporary.replace(run_dir / "experiment.yaml")
     except OSError as problem:
-        raise WorkFailed(f"cannot write to {run_dir}: {problem.strerror}; choose another --out") from problem
+        raise WorkFailed(f"cannot write to {run_dir}: {cause(problem)}; choose another --out") from problem
+    write_whole(run_dir / "experiment.yaml", dump_resolved(experiment))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader sees the old text or the new. Raises WorkFailed when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise WorkFailed(f"cannot write {path}: {cause(problem)}. Everything finished is kept; the same command continues") from problem
 
 
 def _run(
@@ -188,7 +197,7 @@ def _run(
         report = guard.enforce()
     say(f"simulator passport: {in_words(report)}")
     passport = {"passport": on_record(report)}
-    (run_dir / "environment.json").write_text(json.dumps(environment | passport, indent=2) + "\n")
+    write_whole(run_dir / "environment.json", json.dumps(environment | passport, indent=2) + "\n")
     for arm in arms:
         write_meta(run_dir, arm.name, meta[arm.name] | passport)
 

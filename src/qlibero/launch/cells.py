@@ -22,8 +22,8 @@ from typing import Any
 from qlibero.config.load import dump_resolved, load_experiment
 from qlibero.config.schema import Experiment, Tracking, config_hash
 from qlibero.config.sweep import Sweep
-from qlibero.errors import UserError, WorkFailed
-from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment, summary
+from qlibero.errors import UserError, WorkFailed, cause
+from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment, summary, write_whole
 from qlibero.results.ledger import check_config
 
 SCHEMA = 1
@@ -115,7 +115,7 @@ def write_manifest(manifest: Manifest) -> Path:
     try:
         (ours / "experiments").mkdir(parents=True, exist_ok=True)
         for cell in manifest.cells:
-            _replace(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
+            write_whole(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
         submission = next_submission(manifest)
         (submission / "logs").mkdir(parents=True)
         document = {
@@ -125,9 +125,9 @@ def write_manifest(manifest: Manifest) -> Path:
             "cells": [{"id": cell.id, "run_dir": str(cell.run_dir), "axes": cell.axes} for cell in manifest.cells],
             "shards": [[shard.cell, shard.index, shard.count] for shard in manifest.shards],
         }
-        _replace(submission / "manifest.json", json.dumps(document, indent=1) + "\n")
+        write_whole(submission / "manifest.json", json.dumps(document, indent=1) + "\n")
     except OSError as problem:
-        raise WorkFailed(f"cannot write to {ours}: {problem.strerror}; choose another --out") from problem
+        raise WorkFailed(f"cannot write to {ours}: {cause(problem)}; choose another --out") from problem
     return submission
 
 
@@ -200,7 +200,7 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
                 well = f"{said['tracker']}: {said['mode'] or 'mirrored'}"
                 say(f"{cell.id}: {trouble(said, cell.experiment.tracking) or well}")
                 mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
-    _replace(manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n")
+    write_whole(manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n")
     return document
 
 
@@ -259,9 +259,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _experiment_file(directory: Path, cell_id: str) -> Path:
     return directory / OURS / "experiments" / f"{cell_id}.yaml"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -7,6 +7,7 @@ ends by itself with an error is not; it says in its log what to do.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_me
 from qlibero.launch.environment import find_gpus
 
 RESTARTS = 3
+NO_ROOM = 1 << 16   # bytes of free disk with which nothing can be written that matters
 STOP_S = 30.0   # what a shard gets to put its current episodes down
 
 
@@ -85,5 +87,10 @@ def _stop(processes: list[subprocess.Popen]) -> None:
 
 
 def _last_words(submission: Submission, index: int) -> str:
-    lines = [line for line in submission.log(index).read_text(errors="replace").splitlines() if line.startswith("qlibero: ")]
-    return lines[-1].removeprefix("qlibero: ") if lines else f"see {submission.log(index)}"
+    log = submission.log(index)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("qlibero: ")]
+    if lines:
+        return lines[-1].removeprefix("qlibero: ")
+    if shutil.disk_usage(log.parent).free < NO_ROOM:   # then its log ends before it could say so
+        return f"the disk of {log.parent} is full. Everything finished is kept; free some space and give the same command again"
+    return f"see {log}"

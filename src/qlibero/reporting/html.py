@@ -29,7 +29,7 @@ from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
 from qlibero.results.judgement import check_margin
-from qlibero.results.runs import common_margin, read_run
+from qlibero.results.runs import common_margin, read_runs
 
 VIDEO_MEGABYTES = 8.0
 
@@ -49,7 +49,7 @@ def write_report(
     """
     if not paths:
         raise UserError("report: name at least one run directory")
-    runs = [read_run(path) for path in paths]
+    runs = read_runs(paths)
     material = gather(runs, reference, check_margin(common_margin(runs) if margin is None else margin))
     filmed = flipped_videos(material)
     chosen = _within(filmed, video_megabytes * 1e6)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlibero.errors import UserError, WorkFailed
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import RunResults, read_run
+from qlibero.results.runs import RunResults, read_runs
 from qlibero.results.summary import percentiles, phase_calls_ms, policy_calls_ms
 
 PLAIN = (
@@ -69,7 +69,7 @@ def export_episodes(paths: Sequence[Path | str], out: Path | str) -> dict[str, A
     out = Path(out)
     if out.suffix not in (".csv", ".parquet"):
         raise UserError(f"export: {out.name} ends in neither .csv nor .parquet")
-    rows = [row for path in paths for row in episode_rows(read_run(path))]
+    rows = [row for run in read_runs(paths) for row in episode_rows(run)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     try:
         if out.suffix == ".parquet":

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from qlibero.episode_key import EpisodeKey
-from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.results import quality
 from qlibero.results.records import EpisodeRecord, TrajectorySlice, record_from_dict, record_from_json
 
@@ -37,11 +37,6 @@ ROW_BYTES = 4 * ROW
 META_SCHEMA = 1
 _EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d+)\.jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file size limit is reached",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class Ledger:
             self.close()
             if isinstance(problem, OSError):
                 raise WorkFailed(
-                    f"cannot write to {self.directory}: {_reason(problem)}; choose another --out"
+                    f"cannot write to {self.directory}: {cause(problem)}; choose another --out"
                 ) from problem
             raise
 
@@ -185,7 +180,7 @@ def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict
         os.replace(temporary, path)
     except OSError as problem:
         Path(temporary).unlink(missing_ok=True)
-        raise WorkFailed(f"cannot write {path}: {_reason(problem)}") from problem
+        raise WorkFailed(f"cannot write {path}: {cause(problem)}") from problem
     return meta
 
 
@@ -339,15 +334,11 @@ def _append(descriptor: int, data: bytes, path: Path) -> int:
             return offset
         reason = f"the disk is full ({written} of {len(data)} bytes were taken)"
     except OSError as problem:
-        reason = _reason(problem)
+        reason = cause(problem)
     os.ftruncate(descriptor, offset)
     raise WorkFailed(
         f"{path}: {reason}. Everything finished before is kept; free some space and run the same command again"
     )
-
-
-def _reason(problem: OSError) -> str:
-    return _FULL.get(problem.errno or 0) or problem.strerror or str(problem)
 
 
 def _fsync_directory(directory: Path) -> None:

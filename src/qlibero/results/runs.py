@@ -32,6 +32,22 @@ class RunResults:
         return str(self.experiment.get("name") or self.run_dir.resolve().name)
 
 
+def read_runs(paths: Sequence[Path | str]) -> list[RunResults]:
+    """`read_run` of each; a sweep's directory stands for its cells.
+
+    What a sweep keeps for itself (`sweep/`) is passed over, so that a shell's `logs/<sweep>/*/` works too.
+    """
+    runs = []
+    for path in map(Path, paths):
+        if (path / "experiments").is_dir() and any(path.glob("submission-*")):
+            continue
+        cells = [] if arms_of(path) else sorted(found.parent for found in path.glob("*/experiment.yaml"))
+        runs += [read_run(cell) for cell in cells or [path]]
+    if not runs:
+        raise UserError(f"{', '.join(map(str, paths))}: no run here; give the directory of a run or of a sweep")
+    return runs
+
+
 def read_run(run_dir: Path | str) -> RunResults:
     """Read a run directory. Arms come in the order the experiment lists them, then by name.
 

@@ -1,0 +1,19 @@
+"""Risk: something breaks during a sweep, and an episode is lost, doubled or changed. The drill of docs/clusters.md, small."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import fault_drill  # noqa: E402
+
+
+def test_a_local_sweep_that_is_hurt_ends_equal_to_one_that_is_not(tmp_path):
+    """Without what needs root (a disk to fill), two minutes (a stopped worker), Slurm, or an artifact nobody else uses."""
+    quota = {
+        fault_drill.WORKER_KILLED: 2, fault_drill.POLICY_KILLED: 1, fault_drill.LAUNCHER_KILLED: 1,
+        fault_drill.TORN: 2, fault_drill.SERVICE_KILLED: 1,
+    }  # fmt: skip
+    drill = fault_drill.Drill(tmp_path, quota, tasks=(0,), episodes=4, seeds=(7,))
+    assert drill.run() and drill.injected == quota
