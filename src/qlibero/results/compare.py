@@ -64,7 +64,7 @@ def compare(runs: Sequence[RunResults], reference: str = "baseline", margin: flo
     for name, arm in arms.items():
         result = _compare_arm(base, arm, margin, noise)
         result["divergence"]["threshold_from"] = (
-            f"99th percentile of the action differences between {base.name} and {control.name}"
+            f"99th percentile of the arm-motion differences between {base.name} and {control.name} in the first executed chunk"
             if control
             else "no A/A arm: any difference at all"
         )
