@@ -109,9 +109,11 @@ def run_shard(args: argparse.Namespace) -> Document:
 
 def dashboard(args: argparse.Namespace) -> Document:
     from qlibero.reporting import wandb_workspace
-    from qlibero.results.runs import read_run
+    from qlibero.reporting.cells import read_runs
 
-    runs = [read_run(directory) for directory in args.run_dirs]
+    runs, skipped = read_runs(args.run_dirs)
+    for path in skipped:
+        explain(f"skipped {path}: no run, it has no episodes")
     tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
     made = wandb_workspace.workspace(args.project, args.entity or "", [run.name for run in runs], tasks)
     document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}
@@ -131,8 +133,11 @@ def status(args: argparse.Namespace) -> Document:
 def report(args: argparse.Namespace) -> Document:
     from qlibero.reporting.html import write_report
 
-    document = write_report(args.run_dirs, args.output, args.reference, args.margin)
-    explain(f"report: {document['report']}")
+    document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
+    for path in document["skipped"]:
+        explain(f"skipped {path}: no run, it has no episodes")
+    left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
+    explain(f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})")
     return document
 
 

@@ -153,7 +153,7 @@ def _run(
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
     policies, meta = load_arms(experiment, arms, say)
-    environment = describe()
+    environment = {**describe(), "instructions": _instructions(experiment)}
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     for arm in arms:
         write_meta(run_dir, arm.name, meta[arm.name])
@@ -189,6 +189,13 @@ def _run(
             _film(experiment, run_dir, {key for _, key in missing}, pool, say)
         finally:
             mirrors.finish()
+
+
+def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """{suite: {task: what the policy is told}}: part of what a run ran in, since reports are read where LIBERO is not."""
+    from qlibero.sim.suites import task_language
+
+    return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
 
 
 def worker_count(experiment: Experiment, episodes: int) -> int:

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.errors import UserError, WorkFailed
-from qlibero.reporting.markup import Markup, el, join, script_json
-from qlibero.reporting.material import Material, Video, flipped_videos, gather
+from qlibero.reporting.cells import read_runs
+from qlibero.reporting.markup import Markup, breakable, el, join, script_json
+from qlibero.reporting.material import Material, Video, flipped_videos, gather, planned_episodes
 from qlibero.reporting.sections.differences import differences
 from qlibero.reporting.sections.execution import execution
-from qlibero.reporting.sections.flips import flip_columns, flip_rows, flips
+from qlibero.reporting.sections.flips import flip_data, flips
 from qlibero.reporting.sections.latency import latency
 from qlibero.reporting.sections.layers import kernels, layers
-from qlibero.reporting.sections.parts import section
 from qlibero.reporting.sections.provenance import copyable, provenance
+from qlibero.reporting.sections.reading import reading
 from qlibero.reporting.sections.success import success
 from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
-from qlibero.results.runs import read_run
 
-VIDEO_MEGABYTES = 8.0
+MEGABYTES = 10.0
 
 
 def write_report(
@@ -38,22 +38,21 @@ def write_report(
     out: Path | str | None = None,
     reference: str = "baseline",
     margin: float | None = None,
-    video_megabytes: float = VIDEO_MEGABYTES,
+    megabytes: float = MEGABYTES,
 ) -> dict[str, Any]:
     """Write the report of one or several runs; `out` defaults to report.html in the first run directory.
 
-    `margin` defaults to the experiment's own (`stop.margin`) or 0.02. Flipped episodes' videos are embedded
-    up to `video_megabytes`. Returns {"report", "bytes", "video_bytes", "arms", "verdicts"}. Raises UserError
-    for directories without a ledger, WorkFailed if the file cannot be written.
+    `margin` defaults to the one the experiment declared. Flipped episodes' videos are embedded as long as the whole
+    file stays within `megabytes`. Directories that are no run (a sweep's own) are skipped and named. Returns {"report",
+    "bytes", "video_bytes", "videos", "videos_left_out", "arms", "verdicts", "skipped"}. Raises UserError for directories
+    without a ledger, WorkFailed if the file cannot be written.
     """
     if not paths:
         raise UserError("report: name at least one run directory")
-    runs = [read_run(path) for path in paths]
-    if margin is None:
-        margin = (runs[0].experiment.get("stop") or {}).get("margin", 0.02)
+    runs, skipped = read_runs([Path(path) for path in paths])
     material = gather(runs, reference, margin)
     filmed = flipped_videos(material)
-    chosen = _within(filmed, video_megabytes * 1e6)
+    chosen = _within(filmed, megabytes * 1e6 - len(render(material, [], len(filmed)).encode())) if filmed else []
     page = render(material, chosen, len(filmed) - len(chosen))
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
     try:
@@ -67,17 +66,24 @@ def write_report(
         "video_bytes": sum(
             path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}
         ),
+        "videos": len(chosen),
+        "videos_left_out": len(filmed) - len(chosen),
         "arms": list(material.arms),
         "verdicts": {name: r["verdict"] for name, r in material.compared.items()},
+        "skipped": [str(path) for path in skipped],
     }
+
+
+FIXED, EACH = 4_000, 700  # bytes of the section around the videos, and of what the page says about each
 
 
 def _within(filmed: list[Video], budget: float) -> list[Video]:
     """As many as fit, in order; a file shared by two entries counts once."""
+    budget -= FIXED
     chosen, paid = [], set()
     for video in filmed:
         new = {video.reference_file, video.arm_file} - paid
-        cost = sum(path.stat().st_size for path in new) * 4 / 3
+        cost = sum(path.stat().st_size for path in new) * 4 / 3 + EACH
         if cost <= budget:
             budget -= cost
             paid |= new
@@ -101,17 +107,11 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
         layers(m),
         copyable(m),
         provenance(m),
-        _reading(m),
+        reading(m),
     ]
     kept = [part for part in parts if part is not None]
     assets = files("qlibero.reporting")
-    data = {
-        "flips": {name: flip_rows(m, name) for name in m.compared},
-        "columns": flip_columns(m) if m.compared else [],
-        "tasks": [f"{suite} task {task}" for suite, task in m.tasks],
-        "keys": [[suite, task] for suite, task in m.tasks],
-        "labels": {name: arm.label for name, arm in m.arms.items()},
-    }
+    data = {"flips": flip_data(m), "labels": {id_: arm.label for id_, arm in m.arms.items()}}
     head = join(
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -136,17 +136,36 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
 
 def _header(m: Material) -> Markup:
     suites = list(dict.fromkeys(suite for suite, _ in m.tasks))
-    episodes = sum(len(arm.records) for arm in m.arms.values())
     steps = sum(r.steps for arm in m.arms.values() for r in arm.records.values())
-    facts = f"{', '.join(suites)} · {len(m.tasks)} tasks · {len(m.arms)} arms · {episodes:,} episodes · {steps:,} control steps"
+    facts = [
+        ", ".join(suites),
+        _count(len(m.tasks), "task"),
+        _count(len(m.parts), "cell") if len(m.parts) > 1 else None,
+        _count(len(m.arms), "arm"),
+        _episodes(m),
+        f"{steps:,} control steps",
+    ]
     return el(
         "header",
         el("p", "qlibero report", class_="eyebrow"),
-        el("h1", m.name),
-        el("p", facts, class_="facts-line"),
+        el("h1", breakable(m.name)),
+        el("p", " · ".join(filter(None, facts)), class_="facts-line"),
         el("button", "Light or dark", type="button", id="theme", class_="theme"),
         class_="top",
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _episodes(m: Material) -> str:
+    """Finished of planned, so that a run that is not done, or lost an episode, cannot pass for a whole one."""
+    finished = sum(r.outcome != "error" for arm in m.arms.values() for r in arm.records.values())
+    planned = [(planned_episodes(run) or 0) * len(run.arms) for run in m.runs]
+    if 0 in planned:
+        return f"{finished:,} episodes"
+    return f"{finished:,} of {sum(planned):,} planned episodes"
 
 
 def _navigation(parts: list[Markup]) -> Markup:
@@ -155,51 +174,4 @@ def _navigation(parts: list[Markup]) -> Markup:
         "nav",
         el("ul", [el("li", el("a", id_.capitalize(), href=f"#{id_}")) for id_ in ids]),
         aria_label="Sections",
-    )
-
-
-def _reading(m: Material) -> Markup:
-    terms = [
-        (
-            "pair",
-            "The same suite, task, initial state and seed in both arms, with equal scene fingerprints and the same policy noise.",
-        ),
-        (
-            "broken, repaired",
-            "The reference succeeds and the arm fails; the reverse. Everything the comparison knows is in these two counts.",
-        ),
-        ("Δ", "(repaired − broken) / pairs, in percentage points. Negative: the arm loses."),
-        (
-            "non-inferior",
-            f"The whole 95 % Tango interval of Δ lies above −{100 * m.margin:g} pp. “Not significant” is not non-inferior.",
-        ),
-        (
-            "inferior",
-            f"The whole interval lies below −{100 * m.margin:g} pp. Otherwise the result is inconclusive, and the power line says why.",
-        ),
-        (
-            "McNemar",
-            "Exact two-sided test that breaking and repairing are equally likely; Holm-adjusted over arms × suites.",
-        ),
-        (
-            "tasks like these",
-            "t interval over per-task differences: whole tasks are the units. Wider, and the one that generalises.",
-        ),
-        (
-            "A/A",
-            "The reference run again with another batch composition. What it flips is noise that no kernel is to blame for.",
-        ),
-        (
-            "error",
-            "A simulator or transport failed. Neither success nor failure; a verdict that errors could change is inconclusive.",
-        ),
-        (
-            "jerk, path, flips",
-            "Mean third difference of the gripper position × 20³ m/s³ up to the pair's earlier end; metres travelled; open-close changes.",
-        ),
-    ]
-    return section(
-        "reading",
-        "How to read this",
-        el("dl", [join(el("dt", t), el("dd", d)) for t, d in terms], class_="terms"),
     )

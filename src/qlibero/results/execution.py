@@ -82,7 +82,7 @@ def divergences(pairs: Sequence[Pair], reference: Arm, other: Arm, threshold: fl
     the first says little about success; the others say when the robots did different things.
 
     {"threshold", "compared", "diverged", "median_step", "visibly_diverged", "median_visible_step",
-    "gripper_diverged", "first_chunk_difference", "steps", "visible_steps", "gripper_steps"}, where medians are over
+    "gripper_diverged", "median_gripper_step", "first_chunk_difference", "steps", "visible_steps", "gripper_steps"}, where medians are over
     the episodes that part and `first_chunk_difference` is the median over episodes of the largest difference of an
     arm action in the first executed chunk: the arm's error on observations that both saw, in units of the action.
     """
@@ -107,6 +107,7 @@ def divergences(pairs: Sequence[Pair], reference: Arm, other: Arm, threshold: fl
         "visibly_diverged": _parted(visible),
         "median_visible_step": _median(visible),
         "gripper_diverged": _parted(gripper),
+        "median_gripper_step": _median(gripper),
         "first_chunk_difference": float(f"{np.median(first_chunks):.6g}") if first_chunks else None,
         "steps": steps,
         "visible_steps": visible,
