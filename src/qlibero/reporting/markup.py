@@ -50,7 +50,7 @@ def join(*children: Any) -> Markup:
 
 def breakable(text: str) -> Markup:
     """A name that may break after its separators, and not in the middle of a word."""
-    return join([piece, el("wbr")] for piece in re.findall(r"[^._/+-]*[._/+-]+|[^._/+-]+", text))
+    return join([el("wbr") if i else None, piece] for i, piece in enumerate(re.split(r"(?<=[._/+-])(?![._/+-])", text)))
 
 
 def script_json(data: Any, id_: str) -> Markup:
