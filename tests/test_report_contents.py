@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from synthetic_run import film, make_run
 
+from qlibero.cli import main
+from qlibero.config.load import load_experiment
+from qlibero.config.schema import REPOSITORY
 from qlibero.errors import UserError, WorkFailed
+from qlibero.experiment import _instructions
 from qlibero.reporting import charts
 from qlibero.reporting.cells import cells_of
 from qlibero.reporting.html import write_report
@@ -117,6 +121,20 @@ def test_a_sweeps_cells_are_compared_each_with_its_own_reference(tmp_path):
     assert not re.search(r"\d+ unpaired: ", page)
     assert "baseline · rtn against" not in page and "fake · rtn against baseline · rtn" in page
     assert "Of 2 tested arms" in page and "<h1>overnight</h1>" in page
+
+
+def test_the_command_of_the_clusters_guide_works(tmp_path, capfd):
+    paths = cells(tmp_path)
+    assert main(["report", *map(str, paths), "-o", str(tmp_path / "x.html"), "--max-mb", "3"]) == 0
+    out, err = capfd.readouterr()
+    assert f"skipped {tmp_path / 'sweep'}: no run" in err and json.loads(out.splitlines()[-1])["videos"] == 0
+
+
+def test_a_run_keeps_what_its_policy_is_told():
+    experiment = load_experiment(REPOSITORY / "configs" / "experiments" / "compare_backends.yaml", ["tasks=[3]"])
+    told = _instructions(experiment)
+    assert list(told) == ["libero_object"] and list(told["libero_object"]) == ["3"]
+    assert told["libero_object"]["3"].startswith("pick up the")
 
 
 def test_other_episodes_of_the_same_arms_are_no_other_cell(tmp_path):
