@@ -82,7 +82,7 @@ def episode(suite: str, task: int, init: int, arm: str, flipped: bool, error: bo
         rows[20:, 7] += 0.001 * np.arange(HORIZON - 20, dtype=np.float32)
     rows = rows[:steps]
     calls = -(-steps // 5)
-    latency = ({"baseline": 26.0, "aa": 26.2}.get(arm, 20.0) * scene.lognormal(0, 0.08, calls)).tolist()
+    latency = ({"baseline": 1260.0, "aa": 2262.0}.get(arm, 920.0) * scene.lognormal(0, 0.08, calls)).tolist()
     record = EpisodeRecord(
         suite=suite,
         task=task,

@@ -76,7 +76,9 @@ def _parting(m: Material) -> Markup | None:
     if not rows:
         return None
     head = ["arm", "action error on equal observations", "grippers 1 cm apart", "opposed grip"]
-    first = next(r["divergence"] for r in m.compared.values() if r["divergence"]["compared"])
+    found = [r["divergence"] for r in m.compared.values() if r["divergence"]["compared"]]
+    noise = dict.fromkeys(f"{d['threshold']:.2g}, {d['threshold_from']}" for d in found)
+    beyond_what = next(iter(noise)) if len(noise) == 1 else "the noise of its own cell's A/A arm"
     beyond = "; ".join(
         f"{r['label']}: {_from(r['divergence']['diverged'], r['divergence']['compared'], r['divergence']['median_step'])}"
         for r in m.compared.values()
@@ -94,7 +96,7 @@ def _parting(m: Material) -> Markup | None:
         ),
         el(
             "p",
-            f"Actions beyond noise (arm motion differs by more than {first['threshold']:.2g}, {first['threshold_from']}): {beyond}.",
+            f"Actions beyond noise (arm motion differs by more than {beyond_what}): {beyond}.",
             class_="fine",
         ),
     )

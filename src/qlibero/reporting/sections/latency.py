@@ -23,7 +23,7 @@ def latency(m: Material) -> Markup | None:
     for name, values in calls.items():
         p = percentiles(values)
         beyond = int(np.count_nonzero(values > scale.high))
-        text = f"p50 {p['p50']:.1f} · p95 {p['p95']:.1f} · p99 {p['p99']:.1f}"
+        text = " · ".join(f"{q} {_ms(p[q])}" for q in p)
         size = f"{len(values):,} calls" + (f", {beyond} beyond the axis" if beyond else "")
         control = "; batches of another size" if m.arms[name].is_control else ""
         picture = el(

@@ -198,14 +198,17 @@ def _tags(m: Material, places: list[tuple[str, float, float]]) -> list[Markup]:
     tags, taken = [], {"left": [], "right": []}
     for name, left, bottom in sorted(places, key=lambda place: -place[2]):
         side = "left" if left > 60 else "right"
-        while any(abs(bottom - other) < LINE and abs(left - at) < 45 for at, other in taken[side]):
+        reach = (left - NAME, left) if side == "left" else (left, left + NAME)
+        dots = [b for _, at, b in places if reach[0] <= at <= reach[1] and at != left]
+        names = [b for at, b in taken[side] if abs(left - at) < 2 * NAME]
+        while any(abs(bottom - other) < LINE for other in dots + names):
             bottom -= LINE / 4
         taken[side].append((left, bottom))
         tags.append(el("span", m.arms[name].label, class_=f"tag {side}", style=f"left:{left}%;bottom:{round(bottom, 2)}%"))
     return tags
 
 
-LINE = 7.5  # height of a name in percent of the chart
+LINE, NAME = 7.5, 22  # height and width of a name in percent of the chart
 MOST_TAGS = 6  # more names than this on the chart lie upon each other; the legend below has them
 
 
