@@ -170,6 +170,17 @@ def test_a_pass_that_does_not_survive_all_tests_is_not_a_headline(tmp_path):
     assert "non-inferior, but not after Holm" in page and "no, p = 0.0" in page
 
 
+def test_a_pass_over_all_suites_says_how_many_of_them_pass_alone(tmp_path):
+    suites = ("libero_object", "libero_goal")
+    runs = [
+        make_run(tmp_path / s, arms={"baseline": 0.0, "one": 0.0}, suite=s, tasks=5, inits=20, trajectories=False)
+        for s in suites
+    ]
+    page = text_of(write_report(runs, tmp_path / "x.html")["report"])
+    assert "After Holm's adjustment: non-inferior in 0 of 2 suites." in page
+    assert "one is non-inferior to baseline at −2 pp" in page and "non-inferior, but not after Holm" in page
+
+
 def test_the_control_is_shown_as_the_noise_floor_and_as_nothing_else(tmp_path):
     run = make_run(tmp_path / "run", arms={"baseline": 0.0, "aa": 0.05, "w4a8": 0.05}, tasks=5)
     page = text_of(write_report([run])["report"])

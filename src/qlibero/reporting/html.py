@@ -52,17 +52,16 @@ def write_report(
     runs, skipped = read_runs([Path(path) for path in paths])
     material = gather(runs, reference, margin)
     filmed = flipped_videos(material)
-    chosen = _within(filmed, megabytes * 1e6 - len(render(material, [], len(filmed)).encode())) if filmed else []
-    page = render(material, chosen, len(filmed) - len(chosen))
+    page, chosen = _fitting(material, filmed, megabytes * 1e6)
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
+        out.write_bytes(page)
     except OSError as problem:
         raise WorkFailed(f"cannot write {out}: {problem.strerror}; choose another -o") from problem
     return {
         "report": str(out),
-        "bytes": len(page.encode()),
+        "bytes": len(page),
         "video_bytes": sum(
             path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}
         ),
@@ -74,16 +73,24 @@ def write_report(
     }
 
 
-FIXED, EACH = 4_000, 700  # bytes of the section around the videos, and of what the page says about each
+def _fitting(m: Material, filmed: list[Video], limit: float) -> tuple[bytes, list[Video]]:
+    """The page as bytes with as many of the videos as keep it within `limit`. Without videos it is as long as it is."""
+    page, chosen = render(m, [], len(filmed)).encode(), []
+    wanted = _within(filmed, limit - len(page))
+    while wanted and not chosen:
+        full = render(m, wanted, len(filmed) - len(wanted)).encode()
+        if len(full) <= limit:
+            page, chosen = full, wanted
+        wanted = wanted[:-1]  # what the page says about its videos takes room too
+    return page, chosen
 
 
 def _within(filmed: list[Video], budget: float) -> list[Video]:
     """As many as fit, in order; a file shared by two entries counts once."""
-    budget -= FIXED
     chosen, paid = [], set()
     for video in filmed:
         new = {video.reference_file, video.arm_file} - paid
-        cost = sum(path.stat().st_size for path in new) * 4 / 3 + EACH
+        cost = sum(path.stat().st_size for path in new) * 4 / 3
         if cost <= budget:
             budget -= cost
             paid |= new

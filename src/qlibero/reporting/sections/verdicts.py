@@ -45,7 +45,9 @@ def _headline(m: Material) -> str:
     if not tested:
         return "Only the reference and its A/A control ran: there is a noise floor and nothing under test."
     if len(tested) == 1:
-        return unbroken(next(iter(tested.values()))["sentence"])
+        only = next(iter(tested.values()))
+        kept = only["verdict"] != "non-inferior" or only["sequential"] or survives_holm(only)
+        return unbroken(only["sentence"] + ("" if kept else f" After Holm's adjustment: non-inferior {holm_text(only)}."))
     counts = Counter(r["verdict"] for r in tested.values())
     pieces = [
         f"{counts.pop(verdict)} {verdict}{'' if verdict != 'non-inferior' else f' at {m.margins}'}"
@@ -57,7 +59,8 @@ def _headline(m: Material) -> str:
     fixed = [r for r in tested.values() if r["verdict"] == "non-inferior" and not r["sequential"]]
     if fixed:
         kept = sum(map(survives_holm, fixed))
-        family = f"all {len(tested)} arms" if len(m.parts) == 1 else "the arms of its cell"
+        suites = max(len(r["suites"]) for r in fixed)
+        family = (f"all {len(tested)} arms" if len(m.parts) == 1 else "the arms of its cell") + f" × {suites} suites" * (suites > 1)
         share = "every one" if kept == len(fixed) else f"{kept} of the {len(fixed)}" if kept else "none"
         text += f" Non-inferior after Holm's adjustment for {family}: {share}."
     return unbroken(text)
