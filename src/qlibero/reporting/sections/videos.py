@@ -84,7 +84,7 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
         controls,
         el("p", "", id="divergence-text", class_="fine", aria_live="polite"),
         store,
-        lead="Both videos share one clock and the same scene and policy noise, so they are the same until they part."
+        lead="Both videos share one clock and the same scene and policy noise, so they look the same until they part."
         + (
             f" {left_out} more flipped episode{'s were' if left_out > 1 else ' was'} filmed but left out to keep this file small."
             if left_out
