@@ -31,8 +31,11 @@ def make_run(
     labels: dict[str, str] | None = None,
     meta: bool = True,
     seed: int = 0,
+    settings: dict | None = None,
 ) -> Path:
-    """Every arm on the same episodes; flips, divergence, latency and one error are drawn from `seed`."""
+    """Every arm on the same episodes; flips, divergence, latency and one error are drawn from `seed`. `settings` go into
+    its experiment.yaml.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = {
         "name": name,
@@ -41,10 +44,17 @@ def make_run(
         "episodes_per_task": inits,
         "seed": 7,
         "backends": list(arms),
+        **(settings or {}),
     }
     (directory / "experiment.yaml").write_text(yaml.safe_dump(config))
     (directory / "environment.json").write_text(
-        json.dumps({"versions": {"torch": "2.13.0", "mujoco": "3.2.3"}, "git": {"commit": "abc"}})
+        json.dumps(
+            {
+                "versions": {"torch": "2.13.0", "mujoco": "3.2.3"},
+                "git": {"commit": "abc", "modified": True},
+                "instructions": {suite: {str(task): f"put object {task} away" for task in range(tasks)}},
+            }
+        )
     )
     for arm, flips in arms.items():
         flip = np.random.default_rng([seed, *arm.encode()])
@@ -72,7 +82,7 @@ def episode(suite: str, task: int, init: int, arm: str, flipped: bool, error: bo
         rows[20:, 7] += 0.001 * np.arange(HORIZON - 20, dtype=np.float32)
     rows = rows[:steps]
     calls = -(-steps // 5)
-    latency = ({"baseline": 26.0, "aa": 26.2}.get(arm, 20.0) * scene.lognormal(0, 0.08, calls)).tolist()
+    latency = ({"baseline": 1260.0, "aa": 2262.0}.get(arm, 920.0) * scene.lognormal(0, 0.08, calls)).tolist()
     record = EpisodeRecord(
         suite=suite,
         task=task,
@@ -115,6 +125,7 @@ def arm_meta(arm: str, label: str) -> dict:
             }
             for i, n in enumerate(names)
         }
+        meta["quant"] = {"weight_bits": 4}
         meta["layers"] = [{"name": n, "sqnr_db": 20.0 + i} for i, n in enumerate(names)]
         meta["memory"] = {
             "weight_bytes": 6_000_000,

@@ -87,10 +87,10 @@ def test_flip_map_speaks_and_plays(page):
     for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
         page.press(key)
     assert page.js("document.querySelector('#flip-readout').textContent").startswith(
-        "A/A, libero_object task 0, initial state 0:"
+        f"{HOSTILE}, libero_object task 0 “put object 0 away”, initial state 0:"
     )
     page.click(".heatmap")
-    assert "libero_object task 1, initial state" in page.js(
+    assert "libero_object task 1 “put object 1 away”, initial state" in page.js(
         "document.querySelector('#flip-readout').textContent"
     )
 
@@ -126,6 +126,20 @@ def test_two_videos_share_one_clock(page):
     captions = page.js("['left', 'right'].map(s => document.getElementById('caption-' + s).textContent)")
     assert {c.rsplit(": ", 1)[1] for c in captions} == {"success", "failure"}
     assert page.problems == []
+
+
+def test_every_finger_finds_its_target_and_no_column_is_lost_on_a_phone(report):
+    with Page(390, 900) as page:
+        page.open(report)
+        page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        small = "[...document.querySelectorAll('button, summary, nav a, select, input')].filter(e => e.getClientRects().length && !e.closest('.skip') && e.getBoundingClientRect().height < 43.5).map(e => e.outerHTML.slice(0, 80))"
+        assert page.js(small) == []
+        hidden = "[...document.querySelectorAll('table.stacked')].filter(t => t.parentElement.scrollWidth > t.parentElement.clientWidth + 1).length"
+        assert page.js("document.querySelectorAll('table.stacked').length") >= 4 and page.js(hidden) == 0
+        unnamed = "[...document.querySelectorAll('.stacked td')].filter(e => getComputedStyle(e, '::before').content.length < 3).length"
+        assert page.js(unnamed) == 0
+        cut = "[...document.querySelectorAll('.caption')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        assert page.js(cut) == 0
 
 
 def test_sane_for_screen_readers_and_keyboards(page):
@@ -165,7 +179,11 @@ CONTRAST = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize("width", [390, 820, 1280])
+OVERRUN = """[...document.querySelectorAll('.count, .facts dd, .chip, h3')].filter((e) => e.scrollWidth > e.clientWidth + 1
+  && getComputedStyle(e).display !== 'inline').map((e) => e.textContent)"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1280, 1440])
 @pytest.mark.parametrize("dark", [False, True])
 def test_readable_at_every_width_in_light_and_dark(report, width, dark):
     with Page(width, 900, dark) as page:
@@ -173,4 +191,5 @@ def test_readable_at_every_width_in_light_and_dark(report, width, dark):
         page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert page.js("document.documentElement.scrollWidth") <= width
         assert page.js(CONTRAST) == []
+        assert page.js(OVERRUN) == []
         assert page.problems == []

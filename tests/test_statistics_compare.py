@@ -407,6 +407,48 @@ def test_shifts_are_paired_and_noise_sets_the_divergence_threshold(tmp_path):
     assert fake["divergence"]["visible_steps"]["libero_object/0/0/7"] == 11
 
 
+def test_what_the_control_does_after_it_parts_is_not_its_noise(tmp_path):
+    """An A/A pair may end with opposite grippers and other motions; the noise is what it shows on equal observations."""
+    reference, arm = grid(n=20)
+
+    def base(task, init):
+        return straight()
+
+    def parts_later(task, init):
+        rows = straight()
+        rows[:, 0] += 1e-6  # rounding
+        rows[30:, :6] += 0.7  # feedback has made another episode of it
+        rows[35:, 6] = -rows[35:, 6]
+        return rows
+
+    def quantized(task, init):
+        rows = straight()
+        rows[:, 1] += 0.02
+        rows[25:, 6] = -rows[25:, 6]
+        return rows
+
+    write(tmp_path, "baseline", reference, trajectories=base)
+    write(tmp_path, "aa", reference, trajectories=parts_later)
+    write(tmp_path, "fake", arm, trajectories=quantized)
+    arms = compare_runs([tmp_path])["arms"]
+    assert arms["aa"]["divergence"]["threshold"] == pytest.approx(1e-6, rel=0.1)
+    assert arms["aa"]["divergence"]["gripper_steps"]["libero_object/0/0/7"] == 35
+    found = arms["fake"]["divergence"]
+    assert found["steps"]["libero_object/0/0/7"] == 0  # beyond rounding at once
+    assert found["gripper_steps"]["libero_object/0/0/7"] == 25 and found["gripper_diverged"] == 20
+    assert found["visible_steps"]["libero_object/0/0/7"] is None and found["visibly_diverged"] == 0
+    assert found["first_chunk_difference"] == pytest.approx(0.02, rel=1e-3)
+
+
+def test_without_a_control_any_difference_counts_and_the_page_can_say_so(tmp_path):
+    reference, arm = grid(n=20)
+    write(tmp_path, "baseline", reference, trajectories=lambda task, init: straight())
+    write(tmp_path, "fake", arm, trajectories=lambda task, init: straight())
+    found = compare_runs([tmp_path])["arms"]["fake"]["divergence"]
+    assert found["threshold"] == 0.0 and found["diverged"] == 0 and found["median_visible_step"] is None
+    assert "any difference at all" in found["threshold_from"]
+
+
 def test_the_label_and_control_mark_of_meta_are_honoured(tmp_path):
     reference, arm = grid(n=20)
     write(tmp_path, "baseline", reference)

@@ -94,6 +94,8 @@ def build_parser() -> Parser:
     command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory")
     command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
     command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")
+    command.add_argument("--max-mb", type=float, default=10.0, metavar="MB",
+                         help="embed videos of flipped episodes as long as the file stays below this (default: 10; 0: no videos)")
 
     command = add("dashboard", do.dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
     command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="runs whose mirrors are, or will be, on the server")

@@ -149,8 +149,9 @@ def status(args: argparse.Namespace) -> Document:
 def report(args: argparse.Namespace) -> Document:
     from qlibero.reporting.html import write_report
 
-    document = write_report(args.run_dirs, args.output, args.reference, args.margin)
-    explain(f"report: {document['report']}")
+    document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
+    left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
+    explain(f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})")
     return document
 
 

@@ -191,7 +191,7 @@ def _run(
     from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
-    environment = describe()
+    environment = {**describe(), "instructions": _instructions(experiment)}
     with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
         policies, meta = load_arms(experiment, arms, say)
         report = guard.enforce()
@@ -239,6 +239,13 @@ def _run(
             for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
                 say(said)
     return ended
+
+
+def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """{suite: {task: what the policy is told}}: part of what a run ran in, since reports are read where LIBERO is not."""
+    from qlibero.sim.suites import task_language
+
+    return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
 
 
 def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

@@ -33,6 +33,30 @@ class Scale:
         first = math.ceil(self.low / step - 1e-9)
         return [round(k * step, 10) for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
+    def edges(self, bins: int) -> np.ndarray:
+        """Borders of bins of equal width on the page."""
+        return np.linspace(self.low, self.high, bins + 1)
+
+
+@dataclass(frozen=True)
+class LogScale(Scale):
+    """Equal ratios are equally far apart: for durations, whose medians and stragglers differ by a factor of fifty."""
+
+    def __call__(self, x: float) -> float:
+        share = math.log(max(x, self.low) / self.low) / math.log(self.high / self.low)
+        return round(100 * min(share, 1), 2)
+
+    def ticks(self, about: int = 7) -> list[float]:
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for steps in ((1, 2, 5), (1, 3), (1,)):
+            found = [s * 10.0**d for d in decades for s in steps if self.low <= s * 10.0**d <= self.high]
+            if len(found) <= about:
+                break
+        return found if len(found) > 2 else super().ticks(about)  # within a factor of three or so, plain steps
+
+    def edges(self, bins: int) -> np.ndarray:
+        return np.geomspace(self.low, self.high, bins + 1)
+
 
 def scale_over(values: Sequence[float], include: Sequence[float] = (), room: float = 0.06) -> Scale:
     """A scale that holds all values and `include`, with some room at both ends."""
@@ -40,6 +64,12 @@ def scale_over(values: Sequence[float], include: Sequence[float] = (), room: flo
     low, high = min(every), max(every)
     pad = room * ((high - low) or abs(high) or 1)
     return Scale(low - pad, high + pad)
+
+
+def duration_scale(values: Sequence[np.ndarray], high: float) -> LogScale:
+    """A logarithmic axis from the quickest thousandth to the percentile `high` of the slowest, in any of `values`."""
+    low = min(float(np.percentile(v, 0.1)) for v in values)
+    return LogScale(max(low * 0.9, 1e-3), max(float(np.percentile(v, high)) for v in values) * 1.1)
 
 
 def success_scale(lows: Sequence[float]) -> Scale:
@@ -105,7 +135,7 @@ def plot(*children: Markup, label: str, height: int) -> Markup:
 
 def density(values: np.ndarray, scale: Scale, bins: int = 70) -> list[tuple[float, float]]:
     """Outline of a histogram over the scale, peak at the top; the honest picture of a latency distribution."""
-    heights, edges = np.histogram(values, bins=bins, range=(scale.low, scale.high))
+    heights, edges = np.histogram(values, bins=scale.edges(bins))
     if heights.max() == 0:
         return [(0.0, 100.0), (100.0, 100.0)]
     tops = 100 - 96 * heights / heights.max()

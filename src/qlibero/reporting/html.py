@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.errors import UserError, WorkFailed
-from qlibero.reporting.markup import Markup, el, join, script_json
-from qlibero.reporting.material import Material, Video, flipped_videos, gather
+from qlibero.reporting.markup import Markup, breakable, el, join, script_json
+from qlibero.reporting.material import Material, Video, flipped_videos, gather, planned_episodes
 from qlibero.reporting.sections.differences import differences
 from qlibero.reporting.sections.execution import execution
-from qlibero.reporting.sections.flips import flip_columns, flip_rows, flips
+from qlibero.reporting.sections.flips import flip_data, flips
 from qlibero.reporting.sections.latency import latency
 from qlibero.reporting.sections.layers import kernels, layers
-from qlibero.reporting.sections.parts import section
 from qlibero.reporting.sections.provenance import copyable, provenance
+from qlibero.reporting.sections.reading import reading
 from qlibero.reporting.sections.success import success
 from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
 from qlibero.results.judgement import check_margin
-from qlibero.results.runs import common_margin, read_runs
+from qlibero.results.runs import read_runs
 
-VIDEO_MEGABYTES = 8.0
+MEGABYTES = 10.0
 
 
 def write_report(
@@ -39,36 +39,50 @@ def write_report(
     out: Path | str | None = None,
     reference: str | None = None,
     margin: float | None = None,
-    video_megabytes: float = VIDEO_MEGABYTES,
+    megabytes: float = MEGABYTES,
 ) -> dict[str, Any]:
     """Write the report of one or several runs; `out` defaults to report.html in the first run directory.
 
-    `reference` defaults to the baseline, without which a report has no verdicts; `margin` to the one the runs
-    declare. Flipped episodes' videos are embedded up to `video_megabytes`. Returns {"report", "bytes", "video_bytes", "arms", "verdicts"}. Raises UserError
-    for directories without a ledger, WorkFailed if the file cannot be written.
+    `reference` defaults to the baseline, without which a report has no verdicts; `margin` to the one that each cell's
+    runs declare. Flipped episodes' videos are embedded as long as the whole file stays within `megabytes`. A sweep's
+    directory stands for its cells. Returns {"report", "bytes", "video_bytes", "videos", "videos_left_out", "arms",
+    "verdicts"}. Raises UserError for directories without a ledger, WorkFailed if the file cannot be written.
     """
     if not paths:
         raise UserError("report: name at least one run directory")
     runs = read_runs(paths)
-    material = gather(runs, reference, check_margin(common_margin(runs) if margin is None else margin))
+    material = gather(runs, reference, None if margin is None else check_margin(margin))
     filmed = flipped_videos(material)
-    chosen = _within(filmed, video_megabytes * 1e6)
-    page = render(material, chosen, len(filmed) - len(chosen))
+    page, chosen = _fitting(material, filmed, megabytes * 1e6)
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
+        out.write_bytes(page)
     except OSError as problem:
         raise WorkFailed(f"cannot write {out}: {problem.strerror}; choose another -o") from problem
     return {
         "report": str(out),
-        "bytes": len(page.encode()),
+        "bytes": len(page),
         "video_bytes": sum(
             path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}
         ),
+        "videos": len(chosen),
+        "videos_left_out": len(filmed) - len(chosen),
         "arms": list(material.arms),
         "verdicts": {name: r["verdict"] for name, r in material.compared.items()},
     }
+
+
+def _fitting(m: Material, filmed: list[Video], limit: float) -> tuple[bytes, list[Video]]:
+    """The page as bytes with as many of the videos as keep it within `limit`. Without videos it is as long as it is."""
+    page, chosen = render(m, [], len(filmed)).encode(), []
+    wanted = _within(filmed, limit - len(page))
+    while wanted and not chosen:
+        full = render(m, wanted, len(filmed) - len(wanted)).encode()
+        if len(full) <= limit:
+            page, chosen = full, wanted
+        wanted = wanted[:-1]  # what the page says about its videos takes room too
+    return page, chosen
 
 
 def _within(filmed: list[Video], budget: float) -> list[Video]:
@@ -100,17 +114,11 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
         layers(m),
         copyable(m),
         provenance(m),
-        _reading(m),
+        reading(m),
     ]
     kept = [part for part in parts if part is not None]
     assets = files("qlibero.reporting")
-    data = {
-        "flips": {name: flip_rows(m, name) for name in m.compared},
-        "columns": flip_columns(m) if m.compared else [],
-        "tasks": [f"{suite} task {task}" for suite, task in m.tasks],
-        "keys": [[suite, task] for suite, task in m.tasks],
-        "labels": {name: arm.label for name, arm in m.arms.items()},
-    }
+    data = {"flips": flip_data(m), "labels": {id_: arm.label for id_, arm in m.arms.items()}}
     head = join(
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -135,17 +143,36 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
 
 def _header(m: Material) -> Markup:
     suites = list(dict.fromkeys(suite for suite, _ in m.tasks))
-    episodes = sum(len(arm.records) for arm in m.arms.values())
     steps = sum(r.steps for arm in m.arms.values() for r in arm.records.values())
-    facts = f"{', '.join(suites)} · {len(m.tasks)} tasks · {len(m.arms)} arms · {episodes:,} episodes · {steps:,} control steps"
+    facts = [
+        ", ".join(suites),
+        _count(len(m.tasks), "task"),
+        _count(len(m.parts), "cell") if len(m.parts) > 1 else None,
+        _count(len(m.arms), "arm"),
+        _episodes(m),
+        f"{steps:,} control steps",
+    ]
     return el(
         "header",
         el("p", "qlibero report", class_="eyebrow"),
-        el("h1", m.name),
-        el("p", facts, class_="facts-line"),
+        el("h1", breakable(m.name)),
+        el("p", " · ".join(filter(None, facts)), class_="facts-line"),
         el("button", "Light or dark", type="button", id="theme", class_="theme"),
         class_="top",
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _episodes(m: Material) -> str:
+    """Finished of planned, so that a run that is not done, or lost an episode, cannot pass for a whole one."""
+    finished = sum(r.outcome != "error" for arm in m.arms.values() for r in arm.records.values())
+    planned = [(planned_episodes(run) or 0) * len(run.arms) for run in m.runs]
+    if 0 in planned:
+        return f"{finished:,} episodes"
+    return f"{finished:,} of {sum(planned):,} planned episodes"
 
 
 def _navigation(parts: list[Markup]) -> Markup:
@@ -154,51 +181,4 @@ def _navigation(parts: list[Markup]) -> Markup:
         "nav",
         el("ul", [el("li", el("a", id_.capitalize(), href=f"#{id_}")) for id_ in ids]),
         aria_label="Sections",
-    )
-
-
-def _reading(m: Material) -> Markup:
-    terms = [
-        (
-            "pair",
-            "The same suite, task, initial state and seed in both arms, with equal scene fingerprints and the same policy noise.",
-        ),
-        (
-            "broken, repaired",
-            "The reference succeeds and the arm fails; the reverse. Everything the comparison knows is in these two counts.",
-        ),
-        ("Δ", "(repaired − broken) / pairs, in percentage points. Negative: the arm loses."),
-        (
-            "non-inferior",
-            f"The whole 95 % Tango interval of Δ lies above −{100 * m.margin:g} pp. “Not significant” is not non-inferior.",
-        ),
-        (
-            "inferior",
-            f"The whole interval lies below −{100 * m.margin:g} pp. Otherwise the result is inconclusive, and the power line says why.",
-        ),
-        (
-            "McNemar",
-            "Exact two-sided test that breaking and repairing are equally likely; Holm-adjusted over arms × suites.",
-        ),
-        (
-            "tasks like these",
-            "t interval over per-task differences: whole tasks are the units. Wider, and the one that generalises.",
-        ),
-        (
-            "A/A",
-            "The reference run again with another batch composition. What it flips is noise that no kernel is to blame for.",
-        ),
-        (
-            "error",
-            "A simulator or transport failed. Neither success nor failure; a verdict that errors could change is inconclusive.",
-        ),
-        (
-            "jerk, path, flips",
-            "Mean third difference of the gripper position × 20³ m/s³ up to the pair's earlier end; metres travelled; open-close changes.",
-        ),
-    ]
-    return section(
-        "reading",
-        "How to read this",
-        el("dl", [join(el("dt", t), el("dd", d)) for t, d in terms], class_="terms"),
     )

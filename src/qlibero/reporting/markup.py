@@ -7,10 +7,11 @@ with one function that writes every tag there is one place where they could brea
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from typing import Any
 
-VOID = {"br", "hr", "img", "input", "meta", "link"}
+VOID = {"br", "hr", "img", "input", "meta", "link", "wbr"}
 DRAWN = {"path", "rect"}  # SVG elements close themselves with a slash, or they would swallow what follows
 
 
@@ -45,6 +46,11 @@ def join(*children: Any) -> Markup:
         else:
             out.append(join(*child))
     return Markup("".join(out))
+
+
+def breakable(text: str) -> Markup:
+    """A name that may break after its separators, and not in the middle of a word."""
+    return join([el("wbr") if i else None, piece] for i, piece in enumerate(re.split(r"(?<=[._/+-])(?![._/+-])", text)))
 
 
 def script_json(data: Any, id_: str) -> Markup:

@@ -64,15 +64,16 @@
   const words = { s: "both succeed", f: "both fail", b: "broken: the reference succeeds, this arm fails", r: "repaired: the reference fails, this arm succeeds", e: "error", u: "unpaired", "·": "not run" };
   const player = setUpPlayer();
   for (const map of $$(".heatmap")) {
-    const rows = data.flips[map.dataset.arm], width = Math.max(...rows.map((r) => r.length));
+    const { cell, rows } = data.flips.arms[map.dataset.arm], { tasks, keys, columns } = data.flips.cells[cell];
+    const width = Math.max(...rows.map((r) => r.length));
     let x = 0, y = 0;
-    const keyOf = () => [...data.keys[y], ...data.columns[x]].join("/");
+    const keyOf = () => [...keys[y], ...columns[x]].join("/");
     const show = () => {
       const cursor = $(".cursor", map);
       cursor.setAttribute("x", 10 * x);
       cursor.setAttribute("y", 10 * y);
       const film = player && player.has(map.dataset.arm, keyOf()) ? " Click or press Enter for the video." : "";
-      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${data.tasks[y]}, initial state ${data.columns[x][0]}: ${words[rows[y][x]]}.${film}`;
+      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${tasks[y]}, initial state ${columns[x][0]}: ${words[rows[y][x]]}.${film}`;
     };
     const play = () => { if (player) player.choose(map.dataset.arm, keyOf()); };
     const point = (event) => {
@@ -136,12 +137,15 @@
       const d = select.selectedOptions[0].dataset;
       left.src = document.getElementById(d.left).value;
       right.src = document.getElementById(d.right).value;
-      $("#caption-left").textContent = `${$(".videos").dataset.reference}: ${d.leftOutcome}`;
+      $("#caption-left").textContent = `${d.leftLabel}: ${d.leftOutcome}`;
       $("#caption-right").textContent = `${d.rightLabel}: ${d.rightOutcome}`;
-      const steps = [d.visible, d.actions].map(Number).filter((n) => !Number.isNaN(n));
-      divergence = steps.length ? steps[0] : null;
+      $("#told").textContent = d.told ? `“${d.told}”` : "";
+      // what a viewer sees first: apart, or doing opposite things; actions beyond noise alone are invisible
+      const seen = [d.visible, d.gripper].map(Number).filter((n) => !Number.isNaN(n)), actions = Number(d.actions);
+      divergence = seen.length ? Math.min(...seen) : Number.isNaN(actions) ? null : actions;
+      const from = (step) => step === "never" ? "never" : `from step ${step}`;
       $("#divergence-text").textContent = d.actions === "unknown" ? "Where they part is unknown: there are no trajectories."
-        : `Actions differ beyond noise: ${d.actions === "never" ? "never" : "from step " + d.actions}. Grippers 1 cm apart: ${d.visible === "never" ? "never" : "from step " + d.visible}.`;
+        : `Grippers 1 cm apart: ${from(d.visible)}. One opens, the other closes: ${from(d.gripper)}. Actions differ beyond noise: ${from(d.actions)}.`;
       $("#to-divergence").disabled = divergence === null;
       clock = 0;
       draw();

@@ -7,19 +7,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlibero.reporting.sections.standing import standing
 from qlibero.results.phrases import points
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory`: bytes of the
-    quantized linears.
+    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory`: the quantized linears in
+    megabytes, as text.
     """
 
     label: str
     summary: dict
     comparison: dict | None
-    memory: int | None
+    memory: str
 
 
 HEAD = (
@@ -37,6 +38,7 @@ HEAD = (
 
 def cells(row: Row) -> list[str]:
     s, c = row.summary, row.comparison
+    control = c is not None and c["control"]
     errors = f", {s['errors']} err." if s["errors"] else ""
     paired = ["reference", "", "", ""]
     if c is not None:
@@ -44,15 +46,16 @@ def cells(row: Row) -> list[str]:
         if c["pairs"]:
             low, high = c["tango95"]
             flips = f"{c['broken']} / {c['repaired']} of {c['pairs']}"
-            paired = [points(c["delta"]), f"[{points(low)}, {points(high)}]", flips, c["verdict"]]
+            paired = [points(c["delta"]), f"[{points(low)}, {points(high)}]", flips, standing(c).word]
     wilson = s["wilson95"]
     return [
         row.label,
         f"{s['successes']}/{s['episodes']}{errors}",
         f"[{100 * wilson[0]:.1f}, {100 * wilson[1]:.1f}]" if wilson else "",
         *paired,
-        f"{s['latency_ms']['p50']:.1f}" if s["latency_ms"] else "",
-        f"{row.memory / 1e6:.1f}" if row.memory else "",
+        # a control runs in batches of another size: its latency beside the others would be read as a backend's
+        f"{s['latency_ms']['p50']:.1f}" if s["latency_ms"] and not control else "",
+        row.memory,
     ]
 
 

@@ -77,7 +77,7 @@ def compare(
         result = _compare_arm(base, arm, margin, noise, None if name in controls else floor, bool(declarations))
         result["control"] = name in controls
         result["divergence"]["threshold_from"] = (
-            f"99th percentile of the action differences between {base.name} and {control.name}"
+            f"99th percentile of the arm-motion differences between {base.name} and {control.name} in the first executed chunk"
             if control
             else "no A/A arm: any difference at all"
         )

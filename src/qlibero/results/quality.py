@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 CONTROL_HZ = 20.0  # LIBERO's control rate
-ACTION = slice(0, 7)
+MOTION = slice(0, 6)  # the arm's part of an action; the gripper's is a command, open or closed
 EEF = slice(7, 10)
 GRIPPER = 6
 GRIPPER_DEAD_ZONE = 0.05  # a command this near zero moves the fingers neither way
@@ -41,12 +41,35 @@ def gripper_flips(trajectory: np.ndarray, dead_zone: float = GRIPPER_DEAD_ZONE) 
 
 
 def first_divergence(reference: np.ndarray, other: np.ndarray, threshold: float) -> int | None:
-    """First step at which the two action streams differ by more than `threshold` in the maximum norm; None if
-    never.
+    """First step at which the arm motions of two action streams differ by more than `threshold` in the maximum
+    norm; None if never.
 
     Only the common steps are looked at. Means something under the shared noise contract, and up to that step
-    only: afterwards the two arms see different observations.
+    only: afterwards the two arms see different observations. The gripper has its own measure,
+    `first_opposed_grip`: its command jumps between −1 and 1, and a difference of 2 would drown every other.
     """
+    return first_true(motion_difference(reference, other) > threshold)
+
+
+def first_opposed_grip(reference: np.ndarray, other: np.ndarray) -> int | None:
+    """First common step at which one arm opens its gripper and the other closes it; None if never."""
     steps = min(len(reference), len(other))
-    apart = np.abs(reference[:steps, ACTION] - other[:steps, ACTION]).max(axis=1, initial=0.0) > threshold
-    return int(np.argmax(apart)) if apart.any() else None
+    left, right = reference[:steps, GRIPPER], other[:steps, GRIPPER]
+    decided = np.minimum(np.abs(left), np.abs(right)) > GRIPPER_DEAD_ZONE
+    return first_true(decided & (np.sign(left) != np.sign(right)))
+
+
+def first_apart(reference: np.ndarray, other: np.ndarray, metres: float) -> int | None:
+    """First common step at which the two grippers are more than `metres` from each other; None if never."""
+    steps = min(len(reference), len(other))
+    return first_true(np.linalg.norm(reference[:steps, EEF] - other[:steps, EEF], axis=1) > metres)
+
+
+def motion_difference(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Maximum norm of the difference of the arm's six action values, per common step."""
+    steps = min(len(reference), len(other))
+    return np.abs(reference[:steps, MOTION] - other[:steps, MOTION]).max(axis=1, initial=0.0)
+
+
+def first_true(found: np.ndarray) -> int | None:
+    return int(np.argmax(found)) if found.any() else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from qlibero.reporting import charts
-from qlibero.reporting.markup import Markup, el, join
+from qlibero.reporting.markup import Markup, el
 from qlibero.reporting.material import Material
-from qlibero.reporting.sections.parts import numbers, section, swatch
+from qlibero.reporting.sections import parts
+from qlibero.reporting.sections.parts import named, numbers, section
+from qlibero.reporting.sections.standing import standing
 from qlibero.results.phrases import margin_text, p_text, points
 
 
@@ -15,22 +17,23 @@ def difference_scale(m: Material) -> charts.Scale:
     ends = [
         x for r in m.compared.values() if r["pairs"] for x in (*r["tango95"], *(r["clusters"]["t95"] or ()))
     ]
-    return charts.scale_over(ends or [0.0], include=(-m.margin, 0.0, m.margin))
+    margins = [m.margin_of(name) for name in m.compared]
+    return charts.scale_over(ends or [0.0], include=(-max(margins), 0.0, max(margins)))
 
 
-def difference(
-    m: Material, name: str, row: dict[str, Any], scale: charts.Scale, clusters: bool = True
-) -> Markup:
+def difference(m: Material, name: str, row: dict[str, Any], scale: charts.Scale) -> Markup:
+    """One arm's difference (or that of one suite, `row`) on its strip, with its cell's margin and noise floor."""
     low, high = row["tango95"]
-    t95 = row["clusters"]["t95"] if clusters and "clusters" in row else None
-    floor = m.comparison["noise_floor"]
-    label = f"Δ {points(row['delta'])} pp, 95 % interval {points(low)} to {points(high)} pp, margin {margin_text(m.margin)}"
+    t95 = row["clusters"]["t95"] if "clusters" in row else None
+    floor, margin = m.floor_of(name), m.margin_of(name)
+    control = m.arms[name].is_control
+    label = f"Δ {points(row['delta'])} pp, 95 % interval {points(low)} to {points(high)} pp, margin {margin_text(margin)}"
     return charts.track(
-        charts.interval(scale, *floor["tango95"], kind="floor") if floor and name != floor["arm"] else None,
-        charts.interval(scale, scale.low, -m.margin, kind="beyond"),
-        charts.mark(scale, -m.margin, "margin"),
+        charts.interval(scale, *floor["tango95"], kind="floor") if floor else None,
+        None if control else charts.interval(scale, scale.low, -margin, kind="beyond"),
+        None if control else charts.mark(scale, -margin, "margin"),
         charts.mark(scale, 0, "zero"),
-        charts.interval(scale, *t95, kind="wide", colour=m.colour(name)) if t95 else None,
+        charts.interval(scale, *t95, kind="wide", colour=m.colour(name)) if t95 and not control else None,
         charts.interval(scale, low, high, "ci", m.colour(name)),
         charts.mark(scale, row["delta"], "dot", m.colour(name)),
         label=label,
@@ -39,68 +42,24 @@ def difference(
 
 
 def differences(m: Material) -> Markup | None:
-    if not m.comparison:
+    if not m.compared:
         return None
-    rows, figures = [], []
+    drawn, figures = [], []
     scale = difference_scale(m)
     for name, r in m.compared.items():
         if not r["pairs"]:
             continue
         suites = r["suites"] if len(r["suites"]) > 1 else {}
-        for title, row in (("", r), *suites.items()):
-            label = join(swatch(m, name), r["label"], el("small", title) if title else None)
+        for title, row in (("noise floor" if r["control"] else "", r), *suites.items()):
             low, high = row["tango95"]
-            count = el("span", f"{points(row['delta'])} [{points(low)}, {points(high)}]", class_="count")
-            rows.append(
-                el(
-                    "div",
-                    el("h3", label),
-                    el("div", difference(m, name, row, scale), count, class_="lane"),
-                    class_="row",
-                )
+            strip = parts.lane(
+                difference(m, name, row, scale), f"{points(row['delta'])} [{points(low)}, {points(high)}]"
             )
-        for suite, row in r["suites"].items():
-            figures.append(
-                [
-                    r["label"],
-                    suite,
-                    row["pairs"],
-                    row["both_succeed"],
-                    row["broken"],
-                    row["repaired"],
-                    row["both_fail"],
-                    points(row["delta"], 2),
-                    _pp(row["tango95"]),
-                    _pp(row["newcombe95"]),
-                    p_text(row["mcnemar_p"]),
-                    p_text(row["mcnemar_p_holm"]) if "mcnemar_p_holm" in row else "control",
-                    p_text(row["noninferiority_p"]),
-                    _pp(row["clusters"]["t95"]),
-                    _pp(row["clusters"]["bootstrap95"]),
-                    row["verdict"],
-                ]
-            )
-    head = [
-        "arm",
-        "suite",
-        "pairs",
-        "both succeed",
-        "broken",
-        "repaired",
-        "both fail",
-        "Δ pp",
-        "Tango 95 %",
-        "Newcombe 95 %",
-        "McNemar",
-        "Holm",
-        "non-inferiority",
-        "tasks: t 95 %",
-        "tasks: bootstrap 95 %",
-        "verdict",
-    ]
+            drawn.append(parts.row(named(m, name, el("small", title) if title else None), strip))
+        figures += [_figures(m, name, suite, row) for suite, row in r["suites"].items()]
     tasks = [
         [
-            r["label"],
+            named(m, name),
             f"{t['suite']} {t['task']}",
             t["pairs"],
             t["broken"],
@@ -108,35 +67,80 @@ def differences(m: Material) -> Markup | None:
             points(t["delta"]),
             _pp(t["tango95"]),
         ]
-        for r in m.compared.values()
+        for name, r in m.compared.items()
         for t in r["tasks"]
     ]
+    references = dict.fromkeys(m.arms[part.reference].label for part in m.parts if part.comparison)
+    reference = next(iter(references)) if len(references) == 1 else "the reference of its cell"
     return section(
         "differences",
         "Paired differences",
-        el(
-            "div",
-            rows,
-            el(
-                "div",
-                el("span"),
-                charts.axis(scale, "Δ success, percentage points", _tick),
-                class_="row foot",
-            ),
-            class_="rows",
-        ),
-        numbers("2×2 tables, intervals and p-values", head, figures),
+        parts.rows(drawn, axis=charts.axis(scale, "Δ success, percentage points", _tick), wide=True),
+        numbers("2×2 tables, intervals and p-values", FIGURES, figures, stacked=True),
         numbers(
             "By task (descriptive)",
             ["arm", "task", "pairs", "broken", "repaired", "Δ pp", "Tango 95 %"],
             tasks,
             sortable=True,
         ),
-        lead=f"Arm minus {m.comparison['reference_label']} on the same episodes. Thick bars: 95 % Tango interval for these tasks (unadjusted; "
-        "p-values are Holm-adjusted over arms × suites in the table). Thin bars: for tasks like these (whole tasks as units). "
-        f"Dashed line: the margin, {margin_text(m.margin)}."
-        + (" Grey band: the noise floor." if m.comparison["noise_floor"] else ""),
+        lead=f"Arm minus {reference} on the same episodes. Thick bars: 95 % Tango interval for these tasks (unadjusted; p-values "
+        "are Holm-adjusted over arms × suites in the table), on which verdicts rest. Thin lines: t interval over the tasks' own "
+        "differences, for tasks like these; it answers another question from few values, and being narrower makes it no better "
+        f"evidence. Dashed line: the margin, {m.margins}."
+        + (" Grey band: the noise floor (A/A)." if any(map(m.floor_of, m.compared)) else ""),
     )
+
+
+FIGURES = [
+    "arm",
+    "suite",
+    "pairs",
+    "both succeed",
+    "broken",
+    "repaired",
+    "both fail",
+    "Δ pp",
+    "Tango 95 %",
+    "Newcombe 95 %",
+    "McNemar",
+    "McNemar, Holm",
+    "non-inferiority",
+    "non-inferiority, Holm",
+    "tasks: t 95 %",
+    "tasks: bootstrap 95 %",
+    "verdict",
+]
+
+
+def _figures(m: Material, name: str, suite: str, row: dict[str, Any]) -> list[Any]:
+    """A line of the table, in the order of FIGURES. A control is no hypothesis, so it has no verdict and no Holm."""
+    result = m.compared[name]
+    word = row["verdict"]
+    if result["control"] or len(result["suites"]) == 1:  # the arm's own: errors, sequential tests and Holm count there
+        word = standing(result).word
+    return [
+        named(m, name),
+        suite,
+        row["pairs"],
+        row["both_succeed"],
+        row["broken"],
+        row["repaired"],
+        row["both_fail"],
+        points(row["delta"], 2),
+        _pp(row["tango95"]),
+        _pp(row["newcombe95"]),
+        p_text(row["mcnemar_p"]),
+        _p(row, "mcnemar_p_holm"),
+        "–" if result["control"] else p_text(row["noninferiority_p"]),
+        _p(row, "noninferiority_p_holm"),
+        _pp(row["clusters"]["t95"]),
+        _pp(row["clusters"]["bootstrap95"]),
+        word,
+    ]
+
+
+def _p(row: dict[str, Any], name: str) -> str:
+    return p_text(row[name]) if name in row else "–"
 
 
 def _tick(delta: float) -> str:

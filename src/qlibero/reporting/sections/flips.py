@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qlibero.episode_key import EpisodeKey
 from qlibero.reporting.markup import Markup, el
-from qlibero.reporting.material import Material
-from qlibero.reporting.sections.parts import section, swatch
+from qlibero.reporting.material import Material, Part
+from qlibero.reporting.sections.parts import named, section
 
 CODES = {
     ("success", "success"): "s",
@@ -15,16 +17,42 @@ CODES = {
 }
 
 
-def flip_rows(m: Material, arm: str) -> list[str]:
+def flip_data(m: Material) -> dict[str, Any]:
+    """What the page's script knows of the maps: {"cells": [{"tasks": […], "keys": […], "columns": […]}], "arms": {id:
+    {"cell": index, "rows": […]}}}."""
+    shown = [part for part in m.parts if part.compared]
+    return {
+        "cells": [
+            {
+                "tasks": [_task(m, suite, task) for suite, task in m.tasks_of(part.arms)],
+                "keys": m.tasks_of(part.arms),
+                "columns": flip_columns(m, part),
+            }
+            for part in shown
+        ],
+        "arms": {
+            name: {"cell": i, "rows": flip_rows(m, part, name)}
+            for i, part in enumerate(shown)
+            for name in part.compared
+        },
+    }
+
+
+def _task(m: Material, suite: str, task: int) -> str:
+    told = m.instruction(suite, task)
+    return f"{suite} task {task}" + (f" “{told}”" if told else "")
+
+
+def flip_rows(m: Material, part: Part, arm: str) -> list[str]:
     """Per task a string with one letter per initial state: s both succeed, f both fail, b broken, r repaired,
     e error, u unpaired, · not run."""
     unpaired = {u["key"] for u in m.compared[arm]["unpaired"]}
-    columns = flip_columns(m)
+    columns = flip_columns(m, part)
     rows = []
-    for suite, task in m.tasks:
+    for suite, task in m.tasks_of(part.arms):
         row = []
         for init, seed in columns:
-            pair = [m.arms[n].records.get(EpisodeKey(suite, task, init, seed)) for n in (m.reference, arm)]
+            pair = [m.arms[n].records.get(EpisodeKey(suite, task, init, seed)) for n in (part.reference, arm)]
             if None in pair:
                 row.append("u" if any(pair) else "·")
             elif str(pair[0].key) in unpaired:
@@ -35,39 +63,30 @@ def flip_rows(m: Material, arm: str) -> list[str]:
     return rows
 
 
-def flip_columns(m: Material) -> list[tuple[int, int]]:
+def flip_columns(m: Material, part: Part) -> list[tuple[int, int]]:
     return sorted(
-        {(key.init, key.seed) for arm in m.arms.values() for key in arm.records}, key=lambda c: (c[1], c[0])
+        {(key.init, key.seed) for name in part.arms for key in m.arms[name].records}, key=lambda c: (c[1], c[0])
     )
 
 
 def flips(m: Material) -> Markup | None:
-    if not m.comparison:
+    if not m.compared:
         return None
     maps = []
     for name, r in m.compared.items():
-        rows = flip_rows(m, name)
+        part = m.part_of(name)
         text = f"Flips of {r['label']}: {r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs. Arrow keys move, Enter plays a video."
-        labels = [el("span", str(task)) for _, task in m.tasks]
+        labels = [el("span", str(task)) for _, task in m.tasks_of(part.arms)]
         grid = el(
             "div",
             el("div", labels, class_="rowlabels", aria_hidden="true"),
-            _heat(rows, text, name),
-            el("div", f"initial state 0 … {max(i for i, _ in flip_columns(m))}", class_="axis-label"),
+            _heat(flip_rows(m, part, name), text, name),
+            el("div", f"initial state 0 … {max(i for i, _ in flip_columns(m, part))}", class_="axis-label"),
             class_="heat",
         )
-        maps.append(
-            el(
-                "figure",
-                el(
-                    "figcaption",
-                    swatch(m, name),
-                    r["label"],
-                    el("small", f" {r['broken']} broken ▼ {r['repaired']} repaired ▲"),
-                ),
-                grid,
-            )
-        )
+        floor = "noise floor: " if r["control"] else ""
+        counts = el("small", f"{floor}{r['broken']} broken ▼ {r['repaired']} repaired ▲")
+        maps.append(el("figure", el("figcaption", named(m, name, counts)), grid))
     key = [
         ("s", "both succeed"),
         ("b", "broken ▼"),
@@ -128,5 +147,5 @@ def _heat(rows: list[str], label: str, arm: str) -> Markup:
         tabindex="0",
         class_="heatmap",
         data_arm=arm,
-        style=f"height:{16 * height}px;max-width:{24 * width}px",
+        style=f"--rows:{height};max-width:{24 * width}px",
     )

@@ -7,7 +7,8 @@ import numpy as np
 from qlibero.reporting import charts
 from qlibero.reporting.markup import Markup, el, join
 from qlibero.reporting.material import Material
-from qlibero.reporting.sections.parts import legend, numbers, section, swatch
+from qlibero.reporting.sections import parts
+from qlibero.reporting.sections.parts import legend, named, numbers, section
 from qlibero.results.summary import percentiles, phase_calls_ms, policy_calls_ms
 
 
@@ -16,14 +17,15 @@ def latency(m: Material) -> Markup | None:
     calls = {name: values for name, values in calls.items() if len(values)}
     if not calls:
         return None
-    # one slow call in a thousand must not squeeze the rest into a line
-    scale = charts.Scale(0, 1.05 * max(float(np.percentile(v, 99.5)) for v in calls.values()))
-    rows = []
+    # one slow call in a thousand must not squeeze the rest into a line: what lies beyond is counted instead
+    scale = charts.duration_scale(list(calls.values()), 99.5)
+    drawn = []
     for name, values in calls.items():
         p = percentiles(values)
         beyond = int(np.count_nonzero(values > scale.high))
-        text = f"p50 {p['p50']:.1f} · p95 {p['p95']:.1f} · p99 {p['p99']:.1f}"
-        size = f"{len(values):,} calls" + (f", {beyond} off the chart" if beyond else "")
+        text = " · ".join(f"{q} {_ms(p[q])}" for q in p)
+        size = f"{len(values):,} calls" + (f", {beyond} beyond the axis" if beyond else "")
+        control = "; batches of another size" if m.arms[name].is_control else ""
         picture = el(
             "div",
             charts.plot(
@@ -31,54 +33,53 @@ def latency(m: Material) -> Markup | None:
                 label=f"{m.arms[name].label}: {text} ms",
                 height=46,
             ),
+            *charts.grid_lines(scale, 7),
             *(charts.mark(scale, p[q], "tick") for q in p),
             class_="canvas short",
         )
-        rows.append(
-            el(
-                "div",
-                el("h3", swatch(m, name), m.arms[name].label, el("small", size)),
-                el("div", picture, el("span", text, class_="count"), class_="lane long"),
-                class_="row",
-            )
-        )
+        drawn.append(parts.row(named(m, name, el("small", size + control)), parts.lane(picture, text)))
+    off = sum(int(np.count_nonzero(values > scale.high)) for values in calls.values())
     return section(
         "latency",
         "Latency of a policy call",
-        el(
-            "div",
-            rows,
-            el("div", el("span"), charts.axis(scale, "milliseconds", lambda t: f"{t:g}"), class_="row foot"),
-            class_="rows",
-        ),
+        parts.rows(drawn, axis=charts.axis(scale, "milliseconds, logarithmic", _ms, 7), wide=True),
         _warmup(m),
         _phases(m, list(calls)),
         _simulator(m),
-        lead="As an episode waits for it: the time of the whole batch, device-synchronised, warm-up left out. Ticks are p50, p95, p99.",
+        lead="As an episode waits for it: the time of the whole batch, device-synchronised, warm-up left out. Ticks are p50, p95, p99; "
+        "the axis is logarithmic"
+        + (f" and ends at {_ms(scale.high)} ms, {off} calls lie beyond it." if off else ".")
+        + _control_note(m),
     )
+
+
+def _control_note(m: Material) -> str:
+    if not any(arm.is_control for arm in m.arms.values()):
+        return ""
+    return " The A/A arm runs in batches of another size, on purpose: its latency is not a backend's."
+
+
+def _ms(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _warmup(m: Material) -> Markup | None:
     shown = [
-        f"{arm.label} {', '.join(f'{ms:.0f}' for ms in arm.meta['warmup_ms'][:6])}"
-        for arm in m.arms.values()
+        [named(m, name), ", ".join(f"{ms:.0f}" for ms in arm.meta["warmup_ms"][:8])]
+        for name, arm in m.arms.items()
         if arm.meta.get("warmup_ms")
     ]
-    return (
-        el("p", f"First calls in ms, warm-up that no statistic counts: {'; '.join(shown)}.", class_="fine")
-        if shown
-        else None
-    )
+    return numbers("First calls, warm-up that no statistic counts", ["arm", "ms"], shown) if shown else None
 
 
 def _phases(m: Material, names: list[str]) -> Markup | None:
     phases = {name: phase_calls_ms(m.records(name)) for name in names}
     titles = list(dict.fromkeys(phase for of_arm in phases.values() for phase in of_arm))
-    if not titles:
+    every = [v[v > 0] for of_arm in phases.values() for v in of_arm.values() if np.any(v > 0)]
+    if not titles or not every:
         return None
-    every = [v for of_arm in phases.values() for v in of_arm.values() if len(v)]
-    scale = charts.Scale(0, 1.05 * max(float(np.percentile(v, 99)) for v in every))
-    rows, figures = [], []
+    scale = charts.duration_scale(every, 99)
+    drawn, figures = [], []
     for phase in titles:
         lanes = []
         for name in names:
@@ -94,32 +95,21 @@ def _phases(m: Material, names: list[str]) -> Markup | None:
                 charts.mark(scale, p50, "dot", colour),
                 label=f"{phase}, {m.arms[name].label}: median {p50:.2f} ms, p95 {p95:.2f} ms",
             )
-            lanes.append(el("div", strip, el("span", f"{p50:.2f}", class_="count"), class_="lane"))
+            lanes.append(parts.lane(strip, f"{p50:.2f}"))
             figures.append(
                 [
                     phase,
-                    m.arms[name].label,
+                    named(m, name),
                     *(f"{x:.2f}" for x in (p5, p25, p50, p75, p95, p99)),
                     f"{values.mean():.2f}",
                 ]
             )
-        rows.append(el("div", el("h3", phase), el("div", lanes, class_="lanes"), class_="row"))
+        drawn.append(parts.row(phase, *lanes))
+    what = "milliseconds, logarithmic: dot median, box quartiles, line 5 to 95 %"
     return join(
         el("h3", "By phase"),
         legend(m, names),
-        el(
-            "div",
-            rows,
-            el(
-                "div",
-                el("span"),
-                charts.axis(
-                    scale, "milliseconds: dot median, box quartiles, line 5 to 95 %", lambda t: f"{t:g}"
-                ),
-                class_="row foot",
-            ),
-            class_="rows",
-        ),
+        parts.rows(drawn, axis=charts.axis(scale, what, _ms)),
         numbers(
             "Phase percentiles in ms",
             ["phase", "arm", "p5", "p25", "p50", "p75", "p95", "p99", "mean"],
@@ -141,7 +131,7 @@ def _simulator(m: Material) -> Markup:
             policy = np.mean([sum(r.policy_ms) for r in done])
             rows.append(
                 [
-                    m.arms[name].label,
+                    named(m, name),
                     f"{mean[0] / 1e3:.1f}",
                     f"{mean[1] / 1e3:.1f}",
                     f"{policy / 1e3:.1f}",
@@ -153,4 +143,5 @@ def _simulator(m: Material) -> Markup:
         "Where an episode's time goes",
         ["arm", "simulator s", "rendering s", "waiting for policy s", "steps", "policy calls"],
         rows,
+        stacked=True,
     )

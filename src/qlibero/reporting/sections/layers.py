@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from qlibero.reporting import charts
-from qlibero.reporting.markup import Markup, el, join
+from qlibero.reporting.markup import Markup, el
 from qlibero.reporting.material import Material
-from qlibero.reporting.sections.parts import legend, numbers, section, swatch, table
+from qlibero.reporting.sections.parts import legend, named, numbers, section, table
 
 
 def kernels(m: Material) -> Markup | None:
@@ -32,11 +32,11 @@ def kernels(m: Material) -> Markup | None:
                     v.get("reason", ""),
                 ]
             )
-        title = join(m.arms[name].label, ": ", ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        title = named(m, name, ": ", ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
         parts.append(
             el(
                 "details",
-                el("summary", swatch(m, name), title),
+                el("summary", title),
                 table(
                     ["layer", "N × K, bits, device", "kernel", "verdict", "reason"],
                     rows,

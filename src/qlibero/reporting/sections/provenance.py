@@ -8,19 +8,18 @@ import yaml
 
 from qlibero.reporting.markup import Markup, el
 from qlibero.reporting.material import Material
-from qlibero.reporting.sections.parts import numbers, section
-from qlibero.reporting.sections.tradeoff import linear_bytes
+from qlibero.reporting.sections.parts import numbers, section, table
+from qlibero.reporting.sections.tradeoff import is_unpacked, linear_bytes
 from qlibero.reporting.tables import Row, latex, markdown
-from qlibero.results.phrases import margin_text
 from qlibero.results.summary import summarize_arm
 
 
 def copyable(m: Material) -> Markup:
     rows = [
-        Row(arm.label, summarize_arm(m.records(name)), m.compared.get(name), linear_bytes(arm.meta))
+        Row(arm.label, summarize_arm(m.records(name)), m.compared.get(name), _memory_text(arm.meta))
         for name, arm in m.arms.items()
     ]
-    caption = f"{m.name}: paired comparison, margin {margin_text(m.margin)}." if m.comparison else m.name
+    caption = f"{m.name}: paired comparison, margin {m.margins}." if m.compared else m.name
     blocks = [
         el(
             "figure",
@@ -35,8 +34,15 @@ def copyable(m: Material) -> Markup:
     return section("tables", "Tables to copy", el("div", blocks, class_="copyable"))
 
 
+def _memory_text(meta: dict[str, Any]) -> str:
+    """Megabytes of the quantized linears; not those of `fake`, which are no kernel's and would be quoted as if."""
+    if not meta.get("memory"):
+        return ""
+    return "unpacked (fake)" if is_unpacked(meta) else f"{linear_bytes(meta['memory']) / 1e6:.1f}"
+
+
 def provenance(m: Material) -> Markup:
-    parts = []
+    parts = [table(["what", "value"], _software(m), caption="Software and hardware")]
     for run in m.runs:
         rows = _flat(run.environment)
         if rows:
@@ -78,6 +84,39 @@ def provenance(m: Material) -> Markup:
     )
 
 
+def _software(m: Material) -> list[list[Any]]:
+    """What a reader asks first. A version that differs between runs, or between episodes, is told as all of them."""
+    seen: dict[str, dict[str, None]] = {}
+    for run in m.runs:
+        of, git = run.environment, run.environment.get("git") or {}
+        host, gl = of.get("host") or {}, of.get("gl") or {}
+        changed = " with uncommitted changes" if git.get("modified") else ""
+        found = {
+            "git commit": git.get("commit", "") and f"{git['commit'][:12]}{changed}",
+            "processor": ", ".join(str(x) for x in (host.get("cpu"), host.get("cores") and f"{host['cores']} cores") if x),
+            "GPU": ", ".join(f"{gpu.get('name')} (driver {gpu.get('driver')})" for gpu in of.get("gpus") or []),
+            "rendering": gl.get("renderer", ""),
+            **(of.get("versions") or {}),
+        }
+        for arm in run.arms.values():
+            found["policy"] = _policy(arm.meta.get("policy") or {})
+            for record in arm.records[:1]:
+                found |= record.versions
+        for what, value in found.items():
+            if value:
+                seen.setdefault(what, {})[str(value)] = None
+    first = ("policy", "git commit", "qlibero", "torch")
+    order = [what for what in first if what in seen] + [what for what in seen if what not in first]
+    missing = [[what, "not recorded by this run"] for what in ("git commit", "torch") if what not in seen]
+    return [[what, "; ".join(seen[what])] for what in order] + missing
+
+
+def _policy(policy: dict[str, Any]) -> str:
+    named = [policy.get("type"), policy.get("name"), policy.get("dtype"), policy.get("device")]
+    weights = str(policy.get("sha256") or "")[:12]
+    return ", ".join([*map(str, filter(None, named)), *([f"weights {weights}…"] if weights else [])])
+
+
 def _flat(data: Any, prefix: str = "") -> list[list[Any]]:
     """Nested mappings as rows `a.b`, lists in one line."""
     rows = []
@@ -86,7 +125,10 @@ def _flat(data: Any, prefix: str = "") -> list[list[Any]]:
         if isinstance(value, dict):
             rows += _flat(value, f"{name}.")
         elif isinstance(value, list | tuple):
-            rows.append([name, ", ".join(map(str, value)) or "–"])
+            for i, item in enumerate(value):  # a GPU is a mapping of its own
+                rows += _flat(item, f"{name}.{i}.") if isinstance(item, dict) else []
+            if plain := [str(item) for item in value if not isinstance(item, dict)]:
+                rows.append([name, ", ".join(plain)])
         elif value is not None and value != "":
             rows.append([name, str(value)])
     return rows

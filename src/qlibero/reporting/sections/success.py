@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qlibero.reporting import charts
-from qlibero.reporting.markup import Markup, el
+from qlibero.reporting.markup import Markup, el, join
 from qlibero.reporting.material import Material
+from qlibero.reporting.sections import parts
 from qlibero.reporting.sections.parts import legend, numbers, section
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.statistics import wilson
@@ -16,40 +17,25 @@ def success(m: Material) -> Markup:
     for name in m.arms:
         for record in m.records(name):
             by_task.setdefault(name, {}).setdefault((record.suite, record.task), []).append(record)
-    groups = [("all tasks", {name: m.records(name) for name in m.arms})]
     many = len({suite for suite, _ in m.tasks}) > 1
+    groups = [("all tasks", "", {name: m.records(name) for name in m.arms})]
     for suite, task in m.tasks:
         title = f"{suite} {task}" if many else f"task {task}"
-        groups.append((title, {name: by_task[name].get((suite, task), []) for name in m.arms}))
-    lows = [_wilson(records)[0] for _, arms in groups for records in arms.values() if _finished(records)]
+        of_task = {name: found for name in m.arms if (found := by_task.get(name, {}).get((suite, task)))}
+        groups.append((title, m.instruction(suite, task), of_task))
+    lows = [_wilson(records)[0] for *_, arms in groups for records in arms.values() if _finished(records)]
     scale = charts.success_scale(lows)
-    rows, figures = [], []
-    for title, arms in groups:
+    drawn, figures = [], []
+    for title, told, arms in groups:
         lanes = [_lane(m, title, name, records, scale) for name, records in arms.items()]
-        rows.append(
-            el(
-                "div",
-                el("h3", title),
-                el("div", lanes, class_="lanes"),
-                class_="row total" if title == "all tasks" else "row",
-            )
-        )
-        figures.append([title, *(_figure(records) for records in arms.values())])
+        heading = [title, el("small", told, class_="told") if told else None]
+        drawn.append(parts.row(heading, *lanes, class_="row" if drawn else "row total"))
+        figures.append([title, *(_figure(arms.get(name, [])) for name in m.arms)])
     return section(
         "success",
         "Success by task and arm",
         legend(m),
-        el(
-            "div",
-            rows,
-            el(
-                "div",
-                el("span"),
-                charts.axis(scale, "success rate", lambda t: f"{100 * t:g} %"),
-                class_="row foot",
-            ),
-            class_="rows",
-        ),
+        parts.rows(drawn, axis=charts.axis(scale, "success rate", lambda t: f"{100 * t:g} %")),
         numbers("Counts and Wilson intervals", ["task", *(a.label for a in m.arms.values())], figures),
         lead="Dots are success rates, bars 95 % Wilson intervals, numbers successes of finished episodes. "
         "Errors of the simulator are neither success nor failure and are left out of n. Single tasks are descriptive.",
@@ -77,12 +63,7 @@ def _lane(m: Material, title: str, name: str, records: list[EpisodeRecord], scal
     k, n, errors = counts(records)
     label = f"{title}, {m.arms[name].label}: {_figure(records)}"
     if not n:
-        return el(
-            "div",
-            charts.track(*charts.grid_lines(scale), label=label),
-            el("span", "–", class_="count"),
-            class_="lane",
-        )
+        return parts.lane(charts.track(*charts.grid_lines(scale), label=label), "–")
     low, high = wilson(k, n)
     colour = m.colour(name)
     marks = (
@@ -90,5 +71,5 @@ def _lane(m: Material, title: str, name: str, records: list[EpisodeRecord], scal
         charts.interval(scale, low, high, "ci", colour),
         charts.mark(scale, k / n, "dot", colour),
     )
-    count = el("span", f"{k}/{n}", el("em", f" {errors} e") if errors else None, class_="count", title=label)
-    return el("div", charts.track(*marks, label=label), count, class_="lane")
+    count = join(f"{k}/{n}", el("em", f" {errors} e") if errors else None)
+    return parts.lane(charts.track(*marks, label=label), count, title=label)

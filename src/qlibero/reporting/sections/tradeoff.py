@@ -8,7 +8,8 @@ from typing import Any
 from qlibero.reporting import charts
 from qlibero.reporting.markup import Markup, el
 from qlibero.reporting.material import Material
-from qlibero.reporting.sections.parts import numbers, section, swatch
+from qlibero.reporting.sections import parts
+from qlibero.reporting.sections.parts import legend, named, numbers, section
 from qlibero.results.summary import summarize_arm
 
 
@@ -21,67 +22,104 @@ def memory(m: Material) -> Markup | None:
     }
     if not found:
         return None
-    scale = charts.Scale(
-        0,
-        1.02 * max(max(of["bf16_bytes"], linear_bytes(m.arms[name].meta) or 0) for name, of in found.items()),
-    )
-    rows, figures = [], []
+    scale = charts.Scale(0, 1.02 * max(max(of["bf16_bytes"], linear_bytes(of)) for of in found.values()))
+    drawn, figures = [], []
     for name, of in found.items():
-        ends = list(
-            accumulate(of.get(kind, 0) for kind in ("weight_bytes", "scale_bytes", "transform_bytes"))
-        )
+        meta = m.arms[name].meta
+        ends = list(accumulate(of.get(kind, 0) for kind in KINDS))
         text = f"{_mega(ends[-1])}, {ends[-1] / of['bf16_bytes']:.2f}× of {_mega(of['bf16_bytes'])}"
+        note = None
+        if is_unpacked(meta):
+            text = f"{_mega(ends[-1])} unpacked"
+            note = el("small", f"{_on_fake(meta)} on fake: not a kernel's memory")
         strip = charts.track(
             charts.interval(scale, 0, of["bf16_bytes"], "bar faint"),
             *(
-                charts.interval(scale, left, right, f"bar {kind}", m.colour(name))
+                charts.interval(scale, left, right, f"bar {kind}{' unpacked' * is_unpacked(meta)}", m.colour(name))
                 for left, right, kind in zip([0, *ends], ends, ("codes", "scales", "online"), strict=False)
             ),
+            _packed_mark(scale, of, meta),
             label=f"{m.arms[name].label}: {text}",
         )
-        rows.append(
-            el(
-                "div",
-                el("h3", swatch(m, name), m.arms[name].label),
-                el("div", strip, el("span", text, class_="count"), class_="lane long"),
-                class_="row",
-            )
-        )
+        drawn.append(parts.row(named(m, name, note), parts.lane(strip, text)))
+        codes = packed_bytes(of, meta)
         figures.append(
             [
-                m.arms[name].label,
-                *(
-                    f"{of.get(kind, 0):,}"
-                    for kind in ("weight_bytes", "scale_bytes", "transform_bytes", "bf16_bytes")
-                ),
+                named(m, name),
+                *(f"{of.get(kind, 0):,}" for kind in (*KINDS, "bf16_bytes")),
+                f"{codes:,}" if codes else "–",
+                "unpacked in floating point" if is_unpacked(meta) else "as its kernel keeps them",
             ]
         )
+    unpacked = any(is_unpacked(m.arms[name].meta) for name in found)
     return section(
         "memory",
         "Memory of the quantized linears",
-        el("div", rows, class_="rows"),
+        parts.rows(drawn, wide=True),
         numbers(
             "Bytes",
-            ["arm", "packed weights", "scales", "online transforms", "the same linears in bf16"],
+            [
+                "arm",
+                "weights as held",
+                "scales",
+                "online transforms",
+                "the same linears in bf16",
+                "codes at their bits",
+                "how weights are held",
+            ],
             figures,
+            stacked=True,
         ),
-        lead="Measured from live tensor storages. Solid: packed weights, then scales, then the online transforms (lighter). Grey: "
-        "the same linears in bf16.",
+        lead="Measured from live tensor storages: weights, then scales, then the online transforms (lighter). Grey: the same linears in bf16."
+        + (
+            " Hatched: the backend fake computes a kernel's integers in floating point and holds them unpacked, so its bar says "
+            "nothing of what a kernel needs; the black line is what the integer codes alone take at their bits."
+            if unpacked
+            else ""
+        ),
     )
+
+
+KINDS = ("weight_bytes", "scale_bytes", "transform_bytes")
+
+
+def _on_fake(meta: dict[str, Any]) -> str:
+    names = [v.get("kernel") for v in meta["kernels"].values()]
+    return "all layers" if set(names) == {"fake"} else f"{names.count('fake')} of {len(names)} layers"
+
+
+def is_unpacked(meta: dict[str, Any]) -> bool:
+    """Whether any layer ran on `fake`, which holds its integers in floating point."""
+    return any(v.get("kernel") == "fake" for v in (meta.get("kernels") or {}).values())
+
+
+def packed_bytes(of: dict[str, Any], meta: dict[str, Any]) -> int | None:
+    """The integer codes at their width, without scales; None where layers differ in bits or none are said."""
+    quant = meta.get("quant") or {}
+    bits = quant.get("weight_bits")
+    return None if not bits or quant.get("per_layer_bits") else of["bf16_bytes"] * bits // 16
+
+
+def _packed_mark(scale: charts.Scale, of: dict[str, Any], meta: dict[str, Any]) -> Markup | None:
+    codes = packed_bytes(of, meta)
+    return charts.mark(scale, codes, "packed") if codes and is_unpacked(meta) else None
 
 
 def _mega(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size > 2e9 else f"{size / 1e6:.1f} MB"
 
 
-def linear_bytes(meta: dict[str, Any]) -> int | None:
-    of = meta.get("memory") or {}
-    return sum(of.get(kind, 0) for kind in ("weight_bytes", "scale_bytes", "transform_bytes")) or None
+def linear_bytes(of: dict[str, Any]) -> int:
+    return sum(of.get(kind, 0) for kind in KINDS)
 
 
 def pareto(m: Material) -> Markup | None:
+    """Success against latency of everything but the A/A controls: their latency is that of other batches, and what they
+    say, the noise floor, is drawn as a band around the reference."""
     dots = []
     for name in m.arms:
+        if m.arms[name].is_control:
+            continue
         s = summarize_arm(m.records(name))
         if s["latency_ms"] and s["episodes"]:
             dots.append((name, s["latency_ms"]["p50"], s["successes"] / s["episodes"], *s["wilson95"]))
@@ -99,13 +137,9 @@ def pareto(m: Material) -> Markup | None:
         if i:
             stairs.append((x(d[1]), 100 - y(front[i - 1][2])))
         stairs.append((x(d[1]), 100 - y(d[2])))
-    marks = []
+    marks = [_floor_band(m, y)]
     for name, ms, rate, low, high in dots:
         colour, left = m.colour(name), x(ms)
-        near = [
-            x(d[1]) for d in dots if d[0] != name and abs(x(d[1]) - left) < 20 and abs(y(d[2]) - y(rate)) < 8
-        ]
-        side = "left" if (min(near) > left if near else left > 70) else "right"
         marks.append(
             el(
                 "i",
@@ -114,9 +148,8 @@ def pareto(m: Material) -> Markup | None:
             )
         )
         marks.append(el("i", class_=f"dot {colour}", style=f"left:{left}%;bottom:{y(rate)}%"))
-        marks.append(
-            el("span", m.arms[name].label, class_=f"tag {side}", style=f"left:{left}%;bottom:{y(rate)}%")
-        )
+    if len(dots) <= MOST_TAGS:
+        marks += _tags(m, [(name, x(ms), y(rate)) for name, ms, rate, *_ in dots])
     text = "; ".join(f"{m.arms[d[0]].label}: {100 * d[2]:.1f} % at {d[1]:.1f} ms" for d in dots)
     chart = el(
         "div",
@@ -140,13 +173,13 @@ def pareto(m: Material) -> Markup | None:
         "pareto",
         "Success against latency",
         chart,
-        el("ul", [el("li", swatch(m, d[0]), m.arms[d[0]].label) for d in dots], class_="legend tags"),
+        legend(m, [d[0] for d in dots], "legend tags" if len(dots) <= MOST_TAGS else "legend under"),
         numbers(
             "The points",
             ["arm", "p50 ms", "success", "Wilson 95 %"],
             [
                 [
-                    m.arms[d[0]].label,
+                    named(m, d[0]),
                     f"{d[1]:.2f}",
                     f"{100 * d[2]:.1f} %",
                     f"[{100 * d[3]:.1f}, {100 * d[4]:.1f}]",
@@ -155,5 +188,36 @@ def pareto(m: Material) -> Markup | None:
             ],
         ),
         lead="Up and left is better. The line joins the arms that no other arm beats in both; bars are Wilson intervals, so "
-        "overlapping bars are no ranking: the paired differences above are.",
+        "overlapping bars are no ranking: the paired differences above are."
+        + (" Grey band: the noise floor, the interval of the A/A difference around the reference." if marks[0] else ""),
     )
+
+
+def _tags(m: Material, places: list[tuple[str, float, float]]) -> list[Markup]:
+    """Names beside their dots, on the side with room, moved down where two would lie upon each other."""
+    tags, taken = [], {"left": [], "right": []}
+    for name, left, bottom in sorted(places, key=lambda place: -place[2]):
+        side = "left" if left > 60 else "right"
+        reach = (left - NAME, left) if side == "left" else (left, left + NAME)
+        dots = [b for _, at, b in places if reach[0] <= at <= reach[1] and at != left]
+        names = [b for at, b in taken[side] if abs(left - at) < 2 * NAME]
+        while any(abs(bottom - other) < LINE for other in dots + names):
+            bottom -= LINE / 4
+        taken[side].append((left, bottom))
+        tags.append(el("span", m.arms[name].label, class_=f"tag {side}", style=f"left:{left}%;bottom:{round(bottom, 2)}%"))
+    return tags
+
+
+LINE, NAME = 7.5, 22  # height and width of a name in percent of the chart
+MOST_TAGS = 6  # more names than this on the chart lie upon each other; the legend below has them
+
+
+def _floor_band(m: Material, y: charts.Scale) -> Markup | None:
+    """A/A's Tango interval around the reference's success; only for a single cell, whose reference is one dot."""
+    part = m.parts[0]
+    if len(m.parts) > 1 or not part.comparison or not part.comparison["noise_floor"]:
+        return None
+    s = part.comparison["reference_summary"]
+    rate = s["successes"] / s["episodes"]
+    low, high = (rate + end for end in part.comparison["noise_floor"]["tango95"])
+    return el("i", class_="band", style=f"bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%")

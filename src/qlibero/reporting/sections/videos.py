@@ -13,6 +13,11 @@ from qlibero.reporting.sections.parts import section
 def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
     if not chosen:
         return None
+    many = len({v.key.suite for v in chosen}) > 1
+
+    def place(v: Video) -> str:
+        return f"{f'{v.key.suite} ' if many else ''}task {v.key.task}, initial state {v.key.init}"
+
     files = {
         path: f"v{i}"
         for i, path in enumerate(dict.fromkeys(p for v in chosen for p in (v.reference_file, v.arm_file)))
@@ -20,7 +25,7 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
     options = [
         el(
             "option",
-            f"{m.arms[v.arm].label}: {'broken' if v.arm_outcome == 'failure' else 'repaired'}, {v.key.suite} task {v.key.task}, initial state {v.key.init}",
+            f"{'Broken' if v.arm_outcome == 'failure' else 'Repaired'}: {place(v)}, {m.arms[v.arm].label}",
             value=i,
             data_key=str(v.key),
             data_arm=v.arm,
@@ -28,9 +33,12 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
             data_right=files[v.arm_file],
             data_left_outcome=v.reference_outcome,
             data_right_outcome=v.arm_outcome,
+            data_left_label=m.reference_of(v.arm).label,
             data_right_label=m.arms[v.arm].label,
+            data_told=m.instruction(v.key.suite, v.key.task) or None,
             data_actions=v.actions_part,
             data_visible=v.visibly_part,
+            data_gripper=v.grippers_part,
         )
         for i, v in enumerate(chosen)
     ]
@@ -70,14 +78,15 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
     return section(
         "videos",
         "Flipped episodes, side by side",
-        el("label", "Episode ", el("select", options, id="episode")),
-        el("div", sides, class_="videos", data_reference=m.arms[m.reference].label),
+        el("label", "Episode ", el("select", options, id="episode"), class_="pick"),
+        el("p", "", id="told", class_="told"),
+        el("div", sides, class_="videos"),
         controls,
         el("p", "", id="divergence-text", class_="fine", aria_live="polite"),
         store,
-        lead="Both videos share one clock and the same scene and policy noise, so they are the same until they part."
+        lead="Both videos share one clock and the same scene and policy noise, so they look the same until they part."
         + (
-            f" {left_out} more flipped episodes were filmed but left out to keep this file small."
+            f" {left_out} more flipped episode{'s were' if left_out > 1 else ' was'} filmed but left out to keep this file small."
             if left_out
             else ""
         ),
