@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlibero.console import console
+from qlibero.results.arithmetic import same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.phrases import NOISE_FLOOR, margin_text, p_text, points, sequential_text, speed_text
 from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
@@ -42,6 +43,8 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
     to.print(success_table(run))
     if reference in run.arms and len(run.arms) > 1:
         to.print(comparison_tables(compare([run], reference)))
+    for same in same_arithmetic(run):
+        to.print(Text(str(same), style="green" if same.equal == same.episodes else "red"))
     to.print(cost_table(run))
     if (memory := memory_table(run)).row_count:
         to.print(memory)
