@@ -37,6 +37,7 @@ from qlibero.results.ledger import arms_of, read_arm, read_ledger  # noqa: E402
 
 MARK = "QLIBERO_DRILL"   # in the environment of everything the drill starts: how it finds its own processes
 DISK_MB = 96
+A_ROUND = 25   # faults at most, then it is left to finish
 HANG_S = 600   # without a new episode for so long, something hangs
 CONFIG = """
 extends: {repository}/configs/policies/untrained.yaml
@@ -61,8 +62,8 @@ SERVICE_KILLED, MIRROR_KILLED = "wandb service process killed", "wandb mirror ki
 TORN, FULL, FLIPPED = "ledger tail torn", "disk full", "artifact byte flipped"
 SLURMD, TASK, NODE = "slurmd killed", "Slurm task killed", "Slurm node killed"
 QUOTA = {
-    WORKER_KILLED: 28, WORKER_STOPPED: 2, POLICY_KILLED: 6, LAUNCHER_KILLED: 6, SERVICE_KILLED: 18, MIRROR_KILLED: 8,
-    TORN: 9, FULL: 4, FLIPPED: 3, SLURMD: 10, TASK: 3, NODE: 3,
+    WORKER_KILLED: 30, WORKER_STOPPED: 2, POLICY_KILLED: 6, LAUNCHER_KILLED: 6, SERVICE_KILLED: 14, MIRROR_KILLED: 5,
+    TORN: 9, FULL: 4, FLIPPED: 3, SLURMD: 14, TASK: 4, NODE: 3,
 }  # fmt: skip
 # Kinds after which work has to start anew: {kind: blows of its sort that may fall before another episode is finished}
 WITHOUT_PROGRESS = {POLICY_KILLED: 1, LAUNCHER_KILLED: 1, FULL: 1, TASK: 1, NODE: 1, WORKER_KILLED: 2}
@@ -105,7 +106,7 @@ class Drill:
         self.round = f"round-{len(self.rounds) + 1:02d}"
         self.log = self.out / f"{self.round}.log"
         self.started = self.moved = time.monotonic()
-        self.finished = 0
+        self.faults = self.finished = 0
         self.blows: Counter[bool] = Counter()   # since then, by whether a simulator was hit or more
         self.stopped = 0
 
@@ -117,11 +118,11 @@ class Drill:
         self.undisturbed()
         slurm = self.slurm_ready()
         while True:
+            self.begin_round()
             local = any(self.remaining(kind) for kind in self.quota if kind not in ON_SLURM)
             of_slurm = not local and slurm and any(self.remaining(kind) for kind in ON_SLURM)
             if not local and not of_slurm:
                 break
-            self.begin_round()
             before = sum(r["faults"] for r in self.rounds)
             found = self.slurm_round() if of_slurm else self.local_round()
             faults, minutes = sum(self.injected.values()) - before, (time.monotonic() - self.started) / 60
@@ -318,7 +319,7 @@ class Drill:
         self.check_wandb(out)
         return {
             "episodes": sum(map(len, found.values())),
-            "torn": sum(ledger.torn for ledger in state),
+            "sweeps": len(list(out.glob("sweep/submission-*"))),
             "superseded": sum(ledger.repeated for ledger in state),
         }
 
@@ -339,10 +340,10 @@ class Drill:
         print("| fault | injected |\n|---|---|")
         for kind in self.quota:
             print(f"| {kind} | {self.injected[kind]} |")
-        print("\n| round | engine | faults | episodes, equal records | torn lines read | lines superseded | wandb rows | processes left | minutes |")
+        print("\n| round | engine | faults | episodes, equal records | sweeps submitted | lines superseded | wandb rows | processes left | minutes |")
         print("|---|---|---|---|---|---|---|---|---|")
         for r in self.rounds:   # a round that is not so is never noted: the drill ends there
-            print(f"| {r['round']} | {r['engine']} | {r['faults']} | {r['episodes']} | {r['torn']} | {r['superseded']} "
+            print(f"| {r['round']} | {r['engine']} | {r['faults']} | {r['episodes']} | {r['sweeps']} | {r['superseded']} "
                   f"| {r['episodes']}, each once | 0 | {r['minutes']} |")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ small things
@@ -365,10 +366,11 @@ class Drill:
         return not missing
 
     def remaining(self, kind: str) -> int:
-        return max(0, self.quota[kind] - self.injected[kind])
+        return max(0, self.quota[kind] - self.injected[kind]) if self.faults < A_ROUND else 0
 
     def note(self, kind: str, what: str) -> None:
         self.injected[kind] += 1
+        self.faults += 1
         with open(self.faults_path, "a") as file:
             file.write(json.dumps({"round": self.round, "kind": kind, "what": what, "at": time.strftime("%H:%M:%S")}) + "\n")
         say(f"{self.injected.total():3d}  {time.strftime('%H:%M:%S')}  {kind}: {what}")
