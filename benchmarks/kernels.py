@@ -47,7 +47,7 @@ def judge(layers: list[Layer], backends: list[str]) -> dict[str, Any]:
     return verdicts
 
 
-def try_prologue(repeats: int = 50, sweep: bool = False) -> list[dict[str, Any]]:
+def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
     """The fused transform and quantizer against torch's, its repeatability, and both times."""
     from qlibero.kernels import triton_prologue
     from qlibero.kernels.contract import quantize_activations
@@ -63,7 +63,7 @@ def try_prologue(repeats: int = 50, sweep: bool = False) -> list[dict[str, Any]]
         def rotate(x, blocks, k=k, block=block):
             return torch.bmm(x.view(-1, k // block, block).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, k)
 
-        for m in (1, 10, 16, 32, 50, 64, 80, 128, 542, 968):
+        for m in (1, 10, 16, 50, 128, 542, 968):
             x = (torch.randn(m, k) * torch.exp(torch.randn(k))).to(dtype).cuda()
 
             def plain(x=x, first=first, order=order, second=second):
@@ -79,42 +79,9 @@ def try_prologue(repeats: int = 50, sweep: bool = False) -> list[dict[str, Any]]
                 "codes_different_per_million": float((difference > 0).double().mean()) * 1e6,
                 "torch_us": graph_seconds([plain] * 20) * 1e6, "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6,
             }  # fmt: skip
-            if sweep and block == 64 and dtype == torch.bfloat16:
-                row |= sweep_prologue(triton_prologue, prologue, x, m)
             rows.append(row)
             say("prologue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
     return rows
-
-
-def sweep_prologue(module: Any, prologue: Any, x: torch.Tensor, m: int) -> dict[str, float]:
-    """µs of one call under other launch shapes."""
-    few = [{"FEW_ROWS": rows, "FEW_TOKENS": 64} for rows in (1, 2, 4)] if m <= 64 else []
-    many = [{"MANY_ROWS": rows, "MANY_WARPS": warps, "RECOMPUTE": recompute, "FEW_TOKENS": 0}
-            for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)) for recompute in (True, False) if m >= 16]  # fmt: skip
-    found = {}
-    import prologue_transposed
-
-    if m >= 16:
-        prologue_transposed.FEW_TOKENS = 0
-        other = prologue_transposed.Prologue.__new__(prologue_transposed.Prologue)
-        other.__dict__ = prologue.__dict__
-        for rows, warps in ((32, 4), (64, 4), (128, 4)):
-            for recompute in (True, False):
-                prologue_transposed.MANY_ROWS, prologue_transposed.MANY_WARPS, prologue_transposed.RECOMPUTE = rows, warps, recompute
-                found[f"T{rows}/{warps}/{recompute}"] = round(graph_seconds([lambda: other(x)] * 20) * 1e6, 1)
-    for setting in few + many:
-        before = {name: getattr(module, name) for name in setting}
-        for name, value in setting.items():
-            setattr(module, name, value)
-        label = "few" if "FEW_ROWS" in setting else "many"
-        label += "/".join(str(value) for name, value in setting.items() if name != "FEW_TOKENS")
-        try:
-            found[label] = round(graph_seconds([lambda: prologue(x)] * 20) * 1e6, 1)
-        except Exception as error:
-            say(f"prologue: {label}: {type(error).__name__}: {str(error)[:100]}")
-        for name, value in before.items():
-            setattr(module, name, value)
-    return found
 
 
 def time_glue() -> list[dict[str, Any]]:
@@ -188,7 +155,6 @@ def main() -> None:
     parser.add_argument("--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here")
     parser.add_argument("--court", action="store_true", help="try every layer first")
     parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
-    parser.add_argument("--sweep", action="store_true", help="with --prologue: under other launch shapes too (says, changes nothing)")
     parser.add_argument("--glue", action="store_true", help="CUDA: what lies between the products of a flow step")
     parser.add_argument("--no-stopwatch", action="store_true", help="leave the products' times out")
     parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="CUDA: try other tiles that long")
@@ -233,7 +199,7 @@ def main() -> None:
     if not args.no_stopwatch:
         stage("stopwatch", stopwatch)
     if args.prologue and cuda:
-        stage("prologue", lambda: try_prologue(sweep=args.sweep))
+        stage("prologue", try_prologue)
     if args.glue and cuda:
         stage("glue", time_glue)
     if args.tune and cuda:

@@ -68,14 +68,12 @@ def cases() -> Iterator[Case]:
                    4 if width <= 4096 else 8)  # fmt: skip
     for block in (64, 128):
         warps = 4 if block <= 64 else 8
-        yield Case(f"few B={block}", triton_prologue.few_kernel, floats, flags | dict(ROWS=triton_prologue.FEW_ROWS, B=block, CHUNK=2048),
-                   aligned, warps)  # fmt: skip
-        many = flags | dict(BM=triton_prologue.MANY_ROWS, B=block, DEPTH=4096 // block, STRIDE_M=1, WHOLE=True, STORE=False)
+        yield Case(f"little B={block}", triton_prologue.little_kernel, floats, flags | dict(B=block, CHUNK=2048), aligned, warps)
+        much = flags | dict(BM=triton_prologue.TILE_ROWS, B=block, DEPTH=4096 // block, STRIDE_M=1, WHOLE=True)
         for name, dtype in (("first", "*bf16"), ("first of fp32", "*fp32")):
-            yield Case(f"{name} B={block}", triton_prologue.first_kernel, floats | {"x_ptr": dtype}, many, aligned, warps, contract=False)
-        for name, quantize in (("maxima", False), ("codes", True)):
-            yield Case(f"{name} B={block}", triton_prologue.second_kernel, floats, many | dict(QUANTIZE=quantize), aligned, warps,
-                       contract=False)  # fmt: skip
+            yield Case(f"{name} B={block}", triton_prologue.first_kernel, floats | {"x_ptr": dtype}, much, aligned, warps, contract=False)
+        yield Case(f"second B={block}", triton_prologue.second_kernel, floats, much, aligned, warps, contract=False)
+    yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024), aligned)
 
 
 def compile_case(case: Case, sm: int) -> dict[str, Any]:

@@ -5,18 +5,17 @@ group of linears and each launch costs as much as a small product. One computati
 included, so that codes are equal because they are the same. Three ways, by what there is to do:
 
 * no rotation: one program per row, one launch. Bit for bit what `contract.quantize_activations` gives.
-* few tokens (an expert's 10): one launch. A program computes one block of a few rows. Every rotated channel is needed
-  by exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing is
-  computed twice. The program that finishes a group of rows last quantizes them.
-* many tokens: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
-  permutation reads whole runs of tokens. The second is computed twice, once for the row maxima and once for the codes:
-  bytes are the cost here, not products, and what is not stored need not be read back.
+* little (an expert's 10 rows of 1024): one launch. A program computes one block of one row. Every rotated channel is
+  needed by exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing
+  is computed twice. The program that finishes a row last quantizes it.
+* much: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
+  permutation reads whole runs of tokens; the second stores its result and the row maxima; the third rounds.
 
-Rotations are fp32-grade. The stored blocks are bfloat16, so with many tokens they run on tensor cores: a bfloat16 input
+Rotations are fp32-grade. The stored blocks are bfloat16, so where there is much they run on tensor cores: a bfloat16 input
 as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of bfloat16
 are exact in fp32; what remains is the order of the sums and that tensor cores cut aligned terms off where fp32 additions
 would round: some 2^-22 of a row's largest value, a 30,000th of an int8 step. Neither depends on anything but the
-shapes, so codes repeat from run to run. With few tokens rotations are plain fp32 multiply-adds.
+shapes, so codes repeat from run to run. Where there is little, rotations are plain fp32 multiply-adds.
 
 A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pass unnoticed, and nobody waits for the GPU
 to find out.
@@ -34,11 +33,8 @@ from torch import Tensor
 
 from qlibero.kernels.contract import EPS, activation_limit
 
-FEW_TOKENS = 64  # up to here a row is cheap enough to be done block by block, without sharing a block's rotation
-FEW_ROWS = 2  # tokens of one program when there are few
-MANY_ROWS = 64  # tokens of one program when there are many
-MANY_WARPS = 4
-RECOMPUTE = True
+LITTLE = 1 << 15  # values: up to here one launch is the faster way at every K measured on an H100
+TILE_ROWS = 64  # tokens of one program where there is much
 
 _EPS = tl.constexpr(EPS)
 _ROUND = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds |v| < 2^22 to integers, half to even
@@ -83,15 +79,14 @@ def plain_kernel(
     tl.store(s_ptr + m, s)
 
 
-@triton.jit(do_not_specialize=["M"])
-def few_kernel(
-    x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, M, K, clip, limit,
+@triton.jit
+def little_kernel(
+    x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, K, clip, limit,
     HAS_SCALE: tl.constexpr, HAS_FIRST: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (M / ROWS, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
-    # Rows beyond the edge do the last row once more: cheaper than masks.
-    rm = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1).to(tl.int64)
+    """Grid: (rows, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
+    m = tl.program_id(0)
     g = tl.program_id(1)
     i = tl.arange(0, B)
     j = tl.arange(0, B)
@@ -106,32 +101,30 @@ def few_kernel(
         row = source % B if FIRST_SHARED else place
         first = tl.load(first_ptr + row[:, None] * B + j[None, :]).to(tl.float32)
         channel = (source // B * B)[:, None] + j[None, :]  # the input block that each gathered channel is made of
+        x = tl.load(x_ptr + m * K + channel).to(tl.float32)
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + channel)
-        x = tl.load(x_ptr + rm[:, None, None] * K + channel[None, :, :]).to(tl.float32)
-        if HAS_SCALE:
-            x = x * scale[None, :, :]
-        y = tl.sum(x * first[None, :, :], axis=2)
+            x = x * tl.load(scale_ptr + channel)
+        y = tl.sum(x * first, axis=1)
     else:
-        y = tl.load(x_ptr + rm[:, None] * K + source[None, :]).to(tl.float32)
+        y = tl.load(x_ptr + m * K + source).to(tl.float32)
         if HAS_SCALE:
-            y = y * tl.load(scale_ptr + source)[None, :]
+            y = y * tl.load(scale_ptr + source)
     if HAS_SECOND:
-        y = tl.sum(y[:, :, None] * second.to(tl.float32)[None, :, :], axis=1)
-    tl.store(y_ptr + rm[:, None] * K + (g * B + j)[None, :], y)
+        y = tl.sum(y[:, None] * second.to(tl.float32), axis=0)
+    tl.store(y_ptr + m * K + g * B + j, y)
     # Bits of non-negative floats order as integers. Relaxed: the arrival below orders it before the last program's look.
-    tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_max(peak_ptr + m, _peak(y, 0).to(tl.int32, bitcast=True), sem="relaxed")
     tl.debug_barrier()  # the whole block is stored before its arrival is announced
-    if tl.atomic_add(arrived_ptr + tl.program_id(0), 1) == tl.num_programs(1) - 1:
-        s = _scale(tl.load(peak_ptr + rm, cache_modifier=".cg").to(tl.float32, bitcast=True), clip, limit)
+    if tl.atomic_add(arrived_ptr + m, 1) == tl.num_programs(1) - 1:
+        s = _scale(tl.load(peak_ptr + m, cache_modifier=".cg").to(tl.float32, bitcast=True), clip, limit)
         for start in range(0, K, CHUNK):
-            k = (start + tl.arange(0, CHUNK))[None, :]
-            done = tl.load(y_ptr + rm[:, None] * K + k, mask=k < K, other=0.0, cache_modifier=".cg")
-            tl.store(codes_ptr + rm[:, None] * K + k, _codes(done, s[:, None], limit), mask=k < K)
-        tl.store(s_ptr + rm, s)
-        tl.debug_barrier()  # every thread has read the maxima before they are wiped
-        tl.store(peak_ptr + rm, tl.zeros((ROWS,), tl.int32))
-        tl.store(arrived_ptr + tl.program_id(0), 0)
+            k = start + tl.arange(0, CHUNK)
+            done = tl.load(y_ptr + m * K + k, mask=k < K, other=0.0, cache_modifier=".cg")
+            tl.store(codes_ptr + m * K + k, _codes(done, s, limit), mask=k < K)
+        tl.store(s_ptr + m, s)
+        tl.debug_barrier()  # every thread has read the maximum before it is wiped
+        tl.store(peak_ptr + m, 0)
+        tl.store(arrived_ptr + m, 0)
 
 
 @triton.jit
@@ -161,7 +154,7 @@ def first_kernel(
     HAS_SCALE: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """First rotation of many tokens, stored transposed: z (K, STRIDE), whole tiles. Also zeroes `peak` for the second."""
+    """First rotation, stored transposed: z (K, STRIDE), whole tiles. Also zeroes `peak` for the second."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
     j = tl.arange(0, B)
@@ -184,12 +177,11 @@ def first_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def second_kernel(
-    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, codes_ptr, s_ptr, M, K, STRIDE_M, STRIDE_K, clip, limit,
+    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
-    WHOLE: tl.constexpr, STORE: tl.constexpr, QUANTIZE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
-    DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Gather and second rotation, for the row maxima or, when those are known, to QUANTIZE.
+    """Gather and second rotation → y (M, K) fp32, and the row maxima (float bits) where `peak` was zero.
 
     z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, which has WHOLE tiles of rows, or the input.
     """
@@ -215,18 +207,9 @@ def second_kernel(
             y = _rotate(z, rotation, y)
         else:
             y = z.to(tl.float32)  # DEPTH is B then
-    inside = rm[:, None] < M
-    place = rm[:, None].to(tl.int64) * K + (g * B + j)[None, :]
-    if QUANTIZE:
-        s = _scale(tl.load(peak_ptr + rm).to(tl.float32, bitcast=True), clip, limit)
-        tl.store(codes_ptr + place, _codes(y, s[:, None], limit), mask=inside)
-        if g == 0:
-            tl.store(s_ptr + rm, s, mask=rm < M)
-    else:
-        # Bits of non-negative floats order as integers. Relaxed: the next launch comes after all of it anyway.
-        tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
-        if STORE:
-            tl.store(y_ptr + place, y, mask=inside)
+    # Bits of non-negative floats order as integers. Relaxed: the next launch comes after all of it anyway.
+    tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+    tl.store(y_ptr + rm[:, None].to(tl.int64) * K + (g * B + j)[None, :], y, mask=rm[:, None] < M)
 
 
 @triton.jit
@@ -267,8 +250,7 @@ class Prologue:
             self.second = second.contiguous()
         if self.block is not None:
             device = (first if first is not None else second).device
-            self._peak = torch.zeros(FEW_TOKENS, dtype=torch.int32, device=device)
-            self._arrived = torch.zeros(FEW_TOKENS, dtype=torch.int32, device=device)
+            self._peak, self._arrived = (torch.zeros(LITTLE // k, dtype=torch.int32, device=device) for _ in range(2))
 
     @staticmethod
     def unfit(factors: Mapping[str, Tensor]) -> str | None:
@@ -297,31 +279,30 @@ class Prologue:
                 HAS_SCALE=self.scale is not None, HAS_ORDER=self.order is not None, WIDTH=width,
                 num_warps=4 if width <= 4096 else 8,
             )  # fmt: skip
-        elif m <= FEW_TOKENS:
-            self._few(x, codes, scales, clip, limit)
+        elif m * k <= LITTLE:
+            self._little(x, codes, scales, clip, limit)
         else:
-            self._many(x, codes, scales, clip, limit)
+            self._much(x, codes, scales, clip, limit)
         return codes, scales
 
-    def _few(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
+    def _little(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
         m, k = x.shape
-        rows = min(FEW_ROWS, triton.next_power_of_2(m))
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
-        few_kernel[(triton.cdiv(m, rows), k // self.block)](
+        little_kernel[(m, k // self.block)](
             x, _or(self.scale, x), _or(self.first, x), _or(self.order, x), _or(self.second, x), y, self._peak, self._arrived,
-            codes, scales, m, k, clip, limit,
+            codes, scales, k, clip, limit,
             HAS_SCALE=self.scale is not None, HAS_FIRST=self.first is not None, FIRST_SHARED=self.first_shared,
             HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None, SECOND_SHARED=self.second_shared,
-            ROWS=rows, B=self.block, CHUNK=min(triton.next_power_of_2(k), 4096 // rows), num_warps=4 if self.block <= 64 else 8,
+            B=self.block, CHUNK=min(triton.next_power_of_2(k), 4096), num_warps=4 if self.block <= 64 else 8,
         )  # fmt: skip
 
-    def _many(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
-        (m, k), tiles = x.shape, triton.cdiv(x.shape[0], MANY_ROWS)
-        grid, padded = (tiles, k // self.block), tiles * MANY_ROWS
+    def _much(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
+        (m, k), tiles = x.shape, triton.cdiv(x.shape[0], TILE_ROWS)
+        grid, padded = (tiles, k // self.block), tiles * TILE_ROWS
         # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
         # A block of 128 is taken in by quarters: whole, its pieces would not fit in Ampere's registers.
-        launch = dict(BM=MANY_ROWS, B=self.block, DEPTH=min(self.block, 4096 // self.block),
-                      num_warps=MANY_WARPS if self.block <= 64 else 8, enable_fp_fusion=False)  # fmt: skip
+        launch = dict(BM=TILE_ROWS, B=self.block, DEPTH=min(self.block, 4096 // self.block),
+                      num_warps=4 if self.block <= 64 else 8, enable_fp_fusion=False)  # fmt: skip
         z, strides, scale = x, (k, 1), self.scale
         if self.first is not None:
             peak = torch.empty(padded, dtype=torch.int32, device=x.device)
@@ -334,15 +315,13 @@ class Prologue:
             peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
         if self.second is None:
             launch["DEPTH"] = self.block
-        y = x if RECOMPUTE else torch.empty((m, k), dtype=torch.float32, device=x.device)
-        for quantize in (False, True) if RECOMPUTE else (False,):
-            second_kernel[grid](
-                z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, codes, scales, m, k, *strides, clip, limit,
-                HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
-                SECOND_SHARED=self.second_shared, WHOLE=z is not x, STORE=not RECOMPUTE, QUANTIZE=quantize, **launch,
-            )  # fmt: skip
-        if not RECOMPUTE:
-            quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
+        y = torch.empty((m, k), dtype=torch.float32, device=x.device)
+        second_kernel[grid](
+            z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides,
+            HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
+            SECOND_SHARED=self.second_shared, WHOLE=z is not x, **launch,
+        )  # fmt: skip
+        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
