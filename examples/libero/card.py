@@ -43,7 +43,7 @@ def success(runs: Iterable[Path]) -> list[list[str]]:
 
 
 def quantization(run: Path) -> list[list[str]]:
-    """Per arm against the reference: success, flips, Δ with its interval, McNemar, time to success, jerk."""
+    """Per arm against the reference: success, flips, Δ with its interval, McNemar, action error, time to success, jerk."""
     arms = compare_runs([run])["arms"]
     rows = []
     for name, arm in sorted(arms.items(), key=lambda item: (not item[1]["control"], LAYOUTS.index(layout(item[0])))):
@@ -58,6 +58,7 @@ def quantization(run: Path) -> list[list[str]]:
                 f"{100 * arm['delta']:+.1f}",
                 f"{100 * arm['tango95'][0]:+.1f} to {100 * arm['tango95'][1]:+.1f}",
                 f"{arm['mcnemar_p']:.2g}",
+                f"{arm['divergence']['first_chunk_difference']:.2g}",
                 changed(quality["steps_to_success"], 1),
                 changed(quality["jerk"], 1),
             ]
@@ -119,7 +120,7 @@ def main() -> None:
         columns = ("suite", "episodes", "success", "95 %", "task 0 to 9", "ms per chunk p50 / p95 / p99")
         show("Success", columns, success(runs))
     if (root / "quantization" / "experiment.yaml").exists():
-        columns = ("arm", "success", "pairs", "broken", "repaired", "Δ (pp)", "95 % (Tango)", "McNemar p",
+        columns = ("arm", "success", "pairs", "broken", "repaired", "Δ (pp)", "95 % (Tango)", "McNemar p", "action error",
                    "steps to success", "jerk (m/s³)")  # fmt: skip
         show("Quantization", columns, quantization(root / "quantization"))
     if (root / "controls.jsonl").exists():

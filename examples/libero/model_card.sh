@@ -9,7 +9,7 @@ out=${1:-logs/model_card} processes=${2:-$(nproc)} blind=${BLIND:-logs/blind/sna
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export OMP_NUM_THREADS=1
 
-sweep() { "$python" -m qlibero.cli sweep "$1" --engine local --out "$2" --set workers=1 --set launch.processes="$processes" "${@:3}"; }
+sweep() { "$python" -m qlibero.cli sweep "$1" --engine local --out "$2" --set policy.device=cpu --set workers=1 --set launch.processes="$processes" "${@:3}"; }
 controls() {   # a process per task
     seq 0 9 | xargs -P "$processes" -I TASK "$python" examples/libero/controls.py --out "$out/controls.jsonl" --tasks TASK "$@"
 }
