@@ -20,7 +20,7 @@ from qlibero.config.schema import REPOSITORY
 from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import _instructions
 from qlibero.reporting import charts
-from qlibero.reporting.cells import cells_of
+from qlibero.results.cells import cells_of
 from qlibero.reporting.html import write_report
 from qlibero.reporting.markup import Markup, el, join, script_json
 from qlibero.reporting.sections.standing import standing
@@ -135,6 +135,15 @@ def test_a_sweeps_cells_are_compared_each_with_its_own_reference(tmp_path):
     assert not re.search(r"\d+ unpaired: ", page)
     assert "baseline · rtn against" not in page and "fake · rtn against baseline · rtn" in page
     assert "Of 2 tested arms" in page and "<h1>overnight</h1>" in page
+
+
+def test_compare_gives_each_cell_its_own_reference_too(tmp_path, capfd):
+    cells(tmp_path)
+    assert main(["compare", str(tmp_path)]) == 0
+    out, err = capfd.readouterr()
+    found = json.loads(out.splitlines()[-1])["cells"]
+    assert list(found) == ["duquant", "rtn"] and all(list(cell["arms"]) == ["aa", "fake"] for cell in found.values())
+    assert "\nrtn\n" in err and "baseline · rtn against baseline" not in err
 
 
 def test_the_command_of_the_clusters_guide_works(tmp_path, capfd):

@@ -16,7 +16,7 @@ from typing import Any
 from qlibero.config.schema import TASKS_OF_SUITE
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.reporting.cells import Cell, cells_of
+from qlibero.results.cells import Cell, cells_of
 from qlibero.results.compare import compare
 from qlibero.results.pairing import Arm, collect_arms
 from qlibero.results.phrases import margin_text

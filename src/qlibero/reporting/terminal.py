@@ -53,7 +53,11 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
 
 def print_comparison(result: dict[str, Any], to: Console | None = None) -> None:
     """What `qlibero compare` shows for people."""
-    (to or console()).print(_foreign(result) if result.get("foreign") else comparison_tables(result))
+    to = to or console()
+    for label, cell in result.get("cells", {"": result}).items():
+        if label:
+            to.print(Text(f"\n{label}", style="bold"))
+        to.print(_foreign(cell) if cell.get("foreign") else comparison_tables(cell))
 
 
 def _foreign(result: dict[str, Any]) -> Group:

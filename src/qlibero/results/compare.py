@@ -14,6 +14,7 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.results import statistics as st
+from qlibero.results.cells import cells_of
 from qlibero.results.clusters import task_bootstrap, task_t_interval
 from qlibero.results.execution import action_noise, divergences, execution_quality
 from qlibero.results.foreign import compare_foreign
@@ -30,7 +31,7 @@ from qlibero.results.judgement import (
 )
 from qlibero.results.pairing import Arm, Pair, collect_arms, outcomes_of, pair_arms
 from qlibero.results.phrases import NOISE_FLOOR, margin_text, sentence
-from qlibero.results.runs import REFERENCE, RunResults, common_margin, read_run
+from qlibero.results.runs import REFERENCE, RunResults, common_margin, read_runs
 from qlibero.results.stopping import Declaration, pair_step, read_declaration
 from qlibero.results.summary import summarize_arm
 
@@ -42,12 +43,15 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Read run directories and compare. With result files of other tools among them see `foreign.compare_foreign`.
 
-    `reference` None is the baseline (among files the first); `margin` None is what the runs declare. Raises
-    UserError for a bad margin, reference, directory or file.
+    A sweep's directory stands for its cells, and each cell is compared with its own reference: several give
+    {"cells": {label: what one gives}}. `reference` None is the baseline (among files the first); `margin` None is what
+    the runs declare. Raises UserError for a bad margin, reference, directory or file.
     """
     if any(Path(path).is_file() for path in paths):
         return compare_foreign(paths, reference, margin)
-    return compare(list(map(read_run, paths)), reference or REFERENCE, margin)
+    cells = cells_of(read_runs(paths), reference or REFERENCE)
+    results = {cell.label: compare(cell.runs, reference or REFERENCE, margin) for cell in cells}
+    return {"cells": results} if len(cells) > 1 else results[cells[0].label]
 
 
 def compare(

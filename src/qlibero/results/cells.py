@@ -1,4 +1,4 @@
-"""Which runs of a report belong together: a cell is one comparison, with a reference arm and the arms paired with it.
+"""Which runs belong together: a cell is one comparison, with a reference arm and the arms paired with it.
 
 A sweep's cells are experiments of their own, and each has its own `baseline`. Compared across cells that baseline would
 be a tested arm ("baseline against baseline"), and every episode of another cell an unpaired one. So runs become one
@@ -23,7 +23,7 @@ MOST_AXES = 3  # more than this is no label; the directory's name is
 
 @dataclass(frozen=True)
 class Cell:
-    """`label` is what distinguishes the cell from the others of the report; "" when it is alone."""
+    """`label` is what distinguishes the cell from the others; "" when it is alone."""
 
     runs: tuple[RunResults, ...]
     label: str = ""
