@@ -265,6 +265,23 @@ def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch
     assert not court.check(LAYERS, "cpu_int4")[0].cached
 
 
+def test_what_others_left_in_the_cache_is_passed_over():
+    court.check(LAYERS, "cpu_int4")
+    proven = court.standing("cpu_int4")
+    ours = list(court._cache_directory().glob("cpu_int4-*.json"))
+    known = json.loads(ours[0].read_text())
+    old = {key: value for key, value in known["facts"].items() if key != "processor"}
+    foreign = [{**known, "facts": old}, {**known, "facts": {**known["facts"], "processor": None}}, {**known, "facts": None},
+               {key: value for key, value in known.items() if key != "shape"}, {"reason": "old"}, [1], None]  # fmt: skip
+    for i, entry in enumerate(foreign):
+        ours[0].with_name(f"cpu_int4-{i}.json").write_text(json.dumps(entry))
+    ours[0].with_name("cpu_int4-torn.json").write_bytes(b"\xff{")
+    assert court.standing("cpu_int4") == proven
+    for path in ours:
+        path.write_text("null")
+    assert court.standing("cpu_int4") == "unproven" and court.check(LAYERS, "cpu_int4")[0].verdict == "pass"
+
+
 def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatch):
     with monkeypatch.context() as interpreted:
         interpreted.setenv("TRITON_INTERPRET", "1")

@@ -285,6 +285,18 @@ def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch
     cell = "suite-libero_object.method-duquant.layout-llm+expert_mlp"
     assert all(f" {word} " in f" {' '.join(said.split())} " for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the"))
     assert len(said.splitlines()) < 2 * len(document["cells"])
+    assert " ".join(said.split()).count("a difference is found with 80 % power only if") == 1   # one sentence, true of all cells
+
+
+@pytest.mark.parametrize("first", ["[baseline, fake]", "[baseline]"])
+def test_the_plan_says_of_which_cells_each_sentence_is_true(tmp_path, monkeypatch, first):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    second = "[baseline]" if "fake" in first else "[baseline, fake]"
+    grid = STOPPING + f"cells:\n  one: {{{{backends: {first}, stop: null}}}}\n  two: {{{{backends: {second}, stop: null}}}}\n"
+    document = plan(cells.make_manifest(sweep_of(tmp_path, grid), tmp_path / "out"), print)
+    said = {row[""]: row["detectable"] for row in dict(readable(document))["what their pairs can find"]}
+    alone, pairs = ("two", "one") if "fake" in first else ("one", "two")
+    assert said[alone].startswith("one arm alone") and said[pairs].startswith("With 50 pairs and 5.0 % flips (assumed)")
 
 
 def test_status_counts_files_not_promises(tmp_path):

@@ -85,11 +85,6 @@ def plan(args: argparse.Namespace) -> Document:
     document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
     for title, rows in readable(document):
         table(rows, title)
-    alike: dict[str, list[str]] = {}
-    for cell in document["cells"]:
-        alike.setdefault(cell.get("detectable", "one arm alone: there is no difference to detect"), []).append(cell["cell"])
-    for line, names in alike.items():
-        explain(f"{names[0]}{f' and {len(names) - 1} more cells' if names[1:] else ''}: {line}")
     if document["without_cost"]:
         explain("no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)")
     return document

@@ -224,11 +224,7 @@ def _run(
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
     )
-    fitting = simulators(experiment.workers, len(missing))
-    say(f"simulators: {fitting.workers}, {fitting.why}")
-    if fitting.short:
-        say(f"simulators: {fitting.short}; one that is killed for it costs its episode")
-    with SimulatorPool(fitting.workers, environment=simulator_environment()) as pool:
+    with SimulatorPool(_workers(experiment, len(missing), say), environment=simulator_environment()) as pool:
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
@@ -239,6 +235,15 @@ def _run(
             for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
                 say(said)
     return ended
+
+
+def _workers(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> int:
+    """How many simulators to start for so many episodes; why, and what more than fits may cost, is said."""
+    fitting = simulators(experiment.workers, episodes)
+    say(f"simulators: {fitting.workers}, {fitting.why}")
+    if fitting.short:
+        say(f"simulators: {fitting.short}; one that is killed for it costs its episode")
+    return fitting.workers
 
 
 def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
@@ -261,7 +266,7 @@ def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda t
     if not (run_dir / "experiment.yaml").is_file():
         raise UserError(f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes")
     experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
-    with SimulatorPool(simulators(experiment.workers, episodes).workers, environment=simulator_environment()) as pool:
+    with SimulatorPool(_workers(experiment, episodes, say), environment=simulator_environment()) as pool:
         written = _film(experiment, run_dir, set(episode_keys(experiment)), episodes, pool, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}
 

@@ -156,7 +156,10 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
 
 
 def standing(name: str) -> str:
-    """What the court knows of a backend on this machine as it is now, for `ls backends`."""
+    """What the court knows of a backend on this machine as it is now, for `ls backends`.
+
+    Files that another version or another program left in the cache, whatever they hold, are passed over.
+    """
     kernel = load(name)
     if not kernel.real:
         return "reference"
@@ -165,7 +168,8 @@ def standing(name: str) -> str:
         try:
             known = json.loads(path.read_text())
             if known["facts"] == _facts(kernel, known["device"]):
-                passed.setdefault(known["facts"]["processor"], set()).add(known["shape"])
+                shape = str(known["shape"])
+                passed.setdefault(known["facts"]["processor"], set()).add(shape)
         except (OSError, ValueError, KeyError, TypeError):
             continue
     if not passed:
@@ -272,7 +276,7 @@ def _processor(device: str) -> str:
 def _remembered(kernel: Kernel, layer: Layer) -> Finding | None:
     try:
         return None if _interpreted() else Finding(True, json.loads(_place(kernel, layer).read_text())["reason"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 Rows = list[dict[str, Any]]
 
+DETECTABLE = "detectable"   # a sentence: what so many pairs can find
+ALONE = "one arm alone: there is no difference to detect"
+
 
 def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
     """(title, rows) of each table, from the document that `plan` returns."""
@@ -15,7 +18,9 @@ def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
     if len(cells) > 1:
         common = [key for key in cells[0] if len({str(cell[key]) for cell in cells}) == 1]
         tables.append((f"{title}; {len(cells)} cells with", [{"of each cell": key, "": cells[0][key]} for key in common]))
-        tables.append(("and", [{key: value for key, value in cell.items() if key not in common} for cell in cells]))
+        tables.append(("and", [{key: value for key, value in cell.items() if key not in (*common, DETECTABLE)} for cell in cells]))
+        if DETECTABLE not in common:
+            tables.append(("what their pairs can find", _sentences(cells)))
     else:
         tables.append((title, [{"of the experiment": key, "": value} for key, value in cells[0].items() if key != "cell"]))
     if document["engines"]:
@@ -25,19 +30,23 @@ def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
 
 def _row(cell: dict[str, Any]) -> dict[str, Any]:
     each = cell["seconds_each"] or {}
-    row = {
+    return {
         "cell": cell["cell"],
         "suite": cell["suite"],
         "arms": ", ".join(cell["arms"]),
         "episodes": f"{cell['done']:,} of {cell['episodes']:,} done",
         "shards": cell["shards"],
         "s per episode": ", ".join(f"{arm} {seconds:g}" for arm, seconds in each.items()) or "not known yet",
+        DETECTABLE: cell.get("detectable", ALONE),
     }
-    if len(cell["arms"]) > 1:
-        row["detectable"] = f"{_points(cell['detectable_difference'])} in {cell['pairs']} pairs, flips {cell['discordance']}"
-        row["all one way"] = _points(cell["one_way_difference"])
-    return row
 
 
-def _points(difference: float | None) -> str:
-    return "nothing" if difference is None else f"{100 * difference:.1f} pp"
+def _sentences(cells: Rows) -> Rows:
+    """Each sentence once, with the cells it is true of: beside every cell it would be told dozens of times."""
+    alike: dict[str, list[str]] = {}
+    for cell in cells:
+        alike.setdefault(cell[DETECTABLE], []).append(cell["cell"])
+    return [
+        {"cells": len(names), DETECTABLE: sentence, "": names[0] + (f" and {len(names) - 1} more" if names[1:] else "")}
+        for sentence, names in alike.items()
+    ]
