@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,13 @@ from qlibero.config.schema import REPOSITORY
 from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import _instructions
 from qlibero.reporting import charts
-from qlibero.results.cells import cells_of
 from qlibero.reporting.html import write_report
 from qlibero.reporting.markup import Markup, el, join, script_json
 from qlibero.reporting.sections.standing import standing
 from qlibero.reporting.tables import LATEX, Row, latex, markdown
 from qlibero.reporting.terminal import console, print_comparison, print_run
+from qlibero.results.arithmetic import same_arithmetic
+from qlibero.results.cells import cells_of
 from qlibero.results.compare import compare_runs
 from qlibero.results.phrases import points, speed_text
 from qlibero.results.runs import read_run
@@ -322,3 +324,17 @@ def test_the_example_analysis_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "w4a8 against baseline" in done.stdout and "flipped: largest distance" in done.stdout
     assert compare_runs([run])["arms"]["w4a4"]["sentence"] in done.stdout
+
+
+def test_arms_of_one_artifact_that_act_differently_are_shown(tmp_path):
+    """Contract 3: the same integers must give the same actions, whichever kernel multiplied them."""
+    run = make_run(tmp_path / "run", arms={"baseline": 0.0, "w4a8": 0.0, "w4a4": 0.1}, inits=5)
+    for arm in ("w4a8", "w4a4"):
+        meta = json.loads((run / arm / "meta.json").read_text())
+        (run / arm / "meta.json").write_text(json.dumps({**meta, "artifact": {"sha256": "1" * 64}}))
+    (same,) = same_arithmetic(read_run(run))
+    assert (same.arm, same.other) == ("w4a8", "w4a4") and same.equal < same.episodes
+    assert "NOT THE SAME ARITHMETIC" in str(same)
+    shutil.copytree(run / "w4a8", run / "twin")
+    same = same_arithmetic(read_run(run))[-1]
+    assert same.other == "twin" and same.equal == same.episodes > 0 and "the same actions" in str(same)
