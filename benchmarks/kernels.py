@@ -85,32 +85,48 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
 
 
 def time_glue() -> list[dict[str, Any]]:
-    """What lies between the products of a flow step (10 tokens) of full-size pi0.5: fused, and in torch."""
+    """The pieces of a flow step of full-size pi0.5 (10 tokens a row), fused and in torch; weights of more layers than the
+    cache holds, in turn."""
+    from torch import nn
+
     from qlibero.policies.pi05.glue import TorchGlue
+    from qlibero.policies.pi05.layers import fuse
     from qlibero.policies.pi05.triton_glue import TritonGlue
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device="cuda").to(dtype)
 
+    def linears(k: int, *outputs: int) -> tuple[nn.Linear, ...]:
+        made = tuple(nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False) for n in outputs)
+        if len(made) > 1:
+            fuse(*made)
+        return made
+
+    layers = [(linears(1024, 2048, 256, 256), linears(2048, 1024), linears(1024, 4096, 4096), linears(4096, 1024)) for _ in range(8)]
     rows = []
     for batch, keys in ((1, 298), (1, 554), (1, 810), (8, 554)):
         h, delta, gate = random(batch, 10, 1024), random(batch, 10, 1024), random(1, 1, 1024)
         scale, shift = random(1, 1, 1024, dtype=torch.float32), random(1, 1, 1024, dtype=torch.float32)
-        joined, cos, sin, mlp = random(batch, 10, 2560), random(batch, 10, 1, 256), random(batch, 10, 1, 256), random(batch, 10, 8192)
-        q, k, v, mask = random(batch, 10, 8, 256), random(batch, keys, 256), random(batch, keys, 256), torch.zeros_like(random(batch, 1, keys))
+        q, cos, sin = random(batch, 10, 8, 256), random(batch, 10, 1, 256), random(batch, 10, 1, 256)
+        long, wide = random(batch, keys - 10, 8, 256), random(batch, 10, 4096)
+        k, v, mask = random(batch, keys, 256), random(batch, keys, 256), torch.zeros_like(random(batch, 1, keys))
+        own, there = (k.clone()[:, -10:], v.clone()[:, -10:]), (k[:, :-10], v[:, :-10], mask[..., :-10])
         calls = {
-            "residual_norm": lambda glue: glue.residual_norm(h, delta, gate, scale, shift),
-            "rotate_split": lambda glue: glue.rotate_split(joined, cos, sin, k[:, -10:], v[:, -10:]),
-            "attend_few": lambda glue: glue.attend_few(q, k, v, mask),
-            "gelu_gate": lambda glue: glue.gelu_gate(*mlp.chunk(2, -1)),
+            "residual_norm": lambda glue, _: glue.residual_norm(h, delta, gate, scale, shift)[1],
+            "rotated q, k, v": lambda glue, layer: glue.rotated(h, layer[0], cos, sin, *own),
+            "attend, flow": lambda glue, _: glue.attend(q, k, v, mask),
+            "attend, prefix": lambda glue, _: glue.attend(long, *there),
+            "o": lambda glue, layer: glue.parts(q.flatten(2), *layer[1]),
+            "gated": lambda glue, layer: glue.gated(h, *layer[2]),
+            "down": lambda glue, layer: glue.parts(wide, *layer[3]),
         }  # fmt: skip
         for name, call in calls.items():
-            expected, found = (call(glue) for glue in (TorchGlue(), TritonGlue()))
-            expected, found = (y[1] if isinstance(y, tuple) else y for y in (expected, found))
+            both = (TorchGlue(), TritonGlue())
+            expected, found = (call(glue, layers[0]).float() for glue in both)
+            found = found.sum(0) if found.dim() > expected.dim() else found
             rows.append({
-                "batch": batch, "keys": keys, "function": name,
-                "worst": float((expected.float() - found.float()).abs().max() / expected.float().abs().max()),
-                **{f"{glue.name}_us": graph_seconds([lambda g=glue, c=call: c(g)] * 20) * 1e6 for glue in (TorchGlue(), TritonGlue())},
+                "batch": batch, "keys": keys, "function": name, "worst": float((expected - found).abs().max() / expected.abs().max()),
+                **{f"{glue.name}_us": graph_seconds([lambda g=glue, c=call, x=x: c(g, x) for x in layers]) * 1e6 for glue in both},
             })  # fmt: skip
             say("glue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()))
     return rows
@@ -155,7 +171,7 @@ def main() -> None:
     parser.add_argument("--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here")
     parser.add_argument("--court", action="store_true", help="try every layer first")
     parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
-    parser.add_argument("--glue", action="store_true", help="CUDA: what lies between the products of a flow step")
+    parser.add_argument("--glue", action="store_true", help="CUDA: the pieces of a flow step")
     parser.add_argument("--no-stopwatch", action="store_true", help="leave the products' times out")
     parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="CUDA: try other tiles that long")
     parser.add_argument("--out", type=Path, default=None, help="where the whole JSON goes")

@@ -24,6 +24,8 @@ from triton.compiler import ASTSource
 
 from qlibero.kernels import triton_gemm, triton_prologue
 from qlibero.kernels.triton_tiles import BUCKETS, Tile
+from qlibero.policies.pi05 import triton_attention, triton_few
+from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED
 
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -73,6 +75,19 @@ def cases() -> Iterator[Case]:
         for name, dtype in (("first", "*bf16"), ("first of fp32", "*fp32")):
             yield Case(f"{name} B={block}", triton_prologue.first_kernel, floats | {"x_ptr": dtype}, much, aligned, warps, contract=False)
         yield Case(f"second B={block}", triton_prologue.second_kernel, floats, much, aligned, warps, contract=False)
+    few = dict(x_ptr="*bf16", w_ptr="*bf16", cos_ptr="*bf16", sin_ptr="*bf16", q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", mask_ptr="*bf16",
+               out_ptr="*bf16", parts_ptr="*fp32", sums_ptr="*fp32", scale="fp32",
+               **dict.fromkeys(("rows", "outputs", "k", "keys", "length", "heads", "cb", "ct", "sb", "st", "kb", "kt", "vb", "vt", "mb"), "i32"))  # fmt: skip
+    aligned_few = tuple(few.keys() - {"rows", "length", "heads", "keys", "mb", "scale"})
+    for name, shape, pair in (("gated", GATED, True), ("parts", DEEP, False), ("rotated", TURNED, True)):
+        sizes = dict(SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128, OVERLAP=False)
+        kernel = triton_few.rotated_kernel if name == "rotated" else triton_few.few_kernel
+        yield Case(f"few {name}", kernel, few | ({} if pair else {"out_ptr": "*fp32"}), sizes, aligned_few, shape.warps, shape.stages)
+    sizes = dict(DIM=256, KEYS=64, MASK=True, OVERLAP=False)
+    yield Case("attend few", triton_attention._attend_part, few, sizes | dict(ROWS=16), aligned_few)
+    for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8)):
+        sizes |= dict(ROWS=rows, KEYS=keys)
+        yield Case(f"attend {rows}x{keys}", triton_attention._attend, few, dict(sizes), aligned_few, warps, stages=2)
     yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024), aligned)
 
 

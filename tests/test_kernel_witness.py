@@ -86,7 +86,8 @@ def test_a_fused_transform_that_lies_is_refused():
     def right_for_one_row(x):
         return honest(x if len(x) == 1 else x.roll(1, 0))
 
-    attest(honest, transform, 64)
+    attest(honest, transform, 64, torch.device("cpu"))
+    attest(quantize_activations, Transform(), 64, torch.device("cpu"))  # rtn: nothing before the quantizer
     for liar in (forgets_the_second_rotation, right_for_one_row):
         with pytest.raises(GuardRefusal, match="other codes than torch"):
-            attest(liar, transform, 64)
+            attest(liar, transform, 64, torch.device("cpu"))

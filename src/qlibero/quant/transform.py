@@ -164,11 +164,11 @@ class InputTransform(nn.Module):
         if device.type != "cuda":
             return None
         if self._fused is None or self._fused[0] != device:
-            self._fused = (device, _prologue(self.factors(), self.width))
+            self._fused = (device, _prologue(self.factors(), self.width, device))
         return self._fused[1]
 
 
-def _prologue(transform: Transform, width: int) -> Any:
+def _prologue(transform: Transform, width: int, device: torch.device) -> Any:
     try:
         from qlibero.kernels.triton_prologue import Prologue
     except ImportError:  # a torch without triton: the same factors in torch, slower
@@ -177,18 +177,19 @@ def _prologue(transform: Transform, width: int) -> Any:
     if Prologue.unfit(factors):
         return None
     fused = Prologue(factors, width)
-    attest(fused, transform, width)
+    attest(fused, transform, width, device)
     return fused
 
 
 @torch.no_grad()
-def attest(fused: Callable[[Tensor], tuple[Tensor, Tensor]], transform: Transform, width: int) -> None:
+def attest(
+    fused: Callable[[Tensor], tuple[Tensor, Tensor]], transform: Transform, width: int, device: torch.device
+) -> None:
     """Hold a fused transform against torch's, on few rows and on many. Every backend, `fake` included, computes
     its codes with it, so no court that compares backends could see it lie.
 
     A code on the edge of a step may fall to either side; more than that raises GuardRefusal.
     """
-    device = next(iter(transform.tensors().values())).device
     generator = torch.Generator(device).manual_seed(0)
     loudness = torch.randn(width, generator=generator, device=device).exp()
     for rows in (1, 8, 256):  # whichever way the fused one goes about so many

@@ -1,8 +1,8 @@
-"""What lies between the matrix products of a layer: residuals, norms, rotations, gates, and the small
-attention of a flow step.
+"""What lies between the matrix products of a layer (residuals, norms, rotations, gates), attention, and products
+of few rows.
 
 At full size on a GPU these are many tiny kernels, and a flow step is mostly waiting for them;
-`triton_glue.py` has each as one kernel. This file is the same in plain torch, for every device, and chooses
+`triton_glue.py` has fewer. This file is the same in plain torch, for every device, and chooses
 between the two. Both compute in float32 inside; they may differ in the last bit of the stream's dtype, so the
 choice is one per process and recorded.
 """
@@ -13,13 +13,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from qlibero.policies.pi05.layers import attend, modulated, rotate
+from qlibero.policies.pi05.layers import attend, fuse, modulated, project, project_joined, rotate
 
 
 class Glue(Protocol):
-    """One implementation. All tensors are on one device; h, delta, … have the stream's dtype."""
+    """One implementation. All tensors are on one device; h, x, … have the stream's dtype."""
 
     name: str
 
@@ -29,21 +29,29 @@ class Glue(Protocol):
         """h' = h + delta·gate (a missing delta adds nothing, a missing gate is 1); y = h'/rms(h')·scale +
         shift.
 
-        h, delta (B, T, W); gate (1, 1, W); scale, shift float32 (1, 1, W). Returns (h', y).
+        h (B, T, W); delta likewise, or as `parts` gives it; gate (1, 1, W); scale, shift float32 (1, 1, W).
+        Returns (h', y).
         """
         ...
 
-    def rotate_split(self, joined: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Split q|k|v (B, T, (heads + 2)·d), rotate q and k, write k and v to `keys`, `values` (B, T, d, any
-        batch stride), return q (B, T, heads, d). cos, sin (B, T, 1, d) as from `rope_tables`."""
+    def parts(self, x: Tensor, linear: nn.Module) -> Tensor:
+        """linear(x) (B, T, N), or float32 (S, B, T, N) whose sum over S it is."""
         ...
 
-    def gelu_gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gelu_tanh(gate) · up, (B, T, F) each, rows may be strided."""
+    def gated(self, x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+        """gelu_tanh(gate(x)) · up(x), (B, T, F)."""
         ...
 
-    def attend_few(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """`layers.attend` for few query positions."""
+    def rotated(
+        self, x: Tensor, qkv: tuple[nn.Module, ...], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Queries, keys and values of x (B, T, W) from their linears (q, k, v; or k, v alone), queries and keys
+        rotated. Writes keys and values to `keys`, `values` (B, T, d, any batch stride), returns the queries
+        (B, T, heads, d). cos, sin (B, T, 1, d) as from `rope_tables`."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`layers.attend`."""
         ...
 
 
@@ -59,18 +67,23 @@ class TorchGlue:
             return h, F.rms_norm(h.float(), (h.shape[-1],), scale.flatten(), 1e-6).to(h.dtype)
         return h, modulated(h, scale, shift)
 
-    def rotate_split(self, joined, cos, sin, keys, values):
+    def parts(self, x, linear):
+        return project(x, linear)[0]
+
+    def gated(self, x, gate, up):
+        gate, up = project(x, gate, up)
+        return F.gelu(gate, approximate="tanh") * up
+
+    def rotated(self, x, qkv, cos, sin, keys, values):
         dim = cos.shape[-1]
+        joined = project_joined(x, *qkv)
         qk, v = joined.split([joined.shape[-1] - dim, dim], -1)
         qk = rotate(qk.unflatten(-1, (-1, dim)), cos, sin)
         keys.copy_(qk[:, :, -1])
         values.copy_(v)
         return qk[:, :, :-1]
 
-    def gelu_gate(self, gate, up):
-        return F.gelu(gate, approximate="tanh") * up
-
-    def attend_few(self, q, k, v, mask):
+    def attend(self, q, k, v, mask):
         return attend(q, k, v, mask)
 
 
@@ -98,15 +111,10 @@ def _compare(one: Glue, other: Glue, device: torch.device, dtype: torch.dtype, d
         return torch.randn(shape, generator=g, device=device).to(dtype)
 
     heads, length, total, width = 8, 10, 75, 1024
-    h, delta, gate = random(2, length, width), random(2, length, width), random(1, 1, width)
+    h, delta, gate = random(1, length, width), random(1, length, width), random(1, 1, width)
     scale, shift = random(1, 1, width, dtype=torch.float32), random(1, 1, width, dtype=torch.float32)
-    joined, cos, sin = (
-        random(2, length, (heads + 2) * dim),
-        random(2, length, 1, dim),
-        random(2, length, 1, dim),
-    )
-    gate_up = random(2, length, 2 * width)
-    k, v = random(2, total, dim), random(2, total, dim)
+    q, cos, sin = random(2, length, heads, dim), random(2, length, 1, dim), random(2, length, 1, dim)
+    long, k, v = random(2, total, heads, dim), random(2, total, dim), random(2, total, dim)
     mask = (
         torch.where(torch.arange(total, device=device) % 5 < 3, 0.0, -2.3819763e38)
         .expand(2, 1, total)
@@ -114,18 +122,33 @@ def _compare(one: Glue, other: Glue, device: torch.device, dtype: torch.dtype, d
         .contiguous()
     )
 
+    def linears(*outputs: int) -> list[nn.Module]:
+        made = [nn.Linear(width, n, bias=False, device="meta") for n in outputs]
+        for linear, n in zip(made, outputs, strict=True):
+            linear.weight = nn.Parameter(random(n, width) / width**0.5, requires_grad=False)
+        fuse(*made)
+        return made
+
+    qkv, mlp, (o,) = linears(heads * dim, dim, dim), linears(512, 512), linears(width)
+
     def everything(glue: Glue) -> list[Tensor]:
         keys, values = torch.zeros_like(k), torch.zeros_like(v)
-        q = glue.rotate_split(joined, cos, sin, keys[:, -length:], values[:, -length:])
+        own = slice(total - length, None)
+        few, many = (
+            glue.rotated(x, tuple(qkv), cos[: len(x)], sin[: len(x)], keys[: len(x), own], values[: len(x), own])
+            for x in (h, h.repeat(2, 1, 1))
+        )
         return [
             *glue.residual_norm(h, delta, gate, scale, shift),
             *glue.residual_norm(h, None, None, scale, None),
-            q.contiguous(),
+            *glue.residual_norm(h, glue.parts(delta, o), gate, scale, shift),
+            glue.gated(h, *mlp),
+            glue.gated(h.repeat(2, 1, 1), *mlp),
+            few.contiguous(),
+            many.contiguous(),
             keys,
             values,
-            glue.gelu_gate(*gate_up.chunk(2, -1)),
-            glue.attend_few(q, k, v, mask),
-            glue.attend_few(q, k, v, None),
+            *(glue.attend(x, k, v, hidden) for x in (q, long) for hidden in (mask, None)),
         ]
 
     pairs = zip(everything(one), everything(other), strict=True)

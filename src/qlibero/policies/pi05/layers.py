@@ -28,58 +28,73 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         return tuple(
             linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears
         )
-    whole = _fused(linears)
+    whole = plain(linears)
     if whole is not None:
-        return F.linear(x, whole).split([linear.out_features for linear in linears], -1)
+        return F.linear(x, *whole).split([linear.out_features for linear in linears], -1)
     return tuple(linear(x) for linear in linears)
 
 
 def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
     """`project`, its outputs concatenated along the last dimension; free when the linears are fused."""
-    whole = None if any(hasattr(linear, "prepare") for linear in linears) else _fused(linears)
-    return F.linear(x, whole) if whole is not None else torch.cat(project(x, *linears), -1)
+    whole = plain(linears)
+    return F.linear(x, *whole) if whole is not None else torch.cat(project(x, *linears), -1)
 
 
 def fuse(*linears: nn.Module) -> None:
-    """Lay the weights of plain bias-free linears out in one tensor, of which each keeps its rows: no second
-    copy.
+    """Lay the weights (and biases) of plain linears out in one tensor, of which each keeps its rows: no
+    second copy.
 
-    For inference. Left as they are: quantized linears, and linears of which some are already laid out
-    elsewhere (a twin model that shares them).
+    For inference. Left as they are: quantized linears, linears of which only some have a bias, and linears of
+    which some are already laid out elsewhere (a twin model that shares them).
     """
     if any(
-        type(linear) is not nn.Linear
-        or linear.bias is not None
-        or linear.weight.is_meta
-        or "fused" in linear.__dict__
+        type(linear) is not nn.Linear or linear.weight.is_meta or "fused" in linear.__dict__
         for linear in linears
     ):
         return
-    whole = torch.cat([linear.weight.detach() for linear in linears], 0)
-    row = 0
-    for linear in linears:
-        linear.weight = nn.Parameter(whole[row : row + linear.out_features], requires_grad=False)
+    if len({linear.bias is None for linear in linears}) > 1:
+        return
+    sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    for linear, rows in zip(linears, weight.split(sizes), strict=True):
+        linear.weight = nn.Parameter(rows, requires_grad=False)
         linear.fused = True
-        row += linear.out_features
-    linears[0].__dict__["fused_weight"] = whole
+    if bias is not None:
+        for linear, rows in zip(linears, bias.split(sizes), strict=True):
+            linear.bias = nn.Parameter(rows, requires_grad=False)
+    linears[0].__dict__["fused_tensors"] = (weight, bias)
 
 
-def _fused(linears: tuple[nn.Module, ...]) -> Tensor | None:
-    """The common tensor of `linears` if every one still is a view of it and nobody listens to them one by
+def plain(linears: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None] | None:
+    """The weight (N of all, K) and bias of one matmul that does the work of `linears`, or None: when one is
+    quantized, when they are not (or no more) laid out together, or when somebody listens to them one by
     one."""
-    whole = linears[0].__dict__.get("fused_weight")
+    first = linears[0]
+    if len(linears) == 1:
+        return (first.weight, first.bias) if type(first) is nn.Linear and not _listened(first) else None
+    whole = first.__dict__.get("fused_tensors")
     if whole is None or torch.compiler.is_compiling():
         return whole
     row = 0
     for linear in linears:
         # A copied, moved or reassigned weight is no view any more; a forward hook (calibration) must see its
         # own call.
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            return None
-        if linear.weight.data_ptr() != whole.data_ptr() + row * whole.stride(0) * whole.element_size():
+        own = (linear.weight, linear.bias)
+        if _listened(linear) or not all(map(_is_view, own, whole, (row, row))):
             return None
         row += linear.out_features
-    return whole if row == whole.shape[0] else None
+    return whole if row == len(whole[0]) else None
+
+
+def _is_view(part: Tensor | None, whole: Tensor | None, row: int) -> bool:
+    if part is None or whole is None:
+        return part is whole
+    return part.data_ptr() == whole.data_ptr() + row * whole.stride(0) * whole.element_size()
+
+
+def _listened(linear: nn.Module) -> bool:
+    return not torch.compiler.is_compiling() and bool(linear._forward_hooks or linear._forward_pre_hooks)
 
 
 class RMSNorm(nn.Module):

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from qlibero.policies.pi05.glue import choose_glue
 from qlibero.policies.pi05.graphs import Stopwatch, graphed
-from qlibero.policies.pi05.layers import MASKED, attend, fuse, project, project_joined, rope_tables
+from qlibero.policies.pi05.layers import MASKED, fuse, rope_tables
 from qlibero.policies.pi05.model import Pi05Model
+from qlibero.policies.pi05.vision import SiglipAttention
 
 if TYPE_CHECKING:
     from qlibero.policies.pi05.cpu_flow import CpuFlow
@@ -99,6 +100,9 @@ class Sampler:
                 else:
                     fuse(a.q_proj, a.k_proj, a.v_proj)
                 fuse(m.gate_proj, m.up_proj)
+        for attention in model.vision.modules():
+            if isinstance(attention, SiglipAttention):
+                fuse(attention.q_proj, attention.k_proj, attention.v_proj)
         self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
         self.modulations = self._modulations()
         self.cpu_flow, self.cpu_flow_reason = _cpu_flow(model, self.modulations)
@@ -239,12 +243,12 @@ class Sampler:
             keys, values = w.keys[i][:, :count], w.values[i][:, :count]
             x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i], None)
             if i == len(layers) - 1:
-                glue.rotate_split(project_joined(y, a.k_proj, a.v_proj), cos, sin, keys, values)
+                glue.rotated(y, (a.k_proj, a.v_proj), cos, sin, keys, values)
                 break
-            q = glue.rotate_split(project_joined(y, a.q_proj, a.k_proj, a.v_proj), cos, sin, keys, values)
-            (delta,) = project(attend(q, keys, values, mask), a.o_proj)
+            q = glue.rotated(y, (a.q_proj, a.k_proj, a.v_proj), cos, sin, keys, values)
+            delta = glue.parts(glue.attend(q, keys, values, mask), a.o_proj)
             x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i + 1], None)
-            (delta,) = project(glue.gelu_gate(*project(y, m.gate_proj, m.up_proj)), m.down_proj)
+            delta = glue.parts(glue.gated(y, m.gate_proj, m.up_proj), m.down_proj)
         self._prepare_flow(w, length)
 
     def _prepare_flow(self, w: Workspace, length: Tensor) -> None:
@@ -272,17 +276,12 @@ class Sampler:
             a, m = layer.self_attn, layer.mlp
             scale, shift, next_gate = modulations[2 * i]
             h, y = glue.residual_norm(h, delta, gate, scale, shift)
-            q = glue.rotate_split(
-                project_joined(y, a.q_proj, a.k_proj, a.v_proj),
-                w.cos,
-                w.sin,
-                w.keys[i][:, -horizon:],
-                w.values[i][:, -horizon:],
-            )
-            (delta,) = project(glue.attend_few(q, w.keys[i], w.values[i], w.mask), a.o_proj)
+            own = w.keys[i][:, -horizon:], w.values[i][:, -horizon:]
+            q = glue.rotated(y, (a.q_proj, a.k_proj, a.v_proj), w.cos, w.sin, *own)
+            delta = glue.parts(glue.attend(q, w.keys[i], w.values[i], w.mask), a.o_proj)
             scale, shift, gate = modulations[2 * i + 1]
             h, y = glue.residual_norm(h, delta, next_gate, scale, shift)
-            (delta,) = project(glue.gelu_gate(*project(y, m.gate_proj, m.up_proj)), m.down_proj)
+            delta = glue.parts(glue.gated(y, m.gate_proj, m.up_proj), m.down_proj)
         scale, shift, _ = modulations[-1]
         _, y = glue.residual_norm(h, delta, gate, scale, shift)
         w.x.sub_(out(y.to(out.weight.dtype)).float(), alpha=1.0 / self.steps)

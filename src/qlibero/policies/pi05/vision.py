@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlibero.policies.pi05.config import ConvConfig, SiglipConfig
+from qlibero.policies.pi05.layers import project
 
 
 class VisionFeatures(NamedTuple):
@@ -36,8 +37,8 @@ class SiglipAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -73,7 +74,7 @@ class SiglipEmbeddings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        return patches + self.position_embedding.weight
+        return patches.contiguous() + self.position_embedding.weight  # or every layer would read across rows
 
 
 class SiglipTower(nn.Module):
