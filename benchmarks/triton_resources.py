@@ -80,10 +80,10 @@ def cases() -> Iterator[Case]:
                **dict.fromkeys(("rows", "outputs", "k", "keys", "length", "heads", "cb", "ct", "sb", "st", "kb", "kt", "vb", "vt", "mb"), "i32"))  # fmt: skip
     aligned_few = tuple(few.keys() - {"rows", "length", "heads", "keys", "mb", "scale"})
     for name, shape, pair in (("gated", GATED, True), ("parts", DEEP, False), ("rotated", TURNED, True)):
-        sizes = dict(SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128, OVERLAP=False)
+        sizes = dict(SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128)
         kernel = triton_few.rotated_kernel if name == "rotated" else triton_few.few_kernel
         yield Case(f"few {name}", kernel, few | ({} if pair else {"out_ptr": "*fp32"}), sizes, aligned_few, shape.warps, shape.stages)
-    sizes = dict(DIM=256, KEYS=64, MASK=True, OVERLAP=False)
+    sizes = dict(DIM=256, KEYS=64, MASK=True)
     yield Case("attend few", triton_attention._attend_part, few, sizes | dict(ROWS=16), aligned_few)
     for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8)):
         sizes |= dict(ROWS=rows, KEYS=keys)
@@ -94,7 +94,7 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, sm: int) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory and the instructions that matter, of one kernel on one architecture."""
     names = case.kernel.arg_names
-    constants = {(names.index(k),): v for k, v in case.constants.items() if k in names}
+    constants = {(names.index(k),): v for k, v in (case.constants | {"OVERLAP": False}).items() if k in names}
     signature = {n: "constexpr" if (i,) in constants else case.signature[n] for i, n in enumerate(names)}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible if n in names}
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)

@@ -17,16 +17,13 @@ Imports triton at the top, so import this module only when `triton_w4a8.missing(
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlibero.kernels.triton_overlap import INTERPRETED, begin, fetch, launch
 from qlibero.kernels.triton_tiles import Tile
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
@@ -63,7 +60,7 @@ def _tile_origin(M, N, BM: tl.constexpr, BN: tl.constexpr, SWIZZLE: tl.constexpr
 def gemm_kernel(
     x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, K2, STEPS,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, USE_ASM: tl.constexpr,
+    SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, USE_ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """SCALE: out (M, N) floats. Otherwise out (slices, M, N) int32, a partial sum for each slice of STEPS·BK bytes along K.
 
@@ -81,6 +78,10 @@ def gemm_kernel(
     k = pid_k * STEPS * BK
     w_ptrs = w_ptr + rn_safe[:, None].to(tl.int64) * K2 + (k + rk)[None, :]
     x_ptrs = x_ptr + rm_safe[None, :].to(tl.int64) * (K2 * 2) + (k + rk)[:, None]
+    if EVEN_K:  # packed bytes, so a line is 128 of them
+        for line in range(0, STEPS * BK, 128):
+            fetch(w_ptr + rn_safe.to(tl.int64) * K2 + k + line, OVERLAP)
+    begin(OVERLAP)
     acc = tl.zeros((BN, BM), dtype=tl.int32)
     for step in range(0, STEPS):
         if EVEN_K:
@@ -114,7 +115,7 @@ def gemm_kernel(
 def grouped_gemm_kernel(
     x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, K2,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr, SWIZZLE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, USE_ASM: tl.constexpr,
+    SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, USE_ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """K-groups of 2·HALF codes, each packed khalf by itself. SCALE: out (M, N); otherwise out (G, M, N) int32."""
     pid_m, pid_n = _tile_origin(M, N, BM, BN, SWIZZLE)
@@ -129,6 +130,7 @@ def grouped_gemm_kernel(
     inside = (rm[None, :] < M) & (rn[:, None] < N)
     place = rm[None, :].to(tl.int64) * N + rn[:, None]
     y = tl.zeros((BN, BM), dtype=tl.float32)
+    begin(OVERLAP)
     for g in range(0, groups):
         acc = tl.zeros((BN, BM), dtype=tl.int32)
         for k in tl.static_range(0, HALF, BK):
@@ -150,8 +152,10 @@ def grouped_gemm_kernel(
 @triton.jit(do_not_specialize=["M", "SLICES"])
 def scale_kernel(
     partial_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, SLICES, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the integer partial sums of split-K and applies the epilogue. Grid: (M, N / BLOCK)."""
+    begin(OVERLAP)
     m = tl.program_id(0)
     rn = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = rn < N
@@ -184,6 +188,7 @@ def scale(partial: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None, out_dt
     block = min(1024, triton.next_power_of_2(n))
     scale_kernel[(m, triton.cdiv(n, block))](
         partial, s_x, s_w, s_w if bias is None else bias, out, m, n, slices, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        **launch(partial.device),
     )  # fmt: skip
     return out
 
@@ -204,7 +209,7 @@ def _launch_gemm(codes_x, packed, s_x, s_w, bias, out, tile: Tile) -> None:
         codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2, steps,
         BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8,
         SCALE=scale, HAS_BIAS=bias is not None, EVEN_K=(k // 2) % (tile.depth * tile.split_k) == 0, USE_ASM=not INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device),
     )  # fmt: skip
 
 
@@ -229,6 +234,6 @@ def grouped_gemm(
         codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2,
         BM=tile.tokens, BN=tile.outputs, BK=min(tile.depth, half), HALF=half, SWIZZLE=8,
         SCALE=scale, HAS_BIAS=bias is not None, USE_ASM=not INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device),
     )  # fmt: skip
     return out

@@ -23,7 +23,6 @@ to find out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -32,13 +31,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qlibero.kernels.contract import EPS, activation_limit
+from qlibero.kernels.triton_overlap import INTERPRETED, begin, launch
 
 LITTLE = 1 << 15  # values: up to here one launch is the faster way at every K measured on an H100
 TILE_ROWS = 64  # tokens of one program where there is much
 
 _EPS = tl.constexpr(EPS)
 _ROUND = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds |v| < 2^22 to integers, half to even
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -62,9 +62,10 @@ def _codes(y, scale, limit):
 @triton.jit
 def plain_kernel(
     x_ptr, scale_ptr, order_ptr, codes_ptr, s_ptr, K, clip, limit,
-    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """No rotation. Grid: one program per row."""
+    begin(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     inside = k < K
@@ -83,7 +84,7 @@ def plain_kernel(
 def little_kernel(
     x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, K, clip, limit,
     HAS_SCALE: tl.constexpr, HAS_FIRST: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
     m = tl.program_id(0)
@@ -100,6 +101,8 @@ def little_kernel(
     if HAS_FIRST:
         row = source % B if FIRST_SHARED else place
         first = tl.load(first_ptr + row[:, None] * B + j[None, :]).to(tl.float32)
+    begin(OVERLAP)
+    if HAS_FIRST:
         channel = (source // B * B)[:, None] + j[None, :]  # the input block that each gathered channel is made of
         x = tl.load(x_ptr + m * K + channel).to(tl.float32)
         if HAS_SCALE:
@@ -152,7 +155,7 @@ def _rotate(z, rotation, y):
 def first_kernel(
     x_ptr, scale_ptr, first_ptr, inverse_ptr, z_ptr, peak_ptr, M, K, STRIDE,
     HAS_SCALE: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """First rotation, stored transposed: z (K, STRIDE), whole tiles. Also zeroes `peak` for the second."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -163,6 +166,7 @@ def first_kernel(
         row = g * B + j
         if HAS_ORDER:
             row = tl.load(inverse_ptr + row)
+    begin(OVERLAP)
     z = tl.zeros((BM, B), tl.float32)
     for start in tl.static_range(0, B, DEPTH):
         i = start + tl.arange(0, DEPTH)
@@ -179,7 +183,7 @@ def first_kernel(
 def second_kernel(
     z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
-    WHOLE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Gather and second rotation → y (M, K) fp32, and the row maxima (float bits) where `peak` was zero.
 
@@ -188,6 +192,7 @@ def second_kernel(
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
     j = tl.arange(0, B)
+    begin(OVERLAP)
     y = tl.zeros((BM, B), tl.float32)
     for start in tl.static_range(0, B, DEPTH):
         i = start + tl.arange(0, DEPTH)
@@ -213,8 +218,9 @@ def second_kernel(
 
 
 @triton.jit
-def quantize_kernel(y_ptr, peak_ptr, codes_ptr, s_ptr, K, clip, limit, CHUNK: tl.constexpr):
+def quantize_kernel(y_ptr, peak_ptr, codes_ptr, s_ptr, K, clip, limit, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
     """Rounds transformed rows whose maxima are known. Grid: (rows, K / CHUNK)."""
+    begin(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     s = _scale(tl.load(peak_ptr + m).to(tl.float32, bitcast=True), clip, limit)
@@ -277,7 +283,7 @@ class Prologue:
             plain_kernel[(m,)](
                 x, _or(self.scale, x), _or(self.order, x), codes, scales, k, clip, limit,
                 HAS_SCALE=self.scale is not None, HAS_ORDER=self.order is not None, WIDTH=width,
-                num_warps=4 if width <= 4096 else 8,
+                num_warps=4 if width <= 4096 else 8, **launch(x.device),
             )  # fmt: skip
         elif m * k <= LITTLE:
             self._little(x, codes, scales, clip, limit)
@@ -294,6 +300,7 @@ class Prologue:
             HAS_SCALE=self.scale is not None, HAS_FIRST=self.first is not None, FIRST_SHARED=self.first_shared,
             HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None, SECOND_SHARED=self.second_shared,
             B=self.block, CHUNK=min(triton.next_power_of_2(k), 4096), num_warps=4 if self.block <= 64 else 8,
+            **launch(x.device),
         )  # fmt: skip
 
     def _much(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
@@ -301,27 +308,27 @@ class Prologue:
         grid, padded = (tiles, k // self.block), tiles * TILE_ROWS
         # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
         # A block of 128 is taken in by quarters: whole, its pieces would not fit in Ampere's registers.
-        launch = dict(BM=TILE_ROWS, B=self.block, DEPTH=min(self.block, 4096 // self.block),
-                      num_warps=4 if self.block <= 64 else 8, enable_fp_fusion=False)  # fmt: skip
+        options = dict(BM=TILE_ROWS, B=self.block, DEPTH=min(self.block, 4096 // self.block),
+                      num_warps=4 if self.block <= 64 else 8, enable_fp_fusion=False, **launch(x.device))  # fmt: skip
         z, strides, scale = x, (k, 1), self.scale
         if self.first is not None:
             peak = torch.empty(padded, dtype=torch.int32, device=x.device)
             z, strides, scale = torch.empty((k, padded), dtype=torch.float32, device=x.device), (1, padded), None
             first_kernel[grid](
                 x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, padded,
-                HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None, **launch,
+                HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None, **options,
             )  # fmt: skip
         else:
             peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
         if self.second is None:
-            launch["DEPTH"] = self.block
+            options["DEPTH"] = self.block
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
         second_kernel[grid](
             z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides,
             HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
-            SECOND_SHARED=self.second_shared, WHOLE=z is not x, **launch,
+            SECOND_SHARED=self.second_shared, WHOLE=z is not x, **options,
         )  # fmt: skip
-        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4)
+        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4, **launch(x.device))
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

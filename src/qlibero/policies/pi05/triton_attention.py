@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.policies.pi05.triton_few import begin, fetch, launch
+from qlibero.kernels.triton_overlap import begin, fetch, launch
 
 FEW_QUERIES = 512
 """Rows of the query matrix (heads · positions) up to which keys are cut."""

@@ -7,15 +7,13 @@ A library's product of so few rows reads weights at a quarter to two thirds of t
 * K is cut until every multiprocessor has weights to wait for; the float32 parts are added, in their order, by the norm
   that reads them anyway, so a cut costs no launch and repeats bit for bit;
 * one program reads gate and up and writes gelu(gate)·up; one reads both halves of a head and rotates them;
-* each program asks for its weights before it waits for the kernel that makes its input: on Hopper and later a kernel
-  starts while its predecessor still runs (programmatic dependent launch, `overlaps`).
+* each program asks for its weights before it waits for the kernel that makes its input, see `kernels.triton_overlap`.
 
 Imports triton at the top, as `triton_glue.py` does.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_gemm import INTERPRETED
+from qlibero.kernels.triton_overlap import INTERPRETED, begin, fetch, launch
 
 MOST_ROWS = 16
 
@@ -42,17 +40,6 @@ class Shape(NamedTuple):
 TURNED = Shape(16, 128, stages=3)
 GATED = Shape(16, 64, stages=5)
 DEEP = Shape(16, 64, parts=2, stages=6)
-
-
-@cache
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels here may start before their predecessor ends, and wait for it inside (`begin`)."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def launch(device: torch.device) -> dict[str, bool]:
-    """What every kernel that calls `begin` must be launched with."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
 
 
 def _options(shape: Shape, device: torch.device) -> dict[str, int]:
@@ -103,26 +90,6 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
         x.contiguous(), weight, out, rows, width, k, SPAN=k, GATED=True, **_options(GATED, x.device)
     )
     return out
-
-
-@triton.jit
-def begin(OVERLAP: tl.constexpr):
-    """Let the next kernel start, and wait for the one before this.
-
-    Everything a chunk changes may be read and written only after it; weights may be read, and anything fetched, before.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch(ptrs, OVERLAP: tl.constexpr):
-    """Ask for the cache lines at `ptrs`, without waiting for them; where kernels do not overlap there is no time for it."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit

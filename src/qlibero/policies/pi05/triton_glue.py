@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from qlibero.kernels.triton_overlap import begin, launch
 from qlibero.policies.pi05 import triton_attention, triton_few
 from qlibero.policies.pi05.layers import plain, project, project_joined
-from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED, begin, fits, gelu_times, turn
+from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED, fits, gelu_times, turn
 
 
 class TritonGlue:
@@ -41,7 +42,7 @@ class TritonGlue:
             GATE=gate is not None,
             SHIFT=shift is not None,
             num_warps=4 if block <= 2048 else 8,
-            **triton_few.launch(h.device),
+            **launch(h.device),
         )
         return out, y
 
@@ -90,7 +91,7 @@ class TritonGlue:
             values.stride(1),
             HALF=dim // 2,
             num_warps=1,
-            **triton_few.launch(joined.device),
+            **launch(joined.device),
         )
         return q
 
@@ -100,7 +101,7 @@ class TritonGlue:
         out = torch.empty(batch * length, width, dtype=gate.dtype, device=gate.device)
         block = 1024
         _gelu_gate[(batch * length, triton.cdiv(width, block))](
-            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4, **triton_few.launch(gate.device)
+            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4, **launch(gate.device)
         )
         return out.view(batch, length, width)
 

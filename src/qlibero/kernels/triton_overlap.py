@@ -1,0 +1,51 @@
+"""Kernels that start before their predecessor ends: programmatic dependent launch, on Hopper and later.
+
+A launch costs the GPU about a microsecond of doing nothing, and a layer of a policy is some ten launches. A kernel that
+calls `begin`, launched with the options of `launch`, is set up while the kernel before it still works, asks for what it
+will read (`fetch`), and waits inside. Its numbers are the same: it waits for all of its predecessor, which has waited for
+all of its own. Elsewhere, and under the interpreter, these are nothing.
+
+Imports triton at the top, as `triton_gemm.py` does.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels here may start before their predecessor ends, and wait for it inside (`begin`)."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(device: torch.device) -> dict[str, bool]:
+    """What every kernel that calls `begin` must be launched with."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """Let the next kernel start, and wait for the one before this.
+
+    Everything a chunk changes may be read and written only after it; weights may be read, and anything fetched, before.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch(ptrs, OVERLAP: tl.constexpr):
+    """Ask for the cache lines at `ptrs`, without waiting for them; where kernels do not overlap there is no time for it."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
