@@ -390,7 +390,7 @@ def main() -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compiled full precision too, last because it compiles for a minute or more (default: on a GPU)",
+        help="compiled full precision too, last because it compiles for minutes (default: on a GPU)",
     )
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None, help="also write the document here")
@@ -409,8 +409,8 @@ def main() -> None:
             layout: random_artifact(bench.config, layout, device, Path(folder) / f"{layout}.safetensors")
             for layout in args.layouts.split(",")
         }
-        beside_full_precision(bench, artifacts, backends)
         straight_from_its_artifact(bench, artifacts, backends[0])
+        beside_full_precision(bench, artifacts, backends)
         if cuda if args.compile is None else args.compile:
             compiled_full_precision(bench)
     document = {
@@ -464,7 +464,8 @@ def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], backends
 
 
 def straight_from_its_artifact(bench: Bench, artifacts: dict[str, Artifact], backend: str) -> None:
-    """W4A8 with the card to itself: what the artifact replaces never exists in full precision."""
+    """W4A8 with the card to itself, before anything else was on it: what the artifact replaces never exists in full
+    precision."""
     layout, artifact = list(artifacts.items())[-1]
     replaced = frozenset(layer.name for layer in artifact.layers)
 
@@ -477,12 +478,14 @@ def straight_from_its_artifact(bench: Bench, artifacts: dict[str, Artifact], bac
 
 
 def compiled_full_precision(bench: Bench) -> None:
-    """Full precision through torch.compile, with the card to itself."""
+    """Full precision through torch.compile, alone and inside the same CUDA graphs as the others."""
 
-    def make() -> Sampler:
-        return compiled(Sampler(random_model(bench.config, bench.device, bench.dtype)))
+    def make(graphs: bool) -> Sampler:
+        return compiled(Sampler(random_model(bench.config, bench.device, bench.dtype), graphs=graphs))
 
-    bench.run(f"compiled {bench.word}", make, bench.shapes[:1], FULL)
+    bench.run(f"compiled {bench.word}", lambda: make(False), bench.shapes[:1], FULL)
+    if bench.cuda:
+        bench.run("compiled and graphed bf16", lambda: make(True), bench.shapes[:1], FULL)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def scale(partial: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None, out_dt
     block = min(1024, triton.next_power_of_2(n))
     scale_kernel[(m, triton.cdiv(n, block))](
         partial, s_x, s_w, s_w if bias is None else bias, out, m, n, slices, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4, enable_fp_fusion=False,
-        **launch(partial.device),
+        **launch(partial.device, m),
     )  # fmt: skip
     return out
 
@@ -209,7 +209,7 @@ def _launch_gemm(codes_x, packed, s_x, s_w, bias, out, tile: Tile) -> None:
         codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2, steps,
         BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8,
         SCALE=scale, HAS_BIAS=bias is not None, EVEN_K=(k // 2) % (tile.depth * tile.split_k) == 0, USE_ASM=not INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device, m),
     )  # fmt: skip
 
 
@@ -234,6 +234,6 @@ def grouped_gemm(
         codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2,
         BM=tile.tokens, BN=tile.outputs, BK=min(tile.depth, half), HALF=half, SWIZZLE=8,
         SCALE=scale, HAS_BIAS=bias is not None, USE_ASM=not INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device, m),
     )  # fmt: skip
     return out

@@ -53,7 +53,7 @@ def _many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         MASK=mask is not None,
         num_warps=8 if wide else 4,
         num_stages=2,
-        **launch(q.device),
+        **launch(q.device, batch * length),
     )
     return out
 
@@ -86,7 +86,7 @@ def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         KEYS=at_once,
         MASK=mask is not None,
         num_warps=4,
-        **launch(q.device),
+        **launch(q.device, batch * length),
     )
     _attend_join[(rows, batch)](
         parts,
@@ -97,7 +97,7 @@ def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         DIM=dim,
         SPLITS=triton.next_power_of_2(splits),
         num_warps=4,
-        **launch(q.device),
+        **launch(q.device, batch * length),
     )
     return out
 

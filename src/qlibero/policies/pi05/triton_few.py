@@ -21,9 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_overlap import INTERPRETED, begin, fetch, launch
-
-MOST_ROWS = 16
+from qlibero.kernels.triton_overlap import INTERPRETED, MOST_ROWS, begin, fetch, launch
 
 
 class Shape(NamedTuple):
@@ -42,10 +40,10 @@ GATED = Shape(16, 64, stages=5)
 DEEP = Shape(16, 64, parts=2, stages=6)
 
 
-def _options(shape: Shape, device: torch.device) -> dict[str, int]:
+def _options(shape: Shape, x: Tensor) -> dict[str, int]:
     return {
         "ROWS": MOST_ROWS, "OUTPUTS": shape.outputs, "STEP": shape.step, "LANES": shape.warps, "num_warps": shape.warps,
-        "num_stages": shape.stages, **launch(device),
+        "num_stages": shape.stages, **launch(x.device, MOST_ROWS),
     }  # fmt: skip
 
 
@@ -67,7 +65,7 @@ def rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, v
     rotated_kernel[(heads + 2, dim // 2 // TURNED.outputs)](
         x.contiguous(), weight, cos, sin, q, keys, values, batch * length, length, k, heads,
         cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        SPAN=k, HALF=dim // 2, **_options(TURNED, x.device),
+        SPAN=k, HALF=dim // 2, **_options(TURNED, x),
     )  # fmt: skip
     return q
 
@@ -77,7 +75,7 @@ def parts(x: Tensor, weight: Tensor) -> Tensor:
     rows, (n, k) = x.numel() // x.shape[-1], weight.shape
     out = torch.empty(DEEP.parts, *x.shape[:-1], n, dtype=torch.float32, device=x.device)
     few_kernel[(n // DEEP.outputs, DEEP.parts)](
-        x.contiguous(), weight, out, rows, n, k, SPAN=k // DEEP.parts, GATED=False, **_options(DEEP, x.device)
+        x.contiguous(), weight, out, rows, n, k, SPAN=k // DEEP.parts, GATED=False, **_options(DEEP, x)
     )
     return out
 
@@ -87,7 +85,7 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
     rows, width, k = x.numel() // x.shape[-1], len(weight) // 2, weight.shape[1]
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     few_kernel[(width // GATED.outputs, 1)](
-        x.contiguous(), weight, out, rows, width, k, SPAN=k, GATED=True, **_options(GATED, x.device)
+        x.contiguous(), weight, out, rows, width, k, SPAN=k, GATED=True, **_options(GATED, x)
     )
     return out
 

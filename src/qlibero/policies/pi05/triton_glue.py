@@ -42,7 +42,7 @@ class TritonGlue:
             GATE=gate is not None,
             SHIFT=shift is not None,
             num_warps=4 if block <= 2048 else 8,
-            **launch(h.device),
+            **launch(h.device, rows),
         )
         return out, y
 
@@ -91,7 +91,7 @@ class TritonGlue:
             values.stride(1),
             HALF=dim // 2,
             num_warps=1,
-            **launch(joined.device),
+            **launch(joined.device, batch * length),
         )
         return q
 
@@ -101,7 +101,7 @@ class TritonGlue:
         out = torch.empty(batch * length, width, dtype=gate.dtype, device=gate.device)
         block = 1024
         _gelu_gate[(batch * length, triton.cdiv(width, block))](
-            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4, **launch(gate.device)
+            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4, **launch(gate.device, batch * length)
         )
         return out.view(batch, length, width)
 
