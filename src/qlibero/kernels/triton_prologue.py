@@ -9,7 +9,7 @@ included, so that codes are equal because they are the same. Three ways, by what
   needed by exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing
   is computed twice. The program that finishes a row last quantizes it.
 * much: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
-  permutation reads whole runs of tokens; the second gives the row maxima; the third is the second again, and rounds.
+  permutation reads whole runs of tokens; the second stores its result and the row maxima; the third rounds.
 
 Rotations are fp32-grade. The stored blocks are bfloat16, so where there is much they run on tensor cores: a bfloat16 input
 as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of bfloat16
@@ -181,12 +181,11 @@ def first_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def second_kernel(
-    z_ptr, scale_ptr, order_ptr, second_ptr, peak_ptr, codes_ptr, s_ptr, M, K, STRIDE_M, STRIDE_K, clip, limit,
+    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K,
     HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
-    WHOLE: tl.constexpr, ROUND: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Gather and second rotation, of which the first run keeps the row maxima (float bits) where `peak` was zero, and the
-    second, with ROUND, the codes: to compute it again moves less memory than to keep it.
+    """Gather and second rotation → y (M, K) fp32, and the row maxima (float bits) where `peak` was zero.
 
     z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, which has WHOLE tiles of rows, or the input.
     """
@@ -213,15 +212,22 @@ def second_kernel(
             y = _rotate(z, rotation, y)
         else:
             y = z.to(tl.float32)  # DEPTH is B then
-    if ROUND:
-        s = _scale(tl.load(peak_ptr + rm).to(tl.float32, bitcast=True), clip, limit)
-        place = rm[:, None].to(tl.int64) * K + (g * B + j)[None, :]
-        tl.store(codes_ptr + place, _codes(y, s[:, None], limit), mask=rm[:, None] < M)
-        if g == 0:
-            tl.store(s_ptr + rm, s, mask=rm < M)
-    else:
-        # Bits of non-negative floats order as integers. Relaxed: the next launch comes after all of it anyway.
-        tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+    # Bits of non-negative floats order as integers. Relaxed: the next launch comes after all of it anyway.
+    tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+    tl.store(y_ptr + rm[:, None].to(tl.int64) * K + (g * B + j)[None, :], y, mask=rm[:, None] < M)
+
+
+@triton.jit
+def quantize_kernel(y_ptr, peak_ptr, codes_ptr, s_ptr, K, clip, limit, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
+    """Rounds transformed rows whose maxima are known. Grid: (rows, K / CHUNK)."""
+    begin(OVERLAP)
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    s = _scale(tl.load(peak_ptr + m).to(tl.float32, bitcast=True), clip, limit)
+    y = tl.load(y_ptr + m * K + k, mask=k < K, other=0.0)
+    tl.store(codes_ptr + m * K + k, _codes(y, s, limit), mask=k < K)
+    if tl.program_id(1) == 0:
+        tl.store(s_ptr + m, s)
 
 
 class Prologue:
@@ -316,12 +322,13 @@ class Prologue:
             peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
         if self.second is None:
             options["DEPTH"] = self.block
-        for last in (False, True):
-            second_kernel[grid](
-                z, _or(scale, x), _or(self.order, x), _or(self.second, x), peak, codes, scales, m, k, *strides, clip, limit,
-                HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
-                SECOND_SHARED=self.second_shared, WHOLE=z is not x, ROUND=last, **options,
-            )  # fmt: skip
+        y = torch.empty((m, k), dtype=torch.float32, device=x.device)
+        second_kernel[grid](
+            z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides,
+            HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
+            SECOND_SHARED=self.second_shared, WHOLE=z is not x, **options,
+        )  # fmt: skip
+        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4, **launch(x.device, m))
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
