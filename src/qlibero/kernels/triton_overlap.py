@@ -30,7 +30,7 @@ def launch(device: torch.device, rows: int) -> dict[str, bool]:
     """What a kernel that calls `begin` must be launched with to work on so many rows.
 
     With many, its waiting programs would take registers and shared memory from its predecessor's working ones: a prefix
-    of 544 rows became 15 % slower, a flow of 80 rows 8 %, where one of 10 became 15 % faster (H100).
+    of 544 rows became 15 % slower, a flow of 80 rows 8 %, where one of 10 became 14 % faster (H100, docs/h100.md).
     """
     if rows <= MOST_ROWS and _can_overlap(device):
         return {"OVERLAP": True, "launch_pdl": True}
