@@ -9,7 +9,7 @@ the same sampler on the same shapes (10 flow steps, 32 text positions of which 2
 beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
 are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB at full
 size), and have DuQuant's whole online work: two block rotations and a permutation before every quantized
-input.
+input; the one called rtn has none of it.
 
 Memory: "static" is what is allocated when calls are over, "peak" the most during a call, "loading" the most
 while the variant was made. The variants beside full precision share the card with it. The one that is made
@@ -111,11 +111,13 @@ def random_model(
     return model.eval()
 
 
-def random_artifact(config: Pi05Config, layout: str, device: torch.device, path: Path) -> Artifact:
-    """A W4A8 DuQuant artifact of random numbers for the linears of `layout`, written, and opened as a run
-    opens it."""
+def random_artifact(
+    config: Pi05Config, layout: str, device: torch.device, path: Path, method: str = "duquant"
+) -> Artifact:
+    """A W4A8 artifact of random numbers for the linears of `layout`, written, and opened as a run opens it;
+    `method` duquant, or rtn, which has nothing to do before its quantizer."""
     generator = torch.Generator(device).manual_seed(1)
-    spec = QuantSpec(method="duquant", layout=layout, block_size=min(BLOCK, config.expert.width))
+    spec = QuantSpec(method=method, layout=layout, block_size=min(BLOCK, config.expert.width))
     with torch.device("meta"):
         model = Pi05Model(config)
     once = torch.randn(
@@ -133,7 +135,7 @@ def random_artifact(config: Pi05Config, layout: str, device: torch.device, path:
     for group, choices in select(model, spec).groups().items():
         width = model.get_submodule(choices[0].name).in_features
         order = torch.randperm(width, generator=generator, device=device, dtype=torch.int32)
-        factors = {"first": rotations(width), "order": order, "second": rotations(width)}
+        factors = {"first": rotations(width), "order": order, "second": rotations(width)} if method == "duquant" else {}
         tensors |= {f"{group}.{factor}": value.cpu() for factor, value in factors.items()}
         for choice in choices:
             rows = model.get_submodule(choice.name).out_features
@@ -410,7 +412,9 @@ def main() -> None:
             for layout in args.layouts.split(",")
         }
         straight_from_its_artifact(bench, artifacts, backends[0])
-        beside_full_precision(bench, artifacts, backends)
+        layout = args.layouts.split(",")[0]
+        plain = random_artifact(bench.config, layout, device, Path(folder) / "rtn.safetensors", "rtn")
+        beside_full_precision(bench, artifacts, plain, backends)
         if cuda if args.compile is None else args.compile:
             compiled_full_precision(bench)
     document = {
@@ -437,8 +441,11 @@ def w4(layout: str) -> dict[str, int]:
     return {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16}
 
 
-def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], backends: list[str]) -> None:
-    """Full precision eager and graphed, and W4A8 on every backend while it stays in memory, as in a run."""
+def beside_full_precision(
+    bench: Bench, artifacts: dict[str, Artifact], plain: Artifact, backends: list[str]
+) -> None:
+    """Full precision eager and graphed, and W4A8 on every backend while it stays in memory, as in a run; the
+    first layout also without an online transform, which says what DuQuant's costs."""
     one, cuda = bench.shapes[:1], bench.cuda
     graphed = "graphed " if cuda else ""
     model = random_model(bench.config, bench.device, bench.dtype)
@@ -458,6 +465,14 @@ def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], backends
                 backend,
             )
             every_shape = one
+        if layout == plain.spec.layout:
+            bench.run(
+                f"{graphed}W4A8 {layout} {backends[0]}, rtn",
+                lambda: quantized_sampler(model, plain, backends[0], cuda),
+                [shape for shape in bench.shapes if shape[0] == 2],
+                w4(layout),
+                backends[0],
+            )
         for backend in backends:
             if backend != "fake":
                 bench.compare(f"{graphed}W4A8 {layout} {backend}", f"{graphed}W4A8 {layout} fake")

@@ -50,9 +50,11 @@ def _options(shape: Shape, x: Tensor) -> dict[str, int]:
 def fits(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a product cut like this can take x (..., K) and weight (N, K)."""
     rows, (n, k) = x.numel() // x.shape[-1], weight.shape
+    span = k // shape.parts
     return (
         rows <= MOST_ROWS and bias is None and x.dtype == weight.dtype and (x.element_size() == 2 or INTERPRETED)
-        and n % (2 * shape.outputs) == 0 and k % (shape.step * shape.warps * shape.parts) == 0 and weight.is_contiguous()
+        and n % (2 * shape.outputs) == 0 and span * shape.parts == k and span.bit_count() == 1 and span >= shape.step * shape.warps
+        and weight.is_contiguous()
     )  # fmt: skip
 
 
