@@ -172,18 +172,31 @@ class Drill:
         out = self.out / self.round
         with tempfile.TemporaryDirectory(prefix="drill-", ignore_cleanup_errors=True) as directory, slurm_cluster.slurm(Path(directory)) as cluster:
             self.environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
-            while not complete(out):
-                if self.sweep(out, "slurm").wait():
-                    raise SystemExit(f"{self.round}: could not be submitted, see {self.log}")
-                while slurm_cluster.queue():
-                    time.sleep(self.rng.uniform(3.0, 8.0))
-                    self.watch(out)
-                    shards = self.processes(SHARD)
-                    if kind := self.choose({kind: shards for kind in ON_SLURM}):
-                        self.strike_slurm(kind, self.rng.choice(shards), cluster)
-            found = self.examine(out, "slurm")
+            try:
+                while not complete(out):
+                    if self.sweep(out, "slurm").wait():
+                        raise SystemExit(f"{self.round}: could not be submitted, see {self.log}")
+                    while slurm_cluster.queue():
+                        time.sleep(self.rng.uniform(3.0, 8.0))
+                        self.watch(out)
+                        shards = self.processes(SHARD)
+                        if kind := self.choose({kind: shards for kind in ON_SLURM}):
+                            self.strike_slurm(kind, self.rng.choice(shards), cluster)
+                found = self.examine(out, "slurm")
+            except BaseException:   # the cluster is gone with this block; what it said is all there is to go by
+                self.keep_slurms_word(cluster)
+                raise
             del self.environment["SLURM_CONF"]
         return found
+
+    def keep_slurms_word(self, cluster: Path) -> None:
+        """The daemons' logs and the controller's view of jobs and nodes, into ROUND-slurm."""
+        kept = self.out / f"{self.round}-slurm"
+        shutil.copytree(cluster / "log", kept, dirs_exist_ok=True)
+        for name in ("job", "node"):
+            shown = subprocess.run(["scontrol", "show", name], capture_output=True, text=True, timeout=30)
+            (kept / f"{name}s.txt").write_text(shown.stdout + shown.stderr)
+        say(f"     Slurm's logs: {kept}")
 
     # ------------------------------------------------------------------------------------------------ the faults
     def victims(self, launcher: subprocess.Popen, out: Path) -> dict[str, list[int]]:
