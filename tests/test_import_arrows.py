@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "results": set(),
     "config": {"kernels"},   # load knows the backends' names
-    "policies": {"quant"},   # a full-size policy is loaded straight from its artifact
+    "policies": {"quant", "kernels"},   # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
     "quant": {"kernels", "policies"},
     "rollout": {"policies", "sim", "quant", "results"},
     "tracking": {"results"},

@@ -80,8 +80,9 @@ def plain(linears: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None] | None
     for linear in linears:
         # A copied, moved or reassigned weight is no view any more; a forward hook (calibration) must see its
         # own call.
-        own = (linear.weight, linear.bias)
-        if _listened(linear) or not all(map(_is_view, own, whole, (row, row))):
+        if type(linear) is not nn.Linear or _listened(linear):
+            return None
+        if not all(map(_is_view, (linear.weight, linear.bias), whole, (row, row))):
             return None
         row += linear.out_features
     return whole if row == len(whole[0]) else None
