@@ -1,6 +1,7 @@
 """Does anything get lost, doubled or changed when things break? A real LIBERO sweep, hurt a hundred times.
 
     python benchmarks/fault_drill.py [--faults 100] [--out logs/fault_drill] [--seed 0]
+    python benchmarks/fault_drill.py --quota "Slurm node killed=6" --out DIR      only what is named
 
 First the sweep runs undisturbed. Then it is run again and again, each time hurt at random moments until it is done, on
 the local engine and, where Slurm is installed, on a real two-node Slurm; at last the same command is given once more, in
@@ -521,15 +522,24 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def quota_of(text: str) -> dict[str, int]:
+    """"Slurm node killed=6,slurmd killed=2" as a quota."""
+    quota = {kind.strip(): number for kind, _, number in (part.partition("=") for part in text.split(","))}
+    if bad := [f"{kind}={number}" for kind, number in quota.items() if kind not in QUOTA or not number.isdecimal()]:
+        raise argparse.ArgumentTypeError(f"{', '.join(bad)}: write KIND=NUMBER, the kind one of {', '.join(QUOTA)}")
+    return {kind: int(number) for kind, number in quota.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--quota", type=quota_of, default=None, metavar="KIND=N,…", help=f"only these faults; kinds: {', '.join(QUOTA)}")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "logs" / "fault_drill")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # the Slurm daemons end with it
-    quota = {kind: max(1, round(share * arguments.faults / 100)) for kind, share in QUOTA.items()}
-    return 0 if Drill(arguments.out, quota, arguments.seed).run() else 1
+    shares = {kind: max(1, round(share * arguments.faults / 100)) for kind, share in QUOTA.items()}
+    return 0 if Drill(arguments.out, arguments.quota or shares, arguments.seed).run() else 1
 
 
 if __name__ == "__main__":
