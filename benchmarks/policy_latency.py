@@ -412,8 +412,7 @@ def main() -> None:
             for layout in args.layouts.split(",")
         }
         straight_from_its_artifact(bench, artifacts, backends[0])
-        layout = args.layouts.split(",")[0]
-        plain = random_artifact(bench.config, layout, device, Path(folder) / "rtn.safetensors", "rtn")
+        plain = random_artifact(bench.config, next(iter(artifacts)), device, Path(folder) / "rtn.safetensors", "rtn")
         beside_full_precision(bench, artifacts, plain, backends)
         if cuda if args.compile is None else args.compile:
             compiled_full_precision(bench)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_ROWS = 16
+"""Rows up to which overlapping pays: with more, waiting programs take registers and shared memory from working ones."""
 
 
 @cache
@@ -27,11 +28,7 @@ def _can_overlap(device: torch.device) -> bool:
 
 
 def launch(device: torch.device, rows: int) -> dict[str, bool]:
-    """What a kernel that calls `begin` must be launched with to work on so many rows.
-
-    With many, its waiting programs would take registers and shared memory from its predecessor's working ones: a prefix
-    of 544 rows became 15 % slower, a flow of 80 rows 8 %, where one of 10 became 14 % faster (H100, docs/h100.md).
-    """
+    """What a kernel that calls `begin` must be launched with to work on so many rows."""
     if rows <= MOST_ROWS and _can_overlap(device):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

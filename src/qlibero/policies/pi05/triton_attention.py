@@ -23,7 +23,7 @@ FEW_QUERIES = 512
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """See `layers.attend`; bfloat16 or float16."""
+    """See `layers.attend`."""
     few = q.shape[1] * q.shape[2] <= FEW_QUERIES
     return (_few if few else _many)(q.contiguous(), k, v, mask).flatten(2)
 
@@ -32,7 +32,7 @@ def _many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     batch, length, heads, dim = q.shape
     rows, out = length * heads, torch.empty_like(q)
     roomy = q.element_size() == 2 and _shared_memory(q.device) >= 200 << 10
-    wide = roomy and triton.cdiv(rows, 64) * batch > 264  # enough programs for two rounds on any GPU
+    wide = roomy and triton.cdiv(rows, 64) * batch > 264  # two programs for each of an H100's multiprocessors
     _attend[(triton.cdiv(rows, 128 if wide else 64), batch)](
         q,
         k,

@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_overlap import INTERPRETED, MOST_ROWS, begin, fetch, launch
+from qlibero.kernels.triton_overlap import INTERPRETED, begin, fetch, launch
+
+MOST_ROWS = 16  # one tile of the tensor cores
 
 
 class Shape(NamedTuple):
@@ -34,7 +36,7 @@ class Shape(NamedTuple):
     stages: int = 4  # steps in work or on their way
 
 
-# Of some 15 each the fastest in a whole flow of full size on an H100 that fit into the 99 KiB of smaller cards.
+# Found by trying on an H100, in a whole flow of full size; they fit into smaller cards (benchmarks/triton_resources.py).
 TURNED = Shape(16, 128, stages=3)
 GATED = Shape(16, 64, stages=5)
 DEEP = Shape(16, 64, parts=2, stages=6)
@@ -43,7 +45,7 @@ DEEP = Shape(16, 64, parts=2, stages=6)
 def _options(shape: Shape, x: Tensor) -> dict[str, int]:
     return {
         "ROWS": MOST_ROWS, "OUTPUTS": shape.outputs, "STEP": shape.step, "LANES": shape.warps, "num_warps": shape.warps,
-        "num_stages": shape.stages, **launch(x.device, MOST_ROWS),
+        "num_stages": shape.stages, **launch(x.device, x.numel() // x.shape[-1]),
     }  # fmt: skip
 
 

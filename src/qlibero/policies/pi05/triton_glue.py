@@ -105,8 +105,7 @@ class TritonGlue:
         )
         return out.view(batch, length, width)
 
-    def attend(self, q, k, v, mask):
-        return triton_attention.attend(q, k, v, mask)
+    attend = staticmethod(triton_attention.attend)
 
 
 @triton.jit
