@@ -28,11 +28,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module")
 def policy() -> Pi05Policy:
-    config = conv_config(llm=GemmaConfig(256, 3, 512, 8, 32), expert=GemmaConfig(192, 3, 512, 8, 32))
+    return policy_of(GemmaConfig(256, 3, 512, 8, 32), GemmaConfig(192, 3, 512, 8, 32))
+
+
+def policy_of(llm: GemmaConfig, expert: GemmaConfig, batch_size: int = 2) -> Pi05Policy:
+    config = conv_config(llm=llm, expert=expert)
     model = cast(random_model(config), torch.bfloat16).to("cuda").requires_grad_(False)
     statistics = {name: from_openpi(values, "quantile", name) for name, values in STATISTICS.items()}
     tokenizer = WordTokenizer(sorted({word for prompt in PROMPTS for word in split_words(prompt)}))
-    return Pi05Policy("small", model, PROFILES["qlibero"], statistics, tokenizer, batch_size=2, flow_steps=4,
+    return Pi05Policy("small", model, PROFILES["qlibero"], statistics, tokenizer, batch_size=batch_size, flow_steps=4,
                       identity={"sha256": "1" * 64})  # fmt: skip
 
 
@@ -73,3 +77,20 @@ def test_weight_only_layers_run_dequantized_on_the_gpu(policy):
     assert np.isfinite(found).all() and not np.array_equal(found, policy.infer(seen, noise).actions)
     with pytest.raises(UserError, match="16-bit activations"):
         quantize_policy(policy, artifact, "triton_w4a8")
+
+
+def test_kernels_that_overlap_change_no_bit(monkeypatch):
+    """A batch of one row, of widths that the products of few rows take: every kernel of a flow that may overlap does."""
+    policy = policy_of(GemmaConfig(256, 3, 512, 8, 64), GemmaConfig(512, 3, 1024, 8, 64), batch_size=1)
+    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), QuantSpec(rotation_steps=16, layout="llm+expert_mlp"),
+                         {"data_sha256": "2" * 64})  # fmt: skip
+    seen, noise = observations(1, seed=7), noises(1, policy.noise_shape, seed=7)
+
+    def answers() -> list[np.ndarray]:
+        twins = (policy.with_model(policy.model), *(quantize_policy(policy, artifact, name) for name in ("fake", "triton_w4a8")))
+        assert all(twin.sampler.glue.name == "triton" for twin in twins)
+        return [twin.infer(seen, noise).actions for twin in twins]
+
+    overlapped = answers()
+    monkeypatch.setattr("qlibero.kernels.triton_overlap._can_overlap", lambda device: False)
+    assert all(np.array_equal(one, other) for one, other in zip(overlapped, answers(), strict=True))
