@@ -36,10 +36,10 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from qlibero.results.compare import compare_runs  # noqa: E402
 from qlibero.results.ledger import arms_of, read_arm, read_ledger  # noqa: E402
 
-MARK = "QLIBERO_DRILL"   # in the environment of everything the drill starts: how it finds its own processes
+MARK = "QLIBERO_DRILL"  # in the environment of everything the drill starts: how it finds its own processes
 DISK_MB = 96
-A_ROUND = 25   # faults at most, then it is left to finish
-HANG_S = 600   # without a new episode for so long, something hangs
+A_ROUND = 25  # faults at most, then it is left to finish
+HANG_S = 600  # without a new episode for so long, something hangs
 CONFIG = """
 extends: {repository}/configs/policies/untrained.yaml
 policy: {{flow_steps: 2, replan_steps: 10}}
@@ -63,9 +63,19 @@ SERVICE_KILLED, MIRROR_KILLED = "wandb service process killed", "wandb mirror ki
 TORN, FULL, FLIPPED = "ledger tail torn", "disk full", "artifact byte flipped"
 SLURMD, TASK, NODE = "slurmd killed", "Slurm task killed", "Slurm node killed"
 QUOTA = {
-    WORKER_KILLED: 30, WORKER_STOPPED: 2, POLICY_KILLED: 6, LAUNCHER_KILLED: 6, SERVICE_KILLED: 14, MIRROR_KILLED: 5,
-    TORN: 9, FULL: 4, FLIPPED: 3, SLURMD: 14, TASK: 4, NODE: 3,
-}  # fmt: skip
+    WORKER_KILLED: 30,
+    WORKER_STOPPED: 2,
+    POLICY_KILLED: 6,
+    LAUNCHER_KILLED: 6,
+    SERVICE_KILLED: 14,
+    MIRROR_KILLED: 5,
+    TORN: 9,
+    FULL: 4,
+    FLIPPED: 3,
+    SLURMD: 14,
+    TASK: 4,
+    NODE: 3,
+}
 # Kinds after which work has to start anew: {kind: blows of its sort that may fall before another episode is finished}
 WITHOUT_PROGRESS = {POLICY_KILLED: 1, LAUNCHER_KILLED: 1, FULL: 1, TASK: 1, NODE: 1, WORKER_KILLED: 2}
 ON_SLURM = (SLURMD, TASK, NODE)
@@ -76,7 +86,7 @@ PROCESS = {
     SERVICE_KILLED: "wandb-core",
     MIRROR_KILLED: "qlibero.tracking.wandb_mirror",
 }
-SHARD = "--index"   # on the command line of a shard, and of nothing else
+SHARD = "--index"  # on the command line of a shard, and of nothing else
 
 
 class Drill:
@@ -89,8 +99,14 @@ class Drill:
         self.faults_path, self.rounds_path = self.out / "faults.jsonl", self.out / "rounds.json"
         self.rounds = json.loads(self.rounds_path.read_text()) if self.rounds_path.exists() else []
         # faults of a round count when the round has been examined, or when it is still there to be continued
-        counted = {r["round"] for r in self.rounds} | {path.name for path in (*self.out.glob("round-*"), *self.disk.glob("round-*"))}
-        noted = [json.loads(line) for line in self.faults_path.read_text().splitlines()] if self.faults_path.exists() else []
+        counted = {r["round"] for r in self.rounds} | {
+            path.name for path in (*self.out.glob("round-*"), *self.disk.glob("round-*"))
+        }
+        noted = (
+            [json.loads(line) for line in self.faults_path.read_text().splitlines()]
+            if self.faults_path.exists()
+            else []
+        )
         self.injected = Counter(fault["kind"] for fault in noted if fault["round"] in counted)
         self.rng = random.Random(f"{seed}/{sum(self.injected.values())}")
         self.environment = dict(os.environ, **{MARK: str(self.out), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"})
@@ -98,9 +114,16 @@ class Drill:
         # on the local engine a cell is one shard, which has a mirror; on Slurm a cell is two shards, one fills a node
         for engine, workers, shard in (("local", 2, 100), ("slurm", 1, len(tasks) * episodes // 2)):
             self.configs[engine] = self.out / f"drill-{engine}.yaml"
-            self.configs[engine].write_text(CONFIG.format(
-                repository=REPOSITORY, tasks=list(tasks), episodes=episodes, seeds=list(seeds), workers=workers, shard=max(1, shard)
-            ))  # fmt: skip
+            self.configs[engine].write_text(
+                CONFIG.format(
+                    repository=REPOSITORY,
+                    tasks=list(tasks),
+                    episodes=episodes,
+                    seeds=list(seeds),
+                    workers=workers,
+                    shard=max(1, shard),
+                )
+            )
         self.begin_round()
 
     def begin_round(self) -> None:
@@ -108,13 +131,13 @@ class Drill:
         self.log = self.out / f"{self.round}.log"
         self.started = self.moved = time.monotonic()
         self.faults = self.finished = 0
-        self.blows: Counter[bool] = Counter()   # since then, by whether a simulator was hit or more
+        self.blows: Counter[bool] = Counter()  # since then, by whether a simulator was hit or more
         self.stopped = 0
 
     # ------------------------------------------------------------------------------------------------ the rounds
     def run(self) -> bool:
         """All rounds; True when every fault was injected. Raises SystemExit at the first claim that does not hold."""
-        for pid in self.processes(""):   # of a drill that was stopped
+        for pid in self.processes(""):  # of a drill that was stopped
             send(pid, signal.SIGKILL)
         self.undisturbed()
         slurm = self.slurm_ready()
@@ -127,7 +150,15 @@ class Drill:
             before = sum(r["faults"] for r in self.rounds)
             found = self.slurm_round() if of_slurm else self.local_round()
             faults, minutes = sum(self.injected.values()) - before, (time.monotonic() - self.started) / 60
-            self.rounds.append({"round": self.round, "engine": "slurm" if of_slurm else "local", "faults": faults, **found, "minutes": round(minutes, 1)})
+            self.rounds.append(
+                {
+                    "round": self.round,
+                    "engine": "slurm" if of_slurm else "local",
+                    "faults": faults,
+                    **found,
+                    "minutes": round(minutes, 1),
+                }
+            )
             self.rounds_path.write_text(json.dumps(self.rounds, indent=1))
             say(json.dumps(self.rounds[-1]))
         self.report()
@@ -137,7 +168,7 @@ class Drill:
         say("undisturbed run")
         self.reference = self.out / "reference"
         self.log = self.out / "reference.log"
-        if self.artifact() and (self.out / "artifact").exists():   # stopped while a byte was flipped
+        if self.artifact() and (self.out / "artifact").exists():  # stopped while a byte was flipped
             shutil.copyfile(self.out / "artifact", self.artifact())
         if self.sweep(self.reference, "local").wait():
             raise SystemExit(f"the undisturbed run failed, see {self.log}")
@@ -171,7 +202,10 @@ class Drill:
         import slurm_cluster
 
         out = self.out / self.round
-        with tempfile.TemporaryDirectory(prefix="drill-", ignore_cleanup_errors=True) as directory, slurm_cluster.slurm(Path(directory)) as cluster:
+        with (
+            tempfile.TemporaryDirectory(prefix="drill-", ignore_cleanup_errors=True) as directory,
+            slurm_cluster.slurm(Path(directory)) as cluster,
+        ):
             self.environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
             try:
                 while not complete(out):
@@ -184,7 +218,7 @@ class Drill:
                         if kind := self.choose({kind: shards for kind in ON_SLURM}):
                             self.strike_slurm(kind, self.rng.choice(shards), cluster)
                 found = self.examine(out, "slurm")
-            except BaseException:   # the cluster is gone with this block; what it said is all there is to go by
+            except BaseException:  # the cluster is gone with this block; what it said is all there is to go by
                 self.keep_slurms_word(cluster)
                 raise
             del self.environment["SLURM_CONF"]
@@ -205,8 +239,12 @@ class Drill:
         has noticed that it hangs."""
         found = {kind: self.processes(pattern) for kind, pattern in PROCESS.items()}
         found[POLICY_KILLED] = self.processes(SHARD)
-        found[LAUNCHER_KILLED] = found[FULL] = [launcher.pid] if found[WORKER_KILLED] and launcher.poll() is None else []
-        found[WORKER_STOPPED] = [pid for pid in found[WORKER_STOPPED] if busy(pid)] if self.remaining(WORKER_STOPPED) else []
+        found[LAUNCHER_KILLED] = found[FULL] = (
+            [launcher.pid] if found[WORKER_KILLED] and launcher.poll() is None else []
+        )
+        found[WORKER_STOPPED] = (
+            [pid for pid in found[WORKER_STOPPED] if busy(pid)] if self.remaining(WORKER_STOPPED) else []
+        )
         if self.stopped and alive(self.stopped):
             found |= {kind: [] for kind in (POLICY_KILLED, LAUNCHER_KILLED, FULL, WORKER_STOPPED)}
             found[WORKER_KILLED] = [pid for pid in found[WORKER_KILLED] if pid != self.stopped]
@@ -233,6 +271,7 @@ class Drill:
 
     def fill_the_disk(self, launcher: subprocess.Popen, out: Path) -> None:
         """Until a shard has given up because of it, or for 90 s; counted when one has."""
+
         def complaints() -> int:
             logs = [self.log, *out.glob("sweep/submission-*/logs/*.log")]
             return sum(read(str(path)).count(words) for path in logs for words in (" is full", "No space left"))
@@ -265,12 +304,13 @@ class Drill:
 
     def flip_a_byte(self, out: Path) -> None:
         """A sweep with a corrupted artifact must be refused, without a new record of the arm that needs it."""
+
         def of_fake() -> dict[Path, bytes]:
             return {path: data for path, data in contents(out).items() if path.parent.name == "fake"}
 
         done = sum(record.outcome != "error" for cell in cells(out) for record in read_ledger(cell, "fake"))
         if not 0 < done < sum(len(records) for name, records in self.expected.items() if name.endswith("/fake")):
-            return   # nobody would load it
+            return  # nobody would load it
         if not self.remaining(FLIPPED):
             return
         path, before = self.artifact(), of_fake()
@@ -282,7 +322,11 @@ class Drill:
             status = self.sweep(out, "local").wait()
         finally:
             flip(path, byte)
-        refused = [line for line in read(str(self.log))[said:].splitlines() if "ended with status 3" in line and path.name in line]
+        refused = [
+            line
+            for line in read(str(self.log))[said:].splitlines()
+            if "ended with status 3" in line and path.name in line
+        ]
         if status == 0 or of_fake() != before or not refused:
             raise SystemExit(f"{self.round}: a corrupted artifact was not refused: status {status}, see {self.log}")
         say(f"     {refused[0][:160]}")
@@ -302,22 +346,26 @@ class Drill:
         if kind == NODE:
             here = [pid for pid in self.processes("") if f"SLURMD_NODENAME={node}\0" in environment(pid)]
             steps = {parent(pid) for pid in here if "slurmstepd" in read(f"/proc/{parent(pid)}/comm")}
-            for pid in (*steps, *here):   # the step first: it must not live to report how its task ended
+            for pid in (*steps, *here):  # the step first: it must not live to report how its task ended
                 send(pid, signal.SIGKILL)
             self.note(kind, f"{node} with {len(here)} processes")
         else:
             self.note(kind, node)
-        time.sleep(35.0 if kind == NODE else 2.0)   # Slurm declares it down after 15 s and gives its tasks to the other node
+        time.sleep(
+            35.0 if kind == NODE else 2.0
+        )  # Slurm declares it down after 15 s and gives its tasks to the other node
         slurm_cluster.start_node(node)
 
     # ------------------------------------------------------------------------------------------------ the verdict
     def examine(self, out: Path, engine: str) -> dict:
         """Everything the drill claims, checked; raises SystemExit at the first claim that does not hold."""
-        if self.sweep(out, engine).wait():   # the same command, in peace: does what a killed merge has left undone
+        if self.sweep(out, engine).wait():  # the same command, in peace: does what a killed merge has left undone
             raise SystemExit(f"{self.round}: the finished sweep cannot be repeated, see {self.log}")
         orphans = self.wait_for_quiet()
         if orphans:
-            raise SystemExit(f"{self.round}: processes left behind: {[read(f'/proc/{pid}/cmdline') for pid in orphans]}")
+            raise SystemExit(
+                f"{self.round}: processes left behind: {[read(f'/proc/{pid}/cmdline') for pid in orphans]}"
+            )
         found = record_sets(out)
         state = [read_arm(cell, arm) for cell in cells(out) for arm in arms_of(cell)]
         for name, records in self.expected.items():
@@ -350,19 +398,35 @@ class Drill:
 
     def report(self) -> None:
         episodes, minutes = self.rounds[0]["episodes"], sum(r["minutes"] for r in self.rounds)
-        print(f"\n{self.injected.total()} faults in {len(self.rounds)} rounds of {episodes} episodes, {minutes:.0f} minutes\n")
+        print(
+            f"\n{self.injected.total()} faults in {len(self.rounds)} rounds of {episodes} episodes, {minutes:.0f} minutes\n"
+        )
         print("| fault | injected |\n|---|---|")
         for kind in self.quota:
             print(f"| {kind} | {self.injected[kind]} |")
-        print("\n| round | engine | faults | episodes, equal records | sweeps submitted | lines superseded | wandb rows | processes left | minutes |")
+        print(
+            "\n| round | engine | faults | episodes, equal records | sweeps submitted | lines superseded | wandb rows | processes left | minutes |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
-        for r in self.rounds:   # a round that is not so is never noted: the drill ends there
-            print(f"| {r['round']} | {r['engine']} | {r['faults']} | {r['episodes']} | {r['sweeps']} | {r['superseded']} "
-                  f"| {r['episodes']}, each once | 0 | {r['minutes']} |")  # fmt: skip
+        for r in self.rounds:  # a round that is not so is never noted: the drill ends there
+            print(
+                f"| {r['round']} | {r['engine']} | {r['faults']} | {r['episodes']} | {r['sweeps']} | {r['superseded']} "
+                f"| {r['episodes']}, each once | 0 | {r['minutes']} |"
+            )
 
     # ------------------------------------------------------------------------------------------------ small things
     def sweep(self, out: Path, engine: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "qlibero.cli", "sweep", str(self.configs[engine]), "--out", str(out), "--engine", engine]
+        command = [
+            sys.executable,
+            "-m",
+            "qlibero.cli",
+            "sweep",
+            str(self.configs[engine]),
+            "--out",
+            str(out),
+            "--engine",
+            engine,
+        ]
         with open(self.log, "ab") as log:
             return subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -386,7 +450,9 @@ class Drill:
         self.injected[kind] += 1
         self.faults += 1
         with open(self.faults_path, "a") as file:
-            file.write(json.dumps({"round": self.round, "kind": kind, "what": what, "at": time.strftime("%H:%M:%S")}) + "\n")
+            file.write(
+                json.dumps({"round": self.round, "kind": kind, "what": what, "at": time.strftime("%H:%M:%S")}) + "\n"
+            )
         say(f"{self.injected.total():3d}  {time.strftime('%H:%M:%S')}  {kind}: {what}")
 
     def watch(self, out: Path) -> None:
@@ -395,7 +461,9 @@ class Drill:
             self.finished, self.moved = now, time.monotonic()
             self.blows.clear()
         if time.monotonic() - self.moved > HANG_S:
-            raise SystemExit(f"{self.round}: no progress for {HANG_S} s; running: {[read(f'/proc/{p}/cmdline') for p in self.processes('')]}")
+            raise SystemExit(
+                f"{self.round}: no progress for {HANG_S} s; running: {[read(f'/proc/{p}/cmdline') for p in self.processes('')]}"
+            )
 
     def processes(self, pattern: str) -> list[int]:
         """Living processes of this drill whose command line holds `pattern`."""
@@ -427,7 +495,7 @@ class SmallDisk:
         return self.path
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:   # otherwise the round lies there to be looked at, or continued
+        if kind is None:  # otherwise the round lies there to be looked at, or continued
             subprocess.run(["umount", "--lazy", str(self.path)], check=False)
 
 
@@ -438,13 +506,19 @@ def cells(out: Path) -> list[Path]:
 def complete(out: Path) -> bool:
     from qlibero.launch.status import status
 
-    return (out / "sweep").is_dir() and bool(list(out.glob("sweep/submission-*/manifest.json"))) and status(out)["complete"]
+    return (
+        (out / "sweep").is_dir()
+        and bool(list(out.glob("sweep/submission-*/manifest.json")))
+        and status(out)["complete"]
+    )
 
 
 def record_sets(out: Path) -> dict[str, list[tuple]]:
     """{cell/arm: (key, outcome, steps, fingerprint, action digest) of every episode, in key order}."""
     return {
-        f"{cell.name}/{arm}": [(str(r.key), r.outcome, r.steps, r.fingerprint, r.action_digest) for r in read_ledger(cell, arm)]
+        f"{cell.name}/{arm}": [
+            (str(r.key), r.outcome, r.steps, r.fingerprint, r.action_digest) for r in read_ledger(cell, arm)
+        ]
         for cell in cells(out)
         for arm in arms_of(cell)
     }
@@ -480,6 +554,7 @@ def contents(out: Path) -> dict[Path, bytes]:
 
 def busy(pid: int) -> bool:
     """Whether it computes: a worker that is stopped while nothing is asked of it hangs nobody up."""
+
     def ticks() -> list[str]:
         return read(f"/proc/{pid}/stat").rpartition(")")[2].split()[11:13]
 
@@ -523,7 +598,7 @@ def say(text: str) -> None:
 
 
 def quota_of(text: str) -> dict[str, int]:
-    """"Slurm node killed=6,slurmd killed=2" as a quota."""
+    """ "Slurm node killed=6,slurmd killed=2" as a quota."""
     quota = {kind.strip(): number for kind, _, number in (part.partition("=") for part in text.split(","))}
     if bad := [f"{kind}={number}" for kind, number in quota.items() if kind not in QUOTA or not number.isdecimal()]:
         raise argparse.ArgumentTypeError(f"{', '.join(bad)}: write KIND=NUMBER, the kind one of {', '.join(QUOTA)}")
@@ -533,11 +608,13 @@ def quota_of(text: str) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--quota", type=quota_of, default=None, metavar="KIND=N,…", help=f"only these faults; kinds: {', '.join(QUOTA)}")
+    parser.add_argument(
+        "--quota", type=quota_of, default=None, metavar="KIND=N,…", help=f"only these faults; kinds: {', '.join(QUOTA)}"
+    )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "logs" / "fault_drill")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # the Slurm daemons end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the Slurm daemons end with it
     shares = {kind: max(1, round(share * arguments.faults / 100)) for kind, share in QUOTA.items()}
     return 0 if Drill(arguments.out, arguments.quota or shares, arguments.seed).run() else 1
 

@@ -53,8 +53,14 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
     from qlibero.kernels.contract import quantize_activations
 
     rows = []
-    for k, block, dtype in ((1024, 64, torch.bfloat16), (2048, 64, torch.bfloat16), (4096, 64, torch.bfloat16), (16384, 64, torch.bfloat16),
-                            (2048, 128, torch.bfloat16), (2048, 64, torch.float32)):  # fmt: skip
+    for k, block, dtype in (
+        (1024, 64, torch.bfloat16),
+        (2048, 64, torch.bfloat16),
+        (4096, 64, torch.bfloat16),
+        (16384, 64, torch.bfloat16),
+        (2048, 128, torch.bfloat16),
+        (2048, 64, torch.float32),
+    ):
         rotations = [torch.linalg.qr(torch.randn(k // block, block, block))[0].bfloat16().cuda() for _ in range(2)]
         order = torch.randperm(k).int().cuda()
         prologue = triton_prologue.Prologue({"first": rotations[0], "order": order, "second": rotations[1]}, k)
@@ -71,16 +77,30 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
 
             expected, s_x = plain()
             codes, scales = prologue(x)
-            same = all(torch.equal(codes, again[0]) and torch.equal(scales, again[1]) for again in (prologue(x) for _ in range(repeats)))
+            same = all(
+                torch.equal(codes, again[0]) and torch.equal(scales, again[1])
+                for again in (prologue(x) for _ in range(repeats))
+            )
             difference = (codes.int() - expected.int()).abs()
             row = {
-                "k": k, "block": block, "input": str(dtype)[6:], "tokens": m, "repeats_identical": same,
-                "scale_error": float(((scales - s_x).abs() / s_x).max()), "largest_code_difference": int(difference.max()),
+                "k": k,
+                "block": block,
+                "input": str(dtype)[6:],
+                "tokens": m,
+                "repeats_identical": same,
+                "scale_error": float(((scales - s_x).abs() / s_x).max()),
+                "largest_code_difference": int(difference.max()),
                 "codes_different_per_million": float((difference > 0).double().mean()) * 1e6,
-                "torch_us": graph_seconds([plain] * 20) * 1e6, "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6,
-            }  # fmt: skip
+                "torch_us": graph_seconds([plain] * 20) * 1e6,
+                "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6,
+            }
             rows.append(row)
-            say("prologue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+            say(
+                "prologue: "
+                + "  ".join(
+                    f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                )
+            )
     return rows
 
 
@@ -97,12 +117,17 @@ def time_glue() -> list[dict[str, Any]]:
         return torch.randn(shape, device="cuda").to(dtype)
 
     def linears(k: int, *outputs: int) -> tuple[nn.Linear, ...]:
-        made = tuple(nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False) for n in outputs)
+        made = tuple(
+            nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False) for n in outputs
+        )
         if len(made) > 1:
             fuse(*made)
         return made
 
-    layers = [(linears(1024, 2048, 256, 256), linears(2048, 1024), linears(1024, 4096, 4096), linears(4096, 1024)) for _ in range(8)]
+    layers = [
+        (linears(1024, 2048, 256, 256), linears(2048, 1024), linears(1024, 4096, 4096), linears(4096, 1024))
+        for _ in range(8)
+    ]
     rows = []
     for batch, keys in ((1, 298), (1, 554), (1, 810), (8, 554)):
         h, delta, gate = random(batch, 10, 1024), random(batch, 10, 1024), random(1, 1, 1024)
@@ -119,16 +144,30 @@ def time_glue() -> list[dict[str, Any]]:
             "o": lambda glue, layer: glue.parts(q.flatten(2), *layer[1]),
             "gated": lambda glue, layer: glue.gated(h, *layer[2]),
             "down": lambda glue, layer: glue.parts(wide, *layer[3]),
-        }  # fmt: skip
+        }
         for name, call in calls.items():
             both = (TorchGlue(), TritonGlue())
             expected, found = (call(glue, layers[0]).float() for glue in both)
             found = found.sum(0) if found.dim() > expected.dim() else found
-            rows.append({
-                "batch": batch, "keys": keys, "function": name, "worst": float((expected - found).abs().max() / expected.abs().max()),
-                **{f"{glue.name}_us": graph_seconds([lambda g=glue, c=call, x=x: c(g, x) for x in layers]) * 1e6 for glue in both},
-            })  # fmt: skip
-            say("glue: " + "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()))
+            rows.append(
+                {
+                    "batch": batch,
+                    "keys": keys,
+                    "function": name,
+                    "worst": float((expected - found).abs().max() / expected.abs().max()),
+                    **{
+                        f"{glue.name}_us": graph_seconds([lambda g=glue, c=call, x=x: c(g, x) for x in layers]) * 1e6
+                        for glue in both
+                    },
+                }
+            )
+            say(
+                "glue: "
+                + "  ".join(
+                    f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in rows[-1].items()
+                )
+            )
     return rows
 
 
@@ -140,35 +179,60 @@ def tune(limit_s: float) -> list[dict[str, Any]]:
 
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     start, rows = time.perf_counter(), []
-    for m, n, k in ((10, 1024, 4096), (10, 4096, 1024), (968, 16384, 2048), (968, 2048, 16384), (968, 2048, 2048), (50, 2048, 2048),
-                    (10, 2048, 2048), (128, 2048, 2048), (542, 2048, 2048)):  # fmt: skip
+    for m, n, k in (
+        (10, 1024, 4096),
+        (10, 4096, 1024),
+        (968, 16384, 2048),
+        (968, 2048, 16384),
+        (968, 2048, 2048),
+        (50, 2048, 2048),
+        (10, 2048, 2048),
+        (128, 2048, 2048),
+        (542, 2048, 2048),
+    ):
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
-        weights = [pack_khalf(torch.randint(-8, 8, (n, k), dtype=torch.int8)).cuda() for _ in range(max(2, min(48, (80 << 20) // (n * k // 2))))]
+        weights = [
+            pack_khalf(torch.randint(-8, 8, (n, k), dtype=torch.int8)).cuda()
+            for _ in range(max(2, min(48, (80 << 20) // (n * k // 2))))
+        ]
         s_x, s_w, default = torch.rand(m, device="cuda"), torch.rand(n, device="cuda"), choose_tile(m, n, k, processors)
         tiles = [default]
         for candidate in CANDIDATES[bucket(m)]:
             split = with_split(candidate, m, n, k, processors)
-            tiles += [split] + [replace(split, split_k=s) for s in {split.split_k * 2, max(1, split.split_k // 2)} if s <= 16]
+            tiles += [split] + [
+                replace(split, split_k=s) for s in {split.split_k * 2, max(1, split.split_k // 2)} if s <= 16
+            ]
         for tile in dict.fromkeys(tiles):
             if time.perf_counter() - start > limit_s:
                 say(f"tune: stopped after {limit_s:.0f} s")
                 return rows
             try:
-                took = graph_seconds([lambda w=w, t=tile: triton_gemm.gemm(x, w, s_x, s_w, None, torch.bfloat16, t) for w in weights]) * 1e6
+                took = (
+                    graph_seconds(
+                        [lambda w=w, t=tile: triton_gemm.gemm(x, w, s_x, s_w, None, torch.bfloat16, t) for w in weights]
+                    )
+                    * 1e6
+                )
             except Exception as error:  # a tile may not fit this GPU: that is an answer too
                 took = None
                 say(f"tune: {tile}: {type(error).__name__}: {str(error)[:100]}")
             rows.append({"tokens": m, "n": n, "k": k, "us": took, "default": tile == default, "tile": asdict(tile)})
-        timed = sorted((r for r in rows if (r["tokens"], r["n"], r["k"]) == (m, n, k) and r["us"]), key=lambda r: r["us"])
+        timed = sorted(
+            (r for r in rows if (r["tokens"], r["n"], r["k"]) == (m, n, k) and r["us"]), key=lambda r: r["us"]
+        )
         used = next(r["us"] for r in timed if r["default"])
         say(f"tune: {m:>4} tokens {n}x{k}: default {used:.1f} µs, best {timed[0]['us']:.1f} µs with {timed[0]['tile']}")
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here")
+    parser.add_argument(
+        "--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here"
+    )
     parser.add_argument("--court", action="store_true", help="try every layer first")
     parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
     parser.add_argument("--glue", action="store_true", help="CUDA: the pieces of a flow step")
@@ -184,9 +248,11 @@ def main() -> None:
     backends = args.backends.split(",") if args.backends else None
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
         "ceilings": asdict(measure_ceilings(args.device)),
-    }  # fmt: skip
+    }
     if cuda:
         import triton
 
@@ -211,7 +277,10 @@ def main() -> None:
         return {"markdown": markdown(timings), "timings": [asdict(t) for t in timings]}
 
     if args.court:
-        stage("court", lambda: judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])))
+        stage(
+            "court",
+            lambda: judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])),
+        )
     if not args.no_stopwatch:
         stage("stopwatch", stopwatch)
     if args.prologue and cuda:
@@ -220,7 +289,9 @@ def main() -> None:
         stage("glue", time_glue)
     if args.tune and cuda:
         stage("tune", lambda: tune(args.tune))
-    short = {key: value for key, value in result.items() if key not in ("stopwatch", "court", "prologue", "glue", "tune")}
+    short = {
+        key: value for key, value in result.items() if key not in ("stopwatch", "court", "prologue", "glue", "tune")
+    }
     short["failed"] = [key for key, value in result.items() if isinstance(value, dict) and "failed" in value]
     if args.court and "court" not in short["failed"]:
         short["verdicts"] = {name: sorted({v["verdict"] for v in found}) for name, found in result["court"].items()}

@@ -104,9 +104,7 @@ def upstream(source: Path) -> Upstream:
     model = module.PI05Pytorch(settings).eval()
 
     def sample(i: Inputs) -> torch.Tensor:
-        return model.sample_actions(
-            i.images, i.cameras, i.tokens, i.token_mask, noise=i.noise.clone(), num_steps=10
-        )
+        return model.sample_actions(i.images, i.cameras, i.tokens, i.token_mask, noise=i.noise.clone(), num_steps=10)
 
     def loss(i: Inputs) -> torch.Tensor:
         return model.forward(i.images, i.cameras, i.tokens, i.token_mask, i.actions, i.noise, i.time)

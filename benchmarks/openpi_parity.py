@@ -42,9 +42,7 @@ def upstream(source: Path, precision: str) -> Upstream:
     loaded = {}
     for name in ("gemma_pytorch", "preprocessing_pytorch", "pi0_pytorch"):
         full = f"openpi.models_pytorch.{name}"
-        spec = importlib.util.spec_from_file_location(
-            full, source / "openpi" / "models_pytorch" / f"{name}.py"
-        )
+        spec = importlib.util.spec_from_file_location(full, source / "openpi" / "models_pytorch" / f"{name}.py")
         loaded[name] = sys.modules[full] = importlib.util.module_from_spec(spec)
         setattr(modules["openpi.models_pytorch"], name, loaded[name])
         spec.loader.exec_module(loaded[name])

@@ -91,15 +91,18 @@ def compare(theirs: Upstream, dtype: str, about: dict[str, Any]) -> None:
         t = inputs.time[:, None, None]
         velocity = ours.velocity(prefix, t * inputs.noise + (1 - t) * inputs.actions, inputs.time)
         our_loss = (velocity - (inputs.noise - inputs.actions)).square()
-    got, _ = Sampler(ours)(
-        images[:, :2], inputs.tokens[:, :32], inputs.noise, token_mask=inputs.token_mask[:, :32]
-    )
+    got, _ = Sampler(ours)(images[:, :2], inputs.tokens[:, :32], inputs.noise, token_mask=inputs.token_mask[:, :32])
     result = {
-        **about, "torch": torch.__version__, "dtype": dtype, "names_that_differ": sorted(mismatch),
+        **about,
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "names_that_differ": sorted(mismatch),
         "their_file_loads_exactly": loaded_exactly,
-        "sample_max_abs_difference": float((got - expected).abs().max()), "sample_largest": float(expected.abs().max()),
-        "loss_max_abs_difference": float((our_loss - loss).abs().max()), "loss_largest": float(loss.abs().max()),
-    }  # fmt: skip
+        "sample_max_abs_difference": float((got - expected).abs().max()),
+        "sample_largest": float(expected.abs().max()),
+        "loss_max_abs_difference": float((our_loss - loss).abs().max()),
+        "loss_largest": float(loss.abs().max()),
+    }
     for key, value in result.items():
         print(f"{key}: {value}", file=sys.stderr)
     print(json.dumps(result))
@@ -132,6 +135,4 @@ def _through_a_file(theirs: Upstream, ours: Pi05Model) -> bool:
         print(f"tensors as they save them: {len(checkpoint.shapes)}; {notes}", file=sys.stderr)
         read = load_model(checkpoint, torch.float32, torch.device("cpu")).state_dict()
     precise = {name: t.float() for name, t in theirs.model.state_dict().items()}
-    return checkpoint.config == CONFIG and all(
-        torch.equal(read[name], precise[name]) for name in ours.state_dict()
-    )
+    return checkpoint.config == CONFIG and all(torch.equal(read[name], precise[name]) for name in ours.state_dict())

@@ -64,10 +64,15 @@ SHA256 = "0" * 64  # of weights that are in no file
 # (bytes/s, bf16 FLOP/s, int8 OP/s), dense, from the vendors' data sheets: the floor is what these allow, not
 # what is reached
 PEAKS = {
-    "H100 80GB HBM3": (3.35e12, 989e12, 1979e12), "H200": (4.8e12, 989e12, 1979e12), "A100": (2.04e12, 312e12, 624e12),
-    "A40": (0.696e12, 150e12, 299e12), "L40S": (0.864e12, 362e12, 733e12), "4090": (1.008e12, 165e12, 660e12),
-    "5090": (1.792e12, 209e12, 838e12), "B200": (8.0e12, 2250e12, 4500e12),
-}  # fmt: skip
+    "H100 80GB HBM3": (3.35e12, 989e12, 1979e12),
+    "H200": (4.8e12, 989e12, 1979e12),
+    "A100": (2.04e12, 312e12, 624e12),
+    "A40": (0.696e12, 150e12, 299e12),
+    "L40S": (0.864e12, 362e12, 733e12),
+    "4090": (1.008e12, 165e12, 660e12),
+    "5090": (1.792e12, 209e12, 838e12),
+    "B200": (8.0e12, 2250e12, 4500e12),
+}
 
 
 @dataclass
@@ -100,9 +105,7 @@ def random_model(
     for name, parameter in list(model.named_parameters()):
         if name.removesuffix(".weight") in skip:
             continue
-        value = torch.empty(
-            parameter.shape, dtype=torch.float32 if is_float32_island(name) else dtype, device=device
-        )
+        value = torch.empty(parameter.shape, dtype=torch.float32 if is_float32_island(name) else dtype, device=device)
         value.normal_(0, 0.02, generator=generator)
         if name.endswith("norm.weight") and "layer_norm" in name:
             value.add_(1.0)
@@ -139,17 +142,27 @@ def random_artifact(
         tensors |= {f"{group}.{factor}": value.cpu() for factor, value in factors.items()}
         for choice in choices:
             rows = model.get_submodule(choice.name).out_features
-            packed = torch.randint(
-                0, 256, (rows, width // 2), generator=generator, device=device, dtype=torch.uint8
-            )
+            packed = torch.randint(0, 256, (rows, width // 2), generator=generator, device=device, dtype=torch.uint8)
             tensors[f"{choice.name}.codes"] = packed.cpu()
             tensors[f"{choice.name}.scales"] = torch.full((rows,), 0.02 / 4.6).bfloat16()
             records.append(
                 LayerRecord(
-                    choice.name, group, rows, width, 4, 8, choice.executed, None, None, None, None,
-                    packed.nbytes, 2 * rows, 0,
+                    choice.name,
+                    group,
+                    rows,
+                    width,
+                    4,
+                    8,
+                    choice.executed,
+                    None,
+                    None,
+                    None,
+                    None,
+                    packed.nbytes,
+                    2 * rows,
+                    0,
                 )
-            )  # fmt: skip
+            )
     about = {"data_sha256": "random", "kept_in_full_precision": []}
     return load(save(build(spec, SHA256, about, tuple(records), {}, tensors), path))
 
@@ -286,8 +299,21 @@ def gib(measure: Callable[[], int]) -> float:
     return round(measure() / 2**30, 2)
 
 
-COLUMNS = ("variant", "cameras", "batch", "p50", "p95", "vision", "prefix", "flow", "floor", "static GiB", "peak GiB",
-           "loading GiB", "notes")  # fmt: skip
+COLUMNS = (
+    "variant",
+    "cameras",
+    "batch",
+    "p50",
+    "p95",
+    "vision",
+    "prefix",
+    "flow",
+    "floor",
+    "static GiB",
+    "peak GiB",
+    "loading GiB",
+    "notes",
+)
 
 
 def show(cells: Iterable[Any]) -> None:
@@ -297,8 +323,19 @@ def show(cells: Iterable[Any]) -> None:
 
 def cells(row: Row) -> list[Any]:
     phases = [row.phases_ms.get(name) for name in ("vision", "prefix", "flow")]
-    return [row.variant, row.cameras, row.batch, row.p50_ms, row.p95_ms, *phases, row.floor_ms, row.static_gib,
-            row.peak_gib, row.loading_gib, "; ".join(row.notes)]  # fmt: skip
+    return [
+        row.variant,
+        row.cameras,
+        row.batch,
+        row.p50_ms,
+        row.p95_ms,
+        *phases,
+        row.floor_ms,
+        row.static_gib,
+        row.peak_gib,
+        row.loading_gib,
+        "; ".join(row.notes),
+    ]
 
 
 class Bench:
@@ -326,9 +363,7 @@ class Bench:
             sampler = make()
             loading = gib(torch.cuda.max_memory_allocated) if self.cuda else None
             for cameras, batch in shapes:
-                row, out = measure(
-                    name, sampler, self.config, cameras, batch, self.device, self.repeats, bits, kernels
-                )
+                row, out = measure(name, sampler, self.config, cameras, batch, self.device, self.repeats, bits, kernels)
                 row.loading_gib = loading
                 row.notes.append(sampler.glue_reason)
                 if not bool(torch.isfinite(out).all()):
@@ -366,9 +401,9 @@ class Bench:
                     else f"differ by at most {worst:.2e} (largest value {float(twin.abs().max()):.2f})"
                 )
                 text = f"answers of {one} and {other}, {cameras} cameras, batch {batch}: {said}"
-                next(
-                    r for r in self.rows if (r.variant, r.cameras, r.batch) == (one, cameras, batch)
-                ).notes.append(text)
+                next(r for r in self.rows if (r.variant, r.cameras, r.batch) == (one, cameras, batch)).notes.append(
+                    text
+                )
                 print(text, file=sys.stderr, flush=True)
 
     def clean(self) -> None:
@@ -440,9 +475,7 @@ def w4(layout: str) -> dict[str, int]:
     return {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16}
 
 
-def beside_full_precision(
-    bench: Bench, artifacts: dict[str, Artifact], plain: Artifact, backends: list[str]
-) -> None:
+def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], plain: Artifact, backends: list[str]) -> None:
     """Full precision eager and graphed, and W4A8 on every backend while it stays in memory, as in a run; the
     first layout also without an online transform, which says what DuQuant's costs."""
     one, cuda = bench.shapes[:1], bench.cuda

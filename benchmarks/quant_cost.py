@@ -144,9 +144,7 @@ def main() -> None:
         arms, about = {FULL: full, FULL_IN_TORCH: without_compiled_flow(full)}, {}
         for layout in args.layouts:
             for method in args.methods:
-                spec = QuantSpec(
-                    method=method, layout=layout, activation_bits=args.activation_bits, rotation_steps=2
-                )
+                spec = QuantSpec(method=method, layout=layout, activation_bits=args.activation_bits, rotation_steps=2)
                 noise = np.random.default_rng(0).standard_normal((2, *full.noise_shape), dtype=np.float32)
                 artifact = calibrate(full, observations(2, 0), noise, spec, {"data_sha256": "random"})
                 for backend in args.backends:

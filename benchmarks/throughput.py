@@ -311,20 +311,33 @@ def main() -> None:
     total = sum(parts.values())
     physics_s = steps * costs["physics"] / 1e3
     document = {
-        "suite": arguments.suite, "task": arguments.task, "episodes": len(keys), "steps": steps,
-        "successes": sum(row[0] for row in ours.values()), "workers": arguments.workers, "policy": policy.name,
-        "identical": True, "loops": rows, "shares": {name: round(ms / total, 3) for name, ms in parts.items()},
+        "suite": arguments.suite,
+        "task": arguments.task,
+        "episodes": len(keys),
+        "steps": steps,
+        "successes": sum(row[0] for row in ours.values()),
+        "workers": arguments.workers,
+        "policy": policy.name,
+        "identical": True,
+        "loops": rows,
+        "shares": {name: round(ms / total, 3) for name, ms in parts.items()},
         "step_cpu_ms": {name: round(ms, 2) for name, ms in costs.items()},
-        "physics_only_cpu_s": round(physics_s, 2), "engine_over_physics_only": round(cpu_c / physics_s, 1),
-        "load_average": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0)),
-    }  # fmt: skip
+        "physics_only_cpu_s": round(physics_s, 2),
+        "engine_over_physics_only": round(cpu_c / physics_s, 1),
+        "load_average": os.getloadavg()[0],
+        "cores": len(os.sched_getaffinity(0)),
+    }
     say(f"\n{len(keys)} episodes, {steps} steps, equal in all three loops")
     for name, row in rows.items():
-        say(f"{name:11s} {row['episodes_per_hour']:8.1f} episodes/h  {row['cpu_ms_per_step']:7.1f} CPU ms/step   engine is "
-            f"{row['engine_is_faster_wall']:.2f}x faster (wall), {row['engine_is_faster_cpu']:.2f}x (CPU)")  # fmt: skip
+        say(
+            f"{name:11s} {row['episodes_per_hour']:8.1f} episodes/h  {row['cpu_ms_per_step']:7.1f} CPU ms/step   engine is "
+            f"{row['engine_is_faster_wall']:.2f}x faster (wall), {row['engine_is_faster_cpu']:.2f}x (CPU)"
+        )
     say("engine's time: " + ", ".join(f"{name} {100 * ms / total:.0f} %" for name, ms in parts.items()))
-    say(f"bare physics of these steps: {physics_s:.1f} CPU s; the engine, with resets, settling, frames and policy, takes "
-        f"{cpu_c / physics_s:.1f} times that")  # fmt: skip
+    say(
+        f"bare physics of these steps: {physics_s:.1f} CPU s; the engine, with resets, settling, frames and policy, takes "
+        f"{cpu_c / physics_s:.1f} times that"
+    )
     print(json.dumps(document))
 
 

@@ -44,45 +44,151 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every kernel in the forms that pi0.5 uses."""
-    gemm = dict(x_ptr="*i8", w_ptr="*i8", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32", K2="i32",
-                STEPS="i32")  # fmt: skip
+    gemm = dict(
+        x_ptr="*i8",
+        w_ptr="*i8",
+        sx_ptr="*fp32",
+        sw_ptr="*fp32",
+        bias_ptr="*fp32",
+        out_ptr="*bf16",
+        M="i32",
+        N="i32",
+        K2="i32",
+        STEPS="i32",
+    )
     pointers = ("x_ptr", "w_ptr", "sx_ptr", "sw_ptr", "bias_ptr", "out_ptr", "N", "K2")
     for _, tile in BUCKETS:
         sizes = dict(BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8, USE_ASM=True)
         for scale in (True, False):
             signature = gemm if scale else gemm | {"out_ptr": "*i32"}
             constants = sizes | dict(SCALE=scale, HAS_BIAS=scale, EVEN_K=True)
-            yield Case(f"gemm {_name(tile)}{'' if scale else ' partial'}", triton_gemm.gemm_kernel, signature, constants, pointers,
-                       tile.warps, tile.stages, contract=False)  # fmt: skip
+            yield Case(
+                f"gemm {_name(tile)}{'' if scale else ' partial'}",
+                triton_gemm.gemm_kernel,
+                signature,
+                constants,
+                pointers,
+                tile.warps,
+                tile.stages,
+                contract=False,
+            )
         constants = sizes | dict(BK=min(tile.depth, 64), HALF=64, SCALE=True, HAS_BIAS=False)
-        yield Case(f"grouped {_name(tile)}", triton_gemm.grouped_gemm_kernel, gemm, constants, pointers, tile.warps, tile.stages,
-                   contract=False)  # fmt: skip
-    yield Case("scale", triton_gemm.scale_kernel,
-               dict(partial_ptr="*i32", sx_ptr="*fp32", sw_ptr="*fp32", bias_ptr="*fp32", out_ptr="*bf16", M="i32", N="i32", SLICES="i32"),
-               dict(HAS_BIAS=True, BLOCK=1024), ("partial_ptr", "sw_ptr", "out_ptr", "N"), contract=False)  # fmt: skip
-    floats = dict(x_ptr="*bf16", scale_ptr="*fp32", first_ptr="*bf16", order_ptr="*i32", inverse_ptr="*i32", second_ptr="*bf16",
-                  y_ptr="*fp32", z_ptr="*fp32", peak_ptr="*i32", arrived_ptr="*i32", codes_ptr="*i8", s_ptr="*fp32", M="i32", K="i32",
-                  STRIDE="i32", STRIDE_M="i32", STRIDE_K="i32", clip="fp32", limit="fp32")  # fmt: skip
+        yield Case(
+            f"grouped {_name(tile)}",
+            triton_gemm.grouped_gemm_kernel,
+            gemm,
+            constants,
+            pointers,
+            tile.warps,
+            tile.stages,
+            contract=False,
+        )
+    yield Case(
+        "scale",
+        triton_gemm.scale_kernel,
+        dict(
+            partial_ptr="*i32",
+            sx_ptr="*fp32",
+            sw_ptr="*fp32",
+            bias_ptr="*fp32",
+            out_ptr="*bf16",
+            M="i32",
+            N="i32",
+            SLICES="i32",
+        ),
+        dict(HAS_BIAS=True, BLOCK=1024),
+        ("partial_ptr", "sw_ptr", "out_ptr", "N"),
+        contract=False,
+    )
+    floats = dict(
+        x_ptr="*bf16",
+        scale_ptr="*fp32",
+        first_ptr="*bf16",
+        order_ptr="*i32",
+        inverse_ptr="*i32",
+        second_ptr="*bf16",
+        y_ptr="*fp32",
+        z_ptr="*fp32",
+        peak_ptr="*i32",
+        arrived_ptr="*i32",
+        codes_ptr="*i8",
+        s_ptr="*fp32",
+        M="i32",
+        K="i32",
+        STRIDE="i32",
+        STRIDE_M="i32",
+        STRIDE_K="i32",
+        clip="fp32",
+        limit="fp32",
+    )
     aligned = tuple(name for name, kind in floats.items() if kind.startswith("*")) + ("K", "STRIDE", "STRIDE_K")
-    flags = dict(HAS_SCALE=False, HAS_FIRST=True, FIRST_SHARED=False, HAS_ORDER=True, HAS_SECOND=True, SECOND_SHARED=False)
+    flags = dict(
+        HAS_SCALE=False, HAS_FIRST=True, FIRST_SHARED=False, HAS_ORDER=True, HAS_SECOND=True, SECOND_SHARED=False
+    )
     for width in (2048, 16384):
-        yield Case(f"plain {width}", triton_prologue.plain_kernel, floats, flags | dict(WIDTH=width, HAS_ORDER=False), aligned,
-                   4 if width <= 4096 else 8)  # fmt: skip
+        yield Case(
+            f"plain {width}",
+            triton_prologue.plain_kernel,
+            floats,
+            flags | dict(WIDTH=width, HAS_ORDER=False),
+            aligned,
+            4 if width <= 4096 else 8,
+        )
     for block in (64, 128):
         warps = 4 if block <= 64 else 8
-        yield Case(f"little B={block}", triton_prologue.little_kernel, floats, flags | dict(B=block, CHUNK=2048), aligned, warps)
+        yield Case(
+            f"little B={block}",
+            triton_prologue.little_kernel,
+            floats,
+            flags | dict(B=block, CHUNK=2048),
+            aligned,
+            warps,
+        )
         much = flags | dict(BM=triton_prologue.TILE_ROWS, B=block, DEPTH=4096 // block, STRIDE_M=1, WHOLE=True)
         for name, dtype in (("first", "*bf16"), ("first of fp32", "*fp32")):
-            yield Case(f"{name} B={block}", triton_prologue.first_kernel, floats | {"x_ptr": dtype}, much, aligned, warps, contract=False)
+            yield Case(
+                f"{name} B={block}",
+                triton_prologue.first_kernel,
+                floats | {"x_ptr": dtype},
+                much,
+                aligned,
+                warps,
+                contract=False,
+            )
         yield Case(f"second B={block}", triton_prologue.second_kernel, floats, much, aligned, warps, contract=False)
-    few = dict(x_ptr="*bf16", w_ptr="*bf16", cos_ptr="*bf16", sin_ptr="*bf16", q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", mask_ptr="*bf16",
-               out_ptr="*bf16", parts_ptr="*fp32", sums_ptr="*fp32", scale="fp32",
-               **dict.fromkeys(("rows", "outputs", "k", "keys", "length", "heads", "cb", "ct", "sb", "st", "kb", "kt", "vb", "vt", "mb"), "i32"))  # fmt: skip
+    few = dict(
+        x_ptr="*bf16",
+        w_ptr="*bf16",
+        cos_ptr="*bf16",
+        sin_ptr="*bf16",
+        q_ptr="*bf16",
+        k_ptr="*bf16",
+        v_ptr="*bf16",
+        mask_ptr="*bf16",
+        out_ptr="*bf16",
+        parts_ptr="*fp32",
+        sums_ptr="*fp32",
+        scale="fp32",
+        **dict.fromkeys(
+            ("rows", "outputs", "k", "keys", "length", "heads", "cb", "ct", "sb", "st", "kb", "kt", "vb", "vt", "mb"),
+            "i32",
+        ),
+    )
     aligned_few = tuple(few.keys() - {"rows", "length", "heads", "keys", "mb", "scale"})
     for name, shape, pair in (("gated", GATED, True), ("parts", DEEP, False), ("rotated", TURNED, True)):
-        sizes = dict(SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128)
+        sizes = dict(
+            SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128
+        )
         kernel = triton_few.rotated_kernel if name == "rotated" else triton_few.few_kernel
-        yield Case(f"few {name}", kernel, few | ({} if pair else {"out_ptr": "*fp32"}), sizes, aligned_few, shape.warps, shape.stages)
+        yield Case(
+            f"few {name}",
+            kernel,
+            few | ({} if pair else {"out_ptr": "*fp32"}),
+            sizes,
+            aligned_few,
+            shape.warps,
+            shape.stages,
+        )
     sizes = dict(DIM=256, KEYS=64, MASK=True)
     yield Case("attend few", triton_attention._attend_part, few, sizes | dict(ROWS=16), aligned_few)
     for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8)):
@@ -103,11 +209,16 @@ def compile_case(case: Case, sm: int) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     registers, spilled = _ptxas(ptx)
     return {
-        "kernel": case.name, "sm": sm, "registers": registers, "spilled_bytes": spilled,
-        "shared_kib": round(compiled.metadata.shared / 1024, 1), "fits": compiled.metadata.shared <= SHARED_LIMIT_KIB[sm] * 1024,
+        "kernel": case.name,
+        "sm": sm,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_kib": round(compiled.metadata.shared / 1024, 1),
+        "fits": compiled.metadata.shared <= SHARED_LIMIT_KIB[sm] * 1024,
         "int8_mma": sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)\S*s32\.s8\.s8", ptx))),
-        "fma": len(re.findall(r"\bfma\.rn", ptx)), "async_16_byte_loads": ptx.count("cp.async.cg.shared.global"),
-    }  # fmt: skip
+        "fma": len(re.findall(r"\bfma\.rn", ptx)),
+        "async_16_byte_loads": ptx.count("cp.async.cg.shared.global"),
+    }
 
 
 def _ptxas(ptx: str) -> tuple[int, int]:
@@ -115,7 +226,9 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        for ptxas in sorted((Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")):  # the first may be too old
+        for ptxas in sorted(
+            (Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")
+        ):  # the first may be too old
             command = [ptxas, "-v", f"--gpu-name={target}", path, "-o", path.with_suffix(".cubin")]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
@@ -141,8 +254,11 @@ def main() -> None:
                 continue
             rows.append(compile_case(case, sm))
             row = rows[-1]
-            print(f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  shared {row['shared_kib']:>5} KiB  "
-                  f"fma {row['fma']:>4}  cp.async {row['async_16_byte_loads']:>3}  {','.join(row['int8_mma'])}", flush=True)  # fmt: skip
+            print(
+                f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  shared {row['shared_kib']:>5} KiB  "
+                f"fma {row['fma']:>4}  cp.async {row['async_16_byte_loads']:>3}  {','.join(row['int8_mma'])}",
+                flush=True,
+            )
     print(json.dumps({"triton": triton.__version__, "kernels": rows}))
 
 

@@ -40,7 +40,9 @@ def calibration_file(tmp_path_factory) -> Path:
         )
         for _ in range(8)
     ]
-    return write_demonstrations(tmp_path_factory.mktemp("calibration") / "calibration.npz", observations, "random, for tests")
+    return write_demonstrations(
+        tmp_path_factory.mktemp("calibration") / "calibration.npz", observations, "random, for tests"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,15 +53,23 @@ def tiny_experiment(tmp_path_factory, calibration_file: Path) -> Path:
     words = sorted(set("pick up the alphabet soup cream cheese and place it in basket".split()))
     (directory / "tokenizer.json").write_text(json.dumps({"type": "words", "words": words}))
     config = directory / "tiny.yaml"
-    config.write_text(yaml.safe_dump({
-        "suite": "libero_object",
-        "tasks": [0, 1],
-        "episodes_per_task": 3,
-        "max_steps": 15,
-        "policy": {"type": "pi05", "untrained": {"config": "config.json", "seed": 0}},
-        "quant": {"layout": "llm", "block_size": 16, "calibration": {"path": str(calibration_file), "samples": 4}},
-        "backends": ["baseline", "fake"],
-        "videos": 0,
-        "tracking": {"mode": "disabled"},
-    }))
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "suite": "libero_object",
+                "tasks": [0, 1],
+                "episodes_per_task": 3,
+                "max_steps": 15,
+                "policy": {"type": "pi05", "untrained": {"config": "config.json", "seed": 0}},
+                "quant": {
+                    "layout": "llm",
+                    "block_size": 16,
+                    "calibration": {"path": str(calibration_file), "samples": 4},
+                },
+                "backends": ["baseline", "fake"],
+                "videos": 0,
+                "tracking": {"mode": "disabled"},
+            }
+        )
+    )
     return config

@@ -45,4 +45,8 @@ def assert_same(kernels, x, codes, bits, group_size, seed=0):
         for b in (None, bias):
             for dtype in (torch.float32, torch.bfloat16):
                 expected = epilogue(acc, s_x, s_w, b).to(dtype)
-                assert torch.equal(kernel.matmul(x, s_x, packed, s_w, b, dtype), expected), (kernel.name, b is None, dtype)
+                assert torch.equal(kernel.matmul(x, s_x, packed, s_w, b, dtype), expected), (
+                    kernel.name,
+                    b is None,
+                    dtype,
+                )

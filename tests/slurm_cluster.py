@@ -76,12 +76,25 @@ def slurm(directory: Path):
     os.environ["SLURM_CONF"] = str(conf)
     m = directory / "munge"
     try:
-        _call("munged", f"--key-file={key}", f"--socket={m}/s", f"--pid-file={directory}/munged.pid",
-              f"--log-file={directory}/log/munged.log", f"--seed-file={m}/seed", "--force")  # fmt: skip
+        _call(
+            "munged",
+            f"--key-file={key}",
+            f"--socket={m}/s",
+            f"--pid-file={directory}/munged.pid",
+            f"--log-file={directory}/log/munged.log",
+            f"--seed-file={m}/seed",
+            "--force",
+        )
         _call("slurmctld", "-c")
         start_node("n1")
         start_node("n2")
-        wait_for(lambda: set(subprocess.run(["sinfo", "-h", "-o", "%t"], capture_output=True, text=True).stdout.split()) == {"idle"}, 30)
+        wait_for(
+            lambda: (
+                set(subprocess.run(["sinfo", "-h", "-o", "%t"], capture_output=True, text=True).stdout.split())
+                == {"idle"}
+            ),
+            30,
+        )
         yield directory
     finally:
         subprocess.run(["scancel", "--full", "--signal=KILL", f"--user={user}"], capture_output=True, timeout=20)

@@ -29,9 +29,13 @@ class StockEpisodes:
 
         record = libero.task_record(suite, task)
         bddl = Path(get_libero_path("bddl_files")) / record.problem_folder / record.bddl_file
-        self._renderer = contextlib.nullcontext if render else functools.partial(
-            mock.patch.object, MjRenderContext, "_set_mujoco_context_and_buffers", _upload_nothing
-        )  # fmt: skip
+        self._renderer = (
+            contextlib.nullcontext
+            if render
+            else functools.partial(
+                mock.patch.object, MjRenderContext, "_set_mujoco_context_and_buffers", _upload_nothing
+            )
+        )
         with self._renderer():
             self.control = envs.OffScreenRenderEnv(
                 bddl_file_name=str(bddl), camera_heights=resolution, camera_widths=resolution, use_camera_obs=render

@@ -105,9 +105,7 @@ def episode(suite: str, task: int, init: int, arm: str, flipped: bool, error: bo
 
 
 def arm_meta(arm: str, label: str) -> dict:
-    names = [
-        f"paligemma.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
-    ]
+    names = [f"paligemma.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
     meta = {
         "label": label,
         "control": arm == "aa",

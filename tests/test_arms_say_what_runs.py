@@ -37,10 +37,17 @@ def load(checkpoint, tmp_path_factory, monkeypatch):
     def loading(backends, calibration=None, on_failure="refuse", **quant):
         if calibration:
             quant["calibration"] = {"path": calibration, "samples": 4}
-        experiment = Experiment.model_validate({
-            "name": "x", "suite": "libero_object", "tasks": [0], "policy": {"type": "pi05", "checkpoint": checkpoint},
-            "quant": {"method": "rtn", "layout": "llm", **quant}, "backends": backends, "on_failure": on_failure,
-        })  # fmt: skip
+        experiment = Experiment.model_validate(
+            {
+                "name": "x",
+                "suite": "libero_object",
+                "tasks": [0],
+                "policy": {"type": "pi05", "checkpoint": checkpoint},
+                "quant": {"method": "rtn", "layout": "llm", **quant},
+                "backends": backends,
+                "on_failure": on_failure,
+            }
+        )
         said: list[str] = []
         return arms.load_arms(experiment, experiment.arms(), said.append)[1], said
 
@@ -70,7 +77,10 @@ def test_a_real_kernel_s_memory_is_measured_beside_bf16_and_its_witness_is_heard
     heard = []
     hear = arms.hear_witness
     monkeypatch.setattr(arms, "hear_witness", lambda *a: heard.append(a[3]) or hear(*a))
-    meta, _ = load(["fake", "cpu_int4"], calibration=write_demonstrations(tmp_path / "seen.npz", observations(4), "random, for tests"))
+    meta, _ = load(
+        ["fake", "cpu_int4"],
+        calibration=write_demonstrations(tmp_path / "seen.npz", observations(4), "random, for tests"),
+    )
     memory = {name: found["memory"] for name, found in meta.items()}
     assert memory["cpu_int4"]["weight_bytes"] * 4 == memory["cpu_int4"]["bf16_bytes"] == memory["fake"]["bf16_bytes"]
     assert memory["fake"]["ratio"] > 2 and memory["cpu_int4"]["ratio"] < 0.36

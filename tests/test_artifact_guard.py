@@ -82,9 +82,7 @@ def test_any_damaged_byte_is_refused(path, tmp_path):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = random.Random(0)
-    places = [rng.randrange(header) for _ in range(60)] + [
-        rng.randrange(header, len(whole)) for _ in range(60)
-    ]
+    places = [rng.randrange(header) for _ in range(60)] + [rng.randrange(header, len(whole)) for _ in range(60)]
     for place in places + [0, 7, 8, header - 1, header, len(whole) - 1]:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.randrange(8)
@@ -157,9 +155,7 @@ def test_altered_with_a_matching_header_but_no_hash(path, tmp_path):
         header = file.metadata()
     meta = json.loads(header["qlibero"])
     meta["spec"]["alpha"] = 0.9
-    save_file(
-        load_file(path), tmp_path / "edited.safetensors", metadata=header | {"qlibero": json.dumps(meta)}
-    )
+    save_file(load_file(path), tmp_path / "edited.safetensors", metadata=header | {"qlibero": json.dumps(meta)})
     with pytest.raises(GuardRefusal, match="altered after it was written"):
         load(tmp_path / "edited.safetensors")
 
@@ -172,9 +168,7 @@ def test_a_layer_list_that_does_not_fit_the_model_is_refused(policy, path):
 
 
 def test_a_backend_that_cannot_do_a_layer_says_which(policy, quant, tmp_path):
-    artifact = ensure_artifact(
-        policy, quant.model_copy(update={"weight_bits": 8, "method": "rtn"}), tmp_path
-    ).artifact
+    artifact = ensure_artifact(policy, quant.model_copy(update={"weight_bits": 8, "method": "rtn"}), tmp_path).artifact
     with pytest.raises(UserError, match=r"cpu_int4 cannot run .*q_proj .*packs int4"):
         quantize_policy(policy, artifact, "cpu_int4")
 
@@ -236,9 +230,7 @@ def test_inspect_sorts_compares_and_hints(policy, quant, path):
     measured = [r["sqnr_db"] for r in document["layers"] if r["sqnr_db"] is not None]
     assert len(document["layers"]) == 21 and len(measured) == 16 and measured == sorted(measured)
     assert document["hint"][0]["layer"] == document["layers"][0]["layer"]
-    assert (
-        document["diff"]["settings"]["method"] == ["duquant", "rtn"] and len(document["diff"]["layers"]) == 21
-    )
+    assert document["diff"]["settings"]["method"] == ["duquant", "rtn"] and len(document["diff"]["layers"]) == 21
     assert document["diff"]["layers"][0]["change_db"] < 0
     for column in SORTS:
         assert len(inspect_artifact(path, sort=column)["layers"]) == 21

@@ -34,8 +34,13 @@ def test_without_limits_the_machine_is_ours_and_its_page_cache_counts_as_free(tm
 
 
 def test_a_container_of_cgroup_2(tmp_path):
-    files = {"cgroup.controllers": "cpu memory", "memory.max": str(16 * GIB), "memory.current": str(6 * GIB),
-             "memory.stat": f"anon 1\ninactive_file {2 * GIB}\n", "cpu.max": "350000 100000\n"}  # fmt: skip
+    files = {
+        "cgroup.controllers": "cpu memory",
+        "memory.max": str(16 * GIB),
+        "memory.current": str(6 * GIB),
+        "memory.stat": f"anon 1\ninactive_file {2 * GIB}\n",
+        "cpu.max": "350000 100000\n",
+    }
     found = capacity({}, machine(tmp_path, "0::/\n", **files), affinity=64)
     assert (found.cores, gib(found.memory_gb), gib(found.free_gb)) == (3, 16, 12)
     assert "cgroup quota" in found.why and "cgroup limit" in found.why
@@ -44,23 +49,38 @@ def test_a_container_of_cgroup_2(tmp_path):
 
 def test_a_limit_of_a_parent_binds_its_children(tmp_path):
     """Slurm limits the job, and the step inside it says `max`."""
-    files = {"cgroup.controllers": "cpu memory", "slurm/job_7/memory.max": str(8 * GIB), "slurm/job_7/memory.current": str(GIB),
-             "slurm/job_7/cpu.max": "max 100000", "slurm/job_7/step_0/memory.max": "max"}  # fmt: skip
+    files = {
+        "cgroup.controllers": "cpu memory",
+        "slurm/job_7/memory.max": str(8 * GIB),
+        "slurm/job_7/memory.current": str(GIB),
+        "slurm/job_7/cpu.max": "max 100000",
+        "slurm/job_7/step_0/memory.max": "max",
+    }
     found = capacity({}, machine(tmp_path, "0::/slurm/job_7/step_0\n", **files), affinity=32)
     assert (found.cores, gib(found.memory_gb), gib(found.free_gb)) == (32, 8, 7)
 
 
-@pytest.mark.parametrize("path", ["/docker/abc", "/"])   # the path of the host, as a container without its own namespace sees it
+@pytest.mark.parametrize(
+    "path", ["/docker/abc", "/"]
+)  # the path of the host, as a container without its own namespace sees it
 def test_a_container_of_cgroup_1(tmp_path, path):
-    files = {"memory/memory.limit_in_bytes": str(10 * GIB), "memory/memory.usage_in_bytes": str(2 * GIB),
-             "memory/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB}\n",
-             "cpu,cpuacct/cpu.cfs_quota_us": "400000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}  # fmt: skip
+    files = {
+        "memory/memory.limit_in_bytes": str(10 * GIB),
+        "memory/memory.usage_in_bytes": str(2 * GIB),
+        "memory/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB}\n",
+        "cpu,cpuacct/cpu.cfs_quota_us": "400000",
+        "cpu,cpuacct/cpu.cfs_period_us": "100000",
+    }
     found = capacity({}, machine(tmp_path, f"4:memory:{path}\n3:cpu,cpuacct:{path}\n0::/\n", **files), affinity=16)
     assert (found.cores, gib(found.memory_gb), gib(found.free_gb)) == (4, 10, 9)
 
 
 def test_unlimited_cgroups_of_version_1_limit_nothing(tmp_path):
-    files = {"memory/memory.limit_in_bytes": str(2**63 - 4096), "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
+    files = {
+        "memory/memory.limit_in_bytes": str(2**63 - 4096),
+        "cpu/cpu.cfs_quota_us": "-1",
+        "cpu/cpu.cfs_period_us": "100000",
+    }
     found = capacity({}, machine(tmp_path, "4:memory:/\n3:cpu:/\n", **files), affinity=16)
     assert (found.cores, gib(found.memory_gb)) == (16, 256)
 
@@ -71,10 +91,10 @@ def test_unlimited_cgroups_of_version_1_limit_nothing(tmp_path):
         ({"SLURM_CPUS_PER_TASK": "16", "SLURM_MEM_PER_NODE": str(24 * 1024)}, 16, 24, "Slurm's --mem"),
         ({"SLURM_CPUS_PER_TASK": "4", "SLURM_MEM_PER_CPU": "2048"}, 4, 8, "Slurm's --mem"),
         ({"SLURM_CPUS_PER_TASK": "16", "SLURM_MEM_PER_NODE": "0"}, 16, 64, "its share of 64 cores"),
-        ({"SLURM_CPUS_PER_TASK": "128"}, 64, 256, "the machine"),       # hyperthreads it was promised and does not see
-        ({"QLIBERO_CORES": "32"}, 32, 128, "its share of 64 cores"),    # one of two shards of a local sweep
+        ({"SLURM_CPUS_PER_TASK": "128"}, 64, 256, "the machine"),  # hyperthreads it was promised and does not see
+        ({"QLIBERO_CORES": "32"}, 32, 128, "its share of 64 cores"),  # one of two shards of a local sweep
     ],
-)  # fmt: skip
+)
 def test_what_a_scheduler_granted_counts_also_where_it_is_not_enforced(tmp_path, environ, cores, memory, why):
     found = capacity(environ, machine(tmp_path), affinity=64)
     assert (found.cores, gib(found.memory_gb)) == (cores, memory) and why in found.why
@@ -86,5 +106,7 @@ def test_as_many_simulators_as_fit_and_the_reason_goes_with_the_number():
     assert auto.workers == 9 and "GB free" in auto.why and "Slurm's --mem" in auto.why and auto.short is None
     assert simulators("auto", 4, small).workers == 4 and simulators("auto", 4, small).why == "4 episodes"
     asked = simulators(12, 1000, small)
-    assert asked.workers == 12 and "12 simulators need 30 GB and 22.6 GB are free" in asked.short   # their choice, but said
-    assert simulators("auto", 5, Capacity(2, 1.0, 0.5, "")).workers == 1   # one must try: it may be enough
+    assert (
+        asked.workers == 12 and "12 simulators need 30 GB and 22.6 GB are free" in asked.short
+    )  # their choice, but said
+    assert simulators("auto", 5, Capacity(2, 1.0, 0.5, "")).workers == 1  # one must try: it may be enough

@@ -27,9 +27,7 @@ from qlibero.policies.pi05.verify import verify_checkpoint
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 WORDS = WordTokenizer(
     sorted(
-        {w for p in PROMPTS for w in split_words(p)}
-        | {"task", "state", "action"}
-        | {str(i) for i in range(-1, 256)}
+        {w for p in PROMPTS for w in split_words(p)} | {"task", "state", "action"} | {str(i) for i in range(-1, 256)}
     )
 )
 
@@ -63,9 +61,7 @@ def openpi(path: Path, *, tied: bool = False) -> Path:
     state = {name: t.clone().bfloat16() for name, t in random_model(siglip_config()).state_dict().items()}
     if tied:
         state["paligemma_with_expert.paligemma.lm_head.weight"] = state.pop(EMBEDDING)
-        state["paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.zeros(
-            300, 48, dtype=torch.bfloat16
-        )
+        state["paligemma_with_expert.gemma_expert.lm_head.weight"] = torch.zeros(300, 48, dtype=torch.bfloat16)
     assets = path / "assets" / "physical-intelligence" / "libero"
     assets.mkdir(parents=True)
     save_file(state, path / "model.safetensors")
@@ -151,9 +147,7 @@ def test_lerobot_directory_is_the_same_network(tmp_path):
     theirs, same = lerobot(tmp_path / "a" / "c"), openpi(tmp_path / "b" / "c")
     policy = load(theirs, profile="lerobot-0.6")
     reference = load(same, profile="openpi-state").model.state_dict()
-    assert all(
-        torch.equal(t.bfloat16().float(), reference[name]) for name, t in policy.model.state_dict().items()
-    )
+    assert all(torch.equal(t.bfloat16().float(), reference[name]) for name, t in policy.model.state_dict().items())
     assert policy.noise_shape == (10, 32) and ask(policy).shape == (1, 10, 7)
 
 
@@ -174,9 +168,7 @@ def test_the_profile_changes_the_answer_and_is_never_guessed(tmp_path):
     path = lerobot(tmp_path / "c")
     with pytest.raises(UserError, match="lerobot-0.4 or lerobot-0.6"):
         load(path)
-    assert (
-        np.abs(ask(load(path, profile="lerobot-0.4")) - ask(load(path, profile="lerobot-0.6"))).max() > 1e-4
-    )
+    assert np.abs(ask(load(path, profile="lerobot-0.4")) - ask(load(path, profile="lerobot-0.6"))).max() > 1e-4
     with pytest.raises(UserError, match="is for openpi checkpoints"):
         load(path, profile="openpi")
 
@@ -206,9 +198,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed(tmp_path):
     ):
         assert word in str(error.value)
     report = verify_checkpoint(path)
-    assert (
-        not report["ok"] and report["missing"] == ["action_out_proj.bias"] and report["extra"] == ["surprise"]
-    )
+    assert not report["ok"] and report["missing"] == ["action_out_proj.bias"] and report["extra"] == ["surprise"]
 
 
 def test_non_finite_tensors_are_refused(tmp_path):

@@ -23,9 +23,7 @@ def config(tmp_path_factory) -> Pi05:
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("c")
     words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
-    write_checkpoint(
-        path, random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer=words.to_json()
-    )
+    write_checkpoint(path, random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer=words.to_json())
     return Pi05(type="pi05", checkpoint=path)
 
 

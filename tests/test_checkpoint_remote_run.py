@@ -71,9 +71,9 @@ def test_a_served_quantized_policy_gives_the_same_episodes(tiny_experiment: Path
         try:
             deadline = time.monotonic() + 240
             while not ready.exists():
-                assert server.poll() is None and time.monotonic() < deadline, (
-                    tmp_path / "server.log"
-                ).read_text()[-3000:]
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()[
+                    -3000:
+                ]
                 time.sleep(0.2)
             settings = yaml.safe_load(tiny_experiment.read_text())
             settings["policy"] = {

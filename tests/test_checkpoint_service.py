@@ -120,11 +120,7 @@ def test_remote_answers_are_the_in_process_answers(policy):
         remote.close()
     assert np.array_equal(answer.actions, policy.infer(seen, z).actions)
     said = remote.provenance()
-    assert (
-        said["guarantees"]["noise"]
-        and not said["guarantees"]["kernel_attestation"]
-        and said["sha256"] == "0" * 64
-    )
+    assert said["guarantees"]["noise"] and not said["guarantees"]["kernel_attestation"] and said["sha256"] == "0" * 64
     assert json.dumps(said)
 
 
@@ -406,6 +402,4 @@ else:
         )
         assert done.returncode == 0, done.stderr
     out = np.load(tmp_path / "out.npz")
-    assert np.array_equal(out["a"], policy.infer([seen], z).actions[0]) and not np.array_equal(
-        out["a"], out["b"]
-    )
+    assert np.array_equal(out["a"], policy.infer([seen], z).actions[0]) and not np.array_equal(out["a"], out["b"])

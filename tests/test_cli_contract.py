@@ -61,7 +61,10 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
         (["ls", "planets"], "invalid choice: 'planets'"),
         (["config", "show"], "name a CONFIG"),
         (["compare", "nowhere"], "nowhere: no such run directory"),
-        (["serve", "x.yaml", "--set", "policy.checkpoint=.", "--arm", "fake"], "--arm fake: x.yaml has the arms baseline"),
+        (
+            ["serve", "x.yaml", "--set", "policy.checkpoint=.", "--arm", "fake"],
+            "--arm fake: x.yaml has the arms baseline",
+        ),
         (["export", "nowhere", "-o", "x.txt"], "ends in neither .csv nor .parquet"),
     ],
 )
@@ -111,11 +114,18 @@ def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monke
 @pytest.mark.parametrize(
     ("raised", "status"),
     [
-        (WorkFailed("disk full"), 1), (UserError("typo"), 2), (GuardRefusal("kernel lies"), 3), (KeyboardInterrupt(), 130),
-        (OSError(28, "No space left on device", "/x"), 1), (ZeroDivisionError("defect"), 1), (cli.Incomplete("errors", {"a": 1}), 1),
+        (WorkFailed("disk full"), 1),
+        (UserError("typo"), 2),
+        (GuardRefusal("kernel lies"), 3),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "/x"), 1),
+        (ZeroDivisionError("defect"), 1),
+        (cli.Incomplete("errors", {"a": 1}), 1),
     ],
-)  # fmt: skip
-def test_each_kind_of_failure_has_its_status(raised: BaseException, status: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+)
+def test_each_kind_of_failure_has_its_status(
+    raised: BaseException, status: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(args: Any) -> None:
         raise raised
 
@@ -140,7 +150,9 @@ def wait(args):
 commands.ls = wait
 print(cli.main(["ls", "suites"]))
 """
-    process = subprocess.Popen([sys.executable, "-c", sleeper], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", sleeper], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
@@ -154,7 +166,9 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
         assert done.returncode == 0 and done.stdout.startswith(f"usage: qlibero {' '.join(path)}".rstrip()), done.stderr
         parser = parser_of(path)
         for action in parser._actions:
-            assert action.help or isinstance(action, cli.argparse._SubParsersAction) or action.choices, f"{path}: {action.dest}"
+            assert action.help or isinstance(action, cli.argparse._SubParsersAction) or action.choices, (
+                f"{path}: {action.dest}"
+            )
 
     def parser_of(path: tuple[str, ...]) -> Any:
         parser = cli.build_parser()
@@ -163,15 +177,23 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
         return parser
 
     pages()
-    for word, command in next(a for a in cli.build_parser()._actions if isinstance(a, cli.argparse._SubParsersAction)).choices.items():
+    for word, command in next(
+        a for a in cli.build_parser()._actions if isinstance(a, cli.argparse._SubParsersAction)
+    ).choices.items():
         if not any(isinstance(a, cli.argparse._SubParsersAction) for a in command._actions):
             assert parser_of((word,)).description, word
     pages("run")
     imported = subprocess.run(
-        [sys.executable, "-c", "import sys, qlibero.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
-         "print([m for m in ('torch', 'mujoco', 'numpy', 'scipy', 'pydantic', 'rich', 'wandb') if m in sys.modules], file=sys.stderr)"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, qlibero.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'mujoco', 'numpy', 'scipy', 'pydantic', 'rich', 'wandb') if m in sys.modules], file=sys.stderr)",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert imported.stderr.strip() == "[]", "`--help` imports only what it needs"
     before = os.times()
     qlibero("--help")

@@ -67,7 +67,10 @@ backends: [baseline, fake]
         ("stop: {margin: .nan}", "7:8: stop.margin: should be a finite number (got nan)"),
         ("stop: {margin: 2}", "7:8: stop.margin: should be less than 1 (got 2)"),
         ("launch: {slurm: {tme: 1}}", "7:18: launch.slurm.tme: unknown key; did you mean time?"),
-        ("launch: {slurm: {time: 12:30:00}}\nvideos: many", "8:1: videos: should be 'all' or a whole number (got 'many')"),
+        (
+            "launch: {slurm: {time: 12:30:00}}\nvideos: many",
+            "8:1: videos: should be 'all' or a whole number (got 'many')",
+        ),
         ("tracking: [wandb, tensorbord]", "7:19: tracking.1: should be 'wandb' or 'trackio' (got 'tensorbord')"),
         ("retries: [1", "8:1: not valid YAML"),
         ("retries: !!python/name:os.system x", "7:10: tag !!python/name:os.system is not understood here"),
@@ -93,32 +96,56 @@ def test_one_mistake_one_line_with_its_place(tmp_path: Path, text: str, expected
         ({"policy": {"checkpoint": "w"}}, "policy", "say which type"),
         ({"policy": {"type": "pi05"}}, "policy", "give checkpoint: DIRECTORY"),
         ({"policy": {"type": "pi05", "checkpoint": "w", "untrained": {"config": "c"}}}, "policy.untrained", "not both"),
-        ({"policy": {"type": "pi05", "checkpoint": "w", "chekpoint": "w"}}, "policy.chekpoint", "did you mean checkpoint?"),
+        (
+            {"policy": {"type": "pi05", "checkpoint": "w", "chekpoint": "w"}},
+            "policy.chekpoint",
+            "did you mean checkpoint?",
+        ),
         ({"policy": {"type": "pi05", "untrained": {}}}, "policy.untrained.config", "is missing"),
-        ({"policy": {"type": "remote", "url": "http://x"}, "backends": ["baseline"]}, "policy.url", "does not look right"),
+        (
+            {"policy": {"type": "remote", "url": "http://x"}, "backends": ["baseline"]},
+            "policy.url",
+            "does not look right",
+        ),
         ({"policy": {"type": "remote", "url": "ws://x"}}, "backends.1", "only baseline and aa"),
         ({"quant": {"method": "duqant", "layout": "llm"}}, "quant.method", "did you mean duquant?"),
         ({"quant": {"method": "rtn"}}, "quant", "say which layers"),
         ({"quant": {"method": "rtn", "layout": "llm", "include": ["q"]}}, "quant.include", "not both"),
         ({"quant": {"method": "rtn", "include": ["q_proj", "("]}}, "quant.include.1", "not a regular expression"),
         ({"quant": {"method": "duquant", "layout": "llm"}}, "quant", "give calibration.path"),
-        ({"quant": {"method": "rtn", "layout": "llm", "weight_bits": 8, "activation_bits": 4}}, "quant.activation_bits", "W8A4"),
-        ({"quant": {"method": "rtn", "layout": "llm", "weight_bits": 3}}, "quant.weight_bits", "should be 4 or 8 (got 3)"),
-        ({"quant": {"method": "rtn", "layout": "llm", "per_layer_bits": {"down": 5}}}, "quant.per_layer_bits.down", "4, 8 or 16"),
+        (
+            {"quant": {"method": "rtn", "layout": "llm", "weight_bits": 8, "activation_bits": 4}},
+            "quant.activation_bits",
+            "W8A4",
+        ),
+        (
+            {"quant": {"method": "rtn", "layout": "llm", "weight_bits": 3}},
+            "quant.weight_bits",
+            "should be 4 or 8 (got 3)",
+        ),
+        (
+            {"quant": {"method": "rtn", "layout": "llm", "per_layer_bits": {"down": 5}}},
+            "quant.per_layer_bits.down",
+            "4, 8 or 16",
+        ),
         ({"quant": None}, "backends.1", "needs a quant section"),
         ({"backends": []}, "backends", "no arm is listed"),
         ({"backends": ["baseline", "fke"]}, "backends.1", "did you mean fake?"),
         ({"backends": ["fake", {"backend": "fake"}]}, "backends.1", "two arms are called fake"),
         ({"backends": [{"backend": "baseline", "quant": {}}]}, "backends.0.quant", "baseline is unquantized"),
         ({"backends": [{"backend": "fake", "quant": {"alfa": 1}}]}, "backends.0.quant.alfa", "did you mean alpha?"),
-        ({"backends": [{"backend": "fake", "quant": {"method": "duquant"}}]}, "backends.0.quant", "give calibration.path"),
+        (
+            {"backends": [{"backend": "fake", "quant": {"method": "duquant"}}]},
+            "backends.0.quant",
+            "give calibration.path",
+        ),
         ({"backends": [{"backend": "fake", "quant": {"layout": None}}]}, "backends.0.quant", "say which layers"),
         ({"backends": [{"name": "a/b", "backend": "fake"}]}, "backends.0.name", "does not look right"),
         ({"tasks": []}, "tasks", "no task is listed"),
         ({"tasks": [1, 1]}, "tasks.1", "listed twice"),
         ({"episodes_per_task": 51}, "episodes_per_task", "less than or equal to 50 (got 51)"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], where: str, what: str) -> None:
     lines = complaints(write(tmp_path, GOOD | change))
     assert any(where in line and what in line for line in lines), lines
@@ -141,7 +168,9 @@ def test_everything_wrong_is_told_at_once_through_extends_and_set(tmp_path: Path
 def test_files_that_are_no_yaml_are_refused_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00suite: x")
     (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+    )
     (tmp_path / "bomb.yaml").write_text(bomb)
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     (tmp_path / "list.yaml").write_text("- a\n")
@@ -175,7 +204,11 @@ def test_extends_merges_deeply_and_a_policy_of_another_type_inherits_nothing(tmp
     merged = load(write(tmp_path, {"extends": ["a.yaml", "b.yaml"], "quant": {"weight_bits": 4}}))
     assert (merged.quant.alpha, merged.quant.weight_bits, merged.quant.layout) == (0.75, 4, "llm")
     assert [arm.name for arm in merged.arms()] == ["baseline"]
-    other = load(write(tmp_path, {"extends": "a.yaml", "policy": {"type": "remote", "url": "ws://h:1"}, "backends": ["baseline"]}))
+    other = load(
+        write(
+            tmp_path, {"extends": "a.yaml", "policy": {"type": "remote", "url": "ws://h:1"}, "backends": ["baseline"]}
+        )
+    )
     assert other.policy.type == "remote"
 
 
@@ -191,8 +224,20 @@ def test_a_hash_stays_with_the_checkpoint_it_was_written_for(tmp_path: Path) -> 
 
 def test_yaml_means_what_it_looks_like() -> None:
     text = "{a: no, b: on, c: 1e-3, d: 010, e: 12:30:00, f: 0x10, g: ~, h: 1.5, i: true, j: 2026-11-23, k: '7', l: .5}"
-    assert parse(text) == {"a": "no", "b": "on", "c": 0.001, "d": 10, "e": "12:30:00", "f": 16, "g": None, "h": 1.5,
-                           "i": True, "j": "2026-11-23", "k": "7", "l": 0.5}  # fmt: skip
+    assert parse(text) == {
+        "a": "no",
+        "b": "on",
+        "c": 0.001,
+        "d": 10,
+        "e": "12:30:00",
+        "f": 16,
+        "g": None,
+        "h": 1.5,
+        "i": True,
+        "j": "2026-11-23",
+        "k": "7",
+        "l": 0.5,
+    }
 
 
 def test_merge_keys_keep_the_place_of_what_they_bring(tmp_path: Path) -> None:
@@ -204,40 +249,66 @@ def test_merge_keys_keep_the_place_of_what_they_bring(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- properties, not examples
 words = st.text(string.ascii_letters + string.digits + "._+-", min_size=1, max_size=12).filter(lambda s: s[0].isalnum())
-texts = st.sampled_from(["no", "on", "1e-3", "010", "~", "null", "true", "12:30:00", "0x1f", ".inf", "<<", "", " x", "a: b"]) | st.text(max_size=8)
+texts = st.sampled_from(
+    ["no", "on", "1e-3", "010", "~", "null", "true", "12:30:00", "0x1f", ".inf", "<<", "", " x", "a: b"]
+) | st.text(max_size=8)
 scalars = st.none() | st.booleans() | st.integers(-5, 60) | st.floats(allow_nan=False, width=32) | texts
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
+)
 quants = st.fixed_dictionaries(
     {"method": st.sampled_from(["rtn", "hadamard"]), "layout": st.sampled_from(["llm", "expert", "llm+expert"])},
     optional={
-        "alpha": st.floats(0, 1), "weight_clip": st.floats(0.01, 1), "group_size": st.none() | st.sampled_from([64, 128]),
-        "per_layer_bits": st.dictionaries(st.sampled_from(["down", "q_proj", "no", "1"]), st.sampled_from([4, 8, 16]), max_size=2),
+        "alpha": st.floats(0, 1),
+        "weight_clip": st.floats(0.01, 1),
+        "group_size": st.none() | st.sampled_from([64, 128]),
+        "per_layer_bits": st.dictionaries(
+            st.sampled_from(["down", "q_proj", "no", "1"]), st.sampled_from([4, 8, 16]), max_size=2
+        ),
         "exclude": st.lists(st.sampled_from(["lm_head", "^x$", "~"]), max_size=2),
     },
-)  # fmt: skip
+)
 experiments = st.fixed_dictionaries(
     {
         "name": words,
         "suite": st.sampled_from(["libero_object", "libero_goal"]),
         "policy": st.fixed_dictionaries(
             {"type": st.just("pi05"), "checkpoint": st.sampled_from(["/a/b", "/1e3", "/x y"])},
-            optional={"sha256": st.text("0123456789abcdef", min_size=64, max_size=64), "replan_steps": st.integers(1, 9)},
+            optional={
+                "sha256": st.text("0123456789abcdef", min_size=64, max_size=64),
+                "replan_steps": st.integers(1, 9),
+            },
         ),
         "quant": quants,
         "backends": st.lists(
-            st.sampled_from(["baseline", "fake", {"name": "010", "backend": "fake", "quant": {"activation_bits": 4}},
-                             {"name": "w8", "backend": "w8a8", "quant": {"weight_bits": 8, "include": ["q"]}}]),
-            min_size=1, max_size=3, unique_by=str,
+            st.sampled_from(
+                [
+                    "baseline",
+                    "fake",
+                    {"name": "010", "backend": "fake", "quant": {"activation_bits": 4}},
+                    {"name": "w8", "backend": "w8a8", "quant": {"weight_bits": 8, "include": ["q"]}},
+                ]
+            ),
+            min_size=1,
+            max_size=3,
+            unique_by=str,
         ),
     },
     optional={
         "tasks": st.just("all") | st.lists(st.integers(0, 9), min_size=1, unique=True),
-        "seed": st.integers(0, 2**32 - 1), "videos": st.just("all") | st.integers(0, 3),
+        "seed": st.integers(0, 2**32 - 1),
+        "videos": st.just("all") | st.integers(0, 3),
         "tracking": st.sampled_from([["wandb", "trackio"], [], "wandb", {"mode": "online", "entity": "no"}]),
         "stop": st.none() | st.fixed_dictionaries({"margin": st.floats(0.001, 0.5)}),
-        "launch": st.fixed_dictionaries({"slurm": st.fixed_dictionaries({"time": st.sampled_from(["12:30:00", "1-00:00:00"]), "setup": st.lists(texts, max_size=2)})}),
+        "launch": st.fixed_dictionaries(
+            {
+                "slurm": st.fixed_dictionaries(
+                    {"time": st.sampled_from(["12:30:00", "1-00:00:00"]), "setup": st.lists(texts, max_size=2)}
+                )
+            }
+        ),
     },
-)  # fmt: skip
+)
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -248,13 +319,20 @@ def test_resolved_yaml_loads_to_an_equal_experiment(tmp_path: Path, data: dict[s
     again = load(write(tmp_path, dump_resolved(experiment)))
     assert again == experiment
     assert again.arms() == experiment.arms()
-    assert [config_hash(again, arm) for arm in again.arms()] == [config_hash(experiment, arm) for arm in experiment.arms()]
+    assert [config_hash(again, arm) for arm in again.arms()] == [
+        config_hash(experiment, arm) for arm in experiment.arms()
+    ]
     assert dump_resolved(again) == dump_resolved(experiment)
 
 
 @relaxed
-@given(st.dictionaries(st.sampled_from([*Experiment.model_fields, "extends", "x"]), values, max_size=6), st.lists(texts, max_size=2))
-def test_whatever_is_written_the_answer_is_an_experiment_or_a_config_error(tmp_path: Path, data: dict[str, Any], sets: list[str]) -> None:
+@given(
+    st.dictionaries(st.sampled_from([*Experiment.model_fields, "extends", "x"]), values, max_size=6),
+    st.lists(texts, max_size=2),
+)
+def test_whatever_is_written_the_answer_is_an_experiment_or_a_config_error(
+    tmp_path: Path, data: dict[str, Any], sets: list[str]
+) -> None:
     try:
         load(write(tmp_path, GOOD | data), *sets)
     except ConfigError as error:
@@ -280,8 +358,17 @@ def test_the_hash_covers_what_decides_an_episode_and_nothing_else(tmp_path: Path
         return config_hash(other, other.arms()[0]), config_hash(other, other.arms()[1])
 
     same = (config_hash(base, baseline), config_hash(base, fake))
-    for free in ({"workers": 7}, {"videos": "all"}, {"retries": 0}, {"name": "other"}, {"tracking": []}, {"tasks": [1]},
-                 {"episodes_per_task": 3}, {"launch": {"processes": 4}}, {"stop": {}}):  # fmt: skip
+    for free in (
+        {"workers": 7},
+        {"videos": "all"},
+        {"retries": 0},
+        {"name": "other"},
+        {"tracking": []},
+        {"tasks": [1]},
+        {"episodes_per_task": 3},
+        {"launch": {"processes": 4}},
+        {"stop": {}},
+    ):
         assert hashes(**free) == same
     for decides in ({"seed": 8}, {"protocol": "openpi"}, {"max_steps": 9}, {"suite": "libero_goal"}):
         assert all(new != old for new, old in zip(hashes(**decides), same, strict=True))
@@ -295,10 +382,15 @@ def test_the_hash_covers_what_decides_an_episode_and_nothing_else(tmp_path: Path
 def test_the_forks_variables_override_and_are_announced(tmp_path: Path) -> None:
     heard: list[str] = []
     environ = {
-        "OPENPI_DUQUANT_WBITS_DEFAULT": "8", "OPENPI_DUQUANT_ABITS": "0", "OPENPI_DUQUANT_BLOCK": "16",
-        "OPENPI_DUQUANT_SCOPE": "paligemma_with_expert.gemma_expert.model.", "OPENPI_DUQUANT_LS": "0.15",
-        "OPENPI_DUQUANT_WBITS": "a.b.q_proj:8, a.b.k_proj:0", "OPENPI_DUQUANT_ABIT": "8", "OPENPI_DUQUANT_PACKDIR": "/p",
-    }  # fmt: skip
+        "OPENPI_DUQUANT_WBITS_DEFAULT": "8",
+        "OPENPI_DUQUANT_ABITS": "0",
+        "OPENPI_DUQUANT_BLOCK": "16",
+        "OPENPI_DUQUANT_SCOPE": "paligemma_with_expert.gemma_expert.model.",
+        "OPENPI_DUQUANT_LS": "0.15",
+        "OPENPI_DUQUANT_WBITS": "a.b.q_proj:8, a.b.k_proj:0",
+        "OPENPI_DUQUANT_ABIT": "8",
+        "OPENPI_DUQUANT_PACKDIR": "/p",
+    }
     quant = load(write(tmp_path, GOOD), "quant.block_size=32", environ=environ, heard=heard).quant
     assert (quant.weight_bits, quant.activation_bits, quant.layout) == (8, 16, None)
     assert quant.block_size == 32, "--set wins over the environment"
@@ -316,7 +408,9 @@ def test_the_forks_variables_override_and_are_announced(tmp_path: Path) -> None:
     assert load(write(tmp_path, GOOD | {"quant": None, "backends": ["baseline"]}), environ=environ).quant is None
 
 
-@pytest.mark.parametrize("value", [{"ABITS": "eight"}, {"WBITS": "x"}, {"ROW_ROT": "none"}, {"ABITS": "5"}, {"INCLUDE": "("}])
+@pytest.mark.parametrize(
+    "value", [{"ABITS": "eight"}, {"WBITS": "x"}, {"ROW_ROT": "none"}, {"ABITS": "5"}, {"INCLUDE": "("}]
+)
 def test_an_unreadable_variable_is_an_error_that_names_it(tmp_path: Path, value: dict[str, str]) -> None:
     environ = {f"OPENPI_DUQUANT_{key}": text for key, text in value.items()}
     assert any(next(iter(environ)) in line for line in complaints(write(tmp_path, GOOD), environ=environ))
@@ -361,7 +455,11 @@ def test_the_reference_page_is_what_the_schema_says() -> None:
 
     page = PAGE.read_text()
     assert page == renewed(page), "run `python -m qlibero.config.reference`"
-    models = {m for m in vars(schema).values() if isinstance(m, type) and issubclass(m, BaseModel) and m.__module__ == schema.__name__}
+    models = {
+        m
+        for m in vars(schema).values()
+        if isinstance(m, type) and issubclass(m, BaseModel) and m.__module__ == schema.__name__
+    }
     assert models - {schema.Frozen, schema.QuantOverrides} == set(SECTIONS.values())
     for variable in HONOURED:
         assert f"`OPENPI_DUQUANT_{variable}`" in page or f"`_{variable}`" in page, variable
@@ -371,7 +469,9 @@ def test_editors_get_a_schema_that_describes_every_key() -> None:
     document = editor_schema()
     assert document["$defs"]["Backend"]["properties"]["backend"]["enum"] == list(known_backends())
     undescribed = [
-        f"{name}.{key}" for name, model in {"Experiment": document, **document["$defs"]}.items()
-        for key, value in model.get("properties", {}).items() if not value.get("description") and key != "type"
-    ]  # fmt: skip
+        f"{name}.{key}"
+        for name, model in {"Experiment": document, **document["$defs"]}.items()
+        for key, value in model.get("properties", {}).items()
+        if not value.get("description") and key != "type"
+    ]
     assert undescribed == []

@@ -38,9 +38,11 @@ def complaint(directory: Path, text: str) -> str:
 def test_every_combination_is_a_cell_in_the_files_order_with_a_lasting_id(tmp_path: Path) -> None:
     sweep = load(tmp_path, "grid:\n  suite: [libero_object, libero_goal]\n  quant.weight_bits: [4, 8]\n  seed: [7]\n")
     assert [cell.id for cell in sweep.cells] == [
-        "suite-libero_object.weight_bits-4.seed-7", "suite-libero_object.weight_bits-8.seed-7",
-        "suite-libero_goal.weight_bits-4.seed-7", "suite-libero_goal.weight_bits-8.seed-7",
-    ]  # fmt: skip
+        "suite-libero_object.weight_bits-4.seed-7",
+        "suite-libero_object.weight_bits-8.seed-7",
+        "suite-libero_goal.weight_bits-4.seed-7",
+        "suite-libero_goal.weight_bits-8.seed-7",
+    ]
     last = sweep.cells[-1]
     assert (last.experiment.suite, last.experiment.quant.weight_bits, last.experiment.seed) == ("libero_goal", 8, 7)
     assert last.experiment.name == f"study.{last.id}"
@@ -55,24 +57,41 @@ cells:
   w4a4: {quant.activation_bits: 4}
 """
     cells = {cell.id: cell.experiment for cell in load(tmp_path, text).cells}
-    assert list(cells) == ["suite-libero_object.weight_bits-4", "suite-libero_object.weight_bits-8",
-                           "suite-libero_goal.weight_bits-4", "suite-libero_10.weight_bits-4", "w4a4"]  # fmt: skip
+    assert list(cells) == [
+        "suite-libero_object.weight_bits-4",
+        "suite-libero_object.weight_bits-8",
+        "suite-libero_goal.weight_bits-4",
+        "suite-libero_10.weight_bits-4",
+        "w4a4",
+    ]
     assert cells["w4a4"].quant.activation_bits == 4 and cells["w4a4"].suite == "libero_object"
 
 
 def test_axes_of_arms_lists_and_files(tmp_path: Path) -> None:
     for name, width in (("a", 3), ("b", 5)):
         (tmp_path / f"{name}.yaml").write_text(f"policy: {{replan_steps: {width}, checkpoint: {name}}}\n")
-    sweep = load(tmp_path, "grid:\n  extends: [a.yaml, b.yaml]\n  backends: [[baseline, fake], [baseline, {name: x, backend: int_ref}]]\n")
+    sweep = load(
+        tmp_path,
+        "grid:\n  extends: [a.yaml, b.yaml]\n  backends: [[baseline, fake], [baseline, {name: x, backend: int_ref}]]\n",
+    )
     assert [cell.id for cell in sweep.cells] == [
-        "extends-a.backends-baseline+fake", "extends-a.backends-baseline+x", "extends-b.backends-baseline+fake", "extends-b.backends-baseline+x",
-    ]  # fmt: skip
+        "extends-a.backends-baseline+fake",
+        "extends-a.backends-baseline+x",
+        "extends-b.backends-baseline+fake",
+        "extends-b.backends-baseline+x",
+    ]
     last = sweep.cells[-1].experiment
-    assert last.policy.replan_steps == 5 and last.policy.checkpoint == tmp_path / "b" and last.arms()[1].backend == "int_ref"
+    assert (
+        last.policy.replan_steps == 5
+        and last.policy.checkpoint == tmp_path / "b"
+        and last.arms()[1].backend == "int_ref"
+    )
 
 
 def test_set_applies_to_every_cell_and_an_experiment_is_a_sweep_of_one(tmp_path: Path) -> None:
-    assert {cell.experiment.seed for cell in load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11").cells} == {11}
+    assert {
+        cell.experiment.seed for cell in load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11").cells
+    } == {11}
     (only,) = load(tmp_path, "seed: 3\n").cells
     assert (only.id, only.axes, only.experiment.seed) == ("study", (), 3)
 
@@ -80,16 +99,25 @@ def test_set_applies_to_every_cell_and_an_experiment_is_a_sweep_of_one(tmp_path:
 def test_what_set_makes_another_experiment_gets_another_name_and_the_rest_does_not(tmp_path: Path) -> None:
     def name(*sets: str, **environ: str) -> str:
         (tmp_path / "base.yaml").write_text(BASE)
-        return load_experiment(tmp_path / "base.yaml", sets, environ, announce=lambda line: None, check_files=False).name
+        return load_experiment(
+            tmp_path / "base.yaml", sets, environ, announce=lambda line: None, check_files=False
+        ).name
 
-    assert name() == name("workers=2", "episodes_per_task=3", "tasks=[1]", "backends=[baseline]", "tracking.mode=online") == "study"
+    assert (
+        name()
+        == name("workers=2", "episodes_per_task=3", "tasks=[1]", "backends=[baseline]", "tracking.mode=online")
+        == "study"
+    )
     assert name("suite=libero_goal", "workers=2", "quant.weight_bits=8") == "study.suite-libero_goal.weight_bits-8"
     assert name("policy.checkpoint=../my/weights") == "study.checkpoint-weights"
     assert name("suite=libero_goal", "name=mine") == "mine"
     assert name(OPENPI_DUQUANT_ABITS="4", OPENPI_DUQUANT_LS="0.15") == "study.activation_bits-4"
     assert name("quant=null", "backends=[baseline]", OPENPI_DUQUANT_PACKDIR="/x") == "study.quant-null"
     assert load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11").name == "study.seed-11"
-    assert load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11", "name=mine").cells[0].experiment.name == "mine.weight_bits-4"
+    assert (
+        load(tmp_path, "grid: {quant.weight_bits: [4, 8]}\n", "seed=11", "name=mine").cells[0].experiment.name
+        == "mine.weight_bits-4"
+    )
 
 
 def test_the_name_follows_exactly_what_the_hash_follows() -> None:
@@ -113,7 +141,10 @@ def test_long_ids_stay_short_and_distinct(tmp_path: Path) -> None:
         ("grid: {suite: [libero_goal, libero_gaol]}", "sweep.yaml:2:29: suite: should be"),
         ("grid: {suit: [libero_goal]}", "sweep.yaml:2:15: suit: unknown key; did you mean suite?"),
         ("grid: {quant.method.x: [1]}", "quant.method.x: quant.method is 'rtn', which has no keys of its own"),
-        ("grid: {seed: [1, 2]}\nexclude: [{sed: 1}]", "sweep.yaml:3:12: exclude.0.sed: is no axis of grid (seed); did you mean seed?"),
+        (
+            "grid: {seed: [1, 2]}\nexclude: [{sed: 1}]",
+            "sweep.yaml:3:12: exclude.0.sed: is no axis of grid (seed); did you mean seed?",
+        ),
         ("grid: {seed: [1, 2]}\nexclude: [{seed: 3}]", "sweep.yaml:3:11: exclude.0: matches no cell"),
         ("grid: {seed: [1]}\nexclude: [{seed: 1}]", "no cell is left"),
         ("grid: {seed: [1, 1]}", "two cells are called seed-1"),
@@ -133,11 +164,14 @@ def test_a_mistake_common_to_all_cells_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_one_table_can_be_continued_with_another() -> None:
-    tables = [load_experiment(CONFIGS / "experiments" / f"{name}.yaml", []) for name in ("compare_backends", "quantization_table", "methods")]
+    tables = [
+        load_experiment(CONFIGS / "experiments" / f"{name}.yaml", [])
+        for name in ("compare_backends", "quantization_table", "methods")
+    ]
     assert {(t.suite, t.episodes_per_task, t.tasks) for t in tables} == {("libero_spatial", 20, "all")}
     hashes: dict[str, str] = {}
     for table in tables:
-        for arm in table.arms():   # one name, one configuration: what a run directory asks of the arms it holds
+        for arm in table.arms():  # one name, one configuration: what a run directory asks of the arms it holds
             assert hashes.setdefault(arm.name, config_hash(table, arm)) == config_hash(table, arm), arm.name
     assert {arm.name for arm in tables[0].arms()} < {arm.name for arm in tables[1].arms()}
     assert len(set(hashes.values())) == len(hashes)

@@ -16,7 +16,14 @@ from qlibero.launch.capacity import Capacity
 from qlibero.launch.cuda_toolkit import Agreement, Toolkit
 from qlibero.sim.passport import Finding as PassportFinding
 
-GPU = {"index": "0", "uuid": "GPU-a", "name": "NVIDIA A40", "driver": "550.54.14", "memory_mib": "46068", "compute_capability": "8.6"}
+GPU = {
+    "index": "0",
+    "uuid": "GPU-a",
+    "name": "NVIDIA A40",
+    "driver": "550.54.14",
+    "memory_mib": "46068",
+    "compute_capability": "8.6",
+}
 SECOND = GPU | {"index": "1", "uuid": "GPU-b"}
 A40 = {"renderer": "NVIDIA A40/PCIe/SSE2"}
 LLVMPIPE = {"renderer": "llvmpipe (LLVM 15.0.6, 256 bits)"}
@@ -41,8 +48,18 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
     [
         (lambda: doctor.pins(PINS), "ok", "mujoco 3.2.3", ""),
         (lambda: doctor.pins(PINS | {"mujoco": "3.8.1"}), "fail", "3.8.1", "pip install mujoco==3.2.3"),
-        (lambda: doctor.pins({k: v for k, v in PINS.items() if k != "bddl"}), "fail", "not installed", "pip install bddl==1.0.1"),
-        (lambda: doctor.fork_variables({"OPENPI_DUQUANT_ABITS": "4"}), "warn", "will override quant", "unset OPENPI_DUQUANT_ABITS"),
+        (
+            lambda: doctor.pins({k: v for k, v in PINS.items() if k != "bddl"}),
+            "fail",
+            "not installed",
+            "pip install bddl==1.0.1",
+        ),
+        (
+            lambda: doctor.fork_variables({"OPENPI_DUQUANT_ABITS": "4"}),
+            "warn",
+            "will override quant",
+            "unset OPENPI_DUQUANT_ABITS",
+        ),
         (lambda: doctor.fork_variables({"PATH": "/bin"}), "ok", "no OPENPI_DUQUANT_*", ""),
         (lambda: doctor.ffmpeg(path="/nowhere"), "warn", "no ffmpeg", "--set videos=0"),
         (lambda: doctor.memory(Capacity(2, 2.0, 1.0, "")), "fail", "1.0 of 2.0 GB are free", "--mem"),
@@ -50,7 +67,12 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
         (lambda: doctor.memory(Capacity(16, 8.0, 8.0, "")), "warn", "3 simulators", "--mem"),
         (lambda: doctor.memory(Capacity(16, 64.0, 60.0, "")), "ok", "60.0 of 64.0 GB", ""),
         (lambda: doctor.cpus(Capacity(8, 9.0, 9.0, ""), 8), "ok", "8", ""),
-        (lambda: doctor.cpus(Capacity(1, 9.0, 9.0, "cores by a cgroup quota"), 8), "warn", "1 of the 8 that are shown (cores by a cgroup quota)", "--cpus"),
+        (
+            lambda: doctor.cpus(Capacity(1, 9.0, 9.0, "cores by a cgroup quota"), 8),
+            "warn",
+            "1 of the 8 that are shown (cores by a cgroup quota)",
+            "--cpus",
+        ),
         (lambda: doctor.driver([], None), "ok", "policies run on the CPU", ""),
         (lambda: doctor.driver([], "13.0"), "warn", "torch is built for CUDA 13.0", "nvidia-smi"),
         (lambda: doctor.driver([GPU], None), "warn", "torch is a CPU build", "pip install"),
@@ -60,10 +82,17 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
         (lambda: doctor.rendering(LLVMPIPE, []), "ok", "llvmpipe", ""),
         (lambda: doctor.rendering(LLVMPIPE, [GPU]), "warn", "although there is a GPU", "NVIDIA_DRIVER_CAPABILITIES"),
         (lambda: doctor.rendering(A40, [GPU])[1:], "warn", "share the only GPU", "MUJOCO_GL=osmesa"),
-        (lambda: doctor.rendering(A40, [GPU, SECOND])[1:], "warn", "although there are several", "MUJOCO_EGL_DEVICE_ID=1"),
+        (
+            lambda: doctor.rendering(A40, [GPU, SECOND])[1:],
+            "warn",
+            "although there are several",
+            "MUJOCO_EGL_DEVICE_ID=1",
+        ),
     ],
-)  # fmt: skip
-def test_each_state_of_the_machine_has_its_answer(answer: Any, status: str, found: str, cure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+)
+def test_each_state_of_the_machine_has_its_answer(
+    answer: Any, status: str, found: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     finding = one(answer())
@@ -78,7 +107,11 @@ def test_a_user_who_chose_another_egl_device_is_left_alone(monkeypatch: pytest.M
 
 def test_a_toolkit_that_disagrees_with_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.environment, "toolkit", lambda: Toolkit(Path("/cuda"), (), "pip packages"))
-    monkeypatch.setattr(doctor.environment, "agreement", lambda: Agreement((13, 0), (11, 8), None, "nvcc is 13.0 but cuda.h 11.8", "use one toolkit"))
+    monkeypatch.setattr(
+        doctor.environment,
+        "agreement",
+        lambda: Agreement((13, 0), (11, 8), None, "nvcc is 13.0 but cuda.h 11.8", "use one toolkit"),
+    )
     assert doctor.toolkit() == Finding("CUDA toolkit", "fail", "nvcc is 13.0 but cuda.h 11.8", "use one toolkit")
     monkeypatch.setattr(doctor.environment, "agreement", lambda: Agreement((13, 0), (13, 0), None, None, None))
     assert doctor.toolkit().status == "ok" and "13.0" in doctor.toolkit().found
@@ -88,7 +121,12 @@ def test_another_version_than_pinned_is_named(tmp_path: Path) -> None:
     assert doctor.lock(tmp_path).status == "warn"
     (tmp_path / "requirements.txt").write_text("# locked\nmujoco==3.2.3\nnumpy==1.0.0\n")
     finding = doctor.lock(tmp_path)
-    assert finding.status == "warn" and "numpy" in finding.found and "pinned 1.0.0" in finding.found and "mujoco" not in finding.found
+    assert (
+        finding.status == "warn"
+        and "numpy" in finding.found
+        and "pinned 1.0.0" in finding.found
+        and "mujoco" not in finding.found
+    )
     (tmp_path / "requirements.txt").write_text("mujoco==3.2.3\n")
     assert doctor.lock(tmp_path).status == "ok"
 
@@ -113,19 +151,32 @@ def test_wandb_is_never_a_failure_and_no_key_is_shown(monkeypatch: pytest.Monkey
 
 
 def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"backend": "baseline", "here": True}, {"backend": "fake", "here": True, "court": "reference", "runs_on": "cpu"},
-            {"backend": "cpu_int4", "here": True, "court": "unproven", "runs_on": "cpu"},
-            {"backend": "w8a8", "here": True, "court": "passed 3 shapes on x86", "runs_on": "cpu"}]  # fmt: skip
+    rows = [
+        {"backend": "baseline", "here": True},
+        {"backend": "fake", "here": True, "court": "reference", "runs_on": "cpu"},
+        {"backend": "cpu_int4", "here": True, "court": "unproven", "runs_on": "cpu"},
+        {"backend": "w8a8", "here": True, "court": "passed 3 shapes on x86", "runs_on": "cpu"},
+    ]
     monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows)
     untried, passed = doctor.kernels()
-    assert (untried.name, untried.status, untried.cure) == ("kernel cpu_int4", "warn", "qlibero kernels check --backend cpu_int4")
+    assert (untried.name, untried.status, untried.cure) == (
+        "kernel cpu_int4",
+        "warn",
+        "qlibero kernels check --backend cpu_int4",
+    )
     assert (passed.status, passed.cure) == ("ok", "")
     monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows[:2])
     assert one(doctor.kernels()).status == "warn"
 
 
 def test_the_passports_verdict_becomes_findings() -> None:
-    refused = SimpleNamespace(findings=(PassportFinding("refusal", "other physics", "setup"), PassportFinding("warning", "other CPU", "nothing")), renderer="r")
+    refused = SimpleNamespace(
+        findings=(
+            PassportFinding("refusal", "other physics", "setup"),
+            PassportFinding("warning", "other CPU", "nothing"),
+        ),
+        renderer="r",
+    )
     assert [f.status for f in doctor.passport(refused)] == ["fail", "warn"]
     assert one(doctor.passport(SimpleNamespace(findings=(), renderer="r"))).status == "ok"
 

@@ -52,22 +52,26 @@ def asked(policy) -> np.ndarray:
     return policy.infer(observations(2, seed=7), noises(2, policy.noise_shape, seed=7)).actions
 
 
-@pytest.mark.parametrize("changes", [
-    *({"method": method} for method in METHODS),
-    {"layout": "llm+expert", "group_size": 16}, {"layout": "llm+expert_mlp", "activation_bits": 4},
-    {"weight_search": True, "weight_clip": 0.9}, {"method": "weight_pca", "row_rotation": True},
-    {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
-    {"per_layer_bits": (("k_proj", 16), ("q_proj", 8), (r"layers\.1\.mlp", 16))}, {"activation_clip": 0.9},
-    {"layout": None, "include": (r"layers\.0\.mlp", "gemma_expert.*o_proj"), "method": "hadamard"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"method": method} for method in METHODS),
+        {"layout": "llm+expert", "group_size": 16},
+        {"layout": "llm+expert_mlp", "activation_bits": 4},
+        {"weight_search": True, "weight_clip": 0.9},
+        {"method": "weight_pca", "row_rotation": True},
+        {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
+        {"per_layer_bits": (("k_proj", 16), ("q_proj", 8), (r"layers\.1\.mlp", 16))},
+        {"activation_clip": 0.9},
+        {"layout": None, "include": (r"layers\.0\.mlp", "gemma_expert.*o_proj"), "method": "hadamard"},
+    ],
+    ids=str,
+)
 def test_actions_are_equal_bit_for_bit(policy, changes):
     artifact = made(policy, **changes)
     reference = asked(quantize_policy(policy, artifact, "int_ref"))
     for backend in BACKENDS:
-        kernels = {
-            x.name: "fake" if backend == "cpu_int4" and x.weight_bits == 8 else backend
-            for x in artifact.layers
-        }
+        kernels = {x.name: "fake" if backend == "cpu_int4" and x.weight_bits == 8 else backend for x in artifact.layers}
         assert np.array_equal(asked(quantize_policy(policy, artifact, kernels)), reference), backend
     assert not np.array_equal(reference, asked(policy))
 
@@ -133,9 +137,7 @@ def test_calibration_is_a_function_of_its_inputs_and_leaves_no_trace(policy):
     first, second = made(policy), made(policy)
     assert first.sha256 == second.sha256
     assert np.array_equal(asked(policy), before)
-    assert not any(m._forward_pre_hooks for m in policy.model.modules()) and "run_llm" not in vars(
-        policy.model
-    )
+    assert not any(m._forward_pre_hooks for m in policy.model.modules()) and "run_llm" not in vars(policy.model)
     assert made(policy, calibration_seed=1).sha256 != first.sha256
 
 
@@ -169,14 +171,10 @@ def test_corrections_undo_a_known_distortion(policy):
     assert temperatures(torch.tensor([1.0]), torch.tensor([1.1])) == [pytest.approx(1 / 1.1, abs=1e-5)]
     assert balance(1.0, 0.8) == pytest.approx(1.25, abs=1e-5) and balance(1.0, 1.02) == 1.0
     assert balance(1.0, 0.01) == pytest.approx(np.exp(OHB_LOG_CLIP), abs=1e-5)
-    artifact = made(
-        policy, atm=True, ohb=True, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn"
-    )
+    artifact = made(policy, atm=True, ohb=True, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn")
     plain = made(policy, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn")
     assert artifact.corrections and not plain.corrections
-    name, factors = next(
-        (n, f) for n, f in artifact.corrections.items() if n in {x.name for x in artifact.layers}
-    )
+    name, factors = next((n, f) for n, f in artifact.corrections.items() if n in {x.name for x in artifact.layers})
     rows = torch.tensor(factors).repeat_interleave(artifact.layer(name).out_features // len(factors))
     scaled, before = artifact.scales(name) / plain.scales(name), rows
     assert torch.allclose(scaled, before, rtol=0.01)  # the factors are in the scales (bfloat16)

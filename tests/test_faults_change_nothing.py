@@ -12,8 +12,11 @@ import fault_drill  # noqa: E402
 def test_a_local_sweep_that_is_hurt_ends_equal_to_one_that_is_not(tmp_path):
     """Without what needs root (a disk to fill), two minutes (a stopped worker), Slurm, or an artifact nobody else uses."""
     quota = {
-        fault_drill.WORKER_KILLED: 2, fault_drill.POLICY_KILLED: 1, fault_drill.LAUNCHER_KILLED: 1,
-        fault_drill.TORN: 2, fault_drill.SERVICE_KILLED: 1,
-    }  # fmt: skip
+        fault_drill.WORKER_KILLED: 2,
+        fault_drill.POLICY_KILLED: 1,
+        fault_drill.LAUNCHER_KILLED: 1,
+        fault_drill.TORN: 2,
+        fault_drill.SERVICE_KILLED: 1,
+    }
     drill = fault_drill.Drill(tmp_path, quota, tasks=(0,), episodes=4, seeds=(7,))
     assert drill.run() and drill.injected == quota

@@ -16,8 +16,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
     "kernels": set(),
     "results": set(),
-    "config": {"kernels"},   # load knows the backends' names
-    "policies": {"quant", "kernels"},   # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
+    "config": {"kernels"},  # load knows the backends' names
+    "policies": {
+        "quant",
+        "kernels",
+    },  # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
     "quant": {"kernels", "policies"},
     "rollout": {"policies", "sim", "quant", "results"},
     "tracking": {"results"},
@@ -76,7 +79,12 @@ def test_arrows_run_downward_only() -> None:
     rooms = [(here, path) for here, path in files() if here not in LEAVES | {"__init__"}]
     strangers = {here for here, _ in rooms} - set(MAY_IMPORT)
     assert not strangers, f"say in MAY_IMPORT where {strangers} stand"
-    wrong = [f"{path.relative_to(SOURCE)}: {name}" for here, path in rooms for name in imports(path) if not allowed(here, name)]
+    wrong = [
+        f"{path.relative_to(SOURCE)}: {name}"
+        for here, path in rooms
+        for name in imports(path)
+        if not allowed(here, name)
+    ]
     assert wrong == [], "imports against the arrows"
 
 
@@ -88,7 +96,9 @@ def test_leaves_and_the_schema_import_no_room() -> None:
 def test_the_allowed_arrows_have_no_unexpected_circle() -> None:
     """The one intended pair: an experiment asks launch.environment about its machine, launchers run experiments."""
     order: list[str] = []
-    rooms = {name: {to for to in allowed if to in MAY_IMPORT} for name, allowed in MAY_IMPORT.items() if "*" not in allowed}
+    rooms = {
+        name: {to for to in allowed if to in MAY_IMPORT} for name, allowed in MAY_IMPORT.items() if "*" not in allowed
+    }
     rooms["experiment"] = rooms["experiment"] - {"launch"}
     rooms["quant"] = rooms["quant"] - {"policies"}
     while rooms:
@@ -99,5 +109,9 @@ def test_the_allowed_arrows_have_no_unexpected_circle() -> None:
 
 
 def test_files_stay_readable() -> None:
-    long = {str(path.relative_to(SOURCE)): lines for _, path in files() if (lines := len(path.read_text().splitlines())) > 500}
+    long = {
+        str(path.relative_to(SOURCE)): lines
+        for _, path in files()
+        if (lines := len(path.read_text().splitlines())) > 500
+    }
     assert long == {}, "split by idea, not by length; but 500 lines is more than one idea"

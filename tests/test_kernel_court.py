@@ -96,8 +96,16 @@ class Dies(Liar):
             raise AttributeError("'Matmul' object has no attribute 'torch_func'") from cause
 
 
-LIES = (ColumnZeroEverywhere, RightFromSixteenTokens, SilentlyW4A16, WrongEpilogueOrder, SwapsNibbles, LeavesOutputUnwritten,
-        RoundsTheAccumulator, Dies)  # fmt: skip
+LIES = (
+    ColumnZeroEverywhere,
+    RightFromSixteenTokens,
+    SilentlyW4A16,
+    WrongEpilogueOrder,
+    SwapsNibbles,
+    LeavesOutputUnwritten,
+    RoundsTheAccumulator,
+    Dies,
+)
 
 
 def test_the_honest_kernel_passes():
@@ -191,7 +199,9 @@ class _Linear(nn.Module):
     def __init__(self, kernel, skips_activation_quantization=False):
         super().__init__()
         self.codes, scales = quantize_weights(torch.randn(SHAPE.n, SHAPE.k))
-        self.product = SimpleNamespace(kernel=kernel, packed=kernel.pack(self.codes), scales=scales, bias=torch.randn(SHAPE.n))
+        self.product = SimpleNamespace(
+            kernel=kernel, packed=kernel.pack(self.codes), scales=scales, bias=torch.randn(SHAPE.n)
+        )
         self._float = (self.codes * scales.unsqueeze(1)) if skips_activation_quantization else None
 
     def prepare(self, x):
@@ -271,8 +281,15 @@ def test_what_others_left_in_the_cache_is_passed_over():
     ours = list(court._cache_directory().glob("cpu_int4-*.json"))
     known = json.loads(ours[0].read_text())
     old = {key: value for key, value in known["facts"].items() if key != "processor"}
-    foreign = [{**known, "facts": old}, {**known, "facts": {**known["facts"], "processor": None}}, {**known, "facts": None},
-               {key: value for key, value in known.items() if key != "shape"}, {"reason": "old"}, [1], None]  # fmt: skip
+    foreign = [
+        {**known, "facts": old},
+        {**known, "facts": {**known["facts"], "processor": None}},
+        {**known, "facts": None},
+        {key: value for key, value in known.items() if key != "shape"},
+        {"reason": "old"},
+        [1],
+        None,
+    ]
     for i, entry in enumerate(foreign):
         ours[0].with_name(f"cpu_int4-{i}.json").write_text(json.dumps(entry))
     ours[0].with_name("cpu_int4-torn.json").write_bytes(b"\xff{")
@@ -286,7 +303,9 @@ def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatc
     with monkeypatch.context() as interpreted:
         interpreted.setenv("TRITON_INTERPRET", "1")
         for _ in range(2):
-            assert court.check(LAYERS, "cpu_int4")[0].verdict == "pass" and not court.check(LAYERS, "cpu_int4")[0].cached
+            assert (
+                court.check(LAYERS, "cpu_int4")[0].verdict == "pass" and not court.check(LAYERS, "cpu_int4")[0].cached
+            )
     assert court.standing("cpu_int4") == "unproven"
     assert not court.check(LAYERS, "cpu_int4")[0].cached
 

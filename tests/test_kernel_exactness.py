@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import assert_same, codes_for, tokens_for
 
 from qlibero.errors import UserError, WorkFailed
 from qlibero.kernels import load
@@ -27,7 +28,6 @@ from qlibero.kernels.fake import Fake, exact_width
 from qlibero.kernels.int_ref import IntRef
 from qlibero.kernels.packing import pack_khalf, unpack_khalf
 from qlibero.kernels.shapes import compact_layers, pi05_layers
-from kernel_cases import assert_same, codes_for, tokens_for
 
 quickly = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ODD = st.sampled_from((1, 2, 3, 7, 16, 17, 33, 65))  # row and column counts around the tiles' edges
@@ -35,8 +35,15 @@ ODD = st.sampled_from((1, 2, 3, 7, 16, 17, 33, 65))  # row and column counts aro
 
 # ---------------------------------------------------------------------------------------------------- equality
 @quickly
-@given(m=ODD, n=ODD, k8=st.integers(1, 40), bits=st.sampled_from((2, 4, 8)), kind=st.sampled_from(("random", "low", "alternating")),
-       activation_bits=st.sampled_from((4, 8)), seed=st.integers(0, 1000))  # fmt: skip
+@given(
+    m=ODD,
+    n=ODD,
+    k8=st.integers(1, 40),
+    bits=st.sampled_from((2, 4, 8)),
+    kind=st.sampled_from(("random", "low", "alternating")),
+    activation_bits=st.sampled_from((4, 8)),
+    seed=st.integers(0, 1000),
+)
 def test_every_cpu_backend_has_the_reference_s_integers(m, n, k8, bits, kind, activation_bits, seed):
     codes, x = codes_for(n, 8 * k8, bits, seed, kind), tokens_for(m, 8 * k8, activation_bits, seed, kind)
     kernels = [Fake(), load("w8a8")] + ([CpuInt4("fp32"), CpuInt4("int8")] if bits <= 4 else [])
@@ -44,7 +51,14 @@ def test_every_cpu_backend_has_the_reference_s_integers(m, n, k8, bits, kind, ac
 
 
 @quickly
-@given(m=ODD, n=ODD, groups=st.integers(1, 6), size=st.sampled_from((16, 64, 128)), bits=st.sampled_from((4, 8)), seed=st.integers(0, 1000))
+@given(
+    m=ODD,
+    n=ODD,
+    groups=st.integers(1, 6),
+    size=st.sampled_from((16, 64, 128)),
+    bits=st.sampled_from((4, 8)),
+    seed=st.integers(0, 1000),
+)
 def test_k_groups_are_added_in_ascending_order_everywhere(m, n, groups, size, bits, seed):
     codes, x = codes_for(n, groups * size, bits, seed), tokens_for(m, groups * size, 8, seed)
     kernels = [Fake(), load("w8a8")] + ([CpuInt4("fp32"), CpuInt4("int8")] if bits <= 4 else [])
@@ -104,7 +118,11 @@ def test_rounding_is_half_to_even_and_symmetric():
 
 
 @quickly
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40), st.sampled_from((4, 8)), st.sampled_from((1.0, 0.9)))
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40),
+    st.sampled_from((4, 8)),
+    st.sampled_from((1.0, 0.9)),
+)
 def test_activation_codes_follow_the_contract_to_the_letter(values, bits, clip):
     import numpy as np
 
@@ -143,7 +161,9 @@ def test_weight_codes_and_scales(bits, group_size):
     low, high = weight_range(bits)
     assert codes.min() >= low and codes.max() <= high
     step = scales.reshape(9, -1).repeat_interleave(group_size or 64, dim=1)
-    assert ((codes * step - w).abs() <= step * 0.57).all()  # half a step, and bf16's rounding of the scale at the top code
+    assert (
+        (codes * step - w).abs() <= step * 0.57
+    ).all()  # half a step, and bf16's rounding of the scale at the top code
 
 
 def test_a_searched_scale_is_never_worse_than_the_plain_one():

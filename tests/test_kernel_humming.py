@@ -33,7 +33,12 @@ class HummingLayer(nn.Module):
 
     def load_from_tensors(self, tensors):
         weight, scale = tensors["weight"], tensors["weight_scale"]
-        assert weight.shape == self.shape and weight.dtype == torch.int32 and 0 <= weight.min() and weight.max() < 2 * self.zero
+        assert (
+            weight.shape == self.shape
+            and weight.dtype == torch.int32
+            and 0 <= weight.min()
+            and weight.max() < 2 * self.zero
+        )
         assert scale.shape == (self.shape[0], 1) and scale.dtype == torch.bfloat16
         self.weight = nn.Parameter((weight - self.zero).to(torch.int8), requires_grad=False)
 
@@ -42,7 +47,9 @@ class HummingLayer(nn.Module):
 
     def forward(self, inputs, *, input_scale, compute_config):
         assert inputs.dtype == torch.int8 and inputs.is_contiguous()
-        assert input_scale.shape == (len(inputs), 1) and input_scale.dtype == torch.float32 and input_scale.is_contiguous()
+        assert (
+            input_scale.shape == (len(inputs), 1) and input_scale.dtype == torch.float32 and input_scale.is_contiguous()
+        )
         parts = 1 if json.loads(compute_config).get("use_batch_invariant") else 2
         y = 0
         for x, w in zip(inputs.chunk(parts, 1), self.weight.chunk(parts, 1), strict=True):

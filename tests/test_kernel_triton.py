@@ -24,7 +24,10 @@ with pytest.MonkeyPatch.context() as _patch:
     _patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     import triton.experimental.gluon  # noqa: F401  what a first launch imports; it looks at the variable too
+
     from qlibero.kernels import triton_gemm, triton_prologue
+
+from kernel_cases import assert_same, codes_for, tokens_for
 
 from qlibero.kernels import load
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations
@@ -34,7 +37,6 @@ from qlibero.kernels.shapes import compact_layers, pi05_layers
 from qlibero.kernels.trial import try_kernel
 from qlibero.kernels.triton_tiles import choose_tile
 from qlibero.quant.transform import InputTransform, Transform
-from kernel_cases import assert_same, codes_for, tokens_for
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -47,8 +49,13 @@ def triton_w4a8(monkeypatch):
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(m=st.sampled_from((1, 3, 16, 17, 33)), n=st.sampled_from((1, 5, 64, 70)), k8=st.integers(1, 24),
-       kind=st.sampled_from(("random", "low", "alternating")), seed=st.integers(0, 1000))  # fmt: skip
+@given(
+    m=st.sampled_from((1, 3, 16, 17, 33)),
+    n=st.sampled_from((1, 5, 64, 70)),
+    k8=st.integers(1, 24),
+    kind=st.sampled_from(("random", "low", "alternating")),
+    seed=st.integers(0, 1000),
+)
 def test_triton_has_the_reference_s_integers(triton_w4a8, m, n, k8, kind, seed):
     assert_same([triton_w4a8], tokens_for(m, 8 * k8, 8, seed, kind), codes_for(n, 8 * k8, 4, seed, kind), 4, None, seed)
 
@@ -109,10 +116,13 @@ def orthogonal(blocks, size):
 def factors(k, block, kinds):
     """s: scale, f/F: first rotation per block or shared, o: order, r/R: second rotation per block or shared."""
     made = {
-        "s": ("scale", lambda: torch.rand(k) + 0.5), "o": ("order", lambda: torch.randperm(k).int()),
-        "f": ("first", lambda: orthogonal(k // block, block)), "F": ("first", lambda: orthogonal(1, block)),
-        "r": ("second", lambda: orthogonal(k // block, block)), "R": ("second", lambda: orthogonal(1, block)),
-    }  # fmt: skip
+        "s": ("scale", lambda: torch.rand(k) + 0.5),
+        "o": ("order", lambda: torch.randperm(k).int()),
+        "f": ("first", lambda: orthogonal(k // block, block)),
+        "F": ("first", lambda: orthogonal(1, block)),
+        "r": ("second", lambda: orthogonal(k // block, block)),
+        "R": ("second", lambda: orthogonal(1, block)),
+    }
     return {made[kind][0]: made[kind][1]() for kind in kinds}
 
 
@@ -215,7 +225,11 @@ def test_a_settled_transform_counts_what_it_keeps_and_keeps_nothing_twice(monkey
     both = transform.nbytes
     expected = transform.quantize(x, 8, 1.0)
     transform.settle()
-    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vars(prologue).values() if isinstance(t, torch.Tensor)}
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in vars(prologue).values()
+        if isinstance(t, torch.Tensor)
+    }
     assert {b.untyped_storage().data_ptr() for b in transform.buffers()} <= set(kept)
     assert transform.nbytes == sum(kept.values()) and alone < transform.nbytes < both
     assert all(torch.equal(a, b) for a, b in zip(transform.quantize(x, 8, 1.0), expected, strict=True))
@@ -225,9 +239,19 @@ def test_a_settled_transform_counts_what_it_keeps_and_keeps_nothing_twice(monkey
 def test_the_kernels_compile_from_ampere_to_hopper_without_spills_or_contraction(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "benchmarks/triton_resources.py", "--sm", "80,86,89,90", "--only", "gemm 16,scale,little B=64,few"],
-        cwd=REPOSITORY, capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "benchmarks/triton_resources.py",
+            "--sm",
+            "80,86,89,90",
+            "--only",
+            "gemm 16,scale,little B=64,few",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["kernels"]
     assert len(rows) == 28

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from pi05_small import noises, observations
+from test_fake_equals_kernel import made, small_policy
+
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.cpu_int4 import CpuInt4
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.linear import QuantLinear
 from qlibero.quant.witness import hear_witness
-from test_fake_equals_kernel import made, small_policy
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,9 @@ def ask(policy, quantized, artifact):
     return hear_witness(policy, quantized, artifact, observations(1)[0], noises(1, policy.noise_shape)[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"layout": "llm+expert", "group_size": 16}, {"method": "weight_pca", "row_rotation": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"layout": "llm+expert", "group_size": 16}, {"method": "weight_pca", "row_rotation": True}], ids=str
+)
 def test_an_honest_policy_consumes_int8_in_every_layer_and_changes_no_action(policy, changes):
     artifact = made(policy, **changes)
     quantized = quantize_policy(policy, artifact, "cpu_int4")

@@ -28,13 +28,21 @@ def touch(path: Path, text: str = "", executable: bool = False) -> Path:
 
 
 def torch(site: Path, cuda: str | None) -> None:
-    touch(site / "torch" / "version.py", f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n")
+    touch(
+        site / "torch" / "version.py",
+        f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n",
+    )
 
 
 def layout_12(site: Path) -> None:
     """CUDA 12 as pip installs it: a directory per component, cuDNN and NCCL with version numbers of their own."""
-    for component, library in (("cublas", "libcublas.so.12"), ("cuda_runtime", "libcudart.so.12"), ("cudnn", "libcudnn.so.9"),
-                               ("nvjitlink", "libnvJitLink.so.12"), ("nccl", "libnccl.so.2")):  # fmt: skip
+    for component, library in (
+        ("cublas", "libcublas.so.12"),
+        ("cuda_runtime", "libcudart.so.12"),
+        ("cudnn", "libcudnn.so.9"),
+        ("nvjitlink", "libnvJitLink.so.12"),
+        ("nccl", "libnccl.so.2"),
+    ):
         touch(site / "nvidia" / component / "lib" / library)
         touch(site / f"nvidia_{component}_cu12-1.0.dist-info" / "METADATA")
 
@@ -83,7 +91,9 @@ def test_without_package_metadata_the_libraries_names_decide(tmp_path: Path) -> 
         ("12.8", {}, "system", "system"),
     ],
 )
-def test_where_the_toolkit_comes_from(tmp_path: Path, cuda: str | None, environ: dict[str, str], home: str | None, why: str) -> None:
+def test_where_the_toolkit_comes_from(
+    tmp_path: Path, cuda: str | None, environ: dict[str, str], home: str | None, why: str
+) -> None:
     site = tmp_path / "site"
     layout_12(site)
     layout_13(site, nvcc=True)
@@ -93,15 +103,21 @@ def test_where_the_toolkit_comes_from(tmp_path: Path, cuda: str | None, environ:
     toolkit = find_toolkit([site], environ, cuda, system=tmp_path / "system")
     assert toolkit.home == (tmp_path / home if home else None)
     assert why in toolkit.why
-    assert names(toolkit.libraries) == ([] if cuda is None else ["cu13"] if cuda == "13.0" else ["cublas", "cuda_runtime", "cudnn", "nccl", "nvjitlink"])
+    assert names(toolkit.libraries) == (
+        [] if cuda is None else ["cu13"] if cuda == "13.0" else ["cublas", "cuda_runtime", "cudnn", "nccl", "nvjitlink"]
+    )
 
 
 def fake_nvcc(home: Path, release: str, preprocessed: str | None) -> None:
     """An nvcc that tells its version, and preprocesses to `preprocessed` (None: it cannot)."""
-    touch(home / "bin" / "nvcc", f"""#!/bin/sh
+    touch(
+        home / "bin" / "nvcc",
+        f"""#!/bin/sh
 if [ "$1" = --version ]; then echo "Cuda compilation tools, release {release}, V{release}.88"; exit 0; fi
 {f"cat <<'END'{chr(10)}{preprocessed}{chr(10)}END" if preprocessed else "exit 1"}
-""", executable=True)  # fmt: skip
+""",
+        executable=True,
+    )
 
 
 def header(path: Path, number: int) -> None:
@@ -115,7 +131,12 @@ def preprocessed(path: str, number: int) -> str:
 def test_a_toolkit_that_agrees_raises_no_alarm(tmp_path: Path) -> None:
     fake_nvcc(tmp_path, "13.0", preprocessed("/pip/include/cuda.h", 13000))
     found = check_agreement(tmp_path, os.environ)
-    assert (found.nvcc, found.header, found.header_path, found.problem) == ((13, 0), (13, 0), Path("/pip/include/cuda.h"), None)
+    assert (found.nvcc, found.header, found.header_path, found.problem) == (
+        (13, 0),
+        (13, 0),
+        Path("/pip/include/cuda.h"),
+        None,
+    )
     assert check_agreement(None, os.environ).problem is None
     assert check_agreement(tmp_path / "nothing", os.environ).problem is None
 
@@ -188,9 +209,12 @@ print(json.dumps([os.environ["LD_LIBRARY_PATH"], os.environ["CUDA_HOME"], os.env
 """
     path = touch(tmp_path / "again.py", script)
     done = subprocess.run(
-        [sys.executable, str(path), str(tmp_path / "site-packages"), "--set", "a=b c"], capture_output=True, text=True, timeout=300,
+        [sys.executable, str(path), str(tmp_path / "site-packages"), "--set", "a=b c"],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**{k: v for k, v in os.environ.items() if not k.startswith("CUDA")}, "LD_LIBRARY_PATH": "/mesa"},
-    )  # fmt: skip
+    )
     root = tmp_path / "site-packages" / "nvidia" / "cu13"
     assert json.loads(done.stdout) == [f"{root}/lib:/mesa", str(root), "/mesa", ["--set", "a=b c"]], done.stderr
     assert done.stderr.count("CU_TENSOR_MAP_SWIZZLE_128B") == 1, "the toolkit's disagreement is named at start, once"
@@ -201,24 +225,44 @@ def test_a_command_that_starts_again_still_speaks_on_its_stdout(tmp_path: Path) 
     site = tmp_path / "site-packages"
     layout_13(site)
     torch(site, "13.0")
-    touch(site / "sitecustomize.py", "import os, sys\nprint('started', os.environ.get('LD_LIBRARY_PATH'), file=sys.stderr)\n")
+    touch(
+        site / "sitecustomize.py",
+        "import os, sys\nprint('started', os.environ.get('LD_LIBRARY_PATH'), file=sys.stderr)\n",
+    )
     environ = {k: v for k, v in os.environ.items() if not k.startswith("CUDA") and k != "LD_LIBRARY_PATH"}
-    done = subprocess.run([sys.executable, "-m", "qlibero.cli", "quantize", str(tmp_path / "none.yaml")],
-                          capture_output=True, text=True, timeout=300, env=environ | {"PYTHONPATH": str(site)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "qlibero.cli", "quantize", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environ | {"PYTHONPATH": str(site)},
+    )
     assert json.loads(done.stdout)["error"]["exit_status"] == done.returncode == 2, done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("started")] == ["started None", f"started {site}/nvidia/cu13/lib"]
+    assert [line for line in done.stderr.splitlines() if line.startswith("started")] == [
+        "started None",
+        f"started {site}/nvidia/cu13/lib",
+    ]
 
 
 @pytest.mark.parametrize(
     ("visible", "gpus", "index"),
     [
-        (None, [], None), ("0", [], None),          # no GPU: software rendering chooses for itself
-        (None, GPUS, 0), ("", GPUS, 0), ("2", GPUS, 2), ("3,1", GPUS, 3),
-        ("GPU-cccccccc-1234", GPUS, 2), ("GPU-cccc", GPUS, 2), ("GPU-ffff", GPUS, 0),
-        ("3", GPUS[3:], 0), ("7", GPUS[:1], 0),     # a container that shows one GPU of several
+        (None, [], None),
+        ("0", [], None),  # no GPU: software rendering chooses for itself
+        (None, GPUS, 0),
+        ("", GPUS, 0),
+        ("2", GPUS, 2),
+        ("3,1", GPUS, 3),
+        ("GPU-cccccccc-1234", GPUS, 2),
+        ("GPU-cccc", GPUS, 2),
+        ("GPU-ffff", GPUS, 0),
+        ("3", GPUS[3:], 0),
+        ("7", GPUS[:1], 0),  # a container that shows one GPU of several
     ],
-)  # fmt: skip
-def test_simulators_render_on_the_gpu_the_policy_was_given(visible: str | None, gpus: list[dict[str, str]], index: int | None) -> None:
+)
+def test_simulators_render_on_the_gpu_the_policy_was_given(
+    visible: str | None, gpus: list[dict[str, str]], index: int | None
+) -> None:
     assert egl_device(visible, gpus) == index
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert simulator_environment(environ, gpus).get("MUJOCO_EGL_DEVICE_ID") == (None if index is None else str(index))

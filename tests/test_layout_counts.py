@@ -21,10 +21,15 @@ def full_size() -> Pi05Model:
 
 
 # counts, parameters and executed linears of facts known about pi0.5
-@pytest.mark.parametrize(("layout", "count", "millions", "executed"), [
-    ("llm", 126, 1981.8, 121), ("expert", 126, 311.4, 126),
-    ("llm+expert_mlp", 180, 2208.3, 175), ("llm+expert", 252, 2293.2, 247),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "count", "millions", "executed"),
+    [
+        ("llm", 126, 1981.8, 121),
+        ("expert", 126, 311.4, 126),
+        ("llm+expert_mlp", 180, 2208.3, 175),
+        ("llm+expert", 252, 2293.2, 247),
+    ],
+)
 def test_named_layouts_of_the_full_size_model(full_size, layout, count, millions, executed):
     selection = select(full_size, QuantSpec(layout=layout))
     assert len(selection.choices) == count and len(selection.executed) == executed and selection.kept == ()
@@ -58,11 +63,7 @@ def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
 
     policy = small_policy()
     before = policy.infer(observations(1), noises(1, policy.noise_shape)).actions
-    idle = [
-        c
-        for c in select(policy.model, QuantSpec(layout="llm+expert", method="rtn")).choices
-        if not c.executed
-    ]
+    idle = [c for c in select(policy.model, QuantSpec(layout="llm+expert", method="rtn")).choices if not c.executed]
     assert len(idle) == 5
     for choice in idle:
         policy.model.get_submodule(choice.name).weight.data.add_(1.0)
@@ -86,15 +87,18 @@ def test_include_exclude_and_per_layer_bits(full_size):
     assert {b for n, b in bits.items() if n.endswith("down_proj")} == {8}
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"layout": None, "include": ("paligemma.language",)}, "include: 'paligemma.language' does not match"),
-    ({"include": ("multi_modal_projector",)}, "projector, norms and heads are never quantized"),
-    ({"exclude": ("vision",)}, "exclude: 'vision' does not match"),
-    ({"per_layer_bits": (("gemma_expert", 8),)}, "per_layer_bits: 'gemma_expert' does not match"),
-    ({"exclude": (".",)}, "leave no linear"),
-    ({"block_size": 96}, "block_size 96 does not divide the 2048 inputs"),
-    ({"group_size": 96, "method": "rtn"}, "group_size 96 does not divide"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": None, "include": ("paligemma.language",)}, "include: 'paligemma.language' does not match"),
+        ({"include": ("multi_modal_projector",)}, "projector, norms and heads are never quantized"),
+        ({"exclude": ("vision",)}, "exclude: 'vision' does not match"),
+        ({"per_layer_bits": (("gemma_expert", 8),)}, "per_layer_bits: 'gemma_expert' does not match"),
+        ({"exclude": (".",)}, "leave no linear"),
+        ({"block_size": 96}, "block_size 96 does not divide the 2048 inputs"),
+        ({"group_size": 96, "method": "rtn"}, "group_size 96 does not divide"),
+    ],
+)
 def test_what_matches_nothing_is_an_error(full_size, changes, message):
     with pytest.raises(UserError, match=message):
         select(full_size, QuantSpec(**changes))
@@ -109,11 +113,21 @@ def test_a_model_with_other_names_is_refused():
         select(model, QuantSpec(method="rtn"))
 
 
-@pytest.mark.parametrize("changes", [
-    {"method": "gptq"}, {"layout": "all"}, {"weight_bits": 8, "activation_bits": 4}, {"activation_bits": 5},
-    {"alpha": 1.5}, {"layout": None}, {"include": ("(",)}, {"per_layer_bits": (("x", 3),)},
-    {"row_rotation": True}, {"weight_clip": 0.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "gptq"},
+        {"layout": "all"},
+        {"weight_bits": 8, "activation_bits": 4},
+        {"activation_bits": 5},
+        {"alpha": 1.5},
+        {"layout": None},
+        {"include": ("(",)},
+        {"per_layer_bits": (("x", 3),)},
+        {"row_rotation": True},
+        {"weight_clip": 0.0},
+    ],
+)
 def test_impossible_specs_are_refused(changes):
     with pytest.raises(UserError, match="quant"):
         QuantSpec(**changes)
@@ -144,7 +158,4 @@ def test_a_spec_survives_json_and_its_hash_sees_every_field():
     hashes = {QuantSpec(**{key: value}).hash for key, value in changes.items()} | {QuantSpec().hash}
     hashes |= {QuantSpec(activation_bits=16).hash, QuantSpec(method="weight_pca", row_rotation=True).hash}
     assert len(hashes) == len(changes) + 3
-    assert (
-        QuantSpec(per_layer_bits=(("b", 8), ("a", 16))).hash
-        != QuantSpec(per_layer_bits=(("a", 16), ("b", 8))).hash
-    )
+    assert QuantSpec(per_layer_bits=(("b", 8), ("a", 16))).hash != QuantSpec(per_layer_bits=(("a", 16), ("b", 8))).hash

@@ -38,9 +38,7 @@ def records(draw, arm=text):
         jerk=draw(hy.none() | ms),
         batch_sizes=draw(hy.lists(hy.integers(1, 64), max_size=5)),
         wall_s=draw(ms),
-        trajectory=draw(
-            hy.none() | hy.builds(TrajectorySlice, text, hy.integers(0, 2**40), hy.integers(0, 530))
-        ),
+        trajectory=draw(hy.none() | hy.builds(TrajectorySlice, text, hy.integers(0, 2**40), hy.integers(0, 530))),
         versions=draw(hy.dictionaries(text, text, max_size=2)),
     )
 
@@ -85,9 +83,7 @@ def test_foreign_lines_are_refused_with_their_place(change, message):
     line = json.dumps({**json.loads(EXAMPLE.to_json()), **change})
     with pytest.raises(UserError) as refusal:
         record_from_json(line, "runs/fake/episodes-0-1.jsonl:12")
-    assert str(refusal.value).startswith("runs/fake/episodes-0-1.jsonl:12: ") and message in str(
-        refusal.value
-    )
+    assert str(refusal.value).startswith("runs/fake/episodes-0-1.jsonl:12: ") and message in str(refusal.value)
 
 
 def test_lines_of_earlier_versions_with_fields_that_are_gone_still_read():

@@ -149,9 +149,7 @@ def test_arms_come_in_the_order_of_the_experiment(tmp_path):
     for arm in ("aa", "baseline", "w4a4"):
         with Ledger(tmp_path, arm, 0, "h") as ledger:
             ledger.append(replace(record(0), arm=arm))
-    (tmp_path / "experiment.yaml").write_text(
-        "name: x\nbackends: [baseline, {name: w4a4, backend: fake}, aa]\n"
-    )
+    (tmp_path / "experiment.yaml").write_text("name: x\nbackends: [baseline, {name: w4a4, backend: fake}, aa]\n")
     run = read_run(tmp_path)
     assert list(run.arms) == ["baseline", "w4a4", "aa"] and run.name == "x"
 
@@ -225,9 +223,7 @@ def test_full_disk_on_a_small_tmpfs(tmp_path):
 
 def test_file_size_limit_leaves_no_torn_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (20_000, hard)
-    )  # Python ignores SIGXFSZ: short writes, then EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # Python ignores SIGXFSZ: short writes, then EFBIG
     try:
         kept = fill(tmp_path, 0)
     finally:

@@ -8,27 +8,31 @@ import sys
 
 import pytest
 
-ORIGINAL = '''
+ORIGINAL = """
 import os, yaml
 config = os.path.join(os.environ.get("LIBERO_CONFIG_PATH", os.path.expanduser("~/.libero")), "config.yaml")
 if not os.path.exists(config):
     input("Do you want to specify a custom path for the dataset folder? (Y/N): ")
 def get_libero_path(key):
     return yaml.safe_load(open(config))[key]
-'''
-BENCHMARK = '''
+"""
+BENCHMARK = """
 from collections import namedtuple
 from libero.libero import get_libero_path
 Task = namedtuple("Task", "name language problem_folder bddl_file init_states_file")
 task_maps = {"libero_goal": {"a": Task("a", "do a", "libero_goal", "a.bddl", "a.pruned_init")}}
-'''
+"""
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_original_libero_is_not_allowed_to_ask(tmp_path):
@@ -44,8 +48,9 @@ def test_the_original_libero_is_not_allowed_to_ask(tmp_path):
         f"torch.save(np.arange(12.0).reshape(3, 4), {str(root / 'init_files/libero_goal/a.pruned_init')!r})\n"
         "from qlibero.sim import suites\n"
         "print(suites.task_language('libero_goal', 0), suites.init_states('libero_goal', 0).shape)",
-        PYTHONPATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"),
-    )  # fmt: skip
+        PYTHONPATH=str(tmp_path),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
     assert done.stdout == "do a (3, 4)\n", done.stderr
 
 
@@ -55,8 +60,10 @@ def test_the_packaged_libero_ignores_the_homes_configuration(tmp_path):
     (stale / "config.yaml").write_text("init_states: /nowhere\nassets: /nowhere\n")
     done = run(
         "from qlibero.sim import suites\nprint(suites.init_states('libero_goal', 0).shape)",
-        HOME=str(tmp_path), XDG_CACHE_HOME="", LIBERO_CONFIG_PATH=str(stale),
-    )  # fmt: skip
+        HOME=str(tmp_path),
+        XDG_CACHE_HOME="",
+        LIBERO_CONFIG_PATH=str(stale),
+    )
     assert done.stdout == "(50, 79)\n", done.stderr
 
 
@@ -77,7 +84,8 @@ def test_robosuites_log_file_and_warnings_and_cuda_variable_do_no_harm():
         "assert os.environ['CUDA_VISIBLE_DEVICES'] == 'GPU-1234'\n"
         "handlers = logging.getLogger('robosuite_logs').handlers\n"
         "print([getattr(h, 'baseFilename', None) for h in handlers])",
-        CUDA_VISIBLE_DEVICES="GPU-1234", MUJOCO_EGL_DEVICE_ID="0",
-    )  # fmt: skip
+        CUDA_VISIBLE_DEVICES="GPU-1234",
+        MUJOCO_EGL_DEVICE_ID="0",
+    )
     assert done.stdout == "[None, None]\n", done.stderr
     assert done.stderr == ""

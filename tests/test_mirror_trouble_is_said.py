@@ -13,21 +13,49 @@ from qlibero.config.schema import Tracking
 from qlibero.tracking import mirror
 from qlibero.tracking.mirror import trouble
 
-WELL = {"tracker": "wandb", "complete": True, "mode": "offline", "rows": {}, "problem": None, "again": "python -m x DIR"}
+WELL = {
+    "tracker": "wandb",
+    "complete": True,
+    "mode": "offline",
+    "rows": {},
+    "problem": None,
+    "again": "python -m x DIR",
+}
 
 
-def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_succeeds(tiny_experiment, tmp_path, monkeypatch, capfd):
+def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_succeeds(
+    tiny_experiment, tmp_path, monkeypatch, capfd
+):
     real = subprocess.Popen
     # the mirror process ends at once, as with a broken wandb
-    monkeypatch.setattr(mirror.subprocess, "Popen", lambda command, **k: real(["false"] if mirror.TRACKERS["wandb"] in command else command, **k))
-    sets = ("tasks=[0]", "episodes_per_task=1", "max_steps=5", "backends=[baseline]", "quant=null", "workers=1",
-            "tracking={mode: offline, entity: my-team}")  # fmt: skip
-    assert cli.main(["run", str(tiny_experiment), "--out", str(tmp_path), *(text for each in sets for text in ("--set", each))]) == 0
+    monkeypatch.setattr(
+        mirror.subprocess,
+        "Popen",
+        lambda command, **k: real(["false"] if mirror.TRACKERS["wandb"] in command else command, **k),
+    )
+    sets = (
+        "tasks=[0]",
+        "episodes_per_task=1",
+        "max_steps=5",
+        "backends=[baseline]",
+        "quant=null",
+        "workers=1",
+        "tracking={mode: offline, entity: my-team}",
+    )
+    assert (
+        cli.main(
+            ["run", str(tiny_experiment), "--out", str(tmp_path), *(text for each in sets for text in ("--set", each))]
+        )
+        == 0
+    )
     out, err = capfd.readouterr()
     (said,) = json.loads(out)["mirrors"]
     assert said["tracker"] == "wandb" and not said["complete"] and "ended with status 1" in said["problem"]
     command = shlex.split(said["again"])
-    assert command[1:4] == ["-m", "qlibero.tracking.wandb_mirror", str(tmp_path)] and command[-2:] == ["--entity", "my-team"]
+    assert command[1:4] == ["-m", "qlibero.tracking.wandb_mirror", str(tmp_path)] and command[-2:] == [
+        "--entity",
+        "my-team",
+    ]
     said_plainly = "".join(err.split())
     assert "".join(said["again"].split()) in said_plainly and "theledgerhaseverything" in said_plainly
 
@@ -37,7 +65,11 @@ def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_suc
     [
         (WELL, "offline", None),
         (WELL, "online", "went on offline"),
-        (WELL | {"complete": False, "problem": "did not end within 60 s and was stopped"}, "offline", "python -m x DIR"),
+        (
+            WELL | {"complete": False, "problem": "did not end within 60 s and was stopped"},
+            "offline",
+            "python -m x DIR",
+        ),
     ],
 )
 def test_what_is_said_of_a_mirror(said, mode, words):

@@ -16,7 +16,12 @@ from qlibero.sim.pool import worker_environment
 
 ONE_EPISODE = ("tasks=[0]", "episodes_per_task=1", "max_steps=5", "backends=[baseline]", "quant=null", "workers=1")
 LLVMPIPE = {"renderer": "llvmpipe"}
-ELSEWHERE = PassportReport("warning", (Finding("warning", "frames rendered by 'NVIDIA H100'", "nothing to mend"),), "NVIDIA H100", {"mujoco": "3.2.3"})
+ELSEWHERE = PassportReport(
+    "warning",
+    (Finding("warning", "frames rendered by 'NVIDIA H100'", "nothing to mend"),),
+    "NVIDIA H100",
+    {"mujoco": "3.2.3"},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +34,24 @@ def remembered(tmp_path: Path) -> list[Path]:
 
 
 def run(config: Path, out: Path, *sets: str) -> int:
-    return cli.main(["run", str(config), "--out", str(out), *(text for each in (*ONE_EPISODE, *sets) for text in ("--set", each))])
+    return cli.main(
+        ["run", str(config), "--out", str(out), *(text for each in (*ONE_EPISODE, *sets) for text in ("--set", each))]
+    )
 
 
-def test_other_physics_are_refused_before_the_first_episode_and_never_remembered(tiny_experiment, tmp_path, monkeypatch, capfd):
+def test_other_physics_are_refused_before_the_first_episode_and_never_remembered(
+    tiny_experiment, tmp_path, monkeypatch, capfd
+):
     other = json.loads(passport.REFERENCES.read_text())
-    other["episodes"]["libero_object/0/0/7"]["moved"][20] += 1e-5   # as a MuJoCo with another solver leaves an object
+    other["episodes"]["libero_object/0/0/7"]["moved"][20] += 1e-5  # as a MuJoCo with another solver leaves an object
     (tmp_path / "references.json").write_text(json.dumps(other))
     monkeypatch.setattr(passport, "REFERENCES", tmp_path / "references.json")
     assert run(tiny_experiment, tmp_path / "out") == 3
     said = capfd.readouterr()
-    assert "other physics, states off by up to 1.0e-05" in said.err and "mujoco==3.2.3" in json.loads(said.out)["error"]["message"]
+    assert (
+        "other physics, states off by up to 1.0e-05" in said.err
+        and "mujoco==3.2.3" in json.loads(said.out)["error"]["message"]
+    )
     assert read_ledger(tmp_path / "out", "baseline") == [] and remembered(tmp_path) == []
 
 
@@ -68,12 +80,18 @@ def look_that_finds(report: PassportReport):
 def test_another_renderer_is_shown_and_on_record_and_not_refused(tiny_experiment, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(guard, "Look", look_that_finds(ELSEWHERE))
     assert run(tiny_experiment, tmp_path / "out") == 0
-    assert "simulator passport: physics as in the references; frames rendered by 'NVIDIA H100'" in " ".join(capfd.readouterr().err.split())
+    assert "simulator passport: physics as in the references; frames rendered by 'NVIDIA H100'" in " ".join(
+        capfd.readouterr().err.split()
+    )
     for file in ("environment.json", "baseline/meta.json"):
         found = json.loads((tmp_path / "out" / file).read_text())["passport"]
-        assert found == {"verdict": "warning", "renderer": "NVIDIA H100", "findings": ["frames rendered by 'NVIDIA H100'"]}, file
+        assert found == {
+            "verdict": "warning",
+            "renderer": "NVIDIA H100",
+            "findings": ["frames rendered by 'NVIDIA H100'"],
+        }, file
     monkeypatch.setattr(guard, "Look", NotAgain)
-    assert run(tiny_experiment, tmp_path / "out", "episodes_per_task=2") == 0   # the next run pays nothing
+    assert run(tiny_experiment, tmp_path / "out", "episodes_per_task=2") == 0  # the next run pays nothing
 
 
 @pytest.mark.parametrize("change", ["renderer", "library", "source", "suite"])

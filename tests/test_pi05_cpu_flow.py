@@ -21,28 +21,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-WIDER = conv_config(
-    llm=GemmaConfig(96, 4, 128, 8, 32), expert=GemmaConfig(72, 4, 100, 8, 32), action_horizon=7
-)
+WIDER = conv_config(llm=GemmaConfig(96, 4, 128, 8, 32), expert=GemmaConfig(72, 4, 100, 8, 32), action_horizon=7)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["exact length", "padded"])
-@pytest.mark.parametrize(
-    "config", [conv_config(), siglip_config(), WIDER], ids=["conv", "siglip", "odd sizes"]
-)
+@pytest.mark.parametrize("config", [conv_config(), siglip_config(), WIDER], ids=["conv", "siglip", "odd sizes"])
 def test_compiled_flow_is_the_torch_flow(config, masked):
     model, inputs = random_model(config), random_inputs(config, 2, 9)
     sampler = Sampler(model)
     assert sampler.cpu_flow is not None
     mask = torch.arange(9)[None].expand(2, -1) < torch.tensor([[9], [5]]) if masked else None
-    compiled, _ = sampler(
-        inputs["images"], inputs["tokens"], inputs["noise"], token_mask=mask, state=inputs["state"]
-    )
+    compiled, _ = sampler(inputs["images"], inputs["tokens"], inputs["noise"], token_mask=mask, state=inputs["state"])
     sampler = Sampler(model)
     sampler.cpu_flow = None
-    plain, _ = sampler(
-        inputs["images"], inputs["tokens"], inputs["noise"], token_mask=mask, state=inputs["state"]
-    )
+    plain, _ = sampler(inputs["images"], inputs["tokens"], inputs["noise"], token_mask=mask, state=inputs["state"])
     assert plain.abs().max() > 0.5
     torch.testing.assert_close(compiled, plain, atol=3e-6, rtol=0)
 

@@ -107,9 +107,7 @@ def test_several_flow_samples_share_a_prefix():
     x = torch.randn(2 * samples, config.action_horizon, config.action_dim)
     t = torch.rand(2 * samples)
     with torch.no_grad():
-        together = model.velocity(
-            model.prefix(inputs["images"], inputs["tokens"], state=inputs["state"]), x, t
-        )
+        together = model.velocity(model.prefix(inputs["images"], inputs["tokens"], state=inputs["state"]), x, t)
         for row in range(2):
             own = {k: v[row : row + 1] for k, v in inputs.items()}
             prefix = model.prefix(own["images"], own["tokens"], state=own["state"])
@@ -155,9 +153,7 @@ def test_rotation_is_rotate_half():
     first, second = x[..., :4], x[..., 4:]
     cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
     expected = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    torch.testing.assert_close(
-        rotate(x, *rope_tables(positions, 8, torch.float32)), expected, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(rotate(x, *rope_tables(positions, 8, torch.float32)), expected, atol=1e-6, rtol=0)
 
 
 def test_adaptive_norm_on_the_cpu_is_the_norm():

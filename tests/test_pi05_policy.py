@@ -123,9 +123,7 @@ def test_prompts_to_the_letter():
     task = " put_the bowl\non the plate "
     assert PROFILES["openpi"].text(task, state) == ("put the bowl on the plate", "\n")
     bins = "0 64 128 192 255 255 255 -1"
-    assert PROFILES["lerobot-0.6"].text(task, state) == (
-        f"Task: put the bowl on the plate, State: {bins};\nAction: ",
-    )
+    assert PROFILES["lerobot-0.6"].text(task, state) == (f"Task: put the bowl on the plate, State: {bins};\nAction: ",)
     padded = f"{bins} {' '.join(['128'] * 24)}"
     assert PROFILES["lerobot-0.4"].text(task, state) == (
         f"Task: put the bowl on the plate, State: {padded};\nAction: ",

@@ -25,9 +25,12 @@ PROBE = Path(__file__).with_name("purity_probe.py")
 
 def start_probe(tasks: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(PROBE), *tasks], env=worker_environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, str(PROBE), *tasks],
+        env=worker_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def results(process: subprocess.Popen) -> dict[str, dict]:
@@ -41,8 +44,10 @@ def test_all_forty_tasks_are_pure_and_equal_to_stock_libero():
     """Two processes share the tasks; a few run in both, in another order, so after other tasks."""
     names = [f"{suite}/{task}" for suite in SUITES for task in range(10)]
     twice = ["libero_spatial/4", "libero_goal/0", "libero_object/3"]
-    processes = [start_probe(names[0::2] + [n for n in twice if n not in names[0::2]]),
-                 start_probe(names[1::2][::-1] + [n for n in twice if n not in names[1::2]])]  # fmt: skip
+    processes = [
+        start_probe(names[0::2] + [n for n in twice if n not in names[0::2]]),
+        start_probe(names[1::2][::-1] + [n for n in twice if n not in names[1::2]]),
+    ]
     first, second = (results(process) for process in processes)
     assert sorted(first | second) == sorted(names)
     for name in twice:

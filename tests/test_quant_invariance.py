@@ -40,14 +40,15 @@ def fitted(method: str, x: torch.Tensor, w: torch.Tensor, **changes) -> Transfor
 
 @settings(max_examples=30, deadline=None)
 @given(
-    method=st.sampled_from(METHODS), blocks=st.integers(1, 4), block=st.sampled_from([8, 16, 32]),
-    seed=st.integers(0, 999), loudness=st.sampled_from([1.0, 30.0, 1000.0]),
+    method=st.sampled_from(METHODS),
+    blocks=st.integers(1, 4),
+    block=st.sampled_from([8, 16, 32]),
+    seed=st.integers(0, 999),
+    loudness=st.sampled_from([1.0, 30.0, 1000.0]),
     alpha=st.sampled_from([0.0, 0.5, 1.0]),
-)  # fmt: skip
+)
 def test_without_rounding_the_output_is_the_same(method, blocks, block, seed, loudness, alpha):
-    x, w = outlier_heavy(
-        seed, blocks * block + (8 if method in ("rtn", "smoothquant") else 0), loudness, 24, 10
-    )
+    x, w = outlier_heavy(seed, blocks * block + (8 if method in ("rtn", "smoothquant") else 0), loudness, 24, 10)
     t = fitted(method, x, w, block_size=block, alpha=alpha, rotation_steps=8)
     exact = x.double() @ w.double().T
     # in float64 nothing but float64's own error is left: the weights hold the exact inverse of the stored
@@ -56,9 +57,7 @@ def test_without_rounding_the_output_is_the_same(method, blocks, block, seed, lo
     assert torch.allclose(again, exact, rtol=0, atol=1e-10 * float(exact.abs().max()))
     # online, in float32, what float32 costs
     online = InputTransform(t, x.shape[1])(x) @ t.weights(w).float().T
-    assert torch.allclose(
-        online.double(), exact, rtol=0, atol=3e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max())
-    )
+    assert torch.allclose(online.double(), exact, rtol=0, atol=3e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max()))
     # and back again, for weight-only layers
     assert torch.allclose(t.unweights(t.weights(w)), w.double(), rtol=0, atol=1e-10 * float(w.abs().max()))
 
@@ -110,14 +109,10 @@ def test_greedy_rotation_lowers_every_peak_and_never_raises_one(loudness):
     after = torch.bmm(blocks, greedy_rotation(blocks, 256, seed=0)).abs().amax((1, 2))
     assert bool((after <= before * (1 + 1e-6)).all()) and float(after.max()) < float(before.max()) / 2
     nothing_to_do = torch.eye(64, dtype=F64)[None] * 0 + 1.0  # all equal: any rotation would make a peak
-    assert (
-        float(torch.bmm(nothing_to_do, greedy_rotation(nothing_to_do, 256, seed=0)).abs().max()) <= 1.0 + 1e-6
-    )
+    assert float(torch.bmm(nothing_to_do, greedy_rotation(nothing_to_do, 256, seed=0)).abs().max()) <= 1.0 + 1e-6
 
 
-def relative_error(
-    method: str, x: torch.Tensor, w: torch.Tensor, weight_bits: int, activation_bits: int
-) -> float:
+def relative_error(method: str, x: torch.Tensor, w: torch.Tensor, weight_bits: int, activation_bits: int) -> float:
     t = fitted(method, x, w, weight_bits=weight_bits, activation_bits=activation_bits)
     codes, s_w = quantize_weights(t.weights(w).float(), weight_bits)
     (module,) = assemble(
@@ -153,14 +148,8 @@ def test_with_rounding_each_method_beats_the_one_before(weight_bits, activation_
 def test_weight_only_layers_equal_their_codes_without_any_online_work(method, weight_bits):
     x, w = outlier_heavy(2, 128, 30.0)
     t = fitted(method, x, w, activation_bits=16, weight_bits=weight_bits, row_rotation=method == "weight_pca")
-    rotation = output_rotation(
-        w, QuantSpec(method=method, row_rotation=method == "weight_pca", block_size=32)
-    )
-    rotated = (
-        t.weights(w)
-        if rotation is None
-        else block_product(t.weights(w).T, rotation.double().transpose(1, 2)).T
-    )
+    rotation = output_rotation(w, QuantSpec(method=method, row_rotation=method == "weight_pca", block_size=32))
+    rotated = t.weights(w) if rotation is None else block_product(t.weights(w).T, rotation.double().transpose(1, 2)).T
     codes, s_w = quantize_weights(rotated.float(), weight_bits, group_size=32)
     (module,) = assemble(
         None,
@@ -175,9 +164,7 @@ def test_weight_only_layers_equal_their_codes_without_any_online_work(method, we
     dequantized = (codes.double().view(len(w), 4, 32) * s_w.double()[:, :, None]).view(len(w), 128)
     y = t.forward(x.double()) @ dequantized.T
     y = (y if rotation is None else block_product(y, rotation.double())) + 1.0
-    assert torch.allclose(
-        module(x).double(), y, rtol=0, atol=2e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max())
-    )
+    assert torch.allclose(module(x).double(), y, rtol=0, atol=2e-5 * float(x.norm(dim=1).max() * w.norm(dim=1).max()))
     exact = x.double() @ w.double().T + 1.0
     assert float((module(x) - exact).norm() / exact.norm()) < (0.25 if weight_bits == 4 else 0.02)
 

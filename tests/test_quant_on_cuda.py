@@ -36,15 +36,29 @@ def policy_of(llm: GemmaConfig, expert: GemmaConfig, batch_size: int = 2) -> Pi0
     model = cast(random_model(config), torch.bfloat16).to("cuda").requires_grad_(False)
     statistics = {name: from_openpi(values, "quantile", name) for name, values in STATISTICS.items()}
     tokenizer = WordTokenizer(sorted({word for prompt in PROMPTS for word in split_words(prompt)}))
-    return Pi05Policy("small", model, PROFILES["qlibero"], statistics, tokenizer, batch_size=batch_size, flow_steps=4,
-                      identity={"sha256": "1" * 64})  # fmt: skip
+    return Pi05Policy(
+        "small",
+        model,
+        PROFILES["qlibero"],
+        statistics,
+        tokenizer,
+        batch_size=batch_size,
+        flow_steps=4,
+        identity={"sha256": "1" * 64},
+    )
 
 
-@pytest.mark.parametrize("changes", [
-    *({"method": method} for method in METHODS), {"layout": "llm+expert", "group_size": 64},
-    {"layout": "llm+expert_mlp", "activation_bits": 4},
-    {"atm": True, "ohb": True, "layout": "llm+expert"}, {"method": "weight_pca", "row_rotation": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"method": method} for method in METHODS),
+        {"layout": "llm+expert", "group_size": 64},
+        {"layout": "llm+expert_mlp", "activation_bits": 4},
+        {"atm": True, "ohb": True, "layout": "llm+expert"},
+        {"method": "weight_pca", "row_rotation": True},
+    ],
+    ids=str,
+)
 def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes):
     spec = QuantSpec(**{"rotation_steps": 16, **changes})
     data = {"data_sha256": "2" * 64}
@@ -58,9 +72,13 @@ def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes)
 
 
 def test_online_factors_are_not_kept_twice_on_the_gpu(policy):
-    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), QuantSpec(rotation_steps=16), {"data_sha256": "2" * 64})
+    artifact = calibrate(
+        policy, observations(3), noises(3, policy.noise_shape), QuantSpec(rotation_steps=16), {"data_sha256": "2" * 64}
+    )
     quantized = quantize_policy(policy, artifact, "fake")
-    transforms = {id(m.transform): m.transform for m in quantized.model.modules() if isinstance(m, QuantLinear)}.values()
+    transforms = {
+        id(m.transform): m.transform for m in quantized.model.modules() if isinstance(m, QuantLinear)
+    }.values()
     quantized.infer(observations(1), noises(1, policy.noise_shape))  # whatever is made on first use is there now
     used = [transform for transform in transforms if transform._fused is not None]  # the last layer stops at its keys
     assert used
@@ -82,12 +100,20 @@ def test_weight_only_layers_run_dequantized_on_the_gpu(policy):
 def test_kernels_that_overlap_change_no_bit(monkeypatch):
     """A batch of one row, of widths that the products of few rows take: every kernel of a flow that may overlap does."""
     policy = policy_of(GemmaConfig(256, 3, 512, 8, 64), GemmaConfig(512, 3, 1024, 8, 64), batch_size=1)
-    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), QuantSpec(rotation_steps=16, layout="llm+expert_mlp"),
-                         {"data_sha256": "2" * 64})  # fmt: skip
+    artifact = calibrate(
+        policy,
+        observations(3),
+        noises(3, policy.noise_shape),
+        QuantSpec(rotation_steps=16, layout="llm+expert_mlp"),
+        {"data_sha256": "2" * 64},
+    )
     seen, noise = observations(1, seed=7), noises(1, policy.noise_shape, seed=7)
 
     def answers() -> list[np.ndarray]:
-        twins = (policy.with_model(policy.model), *(quantize_policy(policy, artifact, name) for name in ("fake", "triton_w4a8")))
+        twins = (
+            policy.with_model(policy.model),
+            *(quantize_policy(policy, artifact, name) for name in ("fake", "triton_w4a8")),
+        )
         assert all(twin.sampler.glue.name == "triton" for twin in twins)
         return [twin.infer(seen, noise).actions for twin in twins]
 

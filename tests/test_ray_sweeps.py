@@ -50,11 +50,11 @@ def test_shards_are_finished_once_when_a_worker_and_a_node_die(cluster, tmp_path
         shard = int((tmp_path / "pid-0").read_text())
         worker = int(Path(f"/proc/{shard}/stat").read_text().rpartition(")")[2].split()[1])
         fallen.append(worker)
-        os.kill(worker, signal.SIGKILL)   # a worker: Ray starts its task again …
+        os.kill(worker, signal.SIGKILL)  # a worker: Ray starts its task again …
         while alive(shard) and time.monotonic() < deadline:
             time.sleep(0.1)
-        fallen.extend([] if alive(shard) else [shard])   # … and its shard has ended with it
-        cluster.remove_node(cluster.second, allow_graceful=False)   # a node
+        fallen.extend([] if alive(shard) else [shard])  # … and its shard has ended with it
+        cluster.remove_node(cluster.second, allow_graceful=False)  # a node
 
     threading.Thread(target=hurt, daemon=True).start()
     said: list[str] = []
@@ -76,16 +76,22 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("address", "why"), [("auto", "none is running on this machine"), ("127.0.0.1:9", "Connection refused")])
+@pytest.mark.parametrize(
+    ("address", "why"), [("auto", "none is running on this machine"), ("127.0.0.1:9", "Connection refused")]
+)
 def test_without_a_cluster_the_setting_is_named(tmp_path, monkeypatch, address, why):
     import ray
 
-    def nobody(**options) -> None:   # what Ray says where no cluster runs; a neighbour's may run on this machine
-        raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to by setting `--address` flag")
+    def nobody(**options) -> None:  # what Ray says where no cluster runs; a neighbour's may run on this machine
+        raise ConnectionError(
+            "Could not find any running Ray instance. Please specify the one to connect to by setting `--address` flag"
+        )
 
     monkeypatch.setattr(ray, "init", nobody)
     made = engine.Submission("x", tmp_path, (0,), Launch(ray={"address": address}))
-    with pytest.raises(UserError, match=rf"no Ray cluster at launch.ray.address={address} .*{why}.*--set launch.ray.address") as refused:
+    with pytest.raises(
+        UserError, match=rf"no Ray cluster at launch.ray.address={address} .*{why}.*--set launch.ray.address"
+    ) as refused:
         ray_engine.submit(made, print)
     assert "--address" not in str(refused.value)
 

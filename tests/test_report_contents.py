@@ -54,9 +54,7 @@ def test_says_what_the_comparison_says(tmp_path):
 
 
 def test_two_thousand_pairs_stay_far_below_two_megabytes(tmp_path):
-    run = make_run(
-        tmp_path / "run", arms={"baseline": 0.0, "fake": 0.1}, tasks=40, inits=50, trajectories=False
-    )
+    run = make_run(tmp_path / "run", arms={"baseline": 0.0, "fake": 0.1}, tasks=40, inits=50, trajectories=False)
     assert write_report([run])["bytes"] < 400_000
 
 
@@ -113,7 +111,6 @@ def test_a_sweeps_directory_stands_for_its_cells(tmp_path):
         write_report([tmp_path / "sweep"])
 
 
-
 def cells(directory):
     """Two cells of a sweep over methods, as `qlibero sweep` leaves them, beside its own directory."""
     for method in ("duquant", "rtn"):
@@ -163,7 +160,9 @@ def test_a_run_keeps_what_its_policy_is_told():
 
 
 def test_other_episodes_of_the_same_arms_are_no_other_cell(tmp_path):
-    runs = [make_run(tmp_path / suite, suite=suite, settings={"suite": suite}) for suite in ("libero_object", "libero_goal")]
+    runs = [
+        make_run(tmp_path / suite, suite=suite, settings={"suite": suite}) for suite in ("libero_object", "libero_goal")
+    ]
     assert [cell.label for cell in cells_of(map(read_run, runs), "baseline")] == [""]
 
 
@@ -269,9 +268,7 @@ def test_bad_requests(tmp_path):
 
 
 def test_markup_escapes_everything_that_is_not_markup():
-    assert (
-        el("p", "<b>", Markup("<i>x</i>"), title='"><') == '<p title="&quot;&gt;&lt;">&lt;b&gt;<i>x</i></p>'
-    )
+    assert el("p", "<b>", Markup("<i>x</i>"), title='"><') == '<p title="&quot;&gt;&lt;">&lt;b&gt;<i>x</i></p>'
     assert el("path", d="M0 0") == '<path d="M0 0"/>' and el("br") == "<br>"
     assert join(["a", None, False, 0, [1.5]]) == "a01.5"
     assert "</script>" not in script_json({"a": "</script><!--"}, "x")[8:-9]
@@ -306,9 +303,7 @@ def test_terminal_shows_the_same_and_survives_a_log_file(tmp_path, capsys):
     assert console().width == 160
 
 
-@pytest.mark.parametrize(
-    "speedup, text", [(None, ""), (1.0, "as fast"), (1.31, "1.31× faster"), (0.5, "2.00× slower")]
-)
+@pytest.mark.parametrize("speedup, text", [(None, ""), (1.0, "as fast"), (1.31, "1.31× faster"), (0.5, "2.00× slower")])
 def test_speed_in_words(speedup, text):
     assert speed_text(speedup) == text
 

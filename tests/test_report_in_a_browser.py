@@ -15,9 +15,7 @@ HOSTILE = '</script><img src=x onerror="throw 1"> & <b>bold</b>'
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    directory = make_run(
-        tmp_path_factory.mktemp("run"), name="<i>name</i> & co", labels={"w4a8": HOSTILE, "aa": "A/A"}
-    )
+    directory = make_run(tmp_path_factory.mktemp("run"), name="<i>name</i> & co", labels={"w4a8": HOSTILE, "aa": "A/A"})
     assert film(directory) >= 3
     out = directory / "report.html"
     write_report([directory], out)
@@ -41,12 +39,7 @@ def test_strings_from_configs_stay_strings(page):
     assert page.js("document.images.length") == 0
     assert page.js("JSON.parse(document.querySelector('#data').textContent).labels.w4a8") == HOSTILE
     assert page.js("document.querySelector('h1').textContent") == "<i>name</i> & co"
-    assert (
-        page.js(
-            "[...document.querySelectorAll('h3')].filter(e => e.textContent.includes('</script>')).length"
-        )
-        >= 2
-    )
+    assert page.js("[...document.querySelectorAll('h3')].filter(e => e.textContent.includes('</script>')).length") >= 2
 
 
 def test_every_control_works(page):
@@ -64,16 +57,12 @@ def test_every_control_works(page):
         page.js(f"document.querySelectorAll('summary')[{i}].click()")
     assert page.js("[...document.querySelectorAll('details')].every(d => d.open)")
 
-    first = (
-        "[...document.querySelectorAll('#layers tbody tr')].map(r => parseFloat(r.children[1].textContent))"
-    )
+    first = "[...document.querySelectorAll('#layers tbody tr')].map(r => parseFloat(r.children[1].textContent))"
     page.click("#layers thead th:nth-child(2) button")
     assert page.js(first) == sorted(page.js(first))
     page.click("#layers thead th:nth-child(2) button")
     assert page.js(first) == sorted(page.js(first), reverse=True)
-    assert (
-        page.js("document.querySelector('#layers th[aria-sort]').getAttribute('aria-sort')") == "descending"
-    )
+    assert page.js("document.querySelector('#layers th[aria-sort]').getAttribute('aria-sort')") == "descending"
 
     for button in ("as-markdown", "as-latex"):
         page.click(f"[data-copy={button}]")
@@ -146,10 +135,7 @@ def test_sane_for_screen_readers_and_keyboards(page):
     ids = page.js("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     assert (
-        page.js(
-            "[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length"
-        )
-        == 0
+        page.js("[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length") == 0
     )
     assert page.js("[...document.querySelectorAll('th')].filter(e => !e.scope).length") == 0
     assert (

@@ -54,7 +54,9 @@ def reference(undisturbed: Path) -> dict:
     found = records(undisturbed)
     assert len(found) == 12 and len({value[1] for value in found.values()}) > 1
     every = [record for arm in ARMS for record in read_ledger(undisturbed, arm)]
-    assert all(record.batch_sizes == [1] * record.replans and record.wall_s * 1e3 > sum(record.policy_ms) for record in every)
+    assert all(
+        record.batch_sizes == [1] * record.replans and record.wall_s * 1e3 > sum(record.policy_ms) for record in every
+    )
     return found
 
 
@@ -96,7 +98,7 @@ def test_a_complete_run_is_shown_without_running_anything(tmp_path, tiny_experim
 
 
 def test_filming_afterwards_replays_the_very_episodes(undisturbed, reference):
-    for expected in (len(ARMS), 0):   # what is filmed already stays
+    for expected in (len(ARMS), 0):  # what is filmed already stays
         process = qlibero("film", undisturbed, "--episodes", 1)
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr

@@ -63,16 +63,29 @@ def test_tasks_come_back_after_requeue_preemption_and_the_death_of_a_node(cluste
     submission = light(tmp_path, monkeypatch, "submission-001", 4)
     array, merge = slurm.submit(submission, print).jobs
     wait_for(lambda: all(done(submission, i) >= 2 for i in range(4)), 60)
-    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)   # the time limit is near
-    urgent = ["sbatch", "--partition=urgent", "--nodelist=n1", "--cpus-per-task=3", "--gres=gpu:2", "--time=1", "--output=/dev/null", "--wrap=sleep 3"]
-    subprocess.run(urgent, check=True, capture_output=True)   # takes the place of what runs on n1
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)  # the time limit is near
+    urgent = [
+        "sbatch",
+        "--partition=urgent",
+        "--nodelist=n1",
+        "--cpus-per-task=3",
+        "--gres=gpu:2",
+        "--time=1",
+        "--output=/dev/null",
+        "--wrap=sleep 3",
+    ]
+    subprocess.run(urgent, check=True, capture_output=True)  # takes the place of what runs on n1
     wait_for(lambda: "start 1" in (submission.log(0)).read_text(), 60)
 
-    kill(cluster / "slurmd.n2.pid", signal.SIGKILL)   # the node dies, with everything on it
-    fallen = [pid for pid in processes() if f"{cluster}/slurm.conf" in environment(pid) and "SLURMD_NODENAME=n2\0" in environment(pid)]
+    kill(cluster / "slurmd.n2.pid", signal.SIGKILL)  # the node dies, with everything on it
+    fallen = [
+        pid
+        for pid in processes()
+        if f"{cluster}/slurm.conf" in environment(pid) and "SLURMD_NODENAME=n2\0" in environment(pid)
+    ]
     steps = {parent(pid) for pid in fallen if "slurmstepd" in read(f"/proc/{parent(pid)}/comm")}
     assert len(fallen) >= 4 and len(steps) == 2
-    for pid in (*steps, *fallen):   # the step first: it must not live to report how its task ended
+    for pid in (*steps, *fallen):  # the step first: it must not live to report how its task ended
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not queue(), 150)
     slurm_cluster.start_node("n2")
@@ -80,14 +93,18 @@ def test_tasks_come_back_after_requeue_preemption_and_the_death_of_a_node(cluste
     assert (submission.directory / "merged").exists()
     logs = [submission.log(i).read_text() for i in range(4)]
     assert "requeued at" in logs[0]
-    assert sum("start 1" in log for log in logs) >= 3   # requeued, preempted, and from the dead node
-    gpus = {json.loads(line)["gpu"] for path in submission.directory.glob("rows-*") for line in path.read_text().splitlines()}
+    assert sum("start 1" in log for log in logs) >= 3  # requeued, preempted, and from the dead node
+    gpus = {
+        json.loads(line)["gpu"]
+        for path in submission.directory.glob("rows-*")
+        for line in path.read_text().splitlines()
+    }
     assert gpus <= {"0", "1"}
 
 
 def test_shard_that_is_longer_than_the_time_limit_comes_back(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(light_shard, "ROWS", 110)
-    monkeypatch.setenv("LIGHT_ROWS", "110")   # 33 s and more; Slurm warns after about 27 s of its minute
+    monkeypatch.setenv("LIGHT_ROWS", "110")  # 33 s and more; Slurm warns after about 27 s of its minute
     submission = light(tmp_path, monkeypatch, "submission-001", 1, time="1", signal_s=30)
     slurm.submit(submission, print)
     wait_for(lambda: not queue(), 150)
@@ -97,7 +114,10 @@ def test_shard_that_is_longer_than_the_time_limit_comes_back(cluster, tmp_path, 
 
 
 def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp_path, monkeypatch):
-    wait_for(lambda: subprocess.check_output(["sinfo", "-h", "-o", "%t"], text=True).split() in (["idle"], ["idle", "idle"]), 60)
+    wait_for(
+        lambda: subprocess.check_output(["sinfo", "-h", "-o", "%t"], text=True).split() in (["idle"], ["idle", "idle"]),
+        60,
+    )
     submission = light(tmp_path, monkeypatch, "submission-001", 3)
     slurm.submit(submission, print)
     wait_for(lambda: all(done(submission, i) >= 1 for i in range(3)), 60)
@@ -105,11 +125,11 @@ def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp
     assert live == {cells.Shard("cell", i, 3): "RUNNING" for i in range(3)}
     os.kill(int((submission.directory / "pid-1").read_text()), signal.SIGKILL)
     wait_for(lambda: cells.Shard("cell", 1, 3) not in slurm.live_shards(tmp_path), 30)
-    assert done(submission, 1) < light_shard.ROWS   # a task that failed is not run again by itself …
+    assert done(submission, 1) < light_shard.ROWS  # a task that failed is not run again by itself …
     wait_for(lambda: not queue(), 60)
     assert slurm.live_shards(tmp_path) == {}
     again = engine.Submission("again", submission.directory, (1,), submission.launch)
-    slurm.submit(again, print)   # … but by the next submission, which continues it
+    slurm.submit(again, print)  # … but by the next submission, which continues it
     wait_for(lambda: not queue(), 60)
     assert_all_once(submission)
 
@@ -182,17 +202,43 @@ def test_a_configuration_has_one_hash_inside_and_outside_a_container(monkeypatch
 
 def test_scripts_say_what_was_asked_for(tmp_path):
     launch = Launch(
-        slurm={"partition": "h100", "account": "vla", "qos": "long", "gres": "gpu:1", "time": "1-00:00:00", "cpus_per_task": 12,
-               "mem": "48G", "array_limit": 5, "signal_s": 90, "setup": ["module load cuda", "source venv/bin/activate"],
-               "container": "apptainer exec --nv q.sif", "extra": ["--constraint=h100"]}
-    )  # fmt: skip
+        slurm={
+            "partition": "h100",
+            "account": "vla",
+            "qos": "long",
+            "gres": "gpu:1",
+            "time": "1-00:00:00",
+            "cpus_per_task": 12,
+            "mem": "48G",
+            "array_limit": 5,
+            "signal_s": 90,
+            "setup": ["module load cuda", "source venv/bin/activate"],
+            "container": "apptainer exec --nv q.sif",
+            "extra": ["--constraint=h100"],
+        }
+    )
     submission = engine.Submission("nightly", tmp_path / "s p", (0, 1, 2, 5), launch)
     script = slurm.array_script(submission)
-    for line in ("--job-name=nightly", "--array=0-2,5%5", "--partition=h100", "--account=vla", "--qos=long", "--gres=gpu:1",
-                 "--time=1-00:00:00", "--cpus-per-task=12", "--mem=48G", "--signal=B:USR1@90", "--requeue",
-                 "--open-mode=append", "--constraint=h100"):  # fmt: skip
+    for line in (
+        "--job-name=nightly",
+        "--array=0-2,5%5",
+        "--partition=h100",
+        "--account=vla",
+        "--qos=long",
+        "--gres=gpu:1",
+        "--time=1-00:00:00",
+        "--cpus-per-task=12",
+        "--mem=48G",
+        "--signal=B:USR1@90",
+        "--requeue",
+        "--open-mode=append",
+        "--constraint=h100",
+    ):
         assert f"#SBATCH {line}\n" in script
     assert "module load cuda\nsource venv/bin/activate\n" in script
-    assert f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index" in script
+    assert (
+        f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index"
+        in script
+    )
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert "--dependency=afterany:" in slurm.describe(submission) and "--gres" not in slurm.merge_script(submission)

@@ -160,9 +160,7 @@ def test_holm_runs_over_arms_and_suites_but_not_over_the_control(tmp_path):
     assert all(cell["mcnemar_p"] == pytest.approx(0.021484, abs=1e-6) for cell in cells)
     assert all(cell["mcnemar_p_holm"] == pytest.approx(4 * 0.021484, abs=1e-5) for cell in cells)
     assert "mcnemar_p_holm" not in result["arms"]["aa"]["suites"]["libero_goal"]
-    assert (
-        result["arms"]["fake"]["noise_floor"]["pairs"] == 200 and result["arms"]["aa"]["noise_floor"] is None
-    )
+    assert result["arms"]["fake"]["noise_floor"]["pairs"] == 200 and result["arms"]["aa"]["noise_floor"] is None
     assert result["arms"]["fake"]["pairs"] == 200 and result["arms"]["fake"]["clusters"]["tasks"] == 20
 
 
@@ -272,8 +270,8 @@ def test_runs_that_stopped_on_what_they_saw_are_not_judged_together(tmp_path):
     fake = compare_runs([tmp_path / "a", tmp_path / "b"])["arms"]["fake"]
     assert (fake["pairs"], fake["verdict"]) == (600, "inconclusive") and "judge each run by that" in fake["sentence"]
     assert {suite: cell["verdict"] for suite, cell in fake["suites"].items()} == {
-        "libero_object": "non-inferior",   # the declared test's
-        "libero_goal": "non-inferior",     # a fixed number of pairs
+        "libero_object": "non-inferior",  # the declared test's
+        "libero_goal": "non-inferior",  # a fixed number of pairs
     }
     against_itself = compare_runs([tmp_path / "a"], reference="fake")["arms"]["baseline"]
     assert against_itself["verdict"] == "inconclusive" and "judge each run by that" in against_itself["sentence"]
@@ -334,7 +332,9 @@ def test_the_control_reads_as_a_noise_floor_and_is_the_least_that_others_plan_wi
     assert "10.0 % flips (the A/A arm's)" in arms["fake"]["detectable"]["line"]
     assert "of 98 pairs, 2 unpaired" in arms["fake"]["sentence"]
     turned = compare_runs([tmp_path], reference="fake")
-    assert turned["noise_floor"] is None and turned["arms"]["aa"]["verdict"] == "inconclusive"   # no floor of another arm
+    assert (
+        turned["noise_floor"] is None and turned["arms"]["aa"]["verdict"] == "inconclusive"
+    )  # no floor of another arm
 
 
 def test_a_meta_file_that_is_no_mapping_is_named(tmp_path):
@@ -398,9 +398,7 @@ def test_shifts_are_paired_and_noise_sets_the_divergence_threshold(tmp_path):
     write(tmp_path, "fake", arm, trajectories=longer, success_step=55)
     fake = compare_runs([tmp_path])["arms"]["fake"]
     assert fake["quality"]["path_length_m"]["shift"] == pytest.approx(0.039, abs=1e-5)
-    assert (
-        fake["quality"]["steps_to_success"]["shift"] == 5 and fake["quality"]["steps_to_success"]["p"] < 0.001
-    )
+    assert fake["quality"]["steps_to_success"]["shift"] == 5 and fake["quality"]["steps_to_success"]["p"] < 0.001
     assert fake["divergence"]["threshold"] == pytest.approx(1e-4, rel=1e-3)
     assert fake["divergence"]["median_step"] == 20 and fake["divergence"]["diverged"] == 40
     assert fake["divergence"]["steps"]["libero_object/0/0/7"] == 20

@@ -57,9 +57,7 @@ def test_tango(r, b, n, expected):
     assert in_points(st.tango(b, r, n)) == expected
 
 
-@pytest.mark.parametrize(
-    "a, b, r, n, expected", [(14, 0, 5, 41, [1.15, 22.65]), (794, 86, 150, 1600, [2.12, 5.87])]
-)
+@pytest.mark.parametrize("a, b, r, n, expected", [(14, 0, 5, 41, [1.15, 22.65]), (794, 86, 150, 1600, [2.12, 5.87])])
 def test_newcombe_published_examples(a, b, r, n, expected):
     assert in_points(st.newcombe(a, b, r, n - a - b - r)) == expected
 

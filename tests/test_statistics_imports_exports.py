@@ -157,9 +157,7 @@ def test_vla_eval_old_and_new_schema_and_its_errors(tmp_path):
         read_foreign(vla_eval(tmp_path / "new.json", new=True)),
     )
     assert old.counts == (49, 50, 0) and new.counts == (48, 49, 1)
-    assert (
-        old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
-    )
+    assert old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
     result = compare_foreign([tmp_path / "old.json", tmp_path / "new.json"])
     (arm,) = result["arms"].values()
     assert arm["pairs"] == 49 and arm["broken"] == arm["repaired"] == 0
@@ -182,7 +180,8 @@ def test_errors_of_a_file_can_only_cost_certainty(tmp_path):
     """50 of 100 episodes of the second result ended in an error: what is left would look non-inferior at −10 pp."""
     for name, failed in (("a", ()), ("b", range(50))):
         episodes = [
-            {"episode_id": i, "metrics": {"success": True}, "failure_reason": "timeout" if i in failed else None} for i in range(100)
+            {"episode_id": i, "metrics": {"success": True}, "failure_reason": "timeout" if i in failed else None}
+            for i in range(100)
         ]
         data = {"benchmark": "libero_goal", "tasks": [{"task": "0", "episodes": episodes}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
@@ -204,7 +203,7 @@ def test_two_arms_of_ours_among_files_are_paired_by_scene_as_always(tmp_path):
     arm = result["two/baseline"]
     assert arm["pairs"] == 0 and len(arm["unpaired"]) == 30 and "different scenes" in arm["unpaired"][0]["reason"]
     assert "no finished episodes" in arm["sentence"]
-    assert result["fork/libero_object_results"]["pairs"] == 30   # a file has no scenes to differ in
+    assert result["fork/libero_object_results"]["pairs"] == 30  # a file has no scenes to differ in
 
 
 def test_seeds_belong_to_the_key_where_both_files_say_them(tmp_path):
@@ -215,7 +214,7 @@ def test_seeds_belong_to_the_key_where_both_files_say_them(tmp_path):
     assert "smallest drop found with 80 % power" in arm["detectable"]["line"]
     rows = fork(tmp_path / "c" / "libero_object_results.csv", as_csv=True)
     (arm,) = compare_foreign([one, rows])["arms"].values()
-    assert arm["paired"] is True and "and so are the seeds" in arm["caveat"]   # the .csv does not say
+    assert arm["paired"] is True and "and so are the seeds" in arm["caveat"]  # the .csv does not say
 
 
 @pytest.mark.parametrize(
@@ -245,9 +244,7 @@ def test_a_run_of_ours_beside_a_file_of_the_fork(tmp_path, capsys):
     assert "openpi fork" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "k1, n1, k2, n2", [(56, 70, 48, 80), (9, 10, 3, 10), (100, 100, 95, 100), (0, 20, 0, 20)]
-)
+@pytest.mark.parametrize("k1, n1, k2, n2", [(56, 70, 48, 80), (9, 10, 3, 10), (100, 100, 95, 100), (0, 20, 0, 20)])
 def test_independent_interval_against_statsmodels(k1, n1, k2, n2):
     oracle = confint_proportions_2indep(k1, n1, k2, n2, method="newcomb", compare="diff")
     assert st.newcombe_independent(k1, n1, k2, n2) == pytest.approx(oracle, abs=1e-12)

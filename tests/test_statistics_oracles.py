@@ -17,9 +17,7 @@ from qlibero.results import statistics as st
 from qlibero.results.clusters import sign_flip_p, task_bootstrap
 
 proportions = hy.integers(1, 3000).flatmap(lambda n: hy.tuples(hy.integers(0, n), hy.just(n)))
-tables = hy.tuples(hy.integers(0, 300), hy.integers(0, 60), hy.integers(0, 60), hy.integers(0, 300)).filter(
-    any
-)
+tables = hy.tuples(hy.integers(0, 300), hy.integers(0, 60), hy.integers(0, 60), hy.integers(0, 300)).filter(any)
 
 
 @settings(max_examples=150, deadline=None)
@@ -37,9 +35,7 @@ def test_mcnemar(table):
     a, b, r, d = table
     if b + r:
         assert st.mcnemar_exact(b, r) == pytest.approx(scipy.stats.binomtest(b, b + r, 0.5).pvalue, abs=1e-12)
-    assert st.mcnemar_exact(b, r) == pytest.approx(
-        min(1, mcnemar([[a, b], [r, d]], exact=True).pvalue), abs=1e-12
-    )
+    assert st.mcnemar_exact(b, r) == pytest.approx(min(1, mcnemar([[a, b], [r, d]], exact=True).pvalue), abs=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -80,16 +76,12 @@ def test_tango_nuisance_is_the_maximum_likelihood_estimate():
             return -(b * math.log(q) + r * math.log(q + delta) + (n - b - r) * math.log(1 - 2 * q - delta))
 
         low, high = max(0.0, -delta) + 1e-12, (1 - delta) / 2 - 1e-12
-        q = minimize_scalar(
-            minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-12}
-        ).x
+        q = minimize_scalar(minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
         z = (r - b - n * delta) / math.sqrt(n * (2 * q + delta - delta**2))
         assert st.tango_z(b, r, n, delta) == pytest.approx(z, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "n, psi, delta, nominal", [(100, 0.05, 0, 95.3), (500, 0.02, 0, 95.7), (500, 0.05, 0, 94.7)]
-)
+@pytest.mark.parametrize("n, psi, delta, nominal", [(100, 0.05, 0, 95.3), (500, 0.02, 0, 95.7), (500, 0.05, 0, 94.7)])
 def test_tango_coverage_by_enumeration(n, psi, delta, nominal):
     p_broken, p_repaired = (psi - delta) / 2, (psi + delta) / 2
     table = scipy.stats.multinomial(n, [p_broken, p_repaired, 1 - psi])

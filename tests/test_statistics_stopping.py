@@ -26,9 +26,7 @@ from qlibero.results.stopping import (
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]
 
 
-def simulate(
-    delta: float, psi: float, n: int, runs: int, seed: int, margin: float = 0.02
-) -> dict[str, float]:
+def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: float = 0.02) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     p = [(psi - delta) / 2, 1 - psi, (psi + delta) / 2]
     verdicts = []
@@ -77,7 +75,11 @@ def test_unfinished_pairs_hold_up_what_comes_after_them():
 
 
 def test_the_unknown_outcome_of_an_error_is_bounded_by_what_is_known():
-    assert [pair_step("success", "failure"), pair_step("failure", "success"), pair_step("failure", "failure")] == [-1, 1, 0]
+    assert [pair_step("success", "failure"), pair_step("failure", "success"), pair_step("failure", "failure")] == [
+        -1,
+        1,
+        0,
+    ]
     assert pair_step("success", "error") == (-1, 0) and pair_step("failure", "error") == (0, 1)
     assert pair_step("error", "success") == (0, 1) and pair_step("error", "failure") == (-1, 0)
     assert pair_step("error", "error") == (-1, 1) and pair_step("error", None) is None
@@ -172,14 +174,26 @@ def test_the_cap_ends_the_question_undecided_and_may_be_raised(tmp_path):
     decision = capped.decide([0] * 300)
     assert (decision.verdict, decision.pairs, decision.stop) == ("undecided", 100, True)
     shown = {**vars(decision), "margin": 0.02, "max_pairs": 100, "declared_pairs": 500, "episodes_saved": 0}
-    assert sequential_text(shown).startswith("undecided at the cap of 100 pairs") and "saved" not in sequential_text(shown)
+    assert sequential_text(shown).startswith("undecided at the cap of 100 pairs") and "saved" not in sequential_text(
+        shown
+    )
     declare(tmp_path, capped)
-    declare(tmp_path, make_declaration(KEYS, **RULE, max_pairs=300))   # evidence may be looked at whenever: no new question
+    declare(
+        tmp_path, make_declaration(KEYS, **RULE, max_pairs=300)
+    )  # evidence may be looked at whenever: no new question
     assert read_declaration(tmp_path).decide([0] * 300).verdict == "non-inferior"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": ["x"]}',
-                                  '{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": ["x"]}',
+        '{"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": []}',
+    ],
+)
 def test_a_broken_declaration_is_named(tmp_path, text):
     (tmp_path / "stopping.json").write_text(text)
     with pytest.raises(UserError, match="stopping.json: not a stopping declaration"):

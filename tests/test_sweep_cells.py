@@ -61,10 +61,23 @@ def sweep_of(tmp_path: Path, text: str = GRID, *sets: str):
 
 def outcome_of(key, arm: str, minute: int = 0, outcome: str = "failure", error: str | None = None) -> EpisodeRecord:
     return EpisodeRecord(
-        suite=key.suite, task=key.task, init=key.init, seed=key.seed, arm=arm, outcome=outcome, error=error,
-        success_step=300 if outcome == "success" else None, steps=300, replans=2, fingerprint="f", action_digest="a",
-        sim_ms=1500.0, render_ms=500.0, policy_ms=[500.0, 500.0], finished_at=f"2026-11-23T10:{minute:02d}:00+00:00",
-    )  # fmt: skip
+        suite=key.suite,
+        task=key.task,
+        init=key.init,
+        seed=key.seed,
+        arm=arm,
+        outcome=outcome,
+        error=error,
+        success_step=300 if outcome == "success" else None,
+        steps=300,
+        replans=2,
+        fingerprint="f",
+        action_digest="a",
+        sim_ms=1500.0,
+        render_ms=500.0,
+        policy_ms=[500.0, 500.0],
+        finished_at=f"2026-11-23T10:{minute:02d}:00+00:00",
+    )
 
 
 def fill(cell: cells.Cell, keys, arms=("baseline", "fake"), succeeds=(), error: str | None = None) -> None:
@@ -81,8 +94,11 @@ def fill(cell: cells.Cell, keys, arms=("baseline", "fake"), succeeds=(), error: 
 def test_shards_hold_every_episode_of_every_cell_once(tmp_path):
     manifest = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
     assert [cell.id for cell in manifest.cells] == [
-        "seed-7.activation_bits-8", "seed-7.activation_bits-4", "seed-8.activation_bits-8", "w4a16",
-    ]  # fmt: skip
+        "seed-7.activation_bits-8",
+        "seed-7.activation_bits-4",
+        "seed-8.activation_bits-8",
+        "w4a16",
+    ]
     assert manifest == cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
     for cell in manifest.cells:
         parts = [episode_keys(cell.experiment, (s.index, s.count)) for s in manifest.shards if s.cell == cell.id]
@@ -97,12 +113,12 @@ def test_only_shards_that_lack_something_are_submitted(tmp_path):
     first = manifest.cells[0]
     fill(first, episode_keys(first.experiment, (1, 3)))
     fill(first, episode_keys(first.experiment, (2, 3)), arms=("baseline",))
-    assert manifest.missing() == (0, *range(2, 12))   # shard 2 lacks its other arm
+    assert manifest.missing() == (0, *range(2, 12))  # shard 2 lacks its other arm
     before = sorted((tmp_path / "out").rglob("*"))
     said: list[str] = []
     document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True, said.append)
     assert document["submitted"] == [0, *range(2, 12)] and "--array=0,2-11\n" in document["dry_run"]
-    assert sorted((tmp_path / "out").rglob("*")) == before   # a dry run writes nothing
+    assert sorted((tmp_path / "out").rglob("*")) == before  # a dry run writes nothing
 
 
 def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
@@ -110,7 +126,9 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
         return cells.make_manifest(sweep_of(tmp_path, GRID, *sets), tmp_path / "none")
 
     refuse_impossible(manifest(), "local")
-    with pytest.raises(UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"):
+    with pytest.raises(
+        UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"
+    ):
         refuse_impossible(manifest("backends=[baseline, triton_w4a8]", "policy.device=cpu"), "local")
     with pytest.raises(UserError, match="2000 simulators need 5000 GB"):
         refuse_impossible(manifest("workers=2000"), "local")
@@ -126,7 +144,10 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
 
 def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
     """The kernel's court sits on the node; here only what is true on every machine is refused."""
-    plain = GRID.replace("quant.activation_bits: [8, 4]", "quant.activation_bits: [8]").partition("exclude:")[0] + GRID.partition("w4a16: {{quant.activation_bits: 16}}\n")[2]
+    plain = (
+        GRID.replace("quant.activation_bits: [8, 4]", "quant.activation_bits: [8]").partition("exclude:")[0]
+        + GRID.partition("w4a16: {{quant.activation_bits: 16}}\n")[2]
+    )
 
     def problems(engine: str, *sets: str) -> str:
         try:
@@ -138,41 +159,72 @@ def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
     for kernel in ("triton_w4a8", "humming", "bitblas", "w8a8", "fake"):
         assert problems("slurm", f"backends=[baseline, {kernel}]") == "", kernel
         assert problems("ray", f"backends=[baseline, {kernel}]", "launch.ray.gpus=1") == "", kernel
-    assert "triton_w4a8 on cuda: packs weights of 4 bits, not 8" in problems("slurm", "backends=[triton_w4a8]", "quant.weight_bits=8")
-    assert "humming on cuda: takes one weight scale per row" in problems("slurm", "backends=[humming]", "quant.group_size=64")
+    assert "triton_w4a8 on cuda: packs weights of 4 bits, not 8" in problems(
+        "slurm", "backends=[triton_w4a8]", "quant.weight_bits=8"
+    )
+    assert "humming on cuda: takes one weight scale per row" in problems(
+        "slurm", "backends=[humming]", "quant.group_size=64"
+    )
     assert "cpu_int4 on cuda: runs on cpu only" in problems("slurm", "backends=[cpu_int4]")
-    assert "triton_w4a8 on cpu: runs on cuda only" in problems("slurm", "backends=[triton_w4a8]", "launch.slurm.gres=null")
-    assert "triton_w4a8" in problems("local", "backends=[triton_w4a8]", "policy.device=cuda")   # this machine can be asked
+    assert "triton_w4a8 on cpu: runs on cuda only" in problems(
+        "slurm", "backends=[triton_w4a8]", "launch.slurm.gres=null"
+    )
+    assert "triton_w4a8" in problems(
+        "local", "backends=[triton_w4a8]", "policy.device=cuda"
+    )  # this machine can be asked
 
 
 def test_what_no_machine_can_do_this_one_cannot_either():
-    shapes = [GemmShape(256, 256, bits, 8, group, device) for bits in (4, 8) for group in (None, 64) for device in ("cpu", "cuda")]
-    wrong = [(name, str(shape)) for name in BACKENDS for shape in shapes
-             if not load(name).fits(shape).ok and load(name).supports(shape).ok]  # fmt: skip
+    shapes = [
+        GemmShape(256, 256, bits, 8, group, device)
+        for bits in (4, 8)
+        for group in (None, 64)
+        for device in ("cpu", "cuda")
+    ]
+    wrong = [
+        (name, str(shape))
+        for name in BACKENDS
+        for shape in shapes
+        if not load(name).fits(shape).ok and load(name).supports(shape).ok
+    ]
     assert wrong == [] or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     with pytest.raises(UserError, match="1 simulators need 2.5 GB, a shard on engine slurm has 2.1 GB"):
-        refuse_impossible(cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm")
+        refuse_impossible(
+            cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm"
+        )
     made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=6G"), tmp_path / "out")
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    slurm_cost = plan(made, print)["engines"]["slurm"]   # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
-    assert slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
+    slurm_cost = plan(made, print)["engines"][
+        "slurm"
+    ]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    assert (
+        slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
+    )
 
 
 def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
-    assert plan(made, print)["engines"] is None   # nothing like it has been run: no time is made up
+    assert plan(made, print)["engines"] is None  # nothing like it has been run: no time is made up
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
     found = plan(made, print)
     assert (found["episodes"], found["done"], found["without_cost"]) == (400, 100, 0)
-    assert found["cells"][1]["seconds_each"] == {"baseline": 3.0, "fake": 3.0}   # another cell's cost: same policy and backend
+    assert found["cells"][1]["seconds_each"] == {
+        "baseline": 3.0,
+        "fake": 3.0,
+    }  # another cell's cost: same policy and backend
     cell = found["cells"][1]
-    assert cell["detectable_difference"] is None and cell["discordance"] == "5.0% assumed"   # 50 pairs are too few, and it says
-    assert f"only if every flip goes one way and it reaches {100 * cell['one_way_difference']:.1f} pp" in cell["detectable"]
+    assert (
+        cell["detectable_difference"] is None and cell["discordance"] == "5.0% assumed"
+    )  # 50 pairs are too few, and it says
+    assert (
+        f"only if every flip goes one way and it reaches {100 * cell['one_way_difference']:.1f} pp"
+        in cell["detectable"]
+    )
     assert cell["one_way_difference"] == pytest.approx(smallest_one_way_difference(50), rel=1e-4)
     assert cell["noninferiority_power"] == pytest.approx(noninferiority_power(50, 0.05, 0.02), rel=1e-4)
     assert f"80 % takes {cell['pairs_for_noninferiority']:,} pairs" in cell["detectable"]
@@ -185,13 +237,22 @@ def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
 
 def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
-    (cell,) = plan(cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop=null", "tasks=all", "episodes_per_task=50"), tmp_path / "out"), print)["cells"]
-    assert cell["pairs"] == 500 and cell["detectable_difference"] == pytest.approx(minimum_detectable_difference(500, 0.05), rel=1e-4)
+    (cell,) = plan(
+        cells.make_manifest(
+            sweep_of(tmp_path, STOPPING, "stop=null", "tasks=all", "episodes_per_task=50"), tmp_path / "out"
+        ),
+        print,
+    )["cells"]
+    assert cell["pairs"] == 500 and cell["detectable_difference"] == pytest.approx(
+        minimum_detectable_difference(500, 0.05), rel=1e-4
+    )
 
 
 def test_no_arm_is_planned_below_the_noise_of_the_reference(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
-    made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop=null", "backends=[baseline, aa, fake]"), tmp_path / "out")
+    made = cells.make_manifest(
+        sweep_of(tmp_path, STOPPING, "stop=null", "backends=[baseline, aa, fake]"), tmp_path / "out"
+    )
     (cell,), keys = made.cells, episode_keys(made.cells[0].experiment)
     fill(cell, keys, arms=("baseline", "fake"))
     fill(cell, keys, arms=("aa",), succeeds=keys[:10])
@@ -219,10 +280,14 @@ def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypa
     assert cell["margin"] == 0.3 and "sequential test takes more" in cell["detectable"]
     made.cells[0].run_dir.mkdir(parents=True)
     document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True, print)
-    assert document["submitted"] == [0] and not document["complete"]   # 50 pairs, one shard: the test needs them together
+    assert (
+        document["submitted"] == [0] and not document["complete"]
+    )  # 50 pairs, one shard: the test needs them together
     assert list((tmp_path / "out").rglob("*")) == []
     with pytest.raises(UserError, match="cannot run on engine local:\n .*stop: needs the arm baseline"):
-        refuse_impossible(cells.make_manifest(sweep_of(tmp_path, STOPPING, "backends=[fake]"), tmp_path / "out"), "local")
+        refuse_impossible(
+            cells.make_manifest(sweep_of(tmp_path, STOPPING, "backends=[fake]"), tmp_path / "out"), "local"
+        )
 
 
 def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_then(tmp_path):
@@ -234,7 +299,9 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     fill(cell, keys[:15], arms=("fake",), succeeds=keys)
     fill(cell, keys[15:], arms=("fake",), error="the simulator died")
     lacking = missing_episodes(cell.experiment, cell.run_dir)
-    assert set(lacking) == {("fake", key) for key in keys[15:]}   # all 50 pairs are spent, the question is open: tried again
+    assert set(lacking) == {
+        ("fake", key) for key in keys[15:]
+    }  # all 50 pairs are spent, the question is open: tried again
     document = summary(cell.experiment, cell.run_dir)
     assert not document["complete"] and document["stop"]["episodes_saved"] == 0
     assert document["stop"]["arms"]["fake"]["errors"] == 35
@@ -245,10 +312,18 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     document = summary(decided.experiment, decided.run_dir)
     assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "non-inferior"
     assert document["stop"]["episodes_saved"] == 100 - 40
-    assert status(decided.run_dir)["done"] == status(decided.run_dir)["episodes"] == 40   # what was run, not what was spared
-    capped = decided.experiment.model_copy(update={"stop": decided.experiment.stop.model_copy(update={"max_episodes": 3})})
+    assert (
+        status(decided.run_dir)["done"] == status(decided.run_dir)["episodes"] == 40
+    )  # what was run, not what was spared
+    capped = decided.experiment.model_copy(
+        update={"stop": decided.experiment.stop.model_copy(update={"max_episodes": 3})}
+    )
     document = summary(capped, decided.run_dir)
-    assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "undecided" and document["stop"]["episodes_saved"] == 0
+    assert (
+        document["complete"]
+        and document["stop"]["arms"]["fake"]["verdict"] == "undecided"
+        and document["stop"]["episodes_saved"] == 0
+    )
 
 
 def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(tmp_path, monkeypatch):
@@ -268,7 +343,9 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
     assert ran == [[(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]]
     assert run_experiment(cell.experiment, cell.run_dir)["complete"] and len(ran[1]) == 98
     assert read_declaration(cell.run_dir).max_pairs is None
-    other = cell.experiment.model_copy(update={"margin": 0.1, "stop": cell.experiment.stop.model_copy(update={"margin": 0.1})})
+    other = cell.experiment.model_copy(
+        update={"margin": 0.1, "stop": cell.experiment.stop.model_copy(update={"margin": 0.1})}
+    )
     with pytest.raises(GuardRefusal, match="declares another stopping rule"):
         run_experiment(other, cell.run_dir)
 
@@ -276,23 +353,33 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
 def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qlibero.console.PLAIN_WIDTH", 100)
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
-    made = cells.make_manifest(load_sweep(REPOSITORY / "configs/sweeps/methods_and_layouts.yaml", (), environ={}), tmp_path / "out")
+    made = cells.make_manifest(
+        load_sweep(REPOSITORY / "configs/sweeps/methods_and_layouts.yaml", (), environ={}), tmp_path / "out"
+    )
     document = plan(made, print)
     for title, rows in readable(document):
         table(rows, title)
     said = capsys.readouterr().err
     assert max(map(len, said.splitlines())) <= 100
     cell = "suite-libero_object.method-duquant.layout-llm+expert_mlp"
-    assert all(f" {word} " in f" {' '.join(said.split())} " for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the"))
+    assert all(
+        f" {word} " in f" {' '.join(said.split())} "
+        for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the")
+    )
     assert len(said.splitlines()) < 2 * len(document["cells"])
-    assert " ".join(said.split()).count("a difference is found with 80 % power only if") == 1   # one sentence, true of all cells
+    assert (
+        " ".join(said.split()).count("a difference is found with 80 % power only if") == 1
+    )  # one sentence, true of all cells
 
 
 @pytest.mark.parametrize("first", ["[baseline, fake]", "[baseline]"])
 def test_the_plan_says_of_which_cells_each_sentence_is_true(tmp_path, monkeypatch, first):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     second = "[baseline]" if "fake" in first else "[baseline, fake]"
-    grid = STOPPING + f"cells:\n  one: {{{{backends: {first}, stop: null}}}}\n  two: {{{{backends: {second}, stop: null}}}}\n"
+    grid = (
+        STOPPING
+        + f"cells:\n  one: {{{{backends: {first}, stop: null}}}}\n  two: {{{{backends: {second}, stop: null}}}}\n"
+    )
     document = plan(cells.make_manifest(sweep_of(tmp_path, grid), tmp_path / "out"), print)
     said = {row[""]: row["detectable"] for row in dict(readable(document))["what their pairs can find"]}
     alone, pairs = ("two", "one") if "fake" in first else ("one", "two")
@@ -304,10 +391,17 @@ def test_status_counts_files_not_promises(tmp_path):
     cells.write_manifest(manifest)
     fill(manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3)))
     found = status(tmp_path / "out")
-    assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (32, 400, 1, 12)   # the first 16 of 50 scenes, two arms
-    assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)   # two arms, one episode a minute each
+    assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (
+        32,
+        400,
+        1,
+        12,
+    )  # the first 16 of 50 scenes, two arms
+    assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)  # two arms, one episode a minute each
     assert headline(found) == "32 of 400 episodes, 1 of 12 shards, 124 episodes/h, nothing under way here"
-    assert headline(found | {"queue": {"RUNNING": 2}}).startswith("32 of 400 episodes, 1 of 12 shards, 2 running, 124 episodes/h, done about 20")
+    assert headline(found | {"queue": {"RUNNING": 2}}).startswith(
+        "32 of 400 episodes, 1 of 12 shards, 2 running, 124 episodes/h, done about 20"
+    )
     with pytest.raises(UserError, match="neither a sweep"):
         status(tmp_path)
 
@@ -320,8 +414,10 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
     for cell in manifest.cells:
         fill(cell, episode_keys(cell.experiment))
     assert not cells.merged(manifest)
-    (tmp_path / "out/sweep/result.json").write_text(json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}}))
-    assert not cells.merged(manifest)   # as good as killed for who waits for wandb's rows
+    (tmp_path / "out/sweep/result.json").write_text(
+        json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}})
+    )
+    assert not cells.merged(manifest)  # as good as killed for who waits for wandb's rows
     said: list[str] = []
     assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
@@ -331,7 +427,9 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
 def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):
     manifest = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
     cells.write_manifest(manifest)
-    fill(manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3)))   # 32 of 400, and nobody works on the rest
+    fill(
+        manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3))
+    )  # 32 of 400, and nobody works on the rest
     clock = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
@@ -347,7 +445,7 @@ def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monke
         def look(found: dict) -> None:
             assert found["writing"] == 1
             if clock[0] - begun > 600:
-                raise KeyboardInterrupt   # held open by a living process: it would go on
+                raise KeyboardInterrupt  # held open by a living process: it would go on
 
         with pytest.raises(KeyboardInterrupt):
             follow(tmp_path / "out", look)
@@ -355,15 +453,33 @@ def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monke
 
 
 def test_cells_that_ask_for_other_resources_are_refused_not_given_the_first_ones(tmp_path):
-    other = GRID.replace("w4a16: {{quant.activation_bits: 16}}", 'w4a16: {{quant.activation_bits: 16, launch.slurm.gres: "gpu:4"}}')
-    with pytest.raises(UserError, match="launch.slurm.gres is 'gpu:h100:2' in cell seed-7.activation_bits-8 and 'gpu:4' in cell w4a16"):
+    other = GRID.replace(
+        "w4a16: {{quant.activation_bits: 16}}", 'w4a16: {{quant.activation_bits: 16, launch.slurm.gres: "gpu:4"}}'
+    )
+    with pytest.raises(
+        UserError, match="launch.slurm.gres is 'gpu:h100:2' in cell seed-7.activation_bits-8 and 'gpu:4' in cell w4a16"
+    ):
         cells.make_manifest(sweep_of(tmp_path, other), tmp_path / "out")
-    shards = GRID.replace("w4a16: {{quant.activation_bits: 16}}", "w4a16: {{quant.activation_bits: 16, launch.shard_episodes: 50}}")
-    assert [cell.shards for cell in cells.make_manifest(sweep_of(tmp_path, shards), tmp_path / "out").cells] == [3, 3, 3, 1]
+    shards = GRID.replace(
+        "w4a16: {{quant.activation_bits: 16}}", "w4a16: {{quant.activation_bits: 16, launch.shard_episodes: 50}}"
+    )
+    assert [cell.shards for cell in cells.make_manifest(sweep_of(tmp_path, shards), tmp_path / "out").cells] == [
+        3,
+        3,
+        3,
+        1,
+    ]
 
 
-@pytest.mark.parametrize("text", ['{"schema": 1}', "[]", '{"schema": 1, "sweep": "x", "directory": "/", "cells": [], "shards": [["a", 0, 1]]}',
-                                  '{"schema": 1, "sweep": "x", "directory": "/", "cells": {"id": 1}, "shards": []}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"schema": 1}',
+        "[]",
+        '{"schema": 1, "sweep": "x", "directory": "/", "cells": [], "shards": [["a", 0, 1]]}',
+        '{"schema": 1, "sweep": "x", "directory": "/", "cells": {"id": 1}, "shards": []}',
+    ],
+)
 def test_a_manifest_that_is_none_is_the_users_error(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="manifest.json: .*(not a sweep's manifest|manifest schema None)"):
@@ -381,7 +497,11 @@ def submission(tmp_path: Path, monkeypatch, shards: int) -> engine.Submission:
 def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named(tmp_path, monkeypatch):
     made = submission(tmp_path, monkeypatch, 2)
     commands = made.shard_command
-    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: commands(i) if i == 0 else ["sh", "-c", "echo 'qlibero: no such thing'; exit 2"])
+    monkeypatch.setattr(
+        engine.Submission,
+        "shard_command",
+        lambda self, i: commands(i) if i == 0 else ["sh", "-c", "echo 'qlibero: no such thing'; exit 2"],
+    )
     import threading
 
     def hurt() -> None:
@@ -408,7 +528,9 @@ def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch):
 
     from qlibero import cli
 
-    monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: {"finished": True, "complete": True, "merge_status": 5})
+    monkeypatch.setattr(
+        "qlibero.launch.sweep.run_sweep", lambda *_: {"finished": True, "complete": True, "merge_status": 5}
+    )
     (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
     assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
 

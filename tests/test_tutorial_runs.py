@@ -40,9 +40,7 @@ def test_it_ends_in_a_checkpoint_that_qlibero_reads(tutorial):
     checkpoint = open_checkpoint(tutorial / "checkpoint")
     assert tensor_table(checkpoint).problems == []
     calibration = read_demonstrations(tutorial / "checkpoint" / "calibration.npz")
-    assert {o.prompt for o in calibration.observations} == {
-        "pick up the salad dressing and place it in the basket"
-    }
+    assert {o.prompt for o in calibration.observations} == {"pick up the salad dressing and place it in the basket"}
 
 
 def test_the_same_commands_continue(tutorial):

@@ -33,11 +33,20 @@ def record(arm: str, i: int, outcome: str | None = None) -> EpisodeRecord:
     outcome = outcome or ("success" if i % 3 else "failure")
     finished = outcome != "error"
     return EpisodeRecord(
-        suite="libero_object", task=i % 10, init=i // 10, seed=7, arm=arm, outcome=outcome,
-        steps=20 + i if finished else 0, replans=3, fingerprint="ab" * 32 if finished else "",
-        action_digest=f"{i:064x}" if finished else "", error=None if finished else "simulator died",
-        success_step=20 + i if outcome == "success" else None, policy_ms=[10.0 + i, 11.0],
-    )  # fmt: skip
+        suite="libero_object",
+        task=i % 10,
+        init=i // 10,
+        seed=7,
+        arm=arm,
+        outcome=outcome,
+        steps=20 + i if finished else 0,
+        replans=3,
+        fingerprint="ab" * 32 if finished else "",
+        action_digest=f"{i:064x}" if finished else "",
+        error=None if finished else "simulator died",
+        success_step=20 + i if outcome == "success" else None,
+        policy_ms=[10.0 + i, 11.0],
+    )
 
 
 def write(run_dir: Path, arm: str, numbers, outcome: str | None = None) -> None:
@@ -77,7 +86,11 @@ def mirrored(run_dir: Path, arm: str) -> int:
 def test_offline_view_equals_the_ledger(tmp_path):
     run = tmp_path / "run"
     write(run, "baseline", range(3))
-    write_meta(run, "baseline", {"kernels": {"q_proj": {"kernel": "fake", "reason": "asked for"}, "o_proj": {"kernel": "fake"}}})
+    write_meta(
+        run,
+        "baseline",
+        {"kernels": {"q_proj": {"kernel": "fake", "reason": "asked for"}, "o_proj": {"kernel": "fake"}}},
+    )
     mirror = start_mirror(run)
     wait_until(lambda: mirrored(run, "baseline") == 3)
     write(run, "baseline", [3], outcome="error")
@@ -88,9 +101,7 @@ def test_offline_view_equals_the_ledger(tmp_path):
     write(run, "baseline", [4], outcome="error")
     video = run / "fake" / "videos" / "libero_object-1-0-7.mp4"
     video.parent.mkdir()
-    subprocess.run(
-        f"ffmpeg -v error -f lavfi -i color=red:s=64x64:d=0.2 -pix_fmt yuv420p {video}".split(), check=True
-    )
+    subprocess.run(f"ffmpeg -v error -f lavfi -i color=red:s=64x64:d=0.2 -pix_fmt yuv420p {video}".split(), check=True)
     said = mirror.finish(300)
     assert said["complete"] and said["mode"] == "offline", (said, log_path(run, "wandb").read_text())
     assert said["rows"] == {"baseline": 4, "fake": 4}
@@ -101,13 +112,21 @@ def test_offline_view_equals_the_ledger(tmp_path):
         assert view.config["experiment"]["suite"] == "libero_object" and view.config["arm"] == arm
         assert_equal_to_ledger(view.history, run, arm)
         truth = summarize_arm(read_ledger(run, arm))
-        assert {n: view.summary[n] for n in ("successes", "episodes", "errors")} == {n: truth[n] for n in ("successes", "episodes", "errors")}
-        assert [view.summary["success_rate_low95"], view.summary["success_rate_high95"]] == pytest.approx(truth["wilson95"], abs=1e-6)
+        assert {n: view.summary[n] for n in ("successes", "episodes", "errors")} == {
+            n: truth[n] for n in ("successes", "episodes", "errors")
+        }
+        assert [view.summary["success_rate_low95"], view.summary["success_rate_high95"]] == pytest.approx(
+            truth["wilson95"], abs=1e-6
+        )
         assert {p: view.summary[f"latency_ms/{p}"] for p in ("p50", "p95", "p99")} == truth["latency_ms"]
     assert offline_runs(run, "baseline")[0].summary["kernels/fake"] == 2
     verdict = compare_runs([run])["arms"]["fake"]
     seen = offline_runs(run, "fake")[0].summary
-    assert [seen[f"versus_baseline/{n}"] for n in ("pairs", "verdict")] == [verdict["pairs"], verdict["verdict"]] == [4, verdict["verdict"]]
+    assert (
+        [seen[f"versus_baseline/{n}"] for n in ("pairs", "verdict")]
+        == [verdict["pairs"], verdict["verdict"]]
+        == [4, verdict["verdict"]]
+    )
     films = [row for row in offline_runs(run, "fake")[0].history if "rollout/task1/success.path" in row]
     assert len(films) == 1 and films[0]["rollout/task1/success.path"].endswith(".mp4")
     assert list((run / "fake" / "wandb").glob("*/files/media/videos/**/*.mp4"))
@@ -130,7 +149,9 @@ def test_no_row_lost_or_doubled_when_mirror_or_service_is_killed(tmp_path):
     assert said["complete"], (said, log_path(run, "wandb").read_text())
     (view,) = offline_runs(run, "baseline")
     assert_equal_to_ledger(view.history, run, "baseline")
-    wait_until(lambda: not Path(f"/proc/{service}/cmdline").exists() or not Path(f"/proc/{service}/cmdline").read_bytes())
+    wait_until(
+        lambda: not Path(f"/proc/{service}/cmdline").exists() or not Path(f"/proc/{service}/cmdline").read_bytes()
+    )
 
 
 def test_episode_whose_record_was_torn_after_it_was_mirrored_gets_its_row_when_it_is_run_again(tmp_path):
@@ -154,11 +175,17 @@ def test_mirror_outlives_a_killed_launcher_drains_and_ends(tmp_path):
     run = tmp_path / "run"
     write(run, "fake", range(6))
     launcher = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from qlibero.tracking.mirror import start_mirrors\n"
-         "from qlibero.config.schema import Tracking\n"
-         "print(start_mirrors(sys.argv[1], Tracking()).mirrors[0].process.pid, flush=True); time.sleep(600)", str(run)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from qlibero.tracking.mirror import start_mirrors\n"
+            "from qlibero.config.schema import Tracking\n"
+            "print(start_mirrors(sys.argv[1], Tracking()).mirrors[0].process.pid, flush=True); time.sleep(600)",
+            str(run),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     pid = int(launcher.stdout.readline())
     launcher.kill()  # before the mirror has even imported wandb
     launcher.wait()
@@ -206,7 +233,12 @@ def test_offline_run_synced_later_equals_the_ledger(tmp_path, monkeypatch):
         for more in (range(3, 5), range(5, 6)):  # synced, continued, synced again
             assert start_mirror(run).finish(300)["mode"] == "offline"
             directories = sorted((run / "baseline" / "wandb").glob("offline-run-*"))
-            subprocess.run([str(Path(sys.executable).parent / "wandb"), "sync", str(directories[-1])], check=True, capture_output=True, cwd=tmp_path)
+            subprocess.run(
+                [str(Path(sys.executable).parent / "wandb"), "sync", str(directories[-1])],
+                check=True,
+                capture_output=True,
+                cwd=tmp_path,
+            )
             (run_id,) = server.history
             assert_equal_to_ledger(server.rows(run_id), run, "baseline")
             write(run, "baseline", more)
@@ -242,7 +274,9 @@ def test_dead_wandb_is_bounded_and_keeps_every_row(tmp_path, monkeypatch, fault)
         else:
             assert not said["complete"] and "did not end within" in said["problem"]
             for pid in pids:
-                wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text())
+                wait_until(
+                    lambda pid=pid: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
+                )
             assert start_mirror(run).finish(300)["complete"]  # what `again` tells the user to do, offline
     (view,) = offline_runs(run, "baseline")
     assert_equal_to_ledger(view.history, run, "baseline")

@@ -31,7 +31,11 @@ def dashboard(capfd, *arguments) -> dict:
 
 def test_every_metric_on_the_dashboard_is_logged(run, capfd):
     spec = dashboard(capfd, run, "--offline")["spec"]
-    shown = set(re.findall(r'"((?:summary:)?(?:success|latency_ms|versus_baseline|task/|quality/)[a-z0-9_/]*)"', json.dumps(spec)))
+    shown = set(
+        re.findall(
+            r'"((?:summary:)?(?:success|latency_ms|versus_baseline|task/|quality/)[a-z0-9_/]*)"', json.dumps(spec)
+        )
+    )
     logged: set[str] = set()
     for arm in arms_of(run):
         ledger = read_arm(run, arm)
@@ -40,7 +44,9 @@ def test_every_metric_on_the_dashboard_is_logged(run, capfd):
     assert len(shown) > 20
     assert {name.removeprefix("summary:") for name in shown} <= logged
     sections = [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]]
-    assert sections[:3] == ["Verdict", "Flips against the baseline", "Latency of a policy call"] and "Videos" in sections
+    assert (
+        sections[:3] == ["Verdict", "Flips against the baseline", "Latency of a policy call"] and "Videos" in sections
+    )
 
 
 def test_offline_spec_is_the_same_each_time_and_is_what_the_real_client_saves(run, capfd, tmp_path, monkeypatch):

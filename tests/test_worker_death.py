@@ -62,9 +62,21 @@ def test_dead_hung_and_failing_workers_are_replaced_and_the_episode_comes_out_eq
         assert event.fingerprint == undisturbed.fingerprint
         assert all(np.array_equal(a.observation.image, b.observation.image) for a, b in zip(again, seen, strict=True))
         frames = subprocess.run(
-            ["ffprobe", "-v", "error", "-count_frames", "-show_entries", "stream=nb_read_frames,width,height",
-             "-of", "csv=p=0", str(video)], capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+            [
+                "ffprobe",
+                "-v",
+                "error",
+                "-count_frames",
+                "-show_entries",
+                "stream=nb_read_frames,width,height",
+                "-of",
+                "csv=p=0",
+                str(video),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
         assert frames == "128,64,8" and os.listdir(video.parent) == ["episode.mp4"]
 
         pool.start(0, EPISODE)

@@ -79,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(0.1)
         if self.path.startswith("/graphql"):
             request = json.loads(body)
-            name = request.get("operationName") or (re.search(r"(?:query|mutation)\s+(\w+)", request["query"]) or "??")[1]
+            name = (
+                request.get("operationName") or (re.search(r"(?:query|mutation)\s+(\w+)", request["query"]) or "??")[1]
+            )
             self.server.requests.append(name)
             self.answer(self.graphql(name, request["query"], request.get("variables") or {}))
         elif self.path.endswith("/file_stream"):

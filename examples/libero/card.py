@@ -1,6 +1,6 @@
 """The model card's tables from what `model_card.sh` measured, so that no number is copied by hand.
 
-    python examples/libero/card.py logs/model_card
+python examples/libero/card.py logs/model_card
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def layout(arm: str) -> str:
 
 
 def changed(measure: dict | None, digits: int) -> str:
-    """"91.7 → 93.8 (p 0.39)"."""
+    """ "91.7 → 93.8 (p 0.39)"."""
     if not measure or measure["reference"] is None:
         return ""
     return f"{measure['reference']:.{digits}f} → {measure['arm']:.{digits}f} (p {measure['p']:.2g})"
@@ -120,8 +120,19 @@ def main() -> None:
         columns = ("suite", "episodes", "success", "95 %", "task 0 to 9", "ms per chunk p50 / p95 / p99")
         show("Success", columns, success(runs))
     if (root / "quantization" / "experiment.yaml").exists():
-        columns = ("arm", "success", "pairs", "broken", "repaired", "Δ (pp)", "95 % (Tango)", "McNemar p", "action error",
-                   "steps to success", "jerk (m/s³)")  # fmt: skip
+        columns = (
+            "arm",
+            "success",
+            "pairs",
+            "broken",
+            "repaired",
+            "Δ (pp)",
+            "95 % (Tango)",
+            "McNemar p",
+            "action error",
+            "steps to success",
+            "jerk (m/s³)",
+        )
         show("Quantization", columns, quantization(root / "quantization"))
     if (root / "controls.jsonl").exists():
         rows = [json.loads(line) for line in (root / "controls.jsonl").read_text().splitlines()]

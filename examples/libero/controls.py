@@ -30,9 +30,7 @@ from qlibero.sim.suites import SETTLE_ACTION, SUITES
 SEED = 7
 
 
-def evaluate(
-    pilot: Pilot, scene: Scene, episodes: int, displaced: tuple[float, float] | None
-) -> tuple[int, int]:
+def evaluate(pilot: Pilot, scene: Scene, episodes: int, displaced: tuple[float, float] | None) -> tuple[int, int]:
     """(successes, episodes run) from official initial states, the target moved by `displaced` metres if
     given.
 
@@ -58,9 +56,7 @@ def main() -> None:
     parser.add_argument("--suite", required=True, choices=list(RADIUS))
     parser.add_argument("--tasks", default="0-9")
     parser.add_argument("--episodes", type=int, default=20, help="per task")
-    parser.add_argument(
-        "--displaced", type=float, nargs=2, metavar=("LOW", "HIGH"), help="metres, such as 0.03 0.08"
-    )
+    parser.add_argument("--displaced", type=float, nargs=2, metavar=("LOW", "HIGH"), help="metres, such as 0.03 0.08")
     parser.add_argument("--blind", action="store_true", help="give the policy black images")
     parser.add_argument("--out", type=Path, default=Path("logs/controls.jsonl"))
     arguments = parser.parse_args()

@@ -95,10 +95,7 @@ class Examples:
 
     def sample(self, size: int, generator: torch.Generator) -> Tensor:
         """Training rows, tasks equally likely."""
-        u = (
-            torch.rand(size, device=self.device, generator=generator, dtype=torch.float64)
-            * self._cumulative[-1]
-        )
+        u = torch.rand(size, device=self.device, generator=generator, dtype=torch.float64) * self._cumulative[-1]
         return self.training[torch.searchsorted(self._cumulative, u).clamp_max(len(self.training) - 1)]
 
     def batch(self, rows: Tensor, statistics: dict, blind: bool) -> dict[str, Tensor]:

@@ -78,12 +78,7 @@ def record_episode(scene: Scene, seed: int, drive=None) -> dict[str, np.ndarray]
         executed = actions[-1].copy()
         if sigma:
             noise = 0.6 * noise + 0.8 * sigma * rng.standard_normal(6) * _AXES
-            if (
-                kicks
-                and kick_left == 0
-                and rng.random() < 0.04
-                and expert.phase not in ("close", "open", "turn")
-            ):
+            if kicks and kick_left == 0 and rng.random() < 0.04 and expert.phase not in ("close", "open", "turn"):
                 kick, kick_left = rng.uniform(-1, 1, 6) * _AXES * 0.8, int(rng.integers(2, 6))
             executed[:6] += noise + (kick if kick_left else 0)
             kick_left = max(0, kick_left - 1)

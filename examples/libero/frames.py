@@ -70,9 +70,7 @@ def project(scene: Scene, camera: str, points: np.ndarray) -> np.ndarray:
     local = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
     depth = -local[:, 2]
     scale = 1 / (np.maximum(depth, 1e-3) * np.tan(np.deg2rad(model.cam_fovy[index]) / 2))
-    pixels = np.stack(
-        [-local[:, 1] * scale, -local[:, 0] * scale], -1
-    )  # the frame is turned by 180°, mirrored once
+    pixels = np.stack([-local[:, 1] * scale, -local[:, 0] * scale], -1)  # the frame is turned by 180°, mirrored once
     pixels[(depth < 1e-3) | (np.abs(pixels) > 1).any(1)] = np.nan
     return pixels
 
@@ -81,9 +79,7 @@ def _keypoints(scene: Scene) -> np.ndarray:
     env = scene.env
     found = np.full((len(CAMERAS), len(KINDS), INSTANCES, 2), np.nan, np.float16)
     names = sorted(env.obj_body_id)
-    points = np.stack(
-        [*(env.sim.data._data.xpos[env.obj_body_id[name]] for name in names), scene.eef_position()]
-    )
+    points = np.stack([*(env.sim.data._data.xpos[env.obj_body_id[name]] for name in names), scene.eef_position()])
     for camera, name_of_camera in enumerate(CAMERAS):
         pixels = project(scene, name_of_camera, points)
         found[camera, KINDS.index("gripper"), 0] = pixels[-1]

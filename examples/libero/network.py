@@ -88,9 +88,7 @@ class Learner(nn.Module):
     def forward(self, batch: dict[str, Tensor], noise: Tensor, time: Tensor) -> dict[str, Tensor]:
         """Scalar losses by name, for augmented `batch` (see `dataset.py`), noise (B, K, H, 7) and time (B,
         K)."""
-        prefix = self.policy.prefix(
-            batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"]
-        )
+        prefix = self.policy.prefix(batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"])
         actions = batch["chunks"][:, None]
         x_t = time[..., None, None] * noise + (1 - time[..., None, None]) * actions
         velocity = self.policy.velocity(prefix, x_t.flatten(0, 1), time.flatten())
@@ -118,9 +116,7 @@ class Learner(nn.Module):
         view."""
         count, tokens = self.side**2, self.policy.config.vision.tokens
         cameras = torch.stack([hidden[:, i * tokens : i * tokens + count] for i in range(2)], 1)
-        out = (
-            self.pointer(cameras).float().unflatten(-1, (2, 3)).transpose(2, 3)
-        )  # (B, cameras, aims, count, 3)
+        out = self.pointer(cameras).float().unflatten(-1, (2, 3)).transpose(2, 3)  # (B, cameras, aims, count, 3)
         grid = _grid(self.side, hidden.device)
         visible = aims.isfinite().all(-1)
         aims = aims.nan_to_num()

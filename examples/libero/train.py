@@ -153,24 +153,15 @@ class Trainer:
         learner, device = self.average.eval(), self.device
         generator = torch.Generator(device).manual_seed(0)
         pick = torch.randperm(len(self.examples.validation), device=device, generator=generator)[:rows]
-        batch = self.examples.batch(
-            self.examples.validation[pick], self.progress.statistics, self.arguments.blind
-        )
+        batch = self.examples.batch(self.examples.validation[pick], self.progress.statistics, self.arguments.blind)
         x = torch.randn(batch["chunks"].shape, device=device, generator=generator)
         policy, steps = learner.policy, self.config.flow_steps
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            prefix = policy.prefix(
-                batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"]
-            )
+            prefix = policy.prefix(batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"])
             _, pointed = learner._pointer_losses(prefix.hidden, batch["aim_pixels"])
             for i in range(steps):
-                x = (
-                    x
-                    - policy.velocity(prefix, x, torch.full((len(x),), 1 - i / steps, device=device)) / steps
-                )
-        error = (x - batch["chunks"]).abs() * torch.tensor(
-            self.progress.statistics["actions"]["std"], device=device
-        )
+                x = x - policy.velocity(prefix, x, torch.full((len(x),), 1 - i / steps, device=device)) / steps
+        error = (x - batch["chunks"]).abs() * torch.tensor(self.progress.statistics["actions"]["std"], device=device)
         gripper = torch.tensor(self.progress.statistics["actions"]["mean"][6], device=device)
         std = torch.tensor(self.progress.statistics["actions"]["std"][6], device=device)
         same = ((x[..., 6] * std + gripper) > 0) == ((batch["chunks"][..., 6] * std + gripper) > 0)
@@ -272,23 +263,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=64, help="64 on a CPU, 512 to 1024 on a GPU")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--init", type=Path, help="checkpoint directory to begin from, such as another run's snapshot/"
-    )
-    parser.add_argument(
-        "--blind", action="store_true", help="black images: the control that shows whether it must see"
-    )
+    parser.add_argument("--init", type=Path, help="checkpoint directory to begin from, such as another run's snapshot/")
+    parser.add_argument("--blind", action="store_true", help="black images: the control that shows whether it must see")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile: worth it for long runs on a GPU"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile: worth it for long runs on a GPU")
     parser.add_argument(
         "--capacity", type=int, default=20_000, help="examples that memory is set aside for (0.1 MB each)"
     )
-    parser.add_argument(
-        "--wait-for", type=int, default=1, help="episodes that must be there before training starts"
-    )
+    parser.add_argument("--wait-for", type=int, default=1, help="episodes that must be there before training starts")
     parser.add_argument("--save-every", type=float, default=180, help="seconds")
     parser.add_argument("--evaluate-every", type=float, default=60, help="seconds")
     return parser.parse_args(argv)

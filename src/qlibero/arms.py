@@ -34,7 +34,9 @@ WARMUP_CALLS = 3
 Say = Callable[[str], None]
 
 
-def load_arms(experiment: Experiment, arms: Sequence[Arm], say: Say) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
+def load_arms(
+    experiment: Experiment, arms: Sequence[Arm], say: Say
+) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
     """Policy and meta.json content by arm name. Arms share every tensor that they do not quantize.
 
     Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
@@ -134,10 +136,15 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
         "quant": artifact.spec.to_mapping(),
         "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
         "kernels": {
-            v.layer: {"kernel": v.executed, "requested": v.requested, "verdict": v.verdict, "reason": v.reason,
-                      "shape": str(v.shape)}
+            v.layer: {
+                "kernel": v.executed,
+                "requested": v.requested,
+                "verdict": v.verdict,
+                "reason": v.reason,
+                "shape": str(v.shape),
+            }
             for v in verdicts
-        },  # fmt: skip
+        },
         "witness": testimony.to_json() if testimony else None,
         "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
         "memory": memory(policy.model, artifact).summary(),

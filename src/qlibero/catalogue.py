@@ -21,7 +21,10 @@ def suites() -> Rows:
     """The LIBERO suites with the constants of their published protocol."""
     from qlibero.sim.suites import SUITES
 
-    return [{"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps} for s in SUITES.values()]
+    return [
+        {"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps}
+        for s in SUITES.values()
+    ]
 
 
 def policies() -> Rows:
@@ -34,7 +37,9 @@ def policies() -> Rows:
         untrained = policy.get("untrained") or {}
         source = policy.get("url") or policy.get("checkpoint") or untrained.get("config") or ""
         here = "://" in source or (path.parent / source).exists()
-        rows.append({"policy": path.stem, "type": policy.get("type"), "here": here, "about": about(path), "file": _shown(path)})
+        rows.append(
+            {"policy": path.stem, "type": policy.get("type"), "here": here, "about": about(path), "file": _shown(path)}
+        )
     return rows
 
 
@@ -44,10 +49,20 @@ def backends() -> Rows:
 
     devices = "cpu, cuda" if has_cuda() else "cpu"
     rows: Rows = [
-        {"backend": "baseline", "runs_on": devices, "here": True, "about": "the policy unquantized: bf16 on a GPU, float32 on a CPU"},
-        {"backend": "aa", "runs_on": devices, "here": True, "about": "baseline again in other batches: the noise floor of every difference"},
+        {
+            "backend": "baseline",
+            "runs_on": devices,
+            "here": True,
+            "about": "the policy unquantized: bf16 on a GPU, float32 on a CPU",
+        },
+        {
+            "backend": "aa",
+            "runs_on": devices,
+            "here": True,
+            "about": "baseline again in other batches: the noise floor of every difference",
+        },
         {"backend": "auto", "runs_on": devices, "here": True, "about": "the fastest real kernel that passes the court"},
-    ]  # fmt: skip
+    ]
     return rows + [_backend(name) for name in BACKENDS]
 
 
@@ -59,13 +74,27 @@ def _backend(name: str) -> dict[str, Any]:
         kernel = load(name)
     except ImportError as error:
         return {"backend": name, "runs_on": "", "here": False, "about": f"cannot be loaded: {error}"}
-    found = {device: [kernel.supports(GemmShape(2048, 2048, bits, 8, None, device)) for bits in (4, 8)]
-             for device in ("cpu", "cuda")}  # fmt: skip
+    found = {
+        device: [kernel.supports(GemmShape(2048, 2048, bits, 8, None, device)) for bits in (4, 8)]
+        for device in ("cpu", "cuda")
+    }
     runs_on = [device for device, supports in found.items() if any(s.ok for s in supports)]
-    says = (sys.modules[type(kernel).__module__].__doc__ or "").strip().partition("\n")[0].rstrip(".").removeprefix(f"`{name}`: ")
+    says = (
+        (sys.modules[type(kernel).__module__].__doc__ or "")
+        .strip()
+        .partition("\n")[0]
+        .rstrip(".")
+        .removeprefix(f"`{name}`: ")
+    )
     if not runs_on:
         says += f" ({found['cuda'][0].reason or found['cpu'][0].reason})"
-    return {"backend": name, "runs_on": ", ".join(runs_on), "here": bool(runs_on), "court": court.standing(name), "about": says}
+    return {
+        "backend": name,
+        "runs_on": ", ".join(runs_on),
+        "here": bool(runs_on),
+        "court": court.standing(name),
+        "about": says,
+    }
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -101,18 +130,22 @@ def experiments() -> Rows:
         try:
             cells = load_sweep(path, environ={}, announce=lambda line: None, check_files=False).cells
         except QliberoError as error:
-            rows.append({"experiment": path.stem, "file": _shown(path), "about": f"does not load: {str(error).splitlines()[0]}"})
+            rows.append(
+                {"experiment": path.stem, "file": _shown(path), "about": f"does not load: {str(error).splitlines()[0]}"}
+            )
             continue
         first = cells[0].experiment
-        rows.append({
-            "experiment": path.stem,
-            "file": _shown(path),
-            "suites": sorted({cell.experiment.suite for cell in cells}),
-            "arms": [arm.name for arm in first.arms()],
-            "cells": len(cells),
-            "episodes": sum(episodes(cell.experiment) for cell in cells),
-            "about": about(path),
-        })  # fmt: skip
+        rows.append(
+            {
+                "experiment": path.stem,
+                "file": _shown(path),
+                "suites": sorted({cell.experiment.suite for cell in cells}),
+                "arms": [arm.name for arm in first.arms()],
+                "cells": len(cells),
+                "episodes": sum(episodes(cell.experiment) for cell in cells),
+                "about": about(path),
+            }
+        )
     return rows
 
 

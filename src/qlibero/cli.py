@@ -42,7 +42,13 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, call: Callable[[argparse.Namespace], Document], help: str, parent: Any = commands, policy: bool = False) -> Parser:
+    def add(
+        name: str,
+        call: Callable[[argparse.Namespace], Document],
+        help: str,
+        parent: Any = commands,
+        policy: bool = False,
+    ) -> Parser:
         """`policy`: it may load a policy, so it runs in the policy process's environment."""
         command = parent.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         command.set_defaults(call=call, policy=policy)
@@ -54,73 +60,147 @@ def build_parser() -> Parser:
 
     command = add("compare", do.compare, "pair the arms of a run, or results of other tools, and give each a verdict")
     command.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULT",
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULT",
         help="run directories; or a result file of LeRobot, openpi's fork or vla-eval, and what to compare it with",
-    )  # fmt: skip
-    command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline; among files the first)")
-    command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")
+    )
+    command.add_argument(
+        "--reference", metavar="ARM", help="the arm to compare with (default: baseline; among files the first)"
+    )
+    command.add_argument(
+        "--margin",
+        type=float,
+        help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
+    )
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells")
-    command.add_argument("-o", "--output", type=Path, default=Path("episodes.csv"), metavar="FILE", help=".csv or .parquet (default: episodes.csv)")
+    command.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("episodes.csv"),
+        metavar="FILE",
+        help=".csv or .parquet (default: episodes.csv)",
+    )
 
-    command = add("film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first")
+    command = add(
+        "film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first"
+    )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     command.add_argument("--episodes", type=_count, default=4, metavar="N", help="how many (default: 4)")
 
-    command = add("plan", do.plan, "what a sweep or experiment would run, how long it takes, what difference it could detect", policy=True)
+    command = add(
+        "plan",
+        do.plan,
+        "what a sweep or experiment would run, how long it takes, what difference it could detect",
+        policy=True,
+    )
     _config(command)
     _out(command)
-    command.add_argument("--calibrate", action="store_true", help="run one episode of each arm that has no known cost (they count)")
+    command.add_argument(
+        "--calibrate", action="store_true", help="run one episode of each arm that has no known cost (they count)"
+    )
 
     command = add("sweep", do.sweep, "run the cells of a sweep, or one experiment, in shards; again: what is missing")
     _config(command)
     _out(command)
     command.add_argument("--engine", choices=("local", "slurm", "ray"), help="default: launch.engine of the sweep")
-    command.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing")
+    command.add_argument(
+        "--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing"
+    )
 
     command = add("run-shard", do.run_shard, "what a job of a sweep executes: run, or continue, one shard", policy=True)
     command.add_argument("--manifest", type=Path, required=True, help="manifest.json of a submission")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--index", type=int, help="which shard")
-    what.add_argument("--merge", action="store_true", help="after all shards: mirror the ledgers, write sweep/result.json")
+    what.add_argument(
+        "--merge", action="store_true", help="after all shards: mirror the ledgers, write sweep/result.json"
+    )
 
     command = add("status", do.status, "how far a sweep or a run is, from its result files and the queue")
     command.add_argument("dir", type=Path, metavar="DIR", help="a sweep's or a run's directory")
-    command.add_argument("--follow", action="store_true", help="say it again every ten seconds until everything is done, or nothing is under way any more")
+    command.add_argument(
+        "--follow",
+        action="store_true",
+        help="say it again every ten seconds until everything is done, or nothing is under way any more",
+    )
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells")
-    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    command.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory"
+    )
     command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
-    command.add_argument("--margin", type=float, help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)")
-    command.add_argument("--max-mb", type=float, default=10.0, metavar="MB",
-                         help="embed videos of flipped episodes as long as the file stays below this (default: 10; 0: no videos)")
+    command.add_argument(
+        "--margin",
+        type=float,
+        help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
+    )
+    command.add_argument(
+        "--max-mb",
+        type=float,
+        default=10.0,
+        metavar="MB",
+        help="embed videos of flipped episodes as long as the file stays below this (default: 10; 0: no videos)",
+    )
 
     command = add("dashboard", do.dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
-    command.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="runs whose mirrors are, or will be, on the server")
+    command.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="runs whose mirrors are, or will be, on the server"
+    )
     command.add_argument("--project", default="qlibero", help="W&B project (default: qlibero)")
     command.add_argument("--entity", help="W&B team or user (default: yours)")
     command.add_argument("--offline", action="store_true", help="only print the workspace's definition")
 
-    command = add("quantize", do.quantize, "make the artifacts of an experiment's quantized arms, without running it", policy=True)
+    command = add(
+        "quantize", do.quantize, "make the artifacts of an experiment's quantized arms, without running it", policy=True
+    )
     _config(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
 
-    command = add("inspect", do.inspect, "show a quantization artifact layer by layer, and which layers cost most", policy=True)
+    command = add(
+        "inspect", do.inspect, "show a quantization artifact layer by layer, and which layers cost most", policy=True
+    )
     command.add_argument("artifact", type=Path, metavar="ARTIFACT")
     command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
-    command.add_argument("--measure", type=Path, metavar="CONFIG",
-                         help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)")
-    command.add_argument("--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)")
+    command.add_argument(
+        "--measure",
+        type=Path,
+        metavar="CONFIG",
+        help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)",
+    )
+    command.add_argument(
+        "--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)"
+    )
     command.add_argument("--json", action="store_true", help="only the JSON line")
 
-    kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(metavar="COMMAND", required=True)
-    command = add("check", do.kernels_check, "hold every kernel against the integer reference, on this machine", kernels, policy=True)
+    kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    command = add(
+        "check",
+        do.kernels_check,
+        "hold every kernel against the integer reference, on this machine",
+        kernels,
+        policy=True,
+    )
     _shapes(command)
     command.add_argument("--forget", action="store_true", help="try again what is known from earlier trials")
 
-    command = add("bench", do.kernels_bench, "time every kernel against the unquantized product and the hardware's limit", kernels, policy=True)
+    command = add(
+        "bench",
+        do.kernels_bench,
+        "time every kernel against the unquantized product and the hardware's limit",
+        kernels,
+        policy=True,
+    )
     _shapes(command)
 
     command = add("serve", do.serve, "put an arm's policy behind openpi's websocket protocol", policy=True)
@@ -129,16 +209,27 @@ def build_parser() -> Parser:
     command.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; elsewhere a token is required")
     command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     command.add_argument("--token-env", metavar="NAME", help="environment variable that holds the clients' token")
-    command.add_argument("--ready-file", type=Path, metavar="FILE", help="written (JSON: host, port, pid) once connections are accepted")
+    command.add_argument(
+        "--ready-file", type=Path, metavar="FILE", help="written (JSON: host, port, pid) once connections are accepted"
+    )
 
-    checkpoint = commands.add_parser("checkpoint", help="look at a checkpoint").add_subparsers(metavar="COMMAND", required=True)
-    command = add("verify", do.checkpoint_verify, "check names, shapes, values, statistics, profile and hash of a checkpoint", checkpoint)
+    checkpoint = commands.add_parser("checkpoint", help="look at a checkpoint").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    command = add(
+        "verify",
+        do.checkpoint_verify,
+        "check names, shapes, values, statistics, profile and hash of a checkpoint",
+        checkpoint,
+    )
     command.add_argument("checkpoint", type=Path, metavar="PATH", help="an openpi or LeRobot checkpoint directory")
 
     command = add("doctor", do.doctor, "say what is wrong with this machine, and the command that mends it")
     command.add_argument("--json", action="store_true", help="only the JSON line")
 
-    config = commands.add_parser("config", help="look at a configuration").add_subparsers(metavar="COMMAND", required=True)
+    config = commands.add_parser("config", help="look at a configuration").add_subparsers(
+        metavar="COMMAND", required=True
+    )
     command = add("show", do.config_show, "print the experiment with everything it extends and every default", config)
     command.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="an experiment's YAML file")
     _sets(command)
@@ -150,12 +241,20 @@ def build_parser() -> Parser:
 
 
 def _config(command: Parser) -> None:
-    command.add_argument("config", type=Path, metavar="CONFIG", help="an experiment's YAML file, e.g. configs/experiments/baseline.yaml")
+    command.add_argument(
+        "config", type=Path, metavar="CONFIG", help="an experiment's YAML file, e.g. configs/experiments/baseline.yaml"
+    )
     _sets(command)
 
 
 def _sets(command: Parser) -> None:
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, e.g. --set quant.alpha=0.6; repeatable")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key, e.g. --set quant.alpha=0.6; repeatable",
+    )
 
 
 def _count(text: str) -> int:
@@ -165,15 +264,26 @@ def _count(text: str) -> int:
 
 
 def _shapes(command: Parser) -> None:
-    command.add_argument("config", nargs="?", type=Path, metavar="CONFIG",
-                         help="an experiment: its quantized arms' layers at the run's token counts, instead of --shapes and the bits below")  # fmt: skip
+    command.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="CONFIG",
+        help="an experiment: its quantized arms' layers at the run's token counts, instead of --shapes and the bits below",
+    )
     _sets(command)
-    command.add_argument("--backend", action="append", metavar="NAME", help="default: all that this machine supports; repeatable")
+    command.add_argument(
+        "--backend", action="append", metavar="NAME", help="default: all that this machine supports; repeatable"
+    )
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    command.add_argument("--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)")
+    command.add_argument(
+        "--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)"
+    )
     command.add_argument("--weight-bits", type=int, choices=(4, 8), default=4)
     command.add_argument("--activation-bits", type=int, choices=(4, 8), default=8)
-    command.add_argument("--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)")
+    command.add_argument(
+        "--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)"
+    )
 
 
 def _out(command: Parser) -> None:
@@ -185,11 +295,11 @@ def _stdout_kept_for_json() -> Iterator[Callable[[Document], None]]:
     stdout = sys.stdout
     stdout.flush()
     kept = os.dup(1)
-    os.dup2(2, 1)   # for C libraries and child processes
+    os.dup2(2, 1)  # for C libraries and child processes
 
     def emit(document: Document) -> None:
         os.dup2(kept, 1)
-        with suppress(BrokenPipeError):   # the reader has gone; nobody is left to tell
+        with suppress(BrokenPipeError):  # the reader has gone; nobody is left to tell
             print(json.dumps(document, default=str), file=stdout, flush=True)
         os.dup2(2, 1)
 
@@ -207,16 +317,16 @@ def _terminated(signal_number: int, frame: Any) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    previous = signal.signal(signal.SIGTERM, _terminated)   # a batch system's way of saying Ctrl-C
+    previous = signal.signal(signal.SIGTERM, _terminated)  # a batch system's way of saying Ctrl-C
     args, wrong = None, None
     try:
-        args = build_parser().parse_args(argv)   # `--help` prints on stdout and leaves from here
+        args = build_parser().parse_args(argv)  # `--help` prints on stdout and leaves from here
     except UserError as error:
         wrong = error
     if args is not None and args.policy and argv is None:
         from qlibero.launch.environment import enter_policy_environment
 
-        enter_policy_environment()   # may start this process again, so before stdout is put aside
+        enter_policy_environment()  # may start this process again, so before stdout is put aside
     try:
         with _stdout_kept_for_json() as emit:
             try:
@@ -233,19 +343,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             except QliberoError as error:
                 return _failed(emit, error.exit_status, str(error), type(error).__name__)
             except KeyboardInterrupt:
-                return _failed(emit, INTERRUPTED, "interrupted; everything finished is kept, the same command continues", "Interrupted")
+                return _failed(
+                    emit,
+                    INTERRUPTED,
+                    "interrupted; everything finished is kept, the same command continues",
+                    "Interrupted",
+                )
             except OSError as error:
                 traceback.print_exc()
                 where = f": {error.filename}" if error.filename else ""
                 return _failed(emit, 1, f"{error.strerror or error}{where}", type(error).__name__)
             except Exception as error:
                 traceback.print_exc()
-                return _failed(emit, 1, f"{error} (this is a defect of qlibero: the lines above say where)", type(error).__name__)
+                return _failed(
+                    emit, 1, f"{error} (this is a defect of qlibero: the lines above say where)", type(error).__name__
+                )
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _failed(emit: Callable[[Document], None], status: int, message: str, kind: str, found: Document | None = None) -> int:
+def _failed(
+    emit: Callable[[Document], None], status: int, message: str, kind: str, found: Document | None = None
+) -> int:
     explain(message)
     emit({**(found or {}), "error": {"kind": kind, "message": message, "exit_status": status}})
     return status

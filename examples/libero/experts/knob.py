@@ -21,9 +21,7 @@ class Knob(Expert):
     def _ridge(self) -> tuple[np.ndarray, float]:
         """Middle (3,) of the knob's upper geoms, and the height of its top."""
         data, half = self.world.data, self.world.model.geom_size
-        tops = [
-            data.geom_xpos[g][2] + (np.abs(data.geom_xmat[g].reshape(3, 3)) @ half[g])[2] for g in self._geoms
-        ]
+        tops = [data.geom_xpos[g][2] + (np.abs(data.geom_xmat[g].reshape(3, 3)) @ half[g])[2] for g in self._geoms]
         upper = [g for g in self._geoms if data.geom_xpos[g][2] + half[g].min() > max(tops) - 0.03]
         return np.mean([data.geom_xpos[g] for g in upper], 0), max(tops)
 

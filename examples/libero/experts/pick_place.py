@@ -40,9 +40,7 @@ class PickPlace(Expert):
         self.held_offset = self._offset()
         self.carry_yaw = self.yaw_now() if self.grasp is None else self.grasp.yaw
         destination = np.asarray(self.place())
-        self.carry_height = max(
-            position[2] + 0.04, self._clearance(position, destination, 0.10) + self.hang + 0.035
-        )
+        self.carry_height = max(position[2] + 0.04, self._clearance(position, destination, 0.10) + self.hang + 0.035)
         self.lift_xy = position[:2]
         self._enter("lift")
 

@@ -32,7 +32,18 @@ NO_EFFECT = {
     "PRECACHE_WEIGHTS": "weights are always quantized once, before the first episode",
     "INPUT_TRANSPOSE": "the transform is part of the method; quant.method chooses it",
 }
-HONOURED = ("WBITS_DEFAULT", "ABITS", "BLOCK", "CALIB_STEPS", "WBITS", "ROW_ROT", "INCLUDE", "EXCLUDE", "SCOPE", "LAYERS")
+HONOURED = (
+    "WBITS_DEFAULT",
+    "ABITS",
+    "BLOCK",
+    "CALIB_STEPS",
+    "WBITS",
+    "ROW_ROT",
+    "INCLUDE",
+    "EXCLUDE",
+    "SCOPE",
+    "LAYERS",
+)
 
 
 @dataclass(frozen=True)
@@ -55,24 +66,32 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
     """
     given = {name.removeprefix(PREFIX): value for name, value in environ.items() if name.startswith(PREFIX)}
     overrides: list[Override] = []
-    for short, key in (("WBITS_DEFAULT", "weight_bits"), ("ABITS", "activation_bits"),
-                       ("BLOCK", "block_size"), ("CALIB_STEPS", "calibration.samples")):  # fmt: skip
+    for short, key in (
+        ("WBITS_DEFAULT", "weight_bits"),
+        ("ABITS", "activation_bits"),
+        ("BLOCK", "block_size"),
+        ("CALIB_STEPS", "calibration.samples"),
+    ):
         if short in given:
             number = _number(short, given[short])
-            value = 16 if number == 0 and key.endswith("_bits") else number   # the fork's 0 meant "leave as it is"
+            value = 16 if number == 0 and key.endswith("_bits") else number  # the fork's 0 meant "leave as it is"
             overrides.append(Override(PREFIX + short, given[short], key, value))
     if "ROW_ROT" in given:
-        if given["ROW_ROT"] not in ("0", "restore"):   # the fork rotated for any other word and never rotated back
+        if given["ROW_ROT"] not in ("0", "restore"):  # the fork rotated for any other word and never rotated back
             raise ValueError(f"{PREFIX}ROW_ROT should be 0 or restore (got {given['ROW_ROT']!r})")
         overrides.append(Override(PREFIX + "ROW_ROT", given["ROW_ROT"], "row_rotation", given["ROW_ROT"] == "restore"))
     if given.get("WBITS"):
         bits = dict(_layer_bits(entry) for entry in given["WBITS"].split(",") if entry.strip())
         overrides.append(Override(PREFIX + "WBITS", given["WBITS"], "per_layer_bits", bits))
     overrides += _layers(given)
-    notes = [f"{PREFIX}{short} changes nothing here: {NO_EFFECT[short]}" for short in sorted(given) if short in NO_EFFECT]
+    notes = [
+        f"{PREFIX}{short} changes nothing here: {NO_EFFECT[short]}" for short in sorted(given) if short in NO_EFFECT
+    ]
     for short in sorted(set(given) - set(NO_EFFECT) - set(HONOURED)):
         close = get_close_matches(short, (*HONOURED, *NO_EFFECT), n=1)
-        notes.append(f"{PREFIX}{short} is not known and ignored" + (f"; did you mean {PREFIX}{close[0]}?" if close else ""))
+        notes.append(
+            f"{PREFIX}{short} is not known and ignored" + (f"; did you mean {PREFIX}{close[0]}?" if close else "")
+        )
     return overrides, notes
 
 
@@ -81,7 +100,10 @@ def _layers(given: dict[str, str]) -> list[Override]:
     names = [name.strip() for name in given.get("LAYERS", "").split(",") if name.strip()]
     if names:
         include = [f"^{re.escape(name)}$" for name in names]
-        return [Override(PREFIX + "LAYERS", given["LAYERS"], "include", include), _exclude("LAYERS", given["LAYERS"], [])]
+        return [
+            Override(PREFIX + "LAYERS", given["LAYERS"], "include", include),
+            _exclude("LAYERS", given["LAYERS"], []),
+        ]
     asked = [short for short in ("SCOPE", "INCLUDE", "EXCLUDE") if short in given]
     if not asked or asked == ["SCOPE"] and not given["SCOPE"]:
         return []
@@ -92,8 +114,10 @@ def _layers(given: dict[str, str]) -> list[Override]:
     pattern = f"^(?={re.escape(scope)}).*?(?:{include})" if scope else include
     exclude = given.get("EXCLUDE", FORK_EXCLUDE)
     last = "EXCLUDE" if "EXCLUDE" in given else source
-    return [Override(PREFIX + source, given[source], "include", [pattern]),
-            _exclude(last, given[last], [exclude] if exclude else [])]  # fmt: skip
+    return [
+        Override(PREFIX + source, given[source], "include", [pattern]),
+        _exclude(last, given[last], [exclude] if exclude else []),
+    ]
 
 
 def _exclude(short: str, text: str, patterns: list[str]) -> Override:

@@ -17,7 +17,19 @@ from qlibero.config.yaml_source import parse
 
 LONGEST = 80
 # What `schema.config_hash` leaves out, by the first word of the key.
-FREE = ("name", "tasks", "episodes_per_task", "backends", "workers", "retries", "videos", "margin", "stop", "tracking", "launch")
+FREE = (
+    "name",
+    "tasks",
+    "episodes_per_task",
+    "backends",
+    "workers",
+    "retries",
+    "videos",
+    "margin",
+    "stop",
+    "tracking",
+    "launch",
+)
 
 
 def suffix_of_sets(sets: Iterable[str], overrides: Iterable[tuple[str, Any]] = ()) -> str:
@@ -34,7 +46,7 @@ def suffix_of_sets(sets: Iterable[str], overrides: Iterable[tuple[str, Any]] = (
             try:
                 axes.append((key.strip(), value_label(parse(value), stem="/" in value)))
             except ValueError:
-                continue   # told as an error when it is applied
+                continue  # told as an error when it is applied
     return f".{axes_id(axes)}" if axes else ""
 
 
@@ -55,6 +67,8 @@ def value_label(value: Any, stem: bool = False) -> str:
         return "+".join(value_label(item, stem) for item in value)
     if isinstance(value, dict):
         named = value.get("name") or value.get("backend")
-        return value_label(named) if named else hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+        return (
+            value_label(named) if named else hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+        )
     text = value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(text).stem if stem else text).strip("-") or "none"

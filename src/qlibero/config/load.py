@@ -24,14 +24,23 @@ from qlibero.errors import UserError
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
 PLAIN_WORDS = {
-    "int_type": "should be a whole number", "int_parsing": "should be a whole number", "int_from_float": "should be a whole number",
-    "float_type": "should be a number", "string_type": "should be a text", "tuple_type": "should be a list",
-    "dict_type": "should be `key: value` lines", "model_type": "should be `key: value` lines",
-    "model_attributes_type": "should be `key: value` lines", "dataclass_type": "should be `key: value` lines",
-    "bool_parsing": "should be true or false", "bool_type": "should be true or false", "path_type": "should be a path",
-    "string_pattern_mismatch": "does not look right", "finite_number": "should be a finite number",
-}  # fmt: skip
-PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")   # every Path of the schema; a test compares
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "string_type": "should be a text",
+    "tuple_type": "should be a list",
+    "dict_type": "should be `key: value` lines",
+    "model_type": "should be `key: value` lines",
+    "model_attributes_type": "should be `key: value` lines",
+    "dataclass_type": "should be `key: value` lines",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "path_type": "should be a path",
+    "string_pattern_mismatch": "does not look right",
+    "finite_number": "should be a finite number",
+}
+PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")  # every Path of the schema; a test compares
 
 
 class ConfigError(UserError):
@@ -128,7 +137,9 @@ def _apply_environment(source: Source, environ: Mapping[str, str], announce: Cal
 
 
 def _apply_sets(source: Source, sets: Iterable[str]) -> None:
-    for text in sorted(sets, key=lambda text: "sha256" in text.partition("=")[0]):   # a hash after the checkpoint it is for
+    for text in sorted(
+        sets, key=lambda text: "sha256" in text.partition("=")[0]
+    ):  # a hash after the checkpoint it is for
         mark = Mark(f"--set {text}", directory=Path.cwd())
         key, equals, value = text.partition("=")
         keys = tuple(key.strip().split("."))
@@ -163,11 +174,19 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
             here = (*at, key)
             if isinstance(inner, dict | list):
                 visit(inner, here)
-            elif key in PATH_KEYS and isinstance(inner, str) and inner and at and at[0] in ("policy", "quant", "backends"):
+            elif (
+                key in PATH_KEYS
+                and isinstance(inner, str)
+                and inner
+                and at
+                and at[0] in ("policy", "quant", "backends")
+            ):
                 mark = _mark_of(source, here)
                 value[key] = str(Path(os.path.abspath(mark.directory / Path(inner).expanduser())))
                 if check_files and not os.path.exists(value[key]):
-                    source.problems.append(Problem(mark, f"{_dotted(here)}: no such file or directory: {display(Path(value[key]))}"))
+                    source.problems.append(
+                        Problem(mark, f"{_dotted(here)}: no such file or directory: {display(Path(value[key]))}")
+                    )
 
     visit(source.data, ())
 
@@ -214,7 +233,9 @@ def explain(error: ValidationError, source: Source, schema: dict[str, Any]) -> l
             what = PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, ").removeprefix("Input "))
             got = "" if isinstance(context.get("error"), Misplaced) else got
             if kind == "literal_error":
-                hint = _did_you_mean(item["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+                hint = _did_you_mean(
+                    item["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+                )
         told.setdefault(location, []).append(what)
         tails[location] = got + (hint or tails.get(location, "").partition(")")[2])
     problems = []
@@ -231,7 +252,9 @@ def _walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
     rest: list[str | int] = []
     for step in loc:
         index = int(step) if isinstance(data, list) and str(step).isdecimal() else step
-        if (isinstance(data, dict) and index in data) or (isinstance(data, list) and isinstance(index, int) and index < len(data)):
+        if (isinstance(data, dict) and index in data) or (
+            isinstance(data, list) and isinstance(index, int) and index < len(data)
+        ):
             data = data[index]
             here.append(index)
             rest.clear()
@@ -242,26 +265,41 @@ def _walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
 
 def _schemas_at(schema: dict[str, Any], location: Location) -> list[dict[str, Any]]:
     """Every JSON Schema that may describe the value at `location`, unions opened."""
+
     def opened(node: dict[str, Any]) -> list[dict[str, Any]]:
         if "$ref" in node:
             return opened(schema["$defs"][node["$ref"].rpartition("/")[2]])
-        return [node, *(inner for key in ("anyOf", "oneOf") for option in node.get(key, ()) for inner in opened(option))]
+        return [
+            node,
+            *(inner for key in ("anyOf", "oneOf") for option in node.get(key, ()) for inner in opened(option)),
+        ]
 
     nodes = opened(schema)
     for step in location:
-        inner = [n["items"] if isinstance(step, int) else n["properties"][step] for n in nodes
-                 if (isinstance(step, int) and "items" in n) or step in n.get("properties", {})]  # fmt: skip
+        inner = [
+            n["items"] if isinstance(step, int) else n["properties"][step]
+            for n in nodes
+            if (isinstance(step, int) and "items" in n) or step in n.get("properties", {})
+        ]
         nodes = [found for node in inner for found in opened(node)]
     return nodes
 
 
 def _keys_at(schema: dict[str, Any], location: Location) -> list[str]:
-    return [key for node in _schemas_at(schema, location) for key in node.get("properties", {})] + ["extends"] * (not location)
+    return [key for node in _schemas_at(schema, location) for key in node.get("properties", {})] + ["extends"] * (
+        not location
+    )
 
 
 def _property(schema: dict[str, Any], location: Location) -> dict[str, Any]:
-    return next((n["properties"][location[-1]] for n in _schemas_at(schema, location[:-1])
-                 if location[-1] in n.get("properties", {})), {})  # fmt: skip
+    return next(
+        (
+            n["properties"][location[-1]]
+            for n in _schemas_at(schema, location[:-1])
+            if location[-1] in n.get("properties", {})
+        ),
+        {},
+    )
 
 
 def _did_you_mean(word: Any, known: Iterable[str]) -> str:
@@ -274,7 +312,11 @@ def _dotted(location: Location) -> str:
 
 
 def _short(value: Any) -> str:
-    text = {True: "true", False: "false", None: "null"}.get(value) if value is None or isinstance(value, bool) else repr(value)
+    text = (
+        {True: "true", False: "false", None: "null"}.get(value)
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -320,5 +362,5 @@ def editor_schema() -> dict[str, Any]:
     files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"]["extends"] = {**files, "description": "files this one is laid over, relative to this file"}
     schema["$defs"]["Backend"]["properties"]["backend"]["enum"] = list(known_backends())
-    schema.pop("required", None)   # any key may come from a file this one extends
+    schema.pop("required", None)  # any key may come from a file this one extends
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

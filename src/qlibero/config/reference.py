@@ -1,6 +1,6 @@
 """The tables of docs/configuration.md, written from the schema so that they cannot disagree with it.
 
-    python -m qlibero.config.reference        # renews the part of docs/configuration.md between its two markers
+python -m qlibero.config.reference        # renews the part of docs/configuration.md between its two markers
 """
 
 from __future__ import annotations
@@ -32,10 +32,19 @@ from qlibero.config.schema import (
 PAGE = REPOSITORY / "docs" / "configuration.md"
 BEGIN, END = "<!-- from the schema: python -m qlibero.config.reference -->", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {
-    "The experiment": Experiment, "`policy` of type `pi05`": Pi05, "`policy.untrained`": Untrained, "`policy` of type `remote`": Remote,
-    "`quant`": Quant, "`quant.calibration`": Calibration, "An entry of `backends`": Backend, "`stop`": Stop, "`tracking`": Tracking,
-    "`launch`": Launch, "`launch.slurm`": Slurm, "`launch.ray`": Ray,
-}  # fmt: skip
+    "The experiment": Experiment,
+    "`policy` of type `pi05`": Pi05,
+    "`policy.untrained`": Untrained,
+    "`policy` of type `remote`": Remote,
+    "`quant`": Quant,
+    "`quant.calibration`": Calibration,
+    "An entry of `backends`": Backend,
+    "`stop`": Stop,
+    "`tracking`": Tracking,
+    "`launch`": Launch,
+    "`launch.slurm`": Slurm,
+    "`launch.ray`": Ray,
+}
 
 
 def tables() -> str:
@@ -74,7 +83,12 @@ def kind(annotation: Any, metadata: Any = ()) -> str:
 def _bounds(metadata: Any) -> str:
     signs = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
     parts = list(metadata) + [part for item in metadata for part in getattr(item, "metadata", ())]
-    return "".join(f" {sign} {getattr(part, name):,}" for name, sign in signs for part in parts if getattr(part, name, None) is not None)
+    return "".join(
+        f" {sign} {getattr(part, name):,}"
+        for name, sign in signs
+        for part in parts
+        if getattr(part, name, None) is not None
+    )
 
 
 def default(field: FieldInfo) -> str:

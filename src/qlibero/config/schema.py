@@ -33,11 +33,11 @@ Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
 TrackerName = Literal["wandb", "trackio"]
 
-UNQUANTIZED_BACKENDS = ("baseline", "aa")   # the policy as it is; the same again with another batch composition
-OFFICIAL_INITS = 50                         # every LIBERO task ships 50 initial states
+UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
+OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 TASKS_OF_SUITE = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 
-Int = Annotated[int, Strict()]       # lax integers would take `true` for 1
+Int = Annotated[int, Strict()]  # lax integers would take `true` for 1
 Float = Annotated[float, Strict()]
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
 
@@ -91,7 +91,9 @@ class Pi05(Frozen):
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     flow_steps: Int = Field(10, ge=1, le=1000, description="Euler steps from noise to action chunk")
     batch_size: Literal["auto"] | Annotated[Int, Field(ge=1, le=1024)] = Field(
         "auto", description="rows of a policy call, to which batches are padded; auto: 1 on a CPU, 4 on a GPU"
@@ -104,7 +106,9 @@ class Pi05(Frozen):
             both = self.checkpoint is not None
             raise Misplaced(
                 ("untrained",) if both else ("checkpoint",),
-                "give either checkpoint or untrained, not both" if both else "give checkpoint: DIRECTORY (or untrained: …)",
+                "give either checkpoint or untrained, not both"
+                if both
+                else "give checkpoint: DIRECTORY (or untrained: …)",
             )
         return self
 
@@ -138,31 +142,48 @@ class Quant(Frozen):
     method: Method = Field("duquant", description="the transform before rounding")
     layout: Layout | None = Field(None, description="which linears, by name; or give include")
     include: tuple[Regex, ...] = Field((), description="regexes over openpi layer names, instead of layout")
-    exclude: tuple[Regex, ...] = Field((), description="regexes of layers to leave alone, applied after layout or include")
+    exclude: tuple[Regex, ...] = Field(
+        (), description="regexes of layers to leave alone, applied after layout or include"
+    )
     weight_bits: Literal[4, 8] = Field(4, description="bits of a weight code")
-    activation_bits: Literal[4, 8, 16] = Field(8, description="bits of an activation code; 16: activations stay as they are")
+    activation_bits: Literal[4, 8, 16] = Field(
+        8, description="bits of an activation code; 16: activations stay as they are"
+    )
     per_layer_bits: dict[Regex, Literal[4, 8, 16]] = Field(
-        default_factory=dict, description="regex → weight bits of those layers, later ones win; 16 leaves them unquantized"
+        default_factory=dict,
+        description="regex → weight bits of those layers, later ones win; 16 leaves them unquantized",
     )
     group_size: Int | None = Field(None, ge=16, description="input channels per weight scale; null: one scale a row")
     weight_clip: Float = Field(1.0, gt=0, le=1, description="share of a row's largest weight that the code range spans")
     weight_search: bool = Field(False, description="choose each weight scale by least squared error instead of absmax")
-    activation_clip: Float = Field(1.0, gt=0, le=1, description="share of a token's largest value that the code range spans")
+    activation_clip: Float = Field(
+        1.0, gt=0, le=1, description="share of a token's largest value that the code range spans"
+    )
     block_size: Int = Field(64, ge=2, description="channels per rotation block")
     rotation_steps: Int = Field(256, ge=1, description="DuQuant: most greedy rotation steps per block")
-    alpha: Float = Field(0.5, ge=0, le=1, description="smoothing: share of the difficulty moved from activations to weights")
-    row_rotation: bool = Field(False, description="weight_pca: rotate outputs too and undo it, as the fork's script did")
+    alpha: Float = Field(
+        0.5, ge=0, le=1, description="smoothing: share of the difficulty moved from activations to weights"
+    )
+    row_rotation: bool = Field(
+        False, description="weight_pca: rotate outputs too and undo it, as the fork's script did"
+    )
     atm: bool = Field(False, description="QuantVLA's attention temperature matching")
     ohb: bool = Field(False, description="QuantVLA's output head balancing")
     calibration: Calibration | None = Field(None, description="the data the transforms are fitted on")
-    artifact: Path | None = Field(None, description="a ready artifact instead of calibrating; must fit policy and settings")
+    artifact: Path | None = Field(
+        None, description="a ready artifact instead of calibrating; must fit policy and settings"
+    )
 
     @model_validator(mode="after")
     def _says_which_layers(self) -> Quant:
         if (self.layout is None) == (not self.include):
             if self.include:
-                raise Misplaced(("include",), "give layout or include, not both; `layout: null` clears an inherited one")
-            raise Misplaced(("layout",), "say which layers: layout: llm | expert | llm+expert_mlp | llm+expert, or include")
+                raise Misplaced(
+                    ("include",), "give layout or include, not both; `layout: null` clears an inherited one"
+                )
+            raise Misplaced(
+                ("layout",), "say which layers: layout: llm | expert | llm+expert_mlp | llm+expert, or include"
+            )
         if (self.weight_bits, self.activation_bits) == (8, 4):
             raise Misplaced(("activation_bits",), "W8A4 has no kernel; supported are W4A8, W8A8, W4A4, W4A16 and W8A16")
         if self.row_rotation and self.method != "weight_pca":
@@ -183,7 +204,7 @@ class QuantOverrides(Quant):
 
     @model_validator(mode="after")
     def _says_which_layers(self) -> QuantOverrides:
-        return self   # only the merged Quant has to be whole
+        return self  # only the merged Quant has to be whole
 
     @model_serializer(mode="wrap")
     def _only_what_is_said(self, handler) -> dict[str, Any]:
@@ -238,7 +259,9 @@ class Arm:
 class Stop(Frozen):
     """Sequential stopping: spend episodes on pairs only until the verdict is clear. A sweep runs such a cell as one shard."""
 
-    margin: Float | None = Field(None, gt=0, lt=1, description="the margin of this test; null: the experiment's `margin`")
+    margin: Float | None = Field(
+        None, gt=0, lt=1, description="the margin of this test; null: the experiment's `margin`"
+    )
     alpha: Float = Field(0.025, gt=0, lt=0.5, description="one-sided error rate of the anytime-valid test")
     max_episodes: Int | None = Field(
         None, ge=1, description="pairs after which to stop undecided; null: all of them; may be raised later"
@@ -249,13 +272,21 @@ class Tracking(Frozen):
     """Mirrors of the ledger. They can be rebuilt from it and never delay an episode."""
 
     trackers: tuple[TrackerName, ...] = Field(("wandb",), description="wandb, trackio, both, or [] for none")
-    mode: Literal["offline", "online", "disabled"] = Field("offline", description="online needs your own account and key")
+    mode: Literal["offline", "online", "disabled"] = Field(
+        "offline", description="online needs your own account and key"
+    )
     project: str = Field("qlibero", min_length=1, description="W&B project")
     entity: str | None = Field(None, description="W&B team or user; null: your default")
 
 
 def _trackers_alone(value: Any) -> Any:
-    return {"trackers": [value]} if isinstance(value, str) else {"trackers": value} if isinstance(value, list | tuple) else value
+    return (
+        {"trackers": [value]}
+        if isinstance(value, str)
+        else {"trackers": value}
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 class Slurm(Frozen):
@@ -267,7 +298,9 @@ class Slurm(Frozen):
     gres: str | None = Field(None, description="--gres, e.g. gpu:1")
     time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="--time of one array task")
     cpus_per_task: Int = Field(8, ge=1, description="--cpus-per-task; simulator workers share them")
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own")
+    mem: str | None = Field(
+        None, pattern=r"^\d+[KMGT]?$", description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own"
+    )
     array_limit: Int | None = Field(None, ge=1, description="most array tasks at once (`--array=0-99%N`)")
     signal_s: Int = Field(120, ge=30, description="seconds before the time limit at which a task saves and requeues")
     setup: tuple[str, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
@@ -317,12 +350,17 @@ class Experiment(Frozen):
     workers: Literal["auto"] | Annotated[Int, Field(ge=1)] = Field(
         "auto", description="simulator processes; auto: one per core this job may use, as far as its memory allows"
     )
-    retries: Int = Field(2, ge=0, description="times an episode whose simulator died is run again before it is an error")
+    retries: Int = Field(
+        2, ge=0, description="times an episode whose simulator died is run again before it is an error"
+    )
     videos: Literal["all"] | Annotated[Int, Field(ge=0)] = Field(
         2, description="all, or how many initial states are filmed in every arm, flipped ones first (after the run)"
     )
     margin: Float = Field(
-        0.02, gt=0, lt=1, description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it"
+        0.02,
+        gt=0,
+        lt=1,
+        description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it",
     )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
     tracking: Annotated[
@@ -355,7 +393,9 @@ class Experiment(Frozen):
                     raise Misplaced((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
                 continue
             if self.policy.type == "remote":
-                raise Misplaced(where, "a remote policy runs as its server has it; only baseline and aa can be its arms")
+                raise Misplaced(
+                    where, "a remote policy runs as its server has it; only baseline and aa can be its arms"
+                )
             if self.quant is None and entry.quant is None:
                 raise Misplaced(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
             try:
@@ -392,21 +432,27 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     if policy.get("type") == "remote":
         policy = {key: policy[key] for key in ("type", "url", "replan_steps")}
     decides = {
-        "suite": experiment.suite, "seed": experiment.seed, "protocol": experiment.protocol,
-        "max_steps": experiment.max_steps, "policy": policy, "backend": arm.backend,
+        "suite": experiment.suite,
+        "seed": experiment.seed,
+        "protocol": experiment.protocol,
+        "max_steps": experiment.max_steps,
+        "policy": policy,
+        "backend": arm.backend,
         "quant": arm.quant and _ordered(arm.quant.model_dump(mode="json")),
         "on_failure": experiment.on_failure if arm.quant else None,
-    }  # fmt: skip
+    }
     text = json.dumps(_portable(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
-    return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}   # later patterns win: order counts
+    return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
-REPOSITORY = Path(__file__).resolve().parents[3]   # the checkout of an editable install
-CHECKOUT = "QLIBERO_CHECKOUT"   # set by a sweep inside a container: the checkout outside, whose paths the experiment names
+REPOSITORY = Path(__file__).resolve().parents[3]  # the checkout of an editable install
+CHECKOUT = (
+    "QLIBERO_CHECKOUT"  # set by a sweep inside a container: the checkout outside, whose paths the experiment names
+)
 
 
 def _portable(value: Any) -> Any:
@@ -416,5 +462,5 @@ def _portable(value: Any) -> Any:
         return [_portable(item) for item in value]
     for checkout in (str(REPOSITORY), os.environ.get(CHECKOUT)):
         if checkout and isinstance(value, str) and value.startswith(f"{checkout}/"):
-            return value[len(f"{checkout}/"):]
+            return value[len(f"{checkout}/") :]
     return value

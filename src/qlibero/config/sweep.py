@@ -47,7 +47,7 @@ class Sweep:
 class _Choice:
     key: str
     value: Any
-    at: Location   # where the value stands in the sweep file
+    at: Location  # where the value stands in the sweep file
 
     @property
     def label(self) -> str:
@@ -74,8 +74,8 @@ def load_sweep(
     base.data["name"] = f"{base.data['name']}{suffix_of_sets(sets, _effective(base, environ))}"
     own = {key: base.data.pop(key) for key in SWEEP_KEYS if key in base.data}
     combinations = _combinations(own, base) if own else [("", ())]
-    sets = tuple(text for text in sets if not text.startswith("name="))   # it named the whole sweep
-    heard: set[str] = set()   # a variable is announced once, not once per cell
+    sets = tuple(text for text in sets if not text.startswith("name="))  # it named the whole sweep
+    heard: set[str] = set()  # a variable is announced once, not once per cell
 
     def announce_once(line: str) -> None:
         if line not in heard:
@@ -167,7 +167,7 @@ def _choose(source: Source, choice: _Choice, base: Source, directory: Path) -> N
         del source.marks[known]
     for known, mark in base.marks.items():
         if known[: len(choice.at)] == choice.at:
-            source.marks[(*keys, *known[len(choice.at):])] = mark
+            source.marks[(*keys, *known[len(choice.at) :])] = mark
 
 
 def _matches(choice: _Choice, rule: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import yaml
 
 Location = tuple[str | int, ...]
 
-MOST_NODES = 20_000   # far beyond any experiment; stops alias bombs
+MOST_NODES = 20_000  # far beyond any experiment; stops alias bombs
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Mark:
     source: str
     line: int = 0
     column: int = 0
-    directory: Path = Path(".")   # what a relative path written here is relative to
+    directory: Path = Path(".")  # what a relative path written here is relative to
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
@@ -64,7 +64,11 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     ("merge", r"<<", "<"),
 ):
     CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
@@ -83,8 +87,14 @@ def core_scalar(tag: str, text: str) -> Any:
     if kind == "int":
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if kind == "float":
-        return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".Inf", "inf").replace(".INF", "inf")
-                     .replace(".NaN", "nan").replace(".NAN", "nan"))  # fmt: skip
+        return float(
+            text.replace(".inf", "inf")
+            .replace(".nan", "nan")
+            .replace(".Inf", "inf")
+            .replace(".INF", "inf")
+            .replace(".NaN", "nan")
+            .replace(".NAN", "nan")
+        )
     raise ValueError(f"tag {tag.replace('tag:yaml.org,2002:', '!!')} is not understood here")
 
 
@@ -103,7 +113,7 @@ def read(path: Path) -> Source:
 
 def _read(path: Path, chain: tuple[Path, ...], named_at: Mark) -> Source:
     if path in chain:
-        cycle = " → ".join(display(p) for p in (*chain[chain.index(path):], path))
+        cycle = " → ".join(display(p) for p in (*chain[chain.index(path) :], path))
         return Source({}, {}, [Problem(named_at, f"extends: goes round in a circle: {cycle}")])
     try:
         text = path.read_text(encoding="utf-8")
@@ -134,13 +144,17 @@ def _read(path: Path, chain: tuple[Path, ...], named_at: Mark) -> Source:
 def overlay(below: Source, above: Source) -> None:
     """Merge `above` over `below`, in place: mappings key by key, anything else replaced, marks alike."""
     below.data = _merge(below.data, above.data, (), below, above)
-    below.marks.update({location: mark for location, mark in above.marks.items() if location == () or location[0] != "extends"})
+    below.marks.update(
+        {location: mark for location, mark in above.marks.items() if location == () or location[0] != "extends"}
+    )
     below.problems.extend(above.problems)
 
 
 def _merge(low: Any, high: Any, at: Location, below: Source, above: Source) -> Any:
     mappings = isinstance(low, dict) and isinstance(high, dict)
-    if mappings and high.get("type", low.get("type")) == low.get("type"):   # a remote policy inherits nothing from a pi05
+    if mappings and high.get("type", low.get("type")) == low.get(
+        "type"
+    ):  # a remote policy inherits nothing from a pi05
         merged = {key: value for key, value in low.items() if not _left_behind(key, high)}
         for key, value in high.items():
             merged[key] = _merge(low[key], value, (*at, key), below, above) if key in low else value
@@ -227,7 +241,7 @@ class _Converter:
                 key = key_node.value
                 self.source.marks[(*at, key)] = self.mark(key_node)
                 result[key] = self.convert(value_node, (*at, key), inside)
-        for other in merged_in:   # a mapping's own keys win, then the first merged in
+        for other in merged_in:  # a mapping's own keys win, then the first merged in
             if not isinstance(other, yaml.MappingNode) or id(other) in inside:
                 self.complain(other, "<<: should name another mapping")
                 continue
@@ -239,7 +253,7 @@ class _Converter:
 
     def _adopt(self, origin: Location, target: Location) -> None:
         for known in [known for known in self.source.marks if known[: len(origin)] == origin]:
-            self.source.marks[(*target, *known[len(origin):])] = self.source.marks[known]
+            self.source.marks[(*target, *known[len(origin) :])] = self.source.marks[known]
 
 
 def put(data: dict[str, Any], keys: Iterable[str], value: Any) -> None:
@@ -251,7 +265,9 @@ def put(data: dict[str, Any], keys: Iterable[str], value: Any) -> None:
         if inner is None and isinstance(here, dict):
             inner = here[key] = {}
         if isinstance(inner, list) and _index((*path, last)[i + 1], inner) is None:
-            raise ValueError(f"{'.'.join(path[: i + 1])} is a list of {len(inner)}; continue with a number, or set all of it")
+            raise ValueError(
+                f"{'.'.join(path[: i + 1])} is a list of {len(inner)}; continue with a number, or set all of it"
+            )
         if not isinstance(inner, dict | list):
             raise ValueError(f"{'.'.join(path[: i + 1])} is {inner!r}, which has no keys of its own")
         here = inner

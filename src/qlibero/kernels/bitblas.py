@@ -44,11 +44,25 @@ def _operator(m: int, n: int, k: int, backend: str):
     bitblas = _package()
     major, minor = torch.cuda.get_device_capability()
     config = bitblas.MatmulConfig(
-        M=m, N=n, K=k, A_dtype="int8", W_dtype="int4", accum_dtype="int32", out_dtype="int32", layout="nt",
-        with_bias=False, with_scaling=False, with_zeros=False, fast_decoding=False, propagate_a=False, propagate_b=False,
-    )  # fmt: skip
+        M=m,
+        N=n,
+        K=k,
+        A_dtype="int8",
+        W_dtype="int4",
+        accum_dtype="int32",
+        out_dtype="int32",
+        layout="nt",
+        with_bias=False,
+        with_scaling=False,
+        with_zeros=False,
+        fast_decoding=False,
+        propagate_a=False,
+        propagate_b=False,
+    )
     # the target in so many words: by itself it asks nvidia-smi for a name, matches that fuzzily, and refuses several GPUs
-    operator = bitblas.Matmul(config=config, target=f"cuda -arch=sm_{major}{minor}", enable_tuning=False, backend=backend)
+    operator = bitblas.Matmul(
+        config=config, target=f"cuda -arch=sm_{major}{minor}", enable_tuning=False, backend=backend
+    )
     if operator.lib is None:
         raise WorkFailed(
             f"bitblas could not build {m}x{n}x{k} (its library is None) and does not say why: bitblas.set_log_level('DEBUG') "
@@ -66,7 +80,9 @@ class BitBLAS(Kernel):
         try:
             metadata.version(self.package)
         except metadata.PackageNotFoundError:
-            return Support(False, "not installed: pip install bitblas==0.1.0.post1 nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12")
+            return Support(
+                False, "not installed: pip install bitblas==0.1.0.post1 nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
+            )
         if shape.device != "cuda" or not torch.cuda.is_available():
             return Support(False, "needs a CUDA device, even to be imported")
         if torch.cuda.get_device_capability() not in BACKEND_OF:
@@ -81,13 +97,17 @@ class BitBLAS(Kernel):
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
         n, k = codes.shape
-        packed = _operator(16, n, k, self._backend()).transform_weight(codes)  # without propagation no M shapes the layout
+        packed = _operator(16, n, k, self._backend()).transform_weight(
+            codes
+        )  # without propagation no M shapes the layout
         return PackedWeight(n, k, weight_bits, group_size, packed=packed)
 
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
         m = codes_x.shape[0]
         backend = self._backend()
-        if m == 1 and backend == "tl" and (packed.k < 512 or packed.n < 8):  # its kernel for one token has no bounds checks
+        if (
+            m == 1 and backend == "tl" and (packed.k < 512 or packed.n < 8)
+        ):  # its kernel for one token has no bounds checks
             return self.accumulate(torch.nn.functional.pad(codes_x, (0, 0, 0, 15)), packed)[:1]
         return _operator(m, packed.n, packed.k, backend)(codes_x.contiguous(), packed.packed)
 

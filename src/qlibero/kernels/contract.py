@@ -30,7 +30,9 @@ from qlibero.errors import UserError, WorkFailed
 
 EPS = 1e-8  # the least absmax a scale is computed from: all-zero rows get codes 0 and a finite scale
 FP32_EXACT = 1 << 24  # every integer of smaller magnitude is an fp32 number, so sums below it are exact in any order
-SEARCH_RATIOS = tuple(r / 20 for r in range(20, 9, -1))  # clip ratios tried by the weight-scale search: 1.00, 0.95 … 0.50
+SEARCH_RATIOS = tuple(
+    r / 20 for r in range(20, 9, -1)
+)  # clip ratios tried by the weight-scale search: 1.00, 0.95 … 0.50
 
 
 def activation_limit(bits: int) -> int:
@@ -62,7 +64,9 @@ def quantize_activations(x: Tensor, bits: int = 8, clip: float = 1.0) -> tuple[T
     # one number instead of a mask: a sum of finite fp32 peaks that overflows is looked at again, row by row
     if on_cpu and not isfinite(peak.sum().item()) and not torch.isfinite(peak).all():
         rows = (~torch.isfinite(peak)).flatten().nonzero().flatten().tolist()
-        raise WorkFailed(f"activations to be quantized are not finite in {len(rows)} of {peak.numel()} rows (first: {rows[:5]})")
+        raise WorkFailed(
+            f"activations to be quantized are not finite in {len(rows)} of {peak.numel()} rows (first: {rows[:5]})"
+        )
     if clip != 1.0:
         peak = peak * clip
     peak = peak.clamp_min(EPS)
@@ -204,7 +208,9 @@ class Kernel:
         if shape.device not in self.devices:
             return Support(False, f"runs on {' and '.join(self.devices)} only")
         if shape.weight_bits not in self.weight_bits:
-            return Support(False, f"packs weights of {' or '.join(map(str, self.weight_bits))} bits, not {shape.weight_bits}")
+            return Support(
+                False, f"packs weights of {' or '.join(map(str, self.weight_bits))} bits, not {shape.weight_bits}"
+            )
         if shape.group_size and not self.grouped:
             return Support(False, "takes one weight scale per row, not one per K-group")
         return Support(True)

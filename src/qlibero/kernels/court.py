@@ -99,7 +99,9 @@ def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
     reason = "16-bit activations: the codes are dequantized into an ordinary linear, no integers are multiplied and no memory is saved"
     executed, verdict = DEQUANTIZED, "pass"
     if requested not in ("fake", "auto"):
-        executed, verdict = (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
+        executed, verdict = (
+            (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
+        )
         reason += f", so {requested} has nothing to do; write fake"
     return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
 
@@ -147,9 +149,10 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
             against[name] = failed
     if not times:
         raise GuardRefusal(
-            "backend auto: no real kernel passes here:\n" + "\n".join(f"  {name}: {why}" for name, why in against.items())
+            "backend auto: no real kernel passes here:\n"
+            + "\n".join(f"  {name}: {why}" for name, why in against.items())
             + "\nWrite `fake` to simulate the same integers"
-        )  # fmt: skip
+        )
     best = min(times, key=times.__getitem__)
     ranking = ", ".join(f"{name} {took * 1e3:.2f} ms" for name, took in sorted(times.items(), key=lambda item: item[1]))
     return best, f"auto: fastest of those that pass ({ranking})"
@@ -184,9 +187,19 @@ def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
         key = (v.shape, v.tokens, v.requested, v.verdict, v.reason)
         row = rows.setdefault(
             key,
-            {"layer": v.layer, "layers": 0, "shape": str(v.shape), "tokens": v.tokens, "backend": v.requested,
-             "executed": v.executed, "verdict": v.verdict, "cached": v.cached, "seconds": v.seconds, "reason": v.reason},
-        )  # fmt: skip
+            {
+                "layer": v.layer,
+                "layers": 0,
+                "shape": str(v.shape),
+                "tokens": v.tokens,
+                "backend": v.requested,
+                "executed": v.executed,
+                "verdict": v.verdict,
+                "cached": v.cached,
+                "seconds": v.seconds,
+                "reason": v.reason,
+            },
+        )
         row["layers"] += 1
     return list(rows.values())
 
@@ -235,9 +248,14 @@ def _cache_directory() -> Path:
 def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
     """What a verdict hangs on besides the layer."""
     return {
-        "kernel": kernel.name, "processor": _processor(device), "torch": torch.__version__, "triton": _version("triton"),
-        "package": _version(kernel.package), "source": _source_hash(), "core": getattr(kernel, "core", None),
-    }  # fmt: skip
+        "kernel": kernel.name,
+        "processor": _processor(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "package": _version(kernel.package),
+        "source": _source_hash(),
+        "core": getattr(kernel, "core", None),
+    }
 
 
 def _place(kernel: Kernel, layer: Layer) -> Path:
@@ -284,7 +302,13 @@ def _keep(kernel: Kernel, layer: Layer, finding: Finding) -> None:
     if _interpreted():
         return
     device = layer.shape.device
-    known = {"reason": finding.reason, "shape": str(layer.shape), "tokens": layer.tokens, "device": device, "facts": _facts(kernel, device)}
+    known = {
+        "reason": finding.reason,
+        "shape": str(layer.shape),
+        "tokens": layer.tokens,
+        "device": device,
+        "facts": _facts(kernel, device),
+    }
     path = _place(kernel, layer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

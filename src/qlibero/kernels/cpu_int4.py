@@ -52,7 +52,9 @@ class CpuInt4(Kernel):
         if shape.k > LARGEST_K:
             return Support(False, f"K = {shape.k} could overflow the int32 accumulator (limit {LARGEST_K})")
         if self.core == "fp32" and (shape.group_size or shape.k) > exact_width(4):
-            return Support(False, f"K = {shape.k} is beyond {exact_width(4)}, where fp32 sums stop being exact; use K-groups")
+            return Support(
+                False, f"K = {shape.k} is beyond {exact_width(4)}, where fp32 sums stop being exact; use K-groups"
+            )
         return Support(True, f"packed int4, {self.core} products")
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
@@ -108,7 +110,9 @@ class CpuInt4(Kernel):
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
         if self.core == "fp32":
             return x @ w.t()
-        return torch._int_mm(x.contiguous(), w.contiguous().t()).bitwise_right_shift_(4)  # 16·acc fits: K·127·128 < 2^31
+        return torch._int_mm(x.contiguous(), w.contiguous().t()).bitwise_right_shift_(
+            4
+        )  # 16·acc fits: K·127·128 < 2^31
 
 
 def _scratch_views(height: int, k: int) -> tuple[Tensor, Tensor]:

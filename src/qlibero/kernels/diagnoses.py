@@ -36,7 +36,10 @@ _KNOWN = (
         "the package is linked against CUDA 12 and this system has only CUDA 13; a symlink fails on symbol versions. Cure: "
         "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
     ),
-    (r"libcuda\.so\.1", "the NVIDIA driver's library is missing: this package can only be imported on a machine with a GPU"),
+    (
+        r"libcuda\.so\.1",
+        "the NVIDIA driver's library is missing: this package can only be imported on a machine with a GPU",
+    ),
     (r"Cannot find cuda device", "the package looks for a GPU when it is imported, and found a driver but no device"),
     (
         r"out of resource: shared memory|OutOfResources",

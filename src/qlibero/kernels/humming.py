@@ -38,9 +38,12 @@ class _HummingWeight(PackedWeight):
         from humming.layer import HummingLayer
 
         layer = HummingLayer(
-            shape_n=self.n, shape_k=self.k, weight_config={"dtype": f"int{weight_bits}"}, input_config={"dtype": "int8"},
+            shape_n=self.n,
+            shape_k=self.k,
+            weight_config={"dtype": f"int{weight_bits}"},
+            input_config={"dtype": "int8"},
             torch_dtype=torch.bfloat16,
-        ).to(codes.device)  # fmt: skip
+        ).to(codes.device)
         offset = (codes.to(torch.int32) + 2 ** (weight_bits - 1)).contiguous()  # its integers are offset binary
         ones = torch.ones((self.n, 1), dtype=torch.bfloat16, device=codes.device)
         layer.load_from_tensors({"weight": ops.pack_weight(offset, weight_bits), "weight_scale": ones})

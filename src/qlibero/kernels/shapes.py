@@ -33,12 +33,16 @@ COMPACT = {
 }
 
 
-def pi05_layers(weight_bits: int = 4, activation_bits: int = 8, device: str = "cuda", group_size: int | None = None) -> list[Layer]:
+def pi05_layers(
+    weight_bits: int = 4, activation_bits: int = 8, device: str = "cuda", group_size: int | None = None
+) -> list[Layer]:
     """Every product that pi0.5's linears make, alone and joined, with the full policy's token counts."""
     return _layers("pi05", PI05, (542, 968), (10,), weight_bits, activation_bits, device, group_size)
 
 
-def compact_layers(weight_bits: int = 4, activation_bits: int = 8, device: str = "cpu", group_size: int | None = None) -> list[Layer]:
+def compact_layers(
+    weight_bits: int = 4, activation_bits: int = 8, device: str = "cpu", group_size: int | None = None
+) -> list[Layer]:
     """The same of every compact policy size."""
     return [
         layer
@@ -52,9 +56,14 @@ def _layers(policy, stacks, prefix, suffix, weight_bits, activation_bits, device
     for stack, (width, head_dim, mlp) in stacks.items():
         queries = QUERY_HEADS * head_dim
         sizes = {  # linears that share an input are one product, unless each has an output rotation of its own
-            "q+k+v": (queries + 2 * head_dim, width), "o": (width, queries), "gate+up": (2 * mlp, width), "down": (width, mlp),
-            "q": (queries, width), "k": (head_dim, width), "gate": (mlp, width),
-        }  # fmt: skip
+            "q+k+v": (queries + 2 * head_dim, width),
+            "o": (width, queries),
+            "gate+up": (2 * mlp, width),
+            "down": (width, mlp),
+            "q": (queries, width),
+            "k": (head_dim, width),
+            "gate": (mlp, width),
+        }
         for kind, (n, k) in sizes.items():
             shape = GemmShape(n, k, weight_bits, activation_bits, group_size, device)
             layers.append(Layer(f"{policy}.{stack}.{kind}", shape, prefix if stack == "llm" else suffix))

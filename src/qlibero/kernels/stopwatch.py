@@ -94,7 +94,9 @@ def bench(
                     took = _time(products, m, shape)
                     plain.setdefault(m, took)
                     limit = _limit(ceilings, shape, m, weight_bytes, name)
-                    timing = Timing(layer.name, shape.n, shape.k, m, name, took * 1e6, limit * 1e6, weight_bytes, plain[m] / took)
+                    timing = Timing(
+                        layer.name, shape.n, shape.k, m, name, took * 1e6, limit * 1e6, weight_bytes, plain[m] / took
+                    )
                     timings.append(timing)
                     report(timing)
     return timings
@@ -145,7 +147,10 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in [*calls, *calls[:2]]:  # each once: a weight may be made ready by its first call, which no graph may hold
+        for call in [
+            *calls,
+            *calls[:2],
+        ]:  # each once: a weight may be made ready by its first call, which no graph may hold
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
@@ -183,8 +188,12 @@ def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callabl
     groups = () if shape.group_size is None else (shape.k // shape.group_size,)
     scales = (torch.rand((shape.n, *groups), device=shape.device) + 0.5).bfloat16().float()
     limit = activation_limit(shape.activation_bits)
-    inputs = cache(lambda m: (torch.randint(-limit, limit + 1, (m, shape.k), dtype=torch.int8, device=shape.device),
-                                torch.rand(m, device=shape.device) + 0.01))  # fmt: skip
+    inputs = cache(
+        lambda m: (
+            torch.randint(-limit, limit + 1, (m, shape.k), dtype=torch.int8, device=shape.device),
+            torch.rand(m, device=shape.device) + 0.01,
+        )
+    )
 
     def packed_product(packed: PackedWeight):
         return lambda m: lambda x=inputs(m): kernel.matmul(*x, packed, scales, None, dtype)

@@ -95,7 +95,9 @@ def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
     same, expected = _agrees(kernel, found, acc, prepared.scales, product.scales[rows], bias)
     if not same:
         worst = (found.float() - expected.float()).abs().max().item()
-        return Finding(False, f"int8 activations are not what decides this layer's output: largest difference {worst:.3g}")
+        return Finding(
+            False, f"int8 activations are not what decides this layer's output: largest difference {worst:.3g}"
+        )
     return Finding(True, f"consumes int8 activations ({prepared.codes.shape[0]} tokens)")
 
 
@@ -103,14 +105,17 @@ def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> 
     codes = _weight_codes(shape, generator, extreme=False)
     packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
     wanted = max(1, min(shape.k, READ_BACK_PRODUCTS[shape.device] // (shape.k * shape.n)))
-    columns = torch.randperm(shape.k, generator=generator, device=shape.device)[:wanted].sort().values  # all, if they are few
+    columns = (
+        torch.randperm(shape.k, generator=generator, device=shape.device)[:wanted].sort().values
+    )  # all, if they are few
     found = _one_hot_codes(kernel, packed, columns)
     wrong = (found != codes[:, columns]).nonzero()
     if len(wrong):
         n, c = wrong[0].tolist()
         raise _Wrong(
             f"{len(wrong)} of {found.numel()} weight codes do not read back (first: row {n}, column {int(columns[c])}: packed "
-            f"{int(codes[n, columns[c]])}, read {float(found[n, c]):g})" + (_constant(found, dim=0) and ", all rows are alike" or "")
+            f"{int(codes[n, columns[c]])}, read {float(found[n, c]):g})"
+            + (_constant(found, dim=0) and ", all rows are alike" or "")
         )
     return "every weight code read back" if wanted == shape.k else f"{wanted} of {shape.k} weight columns read back"
 
@@ -130,7 +135,9 @@ def _unscaled(kernel: Kernel, x: Tensor, packed: PackedWeight) -> Tensor:
     ones = torch.ones(x.shape[0], device=x.device)
     groups = () if packed.group_size is None else (packed.k // packed.group_size,)
     _poison(x.shape[0] * packed.n, x.device)
-    return kernel.matmul(x, ones, packed, torch.ones((packed.n, *groups), device=x.device), None, kernel.rounds_to or torch.float32)
+    return kernel.matmul(
+        x, ones, packed, torch.ones((packed.n, *groups), device=x.device), None, kernel.rounds_to or torch.float32
+    )
 
 
 def _compare_integers(kernel: Kernel, x: Tensor, packed: PackedWeight, reference: PackedWeight, where: str) -> None:
@@ -179,7 +186,9 @@ def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[T
     ]
     if m >= len(rows):
         random = torch.randint(-limit, limit + 1, (m, k), generator=generator, **here)
-        places = torch.randperm(m, generator=generator, device=shape.device)[: len(rows)]  # never always in the same tile
+        places = torch.randperm(m, generator=generator, device=shape.device)[
+            : len(rows)
+        ]  # never always in the same tile
         random[places] = torch.stack(rows)
         return [random]
     return [torch.stack([rows[(start + i) % len(rows)] for i in range(m)]) for start in range(0, len(rows), m)]
@@ -188,7 +197,9 @@ def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[T
 def _weight_codes(shape: GemmShape, generator: torch.Generator, extreme: bool) -> Tensor:
     low, high = weight_range(shape.weight_bits)
     if not extreme:
-        return torch.randint(low, high + 1, (shape.n, shape.k), generator=generator, dtype=torch.int8, device=shape.device)
+        return torch.randint(
+            low, high + 1, (shape.n, shape.k), generator=generator, dtype=torch.int8, device=shape.device
+        )
     rows = torch.tensor([low, high, low + 1, high - 1, 0], dtype=torch.int8, device=shape.device)  # a shifted row shows
     return rows[torch.arange(shape.n, device=shape.device) % len(rows)].unsqueeze(1).repeat(1, shape.k)
 
@@ -199,7 +210,9 @@ def _poison(elements: int, device: torch.device) -> None:
         torch.full((elements,), float("nan"), device=device)
 
 
-def _agrees(kernel: Kernel, found: Tensor, acc: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> tuple[bool, Tensor]:
+def _agrees(
+    kernel: Kernel, found: Tensor, acc: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None
+) -> tuple[bool, Tensor]:
     """Whether `found` (M, N) is the contract's output, in found's dtype; and that output.
 
     A kernel that rounds may do so after each scale, and once more after the bias. How far that can lead depends on the

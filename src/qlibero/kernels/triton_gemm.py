@@ -58,10 +58,26 @@ def _tile_origin(M, N, BM: tl.constexpr, BN: tl.constexpr, SWIZZLE: tl.constexpr
 
 @triton.jit(do_not_specialize=["M", "STEPS"])
 def gemm_kernel(
-    x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, K2, STEPS,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, USE_ASM: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    sx_ptr,
+    sw_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K2,
+    STEPS,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """SCALE: out (M, N) floats. Otherwise out (slices, M, N) int32, a partial sum for each slice of STEPS·BK bytes along K.
 
     Grid: (tiles, slices). STEPS is a run-time number, so that one compiled kernel serves every split.
@@ -113,10 +129,25 @@ def gemm_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def grouped_gemm_kernel(
-    x_ptr, w_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, K2,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr, SWIZZLE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, USE_ASM: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    sx_ptr,
+    sw_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K2,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HALF: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """K-groups of 2·HALF codes, each packed khalf by itself. SCALE: out (M, N); otherwise out (G, M, N) int32."""
     pid_m, pid_n = _tile_origin(M, N, BM, BN, SWIZZLE)
     rn = pid_n * BN + tl.arange(0, BN)
@@ -151,9 +182,18 @@ def grouped_gemm_kernel(
 
 @triton.jit(do_not_specialize=["M", "SLICES"])
 def scale_kernel(
-    partial_ptr, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, SLICES, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr,
+    sx_ptr,
+    sw_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    SLICES,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Adds the integer partial sums of split-K and applies the epilogue. Grid: (M, N / BLOCK)."""
     begin(OVERLAP)
     m = tl.program_id(0)
@@ -187,9 +227,20 @@ def scale(partial: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None, out_dt
     out = torch.empty((m, n), dtype=out_dtype, device=partial.device)
     block = min(1024, triton.next_power_of_2(n))
     scale_kernel[(m, triton.cdiv(n, block))](
-        partial, s_x, s_w, s_w if bias is None else bias, out, m, n, slices, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        partial,
+        s_x,
+        s_w,
+        s_w if bias is None else bias,
+        out,
+        m,
+        n,
+        slices,
+        HAS_BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=4,
+        enable_fp_fusion=False,
         **launch(partial.device, m),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -206,11 +257,29 @@ def _launch_gemm(codes_x, packed, s_x, s_w, bias, out, tile: Tile) -> None:
     grid = (triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), tile.split_k)
     steps, scale = triton.cdiv(k // 2, tile.depth * tile.split_k), s_x is not None
     gemm_kernel[grid](
-        codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2, steps,
-        BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8,
-        SCALE=scale, HAS_BIAS=bias is not None, EVEN_K=(k // 2) % (tile.depth * tile.split_k) == 0, USE_ASM=not INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device, m),
-    )  # fmt: skip
+        codes_x,
+        packed,
+        s_x if scale else out,
+        s_w if scale else out,
+        out if bias is None else bias,
+        out,
+        m,
+        n,
+        k // 2,
+        steps,
+        BM=tile.tokens,
+        BN=tile.outputs,
+        BK=tile.depth,
+        SWIZZLE=8,
+        SCALE=scale,
+        HAS_BIAS=bias is not None,
+        EVEN_K=(k // 2) % (tile.depth * tile.split_k) == 0,
+        USE_ASM=not INTERPRETED,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=False,
+        **launch(codes_x.device, m),
+    )
 
 
 def grouped_gemm(
@@ -231,9 +300,26 @@ def grouped_gemm(
     half = group_size // 2
     grid = (triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs),)
     grouped_gemm_kernel[grid](
-        codes_x, packed, s_x if scale else out, s_w if scale else out, out if bias is None else bias, out, m, n, k // 2,
-        BM=tile.tokens, BN=tile.outputs, BK=min(tile.depth, half), HALF=half, SWIZZLE=8,
-        SCALE=scale, HAS_BIAS=bias is not None, USE_ASM=not INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **launch(codes_x.device, m),
-    )  # fmt: skip
+        codes_x,
+        packed,
+        s_x if scale else out,
+        s_w if scale else out,
+        out if bias is None else bias,
+        out,
+        m,
+        n,
+        k // 2,
+        BM=tile.tokens,
+        BN=tile.outputs,
+        BK=min(tile.depth, half),
+        HALF=half,
+        SWIZZLE=8,
+        SCALE=scale,
+        HAS_BIAS=bias is not None,
+        USE_ASM=not INTERPRETED,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=False,
+        **launch(codes_x.device, m),
+    )
     return out

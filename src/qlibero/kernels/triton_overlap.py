@@ -50,5 +50,10 @@ def fetch(ptrs, OVERLAP: tl.constexpr):
     """Ask for the cache lines at `ptrs`, without waiting for them; where kernels do not overlap there is no time for it."""
     if OVERLAP:
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptrs.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )

@@ -61,9 +61,19 @@ def _codes(y, scale, limit):
 
 @triton.jit
 def plain_kernel(
-    x_ptr, scale_ptr, order_ptr, codes_ptr, s_ptr, K, clip, limit,
-    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    scale_ptr,
+    order_ptr,
+    codes_ptr,
+    s_ptr,
+    K,
+    clip,
+    limit,
+    HAS_SCALE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """No rotation. Grid: one program per row."""
     begin(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
@@ -82,10 +92,29 @@ def plain_kernel(
 
 @triton.jit
 def little_kernel(
-    x_ptr, scale_ptr, first_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, arrived_ptr, codes_ptr, s_ptr, K, clip, limit,
-    HAS_SCALE: tl.constexpr, HAS_FIRST: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    scale_ptr,
+    first_ptr,
+    order_ptr,
+    second_ptr,
+    y_ptr,
+    peak_ptr,
+    arrived_ptr,
+    codes_ptr,
+    s_ptr,
+    K,
+    clip,
+    limit,
+    HAS_SCALE: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    FIRST_SHARED: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    SECOND_SHARED: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Grid: (rows, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
     m = tl.program_id(0)
     g = tl.program_id(1)
@@ -153,10 +182,23 @@ def _rotate(z, rotation, y):
 
 @triton.jit(do_not_specialize=["M"])
 def first_kernel(
-    x_ptr, scale_ptr, first_ptr, inverse_ptr, z_ptr, peak_ptr, M, K, STRIDE,
-    HAS_SCALE: tl.constexpr, FIRST_SHARED: tl.constexpr, HAS_ORDER: tl.constexpr, BM: tl.constexpr, B: tl.constexpr,
-    DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    scale_ptr,
+    first_ptr,
+    inverse_ptr,
+    z_ptr,
+    peak_ptr,
+    M,
+    K,
+    STRIDE,
+    HAS_SCALE: tl.constexpr,
+    FIRST_SHARED: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    BM: tl.constexpr,
+    B: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """First rotation, stored transposed: z (K, STRIDE), whole tiles. Also zeroes `peak` for the second."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
@@ -181,10 +223,26 @@ def first_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def second_kernel(
-    z_ptr, scale_ptr, order_ptr, second_ptr, y_ptr, peak_ptr, M, K, STRIDE_M, STRIDE_K,
-    HAS_SCALE: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr, SECOND_SHARED: tl.constexpr,
-    WHOLE: tl.constexpr, BM: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    scale_ptr,
+    order_ptr,
+    second_ptr,
+    y_ptr,
+    peak_ptr,
+    M,
+    K,
+    STRIDE_M,
+    STRIDE_K,
+    HAS_SCALE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    SECOND_SHARED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BM: tl.constexpr,
+    B: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Gather and second rotation → y (M, K) fp32, and the row maxima (float bits) where `peak` was zero.
 
     z[m, k] lies at m·STRIDE_M + k·STRIDE_K: the first's output, which has WHOLE tiles of rows, or the input.
@@ -247,7 +305,9 @@ class Prologue:
         if self.order is not None:
             self.order = self.order.to(torch.int32).contiguous()
             self.inverse = torch.argsort(self.order.long()).to(torch.int32)
-        self.first_shared, self.second_shared = (f is not None and f.shape[0] == 1 and k > f.shape[-1] for f in (first, second))
+        self.first_shared, self.second_shared = (
+            f is not None and f.shape[0] == 1 and k > f.shape[-1] for f in (first, second)
+        )
         self.first = self.second = None
         if first is not None:  # row p: what makes the channel that ends at place p after the permutation
             rows = first.transpose(1, 2).reshape(-1, self.block)
@@ -281,10 +341,20 @@ class Prologue:
         if self.block is None:
             width = triton.next_power_of_2(k)
             plain_kernel[(m,)](
-                x, _or(self.scale, x), _or(self.order, x), codes, scales, k, clip, limit,
-                HAS_SCALE=self.scale is not None, HAS_ORDER=self.order is not None, WIDTH=width,
-                num_warps=4 if width <= 4096 else 8, **launch(x.device, m),
-            )  # fmt: skip
+                x,
+                _or(self.scale, x),
+                _or(self.order, x),
+                codes,
+                scales,
+                k,
+                clip,
+                limit,
+                HAS_SCALE=self.scale is not None,
+                HAS_ORDER=self.order is not None,
+                WIDTH=width,
+                num_warps=4 if width <= 4096 else 8,
+                **launch(x.device, m),
+            )
         elif m * k <= LITTLE:
             self._little(x, codes, scales, clip, limit)
         else:
@@ -295,40 +365,88 @@ class Prologue:
         m, k = x.shape
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
         little_kernel[(m, k // self.block)](
-            x, _or(self.scale, x), _or(self.first, x), _or(self.order, x), _or(self.second, x), y, self._peak, self._arrived,
-            codes, scales, k, clip, limit,
-            HAS_SCALE=self.scale is not None, HAS_FIRST=self.first is not None, FIRST_SHARED=self.first_shared,
-            HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None, SECOND_SHARED=self.second_shared,
-            B=self.block, CHUNK=min(triton.next_power_of_2(k), 4096), num_warps=4 if self.block <= 64 else 8,
+            x,
+            _or(self.scale, x),
+            _or(self.first, x),
+            _or(self.order, x),
+            _or(self.second, x),
+            y,
+            self._peak,
+            self._arrived,
+            codes,
+            scales,
+            k,
+            clip,
+            limit,
+            HAS_SCALE=self.scale is not None,
+            HAS_FIRST=self.first is not None,
+            FIRST_SHARED=self.first_shared,
+            HAS_ORDER=self.order is not None,
+            HAS_SECOND=self.second is not None,
+            SECOND_SHARED=self.second_shared,
+            B=self.block,
+            CHUNK=min(triton.next_power_of_2(k), 4096),
+            num_warps=4 if self.block <= 64 else 8,
             **launch(x.device, m),
-        )  # fmt: skip
+        )
 
     def _much(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
         (m, k), tiles = x.shape, triton.cdiv(x.shape[0], TILE_ROWS)
         grid, padded = (tiles, k // self.block), tiles * TILE_ROWS
         # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
         # A block of 128 is taken in by quarters: whole, its pieces would not fit in Ampere's registers.
-        options = dict(BM=TILE_ROWS, B=self.block, DEPTH=min(self.block, 4096 // self.block),
-                      num_warps=4 if self.block <= 64 else 8, enable_fp_fusion=False, **launch(x.device, m))  # fmt: skip
+        options = dict(
+            BM=TILE_ROWS,
+            B=self.block,
+            DEPTH=min(self.block, 4096 // self.block),
+            num_warps=4 if self.block <= 64 else 8,
+            enable_fp_fusion=False,
+            **launch(x.device, m),
+        )
         z, strides, scale = x, (k, 1), self.scale
         if self.first is not None:
             peak = torch.empty(padded, dtype=torch.int32, device=x.device)
             z, strides, scale = torch.empty((k, padded), dtype=torch.float32, device=x.device), (1, padded), None
             first_kernel[grid](
-                x, _or(self.scale, x), self.first, _or(self.inverse, x), z, peak, m, k, padded,
-                HAS_SCALE=self.scale is not None, FIRST_SHARED=self.first_shared, HAS_ORDER=self.order is not None, **options,
-            )  # fmt: skip
+                x,
+                _or(self.scale, x),
+                self.first,
+                _or(self.inverse, x),
+                z,
+                peak,
+                m,
+                k,
+                padded,
+                HAS_SCALE=self.scale is not None,
+                FIRST_SHARED=self.first_shared,
+                HAS_ORDER=self.order is not None,
+                **options,
+            )
         else:
             peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
         if self.second is None:
             options["DEPTH"] = self.block
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
         second_kernel[grid](
-            z, _or(scale, x), _or(self.order, x), _or(self.second, x), y, peak, m, k, *strides,
-            HAS_SCALE=scale is not None, HAS_ORDER=self.order is not None, HAS_SECOND=self.second is not None,
-            SECOND_SHARED=self.second_shared, WHOLE=z is not x, **options,
-        )  # fmt: skip
-        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4, **launch(x.device, m))
+            z,
+            _or(scale, x),
+            _or(self.order, x),
+            _or(self.second, x),
+            y,
+            peak,
+            m,
+            k,
+            *strides,
+            HAS_SCALE=scale is not None,
+            HAS_ORDER=self.order is not None,
+            HAS_SECOND=self.second is not None,
+            SECOND_SHARED=self.second_shared,
+            WHOLE=z is not x,
+            **options,
+        )
+        quantize_kernel[(m, triton.cdiv(k, 1024))](
+            y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4, **launch(x.device, m)
+        )
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

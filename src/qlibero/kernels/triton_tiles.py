@@ -34,14 +34,22 @@ BUCKETS = (
 
 # What the benchmark may try beyond the bucket's own tile. Bounded on purpose.
 CANDIDATES = {
-    16: (Tile(16, 64, 128, stages=5), Tile(16, 128, 128, stages=4), Tile(16, 64, 256, stages=3), Tile(16, 32, 256, warps=2)),
+    16: (
+        Tile(16, 64, 128, stages=5),
+        Tile(16, 128, 128, stages=4),
+        Tile(16, 64, 256, stages=3),
+        Tile(16, 32, 256, warps=2),
+    ),
     32: (Tile(32, 64, 128), Tile(32, 128, 128, stages=3)),
     128: (Tile(64, 64, 128), Tile(64, 128, 64), Tile(128, 64, 64), Tile(64, 128, 128, warps=8, stages=3)),
     1 << 62: (
-        Tile(128, 128, 64, warps=8), Tile(128, 128, 64, warps=4), Tile(256, 64, 64, warps=8), Tile(256, 128, 64, warps=8, stages=3),
+        Tile(128, 128, 64, warps=8),
+        Tile(128, 128, 64, warps=4),
+        Tile(256, 64, 64, warps=8),
+        Tile(256, 128, 64, warps=8, stages=3),
         Tile(128, 128, 128, warps=8, stages=3),
     ),
-}  # fmt: skip
+}
 
 
 def bucket(tokens: int) -> int:
@@ -65,6 +73,11 @@ def with_split(tile: Tile, tokens: int, n: int, k: int, processors: int, group_s
     tiles = -(-tokens // tile.tokens) * -(-n // tile.outputs)
     steps = -(-(k // 2) // tile.depth)
     split = 1
-    while split < MOST_SPLITS and tiles * split <= 0.75 * processors and split * 2 <= steps and split * 2 * 8 * tokens <= k:
+    while (
+        split < MOST_SPLITS
+        and tiles * split <= 0.75 * processors
+        and split * 2 <= steps
+        and split * 2 * 8 * tokens <= k
+    ):
         split *= 2
     return replace(tile, split_k=split)

@@ -29,14 +29,18 @@ class W8A8(Kernel):
             return Support(False, f"torch {torch.__version__} has no _int_mm")
         if shape.device == "cpu":
             fast = cpu_multiplies_int8_fast()
-            return Support(True, "torch._int_mm" if fast else "torch._int_mm; without VNNI a scalar loop: exact but slow")
+            return Support(
+                True, "torch._int_mm" if fast else "torch._int_mm; without VNNI a scalar loop: exact but slow"
+            )
         if not torch.cuda.is_available():
             return Support(False, "no CUDA device")
         if torch.cuda.get_device_capability() < (8, 0):
             return Support(False, f"needs SM80 or newer, this GPU is {torch.cuda.get_device_name()}")
         width = shape.group_size or shape.k
         if width % 8 or shape.n % 8:
-            return Support(False, f"torch._int_mm needs N and K (or the group) divisible by 8, got N={shape.n}, K={width}")
+            return Support(
+                False, f"torch._int_mm needs N and K (or the group) divisible by 8, got N={shape.n}, K={width}"
+            )
         return Support(True, "torch._int_mm (cuBLASLt)")
 
     def pack(self, codes: Tensor, weight_bits: int = 8, group_size: int | None = None) -> PackedWeight:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-WORKER_GB = 2.5              # memory of a rendering simulator
-CORES = "QLIBERO_CORES"      # set by engines that start several shards on a node: the cores of each
+WORKER_GB = 2.5  # memory of a rendering simulator
+CORES = "QLIBERO_CORES"  # set by engines that start several shards on a node: the cores of each
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,17 @@ def simulators(asked: int | Literal["auto"], episodes: int, here: Capacity | Non
     if asked != "auto":
         workers = min(asked, episodes)
         needs = workers * WORKER_GB
-        short = f"{workers} simulators need {needs:g} GB and {here.free_gb:.1f} GB are free ({here.why})" if needs > here.free_gb else None
+        short = (
+            f"{workers} simulators need {needs:g} GB and {here.free_gb:.1f} GB are free ({here.why})"
+            if needs > here.free_gb
+            else None
+        )
         return Simulators(workers, f"workers: {asked}", short)
     workers = fitting(here.cores, here.free_gb)
     reason = f"{here.cores} cores" if workers == here.cores else f"{here.free_gb:.1f} GB free, {WORKER_GB:g} GB each"
-    return Simulators(min(workers, episodes), f"{reason} ({here.why})" if workers <= episodes else f"{episodes} episodes")
+    return Simulators(
+        min(workers, episodes), f"{reason} ({here.why})" if workers <= episodes else f"{episodes} episodes"
+    )
 
 
 def fitting(cores: int, memory_gb: float) -> int:
@@ -77,7 +83,7 @@ def capacity(environ: Mapping[str, str] | None = None, root: Path = Path("/"), a
     granted = _slurm_memory(environ, ours)
     if granted:
         memory["Slurm's --mem"] = granted
-    elif cores_by in ("SLURM_CPUS_PER_TASK", CORES):   # neighbours have the rest of the cores, and need memory for them
+    elif cores_by in ("SLURM_CPUS_PER_TASK", CORES):  # neighbours have the rest of the cores, and need memory for them
         memory[f"its share of {machine_cores} cores"] = min(memory.values()) * ours / machine_cores
     memory_by = min(memory, key=memory.__getitem__)
     why = f"cores by {cores_by}, memory by {memory_by}"

@@ -26,7 +26,7 @@ from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experim
 from qlibero.results.ledger import check_config
 
 SCHEMA = 1
-OURS = "sweep"   # the sub-directory of a sweep directory that is not a run directory
+OURS = "sweep"  # the sub-directory of a sweep directory that is not a run directory
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,14 @@ def make_manifest(sweep: Sweep, out: Path | None = None) -> Manifest:
     directory = (out or RUNS / sweep.name).resolve()
     alone = len(sweep.cells) == 1 and not sweep.cells[0].axes
     cells = tuple(
-        Cell(cell.id, directory if alone else directory / cell.id, dict(cell.axes), cell.experiment) for cell in sweep.cells
+        Cell(cell.id, directory if alone else directory / cell.id, dict(cell.axes), cell.experiment)
+        for cell in sweep.cells
     )
     for cell in cells:
         if cell.id == OURS and not alone:
-            raise UserError(f"a cell cannot be called {OURS}: the sweep keeps its own files in a directory of that name")
+            raise UserError(
+                f"a cell cannot be called {OURS}: the sweep keeps its own files in a directory of that name"
+            )
         _check_directory(cell)
     _check_launch(cells)
     shards = tuple(Shard(cell.id, i, cell.shards) for cell in cells for i in range(cell.shards))
@@ -144,15 +147,21 @@ def read_manifest(path: Path, check_files: bool = True) -> Manifest:
 
     def experiment(cell_id: str) -> Experiment:
         # no environment: what was resolved at submission is what runs, whatever a node's shell exports
-        return load_experiment(_experiment_file(Path(document["directory"]), cell_id), environ={}, check_files=check_files)
+        return load_experiment(
+            _experiment_file(Path(document["directory"]), cell_id), environ={}, check_files=check_files
+        )
 
     try:
         cells = tuple(Cell(c["id"], Path(c["run_dir"]), c["axes"], experiment(c["id"])) for c in document["cells"])
-        manifest = Manifest(document["sweep"], Path(document["directory"]), cells, tuple(Shard(*each) for each in document["shards"]))
+        manifest = Manifest(
+            document["sweep"], Path(document["directory"]), cells, tuple(Shard(*each) for each in document["shards"])
+        )
         for shard in manifest.shards:
             manifest.cell(shard)
     except (KeyError, TypeError, StopIteration) as problem:
-        raise UserError(f"{path}: not a sweep's manifest ({type(problem).__name__}: {problem}); `qlibero sweep` writes a whole one") from None
+        raise UserError(
+            f"{path}: not a sweep's manifest ({type(problem).__name__}: {problem}); `qlibero sweep` writes a whole one"
+        ) from None
     return manifest
 
 
@@ -199,7 +208,9 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
                 well = f"{said['tracker']}: {said['mode'] or 'mirrored'}"
                 say(f"{cell.id}: {trouble(said, cell.experiment.tracking) or well}")
                 mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
-    write_whole(manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n")
+    write_whole(
+        manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n"
+    )
     return document
 
 
@@ -252,8 +263,11 @@ def _check_launch(cells: Sequence[Cell]) -> None:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {k: v for key, value in tree.items()
-            for k, v in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}).items()}  # fmt: skip
+    return {
+        k: v
+        for key, value in tree.items()
+        for k, v in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}).items()
+    }
 
 
 def _experiment_file(directory: Path, cell_id: str) -> Path:

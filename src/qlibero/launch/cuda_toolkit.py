@@ -131,8 +131,13 @@ def check_agreement(home: Path | None, environ: Mapping[str, str], timeout_s: fl
         header_path = home / "include" / "cuda.h"
         header = _header_version(header_path)
     if header is None:
-        return Agreement(nvcc, None, None, f"nvcc {_v(nvcc)} finds no cuda.h",
-                         f"pip install nvidia-cuda-runtime nvidia-cuda-cccl of CUDA {nvcc[0]}, or install one whole toolkit")  # fmt: skip
+        return Agreement(
+            nvcc,
+            None,
+            None,
+            f"nvcc {_v(nvcc)} finds no cuda.h",
+            f"pip install nvidia-cuda-runtime nvidia-cuda-cccl of CUDA {nvcc[0]}, or install one whole toolkit",
+        )
     if header == nvcc:
         return Agreement(nvcc, header, header_path, None, None)
     problem = f"nvcc is {_v(nvcc)} but the cuda.h it includes is {_v(header)} ({header_path})"
@@ -152,7 +157,9 @@ def compiler(home: Path | None, environ: Mapping[str, str]) -> Path | None:
     return Path(found) if found else None
 
 
-def _header_nvcc_finds(nvcc: Path, include: Path, environ: Mapping[str, str], timeout_s: float) -> tuple[Version | None, Path | None]:
+def _header_nvcc_finds(
+    nvcc: Path, include: Path, environ: Mapping[str, str], timeout_s: float
+) -> tuple[Version | None, Path | None]:
     """Preprocess a file that includes cuda.h, exactly as a compiled kernel would. Needs the host compiler."""
     text = _output([str(nvcc), "-E", f"-I{include}", "-x", "cu", "-"], environ, timeout_s, stdin=PROBE) or ""
     number = re.search(r"^qlibero_cuda_version (\d+)", text, re.MULTILINE)
@@ -182,7 +189,9 @@ def _executable(path: Path) -> bool:
 
 def _output(command: list[str], environ: Mapping[str, str], timeout_s: float, stdin: str = "") -> str | None:
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s, env=dict(environ))
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=timeout_s, env=dict(environ)
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None

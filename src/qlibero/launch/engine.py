@@ -70,7 +70,9 @@ def program() -> list[str]:
 
 def run_merge(submission: Submission, say: Callable[[str], None]) -> int:
     """Run the merge here, for engines that stay until the end; returns its exit status."""
-    status = subprocess.run(submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent).returncode
+    status = subprocess.run(
+        submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent
+    ).returncode
     if status:
         say(f"the merge after the shards ended with status {status}; by hand: {shown(submission.merge_command())}")
     return status

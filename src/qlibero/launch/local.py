@@ -19,13 +19,15 @@ from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_me
 from qlibero.launch.environment import find_gpus
 
 RESTARTS = 3
-NO_ROOM = 1 << 16   # bytes of free disk with which nothing can be written that matters
-STOP_S = 30.0   # what a shard gets to put its current episodes down
+NO_ROOM = 1 << 16  # bytes of free disk with which nothing can be written that matters
+STOP_S = 30.0  # what a shard gets to put its current episodes down
 
 
 def describe(submission: Submission) -> str:
     """The command lines, in the order they are started."""
-    head = f"# {min(submission.launch.processes, len(submission.indices))} at a time, logs in {submission.directory}/logs"
+    head = (
+        f"# {min(submission.launch.processes, len(submission.indices))} at a time, logs in {submission.directory}/logs"
+    )
     lines = [shown(submission.shard_command(i)) for i in submission.indices]
     return "\n".join([head, *lines, shown(submission.merge_command())]) + "\n"
 
@@ -33,7 +35,7 @@ def describe(submission: Submission) -> str:
 def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     """Run all shards, then the merge. Interrupted, it stops the shards (finished episodes are kept) and raises on."""
     waiting = deque((index, 0) for index in submission.indices)
-    running: dict[int, tuple[subprocess.Popen, int, int]] = {}   # slot → process, shard, restarts so far
+    running: dict[int, tuple[subprocess.Popen, int, int]] = {}  # slot → process, shard, restarts so far
     failed: list[int] = []
     gpus = [gpu["index"] for gpu in find_gpus()]
     try:
@@ -70,7 +72,12 @@ def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> su
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open(submission.log(index), "ab") as log:
         return subprocess.Popen(
-            submission.shard_command(index), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+            submission.shard_command(index),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=end_with_parent,
         )
 
 
@@ -91,6 +98,6 @@ def _last_words(submission: Submission, index: int) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("qlibero: ")]
     if lines:
         return lines[-1].removeprefix("qlibero: ")
-    if shutil.disk_usage(log.parent).free < NO_ROOM:   # then its log ends before it could say so
+    if shutil.disk_usage(log.parent).free < NO_ROOM:  # then its log ends before it could say so
         return f"the disk of {log.parent} is full. Everything finished is kept; free some space and give the same command again"
     return f"see {log}"

@@ -24,7 +24,7 @@ from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, read_run
 
-DISCORDANCE = 0.05   # share of pairs that flip, for planning, while none has been observed
+DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _problems(experiment: Experiment, engine: str) -> Iterator[str]:
         yield str(problem)
     slurm = experiment.launch.slurm
     _, memory_gb = _shard_place(experiment.launch, engine)
-    workers = experiment.workers if experiment.workers != "auto" else 1   # auto takes what fits, and one must
+    workers = experiment.workers if experiment.workers != "auto" else 1  # auto takes what fits, and one must
     if memory_gb is not None and workers * WORKER_GB > memory_gb:
         cure = {"local": "set workers or launch.processes", "slurm": "set workers or launch.slurm.mem"}[engine]
         yield f"{workers} simulators need {workers * WORKER_GB:g} GB, a shard on engine {engine} has {memory_gb:.1f} GB; {cure}"
@@ -236,7 +236,9 @@ def _discordance(cell: Cell) -> tuple[float, str]:
     for arm in arms:
         if arm is first:
             continue
-        outcomes = {r.key: r.outcome for r in read_ledger(cell.run_dir, arm.name) if r.outcome != "error" and r.key in reference}
+        outcomes = {
+            r.key: r.outcome for r in read_ledger(cell.run_dir, arm.name) if r.outcome != "error" and r.key in reference
+        }
         flips = sum(outcome != reference[key] for key, outcome in outcomes.items())
         if len(outcomes) >= 20 and flips:
             found.append((flips / len(outcomes), f"observed in {arm.name}"))
@@ -256,7 +258,11 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     ):
         cores, memory_gb = _shard_place(launch, name)
         workers = cores if memory_gb is None else fitting(cores, memory_gb)
-        shards = [s for shard in manifest.shards if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))]
+        shards = [
+            s
+            for shard in manifest.shards
+            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))
+        ]
         # the longest shard is a bound of its own; below it the slots share the sum
         wall = max(max(shards, default=0.0), sum(shards) / min(slots, len(shards) or 1))
         by_engine[name] = {
@@ -275,7 +281,9 @@ def _shard_seconds(
     experiment = manifest.cell(shard).experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
     batch = experiment.policy.batch_size
-    together = min(workers, batch) if batch != "auto" else 1   # auto: one at a time on a CPU; on a GPU this is pessimistic
+    together = (
+        min(workers, batch) if batch != "auto" else 1
+    )  # auto: one at a time on a CPU; on a GPU this is pessimistic
     each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     keys = set(episode_keys(experiment, (shard.index, shard.count)))
     return sum(each[arm].sim_s / workers + each[arm].policy_s / together for arm, key in missing if key in keys)

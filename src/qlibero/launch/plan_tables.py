@@ -6,7 +6,7 @@ from typing import Any
 
 Rows = list[dict[str, Any]]
 
-DETECTABLE = "detectable"   # a sentence: what so many pairs can find
+DETECTABLE = "detectable"  # a sentence: what so many pairs can find
 ALONE = "one arm alone: there is no difference to detect"
 
 
@@ -17,14 +17,25 @@ def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
     tables = []
     if len(cells) > 1:
         common = [key for key in cells[0] if len({str(cell[key]) for cell in cells}) == 1]
-        tables.append((f"{title}; {len(cells)} cells with", [{"of each cell": key, "": cells[0][key]} for key in common]))
-        tables.append(("and", [{key: value for key, value in cell.items() if key not in (*common, DETECTABLE)} for cell in cells]))
+        tables.append(
+            (f"{title}; {len(cells)} cells with", [{"of each cell": key, "": cells[0][key]} for key in common])
+        )
+        tables.append(
+            ("and", [{key: value for key, value in cell.items() if key not in (*common, DETECTABLE)} for cell in cells])
+        )
         if DETECTABLE not in common:
             tables.append(("what their pairs can find", _sentences(cells)))
     else:
-        tables.append((title, [{"of the experiment": key, "": value} for key, value in cells[0].items() if key != "cell"]))
+        tables.append(
+            (title, [{"of the experiment": key, "": value} for key, value in cells[0].items() if key != "cell"])
+        )
     if document["engines"]:
-        tables.append(("what is missing, on each engine", [{"engine": name, **cost} for name, cost in document["engines"].items()]))
+        tables.append(
+            (
+                "what is missing, on each engine",
+                [{"engine": name, **cost} for name, cost in document["engines"].items()],
+            )
+        )
     return tables
 
 

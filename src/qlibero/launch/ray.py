@@ -23,7 +23,12 @@ def describe(submission: Submission) -> str:
     """Resources and command lines of the tasks."""
     ray = submission.launch.ray
     head = f"# ray at {ray.address}: tasks of {ray.cpus:g} CPUs and {ray.gpus:g} GPUs, {RETRIES} retries when a worker or node dies"
-    return "\n".join([head, *(shown(submission.shard_command(i)) for i in submission.indices), shown(submission.merge_command())]) + "\n"
+    return (
+        "\n".join(
+            [head, *(shown(submission.shard_command(i)) for i in submission.indices), shown(submission.merge_command())]
+        )
+        + "\n"
+    )
 
 
 def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
@@ -37,7 +42,7 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     try:
         _reach(options.address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    except (OSError, ValueError, RuntimeError) as problem:   # Ray's own message advises a flag that qlibero has not
+    except (OSError, ValueError, RuntimeError) as problem:  # Ray's own message advises a flag that qlibero has not
         why = "none is running on this machine" if options.address == "auto" else (str(problem).splitlines() or [""])[0]
         raise UserError(
             f"no Ray cluster at launch.ray.address={options.address} ({why}): start one with `ray start --head`, name another with "
@@ -52,7 +57,7 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
             (done,), waiting = ray.wait(waiting, num_returns=1)
             try:
                 status = ray.get(done)
-            except ray.exceptions.RayError as problem:   # out of retries
+            except ray.exceptions.RayError as problem:  # out of retries
                 status = str(problem).strip().splitlines()[-1]
             if status:
                 failed.append(tasks[done])
@@ -75,9 +80,14 @@ def _run(command: list[str], log: str, cores: str) -> int:
     """On a node: run the shard and wait. Ends with it when Ray kills this worker."""
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, CORES: cores}, preexec_fn=end_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, CORES: cores},
+            preexec_fn=end_with_parent,
         )
     status = process.wait()
-    if status == -signal.SIGKILL:   # as if the worker had died: Ray shall try again
+    if status == -signal.SIGKILL:  # as if the worker had died: Ray shall try again
         os._exit(137)
     return status

@@ -29,8 +29,10 @@ def describe(submission: Submission) -> str:
     return "".join(
         f"# ---- {submission.directory / name}\n{text}\n"
         for name, text in ((SUBMIT, array_script(submission)), (MERGE, merge_script(submission)))
-    ) + (f"# ---- submitted as\nsbatch --parsable {submission.directory / SUBMIT}\n"
-         f"sbatch --parsable --dependency=afterany:<its job id> {submission.directory / MERGE}\n")  # fmt: skip
+    ) + (
+        f"# ---- submitted as\nsbatch --parsable {submission.directory / SUBMIT}\n"
+        f"sbatch --parsable --dependency=afterany:<its job id> {submission.directory / MERGE}\n"
+    )
 
 
 def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
@@ -137,8 +139,14 @@ def _queued(job: str) -> list[list[str]]:
 
 def _resources(submission: Submission) -> list[str]:
     slurm = submission.launch.slurm
-    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "gres": slurm.gres,
-             "cpus-per-task": slurm.cpus_per_task, "mem": slurm.mem}  # fmt: skip
+    named = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "gres": slurm.gres,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+    }
     return ["--nodes=1", "--ntasks=1", *(f"--{key}={value}" for key, value in named.items() if value), *slurm.extra]
 
 
@@ -150,7 +158,11 @@ def _setup(submission: Submission) -> str:
 def _in_container(submission: Submission, command: list[str]) -> str:
     """The container has a checkout of its own: it is told where ours lies, or the same configuration would have another hash."""
     prefix = submission.launch.slurm.container
-    return f"{prefix} env {CHECKOUT}={shlex.quote(str(REPOSITORY))} qlibero {shlex.join(command[3:])}" if prefix else shlex.join(command)
+    return (
+        f"{prefix} env {CHECKOUT}={shlex.quote(str(REPOSITORY))} qlibero {shlex.join(command[3:])}"
+        if prefix
+        else shlex.join(command)
+    )
 
 
 def _lines(prefix: str, options: list[str]) -> str:

@@ -20,7 +20,7 @@ from qlibero.results.records import EpisodeRecord
 
 RATE_WINDOW = timedelta(minutes=30)
 FOLLOW_S = 10.0
-QUIET_S = 120.0   # longer than a shard takes to start, so that the pause between two is not taken for the end
+QUIET_S = 120.0  # longer than a shard takes to start, so that the pause between two is not taken for the end
 
 
 def status(directory: Path) -> dict[str, Any]:
@@ -89,7 +89,10 @@ def follow(directory: Path, show: Callable[[dict[str, Any]], None]) -> dict[str,
 
 def headline(found: dict[str, Any]) -> str:
     """One line for people."""
-    parts = [f"{found['done']:,} of {found['episodes']:,} episodes", f"{found['shards_done']:,} of {found['shards']:,} shards"]
+    parts = [
+        f"{found['done']:,} of {found['episodes']:,} episodes",
+        f"{found['shards_done']:,} of {found['shards']:,} shards",
+    ]
     if found["errors"]:
         parts.append(f"{found['errors']} errors")
     parts += [f"{n} {state.lower()}" for state, n in sorted(found["queue"].items())]
@@ -137,7 +140,9 @@ def _keys(manifest: Manifest, shard: Shard) -> list:
 
 def _single_run(directory: Path) -> Manifest:
     if not (directory / "experiment.yaml").exists():
-        raise UserError(f"{directory}: neither a sweep (no sweep/submission-*/manifest.json) nor a run (no experiment.yaml)")
+        raise UserError(
+            f"{directory}: neither a sweep (no sweep/submission-*/manifest.json) nor a run (no experiment.yaml)"
+        )
     experiment = load_experiment(directory / "experiment.yaml", environ={}, check_files=False)
     cell = Cell(experiment.name, directory, {}, experiment)
     return Manifest(experiment.name, directory, (cell,), (Shard(cell.id, 0, 1),))

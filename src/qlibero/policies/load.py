@@ -163,9 +163,7 @@ def _place(config: Any) -> tuple[torch.device, torch.dtype]:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"policy.device: {config.device}, but this process sees no GPU; `qlibero doctor` says why"
-        )
+        raise UserError(f"policy.device: {config.device}, but this process sees no GPU; `qlibero doctor` says why")
     device = torch.device(kind)
     if config.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32

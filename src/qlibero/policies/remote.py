@@ -55,9 +55,7 @@ class RemotePolicy:
         self._ours: dict[str, Any] | None = ours
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
         where = urlsplit(url)
-        self.name = (
-            f"remote-{ours['provenance']['name']}" if ours else f"remote-{where.hostname}-{where.port or 80}"
-        )
+        self.name = f"remote-{ours['provenance']['name']}" if ours else f"remote-{where.hostname}-{where.port or 80}"
 
     def close(self) -> None:
         """Close idle connections."""
@@ -104,9 +102,7 @@ class RemotePolicy:
         actions = np.stack([np.asarray(answer["actions"], np.float32)[:, :7] for answer in answers])
         server = max(answer.get("server_timing", {}).get("infer_ms", 0.0) for answer in answers)
         total = (time.perf_counter() - prepared) * 1e3
-        return Chunk(
-            actions, {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server}
-        )
+        return Chunk(actions, {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server})
 
     def _request(self, observation: Observation, noise: np.ndarray) -> bytes:
         images = {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image}
@@ -136,9 +132,7 @@ class RemotePolicy:
                 answer = connection.recv(timeout=max(deadline - time.monotonic(), 0.001))
             except TimeoutError:
                 connection.close()
-                raise WorkFailed(
-                    f"{self.url} did not answer within {self._timeout_s:g} s (policy.timeout_s)"
-                ) from None
+                raise WorkFailed(f"{self.url} did not answer within {self._timeout_s:g} s (policy.timeout_s)") from None
             except (ConnectionClosed, OSError) as error:
                 if time.monotonic() > deadline:
                     raise WorkFailed(f"{self.url}: connection lost, and lost again: {error}") from None

@@ -74,9 +74,7 @@ class ServerSettings:
             raise UserError(f"--ready-file {self.ready_file}: {folder} is no directory to write in")
         try:
             # as asyncio resolves it: an empty host is every interface, a name may be several addresses
-            found = socket.getaddrinfo(
-                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
+            found = socket.getaddrinfo(self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except OSError:
             raise UserError(f"--host {self.host}: no such host is known here; 127.0.0.1 is this machine") from None
         loopback = all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
@@ -171,9 +169,7 @@ class PolicyServer:
         if self.settings.token is not None:
             given = request.headers.get("Authorization", "").removeprefix("Api-Key ")
             if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
-                return connection.respond(
-                    http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n"
-                )
+                return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n")
         return None
 
     async def _converse(self, connection: ServerConnection) -> None:

@@ -52,9 +52,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: dict) -> Any:
     if b"__ndarray__" in value:
         dtype, shape, data = _number_type(value[b"dtype"]), tuple(value[b"shape"]), value[b"data"]
-        if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(
-            data
-        ):
+        if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"an array of shape {shape} and type {dtype} is not {len(data)} bytes")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:

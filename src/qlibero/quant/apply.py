@@ -53,9 +53,7 @@ def quantize_policy(
     for together in products(artifact, only):
         first = together[0]
         if first.group not in transforms:
-            transforms[first.group] = InputTransform(artifact.transform(first.group), first.in_features).to(
-                device
-            )
+            transforms[first.group] = InputTransform(artifact.transform(first.group), first.in_features).to(device)
         names = {backend if isinstance(backend, str) else backend[layer.name] for layer in together}
         for name in sorted(names):  # one, unless the court let neighbours fall back differently
             some = [layer for layer in together if isinstance(backend, str) or backend[layer.name] == name]
@@ -77,9 +75,7 @@ def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[lis
     return list(found.values())
 
 
-def gemm_shapes(
-    artifact: Artifact, device: str = "cpu", *, executed_only: bool = True
-) -> dict[str, GemmShape]:
+def gemm_shapes(artifact: Artifact, device: str = "cpu", *, executed_only: bool = True) -> dict[str, GemmShape]:
     """What each linear asks of its kernel, by name: the court's list. Linears that are multiplied together
     have the shape of their common product; weight-only ones (16-bit activations) are multiplied by themselves.
     """
@@ -118,9 +114,14 @@ def _modules(
                 f"{layer.out_features}×{layer.in_features} in the artifact"
             )
         rotation, dtype = artifact.tensor(f"{layer.name}.output_rotation"), linear.weight.dtype
-        parts.append(Weights(artifact.codes(layer.name).to(device), artifact.scales(layer.name).to(device),
-                             None if linear.bias is None else linear.bias.detach(),
-                             None if rotation is None else rotation.to(device)))  # fmt: skip
+        parts.append(
+            Weights(
+                artifact.codes(layer.name).to(device),
+                artifact.scales(layer.name).to(device),
+                None if linear.bias is None else linear.bias.detach(),
+                None if rotation is None else rotation.to(device),
+            )
+        )
     first = layers[0]
     if first.activation_bits == 16:
         if backend not in (DEQUANTIZED, "fake"):
@@ -155,9 +156,7 @@ def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
         if name in quantized:
             continue
         linear = model.get_submodule(name)
-        rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(
-            linear.out_features // len(factors)
-        )
+        rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(linear.out_features // len(factors))
         copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         copy.weight = _scaled(linear.weight, rows[:, None])
         if linear.bias is not None:

@@ -213,12 +213,8 @@ def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) 
     where = artifact.path or "the artifact"
     if spec is not None and artifact.spec != spec:
         have, want = artifact.spec.to_mapping(), spec.to_mapping()
-        different = ", ".join(
-            f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k]
-        )
-        raise GuardRefusal(
-            f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings"
-        )
+        different = ", ".join(f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k])
+        raise GuardRefusal(f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings")
     if artifact.checkpoint_sha256 != checkpoint_sha256:
         raise GuardRefusal(
             f"{where} is foreign: made for checkpoint {artifact.checkpoint_sha256[:12]}…, this policy is "

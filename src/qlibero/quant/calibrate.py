@@ -54,9 +54,7 @@ def calibrate(
     if policy.model is None:
         raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
     if not observations and (spec.method not in DATA_FREE or spec.atm or spec.ohb):
-        raise UserError(
-            f"quant: {spec.method} is fitted on observations and there are none; give calibration.path"
-        )
+        raise UserError(f"quant: {spec.method} is fitted on observations and there are none; give calibration.path")
     selection = select(policy.model, spec)
     seen = observe(policy, observations, noise, selection, spec.calibration_seed)
     layers: list[LayerRecord] = []
@@ -79,9 +77,7 @@ def calibrate(
             "prompts": len({o.prompt for o in observations}),
             "tokens": {group: s.tokens for group, s in seen.items()},
             "kept_in_full_precision": list(selection.kept),
-            "policy": {
-                key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity
-            },
+            "policy": {key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity},
             "torch": torch.__version__,
         },
         layers=tuple(layers),
@@ -96,12 +92,13 @@ def calibrate(
             linear = copy(policy.model.get_submodule(name))
             linear._parameters = {
                 "weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
-                "bias": None
-                if linear.bias is None
-                else nn.Parameter(linear.bias.detach() * rows.to(linear.bias)),
+                "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows.to(linear.bias)),
             }
             _, stored = quantize_linear(
-                linear, choice, InputTransform(artifact.transform(choice.group), linear.in_features).to(linear.weight.device), spec
+                linear,
+                choice,
+                InputTransform(artifact.transform(choice.group), linear.in_features).to(linear.weight.device),
+                spec,
             )
             return on_disk(stored, choice)
 
@@ -121,9 +118,7 @@ def _with_action_error(
 
     some = slice(0, SMOKE_OBSERVATIONS)
     exact = policy.infer(observations[some], noise[some]).actions.astype(np.float64)
-    error = np.abs(
-        quantize_policy(policy, artifact, "fake").infer(observations[some], noise[some]).actions - exact
-    )
+    error = np.abs(quantize_policy(policy, artifact, "fake").infer(observations[some], noise[some]).actions - exact)
     if not np.isfinite(error).all():
         raise WorkFailed("the quantized policy's actions are not finite on calibration observations")
     if error.max() == 0.0:
@@ -151,9 +146,7 @@ def _quantize_group(
     model: nn.Module, group: str, choices: list[Choice], seen: Seen | None, spec: QuantSpec
 ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
     linears = {choice.name: model.get_submodule(choice.name) for choice in choices}
-    transform = fit_transform(
-        [linear.weight.detach().float() for linear in linears.values()], group, seen, spec
-    )
+    transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
     tensors = {f"{group}.{factor}": value.cpu() for factor, value in transform.tensors().items()}
     transform_bytes = sum(t.nbytes for t in tensors.values())
     sample = seen.sample if seen is not None else None
@@ -184,7 +177,7 @@ def _quantize_group(
                 codes_bytes=stored["codes"].nbytes,
                 scales_bytes=stored["scales"].nbytes,
                 transform_bytes=transform_bytes if not records else 0,
-            )  # fmt: skip
+            )
         )
     return records, tensors
 

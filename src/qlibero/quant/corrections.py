@@ -61,9 +61,7 @@ class Loudspeaker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.linear(x)
-        self.heard.rms[self.stem] = self.heard.rms.get(self.stem, 0.0) + float(
-            z.float().square().mean().sqrt()
-        )
+        self.heard.rms[self.stem] = self.heard.rms.get(self.stem, 0.0) + float(z.float().square().mean().sqrt())
         self.heard.calls[self.stem] = self.heard.calls.get(self.stem, 0) + 1
         return z
 
@@ -97,9 +95,7 @@ def fit_corrections(
             factors = torch.tensor(found[layer.name])
             stored = requantize(layer.name, factors.repeat_interleave(layer.out_features // len(factors)))
             tensors |= {f"{layer.name}.{key}": value for key, value in stored.items()}
-    return build(
-        artifact.spec, artifact.checkpoint_sha256, artifact.calibration, artifact.layers, found, tensors
-    )
+    return build(artifact.spec, artifact.checkpoint_sha256, artifact.calibration, artifact.layers, found, tensors)
 
 
 def temperatures(teacher: Tensor, student: Tensor) -> list[float]:
@@ -120,12 +116,11 @@ def _listen(policy: Policy, observations: Sequence[Observation], noise: np.ndarr
     depth = len(policy.model.llm.layers)
     # the order in which one chunk meets them: the last LLM layer has no attention of its own, the flow
     # repeats the expert
-    stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [
-        f"{EXPERT}{i}.self_attn" for i in range(depth)
-    ] * (policy.flow_steps)
+    stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [f"{EXPERT}{i}.self_attn" for i in range(depth)] * (
+        policy.flow_steps
+    )
     speakers = {
-        f"{stem}.o_proj": Loudspeaker(policy.model.get_submodule(f"{stem}.o_proj"), stem, heard)
-        for stem in stems
+        f"{stem}.o_proj": Loudspeaker(policy.model.get_submodule(f"{stem}.o_proj"), stem, heard) for stem in stems
     }
     twin = exchange(policy.model, speakers)
     for observation, z in zip(observations, noise, strict=True):

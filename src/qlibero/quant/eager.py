@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def sample_eagerly(
-    policy: Pi05Policy, model: Pi05Model, observation: Observation, noise: np.ndarray
-) -> Tensor:
+def sample_eagerly(policy: Pi05Policy, model: Pi05Model, observation: Observation, noise: np.ndarray) -> Tensor:
     """The network's own action chunk (H, D) float32 for one observation and its noise (H, D); `model` is the
     policy's or a twin of it."""
     policy.sampler  # noqa: B018 (making it lays plain linears out together, which can move last bits: always, or never)

@@ -55,25 +55,36 @@ def facts(artifact: Artifact) -> dict[str, Any]:
     """What the artifact is, in a few JSON-ready values."""
     executed = sum(layer.executed for layer in artifact.layers)
     return {
-        "path": str(artifact.path) if artifact.path else None, "key": artifact.key, "sha256": artifact.sha256,
-        "settings": artifact.spec.label, "spec": artifact.spec.to_mapping(),
-        "checkpoint_sha256": artifact.checkpoint_sha256, "calibration": artifact.calibration,
-        "layers": len(artifact.layers), "executed": executed, "corrections": artifact.corrections,
+        "path": str(artifact.path) if artifact.path else None,
+        "key": artifact.key,
+        "sha256": artifact.sha256,
+        "settings": artifact.spec.label,
+        "spec": artifact.spec.to_mapping(),
+        "checkpoint_sha256": artifact.checkpoint_sha256,
+        "calibration": artifact.calibration,
+        "layers": len(artifact.layers),
+        "executed": executed,
+        "corrections": artifact.corrections,
         "weight_bytes": sum(layer.codes_bytes + layer.scales_bytes for layer in artifact.layers),
         "transform_bytes": sum(layer.transform_bytes for layer in artifact.layers),
         "bf16_bytes": sum(2 * layer.out_features * layer.in_features for layer in artifact.layers),
-    }  # fmt: skip
+    }
 
 
 def row(layer: LayerRecord) -> dict[str, Any]:
     """One layer as a table row."""
     return {
-        "layer": layer.name, "shape": f"{layer.out_features}×{layer.in_features}",
-        "bits": f"W{layer.weight_bits}A{layer.activation_bits}", "executed": layer.executed,
-        "sqnr_db": layer.sqnr_db, "max_error": layer.max_error,
-        "outlier_before": layer.outlier_before, "outlier_after": layer.outlier_after,
-        "bytes": layer.codes_bytes + layer.scales_bytes, "transform_bytes": layer.transform_bytes,
-    }  # fmt: skip
+        "layer": layer.name,
+        "shape": f"{layer.out_features}×{layer.in_features}",
+        "bits": f"W{layer.weight_bits}A{layer.activation_bits}",
+        "executed": layer.executed,
+        "sqnr_db": layer.sqnr_db,
+        "max_error": layer.max_error,
+        "outlier_before": layer.outlier_before,
+        "outlier_after": layer.outlier_after,
+        "bytes": layer.codes_bytes + layer.scales_bytes,
+        "transform_bytes": layer.transform_bytes,
+    }
 
 
 def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:

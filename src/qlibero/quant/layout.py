@@ -83,9 +83,7 @@ def select(model: nn.Module, spec: QuantSpec) -> Selection:
             not divide into the spec's blocks or groups.
     """
     linears = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and re.search(QUANTIZABLE, name)
+        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(QUANTIZABLE, name)
     }
     chosen = set(_named(linears, spec.layout) if spec.layout else ())
     for pattern in spec.include:
@@ -96,9 +94,7 @@ def select(model: nn.Module, spec: QuantSpec) -> Selection:
     bits = dict.fromkeys(chosen, spec.weight_bits)
     for pattern, exception in spec.per_layer_bits:
         bits.update(
-            dict.fromkeys(
-                _matching(pattern, sorted(chosen), "per_layer_bits", "any selected linear"), exception
-            )
+            dict.fromkeys(_matching(pattern, sorted(chosen), "per_layer_bits", "any selected linear"), exception)
         )
     choices, kept = [], []
     depth = _depth(linears, LLM)
@@ -111,9 +107,7 @@ def select(model: nn.Module, spec: QuantSpec) -> Selection:
         _check_width(name, linear, spec)
         choices.append(Choice(name, _group(name), bits[name], spec.activation_bits, _executed(name, depth)))
     if not choices:
-        raise UserError(
-            "quant: layout, include, exclude and per_layer_bits together leave no linear to quantize"
-        )
+        raise UserError("quant: layout, include, exclude and per_layer_bits together leave no linear to quantize")
     return Selection(tuple(choices), tuple(kept))
 
 

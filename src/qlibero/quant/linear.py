@@ -116,9 +116,7 @@ class QuantLinear(nn.Module):
 
     def _rotated(self, prepared: Prepared) -> Tensor:
         p = self.product
-        y = block_product(
-            p.kernel.matmul(prepared.codes, prepared.scales, p.packed, p.scales), self.output_rotation
-        )
+        y = block_product(p.kernel.matmul(prepared.codes, prepared.scales, p.packed, p.scales), self.output_rotation)
         y = y if self.late_bias is None else y + self.late_bias
         return y.to(prepared.dtype).view(*prepared.leading, -1)
 
@@ -127,9 +125,7 @@ class QuantLinear(nn.Module):
         return self.from_prepared(self.prepare(x))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features} -> {self.out_features}, {self.product.kernel.name}, A{self.activation_bits}"
-        )
+        return f"{self.in_features} -> {self.out_features}, {self.product.kernel.name}, A{self.activation_bits}"
 
 
 def assemble(
@@ -152,9 +148,7 @@ def assemble(
         assert kernel is None
         return [_dequantized(shared, part, dtype) for part in parts]
     settings = {"activation_bits": activation_bits, "activation_clip": activation_clip}
-    if any(
-        part.output_rotation is not None for part in parts
-    ):  # rotated outputs need the product before its bias
+    if any(part.output_rotation is not None for part in parts):  # rotated outputs need the product before its bias
         return [
             QuantLinear(
                 shared,
@@ -180,10 +174,7 @@ def _product(kernel: Kernel, parts: Sequence[Weights], weight_bits: int) -> Prod
     bias = None
     if any(b is not None for b in biases):
         bias = torch.cat(
-            [
-                torch.zeros(len(p.codes), device=codes.device) if p.bias is None else p.bias.float()
-                for p in parts
-            ]
+            [torch.zeros(len(p.codes), device=codes.device) if p.bias is None else p.bias.float() for p in parts]
         )
     return Product(kernel, kernel.pack(codes, weight_bits, _group_size(codes, scales)), scales, bias)
 

@@ -27,9 +27,7 @@ def measure(linear: nn.Linear, quantized: nn.Module, tokens: Tensor) -> Measures
     signal, noise = float(exact.double().square().sum()), float(error.double().square().sum())
     # 200 dB stands for "no error at all", which JSON has no infinity for
     sqnr = 200.0 if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-    return Measures(
-        round(sqnr, 4), float(f"{float(error.abs().max()) / max(float(exact.abs().max()), 1e-30):.6g}")
-    )
+    return Measures(round(sqnr, 4), float(f"{float(error.abs().max()) / max(float(exact.abs().max()), 1e-30):.6g}"))
 
 
 def outlier_ratio(tokens: Tensor) -> float:

@@ -73,18 +73,14 @@ def read_demonstrations(path: Path) -> Demonstrations:
         ) from None
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            jpeg, offsets, states, prompts = (
-                arrays[name] for name in ("jpeg", "offsets", "states", "prompts")
-            )
+            jpeg, offsets, states, prompts = (arrays[name] for name in ("jpeg", "offsets", "states", "prompts"))
             source = str(arrays["source"])
         images = [
             np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB"))
             for a, b in zip(offsets[:-1], offsets[1:], strict=True)
         ]
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"calibration.path {path} is not a file of demonstration observations: {error}"
-        ) from None
+        raise UserError(f"calibration.path {path} is not a file of demonstration observations: {error}") from None
     if len(images) != 2 * len(states) or states.shape[1:] != (8,) or len(prompts) != len(states):
         raise UserError(
             f"calibration.path {path}: {len(images)} images, {states.shape} states and {len(prompts)} "

@@ -50,16 +50,21 @@ class Found:
             sum(2 * x.out_features * x.in_features for x in layers),
         )
         return {
-            "path": str(self.path), "key": self.artifact.key, "sha256": self.artifact.sha256,
-            "settings": self.artifact.spec.label, "made": self.made, "seconds": round(self.seconds, 1),
-            "layers": len(layers), "executed": len(executed),
+            "path": str(self.path),
+            "key": self.artifact.key,
+            "sha256": self.artifact.sha256,
+            "settings": self.artifact.spec.label,
+            "made": self.made,
+            "seconds": round(self.seconds, 1),
+            "layers": len(layers),
+            "executed": len(executed),
             "kept_in_full_precision": len(self.artifact.calibration["kept_in_full_precision"]),
             "worst_sqnr_db": min(measured, default=None),
             "weight_bytes": codes,
             "transform_bytes": sum(x.transform_bytes for x in layers),
             "bf16_bytes": bf16,
             "action_error": self.artifact.calibration.get("action_error"),
-        }  # fmt: skip
+        }
 
 
 def demonstrations(quant: Quant) -> Demonstrations:
@@ -72,9 +77,7 @@ def demonstrations(quant: Quant) -> Demonstrations:
 
 def noise_for(policy: Policy, count: int, seed: int) -> np.ndarray:
     """(count, H, D) float32 flow noise for calibration, from `seed`: other numbers than any evaluation's."""
-    return np.random.default_rng([seed, 0x63616C]).standard_normal(
-        (count, *policy.noise_shape), dtype=np.float32
-    )
+    return np.random.default_rng([seed, 0x63616C]).standard_normal((count, *policy.noise_shape), dtype=np.float32)
 
 
 def ensure_artifact(
@@ -108,8 +111,12 @@ def ensure_artifact(
         return Found(artifact, path, made=False, seconds=0.0)
     started = time.perf_counter()
     noise = noise_for(policy, len(data.observations), spec.calibration_seed)
-    provenance = {"data_sha256": data.sha256, "source": data.source, "seed": spec.calibration_seed,
-                  "file": quant.calibration.path.name if quant.calibration else None}  # fmt: skip
+    provenance = {
+        "data_sha256": data.sha256,
+        "source": data.source,
+        "seed": spec.calibration_seed,
+        "file": quant.calibration.path.name if quant.calibration else None,
+    }
     save(calibrate(policy, data.observations, noise, spec, provenance, on_group), path)
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
@@ -154,9 +161,7 @@ def quantize(
     torch.set_num_threads(1)  # as a run has it: the same sums, so the same artifact
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     if not arms:
-        raise UserError(
-            f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake"
-        )
+        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake")
     policy = load_policy(experiment.policy)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
@@ -184,17 +189,13 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
 
     torch.set_num_threads(1)
     artifact = load(path)
-    quant = next(
-        (arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None
-    )
+    quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None)
     if quant is None:
         raise UserError(
             f"experiment {experiment.name} names no calibration data, which the measurement needs: "
             "give quant.calibration.path"
         )
-    data = read_demonstrations(quant.calibration.path).sample(
-        SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed
-    )
+    data = read_demonstrations(quant.calibration.path).sample(SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed)
     policy = load_policy(experiment.policy)
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)

@@ -77,9 +77,7 @@ class QuantSpec:
             )
         if (self.weight_bits, self.activation_bits) not in BITS:
             known = ", ".join(f"W{w}A{a}" for w, a in BITS)
-            raise UserError(
-                f"quant: W{self.weight_bits}A{self.activation_bits} is not supported; write one of {known}"
-            )
+            raise UserError(f"quant: W{self.weight_bits}A{self.activation_bits} is not supported; write one of {known}")
         for pattern in (*self.include, *self.exclude, *(pattern for pattern, _ in self.per_layer_bits)):
             try:
                 re.compile(pattern)
@@ -88,14 +86,10 @@ class QuantSpec:
         for pattern, bits in self.per_layer_bits:
             _one_of(f"per_layer_bits[{pattern!r}]", bits, (4, 8, 16))
         if self.row_rotation and self.method != "weight_pca":
-            raise UserError(
-                f"quant.row_rotation belongs to weight_pca; with method {self.method} leave it out"
-            )
+            raise UserError(f"quant.row_rotation belongs to weight_pca; with method {self.method} leave it out")
         for name in ("weight_clip", "activation_clip"):
             if not 0.0 < getattr(self, name) <= 1.0:
-                raise UserError(
-                    f"quant.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1"
-                )
+                raise UserError(f"quant.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
         if not 0.0 <= self.alpha <= 1.0:
             raise UserError(f"quant.alpha is {self.alpha}; write a number from 0 to 1")
         for name, least in (("block_size", 2), ("rotation_steps", 1), ("calibration_samples", 1)):
@@ -111,9 +105,7 @@ class QuantSpec:
         clean = dict(values)
         clean.pop("artifact", None)
         calibration = dict(clean.pop("calibration", None) or {})
-        clean.update(
-            {f"calibration_{key}": calibration[key] for key in ("samples", "seed") if key in calibration}
-        )
+        clean.update({f"calibration_{key}": calibration[key] for key in ("samples", "seed") if key in calibration})
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(clean) - known):
             raise UserError(f"quant: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -125,9 +117,7 @@ class QuantSpec:
     def to_mapping(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_mapping`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values.update(
-            include=list(self.include), exclude=list(self.exclude), per_layer_bits=dict(self.per_layer_bits)
-        )
+        values.update(include=list(self.include), exclude=list(self.exclude), per_layer_bits=dict(self.per_layer_bits))
         return values
 
     @property

@@ -40,9 +40,7 @@ class Transform:
 
     def stored(self) -> Transform:
         """This transform as it is kept and run: scale float32, blocks bfloat16."""
-        first, second = (
-            None if blocks is None else blocks.bfloat16() for blocks in (self.first, self.second)
-        )
+        first, second = (None if blocks is None else blocks.bfloat16() for blocks in (self.first, self.second))
         return Transform(None if self.scale is None else self.scale.float(), first, self.order, second)
 
     def to(self, device: torch.device) -> Transform:

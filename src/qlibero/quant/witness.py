@@ -53,18 +53,12 @@ def hear_witness(
     kernel that claims to be exact changes an action.
     """
     inputs = _listen(quantized, observation, noise)
-    layers = {
-        record.name: quantized.model.get_submodule(record.name)
-        for record in artifact.layers
-        if record.executed
-    }
+    layers = {record.name: quantized.model.get_submodule(record.name) for record in artifact.layers if record.executed}
     layers = {
         name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)
     }  # weight-only ones have no kernel
     for name, layer in layers.items():
-        finding = try_layer(
-            layer, inputs[id(layer.transform)][:ROWS], artifact.codes(name).to(quantized.device)
-        )
+        finding = try_layer(layer, inputs[id(layer.transform)][:ROWS], artifact.codes(name).to(quantized.device))
         if not finding.ok:
             raise GuardRefusal(f"kernel {layer.product.kernel.name} in {name}: {finding.reason}")
     difference = None

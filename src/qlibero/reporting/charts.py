@@ -114,9 +114,7 @@ def curve(points: Sequence[tuple[float, float]], colour: str, filled: bool = Fal
     d = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
     if filled:
         d += f"L{points[-1][0]:g} 100L{points[0][0]:g} 100Z"
-    return el(
-        "path", d=d, class_=f"{'area' if filled else 'line'} {colour}", vector_effect="non-scaling-stroke"
-    )
+    return el("path", d=d, class_=f"{'area' if filled else 'line'} {colour}", vector_effect="non-scaling-stroke")
 
 
 def plot(*children: Markup, label: str, height: int) -> Markup:

@@ -63,9 +63,7 @@ def write_report(
     return {
         "report": str(out),
         "bytes": len(page),
-        "video_bytes": sum(
-            path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}
-        ),
+        "video_bytes": sum(path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}),
         "videos": len(chosen),
         "videos_left_out": len(filmed) - len(chosen),
         "arms": list(material.arms),

@@ -143,7 +143,9 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
     Raises UserError for a `reference` that was named and is nowhere.
     """
     if reference is not None and not any(reference in run.arms for run in runs):
-        raise UserError(f"--reference {reference}: no such arm; here are {', '.join(dict.fromkeys(name for run in runs for name in run.arms))}")
+        raise UserError(
+            f"--reference {reference}: no such arm; here are {', '.join(dict.fromkeys(name for run in runs for name in run.arms))}"
+        )
     reference = reference or REFERENCE
     parts, arms = [], {}
     for cell in cells_of(runs, reference):

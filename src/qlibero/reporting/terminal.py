@@ -76,9 +76,7 @@ def _foreign(result: dict[str, Any]) -> Group:
     ):
         table.add_column(title)
     for name, r in result["arms"].items():
-        delta, interval = (
-            ("", "") if r["interval95"] is None else (points(r["delta"]), _interval(r["interval95"]))
-        )
+        delta, interval = ("", "") if r["interval95"] is None else (points(r["delta"]), _interval(r["interval95"]))
         counts, base = ("/".join(map(str, r[key])) for key in ("counts", "reference_counts"))
         p = "" if r["p"] is None else p_text(r["p"])
         table.add_row(
@@ -119,9 +117,7 @@ def _success(records: list) -> str:
         return "–"
     k, n, errors = counts(records)
     low, high = wilson(k, n) if n else (0.0, 1.0)
-    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (
-        f", {errors} error{'s' * (errors > 1)}" if errors else ""
-    )
+    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} error{'s' * (errors > 1)}" if errors else "")
 
 
 def cost_table(run: RunResults) -> Table:
@@ -138,10 +134,7 @@ def cost_table(run: RunResults) -> Table:
             str(arm.meta.get("label") or name),
             f"{sum(len(r.policy_ms) for r in arm.records):,}",
             *(f"{latency[p]:.1f}" if latency else "–" for p in ("p50", "p95", "p99")),
-            *(
-                f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}"
-                for field in ("sim_ms", "render_ms")
-            ),
+            *(f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}" for field in ("sim_ms", "render_ms")),
             f"{np.mean([r.steps for r in finished]):.0f}",
         )
     return table
@@ -184,13 +177,9 @@ def comparison_tables(result: dict[str, Any]) -> Group:
         for entry in arm["unpaired"][:5]:
             parts.append(Text(f"  unpaired: {entry['key']}, {entry['reason']}", style="yellow"))
         if len(arm["unpaired"]) > 5:
-            parts.append(
-                Text(f"  … {len(arm['unpaired'])} unpaired in all; the JSON lists every one", style="yellow")
-            )
+            parts.append(Text(f"  … {len(arm['unpaired'])} unpaired in all; the JSON lists every one", style="yellow"))
     if not result["noise_floor"]:
-        parts.append(
-            Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim")
-        )
+        parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
     if conflicts := result["ledger"]["conflicting_episodes"]:
         parts.append(
             Text(
@@ -297,6 +286,4 @@ def _interval(interval: list[float]) -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="italic"
-    )
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="italic")

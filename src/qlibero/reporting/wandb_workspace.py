@@ -14,7 +14,16 @@ from qlibero.errors import UserError, WorkFailed
 
 RATE = ("success_rate", "success_rate_low95", "success_rate_high95")
 PERCENTILES = tuple(f"latency_ms/{p}" for p in ("p50", "p95", "p99"))
-COLUMNS = ("arm", "episodes", "successes", "errors", *RATE, "versus_baseline/verdict", "versus_baseline/delta", "latency_ms/p50")
+COLUMNS = (
+    "arm",
+    "episodes",
+    "successes",
+    "errors",
+    *RATE,
+    "versus_baseline/verdict",
+    "versus_baseline/delta",
+    "latency_ms/p50",
+)
 READ_ME = """**Success** counts finished episodes; errors are a third outcome and are in no rate. `low95`, `high95` are Wilson's
 interval. **Broken**: the baseline succeeds and this arm fails on the same episode; **repaired**: the other way round.
 A difference is evidence only as a paired verdict: `qlibero compare` prints it, `versus_baseline/verdict` shows it."""
@@ -29,34 +38,64 @@ def workspace(project: str, entity: str, experiments: Sequence[str], tasks: Sequ
         return wr.BarPlot(title=title, metrics=list(metrics), orientation="h", max_runs_to_show=50)
 
     def lines(title: str, *metrics: str, **more: Any) -> Any:
-        return wr.LinePlot(title=title, x="episode", y=list(metrics), title_x="finished episodes", max_runs_to_show=50, **more)
+        return wr.LinePlot(
+            title=title, x="episode", y=list(metrics), title_x="finished episodes", max_runs_to_show=50, **more
+        )
 
     trade_off = wr.ScatterPlot(
-        title="Success against latency", x=wr.SummaryMetric("latency_ms/p50"), y=wr.SummaryMetric("success_rate"), range_y=(0, 1)
+        title="Success against latency",
+        x=wr.SummaryMetric("latency_ms/p50"),
+        y=wr.SummaryMetric("success_rate"),
+        range_y=(0, 1),
     )
     videos = [f"rollout/task{task}/{outcome}" for task in tasks for outcome in ("success", "failure")]
     sections = [
-        ws.Section("Verdict", [wr.MarkdownPanel(READ_ME), bars("Success rate, with its 95 % interval", *RATE), trade_off], is_open=True),
-        ws.Section("Flips against the baseline", [
-            bars("Broken and repaired pairs", "versus_baseline/broken", "versus_baseline/repaired"),
-            bars("Difference in success, with its 95 % interval", "versus_baseline/delta", "versus_baseline/low95", "versus_baseline/high95"),
-        ], is_open=True),
-        ws.Section("Latency of a policy call", [
-            bars("p50, p95 and p99 in ms", *PERCENTILES),
-            lines("Median of each episode in ms", "latency_ms/episode_median"),
-        ], is_open=True),
-        ws.Section("Success while it runs", [lines("Success rate so far, with its 95 % interval", *RATE, range_y=(0, 1))]),
-        ws.Section("Tasks", [bars(f"Task {task}", f"task/{task}/successes", f"task/{task}/episodes") for task in tasks]),
+        ws.Section(
+            "Verdict",
+            [wr.MarkdownPanel(READ_ME), bars("Success rate, with its 95 % interval", *RATE), trade_off],
+            is_open=True,
+        ),
+        ws.Section(
+            "Flips against the baseline",
+            [
+                bars("Broken and repaired pairs", "versus_baseline/broken", "versus_baseline/repaired"),
+                bars(
+                    "Difference in success, with its 95 % interval",
+                    "versus_baseline/delta",
+                    "versus_baseline/low95",
+                    "versus_baseline/high95",
+                ),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            "Latency of a policy call",
+            [
+                bars("p50, p95 and p99 in ms", *PERCENTILES),
+                lines("Median of each episode in ms", "latency_ms/episode_median"),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            "Success while it runs", [lines("Success rate so far, with its 95 % interval", *RATE, range_y=(0, 1))]
+        ),
+        ws.Section(
+            "Tasks", [bars(f"Task {task}", f"task/{task}/successes", f"task/{task}/episodes") for task in tasks]
+        ),
         ws.Section("How it moves", [lines(n, f"quality/{n}") for n in ("path_length_m", "jerk", "gripper_flips")]),
         ws.Section("Videos", [wr.MediaBrowser(title="Rollouts", media_keys=videos, num_columns=4)]),
         ws.Section("Configurations", [wr.RunComparer(diff_only="split")]),
-    ]  # fmt: skip
+    ]
     filters = [ws.Metric("group").isin(list(experiments))] if experiments else []
     runs = ws.RunsetSettings(filters=filters, pinned_columns=[f"summary:{column}" for column in COLUMNS])
     return ws.Workspace(
-        entity=entity, project=project, name=name, sections=sections, runset_settings=runs,
+        entity=entity,
+        project=project,
+        name=name,
+        sections=sections,
+        runset_settings=runs,
         settings=ws.WorkspaceSettings(x_axis="episode", max_runs=50, sort_panels_alphabetically=False),
-    )  # fmt: skip
+    )
 
 
 def spec(made: Any) -> dict[str, Any]:
@@ -68,7 +107,7 @@ def push(made: Any) -> str:
     """Save the workspace on the server of the user's environment and return its name there. Raises WorkFailed."""
     try:
         made.save()
-    except Exception as problem:   # the client raises whatever its transport does
+    except Exception as problem:  # the client raises whatever its transport does
         raise WorkFailed(f"the workspace could not be saved: {type(problem).__name__}: {problem}") from problem
     return made.name
 

@@ -58,7 +58,9 @@ def _belongs(run: RunResults, group: list[RunResults], reference: str) -> bool:
 def _labels(runs: list[RunResults]) -> list[str]:
     """A sweep's axes as values: "rtn", "seed 7"; the directory's name where the configurations do not tell."""
     flat = [_flat({k: v for k, v in run.experiment.items() if k not in NO_AXIS}) for run in runs]
-    axes = [key for key in dict.fromkeys(k for of_run in flat for k in of_run) if len({repr(f.get(key)) for f in flat}) > 1]
+    axes = [
+        key for key in dict.fromkeys(k for of_run in flat for k in of_run) if len({repr(f.get(key)) for f in flat}) > 1
+    ]
     labels = [" ".join(_value(key, of_run.get(key)) for key in axes) for of_run in flat]
     if not 0 < len(axes) <= MOST_AXES or len(set(labels)) < len(labels):
         return _names(runs)

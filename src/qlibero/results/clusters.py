@@ -28,9 +28,7 @@ def task_t_interval(task_deltas: Sequence[float], confidence: float = CONFIDENCE
     return float(deltas.mean() - half), float(deltas.mean() + half)
 
 
-def task_bootstrap(
-    differences: Sequence[int], pairs: Sequence[int], confidence: float = CONFIDENCE
-) -> Interval | None:
+def task_bootstrap(differences: Sequence[int], pairs: Sequence[int], confidence: float = CONFIDENCE) -> Interval | None:
     """Percentile bootstrap of Δ over whole tasks: `differences` holds repaired − broken per task, `pairs` its
     pairs.
     """
@@ -52,9 +50,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if len(d) == 0:
         return 1.0
     observed = abs(d.sum())
-    slack = 1e-9 * max(
-        np.abs(d).sum(), 1e-300
-    )  # equal sums must count as equal in whatever order they were added
+    slack = 1e-9 * max(np.abs(d).sum(), 1e-300)  # equal sums must count as equal in whatever order they were added
     if len(d) <= 13:
         patterns = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
         return float(np.mean(np.abs(patterns @ d) >= observed - slack))

@@ -54,9 +54,7 @@ def compare_runs(
     return {"cells": results} if len(cells) > 1 else results[cells[0].label]
 
 
-def compare(
-    runs: Sequence[RunResults], reference: str = REFERENCE, margin: float | None = None
-) -> dict[str, Any]:
+def compare(runs: Sequence[RunResults], reference: str = REFERENCE, margin: float | None = None) -> dict[str, Any]:
     """{"reference", "margin", "runs", "arms": {name: …}, "holm_family", "reference_summary", "noise_floor", "ledger"}.
 
     An arm's "noninferior_after_holm" says whether it is non-inferior in each of its suites after Holm over "holm_family"
@@ -131,9 +129,7 @@ def _compare_arm(
     result["divergence"] = divergences(pairing.pairs, base, arm, noise)
     result["summary"] = summarize_arm(list(arm.records.values()))
     mine, theirs = result["summary"]["latency_ms"], summarize_arm(list(base.records.values()))["latency_ms"]
-    result["speedup_p50"] = (
-        round(theirs["p50"] / mine["p50"], 4) if mine and theirs and mine["p50"] > 0 else None
-    )
+    result["speedup_p50"] = round(theirs["p50"] / mine["p50"], 4) if mine and theirs and mine["p50"] > 0 else None
     return result
 
 
@@ -147,10 +143,16 @@ def _clusters(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Intervals for "tasks like these": whole tasks are the units. With few tasks read `t95`."""
     tasks = list(_grouped(pairs, lambda p: (p.key.suite, p.key.task)).values())
     differences, sizes = [sum(p.step for p in t) for t in tasks], [len(t) for t in tasks]
-    if not any(p.step for p in pairs):  # no flip at all: tasks cannot be seen to differ, and a width of 0 would be a lie
+    if not any(
+        p.step for p in pairs
+    ):  # no flip at all: tasks cannot be seen to differ, and a width of 0 would be a lie
         return {"tasks": len(tasks), "t95": None, "bootstrap95": None}
     t95 = task_t_interval([d / n for d, n in zip(differences, sizes, strict=True)])
-    return {"tasks": len(tasks), "t95": rounded_interval(t95), "bootstrap95": rounded_interval(task_bootstrap(differences, sizes))}
+    return {
+        "tasks": len(tasks),
+        "t95": rounded_interval(t95),
+        "bootstrap95": rounded_interval(task_bootstrap(differences, sizes)),
+    }
 
 
 def _adjust(results: Sequence[dict[str, Any]]) -> int:
@@ -222,7 +224,7 @@ def _ruled(result: dict[str, Any], decision: dict[str, Any], margin: float) -> N
         worst = ignoring = "inconclusive"
     result["verdict"] = worst if worst == ignoring else ERRORS_DECIDE
     if "errors" in result:
-        result["errors"]["worst_case_verdict"] = worst   # the decision counts errors against either verdict already
+        result["errors"]["worst_case_verdict"] = worst  # the decision counts errors against either verdict already
 
 
 def _ledger_state(runs: Sequence[RunResults]) -> dict[str, Any]:

@@ -20,13 +20,7 @@ def log_e_difference(broken: int, repaired: int) -> float:
     likely".
     """
     b, r = broken + 0.5, repaired + 0.5
-    return (
-        math.lgamma(b)
-        + math.lgamma(r)
-        - math.lgamma(b + r)
-        - math.log(math.pi)
-        + (broken + repaired) * math.log(2)
-    )
+    return math.lgamma(b) + math.lgamma(r) - math.lgamma(b + r) - math.log(math.pi) + (broken + repaired) * math.log(2)
 
 
 def margin_martingales(steps: Sequence[int] | np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:

@@ -100,9 +100,7 @@ def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any] 
             {"key": "/".join(map(str, key)), "reason": f"not in {(arm if key in left else base).name}"}
             for key in sorted(left.keys() ^ right.keys())
         ]
-        caveat = (
-            f"paired by task, initial state{' and seed' if with_seed else ''}; that the scenes were equal is taken on trust"
-        )
+        caveat = f"paired by task, initial state{' and seed' if with_seed else ''}; that the scenes were equal is taken on trust"
         if not with_seed:
             caveat += ", and so are the seeds"
         if unpaired:
@@ -142,7 +140,11 @@ def _independent(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, 
     }
     if n0 and n1:
         drop = st.detectable_drop(k0 / n0, n0, n1)
-        found = f"the smallest drop found with 80 % power is {100 * drop:.1f} pp" if drop else "no drop whatever can be found"
+        found = (
+            f"the smallest drop found with 80 % power is {100 * drop:.1f} pp"
+            if drop
+            else "no drop whatever can be found"
+        )
         line = f"With {n1} against {n0} independent episodes, {found}; paired episodes would find a smaller one."
         result["detectable"] = {"difference": rounded(drop), "line": line}
     return result

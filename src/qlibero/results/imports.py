@@ -113,13 +113,17 @@ def _vla_eval(name: str, data: dict[str, Any]) -> ForeignArm:
             key = (suite, str(task["task"]), int(index[1]), None) if index else None
             success = e["success"] if "success" in e else e.get("metrics", {}).get("success")
             if success is None and not e.get("failure_reason"):
-                raise ValueError(f"episode {e['episode_id']} of task {task['task']!r} says neither success nor failure_reason")
+                raise ValueError(
+                    f"episode {e['episode_id']} of task {task['task']!r} says neither success nor failure_reason"
+                )
             episodes.append((key, "error" if e.get("failure_reason") else _outcome(success)))
     return ForeignArm(name, "vla-eval", tuple(episodes))
 
 
 def _outcome(value: Any) -> Outcome:
-    meant = {"true": True, "1": True, "false": False, "0": False}.get(value.lower()) if isinstance(value, str) else value
+    meant = (
+        {"true": True, "1": True, "false": False, "0": False}.get(value.lower()) if isinstance(value, str) else value
+    )
     if meant not in (True, False):
         raise ValueError(f"success is {value!r}, expected True or False")
     return "success" if meant else "failure"
@@ -135,7 +139,6 @@ def _suite_in(path: Path) -> str:
 def from_run(arm: Arm, run: str) -> ForeignArm:
     """An arm of qlibero as one among the others."""
     episodes = tuple(
-        ((key.suite, str(key.task), key.init, key.seed), record.outcome)
-        for key, record in sorted(arm.records.items())
+        ((key.suite, str(key.task), key.init, key.seed), record.outcome) for key, record in sorted(arm.records.items())
     )
     return ForeignArm(f"{run}/{arm.name}", "qlibero", episodes, arm=arm)

@@ -192,11 +192,7 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
     """
     directory = Path(run_dir) / arm
     meta = _read_meta(directory / "meta.json")
-    files = [
-        (int(m["attempt"]), m["shard"], name)
-        for name in _listdir(directory)
-        if (m := _EPISODES.fullmatch(name))
-    ]
+    files = [(int(m["attempt"]), m["shard"], name) for name in _listdir(directory) if (m := _EPISODES.fullmatch(name))]
     records: dict[EpisodeKey, EpisodeRecord] = {}
     conflicts: set[EpisodeKey] = set()
     torn = lines = 0
@@ -299,9 +295,7 @@ def _lock(directory: Path, shard: str) -> int:
     except BlockingIOError:
         holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
-        raise GuardRefusal(
-            f"{directory}: shard {shard} is being written by {holder}; wait for it or stop it"
-        ) from None
+        raise GuardRefusal(f"{directory}: shard {shard} is being written by {holder}; wait for it or stop it") from None
     except OSError as problem:
         if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
@@ -320,7 +314,7 @@ def is_locked(lock: Path) -> bool:
             return False
         held = lock.resolve()
         return any(Path(os.readlink(descriptor)) == held for descriptor in Path(f"/proc/{pid}/fd").iterdir())
-    except (OSError, ValueError):   # gone, ended, or being written this moment
+    except (OSError, ValueError):  # gone, ended, or being written this moment
         return False
 
 

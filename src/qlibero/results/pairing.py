@@ -82,9 +82,7 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
         elif "error" in (left.outcome, right.outcome):
             errors.append(Pair(key, left, right))
         elif left.fingerprint != right.fingerprint:
-            unpaired[key] = (
-                f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
-            )
+            unpaired[key] = f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
         else:
             pairs.append(Pair(key, left, right))
     return Pairing(tuple(pairs), tuple(errors), unpaired)

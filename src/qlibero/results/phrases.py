@@ -84,7 +84,9 @@ def _after_holm(suites: dict[str, Any], family: int) -> str:
     if len(suites) == 1:
         (cell,) = suites.values()
         return f"but not after {over} ({p_text(cell['noninferiority_p_holm'])} > 0.025)"
-    return f"but after {over} in {sum(cell['noninferior_after_holm'] for cell in suites.values())} of {len(suites)} suites"
+    return (
+        f"but after {over} in {sum(cell['noninferior_after_holm'] for cell in suites.values())} of {len(suites)} suites"
+    )
 
 
 def detectable_line(d: dict[str, Any], margin: float, sequential: bool = False) -> str:
@@ -113,10 +115,16 @@ def sequential_text(s: dict[str, Any]) -> str:
     at, errors = margin_text(s["margin"]), s["errors"]
     against = f", {count_text(errors, 'pair')} with errors counted against it" if errors else ""
     if s["verdict"] is None:
-        retried = f"; {count_text(errors, 'pair')} ended in errors, which the same command tries again" if errors else ""
+        retried = (
+            f"; {count_text(errors, 'pair')} ended in errors, which the same command tries again" if errors else ""
+        )
         return f"no decision yet at {at} after {s['position']} pairs {evidence}{retried}"
     if s["verdict"] == "undecided":
-        where = f"at the cap of {s['max_pairs']}" if (s["max_pairs"] or s["declared_pairs"]) < s["declared_pairs"] else "after all"
+        where = (
+            f"at the cap of {s['max_pairs']}"
+            if (s["max_pairs"] or s["declared_pairs"]) < s["declared_pairs"]
+            else "after all"
+        )
         return f"undecided {where} pairs, at {at} {evidence}"
     return (
         f"{s['verdict']} at {at} after {s['position']} pairs in the declared order of {s['declared_pairs']} "

@@ -126,9 +126,7 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
     schema 1.
     """
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
-        raise UserError(
-            f"{where}: not an episode record (no `schema` number); was the file written by qlibero?"
-        )
+        raise UserError(f"{where}: not an episode record (no `schema` number); was the file written by qlibero?")
     if data["schema"] > SCHEMA:
         raise UserError(
             f"{where}: written with record schema {data['schema']}, this qlibero reads schema {SCHEMA}; "

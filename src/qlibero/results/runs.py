@@ -64,9 +64,7 @@ def read_run(run_dir: Path | str) -> RunResults:
     experiment = _yaml(run_dir / "experiment.yaml")
     listed = [b["name"] if isinstance(b, dict) else b for b in experiment.get("backends") or []]
     names.sort(key=lambda name: (listed.index(name) if name in listed else len(listed), name))
-    return RunResults(
-        run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir)
-    )
+    return RunResults(run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir))
 
 
 def declared_margin(experiment: dict[str, Any]) -> float:

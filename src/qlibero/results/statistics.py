@@ -99,9 +99,7 @@ def _bisect(above: Callable[[float], bool], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def newcombe(
-    both_succeed: int, broken: int, repaired: int, both_fail: int, confidence: float = CONFIDENCE
-) -> Interval:
+def newcombe(both_succeed: int, broken: int, repaired: int, both_fail: int, confidence: float = CONFIDENCE) -> Interval:
     """Newcombe's method 10 for Δ: conservative, published worked examples; shown beside Tango."""
     a, b, r, d = both_succeed, broken, repaired, both_fail
     n = a + b + r + d
@@ -216,9 +214,9 @@ def noninferiority_power(n: int, discordance: float, margin: float) -> float:
     repaired = np.arange(discordant.max() + 1)[None, :]
     broken = np.maximum(discordant - repaired, 0)
     shown = _tango_z(broken, np.minimum(repaired, discordant), n, -margin) > normal_quantile()
-    given = (
-        _binomial_pmf(np.minimum(repaired, discordant), discordant, 0.5) * (repaired <= discordant) * shown
-    ).sum(axis=1)
+    given = (_binomial_pmf(np.minimum(repaired, discordant), discordant, 0.5) * (repaired <= discordant) * shown).sum(
+        axis=1
+    )
     return float(_binomial_pmf(discordant[:, 0], n, discordance) @ given)
 
 
@@ -235,11 +233,7 @@ def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (
-            (middle, high)
-            if noninferiority_power(10 * middle, discordance, margin) < power
-            else (low, middle)
-        )
+        low, high = (middle, high) if noninferiority_power(10 * middle, discordance, margin) < power else (low, middle)
     return 10 * high
 
 

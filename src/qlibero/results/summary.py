@@ -40,10 +40,7 @@ def percentiles(values: np.ndarray | Sequence[float]) -> dict[str, float] | None
     """{"p50": …, "p95": …, "p99": …}, linear interpolation; None without values."""
     if len(values) == 0:
         return None
-    return {
-        f"p{p}": round(float(x), 3)
-        for p, x in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
-    }
+    return {f"p{p}": round(float(x), 3) for p, x in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
 
 
 def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:

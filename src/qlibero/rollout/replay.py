@@ -19,9 +19,7 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
 
-def film(
-    episodes: Sequence[tuple[EpisodeRecord, np.ndarray, Path]], pool: SimulatorPool, protocol: str
-) -> list[Path]:
+def film(episodes: Sequence[tuple[EpisodeRecord, np.ndarray, Path]], pool: SimulatorPool, protocol: str) -> list[Path]:
     """Replay `(record, trajectory (steps, 10), path.mp4)` and return the videos written.
 
     Raises `WorkFailed` when a replay differs from its record: then the record, or the simulator, is not what it says.

@@ -35,7 +35,9 @@ class PassportGuard:
             self._look = Look([self._suite], self._environment)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._look is not None:
             self._look.close()
 
@@ -59,7 +61,11 @@ def in_words(report: PassportReport) -> str:
 
 def on_record(report: PassportReport) -> dict[str, Any]:
     """For environment.json and meta.json."""
-    return {"verdict": report.verdict, "renderer": report.renderer, "findings": [finding.what for finding in report.findings]}
+    return {
+        "verdict": report.verdict,
+        "renderer": report.renderer,
+        "findings": [finding.what for finding in report.findings],
+    }
 
 
 def _key(suite: str, environment: Mapping[str, str], renderer: Mapping[str, str]) -> str:
@@ -68,9 +74,14 @@ def _key(suite: str, environment: Mapping[str, str], renderer: Mapping[str, str]
         if path.suffix in (".py", ".json"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     facts = {
-        "suite": suite, "packages": {name: _version(name) for name in PACKAGES}, "mujoco": _library(), "processor": _processor(),
-        "renderer": dict(renderer), "path": environment.get("PYTHONPATH"), "source": digest.hexdigest(),
-    }  # fmt: skip
+        "suite": suite,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "mujoco": _library(),
+        "processor": _processor(),
+        "renderer": dict(renderer),
+        "path": environment.get("PYTHONPATH"),
+        "source": digest.hexdigest(),
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -118,4 +129,4 @@ def _remember(path: Path, report: PassportReport) -> None:
         temporary.write_text(json.dumps(asdict(report)))
         temporary.replace(path)
     except OSError:
-        pass   # a read-only home costs a few seconds next time, nothing else
+        pass  # a read-only home costs a few seconds next time, nothing else

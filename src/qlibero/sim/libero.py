@@ -52,8 +52,13 @@ def _config_directory(spec: Any) -> Path:
     root = Path(next(iter(spec.submodule_search_locations))) / "libero"
     content = None
     if "input(" in (root / "__init__.py").read_text():
-        places = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
-                  "datasets": root.parent / "datasets", "assets": root / "assets"}  # fmt: skip
+        places = {
+            "benchmark_root": root,
+            "bddl_files": root / "bddl_files",
+            "init_states": root / "init_files",
+            "datasets": root.parent / "datasets",
+            "assets": root / "assets",
+        }
         content = "".join(f"{key}: {path}\n" for key, path in places.items())
     name = "libero-" + hashlib.sha256((content or "packaged").encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero"

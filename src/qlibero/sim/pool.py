@@ -107,11 +107,22 @@ class _Process:
         # what it prints is kept to explain a death; unlinked at once
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "qlibero.sim.worker",
-             str(os.getpid()), str(theirs.fileno()), str(memory_fd), str(resolution)],
-            env=environment, pass_fds=(theirs.fileno(), memory_fd),
-            stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "qlibero.sim.worker",
+                str(os.getpid()),
+                str(theirs.fileno()),
+                str(memory_fd),
+                str(resolution),
+            ],
+            env=environment,
+            pass_fds=(theirs.fileno(), memory_fd),
+            stdin=subprocess.DEVNULL,
+            stdout=self.errors,
+            stderr=self.errors,
+        )
         theirs.close()
         self.memory = mmap.mmap(memory_fd, frame_bytes(resolution))
         os.close(memory_fd)

@@ -205,8 +205,15 @@ class Scene:
     def _hash_scene(self) -> str:
         sim, seen = self.env.sim, self.observation
         digest = hashlib.sha256()
-        for array in (sim.data.qpos, sim.data.qvel, sim.model.body_pos, sim.model.body_quat,
-                      seen.image, seen.wrist_image, seen.state):  # fmt: skip
+        for array in (
+            sim.data.qpos,
+            sim.data.qvel,
+            sim.model.body_pos,
+            sim.model.body_quat,
+            seen.image,
+            seen.wrist_image,
+            seen.state,
+        ):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

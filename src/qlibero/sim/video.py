@@ -29,13 +29,40 @@ class VideoWriter:
             leftover.unlink(missing_ok=True)
         self._part = path.parent / f".{path.name}.{os.getpid()}.part"
         self._process = subprocess.Popen(
-            [ffmpeg, "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
-             "-s", f"{2 * resolution}x{resolution}", "-r", str(CONTROL_HZ), "-i", "-",
-             "-c:v", "libx264", "-preset", "veryfast", "-crf", "26", "-pix_fmt", "yuv420p", "-threads", "1",
-             "-movflags", "+faststart", "-f", "mp4", str(self._part)],
+            [
+                ffmpeg,
+                "-loglevel",
+                "error",
+                "-y",
+                "-f",
+                "rawvideo",
+                "-pix_fmt",
+                "rgb24",
+                "-s",
+                f"{2 * resolution}x{resolution}",
+                "-r",
+                str(CONTROL_HZ),
+                "-i",
+                "-",
+                "-c:v",
+                "libx264",
+                "-preset",
+                "veryfast",
+                "-crf",
+                "26",
+                "-pix_fmt",
+                "yuv420p",
+                "-threads",
+                "1",
+                "-movflags",
+                "+faststart",
+                "-f",
+                "mp4",
+                str(self._part),
+            ],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the launcher; the pipe's end stops ffmpeg
-        )  # fmt: skip
+        )
 
     def add(self, image: np.ndarray, wrist_image: np.ndarray) -> None:
         """Append one frame: two (R, R, 3) uint8 images."""

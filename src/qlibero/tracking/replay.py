@@ -94,7 +94,9 @@ class ArmReplay:
             if entry not in known:
                 self.order.append(entry)
         self.void -= records.keys()
-        place = {entry: step for step, entry in enumerate(self.order.entries)}  # of two equal rows the earlier one is void
+        place = {
+            entry: step for step, entry in enumerate(self.order.entries)
+        }  # of two equal rows the earlier one is void
         while self.rows < len(self.order.entries):
             entry = self.order.entries[self.rows]
             if place[entry] == self.rows:
@@ -270,4 +272,3 @@ def kernel_counts(meta: dict) -> dict[str, int]:
         name = verdict["kernel"] if isinstance(verdict, dict) else str(verdict)
         counts[name] = counts.get(name, 0) + 1
     return counts
-

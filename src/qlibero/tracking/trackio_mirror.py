@@ -57,25 +57,31 @@ class TrackioRun:
         stored = 0
         for path in self.database.glob("*.db"):
             with sqlite3.connect(path) as connection:
-                stored += connection.execute("SELECT count(*) FROM metrics WHERE run_name = ?", (self.arm,)).fetchone()[0]
+                stored += connection.execute("SELECT count(*) FROM metrics WHERE run_name = ?", (self.arm,)).fetchone()[
+                    0
+                ]
         if stored != self.rows:
             raise WorkFailed(f"trackio holds {stored} of {self.rows} rows of {self.arm}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m qlibero.tracking.trackio_mirror", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m qlibero.tracking.trackio_mirror", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--project", help=argparse.SUPPRESS)   # the experiment's name is the project here
+    parser.add_argument("--project", help=argparse.SUPPRESS)  # the experiment's name is the project here
     parser.add_argument("--follow", action="store_true", help="go on until standard input ends")
     options = parser.parse_args()
     run_dir = options.run_dir.resolve()
-    os.environ |= {"TRACKIO_DIR": str(run_dir / "trackio"), "HF_HUB_OFFLINE": "1"}   # read when trackio is imported
+    os.environ |= {"TRACKIO_DIR": str(run_dir / "trackio"), "HF_HUB_OFFLINE": "1"}  # read when trackio is imported
     over = replay.until_launcher_ends(DRAIN_LIMIT_S) if options.follow else None
     try:
         try:
             import trackio  # noqa: F401
         except ImportError:
-            raise UserError("tracking: trackio is not installed; pip install 'qlibero[trackio]', or remove it from tracking") from None
+            raise UserError(
+                "tracking: trackio is not installed; pip install 'qlibero[trackio]', or remove it from tracking"
+            ) from None
         with replay.only_one(run_dir, "trackio"):
             shutil.rmtree(run_dir / "trackio", ignore_errors=True)
             replay.replay(

@@ -203,7 +203,9 @@ def _end_orphans(run_dir: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m qlibero.tracking.wandb_mirror", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m qlibero.tracking.wandb_mirror", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--arm", action="append", help="an arm to mirror; again for more (default: all)")
     parser.add_argument("--mode", choices=("offline", "online"), default="offline")

@@ -35,9 +35,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
         return names[name]
 
     def depth(stem: str) -> int:
-        return 1 + max(
-            (int(name[len(stem) :].split(".")[0]) for name in names if name.startswith(stem)), default=-1
-        )
+        return 1 + max((int(name[len(stem) :].split(".")[0]) for name in names if name.startswith(stem)), default=-1)
 
     def stack(stem: str) -> GemmaConfig:
         query, key = (

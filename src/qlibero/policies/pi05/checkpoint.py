@@ -112,9 +112,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if raw.get("format") == FORMAT:
         config, kind = Pi05Config.from_dict(raw.get("architecture", {})), "qlibero"
         profile = _named(raw.get("profile"), path / "config.json")
-        return Checkpoint(
-            path, kind, config, profile, profile.name, "config.json names it", shapes, dtypes, raw
-        )
+        return Checkpoint(path, kind, config, profile, profile.name, "config.json names it", shapes, dtypes, raw)
     if raw.get("type") == "pi05" or (path / "policy_preprocessor.json").is_file():
         return _open_lerobot(path, raw, shapes, dtypes)
     config = architecture(
@@ -138,9 +136,7 @@ def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoi
     config = architecture(shapes, raw.get("chunk_size", 50), path / WEIGHTS)
     for key in _UNSUPPORTED_IN_LEROBOT:
         if raw.get(key):
-            raise UserError(
-                f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported"
-            )
+            raise UserError(f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported")
     # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the
     # state to 32.
     new = "use_relative_actions" in raw
@@ -177,9 +173,7 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
         for name, shape in wanted.items()
         if name in renamed and checkpoint.shapes[renamed[name]] != shape
     ]
-    return TensorTable(
-        {name: renamed[name] for name in wanted if name in renamed}, missing, extra, misshapen, notes
-    )
+    return TensorTable({name: renamed[name] for name in wanted if name in renamed}, missing, extra, misshapen, notes)
 
 
 def tensors(
@@ -216,9 +210,7 @@ def load_model(
         shape = model.get_parameter(name).shape
         _place(model, name, torch.empty(shape, dtype=dtype, device="meta"))
     if bad:
-        raise UserError(
-            f"{checkpoint.weights}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:_LISTED])}"
-        )
+        raise UserError(f"{checkpoint.weights}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:_LISTED])}")
     return model
 
 
@@ -249,9 +241,7 @@ def write_checkpoint(
     path = Path(path)
     assets = path / "assets" / asset_id
     assets.mkdir(parents=True, exist_ok=True)
-    state = {
-        key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in model.state_dict().items()
-    }
+    state = {key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, path / WEIGHTS, metadata={"format": "pt"})
     content = {
         "format": FORMAT,

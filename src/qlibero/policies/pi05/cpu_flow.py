@@ -40,9 +40,7 @@ class CpuFlow:
         if model.stream_dtype != torch.float32:
             return f"the model is in {model.stream_dtype}"
         linears = [
-            linear
-            for layer in model.expert.layers
-            for linear in (*layer.self_attn.children(), *layer.mlp.children())
+            linear for layer in model.expert.layers for linear in (*layer.self_attn.children(), *layer.mlp.children())
         ]
         quantized = sum(type(linear) is not nn.Linear for linear in linears)
         return f"{quantized} of {len(linears)} linears of the expert are quantized" if quantized else ""
@@ -53,8 +51,7 @@ class CpuFlow:
 
         def stacked(*names: str) -> np.ndarray:
             rows = [
-                torch.cat([layer.get_submodule(name).weight for name in names]).t()
-                for layer in model.expert.layers
+                torch.cat([layer.get_submodule(name).weight for name in names]).t() for layer in model.expert.layers
             ]
             return np.ascontiguousarray(torch.stack(rows).numpy())
 
@@ -62,10 +59,7 @@ class CpuFlow:
             return np.ascontiguousarray(linear.weight.t().numpy()), linear.bias.numpy().copy()
 
         table = np.stack(
-            [
-                np.stack([np.stack([part.flatten().numpy() for part in norm]) for norm in row])
-                for row in modulations
-            ]
+            [np.stack([np.stack([part.flatten().numpy() for part in norm]) for norm in row]) for row in modulations]
         )
         a, m = "self_attn.", "mlp."
         return CpuFlow(
@@ -209,9 +203,7 @@ def _attention(joined, keys, values, bias, cos, sin, q, scores, weights, bits, o
 
 
 @njit(fastmath=_FAST, cache=True)
-def _flow(
-    x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations
-):
+def _flow(x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations):
     """x (H, D) from noise to actions, in place; see `CpuFlow` for the arrays. keys (L, d, P + H), values (L,
     P + H, d)."""
     horizon, actions = x.shape
@@ -239,9 +231,7 @@ def _flow(
             first, second = modulations[step, 2 * layer], modulations[step, 2 * layer + 1]
             _modulated(h, first, y)
             _matmul(y, qkv[layer], joined)
-            _attention(
-                joined, keys[layer], values[layer], bias, cos, sin, q, scores, weights, bits[:total], attended
-            )
+            _attention(joined, keys[layer], values[layer], bias, cos, sin, q, scores, weights, bits[:total], attended)
             _matmul(attended, o[layer], delta)
             for m in range(horizon):
                 for i in range(width):

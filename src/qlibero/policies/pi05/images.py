@@ -36,9 +36,7 @@ def to_network(image: np.ndarray, size: int, resize: Resize) -> Tensor:
     else:
         planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255.0
         if image.shape[0] != size:
-            planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False).clamp(
-                -1.0, 1.0
-            )
+            planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False).clamp(-1.0, 1.0)
         return planes[0] * 2.0 - 1.0
     return pixels / 255.0 * 2.0 - 1.0
 

@@ -25,9 +25,7 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """
     if quantized := [linear for linear in linears if hasattr(linear, "prepare")]:
         prepared = quantized[0].prepare(x)
-        return tuple(
-            linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears
-        )
+        return tuple(linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears)
     whole = plain(linears)
     if whole is not None:
         return F.linear(x, *whole).split([linear.out_features for linear in linears], -1)
@@ -47,10 +45,7 @@ def fuse(*linears: nn.Module) -> None:
     For inference. Left as they are: quantized linears, linears of which only some have a bias, and linears of
     which some are already laid out elsewhere (a twin model that shares them).
     """
-    if any(
-        type(linear) is not nn.Linear or linear.weight.is_meta or "fused" in linear.__dict__
-        for linear in linears
-    ):
+    if any(type(linear) is not nn.Linear or linear.weight.is_meta or "fused" in linear.__dict__ for linear in linears):
         return
     if len({linear.bias is None for linear in linears}) > 1:
         return

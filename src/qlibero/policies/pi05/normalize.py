@@ -67,9 +67,7 @@ def from_lerobot(entry: dict[str, Any], mode: Mode, where: str) -> Statistics:
     return _read(entry, mode, where, 1e-8 if mode == "mean_std" else 0.0, 0.0)
 
 
-def _read(
-    entry: dict[str, Any], mode: Mode, where: str, epsilon: float, epsilon_inverse: float
-) -> Statistics:
+def _read(entry: dict[str, Any], mode: Mode, where: str, epsilon: float, epsilon_inverse: float) -> Statistics:
     keys = ("q01", "q99") if mode == "quantile" else ("mean", "std")
     missing = [key for key in keys if entry.get(key) is None]
     if missing:

@@ -167,19 +167,14 @@ class Pi05Policy:
                 phases[phase] = phases.get(phase, 0.0) + ms
         if not np.isfinite(actions).all():
             rows = [i for i in range(len(rows)) if not np.isfinite(actions[i]).all()]
-            raise WorkFailed(
-                f"policy {self.name} answered with actions that are not finite (rows {rows} of the batch)"
-            )
+            raise WorkFailed(f"policy {self.name} answered with actions that are not finite (rows {rows} of the batch)")
         return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
 
     def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:
         """Images (cameras, 3, S, S) in [-1, 1], token ids, normalised state, all on the CPU."""
         size = self.model.config.vision.image_size
         images = torch.stack(
-            [
-                to_network(image, size, self.profile.resize)
-                for image in (observation.image, observation.wrist_image)
-            ]
+            [to_network(image, size, self.profile.resize) for image in (observation.image, observation.wrist_image)]
         )
         state = self._statistics["state"].normalize(observation.state)
         return images, self._tokens(observation.prompt, state), state
@@ -207,9 +202,7 @@ class Pi05Policy:
             for i in range(0, len(rows), size)
         ]
 
-    def _run(
-        self, rows: list[tuple], length: int | None, noise: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, float]]:
+    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         count = len(rows)
         padded = [rows[i] if i < count else rows[0] for i in range(self.batch_size)]
         z = torch.from_numpy(np.stack([noise[i] if i < count else noise[0] for i in range(self.batch_size)]))
@@ -217,11 +210,7 @@ class Pi05Policy:
         mask = None
         if length is not None:
             mask = torch.tensor([[k < len(tokens) for k in range(length)] for _, tokens, _ in padded])
-        state = (
-            torch.from_numpy(np.stack([state for _, _, state in padded]))
-            if self.model.config.state_dim
-            else None
-        )
+        state = torch.from_numpy(np.stack([state for _, _, state in padded])) if self.model.config.state_dim else None
         actions, times = self.sampler(
             torch.stack([images for images, _, _ in padded]),
             torch.tensor(texts),

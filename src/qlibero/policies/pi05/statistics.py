@@ -88,9 +88,7 @@ def _lerobot_entry(path: Path, name: str) -> tuple[dict[str, Any], str]:
     step = _normalizer(path, processor)
     state = path / step.get("state_file", "")
     if not state.is_file():
-        raise UserError(
-            f"{path / processor} names the statistics file {step.get('state_file')!r}, which is not there"
-        )
+        raise UserError(f"{path / processor} names the statistics file {step.get('state_file')!r}, which is not there")
     with safe_open(state, framework="pt") as file:
         entry = {
             key.rpartition(".")[2]: file.get_tensor(key).double().numpy()

@@ -117,6 +117,4 @@ def _optional(package: str, path: Path):
     try:
         return __import__(package)
     except ImportError:
-        raise UserError(
-            f"reading {path.name} needs the package {package}: pip install {PINS[package]}"
-        ) from None
+        raise UserError(f"reading {path.name} needs the package {package}: pip install {PINS[package]}") from None

@@ -44,9 +44,14 @@ DEEP = Shape(16, 64, parts=2, stages=6)
 
 def _options(shape: Shape, x: Tensor) -> dict[str, int]:
     return {
-        "ROWS": MOST_ROWS, "OUTPUTS": shape.outputs, "STEP": shape.step, "LANES": shape.warps, "num_warps": shape.warps,
-        "num_stages": shape.stages, **launch(x.device, x.numel() // x.shape[-1]),
-    }  # fmt: skip
+        "ROWS": MOST_ROWS,
+        "OUTPUTS": shape.outputs,
+        "STEP": shape.step,
+        "LANES": shape.warps,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+        **launch(x.device, x.numel() // x.shape[-1]),
+    }
 
 
 def fits(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -54,10 +59,16 @@ def fits(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     rows, (n, k) = x.numel() // x.shape[-1], weight.shape
     span = k // shape.parts
     return (
-        rows <= MOST_ROWS and bias is None and x.dtype == weight.dtype and (x.element_size() == 2 or INTERPRETED)
-        and n % (2 * shape.outputs) == 0 and span * shape.parts == k and span.bit_count() == 1 and span >= shape.step * shape.warps
+        rows <= MOST_ROWS
+        and bias is None
+        and x.dtype == weight.dtype
+        and (x.element_size() == 2 or INTERPRETED)
+        and n % (2 * shape.outputs) == 0
+        and span * shape.parts == k
+        and span.bit_count() == 1
+        and span >= shape.step * shape.warps
         and weight.is_contiguous()
-    )  # fmt: skip
+    )
 
 
 def rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -67,10 +78,29 @@ def rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, v
     q = torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device)
     cos, sin = cos.expand(batch, length, 1, dim), sin.expand(batch, length, 1, dim)
     rotated_kernel[(heads + 2, dim // 2 // TURNED.outputs)](
-        x.contiguous(), weight, cos, sin, q, keys, values, batch * length, length, k, heads,
-        cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        SPAN=k, HALF=dim // 2, **_options(TURNED, x),
-    )  # fmt: skip
+        x.contiguous(),
+        weight,
+        cos,
+        sin,
+        q,
+        keys,
+        values,
+        batch * length,
+        length,
+        k,
+        heads,
+        cos.stride(0),
+        cos.stride(1),
+        sin.stride(0),
+        sin.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        SPAN=k,
+        HALF=dim // 2,
+        **_options(TURNED, x),
+    )
     return q
 
 
@@ -114,10 +144,21 @@ def turn(first, second, cos_ptrs, sin_ptrs, HALF: tl.constexpr):
 
 @triton.jit
 def _products(
-    x_ptr, w_ptr, n, apart, start, rows, k,
-    SPAN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, PAIR: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    n,
+    apart,
+    start,
+    rows,
+    k,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    LANES: tl.constexpr,
+    PAIR: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Outputs `n` (OUTPUTS,) and, with PAIR, outputs n + apart, of K from `start`: both (OUTPUTS, ROWS) float32.
 
     Computed transposed: weights are the MMA's first operand. K is cut into LANES, a warp each, as batches of one
@@ -147,10 +188,20 @@ def _products(
 
 @triton.jit(do_not_specialize=["rows"])
 def few_kernel(
-    x_ptr, w_ptr, out_ptr, rows, outputs, k,
-    SPAN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    rows,
+    outputs,
+    k,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    LANES: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Grid: (outputs / OUTPUTS, parts of K)."""
     n, m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -163,10 +214,33 @@ def few_kernel(
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def rotated_kernel(
-    x_ptr, w_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, rows, length, k, heads, cb, ct, sb, st, kb, kt, vb, vt,
-    SPAN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, HALF: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rows,
+    length,
+    k,
+    heads,
+    cb,
+    ct,
+    sb,
+    st,
+    kb,
+    kt,
+    vb,
+    vt,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    LANES: tl.constexpr,
+    HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Grid: (heads + 2, HALF / OUTPUTS). A program has both halves of what it rotates."""
     head, i, m = tl.program_id(0), tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
     n = head * 2 * HALF + i

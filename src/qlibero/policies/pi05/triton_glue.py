@@ -101,7 +101,15 @@ class TritonGlue:
         out = torch.empty(batch * length, width, dtype=gate.dtype, device=gate.device)
         block = 1024
         _gelu_gate[(batch * length, triton.cdiv(width, block))](
-            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4, **launch(gate.device, batch * length)
+            gate,
+            up,
+            out,
+            width,
+            gate.stride(0),
+            up.stride(0),
+            BLOCK=block,
+            num_warps=4,
+            **launch(gate.device, batch * length),
         )
         return out.view(batch, length, width)
 

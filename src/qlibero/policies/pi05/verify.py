@@ -52,9 +52,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     except UserError as error:
         problems.append(str(error))
     if checkpoint.profile is None:
-        conditions.append(
-            f"profile: {checkpoint.guess}   (likely, not proven by the files; see docs/checkpoints.md)"
-        )
+        conditions.append(f"profile: {checkpoint.guess}   (likely, not proven by the files; see docs/checkpoints.md)")
     tokenizer = checkpoint.path / "tokenizer.json"
     if checkpoint.kind != "qlibero" and not tokenizer.exists():
         conditions.append(
@@ -67,16 +65,29 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             problems.append(str(error))
     shapes = checkpoint.shapes
     return {
-        "path": str(checkpoint.path), "kind": checkpoint.kind, "ok": not problems, "problems": problems,
-        "conditions": conditions, "notes": table.notes,
-        "parameters": sum(torch.Size(shapes[source]).numel() for source in table.source.values()), "tensors": len(shapes),
-        "dtypes": dict(Counter(checkpoint.dtypes.values())), "architecture": checkpoint.config.to_dict(),
-        "missing": table.missing, "extra": table.extra, "misshapen": table.misshapen, "non_finite": non_finite,
+        "path": str(checkpoint.path),
+        "kind": checkpoint.kind,
+        "ok": not problems,
+        "problems": problems,
+        "conditions": conditions,
+        "notes": table.notes,
+        "parameters": sum(torch.Size(shapes[source]).numel() for source in table.source.values()),
+        "tensors": len(shapes),
+        "dtypes": dict(Counter(checkpoint.dtypes.values())),
+        "architecture": checkpoint.config.to_dict(),
+        "missing": table.missing,
+        "extra": table.extra,
+        "misshapen": table.misshapen,
+        "non_finite": non_finite,
         "statistics": statistics,
-        "profile": {"guess": checkpoint.guess, "proven": checkpoint.profile is not None, "why": checkpoint.profile_reason,
-                    "means": PROFILES[checkpoint.guess].why},
+        "profile": {
+            "guess": checkpoint.guess,
+            "proven": checkpoint.profile is not None,
+            "why": checkpoint.profile_reason,
+            "means": PROFILES[checkpoint.guess].why,
+        },
         "sha256": file_hashes(checkpoint.path),
-    }  # fmt: skip
+    }
 
 
 def _non_finite(checkpoint: Checkpoint, table: TensorTable) -> list[str]:

@@ -101,9 +101,7 @@ class SiglipTower(nn.Module):
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU()
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU())
 
 
 class ConvCamera(nn.Module):
@@ -151,9 +149,7 @@ class ConvTower(nn.Module):
 
     def forward(self, images: Tensor) -> VisionFeatures:
         if images.shape[1] != len(self.cameras):
-            raise ValueError(
-                f"the conv tower was built for {len(self.cameras)} cameras, got {images.shape[1]}"
-            )
+            raise ValueError(f"the conv tower was built for {len(self.cameras)} cameras, got {images.shape[1]}")
         images = images.to(self.cameras[0].position_embedding.weight.dtype)
         outs = [camera(images[:, i]) for i, camera in enumerate(self.cameras)]
         heat = None if outs[0][1] is None else torch.stack([heat for _, heat in outs], 1)

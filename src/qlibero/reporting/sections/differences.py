@@ -14,9 +14,7 @@ from qlibero.results.phrases import margin_text, p_text, points
 
 
 def difference_scale(m: Material) -> charts.Scale:
-    ends = [
-        x for r in m.compared.values() if r["pairs"] for x in (*r["tango95"], *(r["clusters"]["t95"] or ()))
-    ]
+    ends = [x for r in m.compared.values() if r["pairs"] for x in (*r["tango95"], *(r["clusters"]["t95"] or ()))]
     margins = [m.margin_of(name) for name in m.compared]
     return charts.scale_over(ends or [0.0], include=(-max(margins), 0.0, max(margins)))
 
@@ -27,7 +25,9 @@ def difference(m: Material, name: str, row: dict[str, Any], scale: charts.Scale)
     t95 = row["clusters"]["t95"] if "clusters" in row else None
     floor, margin = m.floor_of(name), m.margin_of(name)
     control = m.arms[name].is_control
-    label = f"Δ {points(row['delta'])} pp, 95 % interval {points(low)} to {points(high)} pp, margin {margin_text(margin)}"
+    label = (
+        f"Δ {points(row['delta'])} pp, 95 % interval {points(low)} to {points(high)} pp, margin {margin_text(margin)}"
+    )
     return charts.track(
         charts.interval(scale, *floor["tango95"], kind="floor") if floor else None,
         None if control else charts.interval(scale, scale.low, -margin, kind="beyond"),
@@ -144,9 +144,7 @@ def _p(row: dict[str, Any], name: str) -> str:
 
 
 def _tick(delta: float) -> str:
-    return (
-        "0" if abs(delta) < 1e-9 else points(delta, 0 if abs(100 * delta - round(100 * delta)) < 1e-6 else 1)
-    )
+    return "0" if abs(delta) < 1e-9 else points(delta, 0 if abs(100 * delta - round(100 * delta)) < 1e-6 else 1)
 
 
 def _pp(interval: list[float] | None) -> str:

@@ -33,9 +33,7 @@ def execution(m: Material) -> Markup | None:
         ),
         el(
             "div",
-            charts.plot(
-                *curves, label="Share of episodes that have succeeded by each step, per arm", height=240
-            ),
+            charts.plot(*curves, label="Share of episodes that have succeeded by each step, per arm", height=240),
             *charts.grid_lines(scale),
             class_="canvas",
         ),
@@ -65,14 +63,14 @@ def _quality(m: Material) -> Markup | None:
     if not rows:
         return None
     caption = "Reference → arm on paired episodes, with p of the paired sign-flip test (unadjusted)"
-    return join(
-        el("h3", "How it moves"), table(["arm", *QUALITY.values()], rows, caption=caption, stacked=True)
-    )
+    return join(el("h3", "How it moves"), table(["arm", *QUALITY.values()], rows, caption=caption, stacked=True))
 
 
 def _parting(m: Material) -> Markup | None:
     """Where the two robots of a pair stop doing the same. The control shows how soon rounding alone gets there."""
-    rows = [[named(m, name), *_parted(r["divergence"])] for name, r in m.compared.items() if r["divergence"]["compared"]]
+    rows = [
+        [named(m, name), *_parted(r["divergence"])] for name, r in m.compared.items() if r["divergence"]["compared"]
+    ]
     if not rows:
         return None
     head = ["arm", "action error on equal observations", "grippers 1 cm apart", "opposed grip"]

@@ -122,10 +122,7 @@ def _heat(rows: list[str], label: str, arm: str) -> Markup:
     for y, row in enumerate(rows):
         for x, code in enumerate(row):
             cells.setdefault(code, []).append(f"M{10 * x + 0.7:g} {10 * y + 0.7:g}h8.6v8.6h-8.6z")
-    shapes = [
-        el("path", d="".join(d), class_=f"k-{code if code != '·' else 'u'}")
-        for code, d in sorted(cells.items())
-    ]
+    shapes = [el("path", d="".join(d), class_=f"k-{code if code != '·' else 'u'}") for code, d in sorted(cells.items())]
     arrows = {"b": "M{x} {y}h5l-2.5 4.5z", "r": "M{x} {y}l2.5 -4.5l2.5 4.5z", "e": "M{x} {y}l5 4.5"}
     for code, form in arrows.items():
         drawn = [

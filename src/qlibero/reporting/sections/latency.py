@@ -124,10 +124,7 @@ def _simulator(m: Material) -> Markup:
     for name in m.arms:
         done = [r for r in m.records(name) if r.outcome != "error"]
         if done:
-            mean = [
-                np.mean([getattr(r, field) for r in done])
-                for field in ("sim_ms", "render_ms", "steps", "replans")
-            ]
+            mean = [np.mean([getattr(r, field) for r in done]) for field in ("sim_ms", "render_ms", "steps", "replans")]
             policy = np.mean([sum(r.policy_ms) for r in done])
             rows.append(
                 [

@@ -44,7 +44,10 @@ def table(
         el(
             "tr",
             el("th", row[0], scope="row"),
-            [el("td", cell, data_label=name if stacked else None) for name, cell in zip(head[1:], row[1:], strict=True)],
+            [
+                el("td", cell, data_label=name if stacked else None)
+                for name, cell in zip(head[1:], row[1:], strict=True)
+            ],
         )
         for row in rows
     ]

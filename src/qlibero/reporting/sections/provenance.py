@@ -93,7 +93,9 @@ def _software(m: Material) -> list[list[Any]]:
         changed = " with uncommitted changes" if git.get("modified") else ""
         found = {
             "git commit": git.get("commit", "") and f"{git['commit'][:12]}{changed}",
-            "processor": ", ".join(str(x) for x in (host.get("cpu"), host.get("cores") and f"{host['cores']} cores") if x),
+            "processor": ", ".join(
+                str(x) for x in (host.get("cpu"), host.get("cores") and f"{host['cores']} cores") if x
+            ),
             "GPU": ", ".join(f"{gpu.get('name')} (driver {gpu.get('driver')})" for gpu in of.get("gpus") or []),
             "rendering": gl.get("renderer", ""),
             **(of.get("versions") or {}),

@@ -32,7 +32,10 @@ def reading(m: Material) -> Markup:
             "The more arms are tested, the likelier one passes by luck. Holm's adjustment over all arms × suites of a "
             "comparison keeps the chance of any such pass at 2.5 %; intervals are shown unadjusted.",
         ),
-        ("McNemar", "Exact two-sided test that breaking and repairing are equally likely, Holm-adjusted over the same family."),
+        (
+            "McNemar",
+            "Exact two-sided test that breaking and repairing are equally likely, Holm-adjusted over the same family.",
+        ),
         (
             "tasks like these",
             "Mean of the per-task differences ± t·s/√tasks. It asks how Δ would come out on other tasks of this kind, as if these "

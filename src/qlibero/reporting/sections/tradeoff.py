@@ -16,9 +16,7 @@ from qlibero.results.summary import summarize_arm
 def memory(m: Material) -> Markup | None:
     """The quantized linears of each arm (codes, scales, online transforms) against the same linears in bf16."""
     found = {
-        name: arm.meta["memory"]
-        for name, arm in m.arms.items()
-        if (arm.meta.get("memory") or {}).get("bf16_bytes")
+        name: arm.meta["memory"] for name, arm in m.arms.items() if (arm.meta.get("memory") or {}).get("bf16_bytes")
     }
     if not found:
         return None
@@ -204,7 +202,9 @@ def _tags(m: Material, places: list[tuple[str, float, float]]) -> list[Markup]:
         while any(abs(bottom - other) < LINE for other in dots + names):
             bottom -= LINE / 4
         taken[side].append((left, bottom))
-        tags.append(el("span", m.arms[name].label, class_=f"tag {side}", style=f"left:{left}%;bottom:{round(bottom, 2)}%"))
+        tags.append(
+            el("span", m.arms[name].label, class_=f"tag {side}", style=f"left:{left}%;bottom:{round(bottom, 2)}%")
+        )
     return tags
 
 

@@ -46,7 +46,9 @@ def _headline(m: Material) -> str:
     if len(tested) == 1:
         only = next(iter(tested.values()))
         kept = only["verdict"] != "non-inferior" or only["sequential"] or survives_holm(only)
-        return unbroken(only["sentence"] + ("" if kept else f" After Holm's adjustment: non-inferior {holm_text(only)}."))
+        return unbroken(
+            only["sentence"] + ("" if kept else f" After Holm's adjustment: non-inferior {holm_text(only)}.")
+        )
     counts = Counter(r["verdict"] for r in tested.values())
     pieces = [
         f"{counts.pop(verdict)} {verdict}{'' if verdict != 'non-inferior' else f' at {m.margins}'}"
@@ -59,7 +61,9 @@ def _headline(m: Material) -> str:
     if fixed:
         kept = sum(map(survives_holm, fixed))
         suites = max(len(r["suites"]) for r in fixed)
-        family = (f"all {len(tested)} arms" if len(m.parts) == 1 else "the arms of its cell") + f" × {suites} suites" * (suites > 1)
+        family = (
+            f"all {len(tested)} arms" if len(m.parts) == 1 else "the arms of its cell"
+        ) + f" × {suites} suites" * (suites > 1)
         share = "every one" if kept == len(fixed) else f"{kept} of the {len(fixed)}" if kept else "none"
         text += f" Non-inferior after Holm's adjustment for {family}: {share}."
     return unbroken(text)
@@ -199,7 +203,15 @@ def _table(m: Material, open_: bool) -> Markup:
                 _nobr("–" if r["control"] else speed_text(r["speedup_p50"]) or "–"),
             ]
         )
-    head = ["arm", "verdict", "Δ pp, 95 %", "broken / repaired", "non-inferior after Holm", "McNemar, Holm", "policy call"]
+    head = [
+        "arm",
+        "verdict",
+        "Δ pp, 95 %",
+        "broken / repaired",
+        "non-inferior after Holm",
+        "McNemar, Holm",
+        "policy call",
+    ]
     return numbers("Verdicts as a table", head, rows, open_=open_, stacked=True)
 
 

@@ -19,8 +19,7 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
         return f"{f'{v.key.suite} ' if many else ''}task {v.key.task}, initial state {v.key.init}"
 
     files = {
-        path: f"v{i}"
-        for i, path in enumerate(dict.fromkeys(p for v in chosen for p in (v.reference_file, v.arm_file)))
+        path: f"v{i}" for i, path in enumerate(dict.fromkeys(p for v in chosen for p in (v.reference_file, v.arm_file)))
     }
     options = [
         el(
