@@ -4,10 +4,10 @@
     python benchmarks/fault_drill.py --quota "Slurm node killed=6" --out DIR      only what is named
 
 First the sweep runs undisturbed. Then it is run again and again, each time hurt at random moments until it is done, on
-the local engine and, where Slurm is installed, on a real two-node Slurm; at last the same command is given once more, in
-peace. At the end of every round the record sets must *equal* the undisturbed run's (keys, outcomes, steps, fingerprints,
-action digests), the verdict must be the same, wandb's offline files must hold every row once, no log may show a defect,
-and no process may be left. Stopped itself, the drill continues where it was.
+the local engine and, where Slurm is installed, on a real two-node Slurm; at last the same command is given once more,
+in peace. At the end of every round the record sets must *equal* the undisturbed run's (keys, outcomes, steps,
+fingerprints, action digests), the verdict must be the same, wandb's offline files must hold every row once, no log may
+show a defect, and no process may be left. Stopped itself, the drill continues where it was.
 
 A fault is counted only when it hit something: a living process of the run, the last complete line of a ledger, a write
 that failed. So that work goes on between the blows, few of those that undo it may fall before another episode is
@@ -399,13 +399,15 @@ class Drill:
     def report(self) -> None:
         episodes, minutes = self.rounds[0]["episodes"], sum(r["minutes"] for r in self.rounds)
         print(
-            f"\n{self.injected.total()} faults in {len(self.rounds)} rounds of {episodes} episodes, {minutes:.0f} minutes\n"
+            f"\n{self.injected.total()} faults in {len(self.rounds)} rounds of {episodes} episodes, "
+            f"{minutes:.0f} minutes\n"
         )
         print("| fault | injected |\n|---|---|")
         for kind in self.quota:
             print(f"| {kind} | {self.injected[kind]} |")
         print(
-            "\n| round | engine | faults | episodes, equal records | sweeps submitted | lines superseded | wandb rows | processes left | minutes |"
+            "\n| round | engine | faults | episodes, equal records | sweeps submitted "
+            "| lines superseded | wandb rows | processes left | minutes |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
         for r in self.rounds:  # a round that is not so is never noted: the drill ends there
@@ -461,9 +463,8 @@ class Drill:
             self.finished, self.moved = now, time.monotonic()
             self.blows.clear()
         if time.monotonic() - self.moved > HANG_S:
-            raise SystemExit(
-                f"{self.round}: no progress for {HANG_S} s; running: {[read(f'/proc/{p}/cmdline') for p in self.processes('')]}"
-            )
+            running = [read(f"/proc/{p}/cmdline") for p in self.processes("")]
+            raise SystemExit(f"{self.round}: no progress for {HANG_S} s; running: {running}")
 
     def processes(self, pattern: str) -> list[int]:
         """Living processes of this drill whose command line holds `pattern`."""

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
 
 
 def time_glue() -> list[dict[str, Any]]:
-    """The pieces of a flow step of full-size pi0.5 (10 tokens a row), fused and in torch; weights of more layers than the
-    cache holds, in turn."""
+    """The pieces of a flow step of full-size pi0.5 (10 tokens a row), fused and in torch; weights of more layers than
+    the cache holds, in turn."""
     from torch import nn
 
     from qlibero.policies.pi05.glue import TorchGlue
@@ -124,19 +125,14 @@ def time_glue() -> list[dict[str, Any]]:
             fuse(*made)
         return made
 
-    layers = [
-        (linears(1024, 2048, 256, 256), linears(2048, 1024), linears(1024, 4096, 4096), linears(4096, 1024))
-        for _ in range(8)
-    ]
-    rows = []
-    for batch, keys in ((1, 298), (1, 554), (1, 810), (8, 554)):
+    def pieces(batch: int, keys: int) -> dict[str, Callable[[Any, Any], torch.Tensor]]:
         h, delta, gate = random(batch, 10, 1024), random(batch, 10, 1024), random(1, 1, 1024)
         scale, shift = random(1, 1, 1024, dtype=torch.float32), random(1, 1, 1024, dtype=torch.float32)
         q, cos, sin = random(batch, 10, 8, 256), random(batch, 10, 1, 256), random(batch, 10, 1, 256)
         long, wide = random(batch, keys - 10, 8, 256), random(batch, 10, 4096)
         k, v, mask = random(batch, keys, 256), random(batch, keys, 256), torch.zeros_like(random(batch, 1, keys))
         own, there = (k.clone()[:, -10:], v.clone()[:, -10:]), (k[:, :-10], v[:, :-10], mask[..., :-10])
-        calls = {
+        return {
             "residual_norm": lambda glue, _: glue.residual_norm(h, delta, gate, scale, shift)[1],
             "rotated q, k, v": lambda glue, layer: glue.rotated(h, layer[0], cos, sin, *own),
             "attend, flow": lambda glue, _: glue.attend(q, k, v, mask),
@@ -145,7 +141,14 @@ def time_glue() -> list[dict[str, Any]]:
             "gated": lambda glue, layer: glue.gated(h, *layer[2]),
             "down": lambda glue, layer: glue.parts(wide, *layer[3]),
         }
-        for name, call in calls.items():
+
+    layers = [
+        (linears(1024, 2048, 256, 256), linears(2048, 1024), linears(1024, 4096, 4096), linears(4096, 1024))
+        for _ in range(8)
+    ]
+    rows = []
+    for batch, keys in ((1, 298), (1, 554), (1, 810), (8, 554)):
+        for name, call in pieces(batch, keys).items():
             both = (TorchGlue(), TritonGlue())
             expected, found = (call(glue, layers[0]).float() for glue in both)
             found = found.sum(0) if found.dim() > expected.dim() else found
@@ -207,12 +210,8 @@ def tune(limit_s: float) -> list[dict[str, Any]]:
                 say(f"tune: stopped after {limit_s:.0f} s")
                 return rows
             try:
-                took = (
-                    graph_seconds(
-                        [lambda w=w, t=tile: triton_gemm.gemm(x, w, s_x, s_w, None, torch.bfloat16, t) for w in weights]
-                    )
-                    * 1e6
-                )
+                products = [partial(triton_gemm.gemm, x, w, s_x, s_w, None, torch.bfloat16, tile) for w in weights]
+                took = graph_seconds(products) * 1e6
             except Exception as error:  # a tile may not fit this GPU: that is an answer too
                 took = None
                 say(f"tune: {tile}: {type(error).__name__}: {str(error)[:100]}")

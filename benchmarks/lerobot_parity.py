@@ -1,5 +1,4 @@
-r"""Our network beside LeRobot's own PyTorch code, same random weights, same inputs: how far apart are the
-actions?
+r"""Our network beside LeRobot's own PyTorch code, same random weights, same inputs: how far apart are the actions?
 
     git clone https://github.com/huggingface/lerobot && git -C lerobot checkout v0.6.1
     python -m venv parity && parity/bin/pip install torch transformers==5.5.4 safetensors numpy

@@ -1,5 +1,4 @@
-r"""Our network beside openpi's own PyTorch code, same random weights, same inputs: how far apart are the
-actions?
+r"""Our network beside openpi's own PyTorch code, same random weights, same inputs: how far apart are the actions?
 
     git clone https://github.com/Physical-Intelligence/openpi           # 15a9616
     python -m venv parity && parity/bin/pip install torch transformers==4.53.2 safetensors numpy

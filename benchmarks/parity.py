@@ -1,5 +1,4 @@
-"""What `openpi_parity.py` and `lerobot_parity.py` share: our network beside another implementation of it, same
-random weights, same inputs.
+"""What `openpi_parity.py` and `lerobot_parity.py` share: our network beside another, same weights and inputs.
 
 Sizes are small (two vision layers, three transformer layers) so that it runs in seconds: three cameras of which
 one is masked, ragged prompts padded to 200, batch 2. Ours is asked as a policy asks it, without the masked camera

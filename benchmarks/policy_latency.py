@@ -1,5 +1,4 @@
-"""Latency, memory and phases of a pi0.5 policy call, from eager bf16 to CUDA-graphed W4A8, with the physical
-floor beside it.
+"""Latency, memory and phases of a pi0.5 policy call, from eager bf16 to CUDA-graphed W4A8, beside the physical floor.
 
     python benchmarks/policy_latency.py                      # full size on a GPU, reduced size on a CPU
     python benchmarks/policy_latency.py --quick --json out.json
@@ -97,8 +96,7 @@ class Row:
 def random_model(
     config: Pi05Config, device: torch.device, dtype: torch.dtype, skip: frozenset[str] = frozenset()
 ) -> Pi05Model:
-    """The network with random weights, made on the device tensor by tensor; linears in `skip` stay on the
-    meta device."""
+    """The network with random weights, made on the device tensor by tensor; linears in `skip` stay on meta."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = Pi05Model(config)
@@ -183,8 +181,7 @@ def quantized_sampler(model: Pi05Model, artifact: Artifact, backend: str, graphs
 
 
 def compiled(sampler: Sampler) -> Sampler:
-    """The sampler with its phases through torch.compile, which does the fusing itself; the flow one Euler
-    step at a time."""
+    """The sampler with its phases through torch.compile, which fuses by itself; the flow one Euler step at a time."""
     sampler.glue, sampler.glue_reason = TorchGlue(), "torch glue, fused by the compiler"
     sampler._vision = torch.compile(sampler._vision)
     sampler._prefix = torch.compile(sampler._prefix)
@@ -212,8 +209,7 @@ def floor_ms(
     weight_bits: dict[str, int],
     peaks: tuple[float, float, float],
 ) -> float:
-    """max(bytes, operations) of each phase at the data sheet's peaks, summed. `weight_bits`: {"llm": 4 or 16,
-    "expert_mlp": …}.
+    """max(bytes, operations) of each phase at the data sheet's peaks, summed. `weight_bits`: {"llm": 4 or 16, …}.
 
     Matrix products only: live weights are read once a phase (the expert's once a step), activations are free.
     """
@@ -260,8 +256,7 @@ def measure(
     bits: dict[str, int],
     kernels: str = "",
 ) -> tuple[Row, torch.Tensor]:
-    """Time one variant at one shape: the median call from host tensors to host tensors, and each phase's
-    median."""
+    """Time one variant at one shape: the median call from host tensors to host tensors, and each phase's median."""
     cuda = device.type == "cuda"
     started = time.perf_counter()
     given = inputs(config, cameras, batch, device)
@@ -300,20 +295,9 @@ def gib(measure: Callable[[], int]) -> float:
 
 
 COLUMNS = (
-    "variant",
-    "cameras",
-    "batch",
-    "p50",
-    "p95",
-    "vision",
-    "prefix",
-    "flow",
-    "floor",
-    "static GiB",
-    "peak GiB",
-    "loading GiB",
-    "notes",
-)
+    "variant", "cameras", "batch", "p50", "p95", "vision", "prefix", "flow", "floor", "static GiB", "peak GiB",
+    "loading GiB", "notes",
+)  # fmt: skip
 
 
 def show(cells: Iterable[Any]) -> None:
@@ -511,8 +495,7 @@ def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], plain: A
 
 
 def straight_from_its_artifact(bench: Bench, artifacts: dict[str, Artifact], backend: str) -> None:
-    """W4A8 with the card to itself, before anything else was on it: what the artifact replaces never exists in full
-    precision."""
+    """W4A8 with the card to itself, before all else: what the artifact replaces never exists in full precision."""
     layout, artifact = list(artifacts.items())[-1]
     replaced = frozenset(layer.name for layer in artifact.layers)
 

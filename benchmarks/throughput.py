@@ -222,8 +222,8 @@ def _transport_ms(pool: SimulatorPool, key: EpisodeKey) -> float:
 
 
 def step_costs(key: EpisodeKey, steps: int = 200) -> dict[str, float]:
-    """CPU ms per control step: MuJoCo's 25 substeps that nobody can do without, the solver's warm start as robosuite has
-    it, the controller, and the rest (success predicate, loop)."""
+    """CPU ms per control step: MuJoCo's 25 substeps that nobody can do without, the solver's warm start as robosuite
+    has it, the controller, and the rest (success predicate, loop)."""
     import mujoco
 
     from qlibero.sim import scene as scene_module
@@ -330,13 +330,13 @@ def main() -> None:
     say(f"\n{len(keys)} episodes, {steps} steps, equal in all three loops")
     for name, row in rows.items():
         say(
-            f"{name:11s} {row['episodes_per_hour']:8.1f} episodes/h  {row['cpu_ms_per_step']:7.1f} CPU ms/step   engine is "
-            f"{row['engine_is_faster_wall']:.2f}x faster (wall), {row['engine_is_faster_cpu']:.2f}x (CPU)"
+            f"{name:11s} {row['episodes_per_hour']:8.1f} episodes/h  {row['cpu_ms_per_step']:7.1f} CPU ms/step   "
+            f"engine is {row['engine_is_faster_wall']:.2f}x faster (wall), {row['engine_is_faster_cpu']:.2f}x (CPU)"
         )
     say("engine's time: " + ", ".join(f"{name} {100 * ms / total:.0f} %" for name, ms in parts.items()))
     say(
-        f"bare physics of these steps: {physics_s:.1f} CPU s; the engine, with resets, settling, frames and policy, takes "
-        f"{cpu_c / physics_s:.1f} times that"
+        f"bare physics of these steps: {physics_s:.1f} CPU s; the engine, with resets, settling, frames and policy, "
+        f"takes {cpu_c / physics_s:.1f} times that"
     )
     print(json.dumps(document))
 

@@ -2,8 +2,9 @@
 
     python benchmarks/triton_resources.py [--sm 80,86,89,90]
 
-Triton compiles for a target without a GPU and brings ptxas along, so spills, a shared-memory tile too large for a card, a
-contracted (FMA) epilogue or a product that missed the int8 tensor cores show up on any machine. The last line is JSON.
+Triton compiles for a target without a GPU and brings ptxas along, so spills, a shared-memory tile too large for a card,
+a contracted (FMA) epilogue or a product that missed the int8 tensor cores show up on any machine. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -255,7 +256,8 @@ def main() -> None:
             rows.append(compile_case(case, sm))
             row = rows[-1]
             print(
-                f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  shared {row['shared_kib']:>5} KiB  "
+                f"sm{sm:<4}{row['kernel']:<32} regs {row['registers']:>3}  spilled {row['spilled_bytes']:>3}  "
+                f"shared {row['shared_kib']:>5} KiB  "
                 f"fma {row['fma']:>4}  cp.async {row['async_16_byte_loads']:>3}  {','.join(row['int8_mma'])}",
                 flush=True,
             )

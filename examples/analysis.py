@@ -1,7 +1,8 @@
-"""Your own questions to a run: read the ledger, pair the arms, look at trajectories. `python examples/analysis.py RUN_DIR`
+"""Your own questions to a run: ledger, pairs of arms, trajectories. `python examples/analysis.py RUN_DIR`
 
 Everything the report shows comes from the few functions used here, so a notebook can go on from any of them. The same
-episodes as a flat table: `qlibero export RUN_DIR -o episodes.csv` (or .parquet), then `pandas.read_csv("episodes.csv")`.
+episodes as a flat table: `qlibero export RUN_DIR -o episodes.csv` (or .parquet), then
+`pandas.read_csv("episodes.csv")`.
 """
 
 from __future__ import annotations

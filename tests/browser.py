@@ -1,6 +1,4 @@
-"""Real Chromium driven through its debugging pipe: no driver, no server, no package. For tests that must see
-a page.
-"""
+"""Real Chromium driven through its debugging pipe: no driver, no server, no package. For tests that must see a page."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ FLAGS = (
 
 
 class Page:
-    """One page. `problems` collects console errors, uncaught exceptions and failed or attempted network
-    requests.
-    """
+    """One page. `problems` collects console errors, uncaught exceptions and failed or attempted network requests."""
 
     def __init__(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.problems: list[str] = []
@@ -94,7 +90,8 @@ class Page:
     def click(self, selector: str) -> None:
         """A real mouse click in the middle of an element."""
         x, y = self.js(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center', behavior: 'instant'});"
             " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
         )
         for kind in ("mousePressed", "mouseReleased"):

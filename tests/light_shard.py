@@ -1,4 +1,4 @@
-"""A stand-in for `qlibero run-shard` with its contract and none of its weight: rows of 0.3 s, durable, never done twice.
+"""A stand-in for `qlibero run-shard` with its contract, not its weight: rows of 0.3 s, durable, never done twice.
 
 usage: light_shard.py run-shard --manifest M (--index I | --merge)
 """

@@ -1,7 +1,7 @@
 """Run by test_purity in processes of its own: `purity_probe.py SUITE/TASK …` prints one JSON line a task.
 
-Per task: digests of every reset in a sequence that visits one episode twice with other seeds, other initial states, fresh
-placements and steps between; and whether LIBERO's own recompiling reset and step give the same bits.
+Per task: digests of every reset in a sequence that visits one episode twice with other seeds, other initial states,
+fresh placements and steps between; and whether LIBERO's own recompiling reset and step give the same bits.
 """
 
 from __future__ import annotations

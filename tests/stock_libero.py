@@ -18,8 +18,8 @@ CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 class StockEpisodes:
     """LIBERO's own environment: hard resets that recompile, its own step, all its sensors.
 
-    `render=False` saves most of the time: no cameras, and robosuite's renderer uploads nothing to OpenGL. It is made all
-    the same, since its constructor calls `mj_forward`, which moves the solver's warm start and so the last bits.
+    `render=False` saves most of the time: no cameras, and robosuite's renderer uploads nothing to OpenGL. It is made
+    all the same, since its constructor calls `mj_forward`, which moves the solver's warm start and so the last bits.
     """
 
     def __init__(self, suite: str, task: int, *, resolution: int = 256, render: bool = True) -> None:

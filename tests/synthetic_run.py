@@ -1,6 +1,4 @@
-"""Run directories as the engine leaves them, made through the real ledger in a second. For tests of what
-reads them.
-"""
+"""Run directories as the engine leaves them, made through the real ledger in a second. For tests of what reads them."""
 
 from __future__ import annotations
 
@@ -33,8 +31,9 @@ def make_run(
     seed: int = 0,
     settings: dict | None = None,
 ) -> Path:
-    """Every arm on the same episodes; flips, divergence, latency and one error are drawn from `seed`. `settings` go into
-    its experiment.yaml.
+    """Every arm on the same episodes; flips, divergence, latency and one error are drawn from `seed`.
+
+    `settings` go into its experiment.yaml.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = {

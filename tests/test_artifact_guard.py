@@ -1,5 +1,4 @@
-"""Risk: numbers come from a quantization that is damaged, was made with other settings, or belongs to another
-checkpoint."""
+"""Risk: numbers come from a quantization that is damaged, made with other settings, or another checkpoint's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Risk: a run starts more simulators than its job may hold and is killed for it, because the node has room that is not ours."""
+"""Risk: a run starts more simulators than its job may hold and is killed, as the node has room that is not ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEMINFO = f"MemTotal: {256 * GIB // 1024} kB\nMemFree: 1024 kB\nMemAvailable: {2
 
 
 def machine(root: Path, cgroup: str = "0::/\n", **files: str) -> Path:
-    """A root directory with /proc and /sys as a machine of 256 GiB shows them. `files`: path below /sys/fs/cgroup → text."""
+    """A root directory with /proc and /sys as a 256 GiB machine has them. `files`: path below /sys/fs/cgroup → text."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text(MEMINFO)
     (root / "proc/self/cgroup").write_text(cgroup)

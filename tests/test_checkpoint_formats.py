@@ -1,5 +1,7 @@
-"""Risk: weights loaded wrongly, partly, or under the wrong meaning. Small checkpoints in exactly the formats
-that exist."""
+"""Risk: weights loaded wrongly, partly, or under the wrong meaning.
+
+Small checkpoints in exactly the formats that exist.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,7 @@ def vocabulary() -> WordTokenizer:
 
 
 def openpi(path: Path, *, tied: bool = False) -> Path:
-    """openpi's converter: names without prefix, the tied embedding saved under lm_head, assets beside the
-    weights."""
+    """openpi's converter: names without prefix, the tied embedding saved under lm_head, assets beside the weights."""
     state = {name: t.clone().bfloat16() for name, t in random_model(siglip_config()).state_dict().items()}
     if tied:
         state["paligemma_with_expert.paligemma.lm_head.weight"] = state.pop(EMBEDDING)

@@ -1,5 +1,4 @@
-"""Risk: a quantized policy loaded straight from its artifact is another policy, or still carries the weights
-it replaced."""
+"""Risk: a quantized policy loaded straight from its artifact is another, or still carries weights it replaced."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Risk: a policy evaluated through a server gives other episodes than the same policy in this process. Real
-LIBERO."""
+"""Risk: a policy evaluated through a server gives other episodes than the same policy in this process. Real LIBERO."""
 
 from __future__ import annotations
 

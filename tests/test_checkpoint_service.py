@@ -304,8 +304,7 @@ def test_a_server_error_is_an_error_here(policy):
 
 
 def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
-    """A server with empty metadata, like openpi's own: 224 px, no noise key, and the provenance says what is
-    lost."""
+    """A server with empty metadata, like openpi's own: 224 px, no noise key, and the provenance says what is lost."""
     heard = []
 
     class Foreign(PolicyServer):
@@ -385,7 +384,8 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 i = np.load({str(tmp_path / "in.npz")!r})
 c = WebsocketClientPolicy(host="127.0.0.1", port=int(sys.argv[1]), api_key={TOKEN!r})
 assert c.get_server_metadata()["qlibero"]["noise_shape"] == [10, 7]
-e = {{"observation/image": i["image"], "observation/wrist_image": i["wrist"], "observation/state": i["state"], "prompt": {seen.prompt!r}}}
+e = {{"observation/image": i["image"], "observation/wrist_image": i["wrist"],
+     "observation/state": i["state"], "prompt": {seen.prompt!r}}}
 a = c.infer({{**e, "noise": i["noise"]}})["actions"]
 b = c.infer(e)["actions"]
 np.savez({str(tmp_path / "out.npz")!r}, a=a, b=b)

@@ -81,7 +81,7 @@ def test_a_wrong_request_is_status_2_with_its_cure(tmp_path: Path, arguments: li
 def test_kernels_check_takes_the_experiment_that_will_run(
     tiny_experiment: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The documented command: this policy's layers at this run's numbers of tokens, on every kernel or the named one."""
+    """The documented command: this policy's layers at this run's token counts, on every kernel or the named one."""
     from qlibero import arms
 
     monkeypatch.setattr(arms, "ARTIFACTS", tmp_path)
@@ -188,7 +188,8 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
             sys.executable,
             "-c",
             "import sys, qlibero.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
-            "print([m for m in ('torch', 'mujoco', 'numpy', 'scipy', 'pydantic', 'rich', 'wandb') if m in sys.modules], file=sys.stderr)",
+            "print([m for m in ('torch', 'mujoco', 'numpy', 'scipy', 'pydantic', 'rich', 'wandb') "
+            "if m in sys.modules], file=sys.stderr)",
         ],
         capture_output=True,
         text=True,

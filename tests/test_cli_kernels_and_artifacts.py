@@ -1,5 +1,4 @@
-"""Risk: `kernels check|bench`, `quantize` and `inspect` say something else than what they found, or fail at a wrong request as
-if qlibero or a kernel were to blame."""
+"""Risk: `kernels`, `quantize`, `inspect` say other than what they found, or blame a kernel for a bad request."""
 
 from __future__ import annotations
 

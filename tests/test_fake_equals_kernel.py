@@ -159,8 +159,7 @@ def test_what_calibration_runs_is_what_the_policy_runs(policy):
 
 
 def test_corrections_undo_a_known_distortion(policy):
-    """A student whose q_proj is 10 % too loud and whose o_proj 20 % too quiet gets exactly those factors
-    back."""
+    """A student whose q_proj is 10 % too loud and whose o_proj 20 % too quiet gets exactly those factors back."""
     from qlibero.quant.corrections import OHB_LOG_CLIP, balance, temperatures
 
     assert temperatures(torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.tensor([1.1, 1.03, 0.1, 1.0]))[1:] == [

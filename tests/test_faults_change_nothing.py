@@ -1,4 +1,4 @@
-"""Risk: something breaks during a sweep, and an episode is lost, doubled or changed. The drill of docs/clusters.md, small."""
+"""Risk: something breaks during a sweep and an episode is lost, doubled or changed. docs/clusters.md's drill, small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fault_drill  # noqa: E402
 
 
 def test_a_local_sweep_that_is_hurt_ends_equal_to_one_that_is_not(tmp_path):
-    """Without what needs root (a disk to fill), two minutes (a stopped worker), Slurm, or an artifact nobody else uses."""
+    """Without what needs root (a full disk), two minutes (a stopped worker), Slurm, or an artifact nobody else uses."""
     quota = {
         fault_drill.WORKER_KILLED: 2,
         fault_drill.POLICY_KILLED: 1,

@@ -141,7 +141,7 @@ def test_identical_columns_are_named_as_such():
 
 # -------------------------------------------------------------------------------- kernels with a rounded output only
 class LikeHumming(Fake):
-    """What humming 0.1.19 computes when K is not split: right integers, rounded to bf16 after each scale, bias in fp32."""
+    """What humming 0.1.19 computes if K is not split: right integers, rounded to bf16 after each scale, fp32 bias."""
 
     name, real, rounds_to = "like_humming", True, torch.bfloat16
 

@@ -1,7 +1,7 @@
 """The risk: two backends that both call themselves W4A8 and differ in a bit.
 
-`fake == int_ref == cpu_int4 == w8a8` as equality of integers, and of output bits, over shapes and values, and on every layer
-of pi0.5 and of the compact policies. `test_kernel_triton.py` adds the GPU kernel, under its interpreter.
+`fake == int_ref == cpu_int4 == w8a8` as equality of integers, and of output bits, over shapes and values, and on every
+layer of pi0.5 and of the compact policies. `test_kernel_triton.py` adds the GPU kernel, under its interpreter.
 """
 
 from __future__ import annotations

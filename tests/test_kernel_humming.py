@@ -1,7 +1,8 @@
 """Risk: the adapter asks humming 0.1.19 for something else than the contract's product.
 
-The package needs a GPU even to be constructed. Here stands a layer with its interface, as its source has it: offset-binary
-codes in, int8 tokens and (M, 1) scales, bf16 out, rounded after each scale, K split unless it is told not to.
+The package needs a GPU even to be constructed. Here stands a layer with its interface, as its source has it:
+offset-binary codes in, int8 tokens and (M, 1) scales, bf16 out, rounded after each scale, K split unless it is told not
+to.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The risk: the GPU kernels are wrong and nobody here has a GPU to see it.
 
-They run under Triton's interpreter, against the same reference and with the same equality as every other backend; and they
-are compiled ahead of time for GPUs that are not here, where a spill, a contracted epilogue or a missed tensor core shows.
+They run under Triton's interpreter, against the same reference and with the same equality as every other backend; and
+they are compiled ahead of time for GPUs that are not here, where a spill, a contracted epilogue or a missed tensor core
+shows.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def test_without_rotations_it_is_the_contract_bit_for_bit(m, k, kinds):
 
 
 def assert_the_transform(prologue, made, x, bits=8, clip=1.0):
-    """Scales to 2^-20 of torch's fp32 code, codes equal but for values on the edge of a step, and the same every time."""
+    """Scales to 2^-20 of torch's fp32 code, codes equal but for values on a step's edge, and the same every time."""
     codes, scales = prologue(x, bits, clip)
     again = prologue(x, bits, clip)  # finds what the first call left in the workspace
     assert torch.equal(codes, again[0]) and torch.equal(scales, again[1])

@@ -125,7 +125,10 @@ def header(path: Path, number: int) -> None:
 
 
 def preprocessed(path: str, number: int) -> str:
-    return f'# 1 "<stdin>"\n# 1 "{path}" 1\n# 5 "{path}"\ntypedef int CUdevice;\n# 2 "<stdin>" 2\nqlibero_cuda_version {number}'
+    return (
+        f'# 1 "<stdin>"\n# 1 "{path}" 1\n# 5 "{path}"\ntypedef int CUdevice;\n'
+        f'# 2 "<stdin>" 2\nqlibero_cuda_version {number}'
+    )
 
 
 def test_a_toolkit_that_agrees_raises_no_alarm(tmp_path: Path) -> None:
@@ -205,7 +208,8 @@ import json, os, sys
 sys.path.insert(0, sys.argv[1])
 from qlibero.launch import environment
 environment.enter_policy_environment()
-print(json.dumps([os.environ["LD_LIBRARY_PATH"], os.environ["CUDA_HOME"], os.environ[environment.ENTERED], sys.argv[2:]]))
+names = "LD_LIBRARY_PATH", "CUDA_HOME", environment.ENTERED
+print(json.dumps([*(os.environ[name] for name in names), sys.argv[2:]]))
 """
     path = touch(tmp_path / "again.py", script)
     done = subprocess.run(

@@ -1,5 +1,4 @@
-"""Risk: a pattern matches nothing, or something else, and a "quantized" policy quietly runs in full
-precision."""
+"""Risk: a pattern matches nothing, or something else, and a "quantized" policy quietly runs in full precision."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ def test_the_same_names_on_small_policies(config):
 
 
 def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
-    """`executed` is a claim about the sampler: perturbing every idle linear must change no bit of an
-    action."""
+    """`executed` is a claim about the sampler: perturbing every idle linear must change no bit of an action."""
     from pi05_small import noises, observations
     from test_fake_equals_kernel import small_policy
 

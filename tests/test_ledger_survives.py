@@ -1,6 +1,4 @@
-"""Risk: an episode lost, doubled or half-written after a kill, a full disk, a torn tail or a foreign
-directory.
-"""
+"""Risk: an episode lost, doubled or half-written after a kill, a full disk, a torn tail or a foreign directory."""
 
 from __future__ import annotations
 

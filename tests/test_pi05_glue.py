@@ -15,7 +15,8 @@ import torch
 from qlibero.policies.pi05 import glue
 from qlibero.policies.pi05.triton_glue import TritonGlue
 torch.set_num_threads(1)
-worst = {dim: glue._compare(TritonGlue(), glue.TorchGlue(), torch.device("cpu"), torch.float32, dim) for dim in (32, 256)}
+cpu = torch.device("cpu")
+worst = {dim: glue._compare(TritonGlue(), glue.TorchGlue(), cpu, torch.float32, dim) for dim in (32, 256)}
 print(worst)
 assert max(worst.values()) < 2e-6, worst
 # most keys masked, a whole stretch of them and the odd ones at the end included

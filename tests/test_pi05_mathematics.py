@@ -1,5 +1,4 @@
-"""The fast sampler must be the same function as the plain model, and the model must be openpi's network by
-name."""
+"""The fast sampler must be the same function as the plain model, and the model must be openpi's network by name."""
 
 from __future__ import annotations
 

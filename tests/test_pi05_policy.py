@@ -1,5 +1,4 @@
-"""What a policy does around the network: images to the last bit, prompts to the letter, and company nobody
-notices."""
+"""What a policy does around the network: images to the last bit, prompts to the letter, and company nobody notices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Risk: an episode's scene depends on more than (suite, task, init, seed): on what ran before, where, or on a shortcut.
 
-Equality everywhere, never a tolerance. All 40 tasks of the four suites; LIBERO driven the published way is the reference.
+Equality everywhere, never a tolerance. All 40 tasks of the four suites; LIBERO driven the published way is the
+reference.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Risk: a transform changes the layer it was meant to leave alone, or costs accuracy where it promises to
-save it."""
+"""Risk: a transform changes the layer it was meant to leave alone, or costs accuracy where it promises to save it."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ F64 = torch.float64
 
 
 def outlier_heavy(seed: int, k: int, loudness: float, tokens: int = 192, outputs: int = 96):
-    """Activations with six channels `loudness` times the rest and two massive tokens, as language models
-    have; weights without."""
+    """Activations with six channels `loudness` times the rest and two massive tokens; weights without either."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, k, generator=g)
     channels = torch.randperm(k, generator=g)

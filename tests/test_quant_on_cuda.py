@@ -98,7 +98,7 @@ def test_weight_only_layers_run_dequantized_on_the_gpu(policy):
 
 
 def test_kernels_that_overlap_change_no_bit(monkeypatch):
-    """A batch of one row, of widths that the products of few rows take: every kernel of a flow that may overlap does."""
+    """A batch of one row, of widths that products of few rows take: every kernel of a flow that may overlap does."""
     policy = policy_of(GemmaConfig(256, 3, 512, 8, 64), GemmaConfig(512, 3, 1024, 8, 64), batch_size=1)
     artifact = calibrate(
         policy,

@@ -1,6 +1,4 @@
-"""Risk: a report that is too big, says other numbers than the comparison, or fails on a run that lacks
-something.
-"""
+"""Risk: a report that is too big, says other numbers than the comparison, or fails on a run that lacks something."""
 
 from __future__ import annotations
 

@@ -98,7 +98,11 @@ def test_flip_map_speaks_and_plays(page):
 
 
 def test_two_videos_share_one_clock(page):
-    ready = "Promise.all(['left', 'right'].map(s => new Promise(done => { const v = document.getElementById('video-' + s); v.readyState >= 2 ? done() : v.addEventListener('loadeddata', done) })))"
+    ready = (
+        "Promise.all(['left', 'right'].map(s => new Promise(done => {"
+        " const v = document.getElementById('video-' + s);"
+        " v.readyState >= 2 ? done() : v.addEventListener('loadeddata', done) })))"
+    )
     page.js(f"{ready}.then(() => 1)")
     times = "['left', 'right'].map(s => document.getElementById('video-' + s).currentTime)"
     page.js("(s => { s.value = 250; s.dispatchEvent(new Event('input')) })(document.querySelector('#scrub'))")
@@ -121,11 +125,21 @@ def test_every_finger_finds_its_target_and_no_column_is_lost_on_a_phone(report):
     with Page(390, 900) as page:
         page.open(report)
         page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
-        small = "[...document.querySelectorAll('button, summary, nav a, select, input')].filter(e => e.getClientRects().length && !e.closest('.skip') && e.getBoundingClientRect().height < 43.5).map(e => e.outerHTML.slice(0, 80))"
+        small = (
+            "[...document.querySelectorAll('button, summary, nav a, select, input')]"
+            ".filter(e => e.getClientRects().length && !e.closest('.skip') && e.getBoundingClientRect().height < 43.5)"
+            ".map(e => e.outerHTML.slice(0, 80))"
+        )
         assert page.js(small) == []
-        hidden = "[...document.querySelectorAll('table.stacked')].filter(t => t.parentElement.scrollWidth > t.parentElement.clientWidth + 1).length"
+        hidden = (
+            "[...document.querySelectorAll('table.stacked')]"
+            ".filter(t => t.parentElement.scrollWidth > t.parentElement.clientWidth + 1).length"
+        )
         assert page.js("document.querySelectorAll('table.stacked').length") >= 4 and page.js(hidden) == 0
-        unnamed = "[...document.querySelectorAll('.stacked td')].filter(e => getComputedStyle(e, '::before').content.length < 3).length"
+        unnamed = (
+            "[...document.querySelectorAll('.stacked td')]"
+            ".filter(e => getComputedStyle(e, '::before').content.length < 3).length"
+        )
         assert page.js(unnamed) == 0
         cut = "[...document.querySelectorAll('.caption')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
         assert page.js(cut) == 0
@@ -138,12 +152,11 @@ def test_sane_for_screen_readers_and_keyboards(page):
         page.js("[...document.querySelectorAll('[role=img]')].filter(e => !e.getAttribute('aria-label')).length") == 0
     )
     assert page.js("[...document.querySelectorAll('th')].filter(e => !e.scope).length") == 0
-    assert (
-        page.js(
-            "[...document.querySelectorAll('input,select')].filter(e => !e.labels.length && !e.getAttribute('aria-label')).length"
-        )
-        == 0
+    unlabelled = (
+        "[...document.querySelectorAll('input,select')]"
+        ".filter(e => !e.labels.length && !e.getAttribute('aria-label')).length"
     )
+    assert page.js(unlabelled) == 0
     assert page.js("document.documentElement.lang") == "en"
     levels = page.js("[...document.querySelectorAll('h1,h2,h3')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
@@ -151,8 +164,17 @@ def test_sane_for_screen_readers_and_keyboards(page):
 
 CONTRAST = """(() => {
   const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => { const f = (x) => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4; return .2126 * f(r) + .7152 * f(g) + .0722 * f(b) };
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .9) return c } return [255, 255, 255] };
+  const light = ([r, g, b]) => {
+    const f = (x) => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+    return .2126 * f(r) + .7152 * f(g) + .0722 * f(b);
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = rgb(getComputedStyle(e).backgroundColor);
+      if (c.length < 4 || c[3] > .9) return c;
+    }
+    return [255, 255, 255];
+  };
   const weak = [];
   for (const e of document.querySelectorAll('body *')) {
     const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
@@ -165,8 +187,9 @@ CONTRAST = """(() => {
 })()"""
 
 
-OVERRUN = """[...document.querySelectorAll('.count, .facts dd, .chip, h3')].filter((e) => e.scrollWidth > e.clientWidth + 1
-  && getComputedStyle(e).display !== 'inline').map((e) => e.textContent)"""
+OVERRUN = """[...document.querySelectorAll('.count, .facts dd, .chip, h3')]
+  .filter((e) => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== 'inline')
+  .map((e) => e.textContent)"""
 
 
 @pytest.mark.parametrize("width", [390, 820, 1280, 1440])

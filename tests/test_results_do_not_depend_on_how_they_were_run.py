@@ -1,7 +1,7 @@
-"""The same experiment must leave the same records however it was run: workers, order, shards, crashes (contracts 1, 2, 5).
+"""The same experiment must leave the same records however it ran: workers, order, shards, crashes (contracts 1, 2, 5).
 
-Real LIBERO, real processes, equality of fingerprints, action digests and outcomes. The policy is untrained: what it does
-is of no interest here, only that it does the same thing every time.
+Real LIBERO, real processes, equality of fingerprints, action digests and outcomes. The policy is untrained: what it
+does is of no interest here, only that it does the same thing every time.
 """
 
 from __future__ import annotations

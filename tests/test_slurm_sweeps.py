@@ -1,4 +1,4 @@
-"""Risk: a sweep on a cluster loses, doubles or changes episodes when tasks are killed, requeued, preempted, or a node dies."""
+"""Risk: a cluster sweep loses, doubles or changes episodes if tasks are killed, requeued, preempted or a node dies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ workers: 1
 videos: 0
 backends: [baseline]
 tracking: []
-launch: {{shard_episodes: 1, slurm: {{partition: gpu, gres: gpu:1, time: "00:30:00", cpus_per_task: 2, setup: ["export LAB=yes"]}}}}
+launch:
+  shard_episodes: 1
+  slurm: {{partition: gpu, gres: gpu:1, time: "00:30:00", cpus_per_task: 2, setup: ["export LAB=yes"]}}
 """
 
 
@@ -236,9 +238,10 @@ def test_scripts_say_what_was_asked_for(tmp_path):
     ):
         assert f"#SBATCH {line}\n" in script
     assert "module load cuda\nsource venv/bin/activate\n" in script
-    assert (
-        f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index"
-        in script
+    command = (
+        f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} "
+        f"qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index"
     )
+    assert command in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert "--dependency=afterany:" in slurm.describe(submission) and "--gres" not in slurm.merge_script(submission)

@@ -1,6 +1,4 @@
-"""Risk: a verdict from the wrong pairs. Pairing, errors, scenes, families and the contract of `compare`'s
-dict.
-"""
+"""Risk: a verdict from the wrong pairs. Pairing, errors, scenes, families and the contract of `compare`'s dict."""
 
 from __future__ import annotations
 
@@ -326,7 +324,8 @@ def test_the_control_reads_as_a_noise_floor_and_is_the_least_that_others_plan_wi
     arms = compare_runs([tmp_path])["arms"]
     assert arms["aa"]["verdict"] == "noise floor" and arms["aa"]["suites"]["libero_object"]["verdict"] == "noise floor"
     assert arms["aa"]["sentence"] == (
-        "aa is baseline against itself, the noise floor: Δ −2.0 pp [−9.2, +4.8], 6 broken, 4 repaired of 100 pairs, 10.0 % flip."
+        "aa is baseline against itself, the noise floor: "
+        "Δ −2.0 pp [−9.2, +4.8], 6 broken, 4 repaired of 100 pairs, 10.0 % flip."
     )
     assert arms["fake"]["detectable"]["discordance_from"] == "the A/A arm's"
     assert "10.0 % flips (the A/A arm's)" in arms["fake"]["detectable"]["line"]
@@ -406,7 +405,7 @@ def test_shifts_are_paired_and_noise_sets_the_divergence_threshold(tmp_path):
 
 
 def test_what_the_control_does_after_it_parts_is_not_its_noise(tmp_path):
-    """An A/A pair may end with opposite grippers and other motions; the noise is what it shows on equal observations."""
+    """An A/A pair may end with opposed grippers and other motions; the noise is what it shows on equal observations."""
     reference, arm = grid(n=20)
 
     def base(task, init):

@@ -154,9 +154,7 @@ def test_smallest_counts_that_reach_twenty():
 
 
 def test_exact_false_alarm_rate_of_the_e_process():
-    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7
-    %.
-    """
+    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7 %."""
     alive, alarms, at = {0: 1.0}, 0.0, {}
     for n in range(1, 1001):
         grown: dict[int, float] = {}

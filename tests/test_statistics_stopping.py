@@ -1,6 +1,4 @@
-"""Risk: stopping early on luck. Error rates of the sequential verdict by simulation, and its order fixed
-beforehand.
-"""
+"""Risk: stopping early on luck. Error rates of the sequential verdict by simulation, and its order fixed beforehand."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: flo
 
 @pytest.mark.parametrize("psi", [0.02, 0.05, 0.2])
 def test_at_the_margin_either_verdict_is_wrong_at_most_alpha_of_the_time(psi):
-    """Δ = −margin is the hardest truth for both directions. 800 runs: the Monte-Carlo error at 2.5 % is 0.55
-    %.
-    """
+    """Δ = −margin is the hardest truth for both directions. 800 runs: the Monte-Carlo error at 2.5 % is 0.55 %."""
     rates = simulate(-0.02, psi, n=1000, runs=800, seed=int(1000 * psi))
     assert rates["non-inferior"] <= 0.025 + 3 * 0.0055
     assert rates["inferior"] <= 0.025 + 3 * 0.0055
@@ -100,7 +96,7 @@ def test_errors_count_against_either_verdict_and_cannot_be_skipped():
 @settings(max_examples=60, deadline=None)
 @given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, (-1, 0), (0, 1)]), max_size=200), hy.randoms())
 def test_a_retried_error_only_adds_evidence(steps, random):
-    """Whatever the errors turn out to be, both e-values grow at every pair, so no decision is withdrawn for want of evidence."""
+    """Whatever the errors turn out to be, both e-values grow at every pair, so no decision is withdrawn."""
     known = [random.choice(s) if isinstance(s, tuple) else s for s in steps]
     before, after = decide(steps, margin=0.1, alpha=1e-9), decide(known, margin=0.1, alpha=1e-9)
     if before.position == after.position:
@@ -111,7 +107,7 @@ def test_a_retried_error_only_adds_evidence(steps, random):
 
 
 def test_errors_that_depend_on_the_outcome_keep_the_error_rates():
-    """The arm crashes in half of the episodes it would have failed: Δ = −δ, and leaving errors out would look like Δ > −δ."""
+    """The arm crashes in half of the episodes it would fail: Δ = −δ, and leaving errors out looks like Δ > −δ."""
     rng, wrong, fooled = np.random.default_rng(3), 0, 0
     for _ in range(200):
         truth = rng.choice([-1, 0, 1], size=800, p=[0.11, 0.88, 0.01])
@@ -135,9 +131,7 @@ def test_arms_share_alpha():
 @settings(max_examples=40, deadline=None)
 @given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, (-1, 0)]), max_size=300), hy.integers(0, 300))
 def test_more_pairs_never_change_a_decision(steps, cut):
-    """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with
-    itself.
-    """
+    """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with itself."""
     early = decide(steps[:cut] + [None] * len(steps[cut:]), margin=0.1, alpha=0.2)
     late = decide(steps, margin=0.1, alpha=0.2)
     if early.stop and None in (steps[:cut] + [None] * len(steps[cut:])):

@@ -81,7 +81,7 @@ def outcome_of(key, arm: str, minute: int = 0, outcome: str = "failure", error: 
 
 
 def fill(cell: cells.Cell, keys, arms=("baseline", "fake"), succeeds=(), error: str | None = None) -> None:
-    """Episodes of 2 s of simulator and 1 s of policy, one a minute: failures, but for those that shall succeed or are errors."""
+    """Episodes of 2 s of simulator and 1 s of policy, one a minute: failures, except successes and errors asked for."""
     for arm in cell.experiment.arms():
         if arm.name in arms:
             with Ledger(cell.run_dir, arm.name, config_hash=config_hash(cell.experiment, arm)) as ledger:
@@ -228,7 +228,8 @@ def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     assert cell["one_way_difference"] == pytest.approx(smallest_one_way_difference(50), rel=1e-4)
     assert cell["noninferiority_power"] == pytest.approx(noninferiority_power(50, 0.05, 0.02), rel=1e-4)
     assert f"80 % takes {cell['pairs_for_noninferiority']:,} pairs" in cell["detectable"]
-    # 300 episodes are missing: 2 s on 4 cores and 1 s of policy (one at a time on a CPU) = 1.5 s each, on 9 shards at once
+    # 300 episodes are missing: 2 s on 4 cores and 1 s of policy (one at a time on a CPU) = 1.5 s each, on 9 shards at
+    # once
     slurm_cost = found["engines"]["slurm"]
     assert slurm_cost["gpu_h"] == pytest.approx(300 * 1.5 * 2 / 3600, abs=1e-3)
     assert slurm_cost["wall_h"] == pytest.approx(34 * 1.5 / 3600, abs=1e-3)

@@ -1,5 +1,4 @@
-"""The tutorial's promise: from nothing to a checkpoint that acts, with one command on a CPU, and again to
-continue."""
+"""The tutorial's promise: from nothing to a checkpoint that acts, with one command on a CPU, and again to continue."""
 
 from __future__ import annotations
 

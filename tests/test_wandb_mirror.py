@@ -1,4 +1,4 @@
-"""Risk: the wandb view loses, doubles or invents a row, or a dead wandb delays an episode. The real client throughout."""
+"""Risk: the wandb view loses, doubles or invents a row, or a dead wandb delays an episode. Real client throughout."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_no_row_lost_or_doubled_when_mirror_or_service_is_killed(tmp_path):
 
 
 def test_episode_whose_record_was_torn_after_it_was_mirrored_gets_its_row_when_it_is_run_again(tmp_path):
-    """Power loss takes the last line; the next run's mirror knows the row's place before the ledger has the episode again."""
+    """Power loss takes the last line; the next run's mirror knows the row's place before the ledger has it again."""
     run = tmp_path / "run"
     write(run, "baseline", range(3))
     assert start_mirror(run).finish(300)["complete"]

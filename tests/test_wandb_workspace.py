@@ -1,4 +1,4 @@
-"""Risk: the dashboard shows metrics nobody logs, cannot be saved by the real client, or needs a network to be looked at."""
+"""Risk: the dashboard shows metrics nobody logs, cannot be saved by the real client, or needs a network to be seen."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def success(runs: Iterable[Path]) -> list[list[str]]:
 
 
 def quantization(run: Path) -> list[list[str]]:
-    """Per arm against the reference: success, flips, Δ with its interval, McNemar, action error, time to success, jerk."""
+    """Per arm against the reference: success, flips, Δ with its interval, McNemar, action error, steps, jerk."""
     arms = compare_runs([run])["arms"]
     rows = []
     for name, arm in sorted(arms.items(), key=lambda item: (not item[1]["control"], LAYOUTS.index(layout(item[0])))):

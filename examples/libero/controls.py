@@ -1,5 +1,4 @@
-"""Does the policy see? Its success as it is, with its targets displaced, and of a twin trained on black
-images.
+"""Does the policy see? Its success as it is, with its targets displaced, and of a twin trained on black images.
 
     controls.py --checkpoint examples/libero/embedded --suite libero_object
     controls.py --checkpoint examples/libero/embedded --suite libero_object --displaced 0.03 0.08
@@ -31,8 +30,7 @@ SEED = 7
 
 
 def evaluate(pilot: Pilot, scene: Scene, episodes: int, displaced: tuple[float, float] | None) -> tuple[int, int]:
-    """(successes, episodes run) from official initial states, the target moved by `displaced` metres if
-    given.
+    """(successes, episodes run) from official initial states, the target moved by `displaced` metres if given.
 
     The expert's own target is moved: the first argument of the goal. States in which it cannot be moved
     that far without a collision are left out.

@@ -1,5 +1,4 @@
-"""Training examples in memory (on the GPU when there is one), growing while demonstrations are still being
-made."""
+"""Training examples in memory (on the GPU when there is one), growing while demonstrations are still being made."""
 
 from __future__ import annotations
 
@@ -122,8 +121,7 @@ class Examples:
 
 
 def augment(batch: dict[str, Tensor], generator: torch.Generator, blind: bool) -> dict[str, Tensor]:
-    """Colour gain and offset, blur, pixel noise; state noise. No shifts: a pixel is 7 mm, coordinates must
-    stay true."""
+    """Colour gain and offset, blur, pixel noise; state noise. No shifts: a pixel is 7 mm, coordinates stay true."""
     images, states = batch["images"], batch["states"]
     size, device = images.shape[:2], images.device
 

@@ -98,8 +98,7 @@ def record_episode(scene: Scene, seed: int, drive=None) -> dict[str, np.ndarray]
 
 
 def proprioception(env) -> np.ndarray:
-    """The (8,) float32 state that the evaluation gives to policies, read off the simulator without
-    rendering."""
+    """The (8,) float32 state that the evaluation gives to policies, read off the simulator without rendering."""
     robot, data = env.robots[0], env.sim.data
     w, x, y, z = data.get_body_xquat(robot.robot_model.eef_name)
     return np.concatenate(

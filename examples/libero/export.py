@@ -27,8 +27,7 @@ SOURCE = f"scripted demonstrations, seeds from {FIRST_SEED + 900_000_000} on; ex
 
 
 def calibration(scene: Scene) -> list[Observation]:
-    """Observations (256 px) of one demonstration in `scene`, from start to end; empty if the expert never
-    succeeds."""
+    """Observations (256 px) of one demonstration in `scene`, from start to end; empty if the expert never succeeds."""
     first = FIRST_SEED + 900_000_000 + scene.task * 10_000
     episode = next((e for seed in range(first, first + 5) if (e := record_episode(scene, seed))), None)
     if episode is None:

@@ -86,8 +86,7 @@ class Learner(nn.Module):
         self.reader = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 12))
 
     def forward(self, batch: dict[str, Tensor], noise: Tensor, time: Tensor) -> dict[str, Tensor]:
-        """Scalar losses by name, for augmented `batch` (see `dataset.py`), noise (B, K, H, 7) and time (B,
-        K)."""
+        """Scalar losses by name, for augmented `batch` (see `dataset.py`), noise (B, K, H, 7) and time (B, K)."""
         prefix = self.policy.prefix(batch["images"], batch["tokens"], batch["token_mask"], state=batch["states"])
         actions = batch["chunks"][:, None]
         x_t = time[..., None, None] * noise + (1 - time[..., None, None]) * actions
@@ -112,8 +111,7 @@ class Learner(nn.Module):
         return hidden[:, 2 * self.policy.config.vision.tokens]
 
     def _pointer_losses(self, hidden: Tensor, aims: Tensor) -> tuple[Tensor, Tensor]:
-        """Which image token shows each aim, and where in it. aims (B, cameras, aims, 2), NaN = not in
-        view."""
+        """Which image token shows each aim, and where in it. aims (B, cameras, aims, 2), NaN = not in view."""
         count, tokens = self.side**2, self.policy.config.vision.tokens
         cameras = torch.stack([hidden[:, i * tokens : i * tokens + count] for i in range(2)], 1)
         out = self.pointer(cameras).float().unflatten(-1, (2, 3)).transpose(2, 3)  # (B, cameras, aims, count, 3)
@@ -136,8 +134,7 @@ def _grid(side: int, device) -> Tensor:
 
 
 def _heat_loss(heat: Tensor, keypoints: Tensor) -> Tensor:
-    """Cross-entropy of heat maps (B, cameras, K, h, w) with Gaussians (1.2 cells) at keypoints (B, cameras,
-    K, I, 2)."""
+    """Cross-entropy of heat maps (B, cameras, K, h, w) with Gaussians (1.2 cells) at (B, cameras, K, I, 2)."""
     grid = _grid(heat.shape[-1], heat.device)
     there = keypoints.isfinite().all(-1)
     squared = ((keypoints.nan_to_num()[..., None, :] - grid) ** 2).sum(-1)

@@ -24,8 +24,7 @@ REPLAN = 5
 
 
 class Pilot:
-    """A checkpoint directory as something that drives scenes, on one CPU core. `blind`: it gets black
-    images."""
+    """A checkpoint directory as something that drives scenes, on one CPU core. `blind`: it gets black images."""
 
     def __init__(self, checkpoint: Path, blind: bool = False):
         torch.set_num_threads(1)
@@ -33,8 +32,7 @@ class Pilot:
         self.blind = blind
 
     def steps(self, scene: Scene, init: int, seed: int) -> Iterator[bool]:
-        """Act for ever in a scene that has just been reset; yields after every step whether the goal is
-        reached."""
+        """Act for ever in a scene that has just been reset; yields after every step whether the goal is reached."""
         key, call = EpisodeKey(scene.suite, scene.task, init, seed), 0
         while True:
             seen = scene.observation

@@ -1,5 +1,4 @@
-"""How far objects move between a suite's episodes: official initial states, fresh resets, and our
-demonstrations.
+"""How far objects move between a suite's episodes: official initial states, fresh resets, and our demonstrations.
 
     python examples/libero/spread.py --suites libero_object libero_spatial libero_goal --resets 10
 

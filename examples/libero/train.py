@@ -188,8 +188,7 @@ class Trainer:
         export(self, self.arguments.out / "snapshot")
 
     def _begin_from(self, path: Path) -> None:
-        """Weights and statistics of an exported checkpoint; the auxiliary heads, which it lacks, begin
-        anew."""
+        """Weights and statistics of an exported checkpoint; the auxiliary heads, which it lacks, begin anew."""
         checkpoint = open_checkpoint(path)
         weights = load_model(checkpoint, torch.float32, torch.device(self.device)).state_dict()
         self.learner.policy.load_state_dict(weights)
@@ -225,8 +224,7 @@ def export(trainer: Trainer, path: Path) -> str:
 
 
 def open_log(arguments: argparse.Namespace):
-    """A function that takes one row of numbers: to `curves.jsonl`, to the terminal, and to wandb if it is
-    installed."""
+    """A function that takes one row of numbers: to `curves.jsonl`, to the terminal, and to wandb if it is installed."""
     run = None
     try:
         import wandb

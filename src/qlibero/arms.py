@@ -1,7 +1,7 @@
 """The policies behind an experiment's arms: loaded once, calibrated, quantized, every kernel tried, warmed up.
 
-What each arm really is goes into its meta.json: the checkpoint's and the artifact's hashes, the court's verdict for every
-layer, live bytes of its weights, the latency of the warm-up calls that no statistic counts.
+What each arm really is goes into its meta.json: the checkpoint's and the artifact's hashes, the court's verdict for
+every layer, live bytes of its weights, the latency of the warm-up calls that no statistic counts.
 """
 
 from __future__ import annotations
@@ -101,8 +101,10 @@ def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> lis
 
 
 def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
-    """What a run of the experiment would have the court try, all quantized arms together. Calibrates where an artifact
-    is not ready yet."""
+    """What a run of the experiment would have the court try, all quantized arms together.
+
+    Calibrates where an artifact is not ready yet.
+    """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
     artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, ARTIFACTS, say)]}
@@ -127,8 +129,9 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
         testimony = hear_witness(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
+    kinds = ", ".join(sorted(set(executed.values())))
     say(
-        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {', '.join(sorted(set(executed.values())))}"
+        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
     return policy, {
@@ -169,7 +172,7 @@ def _seen(arm: Arm, prompt: str) -> Observation:
 
 
 def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
-    """Milliseconds of the first calls (kernels compile, memory is taken, graphs are captured); no episode pays for them."""
+    """Milliseconds of the first calls (kernels compile, memory is taken, graphs captured); no episode pays for them."""
     seen = policy.rehearsal(prompts(experiment))
     times = []
     for call in range(WARMUP_CALLS):

@@ -269,7 +269,8 @@ def _shapes(command: Parser) -> None:
         nargs="?",
         type=Path,
         metavar="CONFIG",
-        help="an experiment: its quantized arms' layers at the run's token counts, instead of --shapes and the bits below",
+        help="an experiment: its quantized arms' layers at the run's token counts, "
+        "instead of --shapes and the bits below",
     )
     _sets(command)
     command.add_argument(

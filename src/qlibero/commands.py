@@ -87,7 +87,8 @@ def plan(args: argparse.Namespace) -> Document:
         table(rows, title)
     if document["without_cost"]:
         explain(
-            "no episode like these has been run yet, so no time can be told; --calibrate runs one of each (and keeps it)"
+            "no episode like these has been run yet, so no time can be told; "
+            "--calibrate runs one of each (and keeps it)"
         )
     return document
 
@@ -240,7 +241,8 @@ def kernels_bench(args: argparse.Namespace) -> Document:
     ]
     table(
         rows,
-        title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, against the unquantized product and the hardware's limit",
+        title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, "
+        "against the unquantized product and the hardware's limit",
     )
     if impossible:
         table([{"backend": name, "why": why} for name, why in impossible.items()], title="not timed here")

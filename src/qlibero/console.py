@@ -1,4 +1,4 @@
-"""Where text for people goes: stderr, as wide as the terminal; a log file gets lines of 160 columns without colour codes.
+"""Where text for people goes: stderr, as wide as the terminal; a log file gets 160 columns without colour codes.
 
 Rich is imported on first use, because `qlibero --help` must answer at once.
 """

@@ -248,7 +248,8 @@ def driver(gpus: list[dict[str, str]] | None = None, cuda: str | None = None) ->
                 "GPU",
                 "fail",
                 f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer",
-                f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), or put torch for an older CUDA: "
+                f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), "
+                "or put torch for an older CUDA: "
                 ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126",
             )
         ]
@@ -299,7 +300,8 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
                 "rendering",
                 "warn",
                 f"{own['MUJOCO_GL']}: {gl['renderer']} although there is a GPU: several times slower",
-                "apt-get install libnvidia-egl-gbm1 libnvidia-eglcore (Ubuntu: libnvidia-gl-<driver>); in containers NVIDIA_DRIVER_CAPABILITIES=all",
+                "apt-get install libnvidia-egl-gbm1 libnvidia-eglcore (Ubuntu: libnvidia-gl-<driver>); "
+                "in containers NVIDIA_DRIVER_CAPABILITIES=all",
             )
         ]
     elif len(gpus) == 1 and where:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class EpisodeKey:
-    """`suite` is a LIBERO suite name, `task` its index, `init` one of the official initial states, `seed` any integer."""
+    """`suite` is a LIBERO suite name, `task` its index, `init` an official initial state, `seed` any integer."""
 
     suite: str
     task: int

@@ -183,7 +183,7 @@ def _run(
     on_episode: Callable[[EpisodeRecord], None],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run these episodes; returns what each mirror said at its end, which is no reason to fail: the ledger is the truth."""
+    """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.arms import load_arms
     from qlibero.launch.environment import describe, simulator_environment
@@ -251,7 +251,7 @@ def _workers(experiment: Experiment, episodes: int, say: Callable[[str], None]) 
 
 
 def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """{suite: {task: what the policy is told}}: part of what a run ran in, since reports are read where LIBERO is not."""
+    """{suite: {task: what the policy is told}}: part of what a run ran in, as reports are read where LIBERO is not."""
     from qlibero.sim.suites import task_language
 
     return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}

@@ -1,4 +1,4 @@
-"""What `qlibero run` shows while it works: a bar with success counts and ETA, or plain lines when nobody is watching."""
+"""What `qlibero run` shows while it works: a bar with success counts and ETA, or plain lines when nobody watches."""
 
 from __future__ import annotations
 

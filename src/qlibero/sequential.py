@@ -1,8 +1,8 @@
-"""Sequential stopping inside a run (`stop:` of an experiment): which episodes come first, and when enough has been seen.
+"""Sequential stopping inside a run (`stop:` of an experiment): which episodes come first, and when enough is seen.
 
 The rule itself and why it may be looked at after every episode are in `results/stopping.py`; here it meets the engine.
-Pairs count in the declared random order over all tasks. They are *run* in blocks of that order, grouped by task within a
-block, because changing a simulator's task is dear.
+Pairs count in the declared random order over all tasks. They are *run* in blocks of that order, grouped by task within
+a block, because changing a simulator's task is dear.
 """
 
 from __future__ import annotations

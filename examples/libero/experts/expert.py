@@ -32,8 +32,7 @@ class Expert:
         raise NotImplementedError
 
     def aims(self) -> np.ndarray:
-        """What the hand should go to and where that should end up, (2, 3): targets of training's auxiliary
-        losses."""
+        """What the hand should go to and where that should end up, (2, 3): targets of training's auxiliary losses."""
         raise NotImplementedError
 
     def _enter(self, phase: str) -> None:
@@ -47,8 +46,7 @@ class Expert:
         return bool(np.linalg.norm(self._trail[-1] - self._trail[-1 - steps]) < distance)
 
     def _servo(self, target, yaw, grip: float, speed: float = 1.0, rotation=None) -> np.ndarray:
-        """One proportional step towards `target` (3,) with the hand pointing down at `yaw`, or at
-        `rotation`."""
+        """One proportional step towards `target` (3,) with the hand pointing down at `yaw`, or at `rotation`."""
         position, current = self.world.eef()
         delta = self.position_gain * (np.asarray(target) - position) / _POSITION_UNIT
         delta *= min(1.0, speed / max(np.abs(delta).max(), 1e-9))

@@ -65,8 +65,7 @@ class World:
 
     # ---- boxes
     def boxes(self, *, of: str | None = None, ignore: tuple[str, ...] = ()):
-        """Centres (N, 3), rotations (N, 3, 3), half sizes (N, 3) of the collision boxes of `of` (None:
-        all)."""
+        """Centres (N, 3), rotations (N, 3, 3), half sizes (N, 3) of the collision boxes of `of` (None: all)."""
         keep = ~np.isin(self.box_owner, ignore) if of is None else self.box_owner == of
         ids = self._box_ids[keep]
         rotation = self.data.geom_xmat[ids].reshape(-1, 3, 3)
@@ -99,8 +98,7 @@ class World:
         return float((centre[below, 2] + half[below, 2]).max())
 
     def highest_along(self, start, end, ignore: tuple[str, ...], radius: float) -> float:
-        """Top of the boxes within `radius` of the horizontal line from `start` to `end`; -1 if there is
-        none."""
+        """Top of the boxes within `radius` of the horizontal line from `start` to `end`; -1 if there is none."""
         centre, half = self.extents(ignore=ignore)
         ts = np.linspace(0, 1, 25)[:, None]
         line = np.asarray(start)[:2] * (1 - ts) + np.asarray(end)[:2] * ts

@@ -18,10 +18,15 @@ FORK_INCLUDE = r"(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj
 FORK_EXCLUDE = r"(?:^|\.)(norm|ln|layernorm|emb)(?:\.|$)"
 
 NO_EFFECT = {
-    "PACKDIR": "the fork's packs record neither bits nor checkpoint and cannot be checked; `qlibero quantize` makes an artifact",
+    "PACKDIR": (
+        "the fork's packs record neither bits nor checkpoint and cannot be checked; "
+        "`qlibero quantize` makes an artifact"
+    ),
     "PACKROOT": "as PACKDIR: `qlibero quantize` makes an artifact",
     "LS": "the fork's smoothing changed nothing (it never alters the order of the channels); quant.alpha is DuQuant's",
-    "ACT_PCT": "activations are quantized per token, without a stored percentile; quant.activation_clip is the nearest key",
+    "ACT_PCT": (
+        "activations are quantized per token, without a stored percentile; quant.activation_clip is the nearest key"
+    ),
     "PERMUTE": "the permutation is part of the method; quant.method chooses it",
     "BLOCK_OUT": "outputs are rotated in blocks of quant.block_size",
     "INCLUDE_ACTION_HEAD": "the action head is never quantized by a layout; name it in quant.include",
@@ -96,7 +101,7 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
 
 
 def _layers(given: dict[str, str]) -> list[Override]:
-    """The fork selected `name.startswith(SCOPE) and INCLUDE.search(name) and not EXCLUDE.search(name)`, or LAYERS alone."""
+    """The fork took `name.startswith(SCOPE) and INCLUDE.search(name) and not EXCLUDE.search(name)`, or LAYERS alone."""
     names = [name.strip() for name in given.get("LAYERS", "").split(",") if name.strip()]
     if names:
         include = [f"^{re.escape(name)}$" for name in names]

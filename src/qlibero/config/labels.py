@@ -33,7 +33,7 @@ FREE = (
 
 
 def suffix_of_sets(sets: Iterable[str], overrides: Iterable[tuple[str, Any]] = ()) -> str:
-    """`.suite-libero_spatial` for ["suite=libero_spatial", "workers=2"]; "" when nothing that counts, or the name, is set.
+    """`.suite-libero_spatial` for ["suite=libero_spatial", "workers=2"]; "" if nothing that counts, or a name, is set.
 
     `overrides`: (key, value) of the fork's variables, which count like `--set`.
     """
@@ -51,7 +51,7 @@ def suffix_of_sets(sets: Iterable[str], overrides: Iterable[tuple[str, Any]] = (
 
 
 def axes_id(axes: Sequence[tuple[str, str]]) -> str:
-    """`suite-libero_object.seed-7` from (key, label) pairs; the last word of a key, all of it where two would be equal."""
+    """`suite-libero_object.seed-7` from (key, label) pairs; a key's last word, all of it where two would be equal."""
     leaves = [key.rpartition(".")[2] for key, _ in axes]
     keys = [key if leaves.count(leaf) > 1 else leaf for (key, _), leaf in zip(axes, leaves, strict=True)]
     text = ".".join(f"{key}-{label}" for key, (_, label) in zip(keys, axes, strict=True))

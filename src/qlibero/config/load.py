@@ -81,7 +81,7 @@ def load_experiment(
 
 
 def _effective(source: Source, environ: Mapping[str, str]) -> list[tuple[str, Any]]:
-    """(key, value) of the fork's variables as far as there is something to override; a wrong one is told by `finish`."""
+    """(key, value) of the fork's variables as far as there is something to override; `finish` tells a wrong one."""
     if not isinstance(source.data.get("quant"), dict):
         return []
     try:

@@ -49,7 +49,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 def tables() -> str:
     """All sections as Markdown."""
-    return "\n".join(f"### {title}\n\n{model.__doc__.strip()}\n\n{table(model)}" for title, model in SECTIONS.items())
+    return "\n".join(
+        f"### {title}\n\n{' '.join(model.__doc__.split())}\n\n{table(model)}" for title, model in SECTIONS.items()
+    )
 
 
 def table(model: type[BaseModel]) -> str:

@@ -257,7 +257,10 @@ class Arm:
 
 # ------------------------------------------------------------------------------------------ around the episodes
 class Stop(Frozen):
-    """Sequential stopping: spend episodes on pairs only until the verdict is clear. A sweep runs such a cell as one shard."""
+    """Sequential stopping: spend episodes on pairs only until the verdict is clear.
+
+    A sweep runs such a cell as one shard.
+    """
 
     margin: Float | None = Field(
         None, gt=0, lt=1, description="the margin of this test; null: the experiment's `margin`"
@@ -422,9 +425,9 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
 
     Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
-    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is refused.
-    A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does
-    not depend on where the checkout lies.
+    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
+    refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
+    depend on where the checkout lies.
     """
     policy = experiment.policy.model_dump(mode="json")
     if policy.get("sha256"):

@@ -28,7 +28,7 @@ BACKENDS = {
 
 
 def load(name: str) -> Kernel:
-    """The kernel called `name`. Raises UserError for an unknown name; a missing package is the kernel's `supports` to tell."""
+    """The kernel called `name`. UserError for an unknown name; of a missing package the kernel's `supports` tells."""
     if name not in BACKENDS:
         raise UserError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     module, cls = BACKENDS[name].split(":")

@@ -1,16 +1,16 @@
 """`bitblas`: the optional package bitblas 0.1.0.post1, opt-in, with the only flags under which it is right.
 
-Its defaults return wrong numbers for int4×int8 (weights permuted for a schedule that does not undo it), and its errors hide
-their cause; that is where this project began. Emulation of its generated code says which settings are exact:
+Its defaults return wrong numbers for int4×int8 (weights permuted for a schedule that does not undo it), and its errors
+hide their cause; that is where this project began. Emulation of its generated code says which settings are exact:
 
 * SM80, 86, 89: backend "tl", no tuning, no propagation; one token only from K ≥ 512 and N ≥ 8 on.
 * SM90: backend "tir", no propagation. Exact, but no tensor cores in most shapes: expect it to be slow.
 * everywhere: int32 accumulator *and* output (fp16 overflows), K a multiple of 8, our epilogue.
 
-On an H100 the court passed it on every pi0.5 layer, and a whole policy acted as under `fake`, at nine times the time of a
-bf16 prefix (docs/h100.md); on other GPUs the court has yet to decide. It can only be imported on a machine with a GPU and
-CUDA 12 libraries, and it brings its own `tvm` and `tilelang` modules into the process, so it is imported when first used and
-not before.
+On an H100 the court passed it on every pi0.5 layer, and a whole policy acted as under `fake`, at nine times the time of
+a bf16 prefix (docs/h100.md); on other GPUs the court has yet to decide. It can only be imported on a machine with a GPU
+and CUDA 12 libraries, and it brings its own `tvm` and `tilelang` modules into the process, so it is imported when first
+used and not before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _package():
 
 @cache
 def _operator(m: int, n: int, k: int, backend: str):
-    """The compiled product for one shape. Raises WorkFailed when the build failed, which the package itself conceals."""
+    """The compiled product for one shape. WorkFailed when the build failed, which the package conceals."""
     bitblas = _package()
     major, minor = torch.cuda.get_device_capability()
     config = bitblas.MatmulConfig(
@@ -59,14 +59,16 @@ def _operator(m: int, n: int, k: int, backend: str):
         propagate_a=False,
         propagate_b=False,
     )
-    # the target in so many words: by itself it asks nvidia-smi for a name, matches that fuzzily, and refuses several GPUs
+    # the target in so many words: by itself it asks nvidia-smi for a name, matches that fuzzily, and refuses several
+    # GPUs
     operator = bitblas.Matmul(
         config=config, target=f"cuda -arch=sm_{major}{minor}", enable_tuning=False, backend=backend
     )
     if operator.lib is None:
         raise WorkFailed(
-            f"bitblas could not build {m}x{n}x{k} (its library is None) and does not say why: bitblas.set_log_level('DEBUG') "
-            "does; CU_TENSOR_MAP_SWIZZLE_128B there means mixed CUDA headers, see `qlibero doctor`"
+            f"bitblas could not build {m}x{n}x{k} (its library is None) and does not say why: "
+            "bitblas.set_log_level('DEBUG') does; "
+            "CU_TENSOR_MAP_SWIZZLE_128B there means mixed CUDA headers, see `qlibero doctor`"
         )
     return operator
 

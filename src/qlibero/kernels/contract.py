@@ -10,9 +10,10 @@ Everything that calls itself WxAy in this package computes exactly this (contrac
     y       = (float(acc) · s_x[m]) · s_w[n] + bias[n]                fp32, in this order, then the output dtype
               groups: s_x[m] · Σ_{g ascending} s_w[n,g]·acc_g  (+ bias)
 
-The order of the epilogue is part of the definition: (acc·s_x)·s_w and (acc·s_w)·s_x differ in a third of all fp32 results.
-So is the division: X·(1/s) changes codes. Weight scales are rounded to bf16 *before* the codes are computed, because some
-kernels can store nothing finer; the codes absorb the rounding and every backend then shares the same numbers.
+The order of the epilogue is part of the definition: (acc·s_x)·s_w and (acc·s_w)·s_x differ in a third of all fp32
+results. So is the division: X·(1/s) changes codes. Weight scales are rounded to bf16 *before* the codes are computed,
+because some kernels can store nothing finer; the codes absorb the rounding and every backend then shares the same
+numbers.
 
 This file has no opinion on speed and imports no other room. A backend is one file beside it that implements `Kernel`.
 """
@@ -52,10 +53,10 @@ def weight_range(bits: int) -> tuple[int, int]:
 def quantize_activations(x: Tensor, bits: int = 8, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     """Per-token dynamic symmetric quantization.
 
-    x: (..., K) of any float dtype, one row per token, after the layer's online transform. Returns codes int8 (..., K) and
-    scales fp32 (...). On the CPU a non-finite input raises `WorkFailed`; on CUDA that check would stall the stream in
-    every layer, so there the row's scale is left non-finite and the row's outputs with it: it cannot pass unnoticed, and
-    the policy's check of its final actions raises.
+    x: (..., K) of any float dtype, one row per token, after the layer's online transform. Returns codes int8 (..., K)
+    and scales fp32 (...). On the CPU a non-finite input raises `WorkFailed`; on CUDA that check would stall the stream
+    in every layer, so there the row's scale is left non-finite and the row's outputs with it: it cannot pass unnoticed,
+    and the policy's check of its final actions raises.
     """
     limit = float(activation_limit(bits))
     x = x.float()
@@ -82,8 +83,8 @@ def quantize_weights(
 ) -> tuple[Tensor, Tensor]:
     """Symmetric weight quantization with bf16-representable fp32 scales.
 
-    w: (N, K) float. Returns codes int8 (N, K) and scales fp32 (N,), or (N, K // group_size) with groups along K.
-    `clip` scales the absmax; `search` picks per row (per group) the ratio of `SEARCH_RATIOS`, times `clip`, with the least
+    w: (N, K) float. Returns codes int8 (N, K) and scales fp32 (N,), or (N, K // group_size) with groups along K. `clip`
+    scales the absmax; `search` picks per row (per group) the ratio of `SEARCH_RATIOS`, times `clip`, with the least
     squared error, the larger ratio on ties. Raises UserError when K is not a multiple of group_size, WorkFailed on
     non-finite weights.
     """
@@ -119,9 +120,9 @@ def epilogue(acc: Tensor | Iterable[Tensor], s_x: Tensor, s_w: Tensor, bias: Ten
     """Exact accumulators to outputs, in the contract's order.
 
     acc: (M, N) int32 or fp32-held integers with s_w (N,); or, with s_w (N, G), G accumulators of (M, N) in ascending
-    group order (a (G, M, N) tensor or any iterable, so that they need not all live at once). s_x (M,), bias (N,) or None.
-    Returns fp32 (M, N). Each step is its own eager operation: a compiler that fuses the last product with the bias sum
-    into an FMA would round once where the contract rounds twice.
+    group order (a (G, M, N) tensor or any iterable, so that they need not all live at once). s_x (M,), bias (N,) or
+    None. Returns fp32 (M, N). Each step is its own eager operation: a compiler that fuses the last product with the
+    bias sum into an FMA would round once where the contract rounds twice.
     """
     if s_w.dim() == 1:
         assert isinstance(acc, Tensor)
@@ -165,8 +166,8 @@ class Support:
 
 
 class PackedWeight(nn.Module):
-    """A layer's weight codes in one kernel's own layout. Buffers follow `.to(device)`; they are never part of a state_dict,
-    because the artifact, not the module, is what is saved."""
+    """A layer's weight codes in one kernel's own layout. Buffers follow `.to(device)`; they are never part of a
+    state_dict, because the artifact, not the module, is what is saved."""
 
     def __init__(self, n: int, k: int, weight_bits: int, group_size: int | None, **buffers: Tensor):
         super().__init__()
@@ -204,7 +205,7 @@ class Kernel:
         raise NotImplementedError
 
     def fits(self, shape: GemmShape) -> Support:
-        """Whether it could take such a layer on *some* machine: the part of `supports` that asks nothing of this one."""
+        """Whether it could take such a layer on *some* machine: the part of `supports` that leaves this one out."""
         if shape.device not in self.devices:
             return Support(False, f"runs on {' and '.join(self.devices)} only")
         if shape.weight_bits not in self.weight_bits:

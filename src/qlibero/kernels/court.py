@@ -1,14 +1,14 @@
-"""The court: before the first episode every layer's kernel is tried on its own shape, and nothing falls back in silence.
+"""The court: every layer's kernel is tried on its own shape before the first episode; nothing falls back unsaid.
 
     requested backend ── trial (trial.py) ──▶  pass | fall back to X | refuse      with the reason, per layer
 
 `on_failure: refuse` (the default) stops the run; `fallback` goes to the next kernel that passes, and says so in every
 record. Passing trials are remembered per (package versions, processor, shape, tokens, source of this room): any change
-of those is a new trial. Failures are never remembered, so that a mended machine is believed at once; nor are passes under
-Triton's interpreter, which say nothing about a GPU.
+of those is a new trial. Failures are never remembered, so that a mended machine is believed at once; nor are passes
+under Triton's interpreter, which say nothing about a GPU.
 
-Layers with 16-bit activations multiply no integers: their codes are dequantized once and an ordinary linear runs. They are
-judged too, so that a record says what ran and nobody takes it for the kernel that was asked for.
+Layers with 16-bit activations multiply no integers: their codes are dequantized once and an ordinary linear runs. They
+are judged too, so that a record says what ran and nobody takes it for the kernel that was asked for.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Verdict:
 def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", remember: bool = True) -> list[Verdict]:
     """Try `backend`, which may be "auto", on each layer. Layers with the same shape share a trial.
 
-    Raises UserError for an unknown backend or policy, or when there is no layer to run it; a failing kernel is a verdict,
-    which `enforce` turns into a refusal.
+    Raises UserError for an unknown backend or policy, or when there is no layer to run it; a failing kernel is a
+    verdict, which `enforce` turns into a refusal.
     """
     if on_failure not in ("refuse", "fallback"):
         raise UserError(f"on_failure is {on_failure!r}: write refuse or fallback")
@@ -96,7 +96,10 @@ def _judge(layer: Layer, requested: str, kernel: str, note: str, on_failure: str
 
 def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
     """`fake` and `auto` are satisfied with an ordinary linear; whoever names a kernel is told that it would not run."""
-    reason = "16-bit activations: the codes are dequantized into an ordinary linear, no integers are multiplied and no memory is saved"
+    reason = (
+        "16-bit activations: the codes are dequantized into an ordinary linear, "
+        "no integers are multiplied and no memory is saved"
+    )
     executed, verdict = DEQUANTIZED, "pass"
     if requested not in ("fake", "auto"):
         executed, verdict = (
@@ -107,7 +110,7 @@ def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
 
 
 def enforce(verdicts: Sequence[Verdict]) -> None:
-    """Raises GuardRefusal naming the layers whose kernel was refused, with the reasons and what to do in an experiment."""
+    """Raises GuardRefusal naming the layers whose kernel was refused, with reasons and what an experiment can do."""
     if refused := refusals(verdicts):
         raise GuardRefusal(
             f"{refused}\nChoose another backend, exclude these layers (quant.exclude), or accept other kernels with "
@@ -131,7 +134,7 @@ def refusals(verdicts: Sequence[Verdict]) -> str:
 
 
 def choose(layers: Sequence[Layer]) -> tuple[str, str]:
-    """`auto`: the fastest real kernel that passes the court on all layers, and why. Raises GuardRefusal when none does."""
+    """`auto`: the fastest real kernel that passes the court on all layers, and why. GuardRefusal when none does."""
     times: dict[str, float] = {}
     against: dict[str, str] = {}
     trials = _Trials(remember=True)

@@ -5,7 +5,8 @@ stays in cache, and multiplies each tile in whichever way this processor does in
 
 * `int8`: `torch._int_mm` (oneDNN) where the CPU has VNNI instructions;
 * `fp32`: everywhere else, where `_int_mm` falls back to a scalar loop 15 times slower than an fp32 product (measured on
-  an AVX2 machine). The tile is widened to fp32 and multiplied there; all sums are integers below 2^24, so nothing rounds.
+  an AVX2 machine). The tile is widened to fp32 and multiplied there; all sums are integers below 2^24, so nothing
+  rounds.
 
 Both give the same accumulator, so the choice cannot change a result. torchao's CPU op was not taken: it quantizes and
 scales by its own rules, and this contract is about bits.
@@ -86,7 +87,7 @@ class CpuInt4(Kernel):
         return y
 
     def _left(self, codes_x: Tensor) -> Tensor:
-        """The tokens as the core wants them; in fp32 divided by 16, exactly, because the tiles are 16 times too large."""
+        """The tokens as the core wants them; in fp32 divided by 16, exactly: the tiles are 16 times too large."""
         return codes_x.float().mul_(1 / 16) if self.core == "fp32" else codes_x
 
     def _tile_height(self, packed: PackedWeight) -> int:
@@ -116,7 +117,7 @@ class CpuInt4(Kernel):
 
 
 def _scratch_views(height: int, k: int) -> tuple[Tensor, Tensor]:
-    """(int8, fp32) scratch of one tile's size, kept between calls, one pair per thread; the largest tile fits in both."""
+    """(int8, fp32) scratch of one tile's size, kept between calls, one pair per thread; the largest tile fits."""
     views = getattr(_scratch, "views", None)
     if views is None:
         views = _scratch.views = {}

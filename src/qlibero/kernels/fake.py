@@ -1,12 +1,12 @@
 """`fake`: the integers carried in floating point, exactly.
 
-What used to be called fake quantization multiplied *dequantized* numbers and computed something no kernel computes. Here
-the codes themselves are multiplied: every partial sum is an integer below 2^24, which fp32 holds exactly in any order, so
-the accumulator is the integer kernel's bit for bit, at the price of one ordinary matmul. Where K·limits reaches 2^24
-(8-bit weights beyond K = 1032) the product is cut along K into exact pieces that are added in int32.
+What used to be called fake quantization multiplied *dequantized* numbers and computed something no kernel computes.
+Here the codes themselves are multiplied: every partial sum is an integer below 2^24, which fp32 holds exactly in any
+order, so the accumulator is the integer kernel's bit for bit, at the price of one ordinary matmul. Where K·limits
+reaches 2^24 (8-bit weights beyond K = 1032) the product is cut along K into exact pieces that are added in int32.
 
-On CUDA the operands are bf16 (a code needs at most 8 significant bits) and the product accumulates and returns fp32; the
-court checks that a GPU's tensor cores keep all 24 bits before it is believed.
+On CUDA the operands are bf16 (a code needs at most 8 significant bits) and the product accumulates and returns fp32;
+the court checks that a GPU's tensor cores keep all 24 bits before it is believed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contract's epilogue for kernels that have none of their own: one launch on CUDA where Triton is there, else torch.
+"""The contract's epilogue for kernels without one of their own: one launch on CUDA where Triton is there, else torch.
 
 Torch takes four passes over an fp32 tensor that is larger than everything the product itself reads; at a prefix of 968
 tokens that costs more than the product. The bits are the same, which the court checks like everything else.

@@ -1,8 +1,8 @@
 """`int_ref`: the reference every other backend is held against. Plain integers, no tricks, no speed.
 
-The product is int32 arithmetic. torch has no integer matmul on CUDA, and on the CPU it is a scalar loop; so on CUDA, and
-for products too large to wait for, the codes are multiplied in float64, which holds every sum below 2^53 exactly, and
-converted back: still no rounding anywhere (tests hold the two ways equal).
+The product is int32 arithmetic. torch has no integer matmul on CUDA, and on the CPU it is a scalar loop; so on CUDA,
+and for products too large to wait for, the codes are multiplied in float64, which holds every sum below 2^53 exactly,
+and converted back: still no rounding anywhere (tests hold the two ways equal).
 """
 
 from __future__ import annotations

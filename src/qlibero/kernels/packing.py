@@ -1,7 +1,7 @@
 """Two int4 codes per byte, in the order the kernels want: "khalf".
 
-byte[n, j] holds code[n, j] in its low nibble and code[n, j + K/2] in its high nibble, two's complement. Both nibbles of a
-byte then meet *contiguous* slices of the activation row (k = j and k = j + K/2), so unpacking is elementwise: no
+byte[n, j] holds code[n, j] in its low nibble and code[n, j + K/2] in its high nibble, two's complement. Both nibbles of
+a byte then meet *contiguous* slices of the activation row (k = j and k = j + K/2), so unpacking is elementwise: no
 interleave, no change of layout, on a CPU as in a GPU's registers. And `byte << 4`, `byte & 0xF0` taken as int8 are
 exactly 16·code: two operations for two codes, the 16 divided out exactly later.
 """

@@ -1,11 +1,11 @@
-"""How fast every backend is at the shapes that matter, against the unquantized product and against what the machine can do.
+"""How fast every backend is at the shapes that matter, against the unquantized product and the machine's limits.
 
-On CUDA a measurement is one CUDA graph over many copies of the weight, more than the cache holds, because in a policy every
-layer's weight comes from memory; replaying the graph leaves launch costs out, as the policy's own graphs do. On the CPU it is
-the least of many single calls with warm weights: whatever else runs on the machine can only add.
+On CUDA a measurement is one CUDA graph over many copies of the weight, more than the cache holds, because in a policy
+every layer's weight comes from memory; replaying the graph leaves launch costs out, as the policy's own graphs do. On
+the CPU it is the least of many single calls with warm weights: whatever else runs on the machine can only add.
 
-The limit is max(bytes / bandwidth, operations / rate) with bandwidth and the bf16 rate *measured* on the same device, and
-int8 taken as twice bf16 (its datasheet ratio on A100, A40, L40S, H100 and H200).
+The limit is max(bytes / bandwidth, operations / rate) with bandwidth and the bf16 rate *measured* on the same device,
+and int8 taken as twice bf16 (its datasheet ratio on A100, A40, L40S, H100 and H200).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def bench(
     backends: Sequence[str] | None = None,
     report: Callable[[Timing], None] = lambda timing: None,
 ) -> list[Timing]:
-    """Time the unquantized product and each backend that supports the shape, at each layer's tokens (or the given ones).
+    """Time the unquantized product and each backend that supports the shape, at each layer's tokens (or those given).
 
     Layers of one size are timed once. Only real kernels and `fake` unless `backends` says otherwise.
     """
@@ -170,7 +170,7 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
 
 
 def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callable[[], Tensor]]], int]:
-    """Products with as many copies of one weight as it takes to be cold (one on the CPU), each m → a call; and its bytes."""
+    """Products, each m → a call, with as many copies of one weight as keep it cold (one on the CPU); and its bytes."""
     cuda = shape.device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     if name == "unquantized":
@@ -178,7 +178,7 @@ def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callabl
         inputs = cache(lambda m: torch.randn((m, shape.k), device=shape.device, dtype=dtype))
 
         def product(weight: Tensor):
-            return lambda m: lambda x=inputs(m): torch.nn.functional.linear(x, weight)
+            return lambda m: partial(torch.nn.functional.linear, inputs(m), weight)
 
         copies = _copies(w.nbytes) if cuda else 1
         return [product(w)] + [product(w.clone()) for _ in range(copies - 1)], w.nbytes
@@ -196,7 +196,7 @@ def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callabl
     )
 
     def packed_product(packed: PackedWeight):
-        return lambda m: lambda x=inputs(m): kernel.matmul(*x, packed, scales, None, dtype)
+        return lambda m: partial(kernel.matmul, *inputs(m), packed, scales, None, dtype)
 
     first = kernel.pack(codes, shape.weight_bits, shape.group_size)
     copies = _copies(first.nbytes) if cuda else 1

@@ -9,8 +9,8 @@ bf16 is within tolerance on random data. So every comparison is for equality wit
 * the epilogue with real scales, with and without bias, in fp32 and in bf16: the same bits as the contract's;
 * off-grid activations: quantized here, they must come back as the quantized answer, which is not the float one.
 
-A kernel whose only output is a rounded one (`rounds_to`) is held to the rounded accumulator bit for bit, and with scales to
-the two roundings it says it makes. Real activations come later: `try_layer`, on the finished policy.
+A kernel whose only output is a rounded one (`rounds_to`) is held to the rounded accumulator bit for bit, and with
+scales to the two roundings it says it makes. Real activations come later: `try_layer`, on the finished policy.
 
 On CUDA the allocator's memory is poisoned with NaN before each call, so an element that a kernel does not write shows.
 """
@@ -79,8 +79,8 @@ def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], seed: in
 def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
     """A whole quantized linear on real input: did int8 activations really decide its output?
 
-    layer: a forward and `prepare(x)` → .codes (M, K), .scales (M,); rows `start` to `stop` of its `product`, which has a
-    `kernel`, scales and a bias; linears with a rotated output are tried before that rotation. x (..., K), codes: the
+    layer: a forward and `prepare(x)` → .codes (M, K), .scales (M,); rows `start` to `stop` of its `product`, which has
+    a `kernel`, scales and a bias; linears with a rotated output are tried before that rotation. x (..., K), codes: the
     layer's own weight codes int8 (N, K), from the artifact, not from the kernel.
     """
     prepared, product = layer.prepare(x), layer.product
@@ -113,8 +113,8 @@ def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> 
     if len(wrong):
         n, c = wrong[0].tolist()
         raise _Wrong(
-            f"{len(wrong)} of {found.numel()} weight codes do not read back (first: row {n}, column {int(columns[c])}: packed "
-            f"{int(codes[n, columns[c]])}, read {float(found[n, c]):g})"
+            f"{len(wrong)} of {found.numel()} weight codes do not read back (first: row {n}, column {int(columns[c])}: "
+            f"packed {int(codes[n, columns[c]])}, read {float(found[n, c]):g})"
             + (_constant(found, dim=0) and ", all rows are alike" or "")
         )
     return "every weight code read back" if wanted == shape.k else f"{wanted} of {shape.k} weight columns read back"
@@ -247,8 +247,9 @@ def _describe(found: Tensor, expected: Tensor, where: str) -> str:
     if not torch.isfinite(found.double()).all():
         hints.append("some outputs were never written or are not finite")
     return (
-        f"{where}: {int(differ.sum())} of {differ.numel()} results wrong (first at {first}: {found[tuple(first)].item():g}, "
-        f"right is {expected[tuple(first)].item():g})" + "".join(f"; {hint}" for hint in hints)
+        f"{where}: {int(differ.sum())} of {differ.numel()} results wrong (first at {first}: "
+        f"{found[tuple(first)].item():g}, right is {expected[tuple(first)].item():g})"
+        + "".join(f"; {hint}" for hint in hints)
     )
 
 

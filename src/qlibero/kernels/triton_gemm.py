@@ -78,7 +78,7 @@ def gemm_kernel(
     USE_ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """SCALE: out (M, N) floats. Otherwise out (slices, M, N) int32, a partial sum for each slice of STEPS·BK bytes along K.
+    """SCALE: out (M, N) floats. Otherwise out (slices, M, N) int32, a partial sum for each STEPS·BK bytes along K.
 
     Grid: (tiles, slices). STEPS is a run-time number, so that one compiled kernel serves every split.
     """

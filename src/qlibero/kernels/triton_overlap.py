@@ -2,8 +2,8 @@
 
 A launch costs the GPU about a microsecond of doing nothing, and a layer of a policy is some ten launches. A kernel that
 calls `begin`, launched with the options of `launch`, is set up while the kernel before it still works, asks for what it
-will read (`fetch`), and waits inside. Its numbers are the same: it waits for all of its predecessor, which has waited for
-all of its own. Elsewhere, and under the interpreter, these are nothing.
+will read (`fetch`), and waits inside. Its numbers are the same: it waits for all of its predecessor, which has waited
+for all of its own. Elsewhere, and under the interpreter, these are nothing.
 
 Imports triton at the top, as `triton_gemm.py` does.
 """
@@ -47,7 +47,7 @@ def begin(OVERLAP: tl.constexpr):
 
 @triton.jit
 def fetch(ptrs, OVERLAP: tl.constexpr):
-    """Ask for the cache lines at `ptrs`, without waiting for them; where kernels do not overlap there is no time for it."""
+    """Ask for the cache lines at `ptrs`, without waiting; kernels that do not overlap have no time for it."""
     if OVERLAP:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",

@@ -6,19 +6,19 @@ included, so that codes are equal because they are the same. Three ways, by what
 
 * no rotation: one program per row, one launch. Bit for bit what `contract.quantize_activations` gives.
 * little (an expert's 10 rows of 1024): one launch. A program computes one block of one row. Every rotated channel is
-  needed by exactly one output block, so each program rotates just the channels that its permutation gathers, and nothing
-  is computed twice. The program that finishes a row last quantizes it.
+  needed by exactly one output block, so each program rotates just the channels that its permutation gathers, and
+  nothing is computed twice. The program that finishes a row last quantizes it.
 * much: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
   permutation reads whole runs of tokens; the second stores its result and the row maxima; the third rounds.
 
-Rotations are fp32-grade. The stored blocks are bfloat16, so where there is much they run on tensor cores: a bfloat16 input
-as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of bfloat16
-are exact in fp32; what remains is the order of the sums and that tensor cores cut aligned terms off where fp32 additions
-would round: some 2^-22 of a row's largest value, a 30,000th of an int8 step. Neither depends on anything but the
-shapes, so codes repeat from run to run. Where there is little, rotations are plain fp32 multiply-adds.
+Rotations are fp32-grade. The stored blocks are bfloat16, so where there is much they run on tensor cores: a bfloat16
+input as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of
+bfloat16 are exact in fp32; what remains is the order of the sums and that tensor cores cut aligned terms off where fp32
+additions would round: some 2^-22 of a row's largest value, a 30,000th of an int8 step. Neither depends on anything but
+the shapes, so codes repeat from run to run. Where there is little, rotations are plain fp32 multiply-adds.
 
-A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pass unnoticed, and nobody waits for the GPU
-to find out.
+A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pass unnoticed, and nobody waits for the
+GPU to find out.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def little_kernel(
     if HAS_SECOND:
         y = tl.sum(y[:, None] * second.to(tl.float32), axis=0)
     tl.store(y_ptr + m * K + g * B + j, y)
-    # Bits of non-negative floats order as integers. Relaxed: the arrival below orders it before the last program's look.
+    # Bits of non-negative floats order as integers. Relaxed: the arrival below orders it before the last program's
+    # look.
     tl.atomic_max(peak_ptr + m, _peak(y, 0).to(tl.int32, bitcast=True), sem="relaxed")
     tl.debug_barrier()  # the whole block is stored before its arrival is announced
     if tl.atomic_add(arrived_ptr + m, 1) == tl.num_programs(1) - 1:
@@ -161,7 +162,7 @@ def little_kernel(
 
 @triton.jit
 def _product(z, rotation, y):
-    """z · rotation + y of bfloat16 operands; under the interpreter, whose numpy has no bfloat16, of the same numbers."""
+    """z · rotation + y of bfloat16 operands; in the interpreter (no bfloat16 in numpy) of the same numbers."""
     if _INTERPRETED:
         return tl.dot(z.to(tl.float32), rotation.to(tl.float32), y)
     return tl.dot(z, rotation, y)
@@ -292,7 +293,8 @@ class Prologue:
     """One input's transform, laid out for these kernels on the device its factors are on.
 
     factors: any of `scale` (K,), `first` (G, B, B), `order` (K,), `second` (G, B, B), as quant's Transform has them:
-    scale float32, blocks bfloat16, order integer; G may be 1 (one block shared by all). B must be a power of two of 16 to 128.
+    scale float32, blocks bfloat16, order integer; G may be 1 (one block shared by all). B must be a power of two of 16
+    to 128.
     """
 
     def __init__(self, factors: Mapping[str, Tensor], k: int):

@@ -1,5 +1,5 @@
-"""Which tile the Triton product uses for which number of tokens. Reasoned, not searched: a search at run time would make
-latency depend on luck, and its winner would have to be attested again. `qlibero kernels bench` tries `CANDIDATES`.
+"""Which tile the Triton product uses for which number of tokens. Reasoned, not searched: a search at run time would
+make latency depend on luck, and its winner would have to be attested again. `qlibero kernels bench` tries `CANDIDATES`.
 
 Few tokens (an expert's step has 10): the product reads weights and little else, so the grid must fill the GPU; K is cut
 until it does. Many tokens (a prefix has some 540 or 968): arithmetic rules, tiles are large and K is whole.
@@ -63,8 +63,8 @@ def choose_tile(tokens: int, n: int, k: int, processors: int, group_size: int | 
 
 
 def with_split(tile: Tile, tokens: int, n: int, k: int, processors: int, group_size: int | None = None) -> Tile:
-    """`tile` with K cut until the grid nearly fills the GPU, in powers of two, never finer than one step a slice, and never so
-    fine that writing and reading the partial sums (8 bytes each) moves more than twice the packed weights (K/2 each).
+    """`tile` with K cut until the grid nearly fills the GPU, in powers of two, never finer than one step a slice, nor
+    so fine that writing and reading the partial sums (8 bytes each) moves over twice the packed weights (K/2 each).
 
     K-groups are never split: each group's accumulator is scaled before groups are added, in ascending order.
     """

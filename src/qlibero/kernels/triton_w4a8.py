@@ -79,7 +79,8 @@ class TritonW4A8(Kernel):
 
         tile = self._tile(codes_x, packed)
         x, w = codes_x.contiguous(), packed.packed
-        # Triton's interpreter truncates to bf16 where the GPU rounds to nearest even, so there torch does the last cast.
+        # Triton's interpreter truncates to bf16 where the GPU rounds to nearest even, so there torch does the last
+        # cast.
         dtype = torch.float32 if triton_gemm.INTERPRETED else out_dtype
         if packed.group_size:
             y = triton_gemm.grouped_gemm(x, w, packed.group_size, s_x, s_w.contiguous(), bias, dtype, tile)

@@ -1,7 +1,7 @@
 """`w8a8`: int8 weights through `torch._int_mm`, cuBLASLt's integer product on CUDA (SM80 and newer).
 
-The sanity backend (it needs no extra package), and the competitor of int4 for long prefixes, where both are bound by the
-same int8 arithmetic. It also runs 4-bit codes, stored as int8: same accumulator, no memory saved.
+The sanity backend (it needs no extra package), and the competitor of int4 for long prefixes, where both are bound by
+the same int8 arithmetic. It also runs 4-bit codes, stored as int8: same accumulator, no memory saved.
 
 `_int_mm` on CUDA wants more than 16 rows and K, N divisible by 8; few tokens are padded with zero rows. The weight is
 handed over as the transposed view of row-major (N, K): a contiguous (K, N) was five times slower in a public log.

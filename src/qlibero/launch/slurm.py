@@ -1,9 +1,9 @@
 """Shards as one Slurm array, and a merge job after it. What is submitted is a script people can read and submit again.
 
 Learnt from a real Slurm (docs/clusters.md): a batch script's `$0` is a copy in Slurm's spool, so paths are absolute; a
-task is SLURM_ARRAY_JOB_ID + SLURM_ARRAY_TASK_ID, for one task's own job id is the array's; sacct may not exist, so state
-comes from the ledger and squeue; a requeued task may wait two minutes for its credential to expire, so a shard should be
-ten minutes of work or more.
+task is SLURM_ARRAY_JOB_ID + SLURM_ARRAY_TASK_ID, for one task's own job id is the array's; sacct may not exist, so
+state comes from the ledger and squeue; a requeued task may wait two minutes for its credential to expire, so a shard
+should be ten minutes of work or more.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def array_script(submission: Submission) -> str:
         "--open-mode=append",
     ]
     command = _in_container(submission, submission.shard_command(0)[:-1])
+    requeue = 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'
     return f"""#!/bin/bash
 # Written by `qlibero sweep`. Each array task runs one shard of {submission.manifest}.
 # Running a shard again continues it: this file can be submitted again at any time.
@@ -77,7 +78,7 @@ put_down() {{   # TERM to the shard: what it has finished is in the ledger
   wait "$shard"
 }}
 # The time limit is near: come back and continue. A preempted task is brought back by Slurm itself.
-trap 'put_down; echo "requeued at $(date -u +%FT%TZ)"; scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; exit 0' USR1
+trap 'put_down; echo "requeued at $(date -u +%FT%TZ)"; {requeue}; exit 0' USR1
 trap 'put_down; exit 143' TERM
 
 echo "shard $SLURM_ARRAY_TASK_ID on $(hostname), start ${{SLURM_RESTART_COUNT:-0}}"
@@ -156,7 +157,7 @@ def _setup(submission: Submission) -> str:
 
 
 def _in_container(submission: Submission, command: list[str]) -> str:
-    """The container has a checkout of its own: it is told where ours lies, or the same configuration would have another hash."""
+    """The container has its own checkout: told where ours lies, it gives the same configuration the same hash."""
     prefix = submission.launch.slurm.container
     return (
         f"{prefix} env {CHECKOUT}={shlex.quote(str(REPOSITORY))} qlibero {shlex.join(command[3:])}"

@@ -27,7 +27,8 @@ def status(directory: Path) -> dict[str, Any]:
     """Of a sweep directory or a single run directory. Raises UserError when it is neither.
 
     Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
-    "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate is that of the last half hour in which episodes finished.
+    "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate
+    is that of the last half hour in which episodes finished.
     """
     manifest = latest_manifest(directory) or _single_run(directory)
     cells, records = [], []

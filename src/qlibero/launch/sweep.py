@@ -15,8 +15,9 @@ from qlibero.launch.plan import refuse_impossible
 def run_sweep(
     sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Submit what the ledgers lack. Returns `cells.result` with {"engine", "submitted": indices, "jobs", "failed",
-    "merge_status"} added.
+    """Submit what the ledgers lack. Returns `cells.result` with what was submitted added.
+
+    That is {"engine", "submitted": indices, "jobs", "failed", "merge_status"}.
 
     `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
     """
@@ -59,7 +60,7 @@ def run_sweep(
 
 
 def _merge_was_lost(manifest: cells.Manifest) -> bool:
-    """Killed after the last episode, a merge would never come back by itself: no shard is missing that would bring it."""
+    """Killed after the last episode, a merge would never come back by itself: no missing shard would bring it."""
     from qlibero.launch.slurm import merge_is_queued
 
     submitted = any((manifest.directory / cells.OURS).glob("submission-*/manifest.json"))

@@ -1,5 +1,4 @@
-"""Policies: pi0.5 in this process (`pi05/`), any openpi-protocol server (`remote.py`), and our own server
-(`server.py`)."""
+"""Policies: pi0.5 in this process (`pi05/`), any openpi-protocol server (`remote.py`), our own (`server.py`)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a policy is to the rest of qlibero: observations and noise in, a chunk of environment-ready actions
-out.
+"""What a policy is to the rest of qlibero: observations and noise in, a chunk of environment-ready actions out.
 
 The flow noise is an argument, never drawn inside (contract 2), so that every backend denoises the same noise.
 """
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """One moment of one episode, as LIBERO gives it (after the 180° rotation), before any policy's own
-    preprocessing."""
+    """One moment of one episode, as LIBERO gives it (after the 180° rotation), before a policy's preprocessing."""
 
     image: np.ndarray
     """(256, 256, 3) uint8: agentview, upright."""
@@ -61,11 +59,9 @@ class Policy(Protocol):
         ...
 
     def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
-        """Observations that between them need everything a call with these prompts can need (shapes, kernels,
-        graphs)."""
+        """Observations that together need all a call with these prompts can need (shapes, kernels, graphs)."""
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """JSON-ready identity: type, checkpoint path and sha256, semantics profile, dtype, device,
-        parameters."""
+        """JSON-ready identity: type, checkpoint path and sha256, semantics profile, dtype, device, parameters."""
         ...

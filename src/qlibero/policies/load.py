@@ -1,5 +1,4 @@
-"""From a policy section of a config to a policy that can be asked. The only place that knows every kind of
-policy."""
+"""From a policy section of a config to a policy that can be asked. The only place that knows every kind of policy."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ def _tokenizer(config: Any, folder: Path) -> Tokenizer:
 
 
 def weights_sha256(config: Any) -> str | None:
-    """The sha256 that the policy's provenance will name, found without loading it; None for policies that have no
-    checkpoint here."""
+    """The sha256 that the policy's provenance will name, without loading it; None where there is no checkpoint."""
     if config.type != "pi05" or config.checkpoint is None:
         return None
     return _digest(open_checkpoint(Path(config.checkpoint)).weights)

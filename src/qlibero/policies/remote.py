@@ -1,5 +1,4 @@
-"""A policy that lives behind an openpi-protocol server: openpi itself, qlibero's own server, or anything that
-speaks it.
+"""A policy that lives behind an openpi-protocol server: openpi, qlibero's own server, or any other.
 
 What a remote policy cannot give is said in its provenance instead of being pretended: unless the server
 advertises `noise`, its flow noise is its own, so runs are neither repeatable nor paired (contract 2), and no
@@ -33,8 +32,7 @@ _RETRY_S = 0.5
 
 
 class RemotePolicy:
-    """Speaks openpi's protocol with up to `batch_size` connections at once (the protocol has one request in
-    flight each).
+    """Speaks openpi's protocol with up to `batch_size` connections at once (each has one request in flight).
 
     A lost connection is opened again, and its request repeated, until `timeout_s` has passed. Every connection must
     be greeted as the first one was: a server that comes back with other metadata is another policy.
@@ -190,8 +188,7 @@ class RemotePolicy:
 
 
 def _provenance(metadata: Any) -> dict[str, Any]:
-    """What a server says of its policy: qlibero's own says it all, of another one it is whatever the metadata
-    holds."""
+    """What a server says of its policy: qlibero's own says it all, of another one it is whatever the metadata holds."""
     if not isinstance(metadata, dict):
         return {}
     return metadata["qlibero"]["provenance"] if "qlibero" in metadata else metadata

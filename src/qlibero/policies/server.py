@@ -98,8 +98,8 @@ class ServerSettings:
                 f"--host {self.host}: this is no address of this machine; 127.0.0.1 is one, and 0.0.0.0 is all of them"
             )
         return WorkFailed(
-            f"cannot listen on {self.host}:{self.port}: {os.strerror(error.errno or 0)}; choose another --port (0 takes a "
-            "free one)"
+            f"cannot listen on {self.host}:{self.port}: {os.strerror(error.errno or 0)}; choose another --port "
+            "(0 takes a free one)"
         )
 
 

@@ -1,5 +1,4 @@
-"""openpi's wire format: msgpack with numpy arrays, byte-compatible with the stock client (openpi-client
-0.1.2), no pickle.
+"""openpi's wire format: msgpack with numpy arrays, no pickle, byte-compatible with openpi-client 0.1.2.
 
     array  → {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": shape}
     scalar → {b"__npgeneric__": True, b"data": value, b"dtype": dtype.str}
@@ -26,8 +25,7 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(frame: bytes) -> Any:
-    """Inverse of `pack`. Arrays are read-only views of the frame; copy before writing. `ValueError` on
-    anything odd."""
+    """Inverse of `pack`. Arrays are read-only views of the frame; copy before writing. `ValueError` on anything odd."""
     try:
         return msgpack.unpackb(frame, object_hook=_decode, strict_map_key=False)
     except (msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData, TypeError, KeyError) as error:

@@ -1,5 +1,4 @@
-"""A quantized policy from a full-precision one and an artifact; whatever is not quantized is shared, not
-copied."""
+"""A quantized policy from a full-precision one and an artifact; whatever is not quantized is shared, not copied."""
 
 from __future__ import annotations
 
@@ -145,8 +144,7 @@ def _modules(
 
 
 def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
-    """Linears that the layout left in full precision but a calibrated correction scales: a copy with scaled
-    rows.
+    """Linears that the layout left in full precision but a calibrated correction scales: a copy with scaled rows.
 
     In quantized linears the factors are already in the stored weights.
     """
@@ -171,8 +169,7 @@ def _scaled(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a policy's quantized linears, from live storages. `bf16` is what the same linears take
-    unquantized."""
+    """Bytes of a policy's quantized linears, from live storages. `bf16` is what the same linears take unquantized."""
 
     weights: int
     scales: int
@@ -180,8 +177,7 @@ class Memory:
     bf16: int
 
     def summary(self) -> dict[str, Any]:
-        """JSON-ready, with the two ratios that matter: weights with their scales alone, and with the online
-        transforms."""
+        """JSON-ready, with two ratios: for weights with their scales alone, and with the online transforms."""
         kept, whole = self.weights + self.scales, max(self.bf16, 1)
         return {
             "weight_bytes": self.weights,

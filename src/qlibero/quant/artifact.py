@@ -1,5 +1,4 @@
-"""A quantization on disk: one safetensors file that says what it is, from what it was made, and proves it is
-whole.
+"""A quantization on disk: one safetensors file that says what it is, from what it was made, and proves it is whole.
 
 Tensors: `<linear>.codes` (uint8, two 4-bit codes a byte, low nibble first, or int8), `<linear>.scales`
 (bfloat16, exact), `<linear>.output_rotation`; `<group>.scale|first|order|second` (the input's transform).
@@ -37,8 +36,7 @@ CURE = "make it again with `qlibero quantize CONFIG`"
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One quantized linear. The measures are over calibration tokens; they are None where the layer never
-    ran.
+    """One quantized linear. The measures are over calibration tokens; they are None where the layer never ran.
 
     sqnr_db: signal to quantization noise of the layer's output; max_error: greatest |error| relative to the
     greatest |output|; outlier_before, outlier_after: mean over tokens of max|x| / rms(x), before and after
@@ -109,8 +107,7 @@ class Artifact:
 
 
 def artifact_key(spec: QuantSpec, checkpoint_sha256: str, data_sha256: str) -> str:
-    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same
-    key."""
+    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same key."""
     text = json.dumps([FORMAT, spec.hash, checkpoint_sha256, data_sha256])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -204,8 +201,7 @@ def load(path: Path) -> Artifact:
 
 
 def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) -> None:
-    """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the
-    checkpoint only.
+    """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the checkpoint only.
 
     Raises:
         GuardRefusal: what differs, value by value, and the cure.

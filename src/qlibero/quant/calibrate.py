@@ -183,16 +183,14 @@ def _quantize_group(
 
 
 def on_disk(stored: dict[str, Tensor], choice: Choice) -> dict[str, Tensor]:
-    """A linear's tensors as an artifact keeps them: 4-bit codes two a byte, scales in bfloat16 (exact, by
-    contract)."""
+    """A linear's tensors as an artifact keeps them: 4-bit codes two a byte, scales in bfloat16 (exact, by contract)."""
     codes = pack_nibbles(stored["codes"]) if choice.weight_bits == 4 else stored["codes"]
     kept = stored | {"codes": codes, "scales": stored["scales"].bfloat16()}
     return {key: value.cpu().contiguous() for key, value in kept.items()}
 
 
 def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: QuantSpec) -> Transform:
-    """The method's transform; the identity for an input that no action depends on, since nothing was seen of
-    it."""
+    """The method's transform; the identity for an input that no action depends on, since nothing was seen of it."""
     if seen is None and spec.method not in DATA_FREE:
         return Transform()
     width, device = weights[0].shape[1], weights[0].device

@@ -52,8 +52,7 @@ class Heard:
 
 
 class Loudspeaker(nn.Module):
-    """An o_proj that reports the RMS of what it returns. It has no `prepare`, so it is always called as a
-    whole."""
+    """An o_proj that reports the RMS of what it returns. It has no `prepare`, so it is always called as a whole."""
 
     def __init__(self, linear: nn.Module, stem: str, heard: Heard):
         super().__init__()
@@ -73,8 +72,7 @@ def fit_corrections(
     noise: np.ndarray,
     requantize: Requantize,
 ) -> Artifact:
-    """The artifact with its corrections measured and put in; teacher and student see the same observations
-    and noise.
+    """The artifact with its corrections measured and put in; teacher and student see the same observations and noise.
 
     requantize(name, rows): tensors of a quantized linear whose output rows are multiplied by `rows` (N,).
     """
@@ -131,16 +129,14 @@ def _listen(policy: Policy, observations: Sequence[Observation], noise: np.ndarr
 
 
 def _hear_logits(heard: Heard, stem: str, q: Tensor, k: Tensor) -> None:
-    """q (1, T, heads, d), k (1, P, d): as `attend` gets them, one unpadded observation, so that every key is
-    live."""
+    """q (1, T, heads, d), k (1, P, d): as `attend` gets them, one unpadded observation, so that every key is live."""
     logits = torch.einsum("thd,pd->htp", q[0].float(), k[0].float()) * q.shape[-1] ** -0.5
     heard.std[stem] = heard.std.get(stem, 0) + logits.flatten(1).std(1)
 
 
 @contextmanager
 def _overheard(hear: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While inside, `hear` is called with the rotated queries and keys of every attention of the plain
-    model."""
+    """While inside, `hear` is called with the rotated queries and keys of every attention of the plain model."""
     original = pi05_model.attend
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,5 +1,4 @@
-"""What an artifact did to each layer, where two artifacts differ, and which layers are worth their full
-precision."""
+"""What an artifact did to each layer, where two artifacts differ, and which layers are worth their full precision."""
 
 from __future__ import annotations
 
@@ -107,8 +106,7 @@ def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
 
 
 def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
-    """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in
-    dB."""
+    """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in dB."""
     ours, theirs = a.spec.to_mapping(), b.spec.to_mapping()
     left, right = ({layer.name: layer for layer in x.layers} for x in (a, b))
     rows = []

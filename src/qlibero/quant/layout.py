@@ -44,8 +44,7 @@ UNREAD_IN_LAST_LLM_LAYER = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 
 @dataclass(frozen=True)
 class Choice:
-    """One selected linear. `group` names the input it shares; `executed` is False where no action depends on
-    it."""
+    """One selected linear. `group` names the input it shares; `executed` is False where no action depends on it."""
 
     name: str
     group: str
@@ -56,8 +55,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """All selected linears in model order. `kept` are those that per-layer bits sent back to full
-    precision."""
+    """All selected linears in model order. `kept` are those that per-layer bits sent back to full precision."""
 
     choices: tuple[Choice, ...]
     kept: tuple[str, ...]

@@ -59,8 +59,7 @@ class Prepared:
     products: dict[int, Tensor] = field(default_factory=dict)
 
     def product(self, of: Product) -> Tensor:
-        """(..., N of all linears of the product) in the input's dtype; computed the first time it is asked
-        for."""
+        """(..., N of all linears of the product) in the input's dtype; computed the first time it is asked for."""
         y = self.products.get(id(of))
         if y is None:
             y = of.kernel.matmul(self.codes, self.scales, of.packed, of.scales, of.bias, self.dtype)

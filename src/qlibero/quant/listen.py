@@ -27,8 +27,7 @@ RANDOM_TOKENS, LOUD_TOKENS = 384, 64
 
 @dataclass
 class Seen:
-    """What calibration saw of one input: greatest |x| per channel (K,), a random sample and the loudest
-    tokens (T, K)."""
+    """What calibration saw of one input: greatest |x| per channel (K,), random and loudest tokens (T, K)."""
 
     peak: Tensor
     sample: Tensor
@@ -72,8 +71,7 @@ def _executed_groups(selection: Selection) -> dict[str, list[Choice]]:
 
 
 class Listener:
-    """Keeps a uniform random sample and the loudest of the tokens that pass, and the peak of every
-    channel."""
+    """Keeps a uniform random sample and the loudest of the tokens that pass, and the peak of every channel."""
 
     def __init__(self, seed: int, name: str):
         self._random = torch.Generator().manual_seed(group_seed(seed, name))

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Measures:
-    """sqnr_db: 10·log10 of signal over error energy of the layer's output; max_error: greatest |error| over
-    greatest |output|."""
+    """sqnr_db: 10·log10 of signal over error energy of the output; max_error: greatest |error| over |output|."""
 
     sqnr_db: float
     max_error: float
@@ -31,7 +30,6 @@ def measure(linear: nn.Linear, quantized: nn.Module, tokens: Tensor) -> Measures
 
 
 def outlier_ratio(tokens: Tensor) -> float:
-    """Mean over tokens of max|x| / rms(x): what a per-token step has to stretch over. sqrt(2·ln K) or so when
-    Gaussian."""
+    """Mean over tokens of max|x| / rms(x): what a per-token step must cover. About sqrt(2·ln K) when Gaussian."""
     rms = tokens.float().square().mean(1).sqrt().clamp_min(1e-30)
     return float(f"{float((tokens.float().abs().amax(1) / rms).mean()):.6g}")

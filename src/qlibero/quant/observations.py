@@ -36,8 +36,7 @@ class Demonstrations:
     sha256: str
 
     def sample(self, count: int, seed: int) -> Demonstrations:
-        """`count` of them (all, if there are no more), drawn without replacement from `seed`, in file
-        order."""
+        """`count` of them (all, if there are no more), drawn without replacement from `seed`, in file order."""
         if count >= len(self.observations):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.observations))[:count])

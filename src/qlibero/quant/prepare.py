@@ -1,5 +1,4 @@
-"""The artifact of an experiment's arm: found if it was ever made, made if not. What `qlibero quantize` and
-`run` call.
+"""The artifact of an experiment's arm: found if it was ever made, made if not. What `qlibero quantize` and `run` call.
 
 Artifacts lie under logs/artifacts/<key>/, where the key is a hash of what they are made from; a second arm,
 run or machine with the same settings, checkpoint and data finds the same file.
@@ -86,8 +85,7 @@ def ensure_artifact(
     root: Path = ARTIFACTS,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need
-    be.
+    """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need be.
 
     Raises:
         GuardRefusal: `quant.artifact`, or what lies at the default place, is damaged, stale or foreign.
@@ -176,8 +174,7 @@ SENSITIVITY_OBSERVATIONS = 4
 
 
 def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
-    """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration
-    observations.
+    """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration observations.
 
     Raises:
         UserError: the experiment has no calibration data. GuardRefusal: the artifact is not this policy's.

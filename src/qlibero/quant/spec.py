@@ -24,8 +24,7 @@ BITS = ((4, 8), (8, 8), (4, 4), (4, 16), (8, 16))
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """One way of quantizing a policy. Every field can change numbers; nothing here is about where or how fast
-    it runs.
+    """One way of quantizing a policy. Every field can change numbers; nothing here is about where or how fast it runs.
 
     Attributes:
         method: how the layer's input is transformed before rounding, one of METHODS.
@@ -98,9 +97,8 @@ class QuantSpec:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> QuantSpec:
-        """From an experiment's `quant:` as plain values (lists, dicts; `calibration: {samples, seed}`), or
-        from `to_mapping`. Where the data and the artifact lie (`calibration.path`, `artifact`) is not part of
-        a spec.
+        """From an experiment's `quant:` as plain values (lists, dicts; `calibration: {samples, seed}`), or from
+        `to_mapping`. Where the data and the artifact lie (`calibration.path`, `artifact`) is not part of a spec.
         """
         clean = dict(values)
         clean.pop("artifact", None)

@@ -52,8 +52,7 @@ class Transform:
         return {name: getattr(self, name) for name in FACTORS if getattr(self, name) is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32
-        online)."""
+        """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32 online)."""
         return apply_factors(x, self.scale, self.first, self.order, self.second)
 
     def weights(self, w: Tensor) -> Tensor:
@@ -70,8 +69,7 @@ class Transform:
         return w
 
     def unweights(self, w: Tensor) -> Tensor:
-        """The inverse of `weights`: w' (N, K) -> W'·T^T, so that weight-only layers need nothing online.
-        float64."""
+        """The inverse of `weights`: w' (N, K) -> W'·T^T, so that weight-only layers need nothing online. float64."""
         w = w.double()
         if self.second is not None:
             w = block_product(w, self.second.double().transpose(1, 2))
@@ -100,8 +98,7 @@ def apply_factors(
 
 
 def block_product(x: Tensor, blocks: Tensor) -> Tensor:
-    """x (M, K) times blockdiag(blocks), blocks (G, B, B) with G·B = K, or (1, B, B) for one block shared by
-    all."""
+    """x (M, K) times blockdiag(blocks), blocks (G, B, B) with G·B = K, or (1, B, B) for one block shared by all."""
     m, k = x.shape
     g, b, _ = blocks.shape
     if g == 1:
@@ -114,8 +111,7 @@ def _inverse_transpose(blocks: Tensor) -> Tensor:
 
 
 class InputTransform(nn.Module):
-    """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one
-    input."""
+    """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one input."""
 
     def __init__(self, transform: Transform, width: int):
         super().__init__()

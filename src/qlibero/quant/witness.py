@@ -1,5 +1,4 @@
-"""The court's last instance: a quantized policy's kernels on the policy's own activations, and what they do
-to its actions.
+"""The court's last instance: a quantized policy's kernels on its own activations, and what they do to its actions.
 
 The court tries kernels on codes it makes up. Here one demonstration's observation goes through the finished
 policy; every linear's input is kept, and each layer must give, from that input, exactly what the integer

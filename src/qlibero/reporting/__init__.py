@@ -1,3 +1,4 @@
-"""Results shown: tables for a terminal, one HTML file for everybody else. Reads `results`, computes nothing
-of its own.
+"""Results shown: tables for a terminal, one HTML file for everybody else.
+
+Reads `results`, computes nothing of its own.
 """

@@ -73,9 +73,7 @@ def duration_scale(values: Sequence[np.ndarray], high: float) -> LogScale:
 
 
 def success_scale(lows: Sequence[float]) -> Scale:
-    """Success axis up to 100 %, from the tens below the lowest interval end: differences near 100 % must be
-    seen.
-    """
+    """Success axis up to 100 %, from the tens below the lowest interval end: differences near 100 % must be seen."""
     return Scale(max(0.0, math.floor(10 * min(lows, default=0) - 1e-9) / 10), 1.0)
 
 

@@ -1,5 +1,4 @@
-"""`qlibero report`: one HTML file that opens anywhere, from a disk, without a network, and says what the runs
-showed.
+"""`qlibero report`: one HTML file that opens anywhere, from a disk, without a network, and says what the runs showed.
 
 Everything visible is written here as HTML and inline SVG; the script only adds comfort (sorting, the map's
 tooltip, two videos on one clock, copying). No chart library: the page without videos is a few hundred
@@ -131,7 +130,8 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
         el("main", kept),
         el(
             "footer",
-            f"Written by qlibero on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {', '.join(r.run_dir.resolve().name for r in m.runs)}",
+            f"Written by qlibero on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC "
+            f"from {', '.join(r.run_dir.resolve().name for r in m.runs)}",
         ),
         script_json(data, "data"),
         el("script", Markup(assets.joinpath("report.js").read_text())),

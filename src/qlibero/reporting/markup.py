@@ -20,8 +20,9 @@ class Markup(str):
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Markup:
-    """An element. `class_` and `data_x` become class and data-x; True is a bare attribute, None and False
-    leave it out.
+    """An element.
+
+    `class_` and `data_x` become class and data-x; True is a bare attribute, None and False leave it out.
     """
     pieces = [tag]
     for name, value in attributes.items():
@@ -54,9 +55,7 @@ def breakable(text: str) -> Markup:
 
 
 def script_json(data: Any, id_: str) -> Markup:
-    """Data for the page's script. `<`, `>` and `&` are escaped inside the JSON, so no `</script>` can end it
-    early.
-    """
+    """Data for the page's script. `<`, `>` and `&` are escaped inside the JSON, so no `</script>` can end it early."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character, code in (
         ("<", "\\u003c"),

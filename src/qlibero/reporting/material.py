@@ -1,8 +1,7 @@
-"""What a report is made of, gathered once: arms in order with their colours, the comparisons, the videos it may
-hold.
+"""What a report is made of, gathered once: arms in order with their colours, the comparisons, the videos it may hold.
 
-A report over several cells (`cells.py`) is one page with one comparison per cell. Arms are told apart by id: their name,
-behind their cell's label where there are several cells.
+A report over several cells (`cells.py`) is one page with one comparison per cell. Arms are told apart by id: their
+name, behind their cell's label where there are several cells.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ HUES = 8  # classes c2 … c9 in report.css; c0 is a reference's, c1 an A/A cont
 
 @dataclass(frozen=True)
 class Video:
-    """One episode of an arm beside the reference's. The steps where they part are "never" or "unknown" where
-    not a number.
+    """One episode of an arm beside the reference's.
+
+    The steps where they part are "never" or "unknown" where not a number.
     """
 
     key: EpisodeKey
@@ -137,15 +137,14 @@ class Material:
 
 
 def gather(runs: Sequence[RunResults], reference: str | None, margin: float | None) -> Material:
-    """Every cell compared at `margin`, or the one its experiment declared. A cell without the reference arm, or with one
-    arm alone, has no comparison and the report says what there is.
+    """Every cell compared at `margin`, or the one its experiment declared. A cell without the reference arm, or with
+    one arm alone, has no comparison and the report says what there is.
 
     Raises UserError for a `reference` that was named and is nowhere.
     """
     if reference is not None and not any(reference in run.arms for run in runs):
-        raise UserError(
-            f"--reference {reference}: no such arm; here are {', '.join(dict.fromkeys(name for run in runs for name in run.arms))}"
-        )
+        names = dict.fromkeys(name for run in runs for name in run.arms)
+        raise UserError(f"--reference {reference}: no such arm; here are {', '.join(names)}")
     reference = reference or REFERENCE
     parts, arms = [], {}
     for cell in cells_of(runs, reference):
@@ -169,9 +168,7 @@ def planned_episodes(run: RunResults) -> int | None:
 
 
 def flipped_videos(m: Material) -> list[Video]:
-    """Filmed episodes that flipped, broken before repaired, one arm after the other so that each gets its
-    share.
-    """
+    """Filmed episodes that flipped, broken before repaired, one arm after the other so that each gets its share."""
     queues = []
     for id_, result in m.compared.items():
         arm, base = m.arms[id_], m.reference_of(id_)

@@ -1,6 +1,4 @@
-"""The comparison as a table to paste: Markdown and LaTeX, with the counts, because percentages alone cannot
-be checked.
-"""
+"""The comparison as a table to paste: Markdown and LaTeX, with counts, for percentages alone cannot be checked."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ from qlibero.results.phrases import points
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. `comparison` is its entry of `compare`, None for the reference; `memory`: the quantized linears in
-    megabytes, as text.
+    """One arm.
+
+    `comparison` is its entry of `compare`, None for the reference; `memory`: the quantized linears in MB, as text.
     """
 
     label: str

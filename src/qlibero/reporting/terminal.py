@@ -1,6 +1,4 @@
-"""The end of a run and a comparison as tables for a terminal; the same text, wide enough, when nobody is at
-one.
-"""
+"""The end of a run and a comparison as tables for a terminal; the same text, wide enough, when nobody is at one."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ QUALITY = {
 
 
 def print_run(run_dir: Path | str, to: Console | None = None, reference: str = REFERENCE) -> None:
-    """What a finished (or interrupted) run shows: success, flips at the experiment's margin, latency, simulator time, and
-    where things lie.
-    """
+    """What a finished (or interrupted) run shows: success, flips, latency, simulator time, and where things lie."""
     run, to = read_run(run_dir), to or console()
     to.print(success_table(run))
     if reference in run.arms and len(run.arms) > 1:
@@ -192,7 +188,8 @@ def comparison_tables(result: dict[str, Any]) -> Group:
 
 def _verdicts(result: dict[str, Any]) -> Table:
     table = _table(
-        f"against {result['reference_label']}, margin {margin_text(result['margin'])}: Δ in pp with 95 % Tango interval (unadjusted)"
+        f"against {result['reference_label']}, margin {margin_text(result['margin'])}: "
+        "Δ in pp with 95 % Tango interval (unadjusted)"
     )
     for title in (
         "arm",

@@ -1,8 +1,8 @@
 """The comparison workspace on Weights & Biases, defined in code, so that every experiment gets the same one.
 
-It shows what `tracking.wandb_mirror` logs: success by arm with its interval, latency, the trade-off of both, flips against
-the baseline, tasks, videos, and the run comparer. Needs the optional wandb-workspaces; building it needs no network, and
-`spec` is what would be sent.
+It shows what `tracking.wandb_mirror` logs: success by arm with its interval, latency, the trade-off of both, flips
+against the baseline, tasks, videos, and the run comparer. Needs the optional wandb-workspaces; building it needs no
+network, and `spec` is what would be sent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ COLUMNS = (
     "versus_baseline/delta",
     "latency_ms/p50",
 )
-READ_ME = """**Success** counts finished episodes; errors are a third outcome and are in no rate. `low95`, `high95` are Wilson's
+READ_ME = """\
+**Success** counts finished episodes; errors are a third outcome and are in no rate. `low95`, `high95` are Wilson's
 interval. **Broken**: the baseline succeeds and this arm fails on the same episode; **repaired**: the other way round.
 A difference is evidence only as a paired verdict: `qlibero compare` prints it, `versus_baseline/verdict` shows it."""
 

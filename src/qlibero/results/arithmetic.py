@@ -1,4 +1,4 @@
-"""Contract 3 seen in whole episodes: arms of one artifact compute one arithmetic, so their actions are equal, bit for bit.
+"""Contract 3 in whole episodes: arms of one artifact compute one arithmetic, so their actions are equal, bit for bit.
 
 The court tries kernels layer by layer before a run; this looks at what came out, `fake` beside a real kernel.
 """
@@ -25,7 +25,7 @@ class SameArithmetic:
 
 
 def same_arithmetic(run: RunResults) -> list[SameArithmetic]:
-    """Every arm beside the first that has the same artifact; arms without one, and pairs without episodes, are left out."""
+    """Every arm beside the first of the same artifact; arms without one, and pairs without episodes, are left out."""
     found, first = [], {}
     for name, arm in run.arms.items():
         artifact = (arm.meta.get("artifact") or {}).get("sha256")

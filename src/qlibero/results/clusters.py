@@ -29,9 +29,7 @@ def task_t_interval(task_deltas: Sequence[float], confidence: float = CONFIDENCE
 
 
 def task_bootstrap(differences: Sequence[int], pairs: Sequence[int], confidence: float = CONFIDENCE) -> Interval | None:
-    """Percentile bootstrap of Δ over whole tasks: `differences` holds repaired − broken per task, `pairs` its
-    pairs.
-    """
+    """Percentile bootstrap of Δ over whole tasks: `differences` holds repaired − broken per task, `pairs` its pairs."""
     difference, weight = np.asarray(differences, dtype=np.float64), np.asarray(pairs, dtype=np.float64)
     if len(difference) < 2:
         return None

@@ -57,8 +57,8 @@ def compare_runs(
 def compare(runs: Sequence[RunResults], reference: str = REFERENCE, margin: float | None = None) -> dict[str, Any]:
     """{"reference", "margin", "runs", "arms": {name: …}, "holm_family", "reference_summary", "noise_floor", "ledger"}.
 
-    An arm's "noninferior_after_holm" says whether it is non-inferior in each of its suites after Holm over "holm_family"
-    arms × suites; None for the control, without pairs, and under a stopping rule.
+    An arm's "noninferior_after_holm" says whether it is non-inferior in each of its suites after Holm over
+    "holm_family" arms × suites; None for the control, without pairs, and under a stopping rule.
     """
     margin = check_margin(common_margin(runs) if margin is None else margin)
     arms = collect_arms(runs)
@@ -79,7 +79,8 @@ def compare(runs: Sequence[RunResults], reference: str = REFERENCE, margin: floa
         result = _compare_arm(base, arm, margin, noise, None if name in controls else floor, bool(declarations))
         result["control"] = name in controls
         result["divergence"]["threshold_from"] = (
-            f"99th percentile of the arm-motion differences between {base.name} and {control.name} in the first executed chunk"
+            f"99th percentile of the arm-motion differences between {base.name} and {control.name} "
+            "in the first executed chunk"
             if control
             else "no A/A arm: any difference at all"
         )
@@ -207,7 +208,8 @@ def _sequential(
         elif not result["control"]:
             result["verdict"] = "inconclusive" if result["pairs"] else result["verdict"]
             result["note"] = (
-                f"stopped by a test against {REFERENCE} at {margin_text(declarations[0].margin)}: judge each run by that"
+                f"stopped by a test against {REFERENCE} at {margin_text(declarations[0].margin)}: "
+                "judge each run by that"
             )
 
 

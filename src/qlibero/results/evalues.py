@@ -16,16 +16,13 @@ GRID = 20  # values of λ the martingale averages over
 
 
 def log_e_difference(broken: int, repaired: int) -> float:
-    """log of E = B(b+½, r+½) / (B(½,½)·2^−(b+r)), the evidence against "broken and repaired are equally
-    likely".
-    """
+    """log of E = B(b+½, r+½) / (B(½,½)·2^−(b+r)), the evidence against "broken and repaired are equally likely"."""
     b, r = broken + 0.5, repaired + 0.5
     return math.lgamma(b) + math.lgamma(r) - math.lgamma(b + r) - math.log(math.pi) + (broken + repaired) * math.log(2)
 
 
 def margin_martingales(steps: Sequence[int] | np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence after each pair for Δ > −margin (`above`) and for Δ < −margin (`below`), as logs, each shaped
-    (n,).
+    """Evidence after each pair for Δ > −margin (`above`) and for Δ < −margin (`below`), as logs, each shaped (n,).
 
     `steps` has +1 for a repaired pair, −1 for a broken one, 0 for a concordant one. `above` is the mean over
     a grid of λ in (0, 0.95/(1−margin)] of Π(1 + λ(x + margin)): a supermartingale while Δ ≤ −margin. `below`

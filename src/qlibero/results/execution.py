@@ -20,9 +20,7 @@ VISIBLE_M = 0.01  # grippers this far apart are apart to the eye
 
 
 def execution_quality(pairs: Sequence[Pair], reference: Arm, other: Arm) -> dict[str, Any]:
-    """Per measure: {"pairs", "reference", "arm", "shift" (arm − reference), "p" (paired sign flip)} in means,
-    or None.
-    """
+    """Means per measure: {"pairs", "reference", "arm", "shift" (arm − reference), "p" (paired sign flip)} or None."""
     both = [p for p in pairs if p.reference.succeeded and p.other.succeeded]
     jerks = []
     for pair in pairs:
@@ -81,10 +79,10 @@ def divergences(pairs: Sequence[Pair], reference: Arm, other: Arm, threshold: fl
     maps an episode to its first such step or None. A quantized policy exceeds rounding noise in its first action, so
     the first says little about success; the others say when the robots did different things.
 
-    {"threshold", "compared", "diverged", "median_step", "visibly_diverged", "median_visible_step",
-    "gripper_diverged", "median_gripper_step", "first_chunk_difference", "steps", "visible_steps", "gripper_steps"}, where medians are over
-    the episodes that part and `first_chunk_difference` is the median over episodes of the largest difference of an
-    arm action in the first executed chunk: the arm's error on observations that both saw, in units of the action.
+    {"threshold", "compared", "diverged", "median_step", "visibly_diverged", "median_visible_step", "gripper_diverged",
+    "median_gripper_step", "first_chunk_difference", "steps", "visible_steps", "gripper_steps"}, where medians are over
+    the episodes that part and `first_chunk_difference` is the median over episodes of the largest difference of an arm
+    action in the first executed chunk: the arm's error on observations that both saw, in units of the action.
     """
     steps: dict[str, int | None] = {}
     visible: dict[str, int | None] = {}
@@ -116,7 +114,7 @@ def divergences(pairs: Sequence[Pair], reference: Arm, other: Arm, threshold: fl
 
 
 def _first_chunk(pair: Pair) -> int:
-    """A number of steps that surely belong to both arms' first chunk: ⌈steps / policy calls⌉ never exceeds its length."""
+    """A number of steps surely in both arms' first chunk: ⌈steps / policy calls⌉ never exceeds its length."""
     return min(-(-r.steps // max(r.replans, 1)) for r in (pair.reference, pair.other))
 
 

@@ -61,8 +61,7 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
 
 
 def export_episodes(paths: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
-    """Write the episodes of one or several runs to `out` (.csv or .parquet). Returns {"file", "rows",
-    "columns"}.
+    """Write the episodes of one or several runs to `out` (.csv or .parquet). Returns {"file", "rows", "columns"}.
 
     Raises UserError for another suffix or a missing pyarrow, WorkFailed if the file cannot be written.
     """

@@ -33,8 +33,9 @@ from qlibero.results.runs import RunResults, common_margin, read_run
 def compare_foreign(
     paths: Sequence[Path | str], reference: str | None = None, margin: float | None = None
 ) -> dict[str, Any]:
-    """Compare result files, and run directories beside them. The reference is the first file unless named; the margin
-    what the runs declare.
+    """Compare result files, and run directories beside them.
+
+    The reference is the first file unless named; the margin what the runs declare.
 
     {"reference", "margin", "foreign": True, "arms": {name: {"paired", "tool", "delta", "interval95", "method", "p",
     "verdict", "caveat", "errors", "detectable", "sentence", …}}}; paired arms also hold what `judgement.judged` says,
@@ -100,7 +101,8 @@ def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any] 
             {"key": "/".join(map(str, key)), "reason": f"not in {(arm if key in left else base).name}"}
             for key in sorted(left.keys() ^ right.keys())
         ]
-        caveat = f"paired by task, initial state{' and seed' if with_seed else ''}; that the scenes were equal is taken on trust"
+        keys = "task, initial state and seed" if with_seed else "task, initial state"
+        caveat = f"paired by {keys}; that the scenes were equal is taken on trust"
         if not with_seed:
             caveat += ", and so are the seeds"
         if unpaired:

@@ -6,8 +6,8 @@ an import is a `ForeignArm`: outcomes under the best key the file has. `foreign.
 Formats (read in the sources, 2026-11):
   LeRobot   eval_info.json {"per_task": [{"task_group", "task_id", "metrics": {"successes": [bool]}}], "overall"};
             before multi-task: {"per_episode": [{"episode_ix", "success", "seed"}], "aggregated"}
-  openpi fork  <suite>_results.json {"task_suite", "seed", "results": [{"task_id", "episode_idx", "success", "steps"}]}, and a
-            .csv of the same rows, which names the suite in its file name only
+  openpi fork  <suite>_results.json {"task_suite", "seed", "results": [{"task_id", "episode_idx", "success", "steps"}]},
+            and a .csv of the same rows, which names the suite in its file name only
   vla-eval  {"benchmark", "harness_version", "tasks": [{"task", "episodes": [{"episode_id", "success" or
             "metrics": {"success"}, "failure_reason"}]}]}
 """
@@ -82,8 +82,8 @@ def read_foreign(path: Path | str) -> ForeignArm:
     except (KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path}: looks like a known result file but lacks {problem}") from None
     raise UserError(
-        f"{path}: not a result file of LeRobot (eval_info.json), the openpi fork (<suite>_results.json or .csv) or vla-eval; "
-        "for a run of qlibero give its directory"
+        f"{path}: not a result file of LeRobot (eval_info.json), the openpi fork "
+        "(<suite>_results.json or .csv) or vla-eval; for a run of qlibero give its directory"
     )
 
 

@@ -95,9 +95,10 @@ def detectable(
 
 
 def observed_discordance(pairs: Sequence[Outcomes], floor: float | None = None) -> tuple[float, str]:
-    """(ψ to plan with, where it comes from). `floor` is the A/A arm's: no arm flips less than the reference against itself.
+    """(ψ to plan with, where it comes from).
 
-    Without any flip, the largest discordance the data allow (one-sided 95 %).
+    `floor` is the A/A arm's: no arm flips less than the reference against itself. Without any flip, the largest
+    discordance the data allow (one-sided 95 %).
     """
     flips = sum(reference != other for reference, other in pairs)
     own = flips / len(pairs) if pairs else 0.0

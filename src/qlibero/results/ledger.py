@@ -41,8 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 @dataclass(frozen=True)
 class ArmLedger:
-    """All that an arm's files say. `records` has one record per key (the last complete line wins), in key
-    order.
+    """All that an arm's files say. `records` has one record per key (the last complete line wins), in key order.
 
     `torn`: lines cut short by a crash and not counted. `repeated`: lines superseded by a later one.
     `conflicts`: keys with two finished episodes that differ in fingerprint, actions or outcome, which pure
@@ -135,9 +134,7 @@ class Ledger:
         return self.directory / f"{kind}-{self.shard}-{self.attempt}.{suffix}"
 
     def _cut_torn_tails(self) -> int:
-        """Cut what a crash left after the last newline in this shard's files (the lock says nobody is writing
-        them).
-        """
+        """Cut what a crash left after the last newline in this shard's files (the lock says nobody is writing them)."""
         cut = 0
         for path in self.directory.glob(f"episodes-{self.shard}-*.jsonl"):
             data = path.read_bytes()
@@ -147,9 +144,7 @@ class Ledger:
         return cut
 
     def _create_files(self) -> int:
-        """Files of the next attempt: later than every attempt of any shard, so that `last wins` means later
-        in time.
-        """
+        """Files of the next attempt: later than every attempt of any shard, so that `last wins` means later in time."""
         attempts = [int(m["attempt"]) for m in map(_EPISODES.fullmatch, os.listdir(self.directory)) if m]
         self.attempt = max(attempts, default=0) + 1
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
@@ -209,8 +204,8 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
             record = record_from_dict(data, where)
             if meta.get("config_hash", record.config_hash) != record.config_hash:
                 raise GuardRefusal(
-                    f"{where}: written under configuration {record.config_hash[:12]}, the arm is {meta['config_hash'][:12]}; "
-                    "two experiments are mixed in one directory"
+                    f"{where}: written under configuration {record.config_hash[:12]}, "
+                    f"the arm is {meta['config_hash'][:12]}; two experiments are mixed in one directory"
                 )
             lines += 1
             before = records.get(record.key)
@@ -280,14 +275,16 @@ def check_config(run_dir: Path | str, arm: str, config_hash: str) -> None:
     known = _read_meta(directory / "meta.json").get("config_hash", config_hash)
     if known != config_hash:
         raise GuardRefusal(
-            f"{directory} holds episodes of another configuration ({known[:12]}, this experiment is {config_hash[:12]}); "
-            "its experiment.yaml says which. Choose another --out, or restore the configuration to continue it"
+            f"{directory} holds episodes of another configuration "
+            f"({known[:12]}, this experiment is {config_hash[:12]}); its experiment.yaml says which. "
+            "Choose another --out, or restore the configuration to continue it"
         )
 
 
 def _lock(directory: Path, shard: str) -> int:
-    """An advisory lock that dies with the process; the descriptor holds it. Filesystems without locks go on
-    unlocked.
+    """An advisory lock that dies with the process; the descriptor holds it.
+
+    Filesystems without locks go on unlocked.
     """
     descriptor = os.open(directory / f".lock-{shard}", os.O_RDWR | os.O_CREAT, 0o644)
     try:

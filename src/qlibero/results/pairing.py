@@ -1,5 +1,4 @@
-"""Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never
-dropped.
+"""Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never dropped.
 
 A pair is two records with equal (suite, task, init, seed) *and* equal fingerprint: the hash of the settled
 scene, so that "the same initial state" is a fact and not a hope. An error in either arm removes the pair and
@@ -62,9 +61,7 @@ def outcomes_of(pairs: Iterable[Pair]) -> list[tuple[Outcome, Outcome]]:
 
 @dataclass(frozen=True)
 class Pairing:
-    """`pairs` and `errors` (either side is an error) in key order; `unpaired` gives each left-out key its
-    reason.
-    """
+    """`pairs` and `errors` (either side is an error) in key order; `unpaired` gives each left-out key its reason."""
 
     pairs: tuple[Pair, ...]
     errors: tuple[Pair, ...]

@@ -1,6 +1,4 @@
-"""Results in words: the one sentence per arm and the line on what could have been found. Minus signs are real
-ones.
-"""
+"""Results in words: the one sentence per arm and the line on what could have been found. Minus signs are real ones."""
 
 from __future__ import annotations
 

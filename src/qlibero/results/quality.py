@@ -22,8 +22,7 @@ def path_length_m(trajectory: np.ndarray) -> float:
 
 
 def jerk(trajectory: np.ndarray, hz: float = CONTROL_HZ) -> float | None:
-    """Mean norm of the third difference of the end-effector position times hz³, in m/s³; None below four
-    rows.
+    """Mean norm of the third difference of the end-effector position times hz³, in m/s³; None below four rows.
 
     It gives 1 on p = t³/6. Comparable within a pair only up to the earlier end of the two episodes.
     """
@@ -41,8 +40,7 @@ def gripper_flips(trajectory: np.ndarray, dead_zone: float = GRIPPER_DEAD_ZONE) 
 
 
 def first_divergence(reference: np.ndarray, other: np.ndarray, threshold: float) -> int | None:
-    """First step at which the arm motions of two action streams differ by more than `threshold` in the maximum
-    norm; None if never.
+    """First step at which two streams' arm motions differ by more than `threshold` (maximum norm); None if never.
 
     Only the common steps are looked at. Means something under the shared noise contract, and up to that step
     only: afterwards the two arms see different observations. The gripper has its own measure,

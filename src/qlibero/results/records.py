@@ -22,9 +22,7 @@ OUTCOMES: tuple[Outcome, ...] = ("success", "failure", "error")
 
 @dataclass(frozen=True)
 class TrajectorySlice:
-    """Where an episode's rows lie in its sidecar: float32 rows of 7 action values and 3 end-effector
-    coordinates (m).
-    """
+    """Where an episode's rows lie in its sidecar: float32, 7 action values and 3 end-effector coordinates (m)."""
 
     file: str
     offset: int  # bytes
@@ -122,8 +120,9 @@ _RETIRED = {"video", "warmup_calls"}  # in lines of earlier versions of schema 1
 
 
 def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
-    """The record in a parsed line. `where` (file:line) opens every message. Raises UserError for anything not
-    schema 1.
+    """The record in a parsed line.
+
+    `where` (file:line) opens every message. Raises UserError for anything not schema 1.
     """
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         raise UserError(f"{where}: not an episode record (no `schema` number); was the file written by qlibero?")
@@ -134,7 +133,8 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
         )
     if data["schema"] < SCHEMA:
         raise UserError(
-            f"{where}: written with record schema {data['schema']}, which is older than the {SCHEMA} this qlibero reads; "
+            f"{where}: written with record schema {data['schema']}, "
+            f"which is older than the {SCHEMA} this qlibero reads; "
             "read it with the qlibero that wrote it, or run again into another --out"
         )
     data = {key: value for key, value in data.items() if key not in _RETIRED}
@@ -149,7 +149,8 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
 
 
 def record_from_json(line: str, where: str = "record") -> EpisodeRecord:
-    """Inverse of `EpisodeRecord.to_json`. Raises json.JSONDecodeError for text that is no JSON, UserError for
-    other JSON.
+    """Inverse of `EpisodeRecord.to_json`.
+
+    Raises json.JSONDecodeError for text that is no JSON, UserError for other JSON.
     """
     return record_from_dict(json.loads(line), where)

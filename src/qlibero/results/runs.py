@@ -82,8 +82,9 @@ def common_margin(runs: Sequence[RunResults]) -> float:
 
 
 def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
-    """Where an episode's video lies when there is one. Videos are filmed after the run, so records cannot
-    know of them.
+    """Where an episode's video lies when there is one.
+
+    Videos are filmed after the run, so records cannot know of them.
     """
     return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.init}-{record.seed}.mp4"
 

@@ -175,17 +175,16 @@ def mcnemar_power(n: int, discordance: float, delta: float, alpha: float = 0.05)
 
 
 def minimum_detectable_difference(n: int, discordance: float, power: float = 0.8) -> float | None:
-    """Smallest |Δ| that exact McNemar finds with `power` among n pairs; None if none can be (|Δ| cannot
-    exceed ψ).
-    """
+    """Smallest |Δ| that exact McNemar finds with `power` among n pairs; None if none can be (|Δ| cannot exceed ψ)."""
     if n == 0 or mcnemar_power(n, discordance, discordance) < power:
         return None
     return _bisect(lambda d: mcnemar_power(n, discordance, d) < power, 0.0, discordance)
 
 
 def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
-    """Smallest |Δ| that n pairs find with `power` if every discordant pair goes the same way (ψ = |Δ|); None
-    below 6.
+    """Smallest |Δ| that n pairs find with `power` if every discordant pair goes the same way (ψ = |Δ|).
+
+    None below 6 pairs.
     """
     if mcnemar_power(n, 1.0, 1.0) < power:
         return None
@@ -193,8 +192,11 @@ def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
 
 
 def detectable_drop(p: float, n: int, n_other: int, power: float = 0.8) -> float | None:
-    """Smallest drop from rate `p` (n episodes) that a two-sided 5 % test on two *independent* samples finds with `power`;
-    None if not even a drop to 0 is found. z·√(p̄q̄/n + p̄q̄/n′) + z_power·√(pq/n + p′q′/n′), Fleiss, 3rd ed., 4.2."""
+    """Smallest drop from rate `p` that a two-sided 5 % test on two *independent* samples finds with `power`.
+
+    Rate `p` is of `n` episodes. None if not even a drop to 0 is found.
+    z·√(p̄q̄/n + p̄q̄/n′) + z_power·√(pq/n + p′q′/n′), Fleiss, 3rd ed., 4.2.
+    """
 
     def missed(drop: float) -> bool:
         other, share = p - drop, 1 / n + 1 / n_other
@@ -207,9 +209,7 @@ def detectable_drop(p: float, n: int, n_other: int, power: float = 0.8) -> float
 
 
 def noninferiority_power(n: int, discordance: float, margin: float) -> float:
-    """Chance that n pairs show non-inferiority at `margin` when the arms are truly equal (Δ = 0), by
-    enumeration.
-    """
+    """Chance that n pairs show non-inferiority at `margin` when the arms are truly equal (Δ = 0), by enumeration."""
     discordant = _plausible(n, discordance)[:, None]
     repaired = np.arange(discordant.max() + 1)[None, :]
     broken = np.maximum(discordant - repaired, 0)
@@ -221,9 +221,7 @@ def noninferiority_power(n: int, discordance: float, margin: float) -> float:
 
 
 def pairs_for_noninferiority(discordance: float, margin: float, power: float = 0.8) -> int:
-    """Pairs, to the next ten, that show non-inferiority at `margin` with `power` when the arms are truly
-    equal.
-    """
+    """Pairs, to the next ten, that show non-inferiority at `margin` with `power` when the arms are truly equal."""
     # (z_0.975 + z_power)² ψ / δ²: close enough where the enumeration would take seconds
     approximate = (normal_quantile() + NormalDist().inv_cdf(power)) ** 2 * discordance / margin**2
     if approximate > ENUMERABLE_PAIRS:

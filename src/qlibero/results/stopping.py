@@ -28,7 +28,8 @@ from qlibero.errors import GuardRefusal, UserError
 from qlibero.results.evalues import log_e_difference, margin_martingales
 from qlibero.results.records import Outcome
 
-# A settled pair's step; (lowest, highest) it can have been where a side is an error; None: not finished in both arms yet.
+# A settled pair's step; (lowest, highest) it can have been where a side is an error;
+# None: not finished in both arms yet.
 PairStep = Literal[-1, 0, 1] | tuple[int, int] | None
 Verdict = Literal["non-inferior", "inferior", "undecided"]
 
@@ -113,8 +114,8 @@ def check_declaration(run_dir: Path | str, declaration: Declaration) -> Declarat
     known = read_declaration(run_dir)
     if known is not None and replace(known, max_pairs=declaration.max_pairs) != declaration:
         raise GuardRefusal(
-            f"{_path(run_dir)} declares another stopping rule or other episodes than this experiment; evidence gathered "
-            "under one rule cannot be judged under another. Choose another --out"
+            f"{_path(run_dir)} declares another stopping rule or other episodes than this experiment; "
+            "evidence gathered under one rule cannot be judged under another. Choose another --out"
         )
     return known
 

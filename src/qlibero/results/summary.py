@@ -1,6 +1,4 @@
-"""One arm in numbers: successes with their interval, errors, latency percentiles. What `run` prints as its
-last line.
-"""
+"""One arm in numbers: successes with their interval, errors, latency percentiles. What `run` prints last."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class RunningEpisode:
         return call_noise(self.planned.key, self.calls, shape)
 
     def answered(self, chunk: Chunk, policy_ms: float, batch_size: int) -> None:
-        """Book one policy call; `policy_ms` is the latency of the batch of `batch_size` episodes this one was part of."""
+        """Book one policy call; `policy_ms` is the latency of its batch of `batch_size` episodes."""
         self.calls += 1
         self.observation = None
         self.policy_ms.append(round(policy_ms, 3))
@@ -53,7 +53,7 @@ class RunningEpisode:
     def record(
         self, success: bool, steps: int, fingerprint: str, trajectory: np.ndarray, sim_ms: float, render_ms: float
     ) -> EpisodeRecord:
-        """The ledger line of a finished episode. `trajectory` is (steps, 10) float32: executed action 7, eef position 3."""
+        """Ledger line of a finished episode. `trajectory` is (steps, 10) float32: executed action 7, eef position 3."""
         return self._record(
             outcome="success" if success else "failure",
             steps=steps,

@@ -1,8 +1,8 @@
 """The arm's and gripper's control between two policy steps: robosuite's arithmetic with its look-ups done once.
 
-robosuite recomputes names, limits, dimensions and each Jacobian twice at every one of the 25 substeps, which costs more than
-the physics. Here the same operations run on the same operands in the same memory layout (so that BLAS takes the same path);
-torques, and every attribute robosuite's controller would hold afterwards, are equal bit for bit.
+robosuite recomputes names, limits, dimensions and each Jacobian twice at every one of the 25 substeps, which costs more
+than the physics. Here the same operations run on the same operands in the same memory layout (so that BLAS takes the
+same path); torques, and every attribute robosuite's controller would hold afterwards, are equal bit for bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A run's passport: its suite's reference episode is begun here before the first real one, and other physics are refused.
+"""A run's passport: its suite's reference episode is begun here before the first real one, and other physics refused.
 
-It takes about five seconds of one core, so it is begun while the policy loads, and what passed is remembered for as long
-as nothing it depends on changes: packages, MuJoCo's library, processor, renderer, references, and the source of this
-room. A refusal is never remembered, so that a mended machine is believed at once.
+It takes about five seconds of one core, so it is begun while the policy loads, and what passed is remembered for as
+long as nothing it depends on changes: packages, MuJoCo's library, processor, renderer, references, and the source of
+this room. A refusal is never remembered, so that a mended machine is believed at once.
 """
 
 from __future__ import annotations

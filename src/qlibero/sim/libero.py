@@ -212,8 +212,9 @@ def _compiling_once(problem: type) -> type:
                     getattr(model, name)[...] = pristine
                 mujoco.mj_resetData(model, data)
                 self.sim.forward()
-                # robosuite makes a renderer for every fresh simulation, whose constructor calls forward() once more: the
-                # solver starts where the last call left it, and a start that differs stays in the last bits of the episode
+                # robosuite makes a renderer for every fresh simulation, whose constructor calls forward() once more:
+                # the solver starts where the last call left it, and a start that differs stays
+                # in the last bits of the episode
                 self.sim.forward()
                 self.initialize_time(self.control_freq)
                 return

@@ -1,4 +1,4 @@
-"""Is this machine's simulator the one the numbers belong to? Settled states and golden frames against shipped references.
+"""Is this machine's simulator the one the numbers belong to? States and golden frames against shipped references.
 
 A wrong MuJoCo does not fail, it shifts success rates: ≥ 3.3.3 darkens the floors of libero_object, ≥ 3.4.0 breaks the
 settling of libero_spatial task 5, 3.8.1 has a wrong mass matrix. So a few episodes are begun and compared:
@@ -46,8 +46,8 @@ CURE = "run ./scripts/setup.sh, which installs mujoco==3.2.3 robosuite==1.4.0 li
 # Metres and radians (and their rates) after 10 settle and 10 moving steps. Measured: MuJoCo 3.3.7 is off by 3e-7, 2.3.7
 # and 3.3.2 stay below 1e-7; another CPU's arithmetic starts at 1e-15.
 STATE_TOLERANCE = 1e-7
-# Grey levels (of 255), mean difference of 8x8 block averages. Measured: MuJoCo 2.3.7 5 to 13, 3.3.7 36 to 40 on the floors
-# of libero_object, 3.3.2 below 2.
+# Grey levels (of 255), mean difference of 8x8 block averages. Measured: MuJoCo 2.3.7 5 to 13, 3.3.7 36 to 40 on the
+# floors of libero_object, 3.3.2 below 2.
 FRAME_TOLERANCE = 2.0
 _BLOCK = 8
 
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class PassportReport:
-    """`verdict` is "valid" (equal to the last bit), "warning" or "refused"; `renderer` is OpenGL's own name for itself."""
+    """`verdict` is "valid" (equal to the last bit), "warning" or "refused"; `renderer` is OpenGL's name for itself."""
 
     verdict: str
     findings: tuple[Finding, ...]
@@ -175,7 +175,7 @@ def _frames(name: str, here: dict, expected: dict, renderer: str, reference_rend
 
 
 def observe(suites: Iterable[str] = SUITES) -> dict[str, Any]:
-    """Begin the suites' reference episodes in this process: states, frame digests and block averages, versions, renderer."""
+    """Begin the suites' reference episodes here: states, frame digests and block averages, versions, renderer."""
     from qlibero.sim.scene import Scene
     from qlibero.sim.suites import SETTLE_STEPS
 

@@ -1,10 +1,10 @@
 """Simulators in processes of their own: the policy survives any of their crashes, and none survives the launcher's.
 
 Each worker is a fresh interpreter (no fork, no import of the caller's `__main__`) with its own environment. Control
-goes over a socket pair; frames through anonymous shared memory (memfd: no name, so nothing can leak, whoever is killed).
-A worker that dies, raises or hangs is reported as `Died` and replaced. Hung is who stays silent for `timeout_s` without
-using the CPU (stopped, deadlocked) or who has used that much CPU time without answering (spinning); on an overloaded host a
-healthy worker may be slow, and killing it would only add to the load.
+goes over a socket pair; frames through anonymous shared memory (memfd: no name, so nothing can leak, whoever is
+killed). A worker that dies, raises or hangs is reported as `Died` and replaced. Hung is who stays silent for
+`timeout_s` without using the CPU (stopped, deadlocked) or who has used that much CPU time without answering (spinning);
+on an overloaded host a healthy worker may be slow, and killing it would only add to the load.
 """
 
 from __future__ import annotations

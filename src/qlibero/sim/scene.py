@@ -4,13 +4,13 @@ Why each line is as it is (contract 1):
 - LIBERO draws fixture poses from numpy's global stream at every reset and they are not in the init state, so the
   stream is seeded before each reset.
 - `object_property_initializers` grows at every reset and is never cleared, which shifts the stream: it is cleared.
-- The solver starts from its last solution, so every `mj_forward` that robosuite makes shows in the last bits, down to the
-  one in the constructor of the renderer that each of its hard resets makes anew (`libero.py`).
+- The solver starts from its last solution, so every `mj_forward` that robosuite makes shows in the last bits, down to
+  the one in the constructor of the renderer that each of its hard resets makes anew (`libero.py`).
 - The step is robosuite's own with the waste removed (one dynamics pass a substep instead of three, look-ups done once,
-  sensors and cameras only when asked). The settled scene and every step after it equal those of LIBERO with its renderer,
-  bit for bit, on every scene that tests/test_purity.py compares: positions and velocities on at least one of each of the
-  40 tasks, success, proprioception and pixels on a few. Sensors are read at substep 23 of 25, where robosuite samples
-  them, though the step goes on.
+  sensors and cameras only when asked). The settled scene and every step after it equal those of LIBERO with its
+  renderer, bit for bit, on every scene that tests/test_purity.py compares: positions and velocities on at least one of
+  each of the 40 tasks, success, proprioception and pixels on a few. Sensors are read at substep 23 of 25, where
+  robosuite samples them, though the step goes on.
 - `protocol="openpi"` replays the random stream of the published evaluation instead: one seed a task, then one reset
   an episode, the growing list included. The stream's state before each reset is remembered, so episodes may come in
   any order.
@@ -239,8 +239,8 @@ def _solve(model: Any, data: Any) -> None:
     """All that a further `mj_forward` changes when nothing has moved: the constraint solver's warm start.
 
     robosuite calls `mj_forward` twice before a substep's `mj_step`. Each solves the constraints anew from the last
-    solution, with the last substep's control, and where the solver has not converged to the last bit the warm start moves
-    (by 1e-15, which contacts amplify). Positions and velocities, the dear part, come out the same every time.
+    solution, with the last substep's control, and where the solver has not converged to the last bit the warm start
+    moves (by 1e-15, which contacts amplify). Positions and velocities, the dear part, come out the same every time.
     """
     import mujoco
 

@@ -46,7 +46,9 @@ class Mirror:
         """Tell the mirror that the run is over and wait at most `timeout_s` seconds for it.
 
         A mirror that was killed is started once more to replay the ledger; one that does not end in time is killed.
-        Never raises. Returns {"tracker", "complete", "mode", "rows": {arm: n}, "problem": str | None, "again": command}.
+        Never raises.
+
+        Returns {"tracker", "complete", "mode", "rows": {arm: n}, "problem": str | None, "again": command}.
         """
         deadline = time.monotonic() + timeout_s
         self.end()
@@ -109,7 +111,8 @@ def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
 def trouble(said: dict, tracking: Tracking) -> str | None:
     """What to tell people about a mirror that has ended (`said`: what `Mirror.finish` says); None when all is well."""
     if not said["complete"]:
-        return f"{said['tracker']} mirror {said['problem'] or 'failed'}; the ledger has everything, and this replays it: {said['again']}"
+        problem = said["problem"] or "failed"
+        return f"{said['tracker']} mirror {problem}; the ledger has everything, and this replays it: {said['again']}"
     if said["tracker"] == "wandb" and tracking.mode == "online" and said["mode"] == "offline":
         return f"wandb could not be reached and went on offline; once it can, this replays the ledger: {said['again']}"
     return None

@@ -48,7 +48,7 @@ class TrackerRun(Protocol):
 
 
 class Order:
-    """The arm's rows in the order a tracker gets them: an episode key per line, or a video's path in the run directory."""
+    """The arm's rows in a tracker's order: an episode key per line, or a video's path in the run directory."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
 
 
 def arm_summary(ledger: ArmLedger) -> dict:
-    """What a runs table compares: success with its Wilson interval, latency percentiles in ms, kernels, per-task counts."""
+    """What a runs table compares: success with Wilson interval, latency percentiles in ms, kernels, per-task counts."""
     numbers = summarize_arm(ledger.records)
     summary = {"arm": ledger.arm} | {name: numbers[name] for name in ("successes", "episodes", "errors")}
     if numbers["episodes"]:
@@ -253,7 +253,7 @@ def arm_summary(ledger: ArmLedger) -> dict:
 
 
 def versus_baseline(run_dir: Path, arm: str) -> dict:
-    """The arm's paired comparison with the baseline, as `qlibero compare` says it; {} for the baseline and without one."""
+    """The paired comparison with the baseline, as `qlibero compare` says it; {} for the baseline and without one."""
     if arm == BASELINE or BASELINE not in arms_of(run_dir):
         return {}
     from qlibero.results.compare import compare_runs  # scipy takes a second to import

@@ -2,8 +2,9 @@
 
 Look at it with `TRACKIO_DIR=RUN_DIR/trackio trackio show`. Optional: `pip install 'qlibero[trackio]'`. The database is
 SQLite in write-ahead mode inside the run directory, which network file systems do not support: there, mirror afterwards
-on a local copy. trackio has no summary, no own x axis and no way to continue a run exactly, and a kill costs it its last
-rows. So the database is made anew from row 0 each time, its rows are counted at the end, and the summary is a last row.
+on a local copy. trackio has no summary, no own x axis and no way to continue a run exactly, and a kill costs it its
+last rows. So the database is made anew from row 0 each time, its rows are counted at the end, and the summary is
+a last row.
 """
 
 from __future__ import annotations

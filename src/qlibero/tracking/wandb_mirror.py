@@ -3,9 +3,9 @@
 One wandb run per arm, grouped by experiment. Offline by default: `wandb sync` uploads the directories later. The host
 and the key come from the user's environment (WANDB_BASE_URL, WANDB_API_KEY or ~/.netrc) and are written nowhere.
 
-Why it is built like this (measured on wandb 0.31.0): `run.log` raises into its caller when wandb's service process dies,
-`finish` may block for ever on a dead server, and a killed process loses what was not flushed. So this is a process of
-its own, every wait has an end, and after any exception it becomes a fresh process that starts over:
+Why it is built like this (measured on wandb 0.31.0): `run.log` raises into its caller when wandb's service process
+dies, `finish` may block for ever on a dead server, and a killed process loses what was not flushed. So this is a
+process of its own, every wait has an end, and after any exception it becomes a fresh process that starts over:
   - offline, the id's directories that were never uploaded are deleted and replayed from row 0;
   - online, the server says how many rows it has and the rest follows (the client *appends* to an id it finds there);
   - an id that may be on a server is never continued offline: what such a directory adds at `wandb sync` could double

@@ -92,8 +92,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at a directory. `UserError` when it is no checkpoint, or is one that cannot be read (truncated,
-    JAX, …)."""
+    """Look at a directory. `UserError` when it is no checkpoint, or is one that cannot be read (truncated, JAX, …)."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} is not a directory; give the directory that holds {WEIGHTS}")
@@ -104,9 +103,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{path} is a JAX checkpoint (params/); convert it with openpi's "
                 "examples/convert_jax_model_to_pytorch.py and copy its assets/ beside model.safetensors"
             )
-        raise UserError(
-            f"checkpoint {path} has no {WEIGHTS}; found: {', '.join(sorted(p.name for p in path.iterdir())) or 'nothing'}"
-        )
+        found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise UserError(f"checkpoint {path} has no {WEIGHTS}; found: {found}")
     shapes, dtypes = _header(weights)
     raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if raw.get("format") == FORMAT:
@@ -141,10 +139,10 @@ def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoi
     # state to 32.
     new = "use_relative_actions" in raw
     reason = (
-        "LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the prompt, "
-        f"later versions 8. config.json {'has' if new else 'lacks'} use_relative_actions, so LeRobot "
-        f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: lerobot-0.4 or "
-        "lerobot-0.6, try the other if this scores 0 %)"
+        "LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the "
+        f"prompt, later versions 8. config.json {'has' if new else 'lacks'} use_relative_actions, so LeRobot "
+        f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: "
+        "lerobot-0.4 or lerobot-0.6, try the other if this scores 0 %)"
     )
     return Checkpoint(
         path, "lerobot", config, None, "lerobot-0.6" if new else "lerobot-0.4", reason, shapes, dtypes, raw
@@ -152,8 +150,7 @@ def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoi
 
 
 def tensor_table(checkpoint: Checkpoint) -> TensorTable:
-    """Match the file's names and shapes with the network's, by the loader rules (prefix, tied embedding,
-    unused heads)."""
+    """Match the file's names and shapes with the network's, by loader rules (prefix, tied embedding, unused heads)."""
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in Pi05Model(checkpoint.config).state_dict().items()}
     notes = []
@@ -232,8 +229,7 @@ def write_checkpoint(
     asset_id: str = "qlibero/libero",
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """Write our own kind of directory (openpi's plus config.json and tokenizer.json); returns the weights'
-    sha256.
+    """Write our own kind of directory (openpi's plus config.json and tokenizer.json); returns the weights' sha256.
 
     statistics: {"state": {"mean": …, "std": …, "q01": …, "q99": …}, "actions": {…}}; tokenizer:
     tokenizer.json's content.

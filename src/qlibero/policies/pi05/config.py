@@ -1,5 +1,4 @@
-"""The architecture of a pi0.5 network as plain data: one class of configs from a few million parameters to
-3.35 billion.
+"""The architecture of a pi0.5 network as plain data: one config class, from a few million parameters to 3.35 billion.
 
 It is what `config.json` of a checkpoint directory stores under "architecture". Everything that gives the same
 weights another *meaning* (prompt mode, normalisation, resize) is the semantics profile's business, see
@@ -46,8 +45,7 @@ class SiglipConfig:
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """A small convolutional tower (GroupNorm, SiLU, stride 16), for policies that must be trained from
-    scratch on a CPU.
+    """A small convolutional tower (GroupNorm, SiLU, stride 16), for policies trained from scratch on a CPU.
 
     A vision transformer of this size gets almost no localisation signal within 10⁵ samples; this learns in
     minutes.

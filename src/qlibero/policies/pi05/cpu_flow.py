@@ -105,8 +105,7 @@ class CpuFlow:
 
 @njit(fastmath=_FAST, cache=True)
 def _matmul(x, w, y):
-    """y = x·w for x (M, K), w (K, N): four rows of w and two of x at a time, so that every loaded value is
-    used twice."""
+    """y = x·w for x (M, K), w (K, N): four rows of w and two of x at a time, so every loaded value is used twice."""
     rows, inner, columns = x.shape[0], x.shape[1], w.shape[1]
     y[:, :] = 0.0
     whole = inner - inner % 4
@@ -135,8 +134,7 @@ def _matmul(x, w, y):
 
 @njit(fastmath=_FAST, cache=True)
 def _exp(x, out, bits):
-    """out = exp(x) for x ≤ about 80, to 2 ulp; `bits` is an int32 scratch of the same length. Vectorises,
-    unlike libm's."""
+    """out = exp(x) for x ≤ about 80, to 2 ulp; `bits` is an int32 scratch of that length. Vectorises, unlike libm's."""
     powers = bits.view(np.float32)
     for i in range(x.shape[0]):
         value = np.float32(-87.0) if x[i] < np.float32(-87.0) else x[i]  # NaN stays NaN
@@ -204,8 +202,7 @@ def _attention(joined, keys, values, bias, cos, sin, q, scores, weights, bits, o
 
 @njit(fastmath=_FAST, cache=True)
 def _flow(x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations):
-    """x (H, D) from noise to actions, in place; see `CpuFlow` for the arrays. keys (L, d, P + H), values (L,
-    P + H, d)."""
+    """x (H, D) from noise to actions, in place; see `CpuFlow`. keys (L, d, P + H), values (L, P + H, d)."""
     horizon, actions = x.shape
     depth, width = qkv.shape[0], qkv.shape[1]
     dim, total, hidden = cos.shape[1], bias.shape[0], down.shape[1]

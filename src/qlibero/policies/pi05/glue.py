@@ -1,5 +1,4 @@
-"""What lies between the matrix products of a layer (residuals, norms, rotations, gates), attention, and products
-of few rows.
+"""What lies between the matrix products of a layer (residuals, norms, rotations, gates), attention, few-row products.
 
 At full size on a GPU these are many tiny kernels, and a flow step is mostly waiting for them;
 `triton_glue.py` has fewer. This file is the same in plain torch, for every device, and chooses
@@ -26,8 +25,7 @@ class Glue(Protocol):
     def residual_norm(
         self, h: Tensor, delta: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """h' = h + delta·gate (a missing delta adds nothing, a missing gate is 1); y = h'/rms(h')·scale +
-        shift.
+        """h' = h + delta·gate (a missing delta adds nothing, a missing gate is 1); y = h'/rms(h')·scale + shift.
 
         h (B, T, W); delta likewise, or as `parts` gives it; gate (1, 1, W); scale, shift float32 (1, 1, W).
         Returns (h', y).

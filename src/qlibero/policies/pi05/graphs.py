@@ -14,9 +14,8 @@ import torch
 
 
 def graphed(phase: Callable[[Any], None], workspace: Any, pool: Any, warmup: int = 2) -> Callable[[Any], None]:
-    """Capture `phase(workspace)` and return what replays it. The phase must read and write `workspace`
-    tensors only, which were allocated outside; then all graphs of a sampler can share one memory `pool` for
-    their intermediates.
+    """Capture `phase(workspace)` and return what replays it. The phase must read and write `workspace` tensors only,
+    which were allocated outside; then all graphs of a sampler can share one memory `pool` for their intermediates.
 
     The warm-up runs initialise libraries and compile kernels outside the capture.
     """

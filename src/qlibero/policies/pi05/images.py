@@ -91,8 +91,7 @@ def _pil_pass(lines: np.ndarray, size: int) -> np.ndarray:
 
 @cache
 def _pil_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """PIL's bilinear (triangle) filter: first source index (target,) and fixed-point coefficients (target,
-    taps) int32."""
+    """PIL's bilinear (triangle) filter: first source index (target,), fixed-point coefficients (target, taps)."""
     scale = source / target
     support = max(scale, 1.0)
     starts, rows = [], []

@@ -1,5 +1,4 @@
-"""The Gemma layers of both stacks: RMSNorm (plain and adaptive), rotary embedding, attention with one K/V
-head, gated MLP.
+"""The Gemma layers of both stacks: RMSNorm (plain, adaptive), rotary embedding, one-K/V-head attention, gated MLP.
 
 Module and parameter names are openpi's. Quantization enters at one place, `project`; nothing else here knows
 of it.
@@ -39,8 +38,7 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
 
 
 def fuse(*linears: nn.Module) -> None:
-    """Lay the weights (and biases) of plain linears out in one tensor, of which each keeps its rows: no
-    second copy.
+    """Lay the weights (and biases) of plain linears out in one tensor, of which each keeps its rows: no second copy.
 
     For inference. Left as they are: quantized linears, linears of which only some have a bias, and linears of
     which some are already laid out elsewhere (a twin model that shares them).
@@ -62,9 +60,8 @@ def fuse(*linears: nn.Module) -> None:
 
 
 def plain(linears: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None] | None:
-    """The weight (N of all, K) and bias of one matmul that does the work of `linears`, or None: when one is
-    quantized, when they are not (or no more) laid out together, or when somebody listens to them one by
-    one."""
+    """The weight (N of all, K) and bias of one matmul that does the work of `linears`, or None: when one is quantized,
+    when they are not (or no more) laid out together, or when somebody listens to them one by one."""
     first = linears[0]
     if len(linears) == 1:
         return (first.weight, first.bias) if type(first) is nn.Linear and not _listened(first) else None
@@ -94,8 +91,7 @@ def _listened(linear: nn.Module) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """Gemma's norm: float32 inside, eps 1e-6, factor (1 + weight); with `cond_dim`, AdaRMS: scale, shift,
-    gate = dense(cond)."""
+    """Gemma's norm: float32 inside, factor (1 + weight); with `cond_dim`, AdaRMS: scale, shift, gate = dense(cond)."""
 
     def __init__(self, width: int, cond_dim: int | None = None, eps: float = 1e-6):
         super().__init__()
@@ -114,8 +110,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (self.width,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
     def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B,
-        cond_dim)."""
+        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B, cond_dim)."""
         scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, -1)
         return 1.0 + scale, shift, gate
 

@@ -44,8 +44,7 @@ class Prefix:
 
 
 class Pi05Model(nn.Module):
-    """See the module's docstring. Construct under `torch.device("meta")` to load a checkpoint without
-    allocating twice."""
+    """See the module's docstring. Construct under `torch.device("meta")` so that loading does not allocate twice."""
 
     def __init__(self, config: Pi05Config):
         super().__init__()
@@ -91,14 +90,12 @@ class Pi05Model(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """The dtype of the residual streams (that of the projector: never quantized, never an fp32
-        island)."""
+        """The dtype of the residual streams (that of the projector: never quantized, never an fp32 island)."""
         return self.projector.weight.dtype
 
     # -- prefix ---------------------------------------------------------------------------------------------------
     def embed_images(self, images: Tensor) -> tuple[Tensor, VisionFeatures]:
-        """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not
-        scaled."""
+        """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not scaled."""
         features = self.vision(images)
         return self.projector(features.tokens.to(self.projector.weight.dtype)).flatten(1, 2), features
 
@@ -170,8 +167,7 @@ class Pi05Model(nn.Module):
 
     # -- suffix ---------------------------------------------------------------------------------------------------
     def time_condition(self, t: Tensor) -> Tensor:
-        """AdaRMS condition (B, expert width) of flow times (B,); the sinusoids are computed in float64, as
-        openpi does."""
+        """AdaRMS condition (B, expert width) of flow times (B,); sinusoids in float64, as in openpi."""
         half = self.config.expert.width // 2
         fraction = torch.linspace(0.0, 1.0, half, dtype=torch.float64, device=t.device)
         period = self.config.min_period * (self.config.max_period / self.config.min_period) ** fraction

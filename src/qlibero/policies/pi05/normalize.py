@@ -1,5 +1,4 @@
-"""Normalisation of states and actions, in the two modes and the two spellings (openpi's, LeRobot's) that
-exist.
+"""Normalisation of states and actions, in the two modes and the two spellings (openpi's, LeRobot's) that exist.
 
 A policy without its statistics is not a policy: reading them is strict, and there is no default.
 """
@@ -18,8 +17,7 @@ Mode = Literal["quantile", "mean_std"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per-dimension statistics of one quantity, float64. `low`/`high` are q01/q99 (quantile mode) or
-    mean/std."""
+    """Per-dimension statistics of one quantity, float64. `low`/`high` are q01/q99 (quantile mode) or mean/std."""
 
     mode: Mode
     low: np.ndarray

@@ -1,5 +1,4 @@
-"""A pi0.5 as a `Policy`: preprocessing, batching that nobody can notice, the sampler, and back to environment
-units.
+"""A pi0.5 as a `Policy`: preprocessing, batching that nobody can notice, the sampler, and back to environment units.
 
 An episode's actions must not depend on who shares its batch, so a call always runs at exactly `batch_size`
 rows (padded by repetition) and at a text length that depends on the row's own prompt and state alone. On a CPU
@@ -103,8 +102,7 @@ class Pi05Policy:
         return twin
 
     def provenance(self) -> dict[str, Any]:
-        """See `Policy.provenance`. Once the policy has been asked, `execution` says what ran: see
-        `Sampler.execution`."""
+        """See `Policy.provenance`. Once it has been asked, `execution` says what ran (`Sampler.execution`)."""
         config = self.model.config
         return {
             "type": "pi05",
@@ -190,8 +188,7 @@ class Pi05Policy:
         return min(-(-length // BUCKET) * BUCKET, self.model.config.max_token_len)
 
     def _batches(self, lengths: list[int]) -> list[tuple[list[int], int | None]]:
-        """Row indices of each call and the padded text length (None: as it is), from the rows' own lengths
-        only."""
+        """Row indices of each call and the padded text length (None: as it is), from the rows' own lengths only."""
         buckets: dict[int | None, list[int]] = {}
         for i, length in enumerate(lengths):
             buckets.setdefault(self._bucket(length), []).append(i)

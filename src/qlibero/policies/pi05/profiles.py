@@ -79,7 +79,8 @@ PROFILES = {
             32,
             "torch",
             "lerobot",
-            "LeRobot 0.4.x padded the state to 32 numbers before writing it into the prompt (checkpoints of the v044 era)",
+            "LeRobot 0.4.x padded the state to 32 numbers before writing it into the prompt "
+            "(checkpoints of the v044 era)",
         ),
         Profile(
             "lerobot-0.6",

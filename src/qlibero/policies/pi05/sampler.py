@@ -1,5 +1,4 @@
-"""Sampling a chunk with only the work there is: the same mathematics as `model.prefix` + `model.velocity`,
-less of it.
+"""Sampling a chunk with only the work there is: the same mathematics as `model.prefix` + `model.velocity`, less of it.
 
 Exact in mathematics (float32 differs in the last bits, because products are grouped differently):
 
@@ -113,8 +112,7 @@ class Sampler:
         ]
 
     def _modulations(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-        """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in the
-        order they are met."""
+        """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in order met."""
         table = []
         for step in range(self.steps):
             t = torch.full((1,), 1.0 - step / self.steps, device=self.device)

@@ -1,5 +1,4 @@
-"""Reading a checkpoint's normalisation statistics, in openpi's and in LeRobot's files. Missing ones are an
-error."""
+"""Reading a checkpoint's normalisation statistics, in openpi's and in LeRobot's files. Missing ones are an error."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From instruction text to token ids: PaliGemma's tokenizer from a local file, or a compact policy's closed
-word list.
+"""From instruction text to token ids: PaliGemma's tokenizer from a local file, or a compact policy's closed word list.
 
 Checkpoints do not contain the tokenizer and nothing is ever downloaded: the user names a file.
 `sentencepiece` and `tokenizers` are optional packages, imported only when a file of theirs is opened.
@@ -22,14 +21,12 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def encode(self, pieces: tuple[str, ...]) -> list[int]:
-        """Ids of the pieces encoded one after the other, with the beginning-of-sequence token first. Padding
-        is id 0."""
+        """Ids of the pieces encoded one after the other, beginning-of-sequence token first. Padding is id 0."""
         ...
 
 
 class WordTokenizer:
-    """A closed vocabulary of words. File: {"type": "words", "words": [...]}; ids: 0 padding, 1 beginning, 2…
-    the words."""
+    """A closed vocabulary of words. File: {"type": "words", "words": [...]}; ids: 0 padding, 1 beginning, 2… words."""
 
     def __init__(self, words: list[str]):
         self.words = list(words)
@@ -71,8 +68,7 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    """A `tokenizer.json` of the `tokenizers` library; its own special-token template is not used, BOS is put
-    in front."""
+    """A `tokenizer.json` of the `tokenizers` library; its special-token template is not used, BOS comes first."""
 
     def __init__(self, path: Path):
         tokenizers = _optional("tokenizers", path)
@@ -93,8 +89,7 @@ class _HuggingFace:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """From a sentencepiece `.model`, a `tokenizer.json`, or a compact policy's word list (also
-    `tokenizer.json`)."""
+    """From a sentencepiece `.model`, a `tokenizer.json`, or a compact policy's word list (also `tokenizer.json`)."""
     if not path.is_file():
         raise UserError(
             f"tokenizer {path} does not exist; give `tokenizer:` the path of paligemma_tokenizer.model or "

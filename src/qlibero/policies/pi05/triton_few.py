@@ -36,7 +36,8 @@ class Shape(NamedTuple):
     stages: int = 4  # steps in work or on their way
 
 
-# Found by trying on an H100, in a whole flow of full size; they fit into smaller cards (benchmarks/triton_resources.py).
+# Found by trying on an H100, in a whole flow of full size; they fit into smaller cards
+# (benchmarks/triton_resources.py).
 TURNED = Shape(16, 128, stages=3)
 GATED = Shape(16, 64, stages=5)
 DEEP = Shape(16, 64, parts=2, stages=6)

@@ -1,5 +1,4 @@
-"""The two vision towers: PaliGemma's SigLIP, with its names, and a small convolutional one for policies
-trained from scratch.
+"""The two vision towers: PaliGemma's SigLIP, with its names, and a small convolutional one for training from scratch.
 
 Both turn images (B, cameras, 3, S, S) in [-1, 1] into features (B, cameras, tokens, out_width); the projector
 of the network follows. Only the SigLIP tower knows masked cameras by count: a camera that is not there is
@@ -19,8 +18,7 @@ from qlibero.policies.pi05.layers import project
 
 
 class VisionFeatures(NamedTuple):
-    """`tokens` (B, cameras, tokens, out_width); `heat` (B, cameras, K, S/8, S/8) logits of the keypoint maps,
-    or None."""
+    """`tokens` (B, cameras, tokens, out_width); `heat` (B, cameras, K, S/8, S/8) keypoint logits, or None."""
 
     tokens: Tensor
     heat: Tensor | None
@@ -78,8 +76,7 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipTower(nn.Module):
-    """SigLIP without its pooling head, under openpi's names
-    `vision_model.{embeddings,encoder.layers,post_layernorm}`."""
+    """SigLIP without its pooling head; openpi's `vision_model.{embeddings,encoder.layers,post_layernorm}`."""
 
     def __init__(self, c: SiglipConfig):
         super().__init__()
@@ -105,8 +102,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class ConvCamera(nn.Module):
-    """One camera's tower: five convolutions to stride 16, beside which the pooled stride-8 map is handed
-    on."""
+    """One camera's tower: five convolutions to stride 16, beside which the pooled stride-8 map is handed on."""
 
     def __init__(self, c: ConvConfig):
         super().__init__()
@@ -130,8 +126,7 @@ class ConvCamera(nn.Module):
 
 
 def soft_argmax(heat: Tensor) -> Tensor:
-    """Expected (row, column) of each heat map (B, K, h, w) in [-1, 1] image coordinates: (B, K, 2)
-    float32."""
+    """Expected (row, column) of each heat map (B, K, h, w) in [-1, 1] image coordinates: (B, K, 2) float32."""
     height, width = heat.shape[-2:]
     weights = heat.float().flatten(2).softmax(-1).unflatten(-1, (height, width))
     rows = (torch.arange(height, device=heat.device) + 0.5) * (2 / height) - 1

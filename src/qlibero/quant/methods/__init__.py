@@ -1,5 +1,4 @@
-"""One file per method. Each turns what calibration saw of a shared input into a `Transform`, and knows
-nothing else."""
+"""One file per method. Each turns what calibration saw of a shared input into a `Transform`, and knows nothing else."""
 
 from __future__ import annotations
 

@@ -86,8 +86,7 @@ def _step(b: int, seed: int, n: int) -> Tensor:
 
 @cache
 def uniform_first_row(b: int) -> Tensor:
-    """The paper's base R~: a product of B-1 Givens rotations whose first row is 1/sqrt(B) everywhere. (B, B)
-    float64."""
+    """The paper's base R~: B-1 Givens rotations whose product's first row is 1/sqrt(B) everywhere. (B, B) float64."""
     r = torch.eye(b, dtype=torch.float64)
     for i in range(b - 1):
         cos, sin = (1 / (i + 2)) ** 0.5, ((i + 1) / (i + 2)) ** 0.5
@@ -100,8 +99,7 @@ def uniform_first_row(b: int) -> Tensor:
 
 
 def zigzag(peak: Tensor, block: int) -> Tensor:
-    """Deal channels to blocks in serpentine order of their peak, so that every block gets its share of
-    outliers.
+    """Deal channels to blocks in serpentine order of their peak, so that every block gets its share of outliers.
 
     peak (K,) -> order (K,) int64: channel order[i] goes to place i. Rank r·G + p goes to block p on even
     rounds r and to block G-1-p on odd ones.

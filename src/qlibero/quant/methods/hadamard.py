@@ -1,5 +1,4 @@
-"""Block Hadamard: one B × B orthogonal matrix with entries ±1/sqrt(B), shared by all blocks. Data-free and
-cheap online.
+"""Block Hadamard: one B × B orthogonal matrix of ±1/sqrt(B), shared by all blocks. Data-free and cheap online.
 
 The rows carry random signs (drawn once per input, folded into the matrix): without them a block whose
 channels agree would pile up in the first coefficient, which is the very outlier a rotation is meant to

@@ -1,3 +1,1 @@
-"""The report's sections, one file each: a function from the gathered material to HTML, or None where there is
-nothing to show.
-"""
+"""The report's sections, one file each: a function from the gathered material to HTML, or None for nothing to show."""

@@ -83,10 +83,11 @@ def differences(m: Material) -> Markup | None:
             tasks,
             sortable=True,
         ),
-        lead=f"Arm minus {reference} on the same episodes. Thick bars: 95 % Tango interval for these tasks (unadjusted; p-values "
-        "are Holm-adjusted over arms × suites in the table), on which verdicts rest. Thin lines: t interval over the tasks' own "
-        "differences, for tasks like these; it answers another question from few values, and being narrower makes it no better "
-        f"evidence. Dashed line: the margin, {m.margins}."
+        lead=f"Arm minus {reference} on the same episodes. Thick bars: 95 % Tango interval for these tasks "
+        "(unadjusted; p-values are Holm-adjusted over arms × suites in the table), on which verdicts rest. "
+        "Thin lines: t interval over the tasks' own differences, for tasks like these; it answers another question "
+        "from few values, and being narrower makes it no better evidence. "
+        f"Dashed line: the margin, {m.margins}."
         + (" Grey band: the noise floor (A/A)." if any(map(m.floor_of, m.compared)) else ""),
     )
 

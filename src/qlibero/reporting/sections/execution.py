@@ -47,7 +47,8 @@ def execution(m: Material) -> Markup | None:
         chart,
         _quality(m),
         _parting(m),
-        lead="How soon episodes succeed: a curve ends at its arm's success rate. Movement often changes before success does.",
+        lead="How soon episodes succeed: a curve ends at its arm's success rate. "
+        "Movement often changes before success does.",
     )
 
 
@@ -78,18 +79,19 @@ def _parting(m: Material) -> Markup | None:
     noise = dict.fromkeys(f"{d['threshold']:.2g}, {d['threshold_from']}" for d in found)
     beyond_what = next(iter(noise)) if len(noise) == 1 else "the noise of its own cell's A/A arm"
     beyond = "; ".join(
-        f"{r['label']}: {_from(r['divergence']['diverged'], r['divergence']['compared'], r['divergence']['median_step'])}"
-        for r in m.compared.values()
-        if r["divergence"]["compared"]
+        f"{label}: {_from(d['diverged'], d['compared'], d['median_step'])}"
+        for label, d in ((r["label"], r["divergence"]) for r in m.compared.values())
+        if d["compared"]
     )
     return join(
         el("h3", "Where episodes part"),
         table(head, rows, caption="Median over episodes, and in how many it happens", stacked=True),
         el(
             "p",
-            "Action error: largest difference of an arm action from the reference's in the first executed chunk, where both saw the "
-            "same. Opposed grip: one opens, the other closes. Once two runs differ by rounding, feedback multiplies it, so A/A pairs "
-            "part too: an arm is told by how much sooner and more often it does.",
+            "Action error: largest difference of an arm action from the reference's in the first executed chunk, "
+            "where both saw the same. Opposed grip: one opens, the other closes. "
+            "Once two runs differ by rounding, feedback multiplies it, so A/A pairs part too: "
+            "an arm is told by how much sooner and more often it does.",
             class_="fine",
         ),
         el(

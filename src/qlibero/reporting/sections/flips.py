@@ -18,8 +18,10 @@ CODES = {
 
 
 def flip_data(m: Material) -> dict[str, Any]:
-    """What the page's script knows of the maps: {"cells": [{"tasks": […], "keys": […], "columns": […]}], "arms": {id:
-    {"cell": index, "rows": […]}}}."""
+    """What the page's script knows of the maps.
+
+    {"cells": [{"tasks": […], "keys": […], "columns": […]}], "arms": {id: {"cell": index, "rows": […]}}}
+    """
     shown = [part for part in m.parts if part.compared]
     return {
         "cells": [
@@ -75,7 +77,10 @@ def flips(m: Material) -> Markup | None:
     maps = []
     for name, r in m.compared.items():
         part = m.part_of(name)
-        text = f"Flips of {r['label']}: {r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs. Arrow keys move, Enter plays a video."
+        text = (
+            f"Flips of {r['label']}: {r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs. "
+            "Arrow keys move, Enter plays a video."
+        )
         labels = [el("span", str(task)) for _, task in m.tasks_of(part.arms)]
         grid = el(
             "div",
@@ -111,7 +116,8 @@ def flips(m: Material) -> Markup | None:
             id="flip-readout",
             aria_live="polite",
         ),
-        lead="One cell per episode. A column of flips is a hard initial state, a row a fragile task, scattered flips are noise.",
+        lead="One cell per episode. "
+        "A column of flips is a hard initial state, a row a fragile task, scattered flips are noise.",
     )
 
 

@@ -46,8 +46,8 @@ def latency(m: Material) -> Markup | None:
         _warmup(m),
         _phases(m, list(calls)),
         _simulator(m),
-        lead="As an episode waits for it: the time of the whole batch, device-synchronised, warm-up left out. Ticks are p50, p95, p99; "
-        "the axis is logarithmic"
+        lead="As an episode waits for it: the time of the whole batch, device-synchronised, warm-up left out. "
+        "Ticks are p50, p95, p99; the axis is logarithmic"
         + (f" and ends at {_ms(scale.high)} ms, {off} calls lie beyond it." if off else ".")
         + _control_note(m),
     )

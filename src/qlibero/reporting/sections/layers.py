@@ -52,8 +52,8 @@ def kernels(m: Material) -> Markup | None:
         "kernels",
         "Kernel verdicts",
         *parts,
-        lead="Before the first episode every layer's kernel is tried on its own shapes against the integer reference: equal "
-        "accumulators, or it does not run. Nothing falls back in silence.",
+        lead="Before the first episode every layer's kernel is tried on its own shapes against the integer reference: "
+        "equal accumulators, or it does not run. Nothing falls back in silence.",
     )
 
 
@@ -136,5 +136,6 @@ def layers(m: Material) -> Markup | None:
             rows,
             sortable=True,
         ),
-        lead="Signal to quantization noise of each quantized layer's output on calibration inputs; higher is better, 6 dB is one bit.",
+        lead="Signal to quantization noise of each quantized layer's output on calibration inputs; "
+        "higher is better, 6 dB is one bit.",
     )

@@ -65,11 +65,13 @@ def provenance(m: Material) -> Markup:
     ledgers = [(run, a) for run in m.runs for a in run.arms.values()]
     torn, repeated = sum(a.torn for _, a in ledgers), sum(a.repeated for _, a in ledgers)
     conflicts = [f"{a.arm} {key}" for _, a in ledgers for key in a.conflicts]
-    state = f"{sum(len(a.records) for _, a in ledgers):,} episodes in the ledger, {repeated} superseded lines, {torn} torn lines"
+    episodes = sum(len(a.records) for _, a in ledgers)
+    state = f"{episodes:,} episodes in the ledger, {repeated} superseded lines, {torn} torn lines"
     warning = (
         el(
             "p",
-            f"Ran twice with different results: {', '.join(conflicts)}. Pure episodes never do; look for the cause first.",
+            f"Ran twice with different results: {', '.join(conflicts)}. "
+            "Pure episodes never do; look for the cause first.",
             class_="fine warn",
         )
         if conflicts

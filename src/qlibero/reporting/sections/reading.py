@@ -12,11 +12,13 @@ def reading(m: Material) -> Markup:
     terms = [
         (
             "pair",
-            "The same suite, task, initial state and seed in both arms, with equal scene fingerprints and the same policy noise.",
+            "The same suite, task, initial state and seed in both arms, "
+            "with equal scene fingerprints and the same policy noise.",
         ),
         (
             "broken, repaired",
-            "The reference succeeds and the arm fails; the reverse. Everything the comparison knows is in these two counts.",
+            "The reference succeeds and the arm fails; the reverse. "
+            "Everything the comparison knows is in these two counts.",
         ),
         ("Δ", "(repaired − broken) / pairs, in percentage points. Negative: the arm loses."),
         (
@@ -38,28 +40,34 @@ def reading(m: Material) -> Markup:
         ),
         (
             "tasks like these",
-            "Mean of the per-task differences ± t·s/√tasks. It asks how Δ would come out on other tasks of this kind, as if these "
-            "had been drawn at random, and knows only as many values as there are tasks. With few flips spread evenly it is often "
-            "narrower than Tango: that is no stronger evidence, and no verdict uses it.",
+            "Mean of the per-task differences ± t·s/√tasks. It asks how Δ would come out on other tasks of this kind, "
+            "as if these had been drawn at random, and knows only as many values as there are tasks. "
+            "With few flips spread evenly it is often narrower than Tango: "
+            "that is no stronger evidence, and no verdict uses it.",
         ),
         (
             "A/A, noise floor",
-            "The reference run again in batches of another size. What it flips is rounding noise that no kernel is to blame for. It is "
-            "not under test: it has no verdict, and its latency is that of its batches.",
+            "The reference run again in batches of another size. "
+            "What it flips is rounding noise that no kernel is to blame for. "
+            "It is not under test: it has no verdict, and its latency is that of its batches.",
         ),
         (
             "where episodes part",
-            "1 cm apart: the two grippers are more than 1 cm from each other at the same step. Opposed grip: one opens, the other closes. "
-            "Actions beyond noise: arm motions differ by more than the 99th percentile of A/A in its first executed chunk, where both "
-            "runs answer the same observation; the gripper's command is left out of it.",
+            "1 cm apart: the two grippers are more than 1 cm from each other at the same step. "
+            "Opposed grip: one opens, the other closes. "
+            "Actions beyond noise: arm motions differ by more than the 99th percentile of A/A "
+            "in its first executed chunk, where both runs answer the same observation; "
+            "the gripper's command is left out of it.",
         ),
         (
             "error",
-            "A simulator or transport failed. Neither success nor failure; a verdict that errors could change is inconclusive.",
+            "A simulator or transport failed. Neither success nor failure; "
+            "a verdict that errors could change is inconclusive.",
         ),
         (
             "jerk, path, flips",
-            "Mean third difference of the gripper position × 20³ m/s³ up to the pair's earlier end; metres travelled; open-close changes.",
+            "Mean third difference of the gripper position × 20³ m/s³ up to the pair's earlier end; "
+            "metres travelled; open-close changes.",
         ),
     ]
     return section(

@@ -68,10 +68,12 @@ def memory(m: Material) -> Markup | None:
             figures,
             stacked=True,
         ),
-        lead="Measured from live tensor storages: weights, then scales, then the online transforms (lighter). Grey: the same linears in bf16."
+        lead="Measured from live tensor storages: weights, then scales, then the online transforms (lighter). "
+        "Grey: the same linears in bf16."
         + (
-            " Hatched: the backend fake computes a kernel's integers in floating point and holds them unpacked, so its bar says "
-            "nothing of what a kernel needs; the black line is what the integer codes alone take at their bits."
+            " Hatched: the backend fake computes a kernel's integers in floating point and holds them unpacked, "
+            "so its bar says nothing of what a kernel needs; "
+            "the black line is what the integer codes alone take at their bits."
             if unpacked
             else ""
         ),
@@ -185,8 +187,8 @@ def pareto(m: Material) -> Markup | None:
                 for d in dots
             ],
         ),
-        lead="Up and left is better. The line joins the arms that no other arm beats in both; bars are Wilson intervals, so "
-        "overlapping bars are no ranking: the paired differences above are."
+        lead="Up and left is better. The line joins the arms that no other arm beats in both; "
+        "bars are Wilson intervals, so overlapping bars are no ranking: the paired differences above are."
         + (" Grey band: the noise floor, the interval of the A/A difference around the reference." if marks[0] else ""),
     )
 

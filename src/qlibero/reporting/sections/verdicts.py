@@ -79,7 +79,8 @@ def _lead(m: Material) -> Markup:
         opening = join(f"Every arm runs the same episodes ({n:,}{of}) as ", el("b", m.arms[alone.reference].label))
     return join(
         opening,
-        ": same scenes, same policy noise. An arm is non-inferior when the whole 95 % interval of its difference lies above "
+        ": same scenes, same policy noise. "
+        "An arm is non-inferior when the whole 95 % interval of its difference lies above "
         f"{m.margins}.",
         _floor_text(alone.comparison["noise_floor"]) if alone else None,
     )
@@ -151,8 +152,9 @@ def _card(m: Material, name: str, scale: charts.Scale, folded: bool) -> Markup:
 def _control_text(m: Material, name: str) -> str:
     r = m.compared[name]
     return (
-        f"The same policy again in batches of another size, not under test: {r['broken']} broken, {r['repaired']} repaired of "
-        f"{r['pairs']} pairs is what rounding alone does. Differences inside this interval need no other cause."
+        "The same policy again in batches of another size, not under test: "
+        f"{r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs is what rounding alone does. "
+        "Differences inside this interval need no other cause."
     )
 
 
@@ -165,7 +167,8 @@ def _holm_line(m: Material, name: str) -> str | None:
     if family == 1:
         return None
     says = "still non-inferior" if survives_holm(r) else "no longer shown non-inferior"
-    return f"Counting all {family} tests of this comparison (Holm): {says}, {holm_text(r).partition(', ')[2] or holm_text(r)}."
+    holm = holm_text(r)
+    return f"Counting all {family} tests of this comparison (Holm): {says}, {holm.partition(', ')[2] or holm}."
 
 
 def _error_text(r: dict[str, Any]) -> Markup | None:
@@ -173,8 +176,9 @@ def _error_text(r: dict[str, Any]) -> Markup | None:
     e = r["errors"]
     if e["removed_pairs"]:
         parts.append(
-            f"{e['removed_pairs']} pair{'s' * (e['removed_pairs'] > 1)} lost to errors ({e['arm']} in this arm, {e['reference']} in "
-            f"the reference). Were they counted against this arm, the verdict would be: {e['worst_case_verdict']}."
+            f"{e['removed_pairs']} pair{'s' * (e['removed_pairs'] > 1)} lost to errors "
+            f"({e['arm']} in this arm, {e['reference']} in the reference). "
+            f"Were they counted against this arm, the verdict would be: {e['worst_case_verdict']}."
         )
     if r["unpaired"]:
         reasons = Counter(u["reason"] for u in r["unpaired"])

@@ -1,0 +1,92 @@
+"""Files that a crash, a full disk or a planted link cannot turn into something else.
+
+Every file of qlibero that replaces another goes through `replace`, every file that grows through `create` and `append`.
+Names of temporary files cannot be guessed, links are never followed, and nothing counts as written before it is on
+disk.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from qlibero.errors import WorkFailed, cause
+
+KEPT = "Everything finished is kept; the same command continues"
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Put `content` in the place of the file at `path`, at once: a reader sees the old content or the new, never less.
+
+    On disk (file and directory) when this returns. The mode is what the umask leaves of 0666. A link at `path` is
+    replaced, not followed; missing directories are made. Raises WorkFailed when it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as problem:
+        if temporary is not None:
+            remove(Path(temporary))
+        raise WorkFailed(f"cannot write {path}: {cause(problem)}. {KEPT}") from problem
+
+
+def create(path: Path) -> int:
+    """A descriptor to append to a new file: nothing of that name, not even a link, may be there. Raises OSError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def append(descriptor: int, data: bytes, path: Path) -> int:
+    """One write and an fsync; returns the offset (bytes) it went to. On any failure the file is as it was before.
+
+    Raises WorkFailed, also when the disk takes less than it was given: `os.write` says so without raising. A file that
+    was deleted under its writer counts as a failure too.
+    """
+    about = os.fstat(descriptor)
+    if about.st_nlink == 0:
+        raise WorkFailed(f"{path}: was deleted while it was being written. {KEPT} what is left")
+    try:
+        written = os.write(descriptor, data)
+        if written == len(data):
+            os.fsync(descriptor)
+            return about.st_size
+        reason = f"the disk is full ({written} of {len(data)} bytes were taken)"
+    except OSError as problem:
+        reason = cause(problem)
+    os.ftruncate(descriptor, about.st_size)
+    raise WorkFailed(f"{path}: {reason}. {KEPT}, once there is space")
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the directory's names on disk. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there and can be deleted: callers have a failure of their own to report."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+def _umask() -> int:
+    """This process's umask, from /proc: asking the system for it means changing it, which other threads would see."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o022
