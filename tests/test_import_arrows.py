@@ -17,10 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "results": set(),
     "config": {"kernels"},  # load knows the backends' names
-    "policies": {
-        "quant",
-        "kernels",
-    },  # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
+    # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
+    "policies": {"quant", "kernels"},
     "quant": {"kernels", "policies"},
     "rollout": {"policies", "sim", "quant", "results"},
     "tracking": {"results"},
