@@ -9,9 +9,9 @@ import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
 
-# What each room may import besides itself. `errors`, `episode_key` and `console` are leaves for everybody;
+# What each room may import besides itself. `errors`, `episode_key`, `console` and `places` are leaves for everybody;
 # `config.schema`, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"errors", "episode_key", "console"}
+LEAVES = {"errors", "episode_key", "console", "places"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
     "kernels": set(),
