@@ -208,12 +208,21 @@ def _run(
     if experiment.stop is not None:
         sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
 
+    settings = RolloutSettings(
+        protocol=experiment.protocol,
+        max_steps=experiment.max_steps or SUITES[experiment.suite].max_steps,
+        replan_steps=experiment.policy.replan_steps,
+        retries=experiment.retries,
+    )
+
     def on_record(record: EpisodeRecord, trajectory) -> None:
         record = replace(
             record,
             protocol=experiment.protocol,
             kernels=meta[record.arm]["kernels_hash"],
             versions=environment["versions"],
+            max_steps=settings.max_steps,
+            replan_steps=settings.replan_steps,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         record = ledgers[record.arm].append(record, trajectory)
@@ -221,12 +230,6 @@ def _run(
             sequential.add(record)
         on_episode(record)
 
-    settings = RolloutSettings(
-        protocol=experiment.protocol,
-        max_steps=experiment.max_steps or SUITES[experiment.suite].max_steps,
-        replan_steps=experiment.policy.replan_steps,
-        retries=experiment.retries,
-    )
     with SimulatorPool(_workers(experiment, len(missing), say), environment=simulator_environment()) as pool:
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
