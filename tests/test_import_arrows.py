@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"results"},
     "commands": {"*"},
     "cli": {"*"},
+    "__main__": {"*"},
 }
 ON_THE_GROUND = {name for name, below in MAY_IMPORT.items() if not below}
 
