@@ -9,18 +9,16 @@ import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
 
-# What each room may import besides itself. `errors`, `episode_key` and `console` are leaves for everybody;
-# `config.schema`, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"errors", "episode_key", "console"}
+# What each room may import besides itself. `errors`, `episode_key`, `console`, `files` and `places` are leaves for
+# everybody; `config.schema`, plain data that stands on the ground, for every room above the ground.
+LEAVES = {"errors", "episode_key", "console", "files", "places"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
     "kernels": set(),
     "results": set(),
     "config": {"kernels"},  # load knows the backends' names
-    "policies": {
-        "quant",
-        "kernels",
-    },  # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
+    # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
+    "policies": {"quant", "kernels"},
     "quant": {"kernels", "policies"},
     "rollout": {"policies", "sim", "quant", "results"},
     "tracking": {"results"},
@@ -34,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"results"},
     "commands": {"*"},
     "cli": {"*"},
+    "__main__": {"*"},
 }
 ON_THE_GROUND = {name for name, below in MAY_IMPORT.items() if not below}
 
