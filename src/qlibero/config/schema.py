@@ -27,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 
+from qlibero.places import REPOSITORY
+
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard", "smooth_hadamard"]
 Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
@@ -452,10 +454,8 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
     return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
-REPOSITORY = Path(__file__).resolve().parents[3]  # the checkout of an editable install
-CHECKOUT = (
-    "QLIBERO_CHECKOUT"  # set by a sweep inside a container: the checkout outside, whose paths the experiment names
-)
+# set by a sweep inside a container: the checkout outside, whose paths the experiment names
+CHECKOUT = "QLIBERO_CHECKOUT"
 
 
 def _portable(value: Any) -> Any:
