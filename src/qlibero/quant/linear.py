@@ -138,6 +138,19 @@ class QuantLinear(nn.Module):
             return self._rotated(prepared)
         return prepared.product(self.product).narrow(-1, self.start, self.stop - self.start)
 
+    def precedes(self, *others: nn.Module) -> bool:
+        """Whether `others` are quantized linears whose rows follow these, in their order, in the same product."""
+        stop = self.stop
+        for other in others:
+            if getattr(other, "product", None) is not self.product or other.start != stop:
+                return False
+            stop = other.stop
+        return self.output_rotation is None
+
+    def joined(self, x: Tensor, last: QuantLinear) -> Tensor:
+        """x (..., K) -> the outputs of this linear to `last` side by side, where one precedes the other: no copy."""
+        return self.prepare(x).product(self.product).narrow(-1, self.start, last.stop - self.start)
+
     def _rotated(self, prepared: Prepared) -> Tensor:
         y = block_product(prepared.multiply(self.product), self.output_rotation)
         y = y if self.late_bias is None else y + self.late_bias
