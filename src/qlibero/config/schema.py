@@ -36,6 +36,7 @@ Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6"
 TrackerName = Literal["wandb", "trackio"]
 
 UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
+SLURM_TIME = r"^(\d+-)?\d+(:\d\d){0,2}$"
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 TASKS_OF_SUITE = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 
@@ -294,6 +295,19 @@ def _trackers_alone(value: Any) -> Any:
     )
 
 
+class SlurmMerge(Frozen):
+    """The job after the shards: what is not said here is the array's (partition, account, qos) or not asked for."""
+
+    partition: str | None = Field(None, description="--partition; null: the array's")
+    account: str | None = Field(None, description="--account; null: the array's")
+    qos: str | None = Field(None, description="--qos; null: the array's")
+    gres: str | None = Field(None, description="--gres, where the partition refuses jobs without one")
+    time: str = Field("01:00:00", pattern=SLURM_TIME, description="--time")
+    cpus_per_task: Int | None = Field(None, ge=1, description="--cpus-per-task")
+    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="--mem")
+    extra: tuple[str, ...] = Field((), description="further #SBATCH options")
+
+
 class Slurm(Frozen):
     """What `sweep --engine slurm` writes into submit.sbatch."""
 
@@ -301,16 +315,31 @@ class Slurm(Frozen):
     account: str | None = Field(None, description="--account")
     qos: str | None = Field(None, description="--qos")
     gres: str | None = Field(None, description="--gres, e.g. gpu:1")
-    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="--time of one array task")
+    gpus: str | None = Field(
+        None,
+        pattern=r"^([A-Za-z0-9_.-]+:)?[1-9]\d*$",
+        description="--gpus, where the site asks for it instead of gres, e.g. 1 or h100:1",
+    )
+    nodelist: str | None = Field(None, description="--nodelist")
+    time: str = Field("04:00:00", pattern=SLURM_TIME, description="--time of one array task")
     cpus_per_task: Int = Field(8, ge=1, description="--cpus-per-task; simulator workers share them")
     mem: str | None = Field(
         None, pattern=r"^\d+[KMGT]?$", description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own"
     )
     array_limit: Int | None = Field(None, ge=1, description="most array tasks at once (`--array=0-99%N`)")
+    chdir: str | None = Field(
+        None, pattern="^/", description="where jobs work; null: the checkout, of a wheel the directory of submission"
+    )
     signal_s: Int = Field(120, ge=30, description="seconds before the time limit at which a task saves and requeues")
-    setup: tuple[str, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
+    login_shell: bool = Field(
+        False, description="run the scripts as `bash -l`, where only a login shell knows `module`"
+    )
+    setup: tuple[str, ...] = Field(
+        (), description="shell lines before the work, e.g. `module load cuda`; the first that fails ends the shard"
+    )
     container: str | None = Field(None, description="command prefix, e.g. `apptainer exec --nv qlibero.sif`")
     extra: tuple[str, ...] = Field((), description="further #SBATCH options, e.g. --constraint=h100")
+    merge: SlurmMerge = Field(default_factory=SlurmMerge, description="options of the job after the shards")
 
 
 class Ray(Frozen):
