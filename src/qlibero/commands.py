@@ -344,7 +344,8 @@ def doctor(args: argparse.Namespace) -> Document:
 
 
 def config_show(args: argparse.Namespace) -> Document:
-    from qlibero.config.load import dump_resolved, editor_schema, load_experiment
+    from qlibero.config.dump import dump_resolved, editor_schema
+    from qlibero.config.load import load_experiment
 
     if args.schema:
         return editor_schema()
