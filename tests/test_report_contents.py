@@ -29,6 +29,7 @@ from qlibero.results.cells import cells_of
 from qlibero.results.compare import compare_runs
 from qlibero.results.phrases import points, speed_text
 from qlibero.results.runs import read_run
+from qlibero.results.stopping import declare, make_declaration
 
 
 @pytest.fixture(autouse=True)
@@ -331,3 +332,14 @@ def test_arms_of_one_artifact_that_act_differently_are_shown(tmp_path):
     shutil.copytree(run / "w4a8", run / "twin")
     same = same_arithmetic(read_run(run))[-1]
     assert same.other == "twin" and same.equal == same.episodes > 0 and "the same actions" in str(same)
+
+
+@pytest.mark.parametrize("inits", [5, 60])
+def test_a_run_under_a_stopping_rule_has_a_report(tmp_path, inits):
+    """Undecided and decided: the rule leaves Holm nothing to adjust, and every reader must live with that."""
+    run = make_run(tmp_path / "run", arms={"baseline": 0.0, "fake": 0.0}, inits=inits, tasks=5, trajectories=False)
+    keys = [record.key for record in read_run(run).arms["baseline"].records]
+    declare(run, make_declaration(keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7))
+    verdict = write_report([run])["verdicts"]["fake"]
+    assert verdict == ("non-inferior" if inits == 60 else "inconclusive")
+    assert "Sequential test: " in text_of(run / "report.html")

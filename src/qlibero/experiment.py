@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.dump import dump_resolved
-from qlibero.config.schema import REPOSITORY, Experiment, config_hash
+from qlibero.config.schema import Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators
+from qlibero.places import RUNS
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
 
-RUNS = REPOSITORY / "logs"
-
 
 def run_directory(experiment: Experiment, out: Path | None) -> Path:
-    """Where the experiment's ledger lies: `out`, or logs/<name> in the repository."""
+    """Where the experiment's ledger lies: `out`, or logs/<name> (see `places.RUNS`)."""
     return (out or RUNS / experiment.name).resolve()
 
 
@@ -209,12 +208,21 @@ def _run(
     if experiment.stop is not None:
         sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
 
+    settings = RolloutSettings(
+        protocol=experiment.protocol,
+        max_steps=experiment.max_steps or SUITES[experiment.suite].max_steps,
+        replan_steps=experiment.policy.replan_steps,
+        retries=experiment.retries,
+    )
+
     def on_record(record: EpisodeRecord, trajectory) -> None:
         record = replace(
             record,
             protocol=experiment.protocol,
             kernels=meta[record.arm]["kernels_hash"],
             versions=environment["versions"],
+            max_steps=settings.max_steps,
+            replan_steps=settings.replan_steps,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         record = ledgers[record.arm].append(record, trajectory)
@@ -222,12 +230,6 @@ def _run(
             sequential.add(record)
         on_episode(record)
 
-    settings = RolloutSettings(
-        protocol=experiment.protocol,
-        max_steps=experiment.max_steps or SUITES[experiment.suite].max_steps,
-        replan_steps=experiment.policy.replan_steps,
-        retries=experiment.retries,
-    )
     with SimulatorPool(_workers(experiment, len(missing), say), environment=simulator_environment()) as pool:
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:

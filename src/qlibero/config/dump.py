@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from qlibero.config.load import PATH_KEYS, known_backends
-from qlibero.config.schema import REPOSITORY, Experiment
+from qlibero.config.schema import Experiment
 from qlibero.config.yaml_text import CoreLoader
+from qlibero.places import REPOSITORY
 
 
 class _Dumper(yaml.SafeDumper):

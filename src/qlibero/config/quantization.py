@@ -9,7 +9,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, Regex, Seed
 
-Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard"]
+Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard", "smooth_hadamard"]
 Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
 MOST_PATTERNS = 1_000  # of a list; the largest model here has 400 linears
 WIDEST = 65_536  # channels; no model's linear is wider

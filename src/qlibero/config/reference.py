@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
-    REPOSITORY,
     Backend,
     Experiment,
     Launch,
@@ -27,6 +26,7 @@ from qlibero.config.schema import (
     Tracking,
     Untrained,
 )
+from qlibero.places import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "configuration.md"
 BEGIN, END = "<!-- from the schema: python -m qlibero.config.reference -->", "<!-- end -->"

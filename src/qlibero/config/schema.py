@@ -33,6 +33,7 @@ from qlibero.config.fields import (
 )
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import SUITE_ALIASES
+from qlibero.places import REPOSITORY
 
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
@@ -370,10 +371,8 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
     return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
-REPOSITORY = Path(__file__).resolve().parents[3]  # the checkout of an editable install
-CHECKOUT = (
-    "QLIBERO_CHECKOUT"  # set by a sweep inside a container: the checkout outside, whose paths the experiment names
-)
+# set by a sweep inside a container: the checkout outside, whose paths the experiment names
+CHECKOUT = "QLIBERO_CHECKOUT"
 
 
 def _portable(value: Any) -> Any:

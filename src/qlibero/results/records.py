@@ -41,7 +41,10 @@ class EpisodeRecord:
     `sim_ms`, `render_ms` are totals, `wall_s` is from the episode's start to its end, waiting included, of
     the attempt that counts. `kernels` is the hash of the
     kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
-    the trajectory (`quality.py`).
+    the trajectory (`quality.py`). `identity` is 16 hex digits over the content of everything that decides an action,
+    `probe` 16 hex digits over the actions of one fixed policy call in the process that ran the episode, `machine` what
+    kind of machine that was; `max_steps` (control steps) and `replan_steps` are what was in force. Lines of earlier
+    versions have none of these five: empty, or None.
     """
 
     suite: str
@@ -72,6 +75,11 @@ class EpisodeRecord:
     kernels: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     config_hash: str = ""
+    identity: str = ""
+    probe: str = ""
+    machine: str = ""
+    max_steps: int | None = None
+    replan_steps: int | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

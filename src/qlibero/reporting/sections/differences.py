@@ -141,7 +141,9 @@ def _figures(m: Material, name: str, suite: str, row: dict[str, Any]) -> list[An
 
 
 def _p(row: dict[str, Any], name: str) -> str:
-    return p_text(row[name]) if name in row else "–"
+    """Absent for a control, None where a stopping rule leaves nothing to adjust."""
+    p = row.get(name)
+    return "–" if p is None else p_text(p)
 
 
 def _tick(delta: float) -> str:
