@@ -43,7 +43,7 @@ UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 TASKS_OF_SUITE = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 MOST_REPLAN = 1_000  # actions; no policy's chunk is longer
-MOST_PROCESSES = 1_024
+MOST_PROCESSES = 10_000
 # A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
 FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".md", ".parquet", ".tmp", ".yaml", ".yml")
 DIRECTORIES = ("sweep", "trackio", "videos", "wandb")
