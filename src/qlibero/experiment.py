@@ -63,7 +63,7 @@ def missing_episodes(
     experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
 ) -> list[tuple[str, EpisodeKey]]:
     """(arm, key) of everything the ledger does not hold yet. Episodes that ended in an error are missing: they get
-    another chance each time the experiment is run. Under `stop` nothing is missing once every arm is decided."""
+    another chance each time the experiment is run. Under `stop` nothing of an arm is missing once it is decided."""
     done = finished_episodes(experiment, run_dir, shard)
     arms = [arm.name for arm in experiment.arms()]
     keys: Sequence[EpisodeKey] = episode_keys(experiment, shard)
@@ -71,7 +71,7 @@ def missing_episodes(
         if shard[1] > 1:
             raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
         sequential = SequentialRun(experiment, run_dir, keys)
-        keys = [] if sequential.decided() else sequential.order
+        keys, arms = sequential.order, [arm for arm in arms if sequential.needs(arm)]
     return [(arm, key) for key in keys for arm in arms if (arm, key) not in done]
 
 
@@ -96,8 +96,11 @@ def run_experiment(
     on_start: Callable[[int, int], None] = lambda missing, total: None,
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
+    most_pairs: int | None = None,
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
+
+    `most_pairs`: run no more than so many of the missing pairs now, the first ones.
 
     "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
@@ -122,6 +125,9 @@ def run_experiment(
             }
             # again, now that the ledgers are locked: another process may just have finished some
             missing = missing_episodes(experiment, run_dir, shard)
+            if most_pairs is not None:
+                first = list(dict.fromkeys(key for _, key in missing))[:most_pairs]
+                missing = [(arm, key) for arm, key in missing if key in first]
             on_start(len(missing), total)
             if missing:
                 mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say)
@@ -234,7 +240,9 @@ def _run(
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
-            run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
+            run_episodes(
+                plan, policies, pool, settings, on_record, sequential.needs if sequential else lambda arm: True
+            )
             _film(experiment, run_dir, {key for _, key in missing}, experiment.videos, pool, say)
         finally:
             ended = mirrors.finish()

@@ -259,7 +259,7 @@ class Arm:
 
 # ------------------------------------------------------------------------------------------ around the episodes
 class Stop(Frozen):
-    """Sequential stopping: spend episodes on pairs only until the verdict is clear.
+    """Sequential stopping: spend episodes on an arm's pairs only until its verdict is clear.
 
     A sweep runs such a cell as one shard.
     """
@@ -267,9 +267,24 @@ class Stop(Frozen):
     margin: Float | None = Field(
         None, gt=0, lt=1, description="the margin of this test; null: the experiment's `margin`"
     )
-    alpha: Float = Field(0.025, gt=0, lt=0.5, description="one-sided error rate of the anytime-valid test")
+    method: Literal["group_sequential", "evalues"] = Field(
+        "group_sequential",
+        description="group_sequential: declared looks, fewest pairs; evalues: after every pair, and open-ended",
+    )
+    alpha: Float = Field(
+        0.025, gt=0, lt=0.5, description="error rate of each verdict over the whole run; the arms share it"
+    )
     max_episodes: Int | None = Field(
-        None, ge=1, description="pairs after which to stop undecided; null: all of them; may be raised later"
+        None,
+        ge=1,
+        description="most pairs to spend; null: all of them; fixed under group_sequential, may be raised under evalues",
+    )
+    looks: Int = Field(20, ge=1, le=200, description="group_sequential: how often to look, evenly over the pairs")
+    futility: Float | None = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="group_sequential: give up when no verdict has this chance left; 0 or null: never",
     )
 
 

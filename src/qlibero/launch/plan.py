@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from qlibero.results.judgement import detectable
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, read_run
+from qlibero.results.sequentialpower import pairs_needed, prospect
+from qlibero.results.stopping import BLOCK_PAIRS
+from qlibero.sequential import declaration_of
 
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
@@ -185,12 +188,7 @@ def _cost(records: list[EpisodeRecord]) -> Cost:
 
 def _one_episode(cell: Cell) -> None:
     experiment = cell.experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": 0, "workers": 1})
-    if experiment.stop is None:
-        run_experiment(experiment, cell.run_dir, (0, len(episode_keys(experiment))))
-        return
-    # the first pair of the declared order; the run itself raises the cap again
-    stop = experiment.stop.model_copy(update={"max_episodes": 1})
-    run_experiment(experiment.model_copy(update={"stop": stop}), cell.run_dir)
+    run_experiment(experiment, cell.run_dir, most_pairs=1)
 
 
 def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
@@ -218,7 +216,8 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
 def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     """What the cell's pairs can find, and what non-inferiority takes. None: too few pairs or flips."""
     margin = declared_margin(cell.experiment.model_dump(mode="json"))
-    found = detectable(pairs, *_discordance(cell), margin, sequential=cell.experiment.stop is not None)
+    found = detectable(pairs, *_discordance(cell), margin)
+    sequential = _prospects(cell.experiment, found["discordance"], margin) if cell.experiment.stop else None
     return {
         "discordance": f"{found['discordance']:.1%} {found['discordance_from']}",
         "detectable_difference": found["difference"],
@@ -226,7 +225,32 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
         "margin": margin,
         "noninferiority_power": found["noninferiority_power"],
         "pairs_for_noninferiority": found["pairs_for_noninferiority"],
-        "detectable": found["line"],
+        "sequential": sequential,
+        "detectable": found["line"] + (f" {sequential['line']}" if sequential else ""),
+    }
+
+
+def _prospects(experiment: Experiment, discordance: float, margin: float) -> dict[str, Any]:
+    """What `stop` will cost and find, for one arm, if the arms are truly equal."""
+    declared = declaration_of(experiment, episode_keys(experiment))
+    if declared.method == "evalues":
+        return {
+            "line": "All for one look at the end; e-values may be looked at after every pair and take up to 1.7 times "
+            "as many (docs/statistics.md)."
+        }
+    share = declared.alpha / len(declared.arms)
+    design = {"margin": margin, "discordance": discordance, "alpha": share, "futility": declared.futility}
+    chances = prospect(declared.looks, **design)
+    needed = pairs_needed(**design, looks=experiment.stop.looks, block=BLOCK_PAIRS)
+    found = {key: float(f"{value:.6g}") for key, value in asdict(chances).items()}
+    return {
+        "looks": len(declared.looks),
+        **found,
+        "pairs_for_noninferiority": needed,
+        "line": f"With {len(declared.looks)} looks (α {share:g} an arm) an equal arm is shown non-inferior with "
+        f"{100 * chances.noninferior:.0f} % chance and takes {chances.expected_pairs:,.0f} of "
+        f"{declared.looks[-1]:,} pairs on average, {100 * chances.futile:.0f} % end as futile; 80 % takes "
+        f"{needed:,} pairs declared.",
     }
 
 

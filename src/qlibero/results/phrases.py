@@ -108,23 +108,36 @@ def detectable_line(d: dict[str, Any], margin: float, sequential: bool = False) 
 
 
 def sequential_text(s: dict[str, Any]) -> str:
-    """The anytime-valid decision in words."""
-    evidence = f"(e = {max(s['e_noninferior'], s['e_inferior']):.3g}, needs {s['threshold']:g})"
+    """The decision of the sequential test in words, with the interval that belongs to it."""
+    strongest = max(s["noninferior"], s["inferior"])
+    measure = "e" if s["method"] == "evalues" else "z"
+    evidence = f"{measure} = {strongest:.3g}, needs {s['threshold']:.3g}"
+    if s["looks"] is not None:
+        evidence = f"look {s['look']} of {s['looks']}: {evidence}" if s["look"] else "not looked at yet"
+    if s["interval"] is not None:
+        low, high = s["interval"]
+        evidence += f", Δ in [{points(low)}, {points(high)}] pp at {100 * s['confidence']:g} % over all looks"
     at, errors = margin_text(s["margin"]), s["errors"]
     against = f", {count_text(errors, 'pair')} with errors counted against it" if errors else ""
     if s["verdict"] is None:
         retried = (
             f"; {count_text(errors, 'pair')} ended in errors, which the same command tries again" if errors else ""
         )
-        return f"no decision yet at {at} after {s['position']} pairs {evidence}{retried}"
+        following = f"; the next look is at {s['next_look']:,}" if s["next_look"] else ""
+        return f"no decision yet at {at} after {s['position']} pairs ({evidence}){following}{retried}"
     if s["verdict"] == "undecided":
         where = (
             f"at the cap of {s['max_pairs']}"
             if (s["max_pairs"] or s["declared_pairs"]) < s["declared_pairs"]
             else "after all"
         )
-        return f"undecided {where} pairs, at {at} {evidence}"
+        return f"undecided {where} pairs, at {at} ({evidence})"
+    if s["verdict"] == "futile":
+        return (
+            f"futile: neither verdict at {at} had a fair chance left after {s['position']} pairs ({evidence}); "
+            f"{s['episodes_saved']} episodes saved"
+        )
     return (
         f"{s['verdict']} at {at} after {s['position']} pairs in the declared order of {s['declared_pairs']} "
-        f"{evidence}{against}; {s['episodes_saved']} episodes saved"
+        f"({evidence}){against}; {s['episodes_saved']} episodes saved"
     )

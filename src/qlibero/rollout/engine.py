@@ -61,9 +61,6 @@ class _Queue:
             self.current[worker] = own
         return self.groups[own].popleft()
 
-    def clear(self) -> None:
-        self.groups.clear()
-
 
 def run_episodes(
     plan: Sequence[PlannedEpisode],
@@ -71,21 +68,21 @@ def run_episodes(
     pool: SimulatorPool,
     settings: RolloutSettings,
     on_record: OnRecord,
-    enough: Callable[[], bool] = lambda: False,
+    needs: Callable[[str], bool] = lambda arm: True,
 ) -> None:
     """Run every planned episode and hand each finished one to `on_record(record, trajectory)`.
 
     `policies` maps arm to policy. An episode whose simulator dies or hangs is run again, `settings.retries` times, then
-    recorded as an error. When `enough()` turns true no further episode is started; those in flight are finished.
+    recorded as an error. An arm that `needs` says no to starts no further episode; those in flight are finished.
     """
     queue = _Queue(plan)
     running: dict[int, RunningEpisode] = {}
     waiting: deque[int] = deque()
 
     def start(worker: int) -> None:
-        if enough():
-            queue.clear()
         following = queue.next_for(worker)
+        while following is not None and not needs(following[0].arm):
+            following = queue.next_for(worker)
         if following is None:
             return
         episode, attempt = following
