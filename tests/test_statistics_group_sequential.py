@@ -168,7 +168,7 @@ def test_errors_hold_a_verdict_up_and_end_nothing():
     lost = decide_at_looks([(-1, 0)] * 70 + [0] * 430, looks=looks, margin=0.02)
     assert (lost.verdict, lost.stop, lost.without_errors) == (None, False, "non-inferior")
     assert lost.errors == 70 and lost.next_look is None
-    hopeless = [-1, 0, 0, 0, 1, 0, 0, 0, -1, 0] * 50
+    hopeless = [-1, 0, 0, 0, 1, 0, 0, 0, 0, 0] * 50
     assert decide_at_looks(hopeless, looks=looks, margin=0.02, futility=0.1).verdict == "futile"
     unknown = [(-1, 1) if step else 0 for step in hopeless]
     assert decide_at_looks(unknown, looks=looks, margin=0.02, futility=0.1).verdict is None
