@@ -86,7 +86,7 @@ def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
 
     Videos are filmed after the run, so records cannot know of them.
     """
-    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.init}-{record.seed}.mp4"
+    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.key.init_name}-{record.seed}.mp4"
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def counts(records: Iterable[EpisodeRecord]) -> tuple[int, int, int]:
 
 def policy_calls_ms(records: Iterable[EpisodeRecord]) -> np.ndarray:
     """Milliseconds of every policy call of an episode, as it waits for it; warm-up calls belong to none."""
-    return np.array([ms for r in records for ms in r.policy_ms], dtype=np.float64)
+    return np.array([ms for r in records for ms in r.calls_ms], dtype=np.float64)
 
 
 def phase_calls_ms(records: Iterable[EpisodeRecord]) -> dict[str, np.ndarray]:

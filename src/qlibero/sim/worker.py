@@ -91,7 +91,7 @@ class Worker:
                 self.scene = None
             self.scene = Scene(key.suite, key.task, resolution=self.resolution, protocol=assignment.protocol)
         self.scene.render_s = 0.0
-        self.scene.reset(key.init, key.seed)
+        self.scene.reset(key.init, key.seed, key.inits)
         self.steps = 0
         self.trajectory: list[np.ndarray] = []
         self.busy_s = time.perf_counter() - started
