@@ -30,7 +30,7 @@ from pydantic import (
 from qlibero.places import REPOSITORY
 
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard"]
+Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard", "smooth_hadamard"]
 Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
 TrackerName = Literal["wandb", "trackio"]
