@@ -9,6 +9,7 @@ the result is shown without loading a policy. A shard is the same thing over a p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -41,10 +42,12 @@ def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> lis
 
     A shard is a contiguous piece, so that it has few tasks: building a task's scene costs as much as an episode.
     """
+    kind, count = experiment.initial_states()
     keys = [
-        EpisodeKey(experiment.suite, task, init, experiment.seed)
+        EpisodeKey(experiment.suite, task, init, seed, kind)
         for task in experiment.task_ids()
-        for init in range(experiment.episodes_per_task)
+        for init in range(count)
+        for seed in experiment.all_seeds()
     ]
     index, count = shard
     return keys[index * len(keys) // count : (index + 1) * len(keys) // count]
@@ -72,7 +75,13 @@ def missing_episodes(
             raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
         sequential = SequentialRun(experiment, run_dir, keys)
         keys, arms = sequential.order, [arm for arm in arms if sequential.needs(arm)]
-    return [(arm, key) for key in keys for arm in arms if (arm, key) not in done]
+    return [(arm, key) for key in keys for arm in _rotated(arms, key) if (arm, key) not in done]
+
+
+def _rotated(arms: list[str], key: EpisodeKey) -> list[str]:
+    """The arms of a scene in an order of its own: what comes first on a scene or a host that drifts is no arm's lot."""
+    first = int.from_bytes(hashlib.sha256(f"arms/{key}".encode()).digest()[:4], "little") % max(1, len(arms))
+    return arms[first:] + arms[:first]
 
 
 def finished_episodes(

@@ -239,10 +239,18 @@ class Backend(Frozen):
     name: Slug = Field(description="the arm's name in tables and directories; by default the backend's")
     backend: str = Field(description="baseline (unquantized), aa (baseline again), auto, or a kernel's name")
     quant: QuantOverrides | None = Field(None, description="quant keys in which this arm differs")
+    replicates: Int | None = Field(
+        None, ge=1, le=32, description="of aa: so many arms aa-1, aa-2, …, each in batches of another size"
+    )
 
     @model_serializer(mode="wrap")
     def _short_when_plain(self, handler) -> Any:
-        return self.backend if self.name == self.backend and self.quant is None else handler(self)
+        plain = self.name == self.backend and self.quant is None and self.replicates is None
+        return self.backend if plain else handler(self)
+
+    def names(self) -> tuple[str, ...]:
+        """The arms it stands for."""
+        return tuple(f"{self.name}-{k + 1}" for k in range(self.replicates)) if self.replicates else (self.name,)
 
 
 BackendEntry = Annotated[Backend, BeforeValidator(_spell_out, json_schema_input_type=str | Backend)]
@@ -255,6 +263,7 @@ class Arm:
     name: str
     backend: str
     quant: Quant | None
+    replicate: int = 1  # of an A/A arm: which one, from 1
 
 
 # ------------------------------------------------------------------------------------------ around the episodes
@@ -347,14 +356,40 @@ class Launch(Frozen):
 
 
 # -------------------------------------------------------------------------------------------------- experiment
+class FreshInits(Frozen):
+    """Initial states nobody has been evaluated on."""
+
+    fresh: Int = Field(ge=1, le=100_000, description="how many a task")
+
+
+def _inits_in_words(value: Any) -> Any:
+    found = re.fullmatch(r"\s*fresh\s*\(\s*(\d{1,6})\s*\)\s*", value) if isinstance(value, str) else None
+    return {"fresh": int(found[1])} if found else value
+
+
+Inits = Annotated[
+    Literal["official"] | FreshInits,
+    BeforeValidator(_inits_in_words, json_schema_input_type=Literal["official"] | FreshInits | str),
+]
+
+
 class Experiment(Frozen):
     """One cell: a policy on a suite, the same episodes under every backend."""
 
     name: Slug = Field(description="names the run directory; by default the file's name")
     suite: SuiteName = Field(description="LIBERO suite")
     tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
-    episodes_per_task: Int = Field(OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1")
+    episodes_per_task: Int = Field(
+        OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1 of each task"
+    )
+    inits: Inits = Field(
+        "official",
+        description="official: the states LIBERO ships; fresh(N): N new ones a task, drawn from its placement regions",
+    )
     seed: Int = Field(7, ge=0, le=2**32 - 1, description="seed of scenes and policy noise")
+    seeds: tuple[Annotated[Int, Field(ge=0, le=2**32 - 1)], ...] | None = Field(
+        None, description="several seeds: every initial state once with each; `seed` is then the first"
+    )
     protocol: Literal["pure", "openpi"] = Field(
         "pure", description="pure: an episode depends on its key only; openpi: the published evaluations' random stream"
     )
@@ -389,8 +424,24 @@ class Experiment(Frozen):
     ] = Field(default_factory=Tracking, description="mirrors of the ledger: a list of trackers, or a mapping")
     launch: Launch = Field(default_factory=Launch, description="how sweeps are spread over machines")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_seed(cls, data: Any) -> Any:
+        """`seed` is the first of `seeds` unless it is written."""
+        seeds = data.get("seeds") if isinstance(data, dict) else None
+        return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
+        if self.seeds is not None:
+            if not self.seeds:
+                raise Misplaced(("seeds",), "no seed is listed; write e.g. [7, 8, 9], or seed: 7")
+            if len(set(self.seeds)) < len(self.seeds):
+                raise Misplaced(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
+            if self.seed != self.seeds[0]:
+                raise Misplaced(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
+        if self.inits != "official" and self.protocol != "pure":
+            raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
             count = TASKS_OF_SUITE[self.suite]
             for i, task in enumerate(self.tasks):
@@ -405,9 +456,12 @@ class Experiment(Frozen):
         seen: set[str] = set()
         for i, entry in enumerate(self.backends):
             where = ("backends", i)
-            if entry.name in seen:
-                raise Misplaced((*where, "name"), f"two arms are called {entry.name}; give one of them another name:")
-            seen.add(entry.name)
+            for name in entry.names():
+                if name in seen:
+                    raise Misplaced((*where, "name"), f"two arms are called {name}; give one of them another name:")
+                seen.add(name)
+            if entry.replicates is not None and entry.backend != "aa":
+                raise Misplaced((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
             if entry.backend in UNQUANTIZED_BACKENDS:
                 if entry.quant is not None:
                     raise Misplaced((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
@@ -428,9 +482,18 @@ class Experiment(Frozen):
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
         return tuple(
-            Arm(b.name, b.backend, None if b.backend in UNQUANTIZED_BACKENDS else quant_of_arm(self.quant, b.quant))
+            Arm(name, b.backend, None if b.backend in UNQUANTIZED_BACKENDS else quant_of_arm(self.quant, b.quant), k)
             for b in self.backends
+            for k, name in enumerate(b.names(), start=1)
         )
+
+    def initial_states(self) -> tuple[str, int]:
+        """Kind and number of the initial states of each task, e.g. ("official", 50)."""
+        return ("official", self.episodes_per_task) if self.inits == "official" else ("fresh", self.inits.fresh)
+
+    def all_seeds(self) -> tuple[int, ...]:
+        """`seeds`, or `seed` alone."""
+        return self.seeds or (self.seed,)
 
     def task_ids(self) -> tuple[int, ...]:
         """Task numbers, `all` spelt out."""

@@ -171,7 +171,11 @@ def _kind(experiment: Experiment, arm: str) -> tuple:
 def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
     entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
-    backend = next((entry["backend"] for entry in entries if entry["name"] == arm), arm)
+    replicated = arm.rpartition("-")[0]
+    backend = next(
+        (e["backend"] for e in entries if e["name"] == (replicated if e.get("replicates") else arm)),
+        arm,
+    )
     backend = "baseline" if backend == "aa" else backend
     policy = json.dumps(experiment.get("policy"), sort_keys=True)
     return experiment.get("suite"), experiment.get("max_steps"), policy, backend

@@ -162,7 +162,9 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
 
 def planned_episodes(run: RunResults) -> int | None:
     """Episodes of each arm that the run's experiment asks for; None where its configuration is missing."""
-    tasks, each = run.experiment.get("tasks"), run.experiment.get("episodes_per_task")
+    tasks, inits = run.experiment.get("tasks"), run.experiment.get("inits")
+    each = inits["fresh"] if isinstance(inits, dict) else run.experiment.get("episodes_per_task")
+    each = each and each * len(run.experiment.get("seeds") or (0,))
     count = TASKS_OF_SUITE.get(run.experiment.get("suite"), 0) if tasks == "all" else len(tasks or ())
     return count * each if count and each else None
 

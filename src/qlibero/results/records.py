@@ -38,7 +38,8 @@ class EpisodeRecord:
     `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per
     policy call, the time its whole batch took; `phases_ms` the same per phase; `batch_sizes` says how many
     episodes shared each call, `batch_places` which of them this one was, from 0: whoever counts calls counts
-    those of place 0 (`calls_ms`), or a batch of eight would count eight times. (Warm-up calls belong to no episode: they are in the arm's meta.json.)
+    those of place 0 (`calls_ms`), or a batch of eight would count eight times. (Warm-up calls belong to no episode:
+    they are in the arm's meta.json.)
     `sim_ms`, `render_ms` are totals, `wall_s` is from the episode's start to its end, waiting included, of
     the attempt that counts. `kernels` is the hash of the
     kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from

@@ -2,9 +2,9 @@
 
 Simulators run in their own processes and ask for actions when they have executed the last ones; whoever waits is served
 next, in batches of one arm. Nothing runs in lock step, every planned episode is run to its end (taking "the first n to
-finish" would favour the short, successful ones), and the arms of one scene follow each other, so that whatever drifts
-on the host hits all arms alike. What an episode computes depends on its key alone (contracts 1 and 2): order, worker
-and company decide only when it is computed.
+finish" would favour the short, successful ones), and the arms of one scene follow each other, each scene beginning with
+another, so that whatever drifts on the host hits all arms alike. What an episode computes depends on its key alone
+(contracts 1 and 2): order, worker and company decide only when it is computed.
 """
 
 from __future__ import annotations

@@ -149,6 +149,13 @@ def _import_environments() -> Any:
     return envs
 
 
+def placement_failure() -> type[Exception]:
+    """What robosuite's samplers raise when they find no room for an object."""
+    from robosuite.utils.errors import RandomizationError
+
+    return RandomizationError
+
+
 @contextlib.contextmanager
 def noisy_arm(env: Any) -> Iterator[None]:
     """Resets inside start the arm as the official initial states have it: robosuite's default noise on its joints,

@@ -73,8 +73,8 @@ class Scene:
     def reset(self, init: int | None, seed: int, inits: str = OFFICIAL) -> None:
         """Begin the episode of that initial state and seed, objects settled, `observation` showing its first frame.
 
-        `inits` says what `init` counts, official states or fresh ones. `init=None` keeps the placement that LIBERO draws
-        from `seed` (scenes for demonstrations).
+        `inits` says what `init` counts, official states or fresh ones. `init=None` keeps the placement that LIBERO
+        draws from `seed` (scenes for demonstrations).
         """
         if inits == FRESH and self.protocol != "pure":
             raise UserError(f"fresh initial states have no place in protocol {self.protocol!r}; write protocol: pure")
@@ -160,10 +160,10 @@ class Scene:
             sim.forward = forward
 
     def _draw(self, init: int, seed: int) -> np.ndarray:
-        """A fresh initial state, drawn as the official ones were: objects in the regions of the task's BDDL file, joints
-        around the arm's rest. Returns (n,) float64: time, qpos, qvel.
+        """A fresh initial state, drawn as the official ones were: objects in the regions of the task's BDDL file, the
+        arm's joints around their rest. Returns (n,) float64: time, qpos, qvel.
 
-        A function of the episode's key alone. It is then entered like an official one, over fixtures that `seed` places.
+        A function of the episode's key alone. It is entered like an official one, over fixtures that `seed` places.
         """
         text = f"{FRESH_RECIPE}/{EpisodeKey(self.suite, self.task, init, seed, FRESH)}"
         stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
@@ -176,9 +176,14 @@ class Scene:
     def _hard_reset(self) -> None:
         """robosuite's `reset()` with hard_reset, less the observables (0.7 s), which nothing here uses."""
         env = self.env
-        env._load_model()
-        env._initialize_sim()
-        env._reset_internal()
+        while True:
+            try:
+                env._load_model()
+                env._initialize_sim()
+                env._reset_internal()
+                break
+            except libero.placement_failure():  # LIBERO's own reset draws on from where the stream stands, too
+                continue
         env.sim.forward()
         env.visualize(vis_settings={name: False for name in env._visualizations})
         self._control = ArmControl(env)
