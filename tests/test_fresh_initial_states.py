@@ -1,4 +1,4 @@
-"""Risk: a fresh initial state is no function of its key, is an official one after all, or is taken for one somewhere."""
+"""Risk: a fresh initial state is no function of its key, is an official one after all, or passes for one somewhere."""
 
 from __future__ import annotations
 

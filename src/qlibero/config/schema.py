@@ -504,8 +504,8 @@ class Experiment(Frozen):
 def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
 
-    Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
-    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
+    Left out: which episodes are run (tasks, episodes_per_task, inits, seeds but the first, stop), margin, other arms,
+    names, workers, retries, videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
     refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
     depend on where the checkout lies.
     """
