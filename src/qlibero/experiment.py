@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.load import dump_resolved
+from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
@@ -28,6 +28,7 @@ from qlibero.places import RUNS
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
+from qlibero.results.stopping import Declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
 
@@ -59,7 +60,12 @@ def planned_keys(experiment: Experiment) -> Sequence[EpisodeKey]:
     Raises UserError for a `stop` without two arms to compare.
     """
     keys = episode_keys(experiment)
-    return keys if experiment.stop is None else declaration_of(experiment, keys).spendable
+    return keys if experiment.stop is None else stopping_rule(experiment).spendable
+
+
+def stopping_rule(experiment: Experiment) -> Declaration:
+    """What an experiment with `stop` declares. Raises UserError without two arms to compare."""
+    return declaration_of(experiment, episode_keys(experiment))
 
 
 def missing_episodes(
@@ -276,8 +282,16 @@ def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
     return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
 
 
-def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def film_run(
+    run_dir: Path,
+    episodes: int,
+    say: Callable[[str], None] = lambda text: None,
+    task: int | None = None,
+    init: int | None = None,
+) -> dict[str, Any]:
     """Videos of a finished run's episodes in every arm, flipped ones first; what is filmed already stays.
+
+    `task`, `init`: only episodes of this task, from this initial state. Raises UserError where there are none.
 
     For sweeps, whose shards cannot know what flips between arms elsewhere. Needs the simulator and renderer that the
     records came from: a replay that differs raises `WorkFailed`.
@@ -291,8 +305,11 @@ def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda t
             f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes"
         )
     experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
+    among = {key for key in episode_keys(experiment) if task in (None, key.task) and init in (None, key.init)}
+    if not among:
+        raise UserError(f"{run_dir}: its experiment has no episode of --task {task} --init {init}")
     with SimulatorPool(_workers(experiment, episodes, say), environment=simulator_environment()) as pool:
-        written = _film(experiment, run_dir, set(episode_keys(experiment)), episodes, pool, say)
+        written = _film(experiment, run_dir, among, episodes, pool, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}
 
 

@@ -15,7 +15,14 @@ from typing import Any
 from qlibero.config.schema import Arm, Experiment, Launch, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
-from qlibero.experiment import episode_keys, finished_episodes, missing_episodes, planned_keys, run_experiment
+from qlibero.experiment import (
+    episode_keys,
+    finished_episodes,
+    missing_episodes,
+    planned_keys,
+    run_experiment,
+    stopping_rule,
+)
 from qlibero.launch.capacity import WORKER_GB, capacity, fitting
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.environment import find_gpus
@@ -26,7 +33,6 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, read_run
 from qlibero.results.sequentialpower import pairs_needed, prospect
 from qlibero.results.stopping import BLOCK_PAIRS
-from qlibero.sequential import declaration_of
 
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
@@ -236,7 +242,7 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
 
 def _prospects(experiment: Experiment, discordance: float, margin: float) -> dict[str, Any]:
     """What `stop` will cost and find, for one arm, if the arms are truly equal."""
-    declared = declaration_of(experiment, episode_keys(experiment))
+    declared = stopping_rule(experiment)
     if declared.method == "evalues":
         return {
             "line": "All for one look at the end; e-values may be looked at after every pair and take up to 1.7 times "
