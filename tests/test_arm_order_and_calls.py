@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from qlibero.config.load import load_experiment
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.experiment import missing_episodes
+from qlibero.places import REPOSITORY
 from qlibero.policies.base import Chunk
 from qlibero.results.summary import policy_calls_ms
 from qlibero.rollout.engine import RolloutSettings, run_episodes
@@ -125,3 +127,28 @@ def test_an_arm_that_is_decided_starts_no_further_episode(tmp_path):
 def test_replicates_that_mean_nothing_are_named(tmp_path, backends, says):
     with pytest.raises(UserError, match=says):
         experiment(tmp_path, backends)
+
+
+def test_replicates_are_the_same_policy_up_to_rounding_and_not_copies_of_it():
+    """The embedded policy in five arrangements, on frames of noise: other bits, equal to 1e-4 (1.6e-5 was seen)."""
+    import torch
+
+    from qlibero.policies import load_policy
+    from qlibero.policies.base import Observation
+    from qlibero.rollout.noise import call_noise
+
+    torch.set_num_threads(1)
+    settings = load_experiment(REPOSITORY / "configs/experiments/aa_replicates.yaml")
+    baseline, *again = settings.arms()
+    assert [arm.name for arm in again] == ["aa-1", "aa-2", "aa-3", "aa-4", "aa-5"]
+    policy, rng = load_policy(settings.policy, frozenset()), np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    seen = Observation(
+        *frames, np.zeros(8, np.float32), "pick up the black bowl on the stove and place it on the plate"
+    )
+    noise = call_noise(EpisodeKey("libero_spatial", 0, 0, 7), 0, policy.noise_shape)[None]
+    actions = policy.infer([seen], noise).actions
+    found = [policy.rearranged(arm.replicate).infer([seen], noise).actions for arm in again]
+    assert np.array_equal(policy.infer([seen], noise).actions, actions), "an arrangement must not change the policy"
+    assert all(np.abs(one - actions).max() < 1e-4 for one in found)
+    assert len({one.tobytes() for one in (actions, *found)}) >= 3

@@ -134,7 +134,10 @@ class Backend(Frozen):
     backend: str = Field(description="baseline (unquantized), aa (baseline again), auto, or a kernel's name")
     quant: QuantOverrides | None = Field(None, description="quant keys in which this arm differs")
     replicates: Int | None = Field(
-        None, ge=1, le=32, description="of aa: so many arms aa-1, aa-2, …, each in batches of another size"
+        None,
+        ge=1,
+        le=32,
+        description="of aa: so many arms aa-1, aa-2, …, each computed in another arrangement (rows, padding)",
     )
 
     @model_serializer(mode="wrap")
