@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experiment": {"config", "arms", "sequential", "rollout", "sim", "results", "tracking", "launch"},
     "launch": {"config", "experiment", "results", "sim", "kernels", "tracking"},
     "doctor": {"config", "catalogue", "launch", "sim"},
-    "catalogue": {"config", "kernels", "sim"},
+    "catalogue": {"config", "kernels", "sim", "quant"},
     "progress": {"results"},
     "commands": {"*"},
     "cli": {"*"},

@@ -208,6 +208,14 @@ class Tracking(Frozen):
     entity: Annotated[str, one_of_pattern(r"^[A-Za-z0-9_.-]{1,128}$", "my-team")] | None = Field(
         None, examples=["my-team"], description="W&B team or user; null: your default"
     )
+    tags: tuple[Annotated[Line, Field(max_length=64)], ...] = Field(
+        (), max_length=32, description="W&B tags of every arm's run, beside the arm's name"
+    )
+    group: Annotated[Line, Field(max_length=128)] | None = Field(
+        None, description="W&B group; null: the experiment's name, which `qlibero dashboard` looks for"
+    )
+    notes: Annotated[str, Field(max_length=10_000)] | None = Field(None, description="W&B notes, e.g. what is new here")
+    job_type: Annotated[Line, Field(max_length=64)] = Field("eval", description="W&B job type")
 
 
 def _trackers_alone(value: Any) -> Any:
