@@ -17,6 +17,7 @@ from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
     Backend,
     Experiment,
+    FreshInits,
     Launch,
     Pi05,
     Ray,
@@ -32,6 +33,7 @@ PAGE = REPOSITORY / "docs" / "configuration.md"
 BEGIN, END = "<!-- from the schema: python -m qlibero.config.reference -->", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
+    "`inits`, when they are not official": FreshInits,
     "`policy` of type `pi05`": Pi05,
     "`policy.untrained`": Untrained,
     "`policy` of type `remote`": Remote,

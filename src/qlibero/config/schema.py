@@ -273,7 +273,7 @@ def _suite(name: Any) -> Any:
 
 
 class FreshInits(Frozen):
-    """Initial states nobody has been evaluated on."""
+    """Initial states nobody has been evaluated on: `fresh(20)`, or `{fresh: 20}`."""
 
     fresh: Int = Field(ge=1, le=100_000, description="how many a task")
 
