@@ -226,6 +226,25 @@ def _trackers_alone(value: Any) -> Any:
     return {"trackers": value} if isinstance(value, list | tuple) else value
 
 
+SlurmTime = Annotated[
+    str, one_of_pattern(r"^([0-9]{1,3}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$", "04:00:00", "2-00:00:00", "90 (minutes)")
+]
+SlurmMemory = Annotated[str, one_of_pattern(r"^[0-9]{1,9}[KMGT]?$", "48G")]
+
+
+class SlurmMerge(Frozen):
+    """The job after the shards: what is not said here is the array's (partition, account, qos) or not asked for."""
+
+    partition: Word | None = Field(None, description="--partition; null: the array's")
+    account: Word | None = Field(None, description="--account; null: the array's")
+    qos: Word | None = Field(None, description="--qos; null: the array's")
+    gres: Word | None = Field(None, description="--gres, where the partition refuses jobs without one")
+    time: SlurmTime = Field("01:00:00", description="--time")
+    cpus_per_task: Int | None = Field(None, ge=1, le=MOST_PROCESSES, description="--cpus-per-task")
+    mem: SlurmMemory | None = Field(None, description="--mem")
+    extra: tuple[Line, ...] = Field((), description="further #SBATCH options")
+
+
 class Slurm(Frozen):
     """What `sweep --engine slurm` writes into submit.sbatch."""
 
@@ -233,20 +252,25 @@ class Slurm(Frozen):
     account: Word | None = Field(None, description="--account")
     qos: Word | None = Field(None, description="--qos")
     gres: Word | None = Field(None, description="--gres, e.g. gpu:1")
-    time: Annotated[
-        str, one_of_pattern(r"^([0-9]{1,3}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$", "04:00:00", "2-00:00:00", "90 (minutes)")
-    ] = Field("04:00:00", description="--time of one array task")
-    cpus_per_task: Int = Field(8, ge=1, le=MOST_PROCESSES, description="--cpus-per-task; simulator workers share them")
-    mem: Annotated[str, one_of_pattern(r"^[0-9]{1,9}[KMGT]?$")] | None = Field(
-        None, examples=["48G"], description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own"
+    gpus: Annotated[str, one_of_pattern(r"^([A-Za-z0-9_.-]+:)?[1-9][0-9]{0,3}$", "1", "h100:1")] | None = Field(
+        None, description="--gpus, where the site asks for it instead of gres, e.g. 1 or h100:1"
     )
+    nodelist: Word | None = Field(None, description="--nodelist")
+    time: SlurmTime = Field("04:00:00", description="--time of one array task")
+    cpus_per_task: Int = Field(8, ge=1, le=MOST_PROCESSES, description="--cpus-per-task; simulator workers share them")
+    mem: SlurmMemory | None = Field(None, description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own")
     array_limit: Int | None = Field(None, ge=1, le=MOST, description="most array tasks at once (`--array=0-99%N`)")
+    chdir: Annotated[str, one_of_pattern("^/", "/shared/me/qlibero")] | None = Field(
+        None, description="where jobs work; null: the checkout, of a wheel the directory of submission"
+    )
     signal_s: Int = Field(
         120, ge=30, le=86_400, description="seconds before the time limit at which a task saves and requeues"
     )
-    setup: tuple[Line, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
+    login_shell: bool = Field(False, description="`bash -l`, where only a login shell knows `module`")
+    setup: tuple[Line, ...] = Field((), description="shell lines before the work; the first that fails ends the job")
     container: Line | None = Field(None, description="command prefix, e.g. `apptainer exec --nv qlibero.sif`")
     extra: tuple[Line, ...] = Field((), description="further #SBATCH options, e.g. --constraint=h100")
+    merge: SlurmMerge = Field(default_factory=SlurmMerge, description="options of the job after the shards")
 
 
 class Ray(Frozen):
