@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qlibero.config.load import load_experiment
+from qlibero.config.schema import config_hash
 from qlibero.episode_key import FRESH, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.experiment import episode_keys
@@ -181,3 +182,12 @@ def test_fresh_states_and_seeds_are_configured(tmp_path, text):
 def test_what_makes_no_episodes_is_named(tmp_path, text, says):
     with pytest.raises(UserError, match=says):
         load_experiment(written(tmp_path, text))
+
+
+def test_a_run_directory_holds_one_kind_of_initial_states_and_may_grow(tmp_path):
+    def hashed(text: str) -> str:
+        experiment = load_experiment(written(tmp_path, text))
+        return config_hash(experiment, experiment.arms()[0])
+
+    assert hashed("inits: fresh(2)") == hashed("inits: fresh(20)") != hashed("") == hashed("inits: official")
+    assert hashed("seeds: [7, 8]") == hashed("seed: 7") != hashed("seeds: [8, 7]")

@@ -456,7 +456,7 @@ class Experiment(Frozen):
 def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
 
-    Left out: which episodes are run (tasks, episodes_per_task, inits, seeds but the first, stop), margin, other arms,
+    Left out: which episodes are run (tasks, how many, seeds but the first, stop), margin, other arms,
     names, workers, retries, videos, tracking, launch. So more episodes or another arm continue a run directory, and
     another seed or alpha is refused. A policy with a sha256 counts by it; paths inside the repository count relative to
     it, so a hash does not depend on where the checkout lies.
@@ -476,6 +476,8 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
         "quant": arm.quant and _ordered(arm.quant.model_dump(mode="json")),
         "on_failure": experiment.on_failure if arm.quant else None,
     }
+    if experiment.inits != "official":  # official ones were there before the key was
+        decides["inits"] = "fresh"
     text = json.dumps(_portable(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
