@@ -53,21 +53,23 @@ def test_a_clear_loss_is_found_inferior_soon():
     rng = np.random.default_rng(0)
     spent = []
     for _ in range(200):
-        decision = decide_by_evalues(rng.choice([-1, 0, 1], size=500, p=[0.22, 0.75, 0.03]).tolist(), margin=0.02)
+        decision = decide_by_evalues(
+            rng.choice([-1, 0, 1], size=500, p=[0.22, 0.75, 0.03]).tolist(), margin=0.02, interval=False
+        )
         assert decision.verdict == "inferior"
         spent.append(decision.pairs)
     assert np.median(spent) < 80  # of 500
 
 
 def test_concordant_pairs_alone_decide_after_272():
-    assert decide_by_evalues([0] * 271 + [None] * 9, margin=0.02).verdict is None
-    decision = decide_by_evalues([0] * 500, margin=0.02)
+    assert decide_by_evalues([0] * 271 + [None] * 9, margin=0.02, interval=False).verdict is None
+    decision = decide_by_evalues([0] * 500, margin=0.02, interval=False)
     assert (decision.verdict, decision.pairs, decision.broken) == ("non-inferior", 272, 0)
 
 
 def test_unfinished_pairs_hold_up_what_comes_after_them():
     steps = [0] * 100 + [None] + [0] * 400
-    decision = decide_by_evalues(steps, margin=0.02)
+    decision = decide_by_evalues(steps, margin=0.02, interval=False)
     assert not decision.stop and decision.pairs == 100
 
 
@@ -85,12 +87,12 @@ def test_the_unknown_outcome_of_an_error_is_bounded_by_what_is_known():
 def test_errors_count_against_either_verdict_and_cannot_be_skipped():
     """Where 70 of 200 pairs were lost in the tested arm, the pairs that are left say nothing about the arm."""
     lost = [(-1, 0) if i % 3 == 0 else 0 for i in range(600)]
-    decision = decide_by_evalues(lost, margin=0.02)
+    decision = decide_by_evalues(lost, margin=0.02, interval=False)
     assert decision.verdict is None and not decision.stop, "errors are left to retry"
     assert decision.without_errors == "non-inferior" and decision.errors == 200
-    few = decide_by_evalues([(-1, 0)] * 2 + [0] * 500, margin=0.02)
+    few = decide_by_evalues([(-1, 0)] * 2 + [0] * 500, margin=0.02, interval=False)
     assert few.verdict == "non-inferior" and few.pairs > 272 and few.position == few.pairs + 2
-    flattering = decide_by_evalues([(-1, 1)] * 200 + [-1, 0] * 20, margin=0.02)
+    flattering = decide_by_evalues([(-1, 1)] * 200 + [-1, 0] * 20, margin=0.02, interval=False)
     assert flattering.verdict is None and flattering.without_errors == "inferior"
 
 
@@ -113,19 +115,22 @@ def test_errors_that_depend_on_the_outcome_keep_the_error_rates():
     for _ in range(200):
         truth = rng.choice([-1, 0, 1], size=800, p=[0.11, 0.88, 0.01])
         steps = [(-1, 0) if x == -1 and rng.random() < 0.5 else int(x) for x in truth]
-        decision = decide_by_evalues(steps, margin=0.1)
+        decision = decide_by_evalues(steps, margin=0.1, interval=False)
         wrong += decision.verdict == "non-inferior"
         fooled += decision.without_errors == "non-inferior"
     assert wrong / 200 <= 0.025 + 3 * 0.011 and fooled / 200 > 0.2
 
 
 def test_spent_without_an_answer_is_undecided():
-    assert decide_by_evalues([0, 1, -1] * 20, margin=0.02).verdict == "undecided"
-    assert decide_by_evalues([], margin=0.02).pairs == 0
+    assert decide_by_evalues([0, 1, -1] * 20, margin=0.02, interval=False).verdict == "undecided"
+    assert decide_by_evalues([], margin=0.02, interval=False).pairs == 0
 
 
 def test_four_arms_that_share_alpha_need_four_times_the_evidence():
-    one, four = decide_by_evalues([0] * 600, margin=0.02), decide_by_evalues([0] * 600, margin=0.02, alpha=0.025 / 4)
+    one, four = (
+        decide_by_evalues([0] * 600, margin=0.02, interval=False),
+        decide_by_evalues([0] * 600, margin=0.02, alpha=0.025 / 4),
+    )
     assert four.pairs > one.pairs and four.threshold == 160
 
 

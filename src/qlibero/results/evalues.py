@@ -46,8 +46,9 @@ def confidence_sequence(low: Sequence[int], high: Sequence[int], threshold: floa
     def below(delta: float) -> bool:
         return bool(margin_martingales(high, -delta)[1].max() >= bar)
 
+    # 24 halvings: to 1e-7
     edge = 1 - 1e-9  # at ±1 a bet would be infinite
-    return bisect(above, -edge, edge), bisect(lambda delta: not below(delta), -edge, edge)
+    return bisect(above, -edge, edge, 24), bisect(lambda delta: not below(delta), -edge, edge, 24)
 
 
 def _log_mean_exp(logs: np.ndarray) -> np.ndarray:

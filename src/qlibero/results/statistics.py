@@ -89,9 +89,9 @@ def tango(broken: int, repaired: int, n: int, confidence: float = CONFIDENCE) ->
     )
 
 
-def bisect(above: Callable[[float], bool], low: float, high: float) -> float:
+def bisect(above: Callable[[float], bool], low: float, high: float, steps: int = 60) -> float:
     """The point in [low, high] where `above` turns from true to false."""
-    for _ in range(60):
+    for _ in range(steps):
         middle = (low + high) / 2
         if above(middle):
             low = middle

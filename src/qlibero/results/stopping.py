@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 
 from qlibero import files
+from qlibero.documents import read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.results.evalues import confidence_sequence, margin_martingales
@@ -190,10 +191,8 @@ def declare(run_dir: Path | str, declaration: Declaration) -> None:
 def read_declaration(run_dir: Path | str) -> Declaration | None:
     """The directory's declaration, None without one. Raises UserError for a file that is none."""
     path = _path(run_dir)
-    if not path.exists():
-        return None
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
         order = tuple(EpisodeKey.parse(text) for text in data["order"])
         if not order:
             raise ValueError("it orders no pairs")
@@ -207,7 +206,9 @@ def read_declaration(run_dir: Path | str) -> Declaration | None:
         if list(looks) != sorted(set(looks)) or looks[0] < 1 or looks[-1] != len(found.spendable):
             raise ValueError("its looks do not rise to the last pair")
         return replace(found, method=method, looks=looks, futility=data.get("futility"))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as problem:
+    except FileNotFoundError:
+        return None
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as problem:
         raise UserError(
             f"{path}: not a stopping declaration ({problem}); it is written atomically, so something else changed it. "
             "Restore it, or start again in another --out"
@@ -286,8 +287,13 @@ def _without_errors(
     return "undecided" if len(prefix) == pairs else None
 
 
-def decide_by_evalues(steps: Sequence[PairStep], *, margin: float, alpha: float = 0.025) -> Decision:
-    """The anytime-valid decision from all pairs that may be spent, in declared order (`pair_step` of each)."""
+def decide_by_evalues(
+    steps: Sequence[PairStep], *, margin: float, alpha: float = 0.025, interval: bool = True
+) -> Decision:
+    """The anytime-valid decision from all pairs that may be spent, in declared order (`pair_step` of each).
+
+    Without `interval`, the dear part, it has none.
+    """
     prefix = _finished(steps)
     low, high = _bounds(prefix)
     above, _ = margin_martingales(low, margin)
@@ -304,13 +310,13 @@ def decide_by_evalues(steps: Sequence[PairStep], *, margin: float, alpha: float 
     without_errors = verdict
     if len(settled) < len(prefix):
         unfinished = [None] if len(prefix) < len(steps) else []
-        without_errors = decide_by_evalues([*settled, *unfinished], margin=margin, alpha=alpha).verdict
+        without_errors = decide_by_evalues([*settled, *unfinished], margin=margin, alpha=alpha, interval=False).verdict
     return Decision(
         method="evalues",
         stop=verdict is not None,
         verdict=verdict,
         without_errors=without_errors,
-        interval=confidence_sequence(low[:used], high[:used], 1 / alpha) if used else None,
+        interval=confidence_sequence(low[:used], high[:used], 1 / alpha) if used and interval else None,
         confidence=1 - 2 * alpha,
         **_table(prefix[:used]),
         noninferior=_exp(above[used - 1]) if used else 1.0,
