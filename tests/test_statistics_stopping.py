@@ -30,7 +30,9 @@ def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: flo
     p = [(psi - delta) / 2, 1 - psi, (psi + delta) / 2]
     verdicts = []
     for _ in range(runs):
-        verdicts.append(decide_by_evalues(rng.choice([-1, 0, 1], size=n, p=p).tolist(), margin=margin).verdict)
+        verdicts.append(
+            decide_by_evalues(rng.choice([-1, 0, 1], size=n, p=p).tolist(), margin=margin, interval=False).verdict
+        )
     return {v: verdicts.count(v) / runs for v in ("non-inferior", "inferior", "undecided")}
 
 
@@ -101,12 +103,15 @@ def test_errors_count_against_either_verdict_and_cannot_be_skipped():
 def test_a_retried_error_only_adds_evidence(steps, random):
     """Whatever the errors turn out to be, both e-values grow at every pair, so no decision is withdrawn."""
     known = [random.choice(s) if isinstance(s, tuple) else s for s in steps]
-    before, after = decide_by_evalues(steps, margin=0.1, alpha=1e-9), decide_by_evalues(known, margin=0.1, alpha=1e-9)
+    before, after = (
+        decide_by_evalues(steps, margin=0.1, alpha=1e-9, interval=False),
+        decide_by_evalues(known, margin=0.1, alpha=1e-9, interval=False),
+    )
     if before.position == after.position:
         assert before.noninferior <= after.noninferior * (1 + 1e-9)
         assert before.inferior <= after.inferior * (1 + 1e-9)
-    if decide_by_evalues(steps, margin=0.1, alpha=0.2).stop:
-        assert decide_by_evalues(known, margin=0.1, alpha=0.2).stop
+    if decide_by_evalues(steps, margin=0.1, alpha=0.2, interval=False).stop:
+        assert decide_by_evalues(known, margin=0.1, alpha=0.2, interval=False).stop
 
 
 def test_errors_that_depend_on_the_outcome_keep_the_error_rates():
@@ -129,7 +134,7 @@ def test_spent_without_an_answer_is_undecided():
 def test_four_arms_that_share_alpha_need_four_times_the_evidence():
     one, four = (
         decide_by_evalues([0] * 600, margin=0.02, interval=False),
-        decide_by_evalues([0] * 600, margin=0.02, alpha=0.025 / 4),
+        decide_by_evalues([0] * 600, margin=0.02, alpha=0.025 / 4, interval=False),
     )
     assert four.pairs > one.pairs and four.threshold == 160
 
@@ -138,8 +143,8 @@ def test_four_arms_that_share_alpha_need_four_times_the_evidence():
 @given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, (-1, 0)]), max_size=300), hy.integers(0, 300))
 def test_more_pairs_never_change_a_decision(steps, cut):
     """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with itself."""
-    early = decide_by_evalues(steps[:cut] + [None] * len(steps[cut:]), margin=0.1, alpha=0.2)
-    late = decide_by_evalues(steps, margin=0.1, alpha=0.2)
+    early = decide_by_evalues(steps[:cut] + [None] * len(steps[cut:]), margin=0.1, alpha=0.2, interval=False)
+    late = decide_by_evalues(steps, margin=0.1, alpha=0.2, interval=False)
     if early.stop and None in (steps[:cut] + [None] * len(steps[cut:])):
         assert late == early
 
@@ -211,3 +216,14 @@ def test_a_declaration_of_an_earlier_version_is_one_of_e_values(tmp_path):
     with pytest.raises(GuardRefusal, match="method 'evalues' there and 'group_sequential' here"):
         declare(tmp_path, make_declaration(KEYS, **RULE, method="group_sequential"))
     assert json.loads((tmp_path / "stopping.json").read_text())["max_pairs"] is None
+
+
+def test_the_interval_of_e_values_is_the_one_of_the_verdict():
+    rng = np.random.default_rng(8)
+    for shares in ([0.01, 0.98, 0.01], [0.25, 0.72, 0.03], [0.1, 0.8, 0.1]):
+        steps = rng.choice([-1, 0, 1], size=300, p=shares).tolist()
+        decision = decide_by_evalues(steps, margin=0.05)
+        low, high = decision.interval
+        assert low < (decision.repaired - decision.broken) / decision.pairs < high
+        assert (decision.verdict == "non-inferior") == (low >= -0.05 - 1e-6)
+        assert (decision.verdict == "inferior") == (high <= -0.05 + 1e-6)
