@@ -9,9 +9,9 @@ import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
 
-# What each room may import besides itself. `errors`, `episode_key`, `console` and `files` are leaves for everybody;
-# `config.schema`, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"errors", "episode_key", "console", "files"}
+# What each room may import besides itself. `errors`, `episode_key`, `console`, `files` and `places` are leaves for
+# everybody; `config.schema`, plain data that stands on the ground, for every room above the ground.
+LEAVES = {"errors", "episode_key", "console", "files", "places"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
     "kernels": set(),
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"results"},
     "commands": {"*"},
     "cli": {"*"},
+    "__main__": {"*"},
 }
 ON_THE_GROUND = {name for name, below in MAY_IMPORT.items() if not below}
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +80,32 @@ def test_results_say_which_flow_ran_and_why():
     assert said["flow"] == "torch" and said["flow_reason"] == "1 of 21 linears of the expert are quantized"
     half = Sampler(cast(random_model(config), torch.bfloat16)).execution()
     assert half["flow"] == "torch" and "bfloat16" in half["flow_reason"]
+
+
+COLD_OR_WARM = """
+import hashlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+from pi05_small import random_inputs, random_model, siglip_config
+from qlibero.policies.pi05 import cpu_flow
+from qlibero.policies.pi05.sampler import Sampler
+torch.set_num_threads(1)
+config = siglip_config()
+inputs = random_inputs(config, 1, 9)
+actions, _ = Sampler(random_model(config))(inputs["images"], inputs["tokens"], inputs["noise"], state=inputs["state"])
+calls = [line for code in cpu_flow._flow.inspect_asm().values() for line in code.splitlines()
+         if "call" in line and "cpu_flow" in line]
+print(hashlib.sha256(actions.numpy().tobytes()).hexdigest(), sum(cpu_flow._flow.stats.cache_hits.values()), calls)
+"""
+
+
+def test_a_freshly_compiled_flow_and_one_from_the_cache_give_the_same_bits(tmp_path):
+    """The first process of a checkout must not act differently from all later ones."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COLD_OR_WARM, os.path.dirname(__file__)]
+    cold, warm = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split(maxsplit=2)
+        for _ in range(2)
+    )
+    assert (cold[1], warm[1]) == ("0", "1"), "the first process must have compiled, the second must not"
+    assert cold[0] == warm[0]
+    assert cold[2].strip() == "[]", "the flow calls a function of ours: two copies of it may round differently"

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlibero.config.schema import REPOSITORY, Experiment
+from qlibero.config.schema import Experiment
 from qlibero.errors import QliberoError
+from qlibero.places import CHECKOUT, CONFIGS
 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
-
-CONFIGS = REPOSITORY / "configs"
 
 Rows = list[dict[str, Any]]
 
@@ -164,4 +163,4 @@ def about(path: Path) -> str:
 
 
 def _shown(path: Path) -> str:
-    return str(path.relative_to(REPOSITORY))
+    return str(path.relative_to(CHECKOUT) if CHECKOUT else path)

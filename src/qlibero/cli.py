@@ -33,6 +33,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{command + ': ' if command else ''}{message}\n{self.format_usage().rstrip()}")
 
 
+class _Version(argparse.Action):
+    """Asks the installed package only when somebody wants to know."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"qlibero {version('qlibero')}")
+        parser.exit()
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="qlibero",
@@ -41,6 +54,7 @@ def build_parser() -> Parser:
         epilog="Every command ends with one JSON line on stdout; everything for people goes to stderr. "
         "Exit status: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a guard, 130 interrupted.",
     )
+    parser.add_argument("--version", action=_Version, help="print qlibero's version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(
@@ -191,7 +205,7 @@ def build_parser() -> Parser:
     command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
     command.add_argument(
         "--measure",
-        type=Path,
+        type=_experiment_file,
         metavar="CONFIG",
         help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)",
     )
@@ -250,7 +264,9 @@ def build_parser() -> Parser:
         metavar="COMMAND", required=True
     )
     command = add("show", do.config_show, "print the experiment with everything it extends and every default", config)
-    command.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="an experiment's YAML file")
+    command.add_argument(
+        "config", nargs="?", type=_experiment_file, metavar="CONFIG", help="an experiment's YAML file or name"
+    )
     _sets(command)
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
@@ -261,7 +277,10 @@ def build_parser() -> Parser:
 
 def _config(command: Parser) -> None:
     command.add_argument(
-        "config", type=Path, metavar="CONFIG", help="an experiment's YAML file, e.g. configs/experiments/baseline.yaml"
+        "config",
+        type=_experiment_file,
+        metavar="CONFIG",
+        help="an experiment's YAML file, or a name that `ls experiments` lists, e.g. baseline",
     )
     _sets(command)
 
@@ -286,6 +305,12 @@ def _words(text: str) -> tuple[str, ...]:
     return words
 
 
+def _experiment_file(text: str) -> Path:
+    from qlibero.places import experiment_file
+
+    return experiment_file(text)
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
@@ -296,7 +321,7 @@ def _shapes(command: Parser) -> None:
     command.add_argument(
         "config",
         nargs="?",
-        type=Path,
+        type=_experiment_file,
         metavar="CONFIG",
         help="an experiment: its quantized arms' layers at the run's token counts, "
         "instead of --shapes and the bits below",

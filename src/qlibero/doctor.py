@@ -19,9 +19,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from qlibero.config.fork_variables import PREFIX
-from qlibero.config.schema import REPOSITORY
 from qlibero.launch import environment
 from qlibero.launch.capacity import WORKER_GB, Capacity, capacity, fitting
+from qlibero.places import CHECKOUT, REPOSITORY, RUNS
 
 SETUP = "./scripts/setup.sh"
 # The simulator whose numbers are published; other versions give other physics or other pictures.
@@ -86,6 +86,8 @@ def lock(directory: Path = REPOSITORY) -> Finding:
     """Whether what is installed is what requirements.txt pins."""
     path = directory / "requirements.txt"
     if not path.exists():
+        if CHECKOUT is None:
+            return Finding("pinned packages", "ok", "an installed wheel pins no versions but the simulator's")
         return Finding(
             "pinned packages",
             "warn",
@@ -207,7 +209,7 @@ def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:
     return [Finding("shared memory", "ok", f"frames fit (they need no /dev/shm); /dev/shm has {size:,.0f} MB")]
 
 
-def disk(directory: Path = REPOSITORY / "logs") -> Finding:
+def disk(directory: Path = RUNS) -> Finding:
     """Free space where runs are kept, and that a line can be written and synced."""
     while not directory.exists():
         directory = directory.parent

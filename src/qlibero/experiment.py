@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.load import dump_resolved
-from qlibero.config.schema import REPOSITORY, Experiment, config_hash
+from qlibero.config.schema import Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators
+from qlibero.places import RUNS
 from qlibero.results.ledger import Ledger, check_config, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
 
-RUNS = REPOSITORY / "logs"
-
 
 def run_directory(experiment: Experiment, out: Path | None) -> Path:
-    """Where the experiment's ledger lies: `out`, or logs/<name> in the repository."""
+    """Where the experiment's ledger lies: `out`, or logs/<name> (see `places.RUNS`)."""
     return (out or RUNS / experiment.name).resolve()
 
 

@@ -346,7 +346,7 @@ def dump_resolved(experiment: Experiment, directory: Path | None = None) -> str:
 
 
 def _make_relative(value: Any, directory: Path) -> None:
-    from qlibero.config.schema import REPOSITORY
+    from qlibero.places import REPOSITORY
 
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(inner, dict | list):

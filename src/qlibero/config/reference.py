@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlibero.config.schema import (
-    REPOSITORY,
     Backend,
     Calibration,
     Experiment,
@@ -28,6 +27,7 @@ from qlibero.config.schema import (
     Tracking,
     Untrained,
 )
+from qlibero.places import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "configuration.md"
 BEGIN, END = "<!-- from the schema: python -m qlibero.config.reference -->", "<!-- end -->"

@@ -27,8 +27,10 @@ from pydantic import (
     model_validator,
 )
 
+from qlibero.places import REPOSITORY
+
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard"]
+Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard", "smooth_hadamard"]
 Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
 TrackerName = Literal["wandb", "trackio"]
@@ -435,9 +437,9 @@ class Experiment(Frozen):
 def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
 
-    Left out: which episodes are run (tasks, episodes_per_task, stop), margin, estimand, primary, compare_with, other arms, names, workers, retries,
-    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
-    refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
+    Left out: which episodes are run (tasks, episodes_per_task, stop), what is asked of them (margin, estimand, primary,
+    compare_with), other arms, names, workers, retries, videos, tracking, launch. So more episodes or another arm
+    continue a run directory, and another seed or alpha is refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
     depend on where the checkout lies.
     """
     policy = experiment.policy.model_dump(mode="json")
@@ -463,10 +465,8 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
     return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
-REPOSITORY = Path(__file__).resolve().parents[3]  # the checkout of an editable install
-CHECKOUT = (
-    "QLIBERO_CHECKOUT"  # set by a sweep inside a container: the checkout outside, whose paths the experiment names
-)
+# set by a sweep inside a container: the checkout outside, whose paths the experiment names
+CHECKOUT = "QLIBERO_CHECKOUT"
 
 
 def _portable(value: Any) -> Any:

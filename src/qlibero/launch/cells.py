@@ -22,7 +22,8 @@ from qlibero.config.load import dump_resolved, load_experiment
 from qlibero.config.schema import Experiment, Tracking, config_hash
 from qlibero.config.sweep import Sweep
 from qlibero.errors import UserError, WorkFailed, cause
-from qlibero.experiment import RUNS, episode_keys, missing_episodes, run_experiment, summary, write_whole
+from qlibero.experiment import episode_keys, missing_episodes, run_experiment, summary, write_whole
+from qlibero.places import RUNS
 from qlibero.results.ledger import check_config
 
 SCHEMA = 1

@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.schema import REPOSITORY
 from qlibero.launch.capacity import memory_bytes
 from qlibero.launch.cuda_toolkit import Agreement, Toolkit, check_agreement, find_toolkit, site_packages, torch_cuda
+from qlibero.places import CHECKOUT
 
 ENTERED = "QLIBERO_POLICY_ENVIRONMENT"  # set in the re-started process; holds the LD_LIBRARY_PATH from before
 PACKAGES = (
@@ -194,10 +194,10 @@ def packages(names: tuple[str, ...]) -> dict[str, str]:
 
 def git_state() -> dict[str, Any]:
     """The checkout's commit and whether tracked files differ from it; {} outside a checkout."""
-    commit = _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
+    commit = _output("git", "-C", str(CHECKOUT), "rev-parse", "HEAD") if CHECKOUT else None
     if not commit:
         return {}
-    changed = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no")
     return {"commit": commit.strip(), "modified": bool(changed and changed.strip())}
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from qlibero.config.schema import Arm, Experiment, Launch, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
-from qlibero.experiment import RUNS, episode_keys, finished_episodes, missing_episodes, planned_keys, run_experiment
+from qlibero.experiment import episode_keys, finished_episodes, missing_episodes, planned_keys, run_experiment
 from qlibero.launch.capacity import WORKER_GB, capacity, fitting
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.environment import find_gpus
+from qlibero.places import RUNS
 from qlibero.results.judgement import power
 from qlibero.results.ledger import read_ledger
 from qlibero.results.phrases import detectable_line

@@ -16,10 +16,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from qlibero.config.schema import CHECKOUT, REPOSITORY
+from qlibero.config.schema import CHECKOUT
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
 from qlibero.launch.engine import Submission, Submitted
+from qlibero.places import REPOSITORY
 
 SUBMIT, MERGE, JOBS = "submit.sbatch", "merge.sbatch", "jobs.json"
 

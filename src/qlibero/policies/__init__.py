@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,3 +21,10 @@ def weights_sha256(config: Any) -> str | None:
     from qlibero.policies.load import weights_sha256 as digest
 
     return digest(config)
+
+
+def files_of(config: Any) -> list[Path]:
+    """See `load.files_of`."""
+    from qlibero.policies.load import files_of as files
+
+    return files(config)

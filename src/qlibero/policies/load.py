@@ -20,7 +20,7 @@ from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES, Profile
-from qlibero.policies.pi05.statistics import load_statistics
+from qlibero.policies.pi05.statistics import load_statistics, statistics_files
 from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
 
 GPU_BATCH = 4
@@ -88,7 +88,26 @@ def _policy(
 
 
 def _tokenizer(config: Any, folder: Path) -> Tokenizer:
-    return load_tokenizer(Path(config.tokenizer) if config.tokenizer else folder / "tokenizer.json")
+    return load_tokenizer(_tokenizer_path(config, folder))
+
+
+def _tokenizer_path(config: Any, folder: Path) -> Path:
+    return Path(config.tokenizer) if config.tokenizer else folder / "tokenizer.json"
+
+
+def files_of(config: Any) -> list[Path]:
+    """Every file that the policy of `config` (a `Pi05` or `Remote`) reads, in a fixed order; none for a remote policy.
+
+    What is in them decides every action, beside the config itself. Raises UserError like `load_policy`.
+    """
+    if config.type != "pi05":
+        return []
+    if config.untrained is not None:
+        path = Path(config.untrained.config)
+        return [path, _tokenizer_path(config, path.parent)]
+    checkpoint = open_checkpoint(Path(config.checkpoint))
+    settings = [path for path in (checkpoint.path / "config.json",) if path.is_file()]
+    return [checkpoint.weights, *settings, *statistics_files(checkpoint), _tokenizer_path(config, checkpoint.path)]
 
 
 def weights_sha256(config: Any) -> str | None:

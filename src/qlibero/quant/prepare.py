@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlibero.errors import UserError
+from qlibero.places import RUNS
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
 from qlibero.quant.spec import QuantSpec
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from qlibero.policies.base import Policy
 
 #: where artifacts lie unless somebody says otherwise
-ARTIFACTS = Path(__file__).resolve().parents[3] / "logs" / "artifacts"
+ARTIFACTS = RUNS / "artifacts"
 FILE = "artifact.safetensors"
 NO_DATA = Demonstrations((), "none", "none")
 

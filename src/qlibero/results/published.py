@@ -1,9 +1,10 @@
 """Published success counts judged without their episodes: what every possible pairing of the two would say.
 
 A table prints 777/800 and 781/800 and not which episodes flipped, so the paired test cannot be made. But of two counts
-on the same n episodes only one number is unknown, how many episodes broke: from max(0, k0 − k1) (one success set holds
-the other) to min(k0, n − k1) (as few common successes as there can be). Every verdict over that range is bounds on the
-truth: "worse in every pairing" is a proof. Counts of different n cannot be paired; two independent samples are compared.
+on the same n episodes only one number is unknown, how many episodes broke: from max(0, k0 − k1) (one success set
+holds the other) to min(k0, n − k1) (as few common successes as there can be). Every verdict over that range is bounds
+on the truth: "worse in every pairing" is a proof. Counts of different n cannot be paired; two independent samples are
+compared.
 
 At a given difference more flips only widen Tango's interval and raise McNemar's p, so the two ends are the bounds
 (held over whole ranges by a test).
@@ -79,8 +80,8 @@ class Bounds:
         verdict = f"{self.words[0]} in every pairing" if len(self.words) == 1 else f"{' or '.join(self.words)}"
         return (
             f"{a.name} {a.text} against {r.name} {r.text}: {self.difference}, McNemar {between} over all pairings; "
-            f"{verdict} at {margin_text(margin)}. {delta} {interval_text(self.narrowest, margin)} with the fewest flips, "
-            f"{interval_text(self.widest, margin)} with the most."
+            f"{verdict} at {margin_text(margin)}. {delta} {interval_text(self.narrowest, margin)} with the fewest "
+            f"flips, {interval_text(self.widest, margin)} with the most."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +109,11 @@ class CountsComparison:
 
     def words(self) -> set[Word]:
         """What every pairing agrees on, for `--fail-on`; an arm whose pairings disagree is open."""
-        return {of.words[0] if len(of.words) == 1 else Word.INCONCLUSIVE for of in self.arms.values()}
+        losses = {Word.INFERIOR, Word.WORSE}
+        return {
+            of.words[0] if len(of.words) == 1 else Word.WORSE if losses.issuperset(of.words) else Word.INCONCLUSIVE
+            for of in self.arms.values()
+        }
 
     def to_json(self) -> dict[str, Any]:
         arms = {name: bounds.to_json() for name, bounds in self.arms.items()}

@@ -10,8 +10,12 @@ Same mathematics as `Sampler.step`, in float32; the sums are grouped differently
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
+import llvmlite
+import numba
 import numpy as np
 import torch
 from numba import njit
@@ -21,6 +25,20 @@ from qlibero.policies.pi05.model import Pi05Model
 
 # Reassociation and contraction only: NaN and infinity must travel to the check of the actions.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def _compiled(function):
+    """Compiled as part of whoever calls it, so that `_flow` is one piece of machine code that calls none of ours: the
+    bits are the same whether it was compiled in this process or read from the cache. Left to itself, a process that
+    compiles calls functions that were optimised alone, one that reads the cache only `_flow`'s own copies of them, and
+    with sums that may be reordered the two round differently."""
+    return njit(function, fastmath=_FAST, cache=True, forceinline=True)
+
+
+def code_version() -> str:
+    """What decides the compiled code besides the processor: this source and the compiler, as 64 hex digits."""
+    source = Path(__file__).read_bytes()
+    return hashlib.sha256(source + f"|numba {numba.__version__}|llvmlite {llvmlite.__version__}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class CpuFlow:
             )
 
 
-@njit(fastmath=_FAST, cache=True)
+@_compiled
 def _matmul(x, w, y):
     """y = x·w for x (M, K), w (K, N): four rows of w and two of x at a time, so every loaded value is used twice."""
     rows, inner, columns = x.shape[0], x.shape[1], w.shape[1]
@@ -132,7 +150,7 @@ def _matmul(x, w, y):
                 ya[n] += a0 * w0[n]
 
 
-@njit(fastmath=_FAST, cache=True)
+@_compiled
 def _exp(x, out, bits):
     """out = exp(x) for x ≤ about 80, to 2 ulp; `bits` is an int32 scratch of that length. Vectorises, unlike libm's."""
     powers = bits.view(np.float32)
@@ -152,7 +170,7 @@ def _exp(x, out, bits):
         out[i] *= powers[i]
 
 
-@njit(fastmath=_FAST, cache=True)
+@_compiled
 def _modulated(h, modulation, y):
     width = h.shape[1]
     for m in range(h.shape[0]):
@@ -164,7 +182,7 @@ def _modulated(h, modulation, y):
             y[m, i] = h[m, i] * inverse * modulation[0, i] + modulation[1, i]
 
 
-@njit(fastmath=_FAST, cache=True)
+@_compiled
 def _attention(joined, keys, values, bias, cos, sin, q, scores, weights, bits, out):
     """Rotate q and k, put k and v behind the prefix, and attend; out (H, heads·d)."""
     horizon, dim = cos.shape
@@ -200,7 +218,7 @@ def _attention(joined, keys, values, bias, cos, sin, q, scores, weights, bits, o
     _matmul(weights, values, out.reshape(horizon * heads, dim))
 
 
-@njit(fastmath=_FAST, cache=True)
+@_compiled
 def _flow(x, keys, values, bias, cos, sin, head_w, head_b, tail_w, tail_b, qkv, o, gate_up, down, modulations):
     """x (H, D) from noise to actions, in place; see `CpuFlow`. keys (L, d, P + H), values (L, P + H, d)."""
     horizon, actions = x.shape

@@ -71,6 +71,17 @@ def statistics_file(checkpoint: Checkpoint) -> Path:
     return found[0]
 
 
+def statistics_files(checkpoint: Checkpoint) -> list[Path]:
+    """Every file that `load_statistics` reads."""
+    if checkpoint.kind != "lerobot":
+        return [statistics_file(checkpoint)]
+    found = []
+    for processor, _, _ in _LEROBOT.values():
+        step = _normalizer(checkpoint.path, processor)
+        found += [checkpoint.path / processor, checkpoint.path / step.get("state_file", "")]
+    return found
+
+
 def _lerobot_mode(path: Path, name: str) -> tuple[Mode, str]:
     processor, _, kind = _LEROBOT[name]
     said = _normalizer(path, processor).get("config", {}).get("norm_map", {}).get(kind)
