@@ -439,8 +439,8 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
 
     Left out: which episodes are run (tasks, episodes_per_task, stop), what is asked of them (margin, estimand, primary,
     compare_with), other arms, names, workers, retries, videos, tracking, launch. So more episodes or another arm
-    continue a run directory, and another seed or alpha is refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
-    depend on where the checkout lies.
+    continue a run directory, and another seed or alpha is refused. A policy with a sha256 counts by it; paths inside the
+    repository count relative to it, so a hash does not depend on where the checkout lies.
     """
     policy = experiment.policy.model_dump(mode="json")
     if policy.get("sha256"):
