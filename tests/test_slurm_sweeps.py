@@ -220,7 +220,8 @@ def test_scripts_say_what_was_asked_for(tmp_path):
         }
     )
     submission = engine.Submission("nightly", tmp_path / "s p", (0, 1, 2, 5), launch)
-    script = slurm.array_script(submission)
+    (part,) = slurm.arrays(submission)
+    script = slurm.array_script(submission, part)
     for line in (
         "--job-name=nightly",
         "--array=0-2,5%5",
@@ -237,11 +238,13 @@ def test_scripts_say_what_was_asked_for(tmp_path):
         "--constraint=h100",
     ):
         assert f"#SBATCH {line}\n" in script
-    assert "module load cuda\nsource venv/bin/activate\n" in script
+    assert "{ module load cuda\n} ||" in script and "{ source venv/bin/activate\n} ||" in script
     command = (
         f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} "
         f"qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index"
     )
     assert command in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert "--dependency=afterany:" in slurm.describe(submission) and "--gres" not in slurm.merge_script(submission)
+    merge = slurm.merge_script(submission)
+    assert "--dependency=afterany:" in slurm.describe(submission) and "--partition=h100\n" in merge
+    assert not [option for option in ("--gres", "--constraint", "--mem", "--cpus") if option in merge]

@@ -45,6 +45,8 @@ def load_arms(
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
     say(f"policy {full.name}: {describe(full)}")
+    if full.model is not None:  # of a server it is known with its first answer
+        _require_replan(experiment, full.noise_shape[0])
     policies: dict[str, Policy] = {}
     meta: dict[str, dict[str, Any]] = {}
     for arm in arms:
@@ -177,6 +179,17 @@ def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)
         for observation in seen if call == 0 else seen[:1]:
             started = time.perf_counter()
-            policy.infer([observation], noise[None])
+            chunk = policy.infer([observation], noise[None])
+            _require_replan(experiment, chunk.actions.shape[1])
             times.append(round((time.perf_counter() - started) * 1e3, 2))
     return times
+
+
+def _require_replan(experiment: Experiment, horizon: int) -> None:
+    """Raise UserError where more actions of a chunk are to be executed than it has."""
+    wanted = experiment.policy.replan_steps
+    if wanted > horizon:
+        raise UserError(
+            f"policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} actions: "
+            f"write at most {horizon}"
+        )

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.quoting import visible
 
 Document = dict[str, Any]
 
@@ -82,7 +83,7 @@ def compare(args: argparse.Namespace) -> Document:
 def export(args: argparse.Namespace) -> Document:
     from qlibero.results.export import export_episodes
 
-    document = export_episodes(args.run_dirs, args.output)
+    document = export_episodes(args.run_dirs, args.output, args.arm, args.task)
     explain(f"{document['rows']} episodes: {document['file']}")
     return document
 
@@ -90,7 +91,7 @@ def export(args: argparse.Namespace) -> Document:
 def film(args: argparse.Namespace) -> Document:
     from qlibero.experiment import film_run
 
-    document = film_run(args.run_dir, args.episodes, explain)
+    document = film_run(args.run_dir, args.episodes, explain, args.task, args.init)
     explain(f"{len(document['videos'])} videos in {args.run_dir}/<arm>/videos")
     return document
 
@@ -119,6 +120,8 @@ def sweep(args: argparse.Namespace) -> Document:
     document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, explain)
     if document["finished"] and not document["complete"] and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
+    if document["merge_status"] and not document["finished"]:
+        raise Incomplete("the shards are queued, the merge job after them is not: see above", document)
     if document["merge_status"]:
         raise Incomplete(
             "every episode is there, but the merge after them failed; the same command does it again", document
@@ -363,7 +366,8 @@ def doctor(args: argparse.Namespace) -> Document:
 
 
 def config_show(args: argparse.Namespace) -> Document:
-    from qlibero.config.load import dump_resolved, editor_schema, load_experiment
+    from qlibero.config.dump import dump_resolved, editor_schema
+    from qlibero.config.load import load_experiment
 
     if args.schema:
         return editor_schema()
@@ -393,6 +397,6 @@ def _counter(what: str) -> Callable[[int, int], None]:
 
 def explain(message: str) -> None:
     print(
-        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(message.splitlines())),
+        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(visible(message).splitlines())),
         file=sys.stderr,
     )

@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
     Backend,
-    Calibration,
     Experiment,
     Launch,
     Pi05,
-    Quant,
     Ray,
     Remote,
     Slurm,
+    SlurmMerge,
     Stop,
     Tracking,
     Untrained,
@@ -43,6 +43,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`tracking`": Tracking,
     "`launch`": Launch,
     "`launch.slurm`": Slurm,
+    "`launch.slurm.merge`": SlurmMerge,
     "`launch.ray`": Ray,
 }
 
