@@ -258,13 +258,12 @@ def _evidence(found: Comparison) -> Table:
         if not row.table.pairs:
             continue
         own, holm = row.seen, row.adjusted
-        judged = row.verdict.word != Word.NOISE_FLOOR
         table.add_row(
             name,
             _p(own.difference_p),
             _p(holm.mcnemar_p) if holm else "",
-            _p(own.noninferiority_p(found.margin)) if judged and row.ruled_interval is None else "",
-            _p(holm.noninferiority_p) if holm else "",
+            _p(row.noninferiority_p),
+            _p(holm.noninferiority_p) if holm and row.noninferiority_p is not None else "",
             interval_text(row.new_tasks.interval, found.margin) if row.new_tasks.clusters != 1 else "",
         )
     return table

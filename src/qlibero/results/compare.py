@@ -31,6 +31,7 @@ from qlibero.results.foreign import ForeignComparison, compare_foreign
 from qlibero.results.judgement import (
     PairTable,
     Ruling,
+    Word,
     check_margin,
     judge,
     planning_discordance,
@@ -238,9 +239,10 @@ def _row(
     )
     lost: list[Step] = [(p.key, float(worst_step(p.outcomes))) for p in evidence.errors]
     seen = sample(steps, question.estimand)
+    worst = sample(steps + lost, question.estimand)
     verdict = judge(
         seen,
-        sample(steps + lost, question.estimand),
+        worst,
         question.margin,
         missing=len(evidence.missing),
         conflicts=len(evidence.conflicts),
@@ -251,8 +253,10 @@ def _row(
         "table": PairTable.of(outcomes_of(evidence.pairs)),
         "verdict": verdict,
         "seen": seen,
+        "worst": worst,
         "new_tasks": sample(steps, "new_tasks"),
         "missing": len(evidence.missing),
+        "ruled": ruling is not None,
         "ruled_interval": ruling.interval if ruling else None,
     }
 
@@ -292,13 +296,13 @@ def _adjusted(arms: dict[str, ArmComparison], question: Question) -> tuple[dict[
     tested = [arm for arm in arms.values() if not arm.control and arm.sequential is None and arm.note is None]
     per_suite = question.primary == "per-suite"
     rows = [row for arm in tested for row in (arm.suites.values() if per_suite else [arm]) if row.table.pairs]
-    noninferiority = st.holm([row.seen.noninferiority_p(question.margin) for row in rows])
+    noninferiority = st.holm([1.0 if row.noninferiority_p is None else row.noninferiority_p for row in rows])
     difference = st.holm([row.seen.difference_p for row in rows])
     found = {}
     for row, ni, different in zip(rows, noninferiority, difference, strict=True):
-        n = row.table.pairs
+        n, passed = row.table.pairs, row.verdict.word == Word.NON_INFERIOR and ni <= ONE_SIDED_ALPHA
         best = st.noninferiority_p(0, 0, n, question.margin) * len(rows)
-        found[id(row)] = Adjusted(different, ni, len(rows), ni <= ONE_SIDED_ALPHA, best <= ONE_SIDED_ALPHA)
+        found[id(row)] = Adjusted(different, ni, len(rows), passed, best <= ONE_SIDED_ALPHA)
 
     def with_holm(arm: ArmComparison) -> ArmComparison:
         own = found.get(id(arm))

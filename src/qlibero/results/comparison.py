@@ -63,16 +63,19 @@ class TaskTable:
 class Row:
     """A table with its verdict: an arm over all its episodes, or over those of one suite.
 
-    `seen` is the evidence on which the verdict rests, for the declared question; `new_tasks` the same pairs asked
-    about new tasks. `interval` replaces that of `seen` under a stopping rule, whose own it is.
+    `seen` is the evidence on which the verdict rests, for the declared question, and `worst` the same with errors
+    counted against the arm; `new_tasks` is `seen` asked about new tasks. Under a stopping rule (`ruled`) the interval
+    is that rule's own.
     """
 
     table: PairTable
     verdict: Verdict
     seen: Sample
+    worst: Sample
     new_tasks: Sample
     missing: int
     adjusted: Adjusted | None = None
+    ruled: bool = False
     ruled_interval: Interval | None = None
 
     @property
@@ -84,6 +87,13 @@ class Row:
     def delta(self) -> float | None:
         return self.seen.delta
 
+    @property
+    def noninferiority_p(self) -> float | None:
+        """Of Δ ≤ −margin, with errors counted against the arm, as the verdict counts them. None where nothing is
+        judged: a control, an unfinished run, records that conflict, a test with its own rule."""
+        unjudged = self.verdict.word in (Word.NOISE_FLOOR, Word.INTERIM, Word.CONFLICT) or self.ruled
+        return None if unjudged else self.worst.noninferiority_p(self.verdict.margin)
+
     def row_json(self) -> dict[str, Any]:
         v = self.verdict
         return {
@@ -94,7 +104,7 @@ class Row:
             "delta": rounded(self.delta),
             "interval95": rounded_interval(self.interval),
             "difference_p": rounded(self.seen.difference_p),
-            "noninferiority_p": rounded(self.seen.noninferiority_p(v.margin)),
+            "noninferiority_p": rounded(self.noninferiority_p),
             "missing_pairs": self.missing,
             "clusters": {"tasks": self.new_tasks.clusters, "t95": rounded_interval(self.new_tasks.interval)},
             **(self.adjusted.to_json() if self.adjusted else {}),

@@ -11,7 +11,6 @@ from qlibero.reporting.sections import parts
 from qlibero.reporting.sections.parts import named, numbers, section
 from qlibero.reporting.sections.standing import standing
 from qlibero.results.comparison import Row
-from qlibero.results.judgement import Word
 from qlibero.results.phrases import delta_text, interval_text, margin_text, p_text, points
 from qlibero.results.sampling import population
 from qlibero.results.statistics import Interval
@@ -139,8 +138,8 @@ def _figures(m: Material, name: str, suite: str, row: Row) -> list[Any]:
         _pp(t.newcombe95),
         p_text(t.mcnemar_p),
         p_text(adjusted.mcnemar_p) if adjusted else "–",
-        "–" if row.verdict.word == Word.NOISE_FLOOR else p_text(row.seen.noninferiority_p(m.margin_of(name))),
-        p_text(adjusted.noninferiority_p) if adjusted else "–",
+        "–" if row.noninferiority_p is None else p_text(row.noninferiority_p),
+        p_text(adjusted.noninferiority_p) if adjusted and row.noninferiority_p is not None else "–",
         _pp(row.new_tasks.interval if row.new_tasks.clusters != 1 else None),
         word,
     ]

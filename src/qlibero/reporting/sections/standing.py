@@ -42,7 +42,7 @@ def standing(arm: ArmComparison) -> Standing:
 
 def holm_text(arm: ArmComparison) -> str:
     """Non-inferiority after Holm, in words; suite by suite where each is a claim."""
-    if arm.control or arm.passed_holm is None:
+    if arm.control or arm.passed_holm is None or arm.noninferiority_p is None:
         return ""
     if arm.adjusted:
         return f"{'yes' if arm.adjusted.passed else 'no'}, {p_text(arm.adjusted.noninferiority_p)}"
