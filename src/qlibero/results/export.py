@@ -40,6 +40,11 @@ PLAIN = (
     "replan_steps",
     "kernels",
     "config_hash",
+    "identity",
+    "probe",
+    "machine",
+    "max_steps",
+    "replan_steps",
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.results.machines import is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.statistics import wilson
 
@@ -87,7 +88,8 @@ def percentiles(found: Calls) -> dict[str, float] | None:
 
 
 def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """{"successes": k, "episodes": n, "errors": e, "wilson95": [lo, hi] | None, "latency_ms": {…} | None}."""
+    """{"successes": k, "episodes": n, "errors": e, "wilson95": [lo, hi] | None, "latency_ms": {…} | None}, and
+    "machines", {kind: episodes}, where they come from machines that answer differently."""
     k, n, errors = counts(records)
     return {
         "successes": k,
@@ -95,4 +97,5 @@ def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
         "errors": errors,
         "wilson95": [round(x, 6) for x in wilson(k, n)] if n else None,
         "latency_ms": percentiles(policy_calls(records)),
+        **({"machines": machines_of(records)} if is_mixed(records) else {}),
     }
