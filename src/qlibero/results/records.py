@@ -51,9 +51,8 @@ class EpisodeRecord:
     (simulator, rendering, transport, watchdog: neither success nor failure; `error` then says what happened).
     `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per
     policy call, the time its whole batch took; `phases_ms` the same per phase; `batch_sizes` says how many
-    episodes shared each call, `batch_places` which of them this one was, from 0: whoever counts calls counts
-    those of place 0 (`calls_ms`), or a batch of eight would count eight times. (Warm-up calls belong to no episode:
-    they are in the arm's meta.json.)
+    episodes shared each call, so an episode's share of a call is 1 / size and a batch counts once. (Warm-up calls
+    belong to no episode: they are in the arm's meta.json.)
     `sim_ms`, `render_ms` are totals, `wall_s` is from the episode's start to its end, waiting included, of
     the attempt that counts. `kernels` is the hash of the
     kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
@@ -79,7 +78,6 @@ class EpisodeRecord:
     policy_ms: list[Milliseconds] = field(default_factory=list)
     phases_ms: dict[Text, list[Number]] = field(default_factory=dict)
     batch_sizes: list[Count] = field(default_factory=list)
-    batch_places: list[Count] = field(default_factory=list)
     sim_ms: Milliseconds = 0.0
     render_ms: Milliseconds = 0.0
     wall_s: Milliseconds = 0.0
@@ -108,8 +106,6 @@ class EpisodeRecord:
             refuse(f"outcome {self.outcome!r} is none of {', '.join(OUTCOMES)}")
         if self.inits not in (OFFICIAL, FRESH):
             refuse(f"inits {self.inits!r} is neither {OFFICIAL} nor {FRESH}")
-        if self.batch_places and len(self.batch_places) != len(self.policy_ms):
-            refuse("`batch_places` has not one entry per policy call")
         if (self.outcome == "error") != (self.error is not None):
             refuse("`error` holds a text exactly when the outcome is 'error'")
         if (self.outcome == "success") != (self.success_step is not None):
@@ -125,12 +121,6 @@ class EpisodeRecord:
     @property
     def key(self) -> EpisodeKey:
         return EpisodeKey(self.suite, self.task, self.init, self.seed, self.inits)
-
-    @property
-    def calls_ms(self) -> list[float]:
-        """Times of the policy calls that this episode stands for: every batch once over all its episodes."""
-        places = self.batch_places or [0] * len(self.policy_ms)  # of lines of earlier versions each counts
-        return [ms for ms, place in zip(self.policy_ms, places, strict=True) if place == 0]
 
     @property
     def succeeded(self) -> bool:

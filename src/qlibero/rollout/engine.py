@@ -133,7 +133,7 @@ def _serve(
     started = time.perf_counter()
     chunk = policy.infer([episode.observation for episode in episodes], noise)
     policy_ms = (time.perf_counter() - started) * 1e3
-    for place, (worker, episode, actions) in enumerate(zip(batch, episodes, chunk.actions, strict=True)):
+    for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
         waiting.remove(worker)
-        episode.answered(chunk, policy_ms, len(batch), place)
+        episode.answered(chunk, policy_ms, len(batch))
         pool.act(worker, actions[:replan_steps])

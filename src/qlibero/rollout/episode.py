@@ -36,19 +36,17 @@ class RunningEpisode:
     policy_ms: list[float] = field(default_factory=list)
     phases_ms: dict[str, list[float]] = field(default_factory=dict)
     batch_sizes: list[int] = field(default_factory=list)
-    batch_places: list[int] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def noise(self, shape: tuple[int, int]) -> np.ndarray:
         return call_noise(self.planned.key, self.calls, shape)
 
-    def answered(self, chunk: Chunk, policy_ms: float, batch_size: int, place: int) -> None:
-        """Book one policy call; `policy_ms` is the latency of its batch of `batch_size`, this one at `place`."""
+    def answered(self, chunk: Chunk, policy_ms: float, batch_size: int) -> None:
+        """Book one policy call; `policy_ms` is the latency of its batch of `batch_size` episodes."""
         self.calls += 1
         self.observation = None
         self.policy_ms.append(round(policy_ms, 3))
         self.batch_sizes.append(batch_size)
-        self.batch_places.append(place)
         for phase, ms in chunk.phases_ms.items():
             self.phases_ms.setdefault(phase, []).append(round(ms, 3))
 
@@ -84,7 +82,6 @@ class RunningEpisode:
             policy_ms=self.policy_ms,
             phases_ms=self.phases_ms,
             batch_sizes=self.batch_sizes,
-            batch_places=self.batch_places,
             wall_s=round(time.monotonic() - self.started, 3),
             **outcome,
         )
