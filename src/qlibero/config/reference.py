@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlibero.config.inits import FreshInits
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
     Backend,
     Experiment,
-    FreshInits,
     Launch,
     Pi05,
     Ray,

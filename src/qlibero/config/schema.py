@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +30,7 @@ from qlibero.config.fields import (
     Word,
     one_of_pattern,
 )
+from qlibero.config.inits import Inits
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import SUITE_ALIASES
 
@@ -292,23 +292,6 @@ class Launch(Frozen):
 # -------------------------------------------------------------------------------------------------- experiment
 def _suite(name: Any) -> Any:
     return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-class FreshInits(Frozen):
-    """Initial states nobody has been evaluated on: `fresh(20)`, or `{fresh: 20}`."""
-
-    fresh: Int = Field(ge=1, le=100_000, description="how many a task")
-
-
-def _inits_in_words(value: Any) -> Any:
-    found = re.fullmatch(r"\s*fresh\s*\(\s*(\d{1,6})\s*\)\s*", value) if isinstance(value, str) else None
-    return {"fresh": int(found[1])} if found else value
-
-
-Inits = Annotated[
-    Literal["official"] | FreshInits,
-    BeforeValidator(_inits_in_words, json_schema_input_type=Literal["official"] | FreshInits | str),
-]
 
 
 class Experiment(Frozen):
