@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 
-from qlibero.errors import WorkFailed
+from qlibero import files
+from qlibero.errors import WorkFailed, cause
 from qlibero.sim.suites import CONTROL_HZ
 
 
@@ -24,10 +24,12 @@ class VideoWriter:
         if ffmpeg is None:
             raise WorkFailed("videos need ffmpeg: apt-get install -y ffmpeg, or set videos off")
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a worker that died
-            leftover.unlink(missing_ok=True)
-        self._part = path.parent / f".{path.name}.{os.getpid()}.part"
+        for leftover in path.parent.glob(f".{path.name[:40]}-*{files.PART}"):  # of a worker that died
+            files.remove(leftover)
+        try:
+            self._part = files.beside(path)
+        except OSError as problem:
+            raise WorkFailed(f"cannot write {path}: {cause(problem)}") from problem
         self._process = subprocess.Popen(
             [
                 ffmpeg,
@@ -75,12 +77,12 @@ class VideoWriter:
         """Close the file and give it its name."""
         self._process.stdin.close()
         if self._process.wait() != 0:
-            self._part.unlink(missing_ok=True)
+            files.remove(self._part)
             raise WorkFailed(f"ffmpeg could not write {self.path} (status {self._process.returncode})")
-        os.replace(self._part, self.path)
+        files.settle(self._part, self.path)
 
     def discard(self) -> None:
         """Stop and leave nothing."""
         self._process.kill()
         self._process.wait()
-        self._part.unlink(missing_ok=True)
+        files.remove(self._part)
