@@ -270,6 +270,7 @@ class Comparison:
     reference_summary: dict[str, Any]
     floor: NoiseFloor | None
     ledger: LedgerState
+    arithmetic: dict[str, Any]  # `arithmetic.together`: whether the kernels computed what they claim
 
     @property
     def margin(self) -> float:
@@ -301,4 +302,5 @@ class Comparison:
                 "repeated_lines": self.ledger.repeated_lines,
                 "conflicting_episodes": list(self.ledger.conflicting_episodes),
             },
+            "arithmetic": self.arithmetic,
         }
