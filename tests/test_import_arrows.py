@@ -9,9 +9,9 @@ import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
 
-# What each room may import besides itself. `errors`, `episode_key`, `console`, `files` and `places` are leaves for
-# everybody; `config.schema`, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"errors", "episode_key", "console", "files", "places"}
+# What each room may import besides itself. `errors`, `episode_key`, `console`, `documents`, `files` and `places` are
+# leaves for everybody; `config.schema`, plain data that stands on the ground, for every room above the ground.
+LEAVES = {"errors", "episode_key", "console", "documents", "files", "places"}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
     "kernels": set(),

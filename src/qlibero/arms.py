@@ -44,6 +44,8 @@ def load_arms(
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
     say(f"policy {full.name}: {describe(full)}")
+    for remark in full.provenance().get("remarks", ()):
+        say(f"checkpoint: {remark}")
     policies: dict[str, Policy] = {}
     meta: dict[str, dict[str, Any]] = {}
     for arm in arms:

@@ -40,7 +40,14 @@ PLAIN_WORDS = {
     "string_pattern_mismatch": "does not look right",
     "finite_number": "should be a finite number",
 }
-PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")  # every Path of the schema; a test compares
+PATH_KEYS = (
+    "checkpoint",
+    "tokenizer",
+    "config",
+    "path",
+    "artifact",
+    "norm_stats",
+)  # every Path of the schema; a test compares
 
 
 class ConfigError(UserError):

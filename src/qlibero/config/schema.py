@@ -92,6 +92,18 @@ class Pi05(Frozen):
     profile: Profile = Field(
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
+    action_horizon: Int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
+    )
+    asset_id: str | None = Field(
+        None,
+        min_length=1,
+        description="which statistics, where the checkpoint has several: physical-intelligence/libero",
+    )
+    norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
