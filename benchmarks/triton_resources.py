@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlibero.kernels import triton_gemm, triton_prologue
+from qlibero.kernels import triton_gemm, triton_hadamard, triton_prologue
 from qlibero.kernels.triton_tiles import BUCKETS, Tile
 from qlibero.policies.pi05 import triton_attention, triton_few
 from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED
@@ -116,6 +116,7 @@ def cases() -> Iterator[Case]:
         s_ptr="*fp32",
         M="i32",
         K="i32",
+        groups="i32",
         STRIDE="i32",
         STRIDE_M="i32",
         STRIDE_K="i32",
@@ -124,7 +125,13 @@ def cases() -> Iterator[Case]:
     )
     aligned = tuple(name for name, kind in floats.items() if kind.startswith("*")) + ("K", "STRIDE", "STRIDE_K")
     flags = dict(
-        HAS_SCALE=False, HAS_FIRST=True, FIRST_SHARED=False, HAS_ORDER=True, HAS_SECOND=True, SECOND_SHARED=False
+        HAS_SCALE=False,
+        HAS_FIRST=True,
+        FIRST_SHARED=False,
+        HAS_ORDER=True,
+        HAS_SECOND=True,
+        SECOND_SHARED=False,
+        TILED=False,
     )
     for width in (2048, 16384):
         yield Case(
@@ -134,6 +141,27 @@ def cases() -> Iterator[Case]:
             flags | dict(WIDTH=width, HAS_ORDER=False),
             aligned,
             4 if width <= 4096 else 8,
+        )
+    hadamard = dict(
+        x_ptr="*bf16",
+        up_ptr="*bf16",
+        s_ptr="*bf16",
+        codes_ptr="*i8",
+        scales_ptr="*fp32",
+        **dict.fromkeys(("K", "groups", "x_stride", "up_stride"), "i32"),
+        clip="fp32",
+        limit="fp32",
+    )
+    for width in (2048, 16384):
+        sizes = dict(B=width, WIDTH=width, STAGES=width.bit_length() - 1, GATED=width > 2048, TILED=False)
+        yield Case(
+            f"hadamard {width}",
+            triton_hadamard.hadamard_kernel,
+            hadamard,
+            sizes,
+            tuple(name for name in hadamard if name.endswith("ptr")) + ("K", "x_stride", "up_stride"),
+            triton_hadamard.warps(width),
+            contract=False,
         )
     for block in (64, 128):
         warps = 4 if block <= 64 else 8
@@ -195,7 +223,7 @@ def cases() -> Iterator[Case]:
     for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8)):
         sizes |= dict(ROWS=rows, KEYS=keys)
         yield Case(f"attend {rows}x{keys}", triton_attention._attend, few, dict(sizes), aligned_few, warps, stages=2)
-    yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024), aligned)
+    yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024, TILED=False), aligned)
 
 
 def compile_case(case: Case, sm: int) -> dict[str, Any]:

@@ -57,7 +57,13 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
         (["sweep", "s.yaml"], "s.yaml:2:15: seed: should be a whole number (got 'x')"),
         (["run", "y.yaml"], "did you mean x.yaml?"),
         (["run"], "the following arguments are required: CONFIG"),
-        (["rnu", "x.yaml"], "invalid choice: 'rnu'"),
+        (["rnu", "x.yaml"], "; did you mean run?"),
+        (["run", "x.yaml", "--sett", "seed=1", "--otu", "d"], "did you mean --out?"),
+        (["run", "x.yaml", "--otu", "d"], "usage: qlibero run"),
+        (["kernels", "chekc"], "did you mean check?"),
+        ([], "say what each costs in success"),
+        (["ls"], "suites, policies, backends, experiments, artifacts"),
+        (["film", "nowhere", "--task", "3", "--init", "7"], "nowhere: no run directory"),
         (["ls", "planets"], "invalid choice: 'planets'"),
         (["config", "show"], "name a CONFIG"),
         (["compare", "nowhere"], "nowhere: no such run directory"),
@@ -201,3 +207,18 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert seconds < 0.3, f"--help takes {seconds:.2f} s of processor time"
+
+
+@pytest.mark.parametrize(("flags", "lines"), [([], 0), (["--json"], 1)])
+def test_a_terminal_gets_no_json_unless_it_asks(flags: list[str], lines: int) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "qlibero", "ls", "suites", *flags]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    try:
+        shown = os.read(ours, 1_000_000).decode()
+    except OSError:  # how a pseudo-terminal says that nothing was written
+        shown = ""
+    os.close(ours)
+    assert done.returncode == 0 and "libero_goal" in done.stderr
+    assert shown.count("\n") == lines and shown.startswith('{"suites"' * lines)

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from qlibero.config import schema
-from qlibero.config.load import PATH_KEYS, ConfigError, dump_resolved, editor_schema, known_backends, load_experiment
+from qlibero.config import quantization, schema
+from qlibero.config.dump import dump_resolved, editor_schema
+from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
 from qlibero.config.schema import Experiment, Quant, config_hash
-from qlibero.config.yaml_source import parse
+from qlibero.config.yaml_text import parse
 
 CONFIGS = schema.REPOSITORY / "configs"
 GOOD: dict[str, Any] = {
@@ -252,6 +253,7 @@ words = st.text(string.ascii_letters + string.digits + "._+-", min_size=1, max_s
 texts = st.sampled_from(
     ["no", "on", "1e-3", "010", "~", "null", "true", "12:30:00", "0x1f", ".inf", "<<", "", " x", "a: b"]
 ) | st.text(max_size=8)
+lines = texts.filter(lambda text: text.strip() and text.isprintable())
 scalars = st.none() | st.booleans() | st.integers(-5, 60) | st.floats(allow_nan=False, width=32) | texts
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
@@ -303,7 +305,7 @@ experiments = st.fixed_dictionaries(
         "launch": st.fixed_dictionaries(
             {
                 "slurm": st.fixed_dictionaries(
-                    {"time": st.sampled_from(["12:30:00", "1-00:00:00"]), "setup": st.lists(texts, max_size=2)}
+                    {"time": st.sampled_from(["12:30:00", "1-00:00:00"]), "setup": st.lists(lines, max_size=2)}
                 )
             }
         ),
@@ -430,7 +432,8 @@ def test_every_path_of_the_schema_is_resolved_against_its_file() -> None:
     def names(model: type[BaseModel]) -> set[str]:
         return {name for name, field in model.model_fields.items() if "Path" in str(field.annotation)}
 
-    models = [m for m in vars(schema).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    rooms = {**vars(quantization), **vars(schema)}
+    models = [m for m in rooms.values() if isinstance(m, type) and issubclass(m, BaseModel)]
     assert set().union(*map(names, models)) == set(PATH_KEYS)
 
 
@@ -441,7 +444,7 @@ def test_the_schema_and_the_rooms_agree() -> None:
     from qlibero.sim.suites import SUITES
 
     assert {s.name: s.tasks for s in SUITES.values()} == schema.TASKS_OF_SUITE
-    assert set(schema.Method.__args__) == set(METHODS) and set(schema.Layout.__args__) == set(LAYOUTS)
+    assert set(quantization.Method.__args__) == set(METHODS) and set(quantization.Layout.__args__) == set(LAYOUTS)
     spec = {f.name for f in fields(QuantSpec)} - {"calibration_samples", "calibration_seed"}
     assert spec == set(Quant.model_fields) - {"calibration", "artifact"}
     defaults = QuantSpec.from_mapping(Quant(method="rtn", layout="llm").model_dump(mode="json"))
@@ -457,10 +460,10 @@ def test_the_reference_page_is_what_the_schema_says() -> None:
     assert page == renewed(page), "run `python -m qlibero.config.reference`"
     models = {
         m
-        for m in vars(schema).values()
-        if isinstance(m, type) and issubclass(m, BaseModel) and m.__module__ == schema.__name__
+        for m in (*vars(schema).values(), *vars(quantization).values())
+        if isinstance(m, type) and issubclass(m, BaseModel)
     }
-    assert models - {schema.Frozen, schema.QuantOverrides} == set(SECTIONS.values())
+    assert models - {BaseModel, schema.Frozen, schema.QuantOverrides} == set(SECTIONS.values())
     for variable in HONOURED:
         assert f"`OPENPI_DUQUANT_{variable}`" in page or f"`_{variable}`" in page, variable
 

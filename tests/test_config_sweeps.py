@@ -152,7 +152,7 @@ def test_long_ids_stay_short_and_distinct(tmp_path: Path) -> None:
         ("cells: {a: 1}", "cells.a: should be `key: value` lines"),
         ("cells: {}", "a sweep needs grid: or cells:"),
         ("grid: {extends: [nowhere.yaml]}", "cannot read"),
-        (f"grid: {{seed: {list(range(200))}, retries: {list(range(200))}}}", "40000 cells; the most is 10000"),
+        (f"grid: {{seed: {list(range(200))}, retries: {list(range(200))}}}", "40,000 cells; the most is 10,000"),
     ],
 )
 def test_a_mistake_in_a_sweep_has_its_line(tmp_path: Path, text: str, says: str) -> None:

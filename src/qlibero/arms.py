@@ -24,6 +24,7 @@ from qlibero.policies import load_policy, weights_sha256
 from qlibero.policies.base import Observation, Policy, grey
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
+from qlibero.quant.layout import part_of
 from qlibero.quant.prepare import ARTIFACTS, artifact_for, demonstrations, ready_artifact
 from qlibero.quant.witness import hear_witness
 from qlibero.rollout.noise import call_noise
@@ -96,10 +97,7 @@ def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> lis
     """The court's list: every executed layer with the numbers of tokens that calls with these prompts give it."""
     tokens = policy.token_counts(prompts)
     device = policy.provenance()["device"]
-    return [
-        Layer(name, shape, tokens["expert" if "gemma_expert" in name else "llm"])
-        for name, shape in gemm_shapes(artifact, device).items()
-    ]
+    return [Layer(name, shape, tokens[part_of(name)]) for name, shape in gemm_shapes(artifact, device).items()]
 
 
 def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:

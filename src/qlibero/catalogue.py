@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlibero.config.schema import Experiment
+from qlibero.config.yaml_text import short
 from qlibero.errors import QliberoError
 from qlibero.places import CHECKOUT, CONFIGS
 
@@ -145,6 +146,28 @@ def experiments() -> Rows:
                 "about": about(path),
             }
         )
+    return rows
+
+
+def artifacts() -> Rows:
+    """The artifacts where `run` and `quantize` look for them."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    from qlibero.quant.prepare import ARTIFACTS
+    from qlibero.quant.spec import QuantSpec
+
+    rows: Rows = []
+    for path in sorted(ARTIFACTS.glob("*/artifact.safetensors")):
+        row = {"artifact": path.parent.name[:12], "file": str(path), "MB": round(path.stat().st_size / 1e6, 1)}
+        try:
+            with safe_open(path, "numpy") as file:
+                meta = json.loads((file.metadata() or {})["qlibero"])
+            row["settings"] = QuantSpec.from_mapping(meta["spec"]).label
+        except (SafetensorError, QliberoError, OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+            row["settings"] = f"cannot be read: {short(problem)}"
+        rows.append(row)
     return rows
 
 

@@ -19,17 +19,39 @@ from typing import Any, NoReturn
 
 from qlibero import commands as do
 from qlibero.commands import Document, Incomplete, Refused, explain
+from qlibero.config.vocabulary import did_you_mean
+from qlibero.config.yaml_text import short, shown
 from qlibero.errors import QliberoError, UserError
 
 INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints end like every other error: a UserError, one JSON line, exit status 2."""
+    """argparse whose complaints end like every other error: a UserError, one JSON line, exit status 2.
+
+    A misspelt command or flag gets the nearest one; a command without what it needs shows its help.
+    """
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.removeprefix("qlibero").strip()  # the program's own name stands before every message
-        raise UserError(f"{command + ': ' if command else ''}{message}\n{self.format_usage().rstrip()}")
+        lacking = message.startswith("the following arguments are required")
+        said = self.format_help() if lacking else self.format_usage()
+        raise UserError(f"{command + ': ' if command else ''}{message}\n{said.rstrip()}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            message = f"invalid choice: {shown(value)}; write one of {', '.join(known)}{did_you_mean(value, known)}"
+            raise argparse.ArgumentError(action, message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; a flag that is not known is the fault of the command it was given to."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and self._subparsers is None:
+            flags = [flag for flag in self._option_string_actions if len(flag) > 2]
+            hints = [did_you_mean(word.partition("=")[0], flags) if word.startswith("-") else "" for word in rest]
+            self.error(f"unrecognized arguments: {short(' '.join(rest), 200)}{''.join(dict.fromkeys(hints))}")
+        return found, rest
 
 
 class _Version(argparse.Action):
@@ -50,7 +72,8 @@ def build_parser() -> Parser:
         prog="qlibero",
         description="Run a vision-language-action policy on LIBERO under several quantization backends, "
         "and say what each costs in success and gives in latency and memory.",
-        epilog="Every command ends with one JSON line on stdout; everything for people goes to stderr. "
+        epilog="Every command ends with one JSON line on stdout (in a terminal only with --json); everything for "
+        "people goes to stderr. "
         "Exit status: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a guard, 130 interrupted.",
     )
     parser.add_argument("--version", action=_Version, help="print qlibero's version")
@@ -66,6 +89,7 @@ def build_parser() -> Parser:
         """`policy`: it may load a policy, so it runs in the policy process's environment."""
         command = parent.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         command.set_defaults(call=call, policy=policy)
+        command.add_argument("--json", action="store_true", help="print the JSON line in a terminal too")
         return command
 
     command = add("run", do.run, "run, or continue, an experiment", policy=True)
@@ -101,12 +125,16 @@ def build_parser() -> Parser:
         metavar="FILE",
         help=".csv or .parquet (default: episodes.csv)",
     )
+    command.add_argument("--arm", action="append", metavar="NAME", help="only this arm; repeatable")
+    command.add_argument("--task", type=int, action="append", metavar="N", help="only this task; repeatable")
 
     command = add(
         "film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first"
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     command.add_argument("--episodes", type=_count, default=4, metavar="N", help="how many (default: 4)")
+    command.add_argument("--task", type=int, metavar="N", help="only episodes of this task")
+    command.add_argument("--init", type=int, metavar="N", help="only episodes from this initial state")
 
     command = add(
         "plan",
@@ -193,7 +221,6 @@ def build_parser() -> Parser:
     command.add_argument(
         "--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)"
     )
-    command.add_argument("--json", action="store_true", help="only the JSON line")
 
     kernels = commands.add_parser("kernels", help="try and time the integer kernels").add_subparsers(
         metavar="COMMAND", required=True
@@ -239,7 +266,6 @@ def build_parser() -> Parser:
     command.add_argument("checkpoint", type=Path, metavar="PATH", help="an openpi or LeRobot checkpoint directory")
 
     command = add("doctor", do.doctor, "say what is wrong with this machine, and the command that mends it")
-    command.add_argument("--json", action="store_true", help="only the JSON line")
 
     config = commands.add_parser("config", help="look at a configuration").add_subparsers(
         metavar="COMMAND", required=True
@@ -252,7 +278,8 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", do.ls, "list what there is to choose from")
-    command.add_argument("what", choices=("suites", "policies", "backends", "experiments"))
+    lists = ("suites", "policies", "backends", "experiments", "artifacts")
+    command.add_argument("what", choices=lists, metavar="WHAT", help=", ".join(lists))
     return parser
 
 
@@ -317,13 +344,16 @@ def _out(command: Parser) -> None:
 
 
 @contextmanager
-def _stdout_kept_for_json() -> Iterator[Callable[[Document], None]]:
+def _stdout_kept_for_json(asked: bool) -> Iterator[Callable[[Document], None]]:
     stdout = sys.stdout
+    quiet = stdout.isatty() and not asked  # people have read it all already
     stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)  # for C libraries and child processes
 
     def emit(document: Document) -> None:
+        if quiet:
+            return
         os.dup2(kept, 1)
         with suppress(BrokenPipeError):  # the reader has gone; nobody is left to tell
             print(json.dumps(document, default=str), file=stdout, flush=True)
@@ -354,7 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         enter_policy_environment()  # may start this process again, so before stdout is put aside
     try:
-        with _stdout_kept_for_json() as emit:
+        asked = "--json" in (sys.argv[1:] if argv is None else argv)
+        with _stdout_kept_for_json(asked) as emit:
             try:
                 if wrong:
                     raise wrong

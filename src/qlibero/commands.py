@@ -63,7 +63,7 @@ def compare(args: argparse.Namespace) -> Document:
 def export(args: argparse.Namespace) -> Document:
     from qlibero.results.export import export_episodes
 
-    document = export_episodes(args.run_dirs, args.output)
+    document = export_episodes(args.run_dirs, args.output, args.arm, args.task)
     explain(f"{document['rows']} episodes: {document['file']}")
     return document
 
@@ -71,7 +71,7 @@ def export(args: argparse.Namespace) -> Document:
 def film(args: argparse.Namespace) -> Document:
     from qlibero.experiment import film_run
 
-    document = film_run(args.run_dir, args.episodes, explain)
+    document = film_run(args.run_dir, args.episodes, explain, args.task, args.init)
     explain(f"{len(document['videos'])} videos in {args.run_dir}/<arm>/videos")
     return document
 
@@ -344,7 +344,8 @@ def doctor(args: argparse.Namespace) -> Document:
 
 
 def config_show(args: argparse.Namespace) -> Document:
-    from qlibero.config.load import dump_resolved, editor_schema, load_experiment
+    from qlibero.config.dump import dump_resolved, editor_schema
+    from qlibero.config.load import load_experiment
 
     if args.schema:
         return editor_schema()

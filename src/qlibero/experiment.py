@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.load import dump_resolved
+from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
@@ -259,8 +259,16 @@ def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
     return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
 
 
-def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def film_run(
+    run_dir: Path,
+    episodes: int,
+    say: Callable[[str], None] = lambda text: None,
+    task: int | None = None,
+    init: int | None = None,
+) -> dict[str, Any]:
     """Videos of a finished run's episodes in every arm, flipped ones first; what is filmed already stays.
+
+    `task`, `init`: only episodes of this task, from this initial state. Raises UserError where there are none.
 
     For sweeps, whose shards cannot know what flips between arms elsewhere. Needs the simulator and renderer that the
     records came from: a replay that differs raises `WorkFailed`.
@@ -274,8 +282,11 @@ def film_run(run_dir: Path, episodes: int, say: Callable[[str], None] = lambda t
             f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes"
         )
     experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
+    among = {key for key in episode_keys(experiment) if task in (None, key.task) and init in (None, key.init)}
+    if not among:
+        raise UserError(f"{run_dir}: its experiment has no episode of --task {task} --init {init}")
     with SimulatorPool(_workers(experiment, episodes, say), environment=simulator_environment()) as pool:
-        written = _film(experiment, run_dir, set(episode_keys(experiment)), episodes, pool, say)
+        written = _film(experiment, run_dir, among, episodes, pool, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}
 
 

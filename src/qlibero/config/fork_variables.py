@@ -10,8 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
+
+from qlibero.config.vocabulary import did_you_mean
+from qlibero.config.yaml_text import short as brief
+from qlibero.config.yaml_text import shown
 
 PREFIX = "OPENPI_DUQUANT_"
 FORK_INCLUDE = r"(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
@@ -61,7 +64,7 @@ class Override:
     value: Any
 
     def __str__(self) -> str:
-        return f"{self.variable}={self.text} sets quant.{self.key} to {self.value!r}"
+        return f"{self.variable}={brief(self.text)} sets quant.{self.key} to {shown(self.value)}"
 
 
 def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str]]:
@@ -70,6 +73,9 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
     Raises ValueError, naming the variable, for a value that cannot be read: a typo must not become a default.
     """
     given = {name.removeprefix(PREFIX): value for name, value in environ.items() if name.startswith(PREFIX)}
+    for name, value in given.items():
+        if not f"{name}{value}".isprintable():
+            raise ValueError(f"{PREFIX}{brief(ascii(name)[1:-1])} holds what cannot be printed: {brief(ascii(value))}")
     overrides: list[Override] = []
     for short, key in (
         ("WBITS_DEFAULT", "weight_bits"),
@@ -83,7 +89,7 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
             overrides.append(Override(PREFIX + short, given[short], key, value))
     if "ROW_ROT" in given:
         if given["ROW_ROT"] not in ("0", "restore"):  # the fork rotated for any other word and never rotated back
-            raise ValueError(f"{PREFIX}ROW_ROT should be 0 or restore (got {given['ROW_ROT']!r})")
+            raise ValueError(f"{PREFIX}ROW_ROT should be 0 or restore (got {shown(given['ROW_ROT'])})")
         overrides.append(Override(PREFIX + "ROW_ROT", given["ROW_ROT"], "row_rotation", given["ROW_ROT"] == "restore"))
     if given.get("WBITS"):
         bits = dict(_layer_bits(entry) for entry in given["WBITS"].split(",") if entry.strip())
@@ -92,11 +98,9 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
     notes = [
         f"{PREFIX}{short} changes nothing here: {NO_EFFECT[short]}" for short in sorted(given) if short in NO_EFFECT
     ]
-    for short in sorted(set(given) - set(NO_EFFECT) - set(HONOURED)):
-        close = get_close_matches(short, (*HONOURED, *NO_EFFECT), n=1)
-        notes.append(
-            f"{PREFIX}{short} is not known and ignored" + (f"; did you mean {PREFIX}{close[0]}?" if close else "")
-        )
+    for name in sorted(set(given) - set(NO_EFFECT) - set(HONOURED)):
+        hint = did_you_mean(name, (*HONOURED, *NO_EFFECT)).replace("did you mean ", f"did you mean {PREFIX}")
+        notes.append(f"{PREFIX}{brief(name)} is not known and ignored{hint}")
     return overrides, notes
 
 
@@ -129,15 +133,14 @@ def _exclude(short: str, text: str, patterns: list[str]) -> Override:
     return Override(PREFIX + short, text, "exclude", patterns)
 
 
-def _number(short: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{PREFIX}{short} should be a whole number (got {text!r})") from None
+def _number(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text.strip()):
+        raise ValueError(f"{PREFIX}{name} should be a whole number (got {shown(text)})")
+    return int(text)
 
 
 def _layer_bits(entry: str) -> tuple[str, int]:
     name, colon, bits = entry.strip().rpartition(":")
-    if not colon or not bits.strip().isdecimal():
-        raise ValueError(f"{PREFIX}WBITS should be layer:bits,layer:bits (got {entry!r})")
+    if not colon or not name.strip() or not re.fullmatch("[0-9]{1,2}", bits.strip()):
+        raise ValueError(f"{PREFIX}WBITS should be layer:bits,layer:bits (got {shown(entry)})")
     return f"^{re.escape(name.strip())}$", int(bits) or 16

@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
-from qlibero.config.yaml_source import parse
+from qlibero.config.vocabulary import SUITE_ALIASES
+from qlibero.config.yaml_text import parse
 
 LONGEST = 80
 # What `schema.config_hash` leaves out, by the first word of the key.
@@ -37,14 +38,14 @@ def suffix_of_sets(sets: Iterable[str], overrides: Iterable[tuple[str, Any]] = (
 
     `overrides`: (key, value) of the fork's variables, which count like `--set`.
     """
-    axes = [(key, value_label(value)) for key, value in overrides]
+    axes = [(key, setting_label(key, value)) for key, value in overrides]
     for text in sets:
         key, _, value = text.partition("=")
         if key.strip() == "name":
             return ""
         if key.split(".")[0].strip() not in FREE:
             try:
-                axes.append((key.strip(), value_label(parse(value), stem="/" in value)))
+                axes.append((key.strip(), setting_label(key.strip(), parse(value), stem="/" in value)))
             except ValueError:
                 continue  # told as an error when it is applied
     return f".{axes_id(axes)}" if axes else ""
@@ -61,6 +62,11 @@ def axes_id(axes: Sequence[tuple[str, str]]) -> str:
     return f"{text[: LONGEST - 9]}-{digest}"
 
 
+def setting_label(key: str, value: Any, stem: bool = False) -> str:
+    """The label of `value` under `key`: one suite has one label, whatever it is called."""
+    return value_label(SUITE_ALIASES.get(value, value) if key == "suite" and isinstance(value, str) else value, stem)
+
+
 def value_label(value: Any, stem: bool = False) -> str:
     """A value as part of a file name; with `stem`, a path's last part without its ending."""
     if isinstance(value, list):
@@ -71,4 +77,4 @@ def value_label(value: Any, stem: bool = False) -> str:
             value_label(named) if named else hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
         )
     text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(text).stem if stem else text).strip("-") or "none"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", PurePath(text).stem if stem else text).strip("-") or "none"

@@ -9,20 +9,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from qlibero.config.explain import dotted, explain, mark_of, walk
 from qlibero.config.fork_variables import fork_overrides
 from qlibero.config.labels import suffix_of_sets
-from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment, Misplaced
-from qlibero.config.yaml_source import CoreLoader, Location, Mark, Problem, Source, display, parse, put, read
+from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment
+from qlibero.config.vocabulary import backend_hint
+from qlibero.config.yaml_source import display, located, put, read
+from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, parse, short, shown
 from qlibero.errors import UserError
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
+<<<<<<< HEAD
 PLAIN_WORDS = {
     "int_type": "should be a whole number",
     "int_parsing": "should be a whole number",
@@ -48,6 +50,10 @@ PATH_KEYS = (
     "artifact",
     "norm_stats",
 )  # every Path of the schema; a test compares
+=======
+PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")  # every Path of the schema; a test compares
+MOST_SHOWN = 40  # problems in one message
+>>>>>>> main
 
 
 class ConfigError(UserError):
@@ -55,10 +61,14 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(dict.fromkeys(problems))
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        lines = [str(problem) for problem in self.problems[:MOST_SHOWN]]
+        if len(self.problems) > MOST_SHOWN:
+            lines.append(f"and {len(self.problems) - MOST_SHOWN:,} problems more")
+        super().__init__("\n".join(lines))
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """The usual `announce`: a line on stderr."""
     print(line, file=sys.stderr)
 
 
@@ -67,7 +77,7 @@ def load_experiment(
     sets: Iterable[str] = (),
     environ: Mapping[str, str] | None = None,
     *,
-    announce: Callable[[str], None] = _say,
+    announce: Callable[[str], None] = say,
     check_files: bool = True,
 ) -> Experiment:
     """Read, merge and validate. `sets` are `a.b=c` texts; `announce` hears of every OPENPI_DUQUANT_* variable.
@@ -80,11 +90,17 @@ def load_experiment(
     for key in SWEEP_KEYS:
         if key in source.data:
             message = f"{key}: makes this a sweep of many experiments; use `qlibero sweep` or `qlibero plan`"
-            raise ConfigError([Problem(source.marks[(key,)], message)])
+            raise ConfigError([Problem(mark_of(source, (key,)), message)])
     sets, environ = tuple(sets), os.environ if environ is None else environ
-    source.data.setdefault("name", Path(path).stem)
-    source.data["name"] = f"{source.data['name']}{suffix_of_sets(sets, _effective(source, environ))}"
+    call(source, source.data.get("name", Path(path).stem), sets, environ)
     return finish(source, sets, environ, announce, check_files)
+
+
+def call(source: Source, name: Any, sets: Iterable[str], environ: Mapping[str, str]) -> None:
+    """Name the experiment `name` and what the settings add to it; what can be no name is left for the schema."""
+    if isinstance(name, str | int | float) and not isinstance(name, bool):
+        name = f"{name}{suffix_of_sets(sets, _effective(source, environ))}"
+    source.data["name"] = name
 
 
 def _effective(source: Source, environ: Mapping[str, str]) -> list[tuple[str, Any]]:
@@ -108,7 +124,7 @@ def finish(
     try:
         experiment = Experiment.model_validate(source.data)
     except ValidationError as error:
-        source.problems.extend(explain(error, source, Experiment.model_json_schema()))
+        source.problems.extend(explain(error, source))
     _check_backends(source)
     if source.problems or experiment is None:
         raise ConfigError(sorted(source.problems, key=lambda p: (p.mark.source, p.mark.line, p.mark.column)))
@@ -138,8 +154,7 @@ def _apply_environment(source: Source, environ: Mapping[str, str], announce: Cal
         if override.key.startswith("calibration") and not isinstance(quant.get("calibration"), dict):
             announce(f"{override.variable} changes nothing here: quant.calibration names no data")
             continue
-        put(source.data, keys, override.value)
-        _mark(source, keys, Mark(f"{override.variable}={override.text}"))
+        replace(source, keys, override.value, Mark(f"{override.variable}={short(override.text)}"))
         announce(str(override))
 
 
@@ -147,31 +162,35 @@ def _apply_sets(source: Source, sets: Iterable[str]) -> None:
     for text in sorted(
         sets, key=lambda text: "sha256" in text.partition("=")[0]
     ):  # a hash after the checkpoint it is for
-        mark = Mark(f"--set {text}", directory=Path.cwd())
+        mark = Mark(f"--set {short(text)}", directory=Path.cwd())
         key, equals, value = text.partition("=")
         keys = tuple(key.strip().split("."))
         if not equals or not all(keys):
             source.problems.append(Problem(mark, "should look like a.b=value"))
             continue
         try:
-            put(source.data, keys, parse(value))
+            replace(source, keys, parse(value), mark)
         except ValueError as error:
             source.problems.append(Problem(mark, str(error)))
-            continue
-        _mark(source, keys, mark)
 
 
-def _mark(source: Source, keys: tuple[str, ...], mark: Mark) -> None:
-    location = _walk(source.data, keys)[0]
-    for known in [known for known in source.marks if known[: len(location)] == location]:
-        del source.marks[known]
-    source.marks[location] = mark
+def replace(source: Source, keys: tuple[str, ...], value: Any, mark: Mark) -> Location:
+    """Put `value` at `keys`; everything in it was written at `mark`. Returns the place. Raises ValueError, as `put`."""
+    before = walk(source.data, keys)[0]
+    old = list(locations(at(source.data, before))) if len(before) == len(keys) else []
+    put(source.data, keys, value)
+    place = walk(source.data, keys)[0]
+    for inner in old:
+        source.marks.pop((*place, *inner), None)
+    source.marks[place] = mark
+    return place
 
 
-def _mark_of(source: Source, location: Location) -> Mark:
-    while location not in source.marks and location:
-        location = location[:-1]
-    return source.marks.get(location, Mark("?"))
+def at(data: Any, location: Location) -> Any:
+    """The value at a location that exists."""
+    for step in location:
+        data = data[step]
+    return data
 
 
 # ------------------------------------------------------------------------------------------------ paths, backends
@@ -181,21 +200,27 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
             here = (*at, key)
             if isinstance(inner, dict | list):
                 visit(inner, here)
-            elif (
-                key in PATH_KEYS
-                and isinstance(inner, str)
-                and inner
-                and at
-                and at[0] in ("policy", "quant", "backends")
-            ):
-                mark = _mark_of(source, here)
-                value[key] = str(Path(os.path.abspath(mark.directory / Path(inner).expanduser())))
-                if check_files and not os.path.exists(value[key]):
-                    source.problems.append(
-                        Problem(mark, f"{_dotted(here)}: no such file or directory: {display(Path(value[key]))}")
-                    )
+            elif key in PATH_KEYS and isinstance(inner, str) and inner:
+                _resolve(source, value, here, check_files)
 
-    visit(source.data, ())
+    for room in ("policy", "quant", "backends"):
+        if isinstance(source.data.get(room), dict | list):
+            visit(source.data[room], (room,))
+
+
+def _resolve(source: Source, around: dict[str, Any], here: Location, check_files: bool) -> None:
+    """Make the path at `here` absolute. Variables are not expanded: a file means the same whoever reads it."""
+    mark, written = mark_of(source, here), around[here[-1]]
+    try:
+        path = located(mark.directory, written)
+    except ValueError as error:
+        source.problems.append(Problem(mark, f"{dotted(here)}: {error}"))
+        return
+    around[here[-1]] = str(path)
+    if (written.startswith("$") or check_files) and not os.path.exists(path):
+        cure = f" (variables are not expanded here; on the command line the shell does: --set {dotted(here)}=…)"
+        missing = f"no such file or directory: {short(display(path), 300)}"
+        source.problems.append(Problem(mark, f"{dotted(here)}: {missing}{cure if '$' in written else ''}"))
 
 
 def known_backends() -> tuple[str, ...]:
@@ -206,168 +231,10 @@ def known_backends() -> tuple[str, ...]:
 
 
 def _check_backends(source: Source) -> None:
-    entries = source.data.get("backends")
+    entries, known = source.data.get("backends"), known_backends()
     for i, entry in enumerate(entries if isinstance(entries, list) else ()):
         name = entry.get("backend") if isinstance(entry, dict) else entry
-        if isinstance(name, str) and name not in known_backends():
-            at: Location = ("backends", i, "backend") if isinstance(entry, dict) else ("backends", i)
-            message = f"{_dotted(at)}: unknown backend; known are {', '.join(known_backends())} (got {name!r})"
-            source.problems.append(Problem(_mark_of(source, at), message + _did_you_mean(name, known_backends())))
-
-
-# ----------------------------------------------------------------------------------------- pydantic's errors, told
-def explain(error: ValidationError, source: Source, schema: dict[str, Any]) -> list[Problem]:
-    """pydantic's errors as `file:line:col: key: what (got …); did you mean …?`, the branches of a union in one line."""
-    told: dict[Location, list[str]] = {}
-    tails: dict[Location, str] = {}
-    for item in error.errors():
-        location, beyond = _walk(source.data, item["loc"])
-        kind, context = item["type"], item.get("ctx", {})
-        location = (*location, *getattr(context.get("error"), "path", ()))
-        got, hint = f" (got {_short(item['input'])})", ""
-        if kind == "missing":
-            location = (*location, *beyond[-1:])
-            about = _property(schema, location).get("description")
-            what, got = "is missing" + (f": {about}" if about else ""), ""
-        elif kind == "extra_forbidden":
-            what, got, hint = "unknown key", "", _did_you_mean(str(location[-1]), _keys_at(schema, location[:-1]))
-        elif kind == "union_tag_not_found":
-            what, got = "say which type: pi05 or remote", ""
-        elif kind == "union_tag_invalid":
-            what, got = f"type should be {context['expected_tags'].replace(', ', ' or ')}", f" (got {context['tag']!r})"
-            hint = _did_you_mean(context["tag"], context["expected_tags"].replace("'", "").split(", "))
-        else:
-            what = PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, ").removeprefix("Input "))
-            got = "" if isinstance(context.get("error"), Misplaced) else got
-            if kind == "literal_error":
-                hint = _did_you_mean(
-                    item["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-                )
-        told.setdefault(location, []).append(what)
-        tails[location] = got + (hint or tails.get(location, "").partition(")")[2])
-    problems = []
-    for at, what in told.items():
-        first, *others = dict.fromkeys(what)
-        text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
-        problems.append(Problem(_mark_of(source, at), f"{_dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
-    return problems
-
-
-def _walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
-    """(the part of `loc` that exists in `data`, the rest): pydantic puts union branches between real keys."""
-    here: list[str | int] = []
-    rest: list[str | int] = []
-    for step in loc:
-        index = int(step) if isinstance(data, list) and str(step).isdecimal() else step
-        if (isinstance(data, dict) and index in data) or (
-            isinstance(data, list) and isinstance(index, int) and index < len(data)
-        ):
-            data = data[index]
-            here.append(index)
-            rest.clear()
-        else:
-            rest.append(step)
-    return tuple(here), tuple(rest)
-
-
-def _schemas_at(schema: dict[str, Any], location: Location) -> list[dict[str, Any]]:
-    """Every JSON Schema that may describe the value at `location`, unions opened."""
-
-    def opened(node: dict[str, Any]) -> list[dict[str, Any]]:
-        if "$ref" in node:
-            return opened(schema["$defs"][node["$ref"].rpartition("/")[2]])
-        return [
-            node,
-            *(inner for key in ("anyOf", "oneOf") for option in node.get(key, ()) for inner in opened(option)),
-        ]
-
-    nodes = opened(schema)
-    for step in location:
-        inner = [
-            n["items"] if isinstance(step, int) else n["properties"][step]
-            for n in nodes
-            if (isinstance(step, int) and "items" in n) or step in n.get("properties", {})
-        ]
-        nodes = [found for node in inner for found in opened(node)]
-    return nodes
-
-
-def _keys_at(schema: dict[str, Any], location: Location) -> list[str]:
-    return [key for node in _schemas_at(schema, location) for key in node.get("properties", {})] + ["extends"] * (
-        not location
-    )
-
-
-def _property(schema: dict[str, Any], location: Location) -> dict[str, Any]:
-    return next(
-        (
-            n["properties"][location[-1]]
-            for n in _schemas_at(schema, location[:-1])
-            if location[-1] in n.get("properties", {})
-        ),
-        {},
-    )
-
-
-def _did_you_mean(word: Any, known: Iterable[str]) -> str:
-    close = get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(map(str, location))
-
-
-def _short(value: Any) -> str:
-    text = (
-        {True: "true", False: "false", None: "null"}.get(value)
-        if value is None or isinstance(value, bool)
-        else repr(value)
-    )
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-# ----------------------------------------------------------------------------------------------------- back to YAML
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    plain = CoreLoader("").resolve(yaml.ScalarNode, value, (True, False)) == "tag:yaml.org,2002:str"
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else "'")
-
-
-_Dumper.add_representer(str, _text)
-
-
-def dump_resolved(experiment: Experiment, directory: Path | None = None) -> str:
-    """The experiment as one YAML text that loads to an equal Experiment.
-
-    Paths are absolute, or, for a file to be kept in `directory`, relative to it where both lie in one checkout.
-    """
-    data = experiment.model_dump(mode="json")
-    if directory is not None:
-        _make_relative(data, directory.resolve())
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _make_relative(value: Any, directory: Path) -> None:
-    from qlibero.places import REPOSITORY
-
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(inner, dict | list):
-            _make_relative(inner, directory)
-        elif key in PATH_KEYS and isinstance(inner, str):
-            if directory.is_relative_to(REPOSITORY) and Path(inner).is_relative_to(REPOSITORY):
-                value[key] = os.path.relpath(inner, directory)
-
-
-def editor_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of an experiment file, for completion and tooltips in editors."""
-    schema = Experiment.model_json_schema()
-    files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    schema["properties"]["extends"] = {**files, "description": "files this one is laid over, relative to this file"}
-    schema["$defs"]["Backend"]["properties"]["backend"]["enum"] = list(known_backends())
-    schema.pop("required", None)  # any key may come from a file this one extends
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+        if isinstance(name, str) and name not in known:
+            here: Location = ("backends", i, "backend") if isinstance(entry, dict) else ("backends", i)
+            message = f"{dotted(here)}: unknown backend; known are {', '.join(known)} (got {shown(name)})"
+            source.problems.append(Problem(mark_of(source, here), message + backend_hint(name, known)))

@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
     Backend,
-    Calibration,
     Experiment,
     Launch,
     Pi05,
-    Quant,
     Ray,
     Remote,
     Slurm,

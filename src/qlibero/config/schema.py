@@ -11,62 +11,42 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
+from qlibero.config.fields import (
+    MOST,
+    Address,
+    Count,
+    Float,
+    Frozen,
+    Int,
+    Line,
+    Misplaced,
+    Seed,
+    Slug,
+    Word,
+    one_of_pattern,
+)
+from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
+from qlibero.config.vocabulary import SUITE_ALIASES
 from qlibero.places import REPOSITORY
 
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard"]
-Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
 TrackerName = Literal["wandb", "trackio"]
 
 UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 TASKS_OF_SUITE = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
-
-Int = Annotated[int, Strict()]  # lax integers would take `true` for 1
-Float = Annotated[float, Strict()]
-Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
-
-
-class Misplaced(ValueError):
-    """A cross-field error that knows which key is to blame; `path` is relative to the model that raises it."""
-
-    def __init__(self, path: tuple[str | int, ...], message: str):
-        super().__init__(message)
-        self.path = path
-
-
-class Frozen(BaseModel):
-    """Unknown keys are refused, values never change after validation, NaN and infinity are no numbers here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-def _regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return pattern
-
-
-Regex = Annotated[str, AfterValidator(_regex)]
+MOST_REPLAN = 1_000  # actions; no policy's chunk is longer
+MOST_PROCESSES = 10_000
+# A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
+FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".md", ".parquet", ".tmp", ".yaml", ".yml")
+DIRECTORIES = ("sweep", "trackio", "videos", "wandb")
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -74,7 +54,7 @@ class Untrained(Frozen):
     """Seeded random weights: for tests and timings. Its name says so wherever a number of it is shown."""
 
     config: Path = Field(description="config.json of the architecture (widths, depths, vision tower)")
-    seed: Int = Field(0, ge=0, description="seed of the random weights")
+    seed: Seed = Field(0, description="seed of the random weights")
 
 
 class Pi05(Frozen):
@@ -83,8 +63,10 @@ class Pi05(Frozen):
     type: Literal["pi05"]
     checkpoint: Path | None = Field(None, description="directory with model.safetensors, config.json and statistics")
     untrained: Untrained | None = Field(None, description="instead of a checkpoint: seeded random weights")
-    sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of model.safetensors; checked when it is loaded"
+    sha256: Annotated[str, one_of_pattern(r"^[0-9a-f]{64}$")] | None = Field(
+        None,
+        examples=["what sha256sum model.safetensors prints"],
+        description="SHA-256 of model.safetensors; checked when it is loaded",
     )
     tokenizer: Path | None = Field(
         None, description="tokenizer.json or sentencepiece .model; by default the one inside the checkpoint"
@@ -92,6 +74,7 @@ class Pi05(Frozen):
     profile: Profile = Field(
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
+<<<<<<< HEAD
     action_horizon: Int | None = Field(
         None,
         ge=1,
@@ -105,6 +88,11 @@ class Pi05(Frozen):
     )
     norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
+=======
+    device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
+        "auto", description="auto: a GPU if there is one"
+    )
+>>>>>>> main
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
@@ -112,7 +100,9 @@ class Pi05(Frozen):
     batch_size: Literal["auto"] | Annotated[Int, Field(ge=1, le=1024)] = Field(
         "auto", description="rows of a policy call, to which batches are padded; auto: 1 on a CPU, 4 on a GPU"
     )
-    replan_steps: Int = Field(5, ge=1, description="actions executed of every chunk before the policy is asked again")
+    replan_steps: Int = Field(
+        5, ge=1, le=MOST_REPLAN, description="actions executed of every chunk before the policy is asked again"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Pi05:
@@ -131,109 +121,16 @@ class Remote(Frozen):
     """Any server that speaks openpi's websocket protocol. It cannot be quantized or attested from here."""
 
     type: Literal["remote"]
-    url: str = Field(pattern=r"^wss?://", description="ws://host:port of the policy server")
-    replan_steps: Int = Field(5, ge=1, description="actions executed of every chunk before the server is asked again")
+    url: Address = Field(description="ws://host:port of the policy server")
+    replan_steps: Int = Field(
+        5, ge=1, le=MOST_REPLAN, description="actions executed of every chunk before the server is asked again"
+    )
     batch_size: Int = Field(4, ge=1, le=1024, description="requests in flight at once")
-    timeout_s: Float = Field(60.0, gt=0, description="seconds to wait for one answer, and for a reconnect")
-    api_key_env: str | None = Field(None, description="environment variable that holds the server's API key")
+    timeout_s: Float = Field(60.0, ge=0.1, le=86_400, description="seconds to wait for one answer, and for a reconnect")
+    api_key_env: Word | None = Field(None, description="environment variable that holds the server's API key")
 
 
 Policy = Annotated[Pi05 | Remote, Field(discriminator="type")]
-
-
-# --------------------------------------------------------------------------------------------- quantization
-class Calibration(Frozen):
-    """Demonstration observations that fit the transforms. Never evaluation episodes."""
-
-    path: Path = Field(description="calibration.npz: observations, prompts and states from demonstrations")
-    samples: Int = Field(64, ge=1, description="observations used")
-    seed: Int = Field(0, ge=0, description="which observations, which noise, and the random rotations")
-
-
-class Quant(Frozen):
-    """How the weights and activations become integers. The arithmetic is fixed; this chooses what goes into it."""
-
-    method: Method = Field("duquant", description="the transform before rounding")
-    layout: Layout | None = Field(None, description="which linears, by name; or give include")
-    include: tuple[Regex, ...] = Field((), description="regexes over openpi layer names, instead of layout")
-    exclude: tuple[Regex, ...] = Field(
-        (), description="regexes of layers to leave alone, applied after layout or include"
-    )
-    weight_bits: Literal[4, 8] = Field(4, description="bits of a weight code")
-    activation_bits: Literal[4, 8, 16] = Field(
-        8, description="bits of an activation code; 16: activations stay as they are"
-    )
-    per_layer_bits: dict[Regex, Literal[4, 8, 16]] = Field(
-        default_factory=dict,
-        description="regex → weight bits of those layers, later ones win; 16 leaves them unquantized",
-    )
-    group_size: Int | None = Field(None, ge=16, description="input channels per weight scale; null: one scale a row")
-    weight_clip: Float = Field(1.0, gt=0, le=1, description="share of a row's largest weight that the code range spans")
-    weight_search: bool = Field(False, description="choose each weight scale by least squared error instead of absmax")
-    activation_clip: Float = Field(
-        1.0, gt=0, le=1, description="share of a token's largest value that the code range spans"
-    )
-    block_size: Int = Field(64, ge=2, description="channels per rotation block")
-    rotation_steps: Int = Field(256, ge=1, description="DuQuant: most greedy rotation steps per block")
-    alpha: Float = Field(
-        0.5, ge=0, le=1, description="smoothing: share of the difficulty moved from activations to weights"
-    )
-    row_rotation: bool = Field(
-        False, description="weight_pca: rotate outputs too and undo it, as the fork's script did"
-    )
-    atm: bool = Field(False, description="QuantVLA's attention temperature matching")
-    ohb: bool = Field(False, description="QuantVLA's output head balancing")
-    calibration: Calibration | None = Field(None, description="the data the transforms are fitted on")
-    artifact: Path | None = Field(
-        None, description="a ready artifact instead of calibrating; must fit policy and settings"
-    )
-
-    @model_validator(mode="after")
-    def _says_which_layers(self) -> Quant:
-        if (self.layout is None) == (not self.include):
-            if self.include:
-                raise Misplaced(
-                    ("include",), "give layout or include, not both; `layout: null` clears an inherited one"
-                )
-            raise Misplaced(
-                ("layout",), "say which layers: layout: llm | expert | llm+expert_mlp | llm+expert, or include"
-            )
-        if (self.weight_bits, self.activation_bits) == (8, 4):
-            raise Misplaced(("activation_bits",), "W8A4 has no kernel; supported are W4A8, W8A8, W4A4, W4A16 and W8A16")
-        if self.row_rotation and self.method != "weight_pca":
-            raise Misplaced(("row_rotation",), f"belongs to weight_pca; leave it out with {self.method}")
-        data_free = self.method in ("rtn", "weight_pca", "hadamard") and not (self.atm or self.ohb)
-        if not data_free and self.calibration is None and self.artifact is None:
-            raise Misplaced(("calibration",), f"{self.method} is fitted on data: give calibration.path, or artifact")
-        return self
-
-    @property
-    def precision(self) -> str:
-        """`W4A8` and the like."""
-        return f"W{self.weight_bits}A{self.activation_bits}"
-
-
-class QuantOverrides(Quant):
-    """The quant keys in which one arm differs from the experiment; only those that are written count."""
-
-    @model_validator(mode="after")
-    def _says_which_layers(self) -> QuantOverrides:
-        return self  # only the merged Quant has to be whole
-
-    @model_serializer(mode="wrap")
-    def _only_what_is_said(self, handler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
-
-
-def quant_of_arm(base: Quant | None, overrides: QuantOverrides | None) -> Quant:
-    """The experiment's quant with an arm's overrides on top. An overriding `include` replaces an inherited layout."""
-    said = overrides.model_dump(exclude_unset=True) if overrides else {}
-    merged = base.model_dump() if base else {}
-    if said.get("include") and "layout" not in said:
-        merged["layout"] = None
-    if said.get("layout") and "include" not in said:
-        merged["include"] = ()
-    return Quant.model_validate({**merged, **said})
 
 
 # --------------------------------------------------------------------------------------------------- the arms
@@ -277,11 +174,11 @@ class Stop(Frozen):
     """
 
     margin: Float | None = Field(
-        None, gt=0, lt=1, description="the margin of this test; null: the experiment's `margin`"
+        None, ge=0.0001, lt=1, description="the margin of this test; null: the experiment's `margin`"
     )
-    alpha: Float = Field(0.025, gt=0, lt=0.5, description="one-sided error rate of the anytime-valid test")
+    alpha: Float = Field(0.025, ge=1e-6, lt=0.5, description="one-sided error rate of the anytime-valid test")
     max_episodes: Int | None = Field(
-        None, ge=1, description="pairs after which to stop undecided; null: all of them; may be raised later"
+        None, ge=1, le=MOST, description="pairs after which to stop undecided; null: all of them; may be raised later"
     )
 
 
@@ -292,70 +189,84 @@ class Tracking(Frozen):
     mode: Literal["offline", "online", "disabled"] = Field(
         "offline", description="online needs your own account and key"
     )
-    project: str = Field("qlibero", min_length=1, description="W&B project")
-    entity: str | None = Field(None, description="W&B team or user; null: your default")
+    project: Annotated[Line, one_of_pattern(r"^[^/\\#?%:]{1,128}$", "qlibero")] = Field(
+        "qlibero", description="W&B project"
+    )
+    entity: Annotated[str, one_of_pattern(r"^[A-Za-z0-9_.-]{1,128}$", "my-team")] | None = Field(
+        None, examples=["my-team"], description="W&B team or user; null: your default"
+    )
 
 
 def _trackers_alone(value: Any) -> Any:
-    return (
-        {"trackers": [value]}
-        if isinstance(value, str)
-        else {"trackers": value}
-        if isinstance(value, list | tuple)
-        else value
-    )
+    if value is None or value is False:
+        raise Misplaced((), "write [] for no tracker (this one is neither a list nor a mapping)")
+    if isinstance(value, str):
+        return {"trackers": [value]}
+    return {"trackers": value} if isinstance(value, list | tuple) else value
 
 
 class Slurm(Frozen):
     """What `sweep --engine slurm` writes into submit.sbatch."""
 
-    partition: str | None = Field(None, description="--partition")
-    account: str | None = Field(None, description="--account")
-    qos: str | None = Field(None, description="--qos")
-    gres: str | None = Field(None, description="--gres, e.g. gpu:1")
-    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="--time of one array task")
-    cpus_per_task: Int = Field(8, ge=1, description="--cpus-per-task; simulator workers share them")
-    mem: str | None = Field(
-        None, pattern=r"^\d+[KMGT]?$", description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own"
+    partition: Word | None = Field(None, description="--partition")
+    account: Word | None = Field(None, description="--account")
+    qos: Word | None = Field(None, description="--qos")
+    gres: Word | None = Field(None, description="--gres, e.g. gpu:1")
+    time: Annotated[
+        str, one_of_pattern(r"^([0-9]{1,3}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$", "04:00:00", "2-00:00:00", "90 (minutes)")
+    ] = Field("04:00:00", description="--time of one array task")
+    cpus_per_task: Int = Field(8, ge=1, le=MOST_PROCESSES, description="--cpus-per-task; simulator workers share them")
+    mem: Annotated[str, one_of_pattern(r"^[0-9]{1,9}[KMGT]?$")] | None = Field(
+        None, examples=["48G"], description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own"
     )
-    array_limit: Int | None = Field(None, ge=1, description="most array tasks at once (`--array=0-99%N`)")
-    signal_s: Int = Field(120, ge=30, description="seconds before the time limit at which a task saves and requeues")
-    setup: tuple[str, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
-    container: str | None = Field(None, description="command prefix, e.g. `apptainer exec --nv qlibero.sif`")
-    extra: tuple[str, ...] = Field((), description="further #SBATCH options, e.g. --constraint=h100")
+    array_limit: Int | None = Field(None, ge=1, le=MOST, description="most array tasks at once (`--array=0-99%N`)")
+    signal_s: Int = Field(
+        120, ge=30, le=86_400, description="seconds before the time limit at which a task saves and requeues"
+    )
+    setup: tuple[Line, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
+    container: Line | None = Field(None, description="command prefix, e.g. `apptainer exec --nv qlibero.sif`")
+    extra: tuple[Line, ...] = Field((), description="further #SBATCH options, e.g. --constraint=h100")
 
 
 class Ray(Frozen):
     """Where `sweep --engine ray` finds its cluster."""
 
-    address: str = Field("auto", description="address of a running cluster, or `local` to start one here")
-    cpus: Float = Field(2, gt=0, description="CPUs reserved per shard")
-    gpus: Float = Field(0, ge=0, description="GPUs reserved per shard")
+    address: Word = Field("auto", description="address of a running cluster, or `local` to start one here")
+    cpus: Float = Field(2, ge=0.01, le=MOST_PROCESSES, description="CPUs reserved per shard")
+    gpus: Float = Field(0, ge=0, le=MOST_PROCESSES, description="GPUs reserved per shard")
 
 
 class Launch(Frozen):
     """How a sweep is spread over machines. Changes nothing in the results."""
 
     engine: Literal["local", "slurm", "ray"] = Field("local", description="default of `sweep --engine`")
-    shard_episodes: Int = Field(100, ge=1, description="episodes per shard and arm; aim at ten minutes or more")
-    processes: Int = Field(1, ge=1, description="local: shards at once")
+    shard_episodes: Count = Field(100, description="episodes per shard and arm; aim at ten minutes or more")
+    processes: Int = Field(1, ge=1, le=MOST_PROCESSES, description="local: shards at once")
     slurm: Slurm = Field(default_factory=Slurm, description="Slurm's options")
     ray: Ray = Field(default_factory=Ray, description="Ray's options")
 
 
 # -------------------------------------------------------------------------------------------------- experiment
+def _suite(name: Any) -> Any:
+    return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 class Experiment(Frozen):
     """One cell: a policy on a suite, the same episodes under every backend."""
 
     name: Slug = Field(description="names the run directory; by default the file's name")
-    suite: SuiteName = Field(description="LIBERO suite")
+    suite: Annotated[SuiteName, BeforeValidator(_suite, json_schema_input_type=SuiteName)] = Field(
+        description="LIBERO suite (libero_long is libero_10)"
+    )
     tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
     episodes_per_task: Int = Field(OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1")
-    seed: Int = Field(7, ge=0, le=2**32 - 1, description="seed of scenes and policy noise")
+    seed: Seed = Field(7, description="seed of scenes and policy noise")
     protocol: Literal["pure", "openpi"] = Field(
         "pure", description="pure: an episode depends on its key only; openpi: the published evaluations' random stream"
     )
-    max_steps: Int | None = Field(None, ge=1, description="replaces the suite's step cap; recorded, and not comparable")
+    max_steps: Int | None = Field(
+        None, ge=1, le=100_000, description="replaces the suite's step cap; recorded, and not comparable"
+    )
     policy: Policy = Field(description="what is evaluated")
     quant: Quant | None = Field(None, description="how arms other than baseline and aa are quantized")
     backends: tuple[BackendEntry, ...] = Field(
@@ -364,18 +275,18 @@ class Experiment(Frozen):
     on_failure: Literal["refuse", "fallback"] = Field(
         "refuse", description="when a kernel fails its trial: stop, or fall back with the reason on record"
     )
-    workers: Literal["auto"] | Annotated[Int, Field(ge=1)] = Field(
+    workers: Literal["auto"] | Annotated[Int, Field(ge=1, le=MOST_PROCESSES)] = Field(
         "auto", description="simulator processes; auto: one per core this job may use, as far as its memory allows"
     )
     retries: Int = Field(
-        2, ge=0, description="times an episode whose simulator died is run again before it is an error"
+        2, ge=0, le=100, description="times an episode whose simulator died is run again before it is an error"
     )
-    videos: Literal["all"] | Annotated[Int, Field(ge=0)] = Field(
+    videos: Literal["all"] | Annotated[Int, Field(ge=0, le=MOST)] = Field(
         2, description="all, or how many initial states are filmed in every arm, flipped ones first (after the run)"
     )
     margin: Float = Field(
         0.02,
-        gt=0,
+        ge=0.0001,
         lt=1,
         description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it",
     )
@@ -399,12 +310,22 @@ class Experiment(Frozen):
                 raise Misplaced(("tasks",), "no task is listed; write all, or some numbers")
         if not self.backends:
             raise Misplaced(("backends",), "no arm is listed; write e.g. [baseline, fake]")
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         for i, entry in enumerate(self.backends):
             where = ("backends", i)
-            if entry.name in seen:
+            directory = entry.name.casefold()
+            if directory.endswith(FILE_ENDINGS) or directory in DIRECTORIES:
+                raise Misplaced(
+                    (*where, "name"), f"{entry.name} is what a file of the run may be called; rename the arm"
+                )
+            if seen.get(directory) == entry.name:
                 raise Misplaced((*where, "name"), f"two arms are called {entry.name}; give one of them another name:")
-            seen.add(entry.name)
+            if directory in seen:
+                raise Misplaced(
+                    (*where, "name"),
+                    f"{seen[directory]} and {entry.name} differ by case only, which not every disk tells apart",
+                )
+            seen[directory] = entry.name
             if entry.backend in UNQUANTIZED_BACKENDS:
                 if entry.quant is not None:
                     raise Misplaced((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")

@@ -8,20 +8,21 @@ The key `extends` may be an axis too: each value names a file laid over the expe
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.labels import axes_id, suffix_of_sets, value_label
-from qlibero.config.load import SWEEP_KEYS, ConfigError, _effective, _say, finish
+from qlibero.config.explain import mark_of
+from qlibero.config.labels import axes_id, setting_label
+from qlibero.config.load import MOST_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace, say
 from qlibero.config.schema import Experiment
-from qlibero.config.yaml_source import Location, Mark, Problem, Source, overlay, put, read
+from qlibero.config.vocabulary import did_you_mean
+from qlibero.config.yaml_source import extended, overlay, read
+from qlibero.config.yaml_text import Location, Problem, Source, locations, short, shown
 
 MOST_CELLS = 10_000
 
@@ -51,7 +52,7 @@ class _Choice:
 
     @property
     def label(self) -> str:
-        return value_label(self.value, stem=self.key == "extends")
+        return setting_label(self.key, self.value, stem=self.key == "extends")
 
 
 def load_sweep(
@@ -59,22 +60,20 @@ def load_sweep(
     sets: Iterable[str] = (),
     environ: Mapping[str, str] | None = None,
     *,
-    announce: Callable[[str], None] = _say,
+    announce: Callable[[str], None] = say,
     check_files: bool = True,
 ) -> Sweep:
     """Read a sweep (or experiment) file and validate every cell. `sets` apply to all cells. Raises ConfigError."""
     path, sets, environ = Path(path), tuple(sets), os.environ if environ is None else environ
-    base = read(path)
-    if base.problems:
-        raise ConfigError(base.problems)
-    base.data.setdefault("name", path.stem)
-    for text in sets:
-        if text.startswith("name="):
-            base.data["name"] = text.removeprefix("name=")
-    base.data["name"] = f"{base.data['name']}{suffix_of_sets(sets, _effective(base, environ))}"
-    own = {key: base.data.pop(key) for key in SWEEP_KEYS if key in base.data}
-    combinations = _combinations(own, base) if own else [("", ())]
+    file = read(path)
+    if file.problems:
+        raise ConfigError(file.problems)
+    names = [text.removeprefix("name=") for text in sets if text.startswith("name=")]
+    call(file, names[-1] if names else file.data.get("name", path.stem), sets, environ)
+    own = {key: file.data.pop(key) for key in SWEEP_KEYS if key in file.data}
+    combinations = _combinations(own, file) if own else [("", ())]
     sets = tuple(text for text in sets if not text.startswith("name="))  # it named the whole sweep
+    base = Source(file.data, {here: mark for here, mark in file.marks.items() if here[:1] not in {(k,) for k in own}})
     heard: set[str] = set()  # a variable is announced once, not once per cell
 
     def announce_once(line: str) -> None:
@@ -82,18 +81,22 @@ def load_sweep(
             heard.add(line)
             announce(line)
 
-    cells, problems = [], []
+    cells: list[SweepCell] = []
+    problems: dict[Problem, None] = {}
+    known: dict[Path, Source] = {}
     for cell_id, choices in combinations:
-        source = copy.deepcopy(base)
+        source = Source(_copied(base.data), dict(base.marks))
         name = source.data["name"]
         for choice in choices:
-            _choose(source, choice, base, path.resolve().parent)
+            _choose(source, choice, file, path.parent, known)
         if cell_id:
             source.data["name"] = f"{name}.{cell_id}"
         try:
             experiment = finish(source, sets, environ, announce_once, check_files)
         except ConfigError as error:
-            problems += error.problems
+            problems.update(dict.fromkeys(error.problems))
+            if len(problems) > MOST_SHOWN:
+                break
             continue
         cells.append(SweepCell(cell_id or experiment.name, tuple((c.key, c.label) for c in choices), experiment))
     if problems:
@@ -101,75 +104,104 @@ def load_sweep(
     return Sweep(str(base.data["name"]), tuple(cells))
 
 
-def _combinations(own: dict[str, Any], base: Source) -> list[tuple[str, tuple[_Choice, ...]]]:
-    def fail(at: Location, message: str) -> ConfigError:
-        while at not in base.marks and at:
-            at = at[:-1]
-        return ConfigError([Problem(base.marks.get(at, Mark("?")), message)])
+def _copied(value: Any) -> Any:
+    """Mappings and lists anew, their scalars shared: `deepcopy` takes twenty times as long."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
-    grid, exclude, named = own.get("grid") or {}, own.get("exclude") or [], own.get("cells") or {}
+
+def _fail(file: Source, at: Location, message: str) -> ConfigError:
+    return ConfigError([Problem(mark_of(file, at), message)])
+
+
+def _combinations(own: dict[str, Any], file: Source) -> list[tuple[str, tuple[_Choice, ...]]]:
+    """(id, choices) of every cell, the grid's without the excluded ones and then the named."""
+    grid, named = own.get("grid") or {}, own.get("cells") or {}
     if not isinstance(grid, dict) or not isinstance(named, dict):
         wrong = "cells" if isinstance(grid, dict) else "grid"
-        raise fail((wrong,), f"{wrong}: should be `key: …` lines")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise fail(("grid", key), f"grid.{key}: should be a list of values (got {values!r})")
-    total = 1
-    for values in grid.values():
-        total *= len(values)
-    if total > MOST_CELLS:
-        raise fail(("grid",), f"grid: {total} cells; the most is {MOST_CELLS}")
-    axes = [[_Choice(key, value, ("grid", key, i)) for i, value in enumerate(values)] for key, values in grid.items()]
-    combinations = [choices for choices in product(*axes)] if axes else []
-    if not isinstance(exclude, list):
-        raise fail(("exclude",), "exclude: should be a list of {key: value} mappings")
-    for i, rule in enumerate(exclude):
-        if not isinstance(rule, dict) or not rule:
-            raise fail(("exclude", i), f"exclude.{i}: should be a {{key: value}} mapping (got {rule!r})")
-        for key in rule:
-            if key not in grid:
-                close = get_close_matches(key, list(grid), n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise fail(("exclude", i, key), f"exclude.{i}.{key}: is no axis of grid ({', '.join(grid)}){hint}")
-        kept = [choices for choices in combinations if not all(_matches(c, rule) for c in choices if c.key in rule)]
-        if len(kept) == len(combinations):
-            raise fail(("exclude", i), f"exclude.{i}: matches no cell; check its values against grid")
-        combinations = kept
-    result = [(axes_id([(c.key, c.label) for c in choices]), choices) for choices in combinations]
-    for name, settings in named.items():
-        if not isinstance(settings, dict):
-            raise fail(("cells", name), f"cells.{name}: should be `key: value` lines (got {settings!r})")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
-            raise fail(("cells", name), f"cells.{name}: a cell's name is letters, digits and . _ + -")
-        result.append((name, tuple(_Choice(key, value, ("cells", name, key)) for key, value in settings.items())))
-    seen: set[str] = set()
+        raise _fail(file, (wrong,), f"{wrong}: should be `key: …` lines")
+    grid_cells = _without(own.get("exclude") or [], _product(grid, file), grid, file)
+    result = [(axes_id([(c.key, c.label) for c in choices]), choices) for choices in grid_cells]
+    result += [_named(name, settings, file) for name, settings in named.items()]
+    seen: dict[str, str] = {}
     for cell_id, choices in result:
-        if cell_id in seen:
-            raise fail(choices[-1].at if choices else ("cells",), f"two cells are called {cell_id}")
-        seen.add(cell_id)
+        known = seen.setdefault(cell_id.casefold(), cell_id)  # not every disk tells case apart
+        if known is not cell_id:
+            message = f"two cells are called {cell_id}" + (f" ({known})" if known != cell_id else "")
+            raise _fail(file, choices[-1].at if choices else ("cells",), message)
     if not result:
-        raise fail(("grid",), "no cell is left; a sweep needs grid: or cells:")
+        raise _fail(file, ("grid",), "no cell is left; a sweep needs grid: or cells:")
     return result
 
 
-def _choose(source: Source, choice: _Choice, base: Source, directory: Path) -> None:
+def _product(grid: dict[str, Any], file: Source) -> list[tuple[_Choice, ...]]:
+    total = 1
+    for key, values in grid.items():
+        if key == "name":
+            raise _fail(file, ("grid", key), "grid.name: a cell is named after its axes; leave this one out")
+        if not isinstance(values, list) or not values:
+            raise _fail(file, ("grid", key), f"grid.{short(key)}: should be a list of values (got {shown(values)})")
+        total *= len(values)
+    if total > MOST_CELLS:
+        raise _fail(file, ("grid",), f"grid: {total:,} cells; the most is {MOST_CELLS:,}")
+    axes = [[_Choice(key, value, ("grid", key, i)) for i, value in enumerate(values)] for key, values in grid.items()]
+    return list(product(*axes)) if axes else []
+
+
+def _without(
+    exclude: Any, combinations: list[tuple[_Choice, ...]], grid: dict[str, Any], file: Source
+) -> list[tuple[_Choice, ...]]:
+    """The combinations that no rule of `exclude` names."""
+    if not isinstance(exclude, list):
+        raise _fail(file, ("exclude",), "exclude: should be a list of {key: value} mappings")
+    for i, rule in enumerate(exclude):
+        if not isinstance(rule, dict) or not rule:
+            raise _fail(file, ("exclude", i), f"exclude.{i}: should be a {{key: value}} mapping (got {shown(rule)})")
+        for key in rule:
+            if key not in grid:
+                axes = f"{short(', '.join(grid), 200)}){did_you_mean(key, grid)}"
+                raise _fail(file, ("exclude", i, key), f"exclude.{i}.{short(key)}: is no axis of grid ({axes}")
+        kept = [choices for choices in combinations if not all(_matches(c, rule) for c in choices if c.key in rule)]
+        if len(kept) == len(combinations):
+            raise _fail(file, ("exclude", i), f"exclude.{i}: matches no cell; check its values against grid")
+        combinations = kept
+    return combinations
+
+
+def _named(name: str, settings: Any, file: Source) -> tuple[str, tuple[_Choice, ...]]:
+    here = ("cells", name)
+    if not isinstance(settings, dict):
+        raise _fail(file, here, f"cells.{short(name)}: should be `key: value` lines (got {shown(settings)})")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}", name):
+        raise _fail(file, here, f"cells.{short(name)}: a cell's name is letters, digits and . _ + -, 80 at most")
+    if "name" in settings:
+        raise _fail(file, (*here, "name"), f"cells.{name}.name: the cell is called {name} already; leave this out")
+    return name, tuple(_Choice(key, value, (*here, key)) for key, value in settings.items())
+
+
+def _choose(source: Source, choice: _Choice, file: Source, directory: Path, known: dict[Path, Source]) -> None:
+    """Lay one choice over the cell."""
+    mark = mark_of(file, choice.at)
     if choice.key == "extends":
-        for parent in [choice.value] if isinstance(choice.value, str) else choice.value:
-            overlay(source, read(directory / str(parent)))
+        files = choice.value if isinstance(choice.value, list) else [choice.value]
+        if not files or not all(isinstance(name, str) for name in files):
+            message = f"extends: should be a file or a list of files (got {shown(choice.value)})"
+            source.problems.append(Problem(mark, message))
+            return
+        for name in files:
+            overlay(source, extended(directory, name, mark, (), known))
         return
     keys = tuple(choice.key.split("."))
     try:
-        put(source.data, keys, copy.deepcopy(choice.value))
+        place = replace(source, keys, _copied(choice.value), mark)
     except ValueError as error:
-        source.problems.append(Problem(base.marks[choice.at], f"{choice.key}: {error}"))
+        source.problems.append(Problem(mark, f"{short(choice.key)}: {error}"))
         return
-    for known in [known for known in source.marks if known[: len(keys)] == keys]:
-        del source.marks[known]
-    for known, mark in base.marks.items():
-        if known[: len(choice.at)] == choice.at:
-            source.marks[(*keys, *known[len(choice.at) :])] = mark
+    for inner in locations(choice.value):
+        source.marks[(*place, *inner)] = mark_of(file, (*choice.at, *inner))
 
 
 def _matches(choice: _Choice, rule: dict[str, Any]) -> bool:
     wanted = rule[choice.key]
-    return choice.value == wanted or (isinstance(wanted, list) and choice.value in wanted)
+    return bool(choice.value == wanted) or (isinstance(wanted, list) and choice.value in wanted)

@@ -30,33 +30,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.contract import EPS, activation_limit
+from qlibero.kernels import tiled
+from qlibero.kernels.contract import activation_limit
 from qlibero.kernels.triton_overlap import INTERPRETED, begin, launch
+from qlibero.kernels.triton_quantizer import codes_of, peak_of, scale_of, where_code
 
 LITTLE = 1 << 15  # values: up to here one launch is the faster way at every K measured on an H100
 TILE_ROWS = 64  # tokens of one program where there is much
 
-_EPS = tl.constexpr(EPS)
-_ROUND = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds |v| < 2^22 to integers, half to even
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _peak(y, axis: tl.constexpr):
-    """Largest magnitude along an axis; infinite when anything is not finite (tl.max would skip a NaN)."""
-    size = tl.abs(y)
-    return tl.max(tl.where(size < float("inf"), size, float("inf")), axis)
-
-
-@triton.jit
-def _scale(peak, clip, limit):
-    return tl.div_rn(tl.maximum(peak * clip, _EPS), limit)
-
-
-@triton.jit
-def _codes(y, scale, limit):
-    v = tl.minimum(tl.maximum(tl.div_rn(y, scale), -limit), limit)
-    return ((v + _ROUND) - _ROUND).to(tl.int8)
 
 
 @triton.jit
@@ -67,11 +49,13 @@ def plain_kernel(
     codes_ptr,
     s_ptr,
     K,
+    groups,
     clip,
     limit,
     HAS_SCALE: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     WIDTH: tl.constexpr,
+    TILED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """No rotation. Grid: one program per row."""
@@ -85,8 +69,8 @@ def plain_kernel(
     y = tl.load(x_ptr + m * K + source, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
         y = y * tl.load(scale_ptr + source, mask=inside, other=0.0)
-    s = _scale(_peak(y, 0), clip, limit)
-    tl.store(codes_ptr + m * K + k, _codes(y, s, limit), mask=inside)
+    s = scale_of(peak_of(y, 0), clip, limit)
+    tl.store(codes_ptr + where_code(m, k, K, groups, TILED), codes_of(y, s, limit), mask=inside)
     tl.store(s_ptr + m, s)
 
 
@@ -103,6 +87,7 @@ def little_kernel(
     codes_ptr,
     s_ptr,
     K,
+    groups,
     clip,
     limit,
     HAS_SCALE: tl.constexpr,
@@ -113,6 +98,7 @@ def little_kernel(
     SECOND_SHARED: tl.constexpr,
     B: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid: (rows, K / B). `peak` (float bits) and `arrived` are zero before, and left zero."""
@@ -146,14 +132,14 @@ def little_kernel(
     tl.store(y_ptr + m * K + g * B + j, y)
     # Bits of non-negative floats order as integers. Relaxed: the arrival below orders it before the last program's
     # look.
-    tl.atomic_max(peak_ptr + m, _peak(y, 0).to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_max(peak_ptr + m, peak_of(y, 0).to(tl.int32, bitcast=True), sem="relaxed")
     tl.debug_barrier()  # the whole block is stored before its arrival is announced
     if tl.atomic_add(arrived_ptr + m, 1) == tl.num_programs(1) - 1:
-        s = _scale(tl.load(peak_ptr + m, cache_modifier=".cg").to(tl.float32, bitcast=True), clip, limit)
+        s = scale_of(tl.load(peak_ptr + m, cache_modifier=".cg").to(tl.float32, bitcast=True), clip, limit)
         for start in range(0, K, CHUNK):
             k = start + tl.arange(0, CHUNK)
             done = tl.load(y_ptr + m * K + k, mask=k < K, other=0.0, cache_modifier=".cg")
-            tl.store(codes_ptr + m * K + k, _codes(done, s, limit), mask=k < K)
+            tl.store(codes_ptr + where_code(m, k, K, groups, TILED), codes_of(done, s, limit), mask=k < K)
         tl.store(s_ptr + m, s)
         tl.debug_barrier()  # every thread has read the maximum before it is wiped
         tl.store(peak_ptr + m, 0)
@@ -272,19 +258,31 @@ def second_kernel(
         else:
             y = z.to(tl.float32)  # DEPTH is B then
     # Bits of non-negative floats order as integers. Relaxed: the next launch comes after all of it anyway.
-    tl.atomic_max(peak_ptr + rm, _peak(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_max(peak_ptr + rm, peak_of(y, 1).to(tl.int32, bitcast=True), sem="relaxed")
     tl.store(y_ptr + rm[:, None].to(tl.int64) * K + (g * B + j)[None, :], y, mask=rm[:, None] < M)
 
 
 @triton.jit
-def quantize_kernel(y_ptr, peak_ptr, codes_ptr, s_ptr, K, clip, limit, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
+def quantize_kernel(
+    y_ptr,
+    peak_ptr,
+    codes_ptr,
+    s_ptr,
+    K,
+    groups,
+    clip,
+    limit,
+    CHUNK: tl.constexpr,
+    TILED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Rounds transformed rows whose maxima are known. Grid: (rows, K / CHUNK)."""
     begin(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    s = _scale(tl.load(peak_ptr + m).to(tl.float32, bitcast=True), clip, limit)
+    s = scale_of(tl.load(peak_ptr + m).to(tl.float32, bitcast=True), clip, limit)
     y = tl.load(y_ptr + m * K + k, mask=k < K, other=0.0)
-    tl.store(codes_ptr + m * K + k, _codes(y, s, limit), mask=k < K)
+    tl.store(codes_ptr + where_code(m, k, K, groups, TILED), codes_of(y, s, limit), mask=k < K)
     if tl.program_id(1) == 0:
         tl.store(s_ptr + m, s)
 
@@ -334,36 +332,34 @@ class Prologue:
                 return f"rotation blocks of {size} channels; the fused kernel takes 16, 32, 64 and 128"
         return None
 
-    def __call__(self, x: Tensor, bits: int = 8, clip: float = 1.0) -> tuple[Tensor, Tensor]:
-        """x (M, K) of any float dtype → codes int8 (M, K), scales fp32 (M,)."""
+    def __call__(self, x: Tensor, bits: int = 8, clip: float = 1.0, *, in_tiles: bool = False) -> tuple[Tensor, Tensor]:
+        """x (M, K) of any float dtype → codes int8 (M, K), or their image (`tiled.py`), and scales fp32 (M,)."""
         x = x.contiguous()
         (m, k), limit = x.shape, float(activation_limit(bits))
-        codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+        codes = tiled.empty(m, k, x.device) if in_tiles else torch.empty((m, k), dtype=torch.int8, device=x.device)
         scales = torch.empty(m, dtype=torch.float32, device=x.device)
+        to = (codes, scales, k, -(-m // tiled.TOKENS), clip, limit)
+        options = {"TILED": in_tiles, **launch(x.device, m)}
         if self.block is None:
             width = triton.next_power_of_2(k)
             plain_kernel[(m,)](
                 x,
                 _or(self.scale, x),
                 _or(self.order, x),
-                codes,
-                scales,
-                k,
-                clip,
-                limit,
+                *to,
                 HAS_SCALE=self.scale is not None,
                 HAS_ORDER=self.order is not None,
                 WIDTH=width,
                 num_warps=4 if width <= 4096 else 8,
-                **launch(x.device, m),
+                **options,
             )
         elif m * k <= LITTLE:
-            self._little(x, codes, scales, clip, limit)
+            self._little(x, to, options)
         else:
-            self._much(x, codes, scales, clip, limit)
+            self._much(x, to, options)
         return codes, scales
 
-    def _little(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
+    def _little(self, x: Tensor, to: tuple, options: dict[str, bool]) -> None:
         m, k = x.shape
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
         little_kernel[(m, k // self.block)](
@@ -375,11 +371,7 @@ class Prologue:
             y,
             self._peak,
             self._arrived,
-            codes,
-            scales,
-            k,
-            clip,
-            limit,
+            *to,
             HAS_SCALE=self.scale is not None,
             HAS_FIRST=self.first is not None,
             FIRST_SHARED=self.first_shared,
@@ -389,10 +381,10 @@ class Prologue:
             B=self.block,
             CHUNK=min(triton.next_power_of_2(k), 4096),
             num_warps=4 if self.block <= 64 else 8,
-            **launch(x.device, m),
+            **options,
         )
 
-    def _much(self, x: Tensor, codes: Tensor, scales: Tensor, clip: float, limit: float) -> None:
+    def _much(self, x: Tensor, to: tuple, last: dict[str, bool]) -> None:
         (m, k), tiles = x.shape, triton.cdiv(x.shape[0], TILE_ROWS)
         grid, padded = (tiles, k // self.block), tiles * TILE_ROWS
         # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
@@ -446,9 +438,7 @@ class Prologue:
             WHOLE=z is not x,
             **options,
         )
-        quantize_kernel[(m, triton.cdiv(k, 1024))](
-            y, peak, codes, scales, k, clip, limit, CHUNK=1024, num_warps=4, **launch(x.device, m)
-        )
+        quantize_kernel[(m, triton.cdiv(k, 1024))](y, peak, *to, CHUNK=1024, num_warps=4, **last)
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.load import dump_resolved, load_experiment
+from qlibero.config.dump import dump_resolved
+from qlibero.config.load import load_experiment
 from qlibero.config.schema import Experiment, Tracking, config_hash
 from qlibero.config.sweep import Sweep
 from qlibero.errors import UserError, WorkFailed, cause

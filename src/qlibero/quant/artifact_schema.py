@@ -24,6 +24,7 @@ FACTORS_OF = {
     "hadamard": ("first",),
     "duquant": ("first", "order", "second"),
     "weight_pca": ("order", "second"),
+    "smooth_hadamard": ("hadamard",),
 }
 """The factors of the online transform that each method makes."""
 LARGEST_SCALE = 1e4
@@ -191,6 +192,10 @@ def _factor_fault(spec: QuantSpec, factor: str, value: Tensor, width: int) -> st
         right = tuple(value.shape) == (width,) and value.dtype == torch.float32
         right = right and bool(torch.isfinite(value).all()) and bool((value > 0).all())
         return None if right else f"is no vector of {width} positive factors"
+    if factor == "hadamard":
+        right = tuple(value.shape) == (width,) and value.dtype == torch.bfloat16
+        right = right and bool(torch.isfinite(value).all()) and bool((value != 0).all())
+        return None if right else f"is no vector of {width} signed factors"
     # duquant folds its smoothing into the first rotation's rows
     scaled = factor == "first" and spec.method == "duquant"
     return _rotation_fault(value, width, spec.block_size, torch.bfloat16, scaled)

@@ -18,6 +18,7 @@ from qlibero.quant.spec import QuantSpec
 
 LLM = "paligemma_with_expert.paligemma.model.language_model.layers."
 EXPERT = "paligemma_with_expert.gemma_expert.model.layers."
+VISION = "paligemma_with_expert.paligemma.model.vision_tower.vision_model.encoder.layers."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 #: layout -> ((stem, linears of one decoder layer), …)
@@ -107,6 +108,11 @@ def select(model: nn.Module, spec: QuantSpec) -> Selection:
     if not choices:
         raise UserError("quant: layout, include, exclude and per_layer_bits together leave no linear to quantize")
     return Selection(tuple(choices), tuple(kept))
+
+
+def part_of(name: str) -> str:
+    """Whose rows a linear multiplies: those of the "llm", of the action "expert" or of the "vision" tower."""
+    return "expert" if name.startswith(EXPERT) else "vision" if name.startswith(VISION) else "llm"
 
 
 def _named(linears: dict[str, nn.Linear], layout: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from qlibero.errors import UserError
 
-METHODS = ("rtn", "smoothquant", "duquant", "weight_pca", "hadamard")
+METHODS = ("rtn", "smoothquant", "duquant", "weight_pca", "hadamard", "smooth_hadamard")
 LAYOUTS = ("llm", "expert", "llm+expert_mlp", "llm+expert")
 #: (weight bits, activation bits) that mean something; 16-bit activations are weight-only quantization
 BITS = ((4, 8), (8, 8), (4, 4), (4, 16), (8, 16))
@@ -34,7 +34,7 @@ class QuantSpec:
             precision.
         group_size: input channels that share one weight scale; None is one scale per output row.
         block_size: width of the rotation blocks (duquant, hadamard, weight_pca).
-        alpha: smoothing strength (smoothquant, duquant), 0 to 1.
+        alpha: smoothing strength (smoothquant, duquant, smooth_hadamard), 0 to 1.
         weight_clip, activation_clip: fraction of the absolute maximum that the largest code stands for.
         weight_search: choose each weight scale by least squared rounding error instead of its maximum.
         rotation_steps: most greedy steps per rotation (duquant).

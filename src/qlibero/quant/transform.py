@@ -1,12 +1,13 @@
 """The invertible change of a layer's input that makes it easier to round, and its counterpart on the weights.
 
 Online the input x becomes x' = x·T; offline the weights W (out × in) become W' = W·T^-T, so that x'·W'^T =
-x·W^T for any invertible T. T is a product of at most four factors, in this order:
+x·W^T for any invertible T. T is a product of these factors, in this order:
 
     scale (K,)        multiply each channel      smoothquant
     first (G, B, B)   multiply each block of B   duquant's R1, smoothing folded into its rows; hadamard
     order (K,)        gather channels            duquant's zigzag permutation
     second (G, B, B)  multiply each block of B   duquant's R2; weight_pca's rotation
+    hadamard (K,)     multiply each channel, then one Walsh-Hadamard transform: smooth_hadamard, alone
 
 W' is computed in float64 from the factors *as stored*, inverse included, so invariance does not hang on how
 orthogonal a rounded rotation is. That is why blocks can be kept in bfloat16, half the bytes, at no loss. The
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.contract import live_bytes, quantize_activations
+from qlibero.kernels.hadamard import block, walsh_hadamard
+from qlibero.kernels.tiled import CHANNELS, tile, untile
 
-FACTORS = ("scale", "first", "order", "second")
+FACTORS = ("scale", "first", "order", "second", "hadamard")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Transform:
     first: Tensor | None = None
     order: Tensor | None = None
     second: Tensor | None = None
+    hadamard: Tensor | None = None
 
     def stored(self) -> Transform:
-        """This transform as it is kept and run: scale float32, blocks bfloat16."""
-        first, second = (None if blocks is None else blocks.bfloat16() for blocks in (self.first, self.second))
-        return Transform(None if self.scale is None else self.scale.float(), first, self.order, second)
+        """This transform as it is kept and run: scale float32, blocks and signed factors bfloat16."""
+        narrow = (None if kept is None else kept.bfloat16() for kept in (self.first, self.second, self.hadamard))
+        first, second, hadamard = narrow
+        return Transform(None if self.scale is None else self.scale.float(), first, self.order, second, hadamard)
 
     def to(self, device: torch.device) -> Transform:
         """The same factors on `device`."""
@@ -53,7 +58,7 @@ class Transform:
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K) of any float dtype -> x·T in that dtype (float64 for fitting and tests, float32 online)."""
-        return apply_factors(x, self.scale, self.first, self.order, self.second)
+        return apply_factors(x, self.scale, self.first, self.order, self.second, self.hadamard)
 
     def weights(self, w: Tensor) -> Tensor:
         """w (N, K) -> W·T^-T (N, K) in float64."""
@@ -66,11 +71,15 @@ class Transform:
             w = w.index_select(1, self.order)
         if self.second is not None:
             w = block_product(w, _inverse_transpose(self.second))
+        if self.hadamard is not None:
+            w = walsh_hadamard(w / self.hadamard.double()) / block(w.shape[1])
         return w
 
     def unweights(self, w: Tensor) -> Tensor:
         """The inverse of `weights`: w' (N, K) -> W'·T^T, so that weight-only layers need nothing online. float64."""
         w = w.double()
+        if self.hadamard is not None:
+            w = walsh_hadamard(w) * self.hadamard.double()
         if self.second is not None:
             w = block_product(w, self.second.double().transpose(1, 2))
         if self.order is not None:
@@ -83,7 +92,12 @@ class Transform:
 
 
 def apply_factors(
-    x: Tensor, scale: Tensor | None, first: Tensor | None, order: Tensor | None, second: Tensor | None
+    x: Tensor,
+    scale: Tensor | None,
+    first: Tensor | None,
+    order: Tensor | None,
+    second: Tensor | None,
+    hadamard: Tensor | None,
 ) -> Tensor:
     """x (M, K) times the factors, in x's dtype."""
     if scale is not None:
@@ -94,6 +108,8 @@ def apply_factors(
         x = x.index_select(1, order)
     if second is not None:
         x = block_product(x, second.to(x.dtype))
+    if hadamard is not None:
+        x = walsh_hadamard(x * hadamard.to(x.dtype))
     return x
 
 
@@ -122,7 +138,7 @@ class InputTransform(nn.Module):
 
     def factors(self) -> Transform:
         """The same factors as plain data; not after `settle`."""
-        return Transform(self.scale, self.first, self.order, self.second)
+        return Transform(self.scale, self.first, self.order, self.second, self.hadamard)
 
     @property
     def nbytes(self) -> int:
@@ -142,17 +158,29 @@ class InputTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K) any float dtype -> (M, K) float32."""
-        return apply_factors(x.float(), self.scale, self.first, self.order, self.second)
+        return apply_factors(x.float(), self.scale, self.first, self.order, self.second, self.hadamard)
 
-    def quantize(self, x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
-        """x (M, K) any float dtype -> codes int8 (M, K) and scales float32 (M,) of x·T.
+    def quantize(self, x: Tensor, bits: int, clip: float, *, in_tiles: bool = False) -> tuple[Tensor, Tensor]:
+        """x (M, K) any float dtype -> codes int8 (M, K), or their image (`kernels/tiled.py`), and scales float32 (M,)
+        of x·T.
 
         On CUDA transform and quantizer are one fused computation, for every backend alike, where triton is
         there and the blocks suit it.
         """
         if (fused := self._fused_on(x.device)) is not None:
-            return fused(x, bits, clip)
-        return quantize_activations(self(x), bits, clip)
+            return fused(x, bits, clip, in_tiles=in_tiles)
+        codes, scales = quantize_activations(self(x), bits, clip)
+        return (tile(codes) if in_tiles else codes), scales
+
+    def takes_gated(self, device: torch.device) -> bool:
+        """Whether `quantize_gated` saves a pass over the input there; else it is not to be called."""
+        return self.hadamard is not None and self._fused_on(device) is not None
+
+    def quantize_gated(
+        self, gate: Tensor, up: Tensor, bits: int, clip: float, *, in_tiles: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`quantize` of gelu_tanh(gate)·up, each (M, K) with contiguous rows, computed on the way."""
+        return self._fused_on(gate.device)(gate, bits, clip, up=up, in_tiles=in_tiles)
 
     def _fused_on(self, device: torch.device) -> Any:
         if device.type != "cuda":
@@ -164,26 +192,28 @@ class InputTransform(nn.Module):
 
 def _prologue(transform: Transform, width: int, device: torch.device) -> Any:
     try:
+        from qlibero.kernels.hadamard_quantizer import HadamardQuantizer
         from qlibero.kernels.triton_prologue import Prologue
     except ImportError:  # a torch without triton: the same factors in torch, slower
         return None
     factors = transform.tensors()
-    if Prologue.unfit(factors):
+    kind = HadamardQuantizer if "hadamard" in factors else Prologue
+    if kind.unfit(factors):
         return None
-    fused = Prologue(factors, width)
+    fused = kind(factors, width)
     attest(fused, transform, width, device)
     return fused
 
 
 @torch.no_grad()
-def attest(
-    fused: Callable[[Tensor], tuple[Tensor, Tensor]], transform: Transform, width: int, device: torch.device
-) -> None:
+def attest(fused: Callable[..., tuple[Tensor, Tensor]], transform: Transform, width: int, device: torch.device) -> None:
     """Hold a fused transform against torch's, on few rows and on many. Every backend, `fake` included, computes
     its codes with it, so no court that compares backends could see it lie.
 
-    A code on the edge of a step may fall to either side; more than that raises GuardRefusal.
+    A code on the edge of a step may fall to either side, and with a Hadamard transform none may; more than that
+    raises GuardRefusal, as does an image (`kernels/tiled.py`) of other codes.
     """
+    exact = transform.hadamard is not None
     generator = torch.Generator(device).manual_seed(0)
     loudness = torch.randn(width, generator=generator, device=device).exp()
     for rows in (1, 8, 256):  # whichever way the fused one goes about so many
@@ -191,11 +221,19 @@ def attest(
         codes, scales = fused(x)
         expected, true_scales = quantize_activations(transform.forward(x.float()))
         apart = (codes.int() - expected.int()).abs()
-        if not (
-            torch.allclose(scales, true_scales, rtol=1e-4, atol=0)
-            and int(apart.max()) <= 1
-            and int((apart > 0).sum()) <= max(2, apart.numel() // 1000)
-        ):
+        same = (
+            (torch.equal(scales, true_scales) and not apart.any())
+            if exact
+            else (
+                torch.allclose(scales, true_scales, rtol=1e-4, atol=0)
+                and int(apart.max()) <= 1
+                and int((apart > 0).sum()) <= max(2, apart.numel() // 1000)
+            )
+        )
+        if same and width % CHANNELS == 0:
+            image, again = fused(x, in_tiles=True)
+            same = torch.equal(untile(image, rows), codes) and torch.equal(again, scales)
+        if not same:
             raise GuardRefusal(
                 f"the fused transform of {width} channels gives other codes than torch for {rows} rows on {device}: "
                 "its compiler or driver is not to be trusted here; without triton the transform runs in torch"

@@ -60,15 +60,31 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
     }
 
 
-def export_episodes(paths: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
+def export_episodes(
+    paths: Sequence[Path | str],
+    out: Path | str,
+    arms: Sequence[str] | None = None,
+    tasks: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Write the episodes of one or several runs to `out` (.csv or .parquet). Returns {"file", "rows", "columns"}.
 
-    Raises UserError for another suffix or a missing pyarrow, WorkFailed if the file cannot be written.
+    `arms`, `tasks`: only these. Raises UserError for another suffix, a missing pyarrow or an arm that no run has,
+    WorkFailed if the file cannot be written.
     """
     out = Path(out)
     if out.suffix not in (".csv", ".parquet"):
         raise UserError(f"export: {out.name} ends in neither .csv nor .parquet")
-    rows = [row for run in read_runs(paths) for row in episode_rows(run)]
+    runs = read_runs(paths)
+    known = dict.fromkeys(arm for run in runs for arm in run.arms)
+    for arm in arms or ():
+        if arm not in known:
+            raise UserError(f"export: --arm {arm}: the runs have {', '.join(known)}")
+    rows = [
+        row
+        for run in runs
+        for row in episode_rows(run)
+        if (not arms or row["arm"] in arms) and (not tasks or row["task"] in tasks)
+    ]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     try:
         if out.suffix == ".parquet":

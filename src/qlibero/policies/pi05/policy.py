@@ -28,6 +28,7 @@ from qlibero.policies.pi05.sampler import Sampler
 from qlibero.policies.pi05.tokenizer import Tokenizer
 
 ACTION_NUMBERS = 7
+CAMERAS = 2
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
 
@@ -133,12 +134,14 @@ class Pi05Policy:
         }
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Rows that one call puts through a linear of the language model ("llm") and of the action expert
-        ("expert"), for these prompts in every state: what a kernel must be tried on."""
+        """Rows that one call puts through a linear of the language model ("llm"), of the action expert ("expert") and
+        of the vision tower ("vision"), for these prompts in every state: what a kernel must be tried on."""
         config = self.model.config
-        cameras = 2 * config.vision.tokens + (1 if config.state_dim else 0)
+        images = CAMERAS * config.vision.tokens
+        prefix = images + (1 if config.state_dim else 0)
         return {
-            "llm": tuple(self.batch_size * (cameras + length) for length in self._observations_by_length(prompts)),
+            "vision": (self.batch_size * images,),
+            "llm": tuple(self.batch_size * (prefix + length) for length in self._observations_by_length(prompts)),
             "expert": (self.batch_size * config.action_horizon,),
         }
 

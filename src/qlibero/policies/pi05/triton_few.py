@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlibero.kernels.triton_overlap import INTERPRETED, begin, fetch, launch
+from qlibero.kernels.triton_quantizer import gelu_times
 
 MOST_ROWS = 16  # one tile of the tensor cores
 
@@ -123,15 +124,6 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
         x.contiguous(), weight, out, rows, width, k, SPAN=k, GATED=True, **_options(GATED, x)
     )
     return out
-
-
-@triton.jit
-def gelu_times(gate, up, dtype: tl.constexpr):
-    """gelu_tanh(gate)·up, each step rounded to `dtype` where torch rounds it. Both float32."""
-    x = gate.to(dtype).to(tl.float32)
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    gelu = (x / (1.0 + tl.exp(-2.0 * inner))).to(dtype).to(tl.float32)  # gelu_tanh(x) = x·sigmoid(2·inner)
-    return (gelu * up.to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from qlibero.kernels.triton_overlap import begin, launch
+from qlibero.kernels.triton_quantizer import gelu_times
 from qlibero.policies.pi05 import triton_attention, triton_few
 from qlibero.policies.pi05.layers import plain, project, project_joined
-from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED, fits, gelu_times, turn
+from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED, fits, turn
 
 
 class TritonGlue:

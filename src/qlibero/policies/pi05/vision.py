@@ -90,8 +90,9 @@ class SiglipTower(nn.Module):
     def forward(self, images: Tensor) -> VisionFeatures:
         vision = self.vision_model
         x = vision.embeddings(images.flatten(0, 1))
-        # The embeddings stay in float32 in openpi's bfloat16 mode; the encoder does not.
-        x = x.to(vision.encoder.layers[0].self_attn.q_proj.weight.dtype)
+        # The embeddings stay in float32 in openpi's bfloat16 mode; the encoder does not. A norm is asked for its
+        # dtype, as any of the encoder's linears may be a quantized one, which has no weight.
+        x = x.to(vision.post_layernorm.weight.dtype)
         for layer in vision.encoder.layers:
             x = layer(x)
         return VisionFeatures(vision.post_layernorm(x).unflatten(0, images.shape[:2]), None)

@@ -109,9 +109,9 @@ def header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def fault_of(tensor: Tensor) -> str | None:
-    """What no weight of a trained network can be, or None: "NaN or infinity", "all zeros" (a vector may be: a bias never
-    trained), or the absurd size of its largest value. One pass over the tensor; an empty one, or one of another type, is
-    not looked at: it fits no network.
+    """What no weight of a trained network can be, or None: "NaN or infinity", "all zeros" (a vector may be: a bias
+    never trained), or the absurd size of its largest value. One pass over the tensor; an empty one, or one of another
+    type, is not looked at: it fits no network.
     """
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not tensor.numel():
         return None

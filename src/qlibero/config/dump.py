@@ -1,0 +1,57 @@
+"""An experiment back to YAML, and its JSON Schema for editors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlibero.config.load import PATH_KEYS, known_backends
+from qlibero.config.schema import Experiment
+from qlibero.config.yaml_text import CoreLoader
+from qlibero.places import REPOSITORY
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    plain = CoreLoader("").resolve(yaml.ScalarNode, value, (True, False)) == "tag:yaml.org,2002:str"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump_resolved(experiment: Experiment, directory: Path | None = None) -> str:
+    """The experiment as one YAML text that loads to an equal Experiment.
+
+    Paths are absolute, or, for a file to be kept in `directory`, relative to it where both lie in one checkout.
+    """
+    data = experiment.model_dump(mode="json")
+    if directory is not None:
+        _make_relative(data, directory.resolve())
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _make_relative(value: Any, directory: Path) -> None:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, dict | list):
+            _make_relative(inner, directory)
+        elif key in PATH_KEYS and isinstance(inner, str):
+            if directory.is_relative_to(REPOSITORY) and Path(inner).is_relative_to(REPOSITORY):
+                value[key] = os.path.relpath(inner, directory)
+
+
+def editor_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an experiment file, for completion and tooltips in editors."""
+    schema = Experiment.model_json_schema()
+    files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    schema["properties"]["extends"] = {**files, "description": "files this one is laid over, relative to this file"}
+    schema["$defs"]["Backend"]["properties"]["backend"]["enum"] = list(known_backends())
+    schema.pop("required", None)  # any key may come from a file this one extends
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,153 @@
+"""pydantic's errors, told to the person who wrote the YAML: place, key, what was found, what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlibero.config.fields import Misplaced
+from qlibero.config.schema import Experiment, SuiteName
+from qlibero.config.vocabulary import did_you_mean, suite_hint
+from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, shown
+
+MOST_TOLD = 30  # nobody reads more; each costs a search for the nearest key
+PLAIN_WORDS = {
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "string_type": "should be a text",
+    "tuple_type": "should be a list",
+    "dict_type": "should be `key: value` lines",
+    "model_type": "should be `key: value` lines",
+    "model_attributes_type": "should be `key: value` lines",
+    "dataclass_type": "should be `key: value` lines",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "path_type": "should be a path",
+    "string_pattern_mismatch": "does not look right",
+    "finite_number": "should be a finite number",
+}
+
+
+def explain(error: ValidationError, source: Source) -> list[Problem]:
+    """pydantic's errors as `file:line:col: key: what (got …); did you mean …?`, the branches of a union in one line."""
+    told: dict[Location, list[str]] = {}
+    tails: dict[Location, str] = {}
+    items = error.errors()
+    for item in items[:MOST_TOLD]:
+        location, what, got, hint = _told(item, source)
+        told.setdefault(location, []).append(what)
+        tails[location] = got + (hint or tails.get(location, "").partition(")")[2])
+    problems = []
+    for at, words in told.items():
+        first, *others = dict.fromkeys(words)
+        text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
+        problems.append(Problem(mark_of(source, at), f"{dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
+    if len(items) > MOST_TOLD:
+        problems.append(Problem(mark_of(source, ()), f"and {len(items) - MOST_TOLD:,} mistakes more"))
+    return problems
+
+
+def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:
+    """(place, what is wrong, what was found, what may be meant) of one of pydantic's errors."""
+    location, beyond = walk(source.data, item["loc"])
+    kind, context = item["type"], item.get("ctx", {})
+    blame = context.get("error")
+    location = (*location, *getattr(blame, "path", ()))
+    got = "" if isinstance(blame, Misplaced) else f" (got {shown(item['input'])})"
+    if kind == "missing":
+        location = (*location, *beyond[-1:])
+        about = _property(location).get("description")
+        return location, "is missing" + (f": {about}" if about else ""), "", ""
+    if kind == "extra_forbidden":
+        return location, "unknown key", "", did_you_mean(location[-1], _keys_at(location[:-1]))
+    if kind == "union_tag_not_found":
+        return location, "say which type: pi05 or remote", "", ""
+    if kind == "union_tag_invalid":
+        expected = context["expected_tags"]
+        hint = did_you_mean(context["tag"], expected.replace("'", "").split(", "))
+        return location, f"type should be {expected.replace(', ', ' or ')}", f" (got {shown(context['tag'])})", hint
+    what = PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, "))
+    what = what.removeprefix("Input ").removeprefix("String ")
+    if kind == "string_pattern_mismatch" and (examples := _property(location).get("examples")):
+        return location, what, got, f"; write e.g. {' or '.join(examples)}"
+    if kind == "literal_error":
+        if location == ("suite",):
+            return location, what, got, suite_hint(item["input"], SuiteName.__args__)
+        return (
+            location,
+            what,
+            got,
+            did_you_mean(item["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", ")),
+        )
+    return location, what, got, ""
+
+
+def mark_of(source: Source, location: Location) -> Mark:
+    """Where a value was written; what has no place of its own stands where the mapping around it does."""
+    while location not in source.marks and location:
+        location = location[:-1]
+    return source.marks.get(location, Mark("?"))
+
+
+def walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
+    """(the part of `loc` that exists in `data`, the rest): pydantic puts union branches between real keys."""
+    here: list[str | int] = []
+    rest: list[str | int] = []
+    for step in loc:
+        index = int(step) if isinstance(data, list) and str(step).isdecimal() else step
+        if (isinstance(data, dict) and index in data) or (
+            isinstance(data, list) and isinstance(index, int) and index < len(data)
+        ):
+            data = data[index]
+            here.append(index)
+            rest.clear()
+        else:
+            rest.append(step)
+    return tuple(here), tuple(rest)
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Experiment.model_json_schema()
+
+
+def _schemas_at(location: Location) -> list[dict[str, Any]]:
+    """Every JSON Schema that may describe the value at `location`, unions opened."""
+
+    def opened(node: dict[str, Any]) -> list[dict[str, Any]]:
+        if "$ref" in node:
+            return opened(_schema()["$defs"][node["$ref"].rpartition("/")[2]])
+        return [
+            node,
+            *(inner for key in ("anyOf", "oneOf") for option in node.get(key, ()) for inner in opened(option)),
+        ]
+
+    nodes = opened(_schema())
+    for step in location:
+        inner = [
+            n["items"] if isinstance(step, int) else n["properties"][step]
+            for n in nodes
+            if (isinstance(step, int) and "items" in n) or step in n.get("properties", {})
+        ]
+        nodes = [found for node in inner for found in opened(node)]
+    return nodes
+
+
+def _keys_at(location: Location) -> list[str]:
+    keys = [key for node in _schemas_at(location) for key in node.get("properties", {})]
+    return keys if location else [*keys, "extends"]
+
+
+def _property(location: Location) -> dict[str, Any]:
+    found = (n["properties"] for n in _schemas_at(location[:-1]) if "properties" in n)
+    return next((keys[location[-1]] for keys in found if location[-1] in keys), {})
+
+
+def dotted(location: Location) -> str:
+    """`quant.per_layer_bits.down` for a message; never long."""
+    return ".".join(short(step) for step in location)

@@ -1,0 +1,90 @@
+"""The small types that the schema is made of: what a number, a name, a word, a line or an address may be."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+MOST = 1_000_000  # of anything that is counted, where nothing else bounds it
+MOST_SEED = 2**32 - 1
+LONGEST_PATTERN = 2_000
+
+
+class Misplaced(ValueError):
+    """A cross-field error that knows which key is to blame; `path` is relative to the model that raises it."""
+
+    def __init__(self, path: tuple[str | int, ...], message: str):
+        super().__init__(message)
+        self.path = path
+
+
+class Frozen(BaseModel):
+    """Unknown keys are refused, values never change after validation, NaN and infinity are no numbers here."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+def regex_of(pattern: str) -> re.Pattern[str]:
+    """The compiled pattern. Raises ValueError with the reason."""
+    if len(pattern) > LONGEST_PATTERN:
+        raise ValueError(f"a regular expression of {len(pattern):,} characters; the most is {LONGEST_PATTERN:,}")
+    try:
+        return re.compile(pattern)
+    except RecursionError:
+        raise ValueError("not a regular expression: nested too deeply") from None
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+
+
+def _regex(pattern: str) -> str:
+    regex_of(pattern)
+    return pattern
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable() or not text.strip():
+        raise ValueError("should be one line of printable characters")
+    return text
+
+
+def _word(text: str) -> str:
+    if not text.isprintable() or not text or any(c.isspace() for c in text):
+        raise ValueError("should be one word, without blanks or line ends")
+    return text
+
+
+def _address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port = 80 if parts.port is None else parts.port
+    except ValueError:
+        parts, port = None, 0
+    if parts and (parts.username or parts.password):
+        raise Misplaced((), "holds a password, which every record would repeat; give it by api_key_env instead")
+    printable = url.isprintable() and not any(c.isspace() for c in url)
+    if not parts or not printable or parts.scheme not in ("ws", "wss") or not parts.hostname or not port:
+        raise ValueError("does not look right; write e.g. ws://127.0.0.1:8000 or wss://host/path")
+    return url
+
+
+def one_of_pattern(pattern: str, *examples: str) -> Any:
+    """A text of this pattern (Rust's syntax, ASCII); `examples` are what an error and an editor show."""
+    return Field(pattern=pattern, examples=list(examples))
+
+
+Int = Annotated[int, Strict()]  # lax integers would take `true` for 1
+Float = Annotated[float, Strict()]
+Count = Annotated[Int, Field(ge=1, le=MOST)]
+Seed = Annotated[Int, Field(ge=0, le=MOST_SEED)]
+Slug = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120, examples=["pi05_w4a8", "my-arm.2"])
+]
+Regex = Annotated[str, AfterValidator(_regex)]
+Line = Annotated[str, Field(max_length=2_000), AfterValidator(_one_line)]
+Word = Annotated[str, Field(max_length=200), AfterValidator(_word)]
+Address = Annotated[str, Field(max_length=1_000), AfterValidator(_address)]
