@@ -24,36 +24,9 @@ from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations,
 from qlibero.errors import UserError
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
-<<<<<<< HEAD
-PLAIN_WORDS = {
-    "int_type": "should be a whole number",
-    "int_parsing": "should be a whole number",
-    "int_from_float": "should be a whole number",
-    "float_type": "should be a number",
-    "string_type": "should be a text",
-    "tuple_type": "should be a list",
-    "dict_type": "should be `key: value` lines",
-    "model_type": "should be `key: value` lines",
-    "model_attributes_type": "should be `key: value` lines",
-    "dataclass_type": "should be `key: value` lines",
-    "bool_parsing": "should be true or false",
-    "bool_type": "should be true or false",
-    "path_type": "should be a path",
-    "string_pattern_mismatch": "does not look right",
-    "finite_number": "should be a finite number",
-}
-PATH_KEYS = (
-    "checkpoint",
-    "tokenizer",
-    "config",
-    "path",
-    "artifact",
-    "norm_stats",
-)  # every Path of the schema; a test compares
-=======
-PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")  # every Path of the schema; a test compares
+# every Path of the schema; a test compares
+PATH_KEYS = ("checkpoint", "tokenizer", "norm_stats", "config", "path", "artifact")
 MOST_SHOWN = 40  # problems in one message
->>>>>>> main
 
 
 class ConfigError(UserError):

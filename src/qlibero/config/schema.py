@@ -74,25 +74,20 @@ class Pi05(Frozen):
     profile: Profile = Field(
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
-<<<<<<< HEAD
     action_horizon: Int | None = Field(
         None,
         ge=1,
         le=1000,
         description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
     )
-    asset_id: str | None = Field(
+    asset_id: Word | None = Field(
         None,
-        min_length=1,
         description="which statistics, where the checkpoint has several: physical-intelligence/libero",
     )
     norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU if there is one")
-=======
     device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
         "auto", description="auto: a GPU if there is one"
     )
->>>>>>> main
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
@@ -365,6 +360,9 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     depend on where the checkout lies.
     """
     policy = experiment.policy.model_dump(mode="json")
+    for key in ("action_horizon", "asset_id", "norm_stats"):  # younger than the hashes of runs without them
+        if policy.get(key) is None:
+            policy.pop(key, None)
     if policy.get("sha256"):
         policy.pop("checkpoint")
     if policy.get("type") == "remote":
