@@ -57,8 +57,10 @@ def _which(program: str) -> str | None:
 
 
 @contextmanager
-def slurm(directory: Path):
-    """Start it, with SLURM_CONF set in this process; yields the directory. Every daemon is gone afterwards."""
+def slurm(directory: Path, more: str = ""):
+    """Start it, with SLURM_CONF set in this process; yields the directory. Every daemon is gone afterwards.
+
+    `more` are further lines of slurm.conf."""
     for name in ("state", "log", "munge"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
@@ -69,7 +71,7 @@ def slurm(directory: Path):
     port = _three_free_ports()
     user = subprocess.check_output(["id", "-un"], text=True).strip()
     conf = directory / "slurm.conf"
-    conf.write_text(CONF.format(d=directory, port=port, port1=port + 1, port2=port + 2, user=user))
+    conf.write_text(CONF.format(d=directory, port=port, port1=port + 1, port2=port + 2, user=user) + more)
     # gres files must be character devices; these two do, without root
     (directory / "gres.conf").write_text("".join(f"NodeName=n[1-2] Name=gpu File=/dev/{d}\n" for d in ("null", "zero")))
     before = os.environ.get("SLURM_CONF")

@@ -70,13 +70,6 @@ def test_a_horizon_that_is_no_number_of_actions_is_refused(tmp_path, value):
         load(path, profile="openpi")
 
 
-def test_no_more_actions_are_executed_than_a_chunk_has(tmp_path):
-    path = ours(tmp_path / "c")
-    load(path, replan_steps=10)
-    with pytest.raises(UserError, match="policy.replan_steps: 11, but a chunk of this policy has 10 actions"):
-        load(path, replan_steps=11)
-
-
 def test_what_is_declared_and_not_run_is_said(tmp_path):
     path = lerobot(tmp_path / "c")
     settings(path, num_inference_steps=4, chunk_size=30, n_action_steps=25, tokenizer_max_length=72)

@@ -308,7 +308,7 @@ def test_a_foreign_server_gets_openpis_request_and_no_promises(policy):
     heard = []
 
     class Foreign(PolicyServer):
-        async def _answer(self, frame):
+        async def _answer(self, frame, work):
             heard.append(unpack(frame))
             return {"actions": np.zeros((10, 7)), "server_timing": {"infer_ms": 1.0}}
 

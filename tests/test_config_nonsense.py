@@ -159,6 +159,9 @@ def test_no_tracking_is_an_empty_list(tmp_path: Path, value: str) -> None:
 @pytest.mark.parametrize("word", ["bf16", "fp16", "none", "fp32", "BF16", "float32", "bfloat16", "unquantized", "full"])
 def test_the_unquantized_arm_is_called_baseline(tmp_path: Path, word: str) -> None:
     assert "the unquantized arm is called baseline" in refused(tmp_path, GOOD, f"backends=[{word}]")
+    plain = "\n".join(line for line in GOOD.splitlines() if not line.startswith(("quant", "backends")))
+    message = refused(tmp_path, f"{plain}\nbackends: [{word}]\n")
+    assert "the unquantized arm is called baseline" in message and len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("word", ["w4a8", "W4A4", "w8a16", "int4", "int8", "4bit", "8-bits", "w4a16_g128"])

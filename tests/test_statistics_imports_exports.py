@@ -195,8 +195,9 @@ def test_two_arms_of_ours_among_files_are_paired_by_scene_as_always(tmp_path):
     for name, scene in (("one", "aaaa"), ("two", "bbbb")):
         make_run(tmp_path / name, arms={"baseline": 0.0}, trajectories=False, name=name)
         for path in (tmp_path / name / "baseline").glob("episodes-*.jsonl"):
-            lines = [json.dumps({**json.loads(line), "fingerprint": scene}) for line in path.read_text().splitlines()]
-            path.write_text("\n".join(lines) + "\n")
+            rows = [{**json.loads(line), "fingerprint": scene} for line in path.read_text().splitlines()]
+            unsealed = [json.dumps({k: v for k, v in row.items() if k != "checksum"}) for row in rows]
+            path.write_text("\n".join(unsealed) + "\n")
         ours.append(tmp_path / name)
     other = fork(tmp_path / "fork" / "libero_object_results.json", episodes=10)
     result = compare_runs([*ours, other], reference="one/baseline")["arms"]
@@ -307,3 +308,135 @@ def test_parquet_holds_the_same_rows_and_says_its_cure_where_pyarrow_is_missing(
     with open(tmp_path / "episodes.csv", newline="") as file:
         assert [str(row["steps"]) for row in rows] == [row["steps"] for row in csv.DictReader(file)]
     assert len(rows) == 30 and {type(row["jerk"]) for row in rows} == {float}
+
+
+# ------------------------------------------------------------------------------------- one population, or none
+def lerobot_tasks(path, tasks, suite="libero_object", episodes=10):
+    found = [
+        {"task_group": suite, "task_id": task, "metrics": {"successes": [True] * (episodes - 1) + [False]}}
+        for task in tasks
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"per_task": found, "overall": {}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "left, right, says",
+    [
+        (dict(tasks=range(10)), dict(tasks=range(10), suite="libero_goal"), "libero_object tasks 0, 1"),
+        (dict(tasks=[0, 1]), dict(tasks=[2, 3]), "libero_object tasks 2, 3"),
+        (dict(tasks=[1]), dict(tasks=[1], suite="libero_10"), "libero_10 task 1"),
+    ],
+    ids=["suites", "tasks", "one task of each"],
+)
+def test_other_suites_or_tasks_are_no_second_sample(tmp_path, left, right, says):
+    files = [lerobot_tasks(tmp_path / name / "eval_info.json", **of) for name, of in (("a", left), ("b", right))]
+    with pytest.raises(UserError, match=says) as refused:
+        compare_foreign(files)
+    assert "no task in common" in str(refused.value)
+
+
+def test_only_the_common_tasks_are_compared_and_the_rest_is_named(tmp_path):
+    one = lerobot_tasks(tmp_path / "a" / "eval_info.json", range(10))
+    two = lerobot_tasks(tmp_path / "b" / "eval_info.json", [8, 9, 10, 11])
+    (arm,) = compare_foreign([one, two])["arms"].values()
+    assert arm["counts"] == arm["reference_counts"] == [18, 20]
+    assert "only what both have, libero_object tasks 8, 9; left out is libero_object tasks 0, 1" in arm["caveat"]
+    more = lerobot_tasks(tmp_path / "c" / "eval_info.json", range(10))
+    data = json.loads(more.read_text())
+    data["per_task"][0]["metrics"]["successes"] = [False] * 30
+    more.write_text(json.dumps(data))
+    (arm,) = compare_foreign([one, more])["arms"].values()
+    assert "different shares of the episodes" in arm["caveat"]
+
+
+def test_a_file_of_other_tasks_beside_our_run_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", arms={"baseline": 0.0}, trajectories=False)
+    other = fork(tmp_path / "fork" / "libero_goal_results.json", suite="libero_goal")
+    with pytest.raises(UserError, match="libero_goal tasks 0, 1"):
+        compare_foreign([run, other])
+
+
+ROWS = [("0", "0", "1"), ("0", "1", "0"), ("3", "0", "True"), ("3", "1", "false"), ("3", "2", "1.0")]
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["plain", "bom"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["unix", "windows"])
+def test_tables_as_spreadsheets_write_them(tmp_path, bom, delimiter, newline):
+    lines = [delimiter.join(row) for row in [("task_id", "episode_idx", "success"), *ROWS]]
+    path = tmp_path / "libero_object_results.csv"
+    path.write_bytes((bom + newline.join(lines) + newline * 2).encode())
+    assert read_foreign(path).counts == (3, 5, 0)
+    assert read_foreign(path).keyed()[("libero_object", "3", 2)] == "success"
+
+
+def test_lines_of_json_are_read(tmp_path):
+    rows = [{"task_id": int(t), "episode_idx": int(i), "success": s} for t, i, s in ROWS]
+    path = tmp_path / "libero_spatial.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert read_foreign(path).keyed()[("libero_spatial", "0", 1)] == "failure"
+
+
+OPENVLA = """Task suite: libero_object
+
+Task: pick up the milk
+Starting episode 1...
+Success: True
+# episodes completed so far: 1
+# successes: 1 (100.0%)
+
+Task: pick up the milk
+Starting episode 2...
+Success: False
+# episodes completed so far: 2
+
+Task: pick up the soup
+Starting episode 1...
+Success: True
+Current task success rate: 1.0
+"""
+
+
+def test_openvlas_log_is_read(tmp_path):
+    path = tmp_path / "EVAL-libero_object.txt"
+    path.write_text(OPENVLA)
+    found = read_foreign(path)
+    assert found.tool == "OpenVLA" and found.keyed() == {
+        ("libero_object", "pick up the milk", 0): "success",
+        ("libero_object", "pick up the milk", 1): "failure",
+        ("libero_object", "pick up the soup", 0): "success",
+    }
+
+
+def csv_of(*rows):
+    return "task_id,episode_idx,success\n" + "".join(f"{row}\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("libero_object.csv", csv_of("0,0,1", "0,0,0"), "libero_object task 0, episode 0 stands there more than once"),
+        ("libero_object.csv", csv_of("0,0,1", "1,0,0", "0,0,0", "1,0,1"), "and 1 more; which one counts"),
+        ("libero_object.csv", csv_of(), "without a single episode"),
+        ("libero_object.csv", "", "without a single episode"),
+        ("libero_object.csv", "task,episode\n0,0\n", "lacks 'task_id'"),
+        ("libero_object.jsonl", "", "without a single episode"),
+        ("libero_object.jsonl", "[1]\n", "lacks"),
+        ("a.json", json.dumps({"per_task": [], "overall": {}}), "without a single episode"),
+        ("a.json", json.dumps({"per_task": [{"task_id": 1, "metrics": {"successes": [True]}}]}), "lacks 'task_group'"),
+        ("a.json", json.dumps({"per_episode": []}), "without a single episode"),
+        ("a.json", json.dumps({"task_suite": "libero_goal", "results": []}), "without a single episode"),
+        ("a.json", json.dumps({"benchmark": "libero_goal", "tasks": []}), "without a single episode"),
+        ("a.json", json.dumps({"libero_object": {"success_rate": 0.98}}), "totals alone are not enough"),
+        ("a.json", "[" * 100_000, "cannot be read"),
+        ("log.txt", "Task suite: libero_object\nnothing began\n", "without a single episode"),
+        ("log.txt", "Hello\n", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says) as refused:
+        read_foreign(tmp_path / name)
+    assert str(tmp_path / name) in str(refused.value)

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.quoting import visible
 
 Document = dict[str, Any]
 
@@ -100,6 +101,8 @@ def sweep(args: argparse.Namespace) -> Document:
     document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, explain)
     if document["finished"] and not document["complete"] and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
+    if document["merge_status"] and not document["finished"]:
+        raise Incomplete("the shards are queued, the merge job after them is not: see above", document)
     if document["merge_status"]:
         raise Incomplete(
             "every episode is there, but the merge after them failed; the same command does it again", document
@@ -375,6 +378,6 @@ def _counter(what: str) -> Callable[[int, int], None]:
 
 def explain(message: str) -> None:
     print(
-        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(message.splitlines())),
+        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(visible(message).splitlines())),
         file=sys.stderr,
     )

@@ -5,7 +5,10 @@ Rich is imported on first use, because `qlibero --help` must answer at once.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from qlibero.quoting import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +21,22 @@ def console() -> Console:
     """A new console on stderr."""
     from rich.console import Console
 
-    found = Console(stderr=True, highlight=False)
-    return found if found.is_terminal else Console(stderr=True, highlight=False, width=PLAIN_WIDTH)
+    stream: Any = _Visible(sys.stderr)
+    found = Console(file=stream, highlight=False)
+    return found if found.is_terminal else Console(file=stream, highlight=False, width=PLAIN_WIDTH)
+
+
+class _Visible:
+    """A stream on which names from configs and from other people's files cannot turn the writing direction."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(visible(text, colours=True))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def table(rows: list[dict[str, Any]], title: str) -> None:

@@ -1,122 +1,80 @@
-"""JSON files that somebody else wrote, read with bounds on size and depth and held against a schema before any use.
+"""Bytes and JSON from files that somebody else may have written: bounded, and wrong in one sentence, never a traceback.
 
-`read_json` gives plain data or a UserError; `fit` turns plain data into a pydantic model
-(or a standard dataclass) or a UserError that names the file, the key, what was found and what belongs there.
+A pipe or a device in a file's place would block or never end; nesting, endless numbers and NaN end Python's own parser
+in errors that name neither file nor cause.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
-from qlibero.errors import QliberoError, UserError, cause
+from qlibero.errors import UserError, WorkFailed, cause
 
-MOST_BYTES = 64 * 2**20
-MOST_DEPTH = 32
-_LFS = b"version https://git-lfs.github.com/spec/"
-_SHOWN = 60
-"""Characters of a found value in a message."""
-_NAMED = 5
-"""Faults in a message before "and n more"."""
-
-Model = TypeVar("Model")
+MOST_BYTES = 2 << 30
+_SHOWN = 80
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-class Strict(BaseModel):
-    """For schemas of files: no type is taken for another (`true` is no 1, "8" no 8), no NaN, no unknown keys."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Open(Strict):
-    """The same for files of other programs, which have more keys than concern us."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in a regular file of at most `most_bytes`. UserError when it is anything else."""
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A regular file's content. Raises FileNotFoundError, UserError for anything but a file of at most `most` bytes,
+    WorkFailed when it cannot be read."""
     try:
-        about = path.stat()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise WorkFailed(f"cannot read {path}: {cause(problem)}") from problem
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path} is not a regular file")
-        if about.st_size > most_bytes:
-            raise UserError(f"{path} has {about.st_size} bytes; a file of this kind has less than {most_bytes}")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {cause(error)}") from None
-    if raw.startswith(_LFS):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned")
-    return parse_json(raw, str(path))
+            raise UserError(f"{path}: not a file; something else lies in its place, remove it")
+        if about.st_size > most:
+            raise UserError(f"{path}: {about.st_size} bytes, more than the {most} that such a file can have")
+        try:
+            return file.read()
+        except OSError as problem:
+            raise WorkFailed(f"cannot read {path}: {cause(problem)}") from problem
 
 
-def parse_json(raw: bytes | str, where: str, error: type[QliberoError] = UserError) -> dict[str, Any]:
-    """The JSON object in `raw`; `where` names it in messages, `error` is what is raised for anything else."""
+def parse_json(data: bytes | str, where: str | Path) -> Any:
+    """The value in JSON text. Raises UserError beginning with `where` (file or file:line) for text that is none,
+    is nested too deeply, or holds NaN."""
     try:
-        content = json.loads(raw, object_pairs_hook=_once_each)
-    except (ValueError, RecursionError, OverflowError, MemoryError) as problem:
-        why = "it nests too deep" if isinstance(problem, RecursionError) else short(str(problem))
-        raise error(f"{where} cannot be read as JSON: {why}") from None
-    if not isinstance(content, dict):
-        raise error(f"{where} holds no JSON object but {short(content)}")
-    if _deeper_than(content, MOST_DEPTH):
-        raise error(f"{where} cannot be read as JSON: it nests too deep, more than {MOST_DEPTH} levels")
-    return content
+        return from_json(data, allow_inf_nan=False, cache_strings="keys")
+    except (ValueError, RecursionError, MemoryError, OverflowError) as problem:
+        raise UserError(f"{where}: not JSON that can be read ({problem})") from None
 
 
-def fit(model: type[Model], content: Any, where: str, error: type[QliberoError] = UserError, at: str = "") -> Model:
-    """`content` (or the part of a file that `at` names) as a `model`; `error` names every fault by its key."""
+def read_json(path: Path, most: int = 64 << 20) -> Any:
+    """`parse_json` of a file. Raises what `read_bytes` and `parse_json` raise."""
+    return parse_json(read_bytes(path, most), path)
+
+
+def checked(model: type[_Model], data: Any, where: str | Path) -> _Model:
+    """`data` as a `model`; UserError naming `where`, the key, what was expected and what was found."""
     try:
-        return TypeAdapter(model).validate_json(json.dumps(content))
+        return model.model_validate(data)
     except ValidationError as problem:
-        faults = [_fault(item, at) for item in problem.errors(include_url=False)]
-    except (ValueError, RecursionError, OverflowError) as problem:
-        faults = [short(str(problem))]
-    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    raise error(f"{where}: {'; '.join(faults[:_NAMED])}{more}") from None
+        raise UserError(f"{where}: {complaint(problem)}") from None
 
 
-def short(value: Any) -> str:
-    """A found value for a message, never longer than a line."""
-    try:
-        text = value if isinstance(value, str) else repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints
-        text = f"a {type(value).__name__}"
-    text = "".join(c if c.isprintable() else "?" for c in text)
+def complaint(problem: ValidationError) -> str:
+    """The first error of a validation: key, what is wrong, what was found (shortened)."""
+    first = problem.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))[:200]
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] in ("missing", "value_error") else f", found {_short(first['input'])}"
+    return f"{key}: {message}{found}" if key else f"{message}{found}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 1 << 80:
+        return "a number of more than 24 digits"
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _fault(item: dict[str, Any], at: str) -> str:
-    key = ".".join(short(str(part)) for part in (*([at] if at else []), *item["loc"])) or "the file"
-    if item["type"] == "missing":
-        return f"{key} is missing"
-    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key} is not a known key"
-    return f"{key} is {short(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {short(twice)} stands there twice")
-    return content
-
-
-def _deeper_than(content: Any, most: int) -> bool:
-    level = [content]
-    for _ in range(most):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True

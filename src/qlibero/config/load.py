@@ -93,12 +93,14 @@ def finish(
     _apply_environment(source, environ, announce)
     _apply_sets(source, sets)
     _resolve_paths(source, check_files)
+    _check_backends(source)
+    unknown = {problem.mark for problem in source.problems}  # of a word that is no backend nothing else is worth saying
     experiment = None
     try:
         experiment = Experiment.model_validate(source.data)
     except ValidationError as error:
-        source.problems.extend(explain(error, source))
-    _check_backends(source)
+        told = explain(error, source)
+        source.problems.extend(p for p in told if not (p.mark in unknown and "needs a quant section" in p.message))
     if source.problems or experiment is None:
         raise ConfigError(sorted(source.problems, key=lambda p: (p.mark.source, p.mark.line, p.mark.column)))
     return experiment

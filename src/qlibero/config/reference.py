@@ -22,6 +22,7 @@ from qlibero.config.schema import (
     Ray,
     Remote,
     Slurm,
+    SlurmMerge,
     Stop,
     Tracking,
     Untrained,
@@ -42,6 +43,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`tracking`": Tracking,
     "`launch`": Launch,
     "`launch.slurm`": Slurm,
+    "`launch.slurm.merge`": SlurmMerge,
     "`launch.ray`": Ray,
 }
 

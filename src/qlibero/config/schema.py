@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +32,6 @@ from qlibero.config.fields import (
 )
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import SUITE_ALIASES
-from qlibero.places import REPOSITORY
 
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
@@ -81,8 +79,7 @@ class Pi05(Frozen):
         description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
     )
     asset_id: Word | None = Field(
-        None,
-        description="which statistics, where the checkpoint has several: physical-intelligence/libero",
+        None, description="which statistics, where the checkpoint has several: physical-intelligence/libero"
     )
     norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
     device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
@@ -190,6 +187,14 @@ class Tracking(Frozen):
     entity: Annotated[str, one_of_pattern(r"^[A-Za-z0-9_.-]{1,128}$", "my-team")] | None = Field(
         None, examples=["my-team"], description="W&B team or user; null: your default"
     )
+    tags: tuple[Annotated[Line, Field(max_length=64)], ...] = Field(
+        (), max_length=32, description="W&B tags of every arm's run, beside the arm's name"
+    )
+    group: Annotated[Line, Field(max_length=128)] | None = Field(
+        None, description="W&B group; null: the experiment's name, which `qlibero dashboard` looks for"
+    )
+    notes: Annotated[str, Field(max_length=10_000)] | None = Field(None, description="W&B notes, e.g. what is new here")
+    job_type: Annotated[Line, Field(max_length=64)] = Field("eval", description="W&B job type")
 
 
 def _trackers_alone(value: Any) -> Any:
@@ -200,6 +205,25 @@ def _trackers_alone(value: Any) -> Any:
     return {"trackers": value} if isinstance(value, list | tuple) else value
 
 
+SlurmTime = Annotated[
+    str, one_of_pattern(r"^([0-9]{1,3}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$", "04:00:00", "2-00:00:00", "90 (minutes)")
+]
+SlurmMemory = Annotated[str, one_of_pattern(r"^[0-9]{1,9}[KMGT]?$", "48G")]
+
+
+class SlurmMerge(Frozen):
+    """The job after the shards: what is not said here is the array's (partition, account, qos) or not asked for."""
+
+    partition: Word | None = Field(None, description="--partition; null: the array's")
+    account: Word | None = Field(None, description="--account; null: the array's")
+    qos: Word | None = Field(None, description="--qos; null: the array's")
+    gres: Word | None = Field(None, description="--gres, where the partition refuses jobs without one")
+    time: SlurmTime = Field("01:00:00", description="--time")
+    cpus_per_task: Int | None = Field(None, ge=1, le=MOST_PROCESSES, description="--cpus-per-task")
+    mem: SlurmMemory | None = Field(None, description="--mem")
+    extra: tuple[Line, ...] = Field((), description="further #SBATCH options")
+
+
 class Slurm(Frozen):
     """What `sweep --engine slurm` writes into submit.sbatch."""
 
@@ -207,20 +231,25 @@ class Slurm(Frozen):
     account: Word | None = Field(None, description="--account")
     qos: Word | None = Field(None, description="--qos")
     gres: Word | None = Field(None, description="--gres, e.g. gpu:1")
-    time: Annotated[
-        str, one_of_pattern(r"^([0-9]{1,3}-)?[0-9]{1,6}(:[0-9]{2}){0,2}$", "04:00:00", "2-00:00:00", "90 (minutes)")
-    ] = Field("04:00:00", description="--time of one array task")
-    cpus_per_task: Int = Field(8, ge=1, le=MOST_PROCESSES, description="--cpus-per-task; simulator workers share them")
-    mem: Annotated[str, one_of_pattern(r"^[0-9]{1,9}[KMGT]?$")] | None = Field(
-        None, examples=["48G"], description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own"
+    gpus: Annotated[str, one_of_pattern(r"^([A-Za-z0-9_.-]+:)?[1-9][0-9]{0,3}$", "1", "h100:1")] | None = Field(
+        None, description="--gpus, where the site asks for it instead of gres, e.g. 1 or h100:1"
     )
+    nodelist: Word | None = Field(None, description="--nodelist")
+    time: SlurmTime = Field("04:00:00", description="--time of one array task")
+    cpus_per_task: Int = Field(8, ge=1, le=MOST_PROCESSES, description="--cpus-per-task; simulator workers share them")
+    mem: SlurmMemory | None = Field(None, description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own")
     array_limit: Int | None = Field(None, ge=1, le=MOST, description="most array tasks at once (`--array=0-99%N`)")
+    chdir: Annotated[str, one_of_pattern("^/", "/shared/me/qlibero")] | None = Field(
+        None, description="where jobs work; null: the checkout, of a wheel the directory of submission"
+    )
     signal_s: Int = Field(
         120, ge=30, le=86_400, description="seconds before the time limit at which a task saves and requeues"
     )
-    setup: tuple[Line, ...] = Field((), description="shell lines before the work, e.g. `module load cuda`")
+    login_shell: bool = Field(False, description="`bash -l`, where only a login shell knows `module`")
+    setup: tuple[Line, ...] = Field((), description="shell lines before the work; the first that fails ends the job")
     container: Line | None = Field(None, description="command prefix, e.g. `apptainer exec --nv qlibero.sif`")
     extra: tuple[Line, ...] = Field((), description="further #SBATCH options, e.g. --constraint=h100")
+    merge: SlurmMerge = Field(default_factory=SlurmMerge, description="options of the job after the shards")
 
 
 class Ray(Frozen):
@@ -286,6 +315,10 @@ class Experiment(Frozen):
         description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it",
     )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
+    mixed_machines: bool = Field(
+        False,
+        description="let machines of different arithmetic share a run directory; a pair then needs both arms from one",
+    )
     tracking: Annotated[
         Tracking,
         BeforeValidator(_trackers_alone, json_schema_input_type=Tracking | tuple[TrackerName, ...] | TrackerName),
@@ -352,21 +385,16 @@ class Experiment(Frozen):
 
 # --------------------------------------------------------------------------------------------------- the hash
 def config_hash(experiment: Experiment, arm: Arm) -> str:
-    """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
+    """16 hex digits over every setting that decides the result of one of `arm`'s episodes, and nothing else.
 
     Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
     videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
-    refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
-    depend on where the checkout lies.
+    refused. Paths, addresses and pinned hashes do not count: what lies there does, by content (`qlibero.identity`).
     """
-    policy = experiment.policy.model_dump(mode="json")
-    for key in ("action_horizon", "asset_id", "norm_stats"):  # younger than the hashes of runs without them
-        if policy.get(key) is None:
-            policy.pop(key, None)
-    if policy.get("sha256"):
-        policy.pop("checkpoint")
+    policy = experiment.policy.model_dump()
+    policy.pop("sha256", None)
     if policy.get("type") == "remote":
-        policy = {key: policy[key] for key in ("type", "url", "replan_steps")}
+        policy = {key: policy[key] for key in ("type", "replan_steps")}
     decides = {
         "suite": experiment.suite,
         "seed": experiment.seed,
@@ -374,10 +402,10 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
         "max_steps": experiment.max_steps,
         "policy": policy,
         "backend": arm.backend,
-        "quant": arm.quant and _ordered(arm.quant.model_dump(mode="json")),
+        "quant": arm.quant and _ordered(arm.quant.model_dump()),
         "on_failure": experiment.on_failure if arm.quant else None,
     }
-    text = json.dumps(_portable(decides), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -385,16 +413,10 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
     return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
-# set by a sweep inside a container: the checkout outside, whose paths the experiment names
-CHECKOUT = "QLIBERO_CHECKOUT"
-
-
-def _portable(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        # None as well: a path left out may mean the very file that another names
+        return {key: _without_paths(item) for key, item in value.items() if not isinstance(item, Path | None)}
     if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
-    for checkout in (str(REPOSITORY), os.environ.get(CHECKOUT)):
-        if checkout and isinstance(value, str) and value.startswith(f"{checkout}/"):
-            return value[len(f"{checkout}/") :]
+        return [_without_paths(item) for item in value]
     return value

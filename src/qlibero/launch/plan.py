@@ -41,6 +41,7 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
     """The plan as a document; see `_cell` and `_engines` for its parts. Raises UserError for cells that cannot work."""
     refuse_impossible(manifest, None)
     known = costs(manifest)
+    _say_if_split(manifest, say)
     if calibrate:
         for cell in manifest.cells:
             unknown = [arm for arm in cell.experiment.arms() if _kind(cell.experiment, arm.name) not in known]
@@ -61,6 +62,14 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
         "without_cost": unknown,
         "engines": None if unknown else _engines(manifest, known),
     }
+
+
+def _say_if_split(manifest: Manifest, say: Callable[[str], None]) -> None:
+    from qlibero.launch.slurm import max_array_size
+
+    if len(manifest.shards) > (size := max_array_size()):
+        count = -(-len(manifest.shards) // size)
+        say(f"{len(manifest.shards):,} shards are {count} arrays on Slurm (MaxArraySize {size})")
 
 
 def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
@@ -135,7 +144,7 @@ def _device(experiment: Experiment, engine: str) -> str:
     if wanted != "auto":
         return wanted.partition(":")[0]
     launch = experiment.launch
-    gpu = {"local": bool(find_gpus()), "slurm": "gpu" in (launch.slurm.gres or ""), "ray": launch.ray.gpus > 0}[engine]
+    gpu = {"local": bool(find_gpus()), "slurm": _slurm_gpus(launch) > 0, "ray": launch.ray.gpus > 0}[engine]
     return "cuda" if gpu else "cpu"
 
 
@@ -257,7 +266,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     by_engine = {}
     for name, slots, gpus_each, at_once in (
         ("local", launch.processes, min(gpus, launch.processes) / launch.processes, launch.processes),
-        ("slurm", launch.slurm.array_limit or 10**9, _gres_gpus(launch.slurm.gres), launch.slurm.array_limit or "all"),
+        ("slurm", launch.slurm.array_limit or 10**9, _slurm_gpus(launch), launch.slurm.array_limit or "all"),
         ("ray", 10**9, launch.ray.gpus, "all"),
     ):
         cores, memory_gb = _shard_place(launch, name)
@@ -303,6 +312,12 @@ def seconds(time: str) -> int:
     if len(parts) == 3:
         return parts[0] * 3600 + parts[1] * 60 + parts[2]
     return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
+
+
+def _slurm_gpus(launch: Launch) -> float:
+    """GPUs of a shard on Slurm, by whichever of the two options asks for them."""
+    gpus = launch.slurm.gpus
+    return float(gpus.rpartition(":")[2]) if gpus else _gres_gpus(launch.slurm.gres)
 
 
 def _gres_gpus(gres: str | None) -> float:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from qlibero.documents import Open, fit, read_json
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.base import Policy
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
@@ -24,6 +23,7 @@ from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES, Profile
 from qlibero.policies.pi05.statistics import load_statistics, statistics_files
 from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
+from qlibero.policies.structured import Open, fit, read_json
 
 GPU_BATCH = 4
 MOST_UNTRAINED = 8_000_000_000
@@ -60,7 +60,6 @@ def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
 
 def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
     checkpoint = open_checkpoint(Path(config.checkpoint)).with_horizon(config.action_horizon)
-    require_replan(config.replan_steps, checkpoint.config.action_horizon)
     digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
@@ -78,14 +77,6 @@ def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
     if remarks:
         identity["remarks"] = remarks
     return _policy(config, name, model, profile, statistics, tokenizer, identity, checkpoint.declared.cameras)
-
-
-def require_replan(replan_steps: int, horizon: int) -> None:
-    """UserError when more actions are to be executed of a chunk than it has."""
-    if replan_steps > horizon:
-        raise UserError(
-            f"policy.replan_steps: {replan_steps}, but a chunk of this policy has {horizon} actions; write at most that"
-        )
 
 
 def _policy(
@@ -170,7 +161,6 @@ def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
     Solves nothing, and its name says so."""
     content = fit(_UntrainedConfig, read_json(path), str(path))
     architecture = Pi05Config.from_dict(content.architecture, str(path))
-    require_replan(config.replan_steps, architecture.action_horizon)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Pi05Model(architecture).parameters())
     if parameters > MOST_UNTRAINED:

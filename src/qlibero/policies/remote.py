@@ -8,6 +8,7 @@ actions of each chunk.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import time
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection, connect
 
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.policies.answer import declared_horizon, read_actions, read_metadata
 from qlibero.policies.base import Chunk, Observation, grey
 from qlibero.policies.pi05.images import resize_pil
-from qlibero.policies.wire import pack, unpack
+from qlibero.policies.wire import pack, short, unpack
 
 OPENPI_IMAGE_SIZE = 224
 OPENPI_NOISE_SHAPE = (10, 32)
@@ -48,8 +50,9 @@ class RemotePolicy:
         self._threads = ThreadPoolExecutor(batch_size, "remote")
         connection, self._greeting = self._open(time.monotonic() + timeout_s)
         self._idle.put(connection)
-        self.metadata = unpack(self._greeting)
-        ours = self.metadata.get("qlibero") if isinstance(self.metadata, dict) else None
+        self.metadata = read_metadata(_understood(self._greeting, url), url)
+        self._horizon, self._heard = declared_horizon(self.metadata), False
+        ours = self.metadata.get("qlibero")
         self._ours: dict[str, Any] | None = ours
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
         where = urlsplit(url)
@@ -76,6 +79,7 @@ class RemotePolicy:
             "url": self.url,
             "sha256": theirs.get("sha256"),
             "server": theirs,
+            "metadata_sha256": hashlib.sha256(self._greeting).hexdigest(),
             "guarantees": {
                 "noise": bool(self._ours),
                 "kernel_attestation": False,
@@ -92,15 +96,24 @@ class RemotePolicy:
         return [grey(prompt) for prompt in prompts]
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
-        """See `Policy.infer`. `WorkFailed` when the server reports an error or stays away."""
+        """See `Policy.infer`.
+
+        `WorkFailed` when the server reports an error or stays away, `GuardRefusal` when its answer is not (H, 7)
+        numbers within a controller's bounds, or not as long as the first one.
+        """
         started = time.perf_counter()
         requests = [self._request(o, z) for o, z in zip(observations, noise, strict=True)]
         prepared = time.perf_counter()
         answers = list(self._threads.map(self._ask, requests))
-        actions = np.stack([np.asarray(answer["actions"], np.float32)[:, :7] for answer in answers])
-        server = max(answer.get("server_timing", {}).get("infer_ms", 0.0) for answer in answers)
+        actions = []
+        for answer in answers:
+            actions.append(read_actions(answer, self.url, self._horizon, first=not self._heard))
+            self._horizon, self._heard = len(actions[-1]), True
+        server = max(map(_server_ms, answers))
         total = (time.perf_counter() - prepared) * 1e3
-        return Chunk(actions, {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server})
+        return Chunk(
+            np.stack(actions), {"preprocess": (prepared - started) * 1e3, "server": server, "wire": total - server}
+        )
 
     def _request(self, observation: Observation, noise: np.ndarray) -> bytes:
         images = {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image}
@@ -138,17 +151,17 @@ class RemotePolicy:
                 continue
             if isinstance(answer, str):
                 connection.close()
-                raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()}")
+                raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()[-4000:]}")
             self._idle.put(connection)
-            return unpack(answer)
+            return _understood(answer, self.url)
 
     def _recognize(self, greeting: bytes) -> None:
         """`GuardRefusal` when this is not the metadata that the run began with."""
         if greeting == self._greeting:
             return
-        before, after = (_provenance(unpack(frame)) for frame in (self._greeting, greeting))
+        before, after = (_provenance(_understood(frame, self.url)) for frame in (self._greeting, greeting))
         changes = [
-            f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+            short(f"{key} was {before.get(key)!r}, is {after.get(key)!r}")
             for key in sorted(before.keys() | after.keys())
             if before.get(key) != after.get(key)
         ]
@@ -187,8 +200,24 @@ class RemotePolicy:
             time.sleep(_RETRY_S)
 
 
+def _understood(frame: str | bytes, url: str) -> Any:
+    try:
+        return unpack(frame.encode() if isinstance(frame, str) else frame)
+    except ValueError as problem:
+        raise GuardRefusal(f"{url}: {problem}") from None
+
+
+def _server_ms(answer: dict[str, Any]) -> float:
+    """What the server says its call took (ms); 0 where it says nothing that is a time."""
+    timing = answer.get("server_timing")
+    said = timing.get("infer_ms") if isinstance(timing, dict) else None
+    return float(said) if isinstance(said, int | float) and 0 <= said < 1e9 else 0.0
+
+
 def _provenance(metadata: Any) -> dict[str, Any]:
     """What a server says of its policy: qlibero's own says it all, of another one it is whatever the metadata holds."""
     if not isinstance(metadata, dict):
         return {}
-    return metadata["qlibero"]["provenance"] if "qlibero" in metadata else metadata
+    ours = metadata.get("qlibero")
+    theirs = ours.get("provenance") if isinstance(ours, dict) else None
+    return theirs if isinstance(theirs, dict) else metadata

@@ -14,6 +14,8 @@ from qlibero.policies.base import Observation
 
 IMAGES = ("observation/image", "observation/wrist_image")
 STATE, PROMPT = "observation/state", "prompt"
+MOST_CHARACTERS = 4096
+"""Of a prompt; LIBERO's longest instruction has 104."""
 
 
 def read_observation(request: Any) -> Observation:
@@ -23,10 +25,8 @@ def read_observation(request: Any) -> Observation:
     missing = [key for key in keys if not isinstance(request, dict) or key not in request]
     if missing:
         raise ValueError(f"the request lacks {', '.join(missing)}")
-    if not isinstance(request[PROMPT], str):
-        raise ValueError(f"{PROMPT} is {type(request[PROMPT]).__name__}, expected text")
     state = _finite(request[STATE], STATE, (8,))
-    return Observation(*(_image(request[key], key) for key in IMAGES), state, request[PROMPT])
+    return Observation(*(_image(request[key], key) for key in IMAGES), state, _prompt(request[PROMPT]))
 
 
 def read_noise(request: dict[str, Any], shape: tuple[int, int]) -> np.ndarray | None:
@@ -34,8 +34,22 @@ def read_noise(request: dict[str, Any], shape: tuple[int, int]) -> np.ndarray | 
     return None if request.get("noise") is None else _finite(request["noise"], "noise", shape)
 
 
+def _prompt(value: Any) -> str:
+    """A text, or an array of one text, as openpi's own transforms accept it."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if not isinstance(value, str):
+        raise ValueError(f"{PROMPT} is {type(value).__name__}, expected text")
+    if len(value) > MOST_CHARACTERS:
+        raise ValueError(f"{PROMPT} has {len(value):,} characters, at most {MOST_CHARACTERS:,} are read")
+    return value
+
+
 def _finite(value: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    numbers = np.asarray(value, np.float32)
+    try:
+        numbers = np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key} does not consist of numbers, this policy takes {shape} of them") from None
     if numbers.shape != shape:
         raise ValueError(f"{key} has shape {numbers.shape}, this policy takes {shape}")
     if not np.isfinite(numbers).all():
@@ -44,7 +58,10 @@ def _finite(value: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _image(value: Any, key: str) -> np.ndarray:
-    image = np.asarray(value)
+    try:
+        image = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key} is no array, expected (S, S, 3)") from None
     if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
         image = image.transpose(1, 2, 0)
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1] or image.size == 0:

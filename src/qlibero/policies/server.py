@@ -1,13 +1,16 @@
 """Any policy, quantized or not, behind openpi's websocket protocol; several clients' requests share a batch.
 
 The protocol (openpi 15a9616): the server speaks first, one binary frame with its metadata; then one answer a
-request. An error is a *text* frame with the traceback, followed by close code 1011. `GET /healthz` answers
+request. An error is a *text* frame that says what was wrong (to a client on this machine with the
+traceback, which openpi's server sends to everybody), followed by close code 1011. `GET /healthz` answers
 200 "OK". Beyond it, and advertised in the metadata: an optional key `noise` (H, D) makes the answer a
 function of the request alone.
 
 openpi's own server computes inside its event loop, so that clients wait for each other and no ping is
 answered meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size,
 in one call. When that call fails, its requests are computed one by one, so that only the failing one is told.
+Another thread reads the messages, small ones first; the event loop only carries bytes, and `limits` bounds what those
+may cost.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import errno
 import hmac
 import http
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -27,24 +31,30 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.server import Request, Response, ServerConnection
+from websockets.asyncio.server import Request, Response
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
 
+from qlibero import files
 from qlibero.errors import QliberoError, UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
+from qlibero.policies.limits import Crowd, Gone, LimitedConnection, Limits
 from qlibero.policies.request import read_noise, read_observation
-from qlibero.policies.wire import pack, unpack
+from qlibero.policies.wire import pack, short, unpack
 
 MAX_MESSAGE_BYTES = 8 << 20
 """Two 1024 px frames and to spare; a request at 256 px has 0.4 MB."""
-CLOSE_INTERNAL_ERROR = 1011
+CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER = 1011, 1013
+_TRACEBACK_LINES = 12
 _log = logging.getLogger(__name__)
+_handshakes = logging.getLogger(f"{__name__}.handshakes")
+_handshakes.setLevel(logging.CRITICAL)  # websockets logs a traceback for each stranger that speaks no HTTP
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class ServerSettings:
     ready_file: Path | None = None
     """Written (JSON: host, port, pid) once connections are accepted, removed at the end."""
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    limits: Limits = field(default_factory=Limits)
     seed: int = 0
     """Of the noise of requests that bring none."""
 
@@ -121,6 +132,9 @@ class PolicyServer:
         self.policy, self.settings = policy, settings
         self.port: int | None = None
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._crowd = Crowd(settings.limits)
+        self._frames: asyncio.PriorityQueue[tuple[int, int, str | bytes, asyncio.Future]] = asyncio.PriorityQueue()
+        self._arrivals = itertools.count()
         self._random = np.random.default_rng(settings.seed)
         self._batch = getattr(policy, "batch_size", 1)
         self.metadata: dict[str, Any] = {
@@ -140,14 +154,19 @@ class PolicyServer:
                 compression=None,
                 max_size=settings.max_message_bytes,
                 process_request=self._admit,
+                create_connection=partial(LimitedConnection, self._crowd),
+                max_queue=None,  # `limits` counts bytes; a paused connection would not notice that its client left
                 ping_interval=None,
+                logger=_handshakes,
             )
         except OSError as error:
             raise settings.cannot_listen(error) from error
         self.port = server.sockets[0].getsockname()[1]
-        with ThreadPoolExecutor(1, "policy") as thread:
+        with ThreadPoolExecutor(1, "policy") as thread, ThreadPoolExecutor(1, "reader") as reader:
             worker = asyncio.create_task(self._work(thread))
+            reading = asyncio.create_task(self._read_frames(reader))
             stopping = asyncio.create_task(stop.wait())
+            watching = asyncio.create_task(self._crowd.watch())
             try:
                 _announce(settings, self.port)
                 ready(self.port)
@@ -155,7 +174,7 @@ class PolicyServer:
                 if worker.done():
                     worker.result()
             finally:
-                for task in (worker, stopping):
+                for task in (worker, stopping, watching, reading):
                     task.cancel()
                 server.close()
                 await server.wait_closed()
@@ -163,48 +182,53 @@ class PolicyServer:
                     settings.ready_file.unlink(missing_ok=True)
 
     # -- connections -------------------------------------------------------------------------------------------------
-    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+    def _admit(self, connection: LimitedConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if self.settings.token is not None:
-            given = request.headers.get("Authorization", "").removeprefix("Api-Key ")
-            if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
+            given = "\0".join(request.headers.get_all("Authorization"))  # two are none: who would know which counts?
+            wanted = f"Api-Key {self.settings.token}"
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode()):
                 return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n")
         return None
 
-    async def _converse(self, connection: ServerConnection) -> None:
-        previous_ms = None
+    async def _converse(self, connection: LimitedConnection) -> None:
+        connection.open, previous_ms = True, None
         try:
             await connection.send(pack(self.metadata))
             async for frame in connection:
                 started = time.monotonic()
-                try:
-                    answer = await self._answer(frame)
-                except Exception:
-                    _log.warning("a request failed", exc_info=True)
-                    await connection.send(traceback.format_exc())
-                    await connection.close(
-                        CLOSE_INTERNAL_ERROR, "Internal server error. Traceback included in previous frame."
-                    )
-                    return
-                if previous_ms is not None:
-                    answer["server_timing"]["prev_total_ms"] = previous_ms
-                await connection.send(pack(answer))
+                work = asyncio.get_running_loop().create_future()
+                with connection.answering(frame, work):
+                    if self._jobs.qsize() >= self.settings.limits.waiting:
+                        await connection.close(CLOSE_TRY_AGAIN_LATER, "too many requests are waiting")
+                        return
+                    try:
+                        answer = await self._answer(frame, work)
+                    except Gone:
+                        return
+                    except Exception as error:
+                        _log.warning("a request of %s failed: %s", connection.remote_address, _named(error))
+                        await connection.send(_told(error, connection.remote_address))
+                        await connection.close(CLOSE_INTERNAL_ERROR, "Internal server error, see the previous frame.")
+                        return
+                    if previous_ms is not None:
+                        answer["server_timing"]["prev_total_ms"] = previous_ms
+                    await connection.send(pack(answer))
                 previous_ms = (time.monotonic() - started) * 1e3
         except ConnectionClosed:
             return
 
-    async def _answer(self, frame: str | bytes) -> dict[str, Any]:
-        if isinstance(frame, str):
-            raise ValueError("a request is one binary frame; this was text")
-        request = unpack(frame)
-        observation, noise = read_observation(request), read_noise(request, self.policy.noise_shape)
+    async def _answer(self, frame: str | bytes, work: asyncio.Future) -> dict[str, Any]:
+        """The answer to a request; `work` is what the policy gives for it, and may fail with `Gone` meanwhile."""
+        started = time.monotonic()
+        read = asyncio.get_running_loop().create_future()
+        self._frames.put_nowait((len(frame), next(self._arrivals), frame, read))
+        observation, noise = await read
         if noise is None:
             noise = self._random.standard_normal(self.policy.noise_shape, dtype=np.float32)
-        job = _Job(observation, noise, asyncio.get_running_loop().create_future())
-        started = time.monotonic()
-        self._jobs.put_nowait(job)
-        actions, infer_ms = await job.answer
+        self._jobs.put_nowait(_Job(observation, noise, work))
+        actions, infer_ms = await work
         waited_ms = (time.monotonic() - started) * 1e3
         return {
             "actions": actions,
@@ -212,12 +236,30 @@ class PolicyServer:
             "server_timing": {"infer_ms": waited_ms},
         }
 
+    async def _read_frames(self, thread: ThreadPoolExecutor) -> None:
+        while True:
+            _, _, frame, read = await self._frames.get()
+            try:
+                read.set_result(await asyncio.get_running_loop().run_in_executor(thread, self._read, frame))
+            except Exception as error:
+                read.set_exception(error)
+            del frame, read  # else it is held until the next one comes
+
+    def _read(self, frame: str | bytes) -> tuple[Observation, np.ndarray | None]:
+        if isinstance(frame, str):
+            raise ValueError("a request is one binary frame; this was text")
+        request = unpack(frame)
+        return read_observation(request), read_noise(request, self.policy.noise_shape)
+
     # -- the one thread that computes --------------------------------------------------------------------------------
     async def _work(self, thread: ThreadPoolExecutor) -> None:
         while True:
             jobs = [await self._jobs.get()]
             while len(jobs) < self._batch and not self._jobs.empty():
                 jobs.append(self._jobs.get_nowait())
+            jobs = [job for job in jobs if not job.answer.done()]  # done: its client has left
+            if not jobs:
+                continue
             try:
                 await self._compute(thread, jobs)
             except Exception as error:
@@ -261,6 +303,16 @@ def serve(policy: Policy, settings: ServerSettings, ready: Callable[[int], None]
 def _announce(settings: ServerSettings, port: int) -> None:
     if settings.ready_file is None:
         return
-    temporary = settings.ready_file.with_name(f".{settings.ready_file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"host": settings.host, "port": port, "pid": os.getpid()}) + "\n")
-    temporary.replace(settings.ready_file)
+    files.replace(settings.ready_file, json.dumps({"host": settings.host, "port": port, "pid": os.getpid()}) + "\n")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {short(str(error))}"
+
+
+def _told(error: Exception, address: Any) -> str:
+    """What the client of a failed request is told: where it failed only on this machine."""
+    if not (isinstance(address, tuple) and ipaddress.ip_address(address[0]).is_loopback):
+        return _named(error)
+    lines = traceback.format_tb(error.__traceback__)[-_TRACEBACK_LINES:]
+    return "Traceback (most recent call last):\n" + "".join(lines) + _named(error)

@@ -3,8 +3,8 @@
     array  → {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": shape}
     scalar → {b"__npgeneric__": True, b"data": value, b"dtype": dtype.str}
 
-What comes in is checked before it becomes an array: only plain number types, and exactly as many bytes as the
-shape says.
+What comes in is checked before it becomes an array: only plain number types (and one text alone, as openpi's clients
+may send the prompt), exactly as many bytes as the shape says, and no more items than two frames written as lists have.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 
 _KINDS = "biuf"
 """Boolean, signed, unsigned, floating point: neither objects nor anything with structure."""
+MOST_DIMENSIONS = 32
+MOST_ITEMS = 420_000
+"""In all lists and mappings of a message: two frames of 224 px as nested lists have 401,856."""
 
 
 def pack(message: Any) -> bytes:
@@ -25,11 +28,35 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(frame: bytes) -> Any:
-    """Inverse of `pack`. Arrays are read-only views of the frame; copy before writing. `ValueError` on anything odd."""
+    """Inverse of `pack`. Arrays are read-only views of the frame; copy before writing.
+
+    Raises ValueError, with a message of one short line, on anything odd.
+    """
+    items = 0
+
+    def count(found: list | dict) -> list | dict:
+        nonlocal items
+        items += len(found) + 1
+        if items > MOST_ITEMS:
+            raise ValueError(f"more than {MOST_ITEMS:,} items")
+        return found
+
     try:
-        return msgpack.unpackb(frame, object_hook=_decode, strict_map_key=False)
-    except (msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData, TypeError, KeyError) as error:
-        raise ValueError(f"not a message of openpi's protocol: {error!r}") from None
+        return msgpack.unpackb(
+            frame,
+            object_hook=lambda found: _decode(count(found)),
+            list_hook=count,
+            strict_map_key=False,
+            max_array_len=MOST_ITEMS,
+            max_map_len=MOST_ITEMS,
+        )
+    except (msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"not a message of openpi's protocol: {short(str(error) or type(error).__name__)}") from None
+
+
+def short(text: str, most: int = 200) -> str:
+    """One line of `text`: what a client sends does not decide how much is logged, or sent back."""
+    return " ".join((text if len(text) <= most else f"{text[:most]}…").split())
 
 
 def _encode(value: Any) -> Any:
@@ -49,17 +76,30 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: dict) -> Any:
     if b"__ndarray__" in value:
-        dtype, shape, data = _number_type(value[b"dtype"]), tuple(value[b"shape"]), value[b"data"]
-        if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
-            raise ValueError(f"an array of shape {shape} and type {dtype} is not {len(data)} bytes")
+        shape, data = _shape(value[b"shape"]), value[b"data"]
+        dtype = _type(value[b"dtype"], alone=math.prod(shape) == 1)
+        if not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
+            size = f"{len(data)} bytes" if isinstance(data, bytes) else f"data of type {type(data).__name__}"
+            raise ValueError(f"an array of shape {shape} and type {dtype} is not {size}")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:
-        return _number_type(value[b"dtype"]).type(value[b"data"])
+        return _type(value[b"dtype"]).type(value[b"data"])
     return value
 
 
-def _number_type(name: Any) -> np.dtype:
-    dtype = np.dtype(name) if isinstance(name, str) else None
-    if dtype is None or dtype.kind not in _KINDS:
-        raise ValueError(f"arrays of type {name!r} are not accepted")
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or len(value) > MOST_DIMENSIONS:
+        raise ValueError(f"a shape of at most {MOST_DIMENSIONS} numbers is expected")
+    if not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        raise ValueError("a shape consists of whole numbers")
+    return tuple(value)
+
+
+def _type(name: Any, alone: bool = False) -> np.dtype:
+    try:
+        dtype = np.dtype(name) if isinstance(name, str) and len(name) < 16 else None
+    except (TypeError, ValueError, SyntaxError):
+        dtype = None
+    if dtype is None or dtype.kind not in _KINDS + "U" * alone:
+        raise ValueError(f"arrays of type {short(repr(name)[:80], 40)} are not accepted")
     return dtype

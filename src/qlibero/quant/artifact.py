@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlibero.documents import parse_json, short
 from qlibero.errors import GuardRefusal, UserError
+from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import FACTORS, Transform

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qlibero.documents import Open, Strict, fit, short
 from qlibero.errors import GuardRefusal, UserError
+from qlibero.policies.structured import Open, Strict, fit, short
 from qlibero.quant.spec import QuantSpec
 
 FACTORS_OF = {

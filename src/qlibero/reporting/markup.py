@@ -11,6 +11,8 @@ import re
 from html import escape
 from typing import Any
 
+from qlibero.quoting import visible
+
 VOID = {"br", "hr", "img", "input", "meta", "link", "wbr"}
 DRAWN = {"path", "rect"}  # SVG elements close themselves with a slash, or they would swallow what follows
 
@@ -69,4 +71,4 @@ def script_json(data: Any, id_: str) -> Markup:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))

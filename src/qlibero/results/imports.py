@@ -8,6 +8,8 @@ Formats (read in the sources, 2026-11):
             before multi-task: {"per_episode": [{"episode_ix", "success", "seed"}], "aggregated"}
   openpi fork  <suite>_results.json {"task_suite", "seed", "results": [{"task_id", "episode_idx", "success", "steps"}]},
             and a .csv of the same rows, which names the suite in its file name only
+            (as .jsonl as well: one row a line)
+  OpenVLA(-OFT)  a text log: "Task suite: X", then for each episode "Task: T", "Starting episode N...", "Success: B"
   vla-eval  {"benchmark", "harness_version", "tasks": [{"task", "episodes": [{"episode_id", "success" or
             "metrics": {"success"}, "failure_reason"}]}]}
 """
@@ -15,9 +17,11 @@ Formats (read in the sources, 2026-11):
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from qlibero.errors import UserError
 from qlibero.results.pairing import Arm
 from qlibero.results.records import Outcome
 
+Cell = tuple[str, str]  # suite, task (index or its text)
 Key = tuple[str, str, int, int | None]  # suite, task (index or its text), initial state, seed where the file says it
 
 
@@ -39,6 +44,21 @@ class ForeignArm:
     episodes: tuple[tuple[Key | None, Outcome], ...]
     reason: str = ""
     arm: Arm | None = None
+    cells: tuple[Cell, ...] = ()
+    """Suite and task of each episode where the file says these without an initial state; () where it says none."""
+
+    @property
+    def places(self) -> list[Cell | None]:
+        """Suite and task of every episode."""
+        if self.cells:
+            return list(self.cells)
+        return [key and key[:2] for key, _ in self.episodes]
+
+    def only(self, wanted: set[Cell]) -> ForeignArm:
+        """The episodes of these suites and tasks."""
+        kept = [i for i, place in enumerate(self.places) if place in wanted]
+        cells = tuple(self.cells[i] for i in kept) if self.cells else ()
+        return replace(self, episodes=tuple(self.episodes[i] for i in kept), cells=cells)
 
     @property
     def has_seeds(self) -> bool:
@@ -58,42 +78,88 @@ class ForeignArm:
 
 
 def read_foreign(path: Path | str) -> ForeignArm:
-    """Recognise and read a result file of another tool. Raises UserError naming the file for anything else."""
+    """Recognise and read a result file of another tool. Raises UserError naming the file for anything else, for one
+    without episodes, and for one in which an episode stands twice."""
     path = Path(path)
     name = path.parent.name + "/" + path.stem if path.parent.name else path.stem
     try:
-        if path.suffix == ".csv":
-            with path.open(newline="") as file:
-                return _fork(name, _suite_in(path), None, list(csv.DictReader(file)))
-        data = json.loads(path.read_text())
-        if isinstance(data, dict) and "per_task" in data:
-            return _lerobot(name, data["per_task"])
-        if isinstance(data, dict) and "per_episode" in data:
-            outcomes = [(None, _outcome(e["success"])) for e in data["per_episode"]]
-            return ForeignArm(name, "LeRobot", tuple(outcomes), "LeRobot records no initial state")
-        if isinstance(data, dict) and "task_suite" in data:
-            return _fork(name, data["task_suite"], data.get("seed"), data["results"])
-        if isinstance(data, dict) and "benchmark" in data and "tasks" in data:
-            return _vla_eval(name, data)
+        found = _recognised(name, path, path.read_text(encoding="utf-8-sig"))
     except OSError as problem:
         raise UserError(f"{path}: {problem.strerror}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path}: cannot be read: {problem}") from None
     except (KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path}: looks like a known result file but lacks {problem}") from None
-    raise UserError(
-        f"{path}: not a result file of LeRobot (eval_info.json), the openpi fork "
-        "(<suite>_results.json or .csv) or vla-eval; for a run of qlibero give its directory"
-    )
+    if found is None:
+        raise UserError(
+            f"{path}: not a result file of LeRobot (eval_info.json), the openpi fork (<suite>_results.json, .jsonl or "
+            ".csv), vla-eval or OpenVLA (its text log); totals alone are not enough; "
+            "for a run of qlibero give its directory"
+        )
+    if not found.episodes:
+        raise UserError(f"{path}: a result file of {found.tool} without a single episode: nothing to compare")
+    twice = [key for key, count in Counter(key for key, _ in found.episodes if key is not None).items() if count > 1]
+    if twice:
+        suite, task, init, _ = twice[0]
+        more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise UserError(
+            f"{path}: {suite} task {task}, episode {init} stands there more than once{more}; which one counts?"
+        )
+    return found
+
+
+def _recognised(name: str, path: Path, text: str) -> ForeignArm | None:
+    if path.suffix == ".csv":
+        header = text.partition("\n")[0]
+        delimiter = max(",;\t", key=header.count)
+        return _fork(
+            name, _suite_in(path), None, list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        )
+    if path.suffix == ".jsonl":
+        return _fork(name, _suite_in(path), None, [json.loads(line) for line in text.splitlines() if line.strip()])
+    if (suite := re.search(r"^Task suite: (\S+)", text, re.MULTILINE)) and not text.lstrip().startswith("{"):
+        return _openvla(name, suite[1], text)
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        return None
+    if "per_task" in data:
+        return _lerobot(name, data["per_task"])
+    if "per_episode" in data:
+        outcomes = [(None, _outcome(e["success"])) for e in data["per_episode"]]
+        return ForeignArm(name, "LeRobot", tuple(outcomes), "LeRobot records no initial state")
+    if "task_suite" in data:
+        return _fork(name, data["task_suite"], data.get("seed"), data["results"])
+    if "benchmark" in data and "tasks" in data:
+        return _vla_eval(name, data)
+    return None
+
+
+def _openvla(name: str, suite: str, text: str) -> ForeignArm:
+    """Episode N of a task starts from initial state N - 1."""
+    episodes, task, init = [], "", None
+    for key, value in re.findall(r"^(Task|Starting episode|Success):? *(.*?)(?:\.\.\.)? *$", text, re.MULTILINE):
+        if key == "Task":
+            task = value
+        elif key == "Starting episode":
+            init = int(value) - 1
+        elif init is not None:
+            episodes.append(((suite, task, init, None), _outcome(value)))
+            init = None
+    return ForeignArm(name, "OpenVLA", tuple(episodes))
 
 
 def _lerobot(name: str, per_task: list[dict[str, Any]]) -> ForeignArm:
-    outcomes = [(None, _outcome(s)) for task in per_task for s in task["metrics"]["successes"]]
+    found = [
+        ((str(task["task_group"]), str(task["task_id"])), (None, _outcome(success)))
+        for task in per_task
+        for success in task["metrics"]["successes"]
+    ]
     return ForeignArm(
         name,
         "LeRobot",
-        tuple(outcomes),
+        tuple(outcome for _, outcome in found),
         "LeRobot's initial states depend on when earlier episodes ended (lerobot #4152)",
+        cells=tuple(cell for cell, _ in found),
     )
 
 
@@ -121,9 +187,8 @@ def _vla_eval(name: str, data: dict[str, Any]) -> ForeignArm:
 
 
 def _outcome(value: Any) -> Outcome:
-    meant = (
-        {"true": True, "1": True, "false": False, "0": False}.get(value.lower()) if isinstance(value, str) else value
-    )
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    meant = words.get(value.strip().lower()) if isinstance(value, str) else value
     if meant not in (True, False):
         raise ValueError(f"success is {value!r}, expected True or False")
     return "success" if meant else "failure"
@@ -132,7 +197,7 @@ def _outcome(value: Any) -> Outcome:
 def _suite_in(path: Path) -> str:
     found = re.search(r"libero_(?:spatial|object|goal|10|90)", path.stem)
     if not found:
-        raise ValueError("the suite must be in the file's name, e.g. libero_object_results.csv")
+        raise ValueError(f"the suite must be in the file's name, e.g. libero_object_results{path.suffix}")
     return found[0]
 
 

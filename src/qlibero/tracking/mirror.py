@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlibero.tracking import wandb_environment
+
 if TYPE_CHECKING:
     from qlibero.config.schema import Tracking
 
@@ -94,6 +96,12 @@ def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
     Call it when `run_dir` exists and holds experiment.yaml, in the one process that owns the run directory (the shards
     of a sweep have none; the merge that follows them does).
     """
+    try:
+        tracking, notes = wandb_environment.apply(tracking, os.environ)
+    except ValueError as problem:
+        notes = [f"the WANDB_* variables are not used: {' '.join(str(problem).split())[:300]}"]
+    for note in notes:
+        print(note, file=sys.stderr)
     if tracking.mode == "disabled":
         return Mirrors(())
     mirrors = []
@@ -102,6 +110,10 @@ def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
         arguments += ["--project", tracking.project]
         if tracker == "wandb" and tracking.entity:
             arguments += ["--entity", tracking.entity]
+        if tracker == "wandb":
+            arguments += [f"--tag={tag}" for tag in tracking.tags] + [f"--job-type={tracking.job_type}"]
+            arguments += [f"--group={tracking.group}"] * bool(tracking.group)
+            arguments += [f"--notes={tracking.notes}"] * bool(tracking.notes)
         mirror = Mirror(tracker, Path(run_dir), tuple(arguments))
         _spawn(mirror)
         mirrors.append(mirror)

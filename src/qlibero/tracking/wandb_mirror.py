@@ -29,7 +29,7 @@ from pathlib import Path
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
-from qlibero.tracking import replay
+from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
 
 ATTEMPTS = 3  # replays in one life: the last one always offline
@@ -88,9 +88,10 @@ class WandbRun:
             entity=self.options.entity,
             id=state.run_id,
             name=f"{self.name}/{self.arm}",
-            group=self.name,
-            job_type="eval",
-            tags=[self.arm[:64]],
+            group=self.options.group or self.name,
+            job_type=self.options.job_type,
+            notes=self.options.notes,
+            tags=list(dict.fromkeys([self.arm[:64], *self.options.tag])),
             dir=str(self.directory),
             config={"arm": self.arm, "experiment": self.experiment, "meta": self.meta},
             reinit="create_new",
@@ -211,6 +212,10 @@ def main() -> int:
     parser.add_argument("--mode", choices=("offline", "online"), default="offline")
     parser.add_argument("--project", default="qlibero")
     parser.add_argument("--entity")
+    parser.add_argument("--tag", action="append", default=[], help="beside the arm's name; again for more")
+    parser.add_argument("--group", help="default: the experiment's name")
+    parser.add_argument("--notes")
+    parser.add_argument("--job-type", default="eval")
     parser.add_argument("--follow", action="store_true", help="go on until standard input ends")
     parser.add_argument("--attempt", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -218,6 +223,8 @@ def main() -> int:
         options.mode = "offline"
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 10)  # never in the way of an episode
+    for name in wandb_environment.TAKEN:  # start_mirrors has read them
+        os.environ.pop(name, None)
     home = options.run_dir.resolve() / ".wandb"
     for name in ("data", "cache", "artifact"):
         os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(home / name))
@@ -258,6 +265,8 @@ def _restart(options: argparse.Namespace) -> None:
     os.environ.pop("WANDB_SERVICE", None)
     command = [sys.executable, "-m", "qlibero.tracking.wandb_mirror", str(options.run_dir)]
     command += [f"--mode={options.mode}", f"--project={options.project}", f"--attempt={options.attempt}"]
+    command += [f"--job-type={options.job_type}"] + [f"--tag={tag}" for tag in options.tag]
+    command += [f"--{key}={value}" for key in ("group", "notes") if (value := getattr(options, key))]
     command += [f"--entity={options.entity}"] * bool(options.entity) + ["--follow"] * options.follow
     os.execv(sys.executable, command + [f"--arm={arm}" for arm in options.arm or ()])
 

@@ -25,7 +25,6 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlibero.documents import Open, Strict, fit, read_json, short
 from qlibero.errors import UserError
 from qlibero.policies.pi05.architecture import architecture
 from qlibero.policies.pi05.config import Pi05Config
@@ -37,6 +36,7 @@ from qlibero.policies.pi05.profiles import PROFILES, Profile
 from qlibero.policies.pi05.tensor_table import TensorTable, faulty, tensor_table
 from qlibero.policies.pi05.unreadable import require_pi05
 from qlibero.policies.pi05.weights import WEIGHTS, Weights, fault_of, find_weights, sha256
+from qlibero.policies.structured import Open, Strict, fit, read_json, short
 
 FORMAT = "qlibero-pi05-1"
 

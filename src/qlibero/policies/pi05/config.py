@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from qlibero.documents import fit
 from qlibero.errors import UserError
+from qlibero.policies.structured import fit
 
 Width = Annotated[int, Field(ge=1, le=2**17)]
 Depth = Annotated[int, Field(ge=1, le=256)]

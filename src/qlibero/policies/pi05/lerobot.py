@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from qlibero.documents import Open, fit, read_json, short
 from qlibero.errors import UserError
 from qlibero.policies.pi05.declared import AGENT, WRIST, Declared
+from qlibero.policies.structured import Open, fit, read_json, short
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 _IMAGES = "observation.images."

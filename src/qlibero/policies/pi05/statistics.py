@@ -10,11 +10,11 @@ import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from qlibero.documents import Open, fit, read_json, short
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint
 from qlibero.policies.pi05.lerobot import POST, PRE
 from qlibero.policies.pi05.normalize import Mode, Statistics, from_lerobot, from_openpi
+from qlibero.policies.structured import Open, fit, read_json, short
 
 NUMBERS = {"state": 8, "actions": 7}
 """What LIBERO's robot has; statistics may be padded to more dimensions."""

@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
-from qlibero.documents import MOST_BYTES, Strict, fit, read_json, short
 from qlibero.errors import UserError
+from qlibero.policies.structured import MOST_BYTES, Strict, fit, read_json, short
 
 PINS = {"sentencepiece": "sentencepiece==0.2.2", "tokenizers": "tokenizers==0.23.2"}
 _WORD = re.compile(r"[a-z0-9]+")

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qlibero.documents import short
 from qlibero.errors import UserError
+from qlibero.policies.structured import short
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _LFS = b"version https://git-lfs.github.com/spec/"

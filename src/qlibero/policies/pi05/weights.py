@@ -18,9 +18,9 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlibero.documents import Open, fit, read_json
 from qlibero.errors import UserError, cause
 from qlibero.policies.pi05.unreadable import why_no_weights
+from qlibero.policies.structured import Open, fit, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,51 @@
+"""Values in the syntax of another program: one function for each, so that a name stays a name.
+
+The shell has `shlex`, HTML has `reporting.markup`, JSON has `json`. Here are those that the standard library lacks.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from qlibero.errors import UserError
+
+
+def sbatch_option(name: str, value: str) -> str:
+    """`--name="value"` for an #SBATCH line, which Slurm splits at blanks, with quotes, and without any expansion.
+
+    Raises UserError for what no quoting carries: line breaks and other control characters.
+    """
+    if any(unicodedata.category(character) == "Cc" for character in value):
+        raise UserError(f"{value!r} holds a control character, which no #SBATCH line can carry: choose another name")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'--{name}="{escaped}"' if escaped != value or not _plain(value) else f"--{name}={value}"
+
+
+def slurm_file(path: str) -> str:
+    """A path as part of a Slurm file name pattern, in which `%` begins a variable and is written twice.
+
+    Raises UserError for a backslash: Slurm takes a pattern that holds one without any variables, so not even %a works.
+    """
+    if "\\" in path:
+        raise UserError(f"{path}: Slurm cannot write logs below a path with a backslash; choose another --out")
+    return path.replace("%", "%%")
+
+
+def visible(text: str, colours: bool = False) -> str:
+    """Text for a terminal or a page: controls of the terminal and of the writing direction are shown, not obeyed.
+
+    `colours`: escape sequences are our own, and stay.
+    """
+    if text.isascii() and (colours or text.isprintable()):
+        return text
+    kept = "\n\t" + "\r\x1b" * colours
+    return "".join(c if c in kept or not _acts(c) else f"\\u{ord(c):04x}" for c in text)
+
+
+def _plain(value: str) -> bool:
+    return bool(value) and not any(character.isspace() or character in "\"'#" for character in value)
+
+
+def _acts(character: str) -> bool:
+    # Cf: bidi controls, zero-width characters; Cc: escape sequences; Cs: halves that no output can encode
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character != "\u200d"

@@ -1,0 +1,36 @@
+"""Risk: a name from a config, a ledger or another tool's file turns the writing direction of a report or a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlibero.commands import explain
+from qlibero.console import console, table
+from qlibero.reporting.markup import el, join
+
+BIDI = ["\u202e", "\u2066", "\u2069", "\u200f", "\u061c"]
+
+
+@pytest.mark.parametrize("control", BIDI, ids=ascii)
+def test_direction_controls_are_shown_in_pages_and_terminals(control, capsys):
+    name = f"evil{control}gpj"
+    shown = f"evil\\u{ord(control):04x}gpj"
+    assert shown in el("td", name, title=name) and control not in el("td", name, title=name)
+    assert shown in join([name])
+    explain(name)
+    table([{"arm": name}], title=name)
+    console().print(name)
+    said = capsys.readouterr().err
+    assert said.count(shown) == 4 and control not in said
+
+
+def test_other_scripts_and_emoji_are_left_alone(capsys):
+    name = "Größe 模型 שלום 👩\u200d🔬"
+    explain(name)
+    console().print(name, style="red")
+    assert capsys.readouterr().err.count(name) == 2 and name in el("b", name)
+
+
+def test_escape_sequences_do_not_reach_the_terminal(capsys):
+    explain("\x1b]0;title\x07\x1b[31mred")
+    assert "\x1b" not in capsys.readouterr().err
