@@ -35,7 +35,8 @@ ATM_RANGE, OHB_RANGE = (0.8, 1.25), (0.7408, 1.3499)
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Bytes = Annotated[int, Field(ge=0, le=2**40)]
-_Measure = Annotated[float, Field()] | None
+_Pattern = Annotated[str, Field(max_length=2000)]
+_Measure = Annotated[float, Field(allow_inf_nan=True)] | None
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -65,8 +66,8 @@ class _Spec(Strict):
 
     method: str
     layout: str | None
-    include: list[_Name] = Field(max_length=1000)
-    exclude: list[_Name] = Field(max_length=1000)
+    include: list[_Pattern] = Field(max_length=1000)
+    exclude: list[_Pattern] = Field(max_length=1000)
     weight_bits: int
     activation_bits: int
     per_layer_bits: dict[str, int] = Field(max_length=1000)
