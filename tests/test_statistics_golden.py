@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from qlibero.episode_key import EpisodeKey
 from qlibero.results import statistics as st
-from qlibero.results.clusters import sign_flip_p, task_bootstrap, task_t_interval
 from qlibero.results.evalues import log_e_difference, margin_martingales
+from qlibero.results.judgement import plain_word
+from qlibero.results.sampling import Sample, sample
+from qlibero.results.shifts import mean_t_interval, sign_flip_p
 
 
 def in_points(interval, digits=2):
@@ -68,13 +71,14 @@ def test_newcombe_published_examples(a, b, r, n, expected):
         (11, 9, 500, "inconclusive"),
         (10, 10, 500, "non-inferior"),
         (14, 6, 2000, "non-inferior"),
-        (45, 15, 2000, "inconclusive"),  # although p = 0.0001
+        (45, 15, 2000, "worse"),  # p = 0.0001, and the interval reaches from −2.3 to −0.8
         (60, 5, 500, "inferior"),
         (0, 0, 0, "no pairs"),
+        (0, 5, 5, "inconclusive (few pairs)"),  # wrong in 2.8 % of the worst cases
     ],
 )
 def test_verdict_at_two_points(b, r, n, expected):
-    assert st.verdict(b, r, n, 0.02) == expected
+    assert plain_word(Sample(n, b, r), 0.02) == expected
 
 
 def test_holm_by_hand():
@@ -187,13 +191,40 @@ def test_margin_martingale_is_fair_at_the_margin():
         assert mean == pytest.approx(1, abs=1e-12)
 
 
-def test_cluster_intervals_by_hand():
+def test_t_interval_by_hand():
     deltas = [-0.1, 0.0, 0.05, -0.05]
-    low, high = task_t_interval(deltas)
     half = 3.182446 * np.std(deltas, ddof=1) / 2
-    assert (low, high) == pytest.approx((-0.025 - half, -0.025 + half), abs=1e-6)
-    assert task_t_interval([0.1]) is None and task_bootstrap([1], [50]) is None
-    assert task_bootstrap([0, 0, 0], [50, 50, 50]) == (0, 0)
+    assert mean_t_interval(deltas) == pytest.approx((-0.025 - half, -0.025 + half), abs=1e-6)
+    assert mean_t_interval([0.1]) is None
+
+
+def per_task(*steps):
+    """A sample for new tasks: `steps` of each task's pairs."""
+    return sample([(EpisodeKey("s", t, i, 7), x) for t, of in enumerate(steps) for i, x in enumerate(of)], "new_tasks")
+
+
+def test_design_effect_by_hand():
+    """Two tasks of four pairs, −2 and 0: Δ = −1/4; between 2·(1 + 1) = 4, within 2 − 8/16 = 1.5."""
+    found = per_task([-1, -1, 0, 0], [0, 0, 0, 0])
+    assert (found.clusters, found.design_effect) == (2, pytest.approx(4 / 1.5))
+    assert found.interval == pytest.approx(st.tango(0.75, 0, 3, quantile=12.706204736), abs=1e-6)
+
+
+def test_many_tasks_of_many_pairs_give_the_t_interval():
+    """Far from the edges Tango at effective counts is the t interval of the tasks' own differences."""
+    random = np.random.default_rng(1)
+    tasks = [random.choice([-1, 0, 1], p=[0.2 + e, 0.6, 0.2 - e], size=400) for e in random.normal(0, 0.05, 40)]
+    low, high = mean_t_interval([np.mean(task) for task in tasks])
+    assert per_task(*tasks).interval == pytest.approx((low, high), abs=0.002)
+
+
+def test_a_cluster_interval_is_never_of_no_width_and_never_narrower_than_that_of_pairs():
+    equal = per_task(*[[-1] + [0] * 49] * 10)  # every task −2 pp
+    low, high = equal.interval
+    pairs_low, pairs_high = st.tango(10, 0, 500)
+    assert low <= pairs_low < -0.02 < pairs_high <= high
+    assert per_task([0] * 50, [0] * 50).interval[0] < -0.01  # no flip at all is not a certain zero for new tasks
+    assert per_task([0] * 50).interval == (-1, 1)  # one task says nothing of others
 
 
 def test_sign_flip_exact_small_case():

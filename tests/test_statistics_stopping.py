@@ -11,6 +11,7 @@ from hypothesis import strategies as hy
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
+from qlibero.results.comparison import SequentialTest
 from qlibero.results.phrases import sequential_text
 from qlibero.results.stopping import (
     decide,
@@ -167,7 +168,7 @@ def test_the_cap_ends_the_question_undecided_and_may_be_raised(tmp_path):
     assert capped.decide([0] * 99).verdict is None
     decision = capped.decide([0] * 300)
     assert (decision.verdict, decision.pairs, decision.stop) == ("undecided", 100, True)
-    shown = {**vars(decision), "margin": 0.02, "max_pairs": 100, "declared_pairs": 500, "episodes_saved": 0}
+    shown = SequentialTest(decision, margin=0.02, max_pairs=100, declared_pairs=500, episodes_saved=0)
     assert sequential_text(shown).startswith("undecided at the cap of 100 pairs") and "saved" not in sequential_text(
         shown
     )

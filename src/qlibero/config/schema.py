@@ -314,6 +314,17 @@ class Experiment(Frozen):
         lt=1,
         description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it",
     )
+    estimand: Literal["these", "new_inits", "new_tasks"] = Field(
+        "new_inits",
+        description="what verdicts are about: these tasks and initial states; new initial states of these tasks "
+        "(clustered by initial state where there are several seeds); new tasks (clustered by task)",
+    )
+    primary: Literal["pooled", "per-suite"] = Field(
+        "pooled", description="what is claimed of an arm, and counted by Holm: all suites together, or each suite"
+    )
+    compare_with: Literal["baseline", "pooled"] = Field(
+        "baseline", description="verdicts are against the baseline, or against its mean with the A/A arms (sharper)"
+    )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
     mixed_machines: bool = Field(
         False,
@@ -387,9 +398,10 @@ class Experiment(Frozen):
 def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over every setting that decides the result of one of `arm`'s episodes, and nothing else.
 
-    Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
-    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
-    refused. Paths, addresses and pinned hashes do not count: what lies there does, by content (`qlibero.identity`).
+    Left out: which episodes are run (tasks, episodes_per_task, stop), what is asked of them (margin, estimand, primary,
+    compare_with), other arms, names, workers, retries, videos, tracking, launch. So more episodes or another arm
+    continue a run directory, and another seed or alpha is refused. Paths, addresses and pinned hashes do not count:
+    what lies there does, by content (`qlibero.identity`).
     """
     policy = experiment.policy.model_dump()
     policy.pop("sha256", None)

@@ -20,8 +20,9 @@ from qlibero.launch.capacity import WORKER_GB, capacity, fitting
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.environment import find_gpus
 from qlibero.places import RUNS
-from qlibero.results.judgement import detectable
+from qlibero.results.judgement import power
 from qlibero.results.ledger import read_ledger
+from qlibero.results.phrases import detectable_line
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, read_run
 
@@ -227,15 +228,15 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
 def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     """What the cell's pairs can find, and what non-inferiority takes. None: too few pairs or flips."""
     margin = declared_margin(cell.experiment.model_dump(mode="json"))
-    found = detectable(pairs, *_discordance(cell), margin, sequential=cell.experiment.stop is not None)
+    found = power(pairs, *_discordance(cell), margin, sequential=cell.experiment.stop is not None)
     return {
-        "discordance": f"{found['discordance']:.1%} {found['discordance_from']}",
-        "detectable_difference": found["difference"],
-        "one_way_difference": found["one_way_difference"],
+        "discordance": f"{found.discordance:.1%} {found.discordance_from}",
+        "detectable_difference": found.difference,
+        "one_way_difference": found.one_way_difference,
         "margin": margin,
-        "noninferiority_power": found["noninferiority_power"],
-        "pairs_for_noninferiority": found["pairs_for_noninferiority"],
-        "detectable": found["line"],
+        "noninferiority_power": found.noninferiority_power,
+        "pairs_for_noninferiority": found.pairs_for_noninferiority,
+        "detectable": detectable_line(found),
     }
 
 

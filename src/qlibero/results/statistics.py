@@ -43,8 +43,8 @@ def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
-def _check_counts(k: int, n: int) -> None:
-    if not 0 <= k <= n or n == 0:
+def _check_counts(k: float, n: float) -> None:
+    if not 0 <= k <= n + 1e-9 or n == 0:
         raise ValueError(f"{k} of {n} is not a proportion")
 
 
@@ -57,17 +57,15 @@ def mcnemar_exact(broken: int, repaired: int) -> float:
 
     Fewer than 6 discordant pairs can never reach 0.05.
     """
-    n, k = broken + repaired, min(broken, repaired)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * float(bdtr(min(broken, repaired), broken + repaired, 0.5)))
 
 
-def tango_z(broken: int, repaired: int, n: int, delta: float) -> float:
-    """Score statistic of H0: Δ = `delta`; positive when the data lie above `delta`."""
+def tango_z(broken: float, repaired: float, n: float, delta: float) -> float:
+    """Score statistic of H0: Δ = `delta`; positive when the data lie above `delta`. Counts may be effective ones."""
     return float(_tango_z(np.array([broken]), np.array([repaired]), n, delta)[0])
 
 
-def _tango_z(broken: np.ndarray, repaired: np.ndarray, n: int, delta: float) -> np.ndarray:
+def _tango_z(broken: np.ndarray, repaired: np.ndarray, n: float, delta: float) -> np.ndarray:
     b, r = broken.astype(np.float64), repaired.astype(np.float64)
     # q is the maximum-likelihood P(broken) given Δ = delta
     linear = -r - b + (2 * n - r + b) * delta
@@ -78,10 +76,15 @@ def _tango_z(broken: np.ndarray, repaired: np.ndarray, n: int, delta: float) -> 
     return numerator / np.sqrt(variance)
 
 
-def tango(broken: int, repaired: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant."""
+def tango(
+    broken: float, repaired: float, n: float, confidence: float = CONFIDENCE, quantile: float | None = None
+) -> Interval:
+    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant.
+
+    `quantile` replaces z where few clusters make it Student's; counts are effective ones then (`sampling.py`).
+    """
     _check_counts(broken + repaired, n)
-    z, estimate = normal_quantile(confidence), (repaired - broken) / n
+    z, estimate = normal_quantile(confidence) if quantile is None else quantile, (repaired - broken) / n
     return (
         _bisect(lambda d: tango_z(broken, repaired, n, d) > z, -1.0, estimate),
         _bisect(lambda d: tango_z(broken, repaired, n, d) > -z, estimate, 1.0),
@@ -131,19 +134,6 @@ def newcombe_independent(k1: int, n1: int, k2: int, n2: int, confidence: float =
 def noninferiority_p(broken: int, repaired: int, n: int, margin: float) -> float:
     """One-sided p-value of H0: Δ ≤ −margin (Tango score)."""
     return 1 - NormalDist().cdf(tango_z(broken, repaired, n, -margin))
-
-
-def verdict(broken: int, repaired: int, n: int, margin: float) -> str:
-    """`non-inferior`, `inferior` or `inconclusive` at a margin declared before the run (0.02 = 2 pp).
-
-    "No significant difference" is never taken for equality: only an interval wholly above −margin is.
-    """
-    if n == 0:
-        return "no pairs"
-    low, high = tango(broken, repaired, n)
-    if low > -margin:
-        return "non-inferior"
-    return "inferior" if high < -margin else "inconclusive"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

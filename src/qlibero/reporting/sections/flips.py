@@ -48,7 +48,7 @@ def _task(m: Material, suite: str, task: int) -> str:
 def flip_rows(m: Material, part: Part, arm: str) -> list[str]:
     """Per task a string with one letter per initial state: s both succeed, f both fail, b broken, r repaired,
     e error, u unpaired, · not run."""
-    unpaired = {u["key"] for u in m.compared[arm]["unpaired"]}
+    unpaired = m.compared[arm].unpaired
     columns = flip_columns(m, part)
     rows = []
     for suite, task in m.tasks_of(part.arms):
@@ -78,7 +78,7 @@ def flips(m: Material) -> Markup | None:
     for name, r in m.compared.items():
         part = m.part_of(name)
         text = (
-            f"Flips of {r['label']}: {r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs. "
+            f"Flips of {r.label}: {r.table.broken} broken, {r.table.repaired} repaired of {r.table.pairs} pairs. "
             "Arrow keys move, Enter plays a video."
         )
         labels = [el("span", str(task)) for _, task in m.tasks_of(part.arms)]
@@ -89,8 +89,8 @@ def flips(m: Material) -> Markup | None:
             el("div", f"initial state 0 … {max(i for i, _ in flip_columns(m, part))}", class_="axis-label"),
             class_="heat",
         )
-        floor = "noise floor: " if r["control"] else ""
-        counts = el("small", f"{floor}{r['broken']} broken ▼ {r['repaired']} repaired ▲")
+        floor = "noise floor: " if r.control else ""
+        counts = el("small", f"{floor}{r.table.broken} broken ▼ {r.table.repaired} repaired ▲")
         maps.append(el("figure", el("figcaption", named(m, name, counts)), grid))
     key = [
         ("s", "both succeed"),
@@ -117,7 +117,8 @@ def flips(m: Material) -> Markup | None:
             aria_live="polite",
         ),
         lead="One cell per episode. "
-        "A column of flips is a hard initial state, a row a fragile task, scattered flips are noise.",
+        "A row of flips is a fragile task; a cell that flips in arm after arm is a hard initial state of its task "
+        "(the same column of another task is another scene); scattered flips are noise.",
     )
 
 
