@@ -178,7 +178,8 @@ def test_the_pipeline_that_lerobot_saves_changes_nothing(tmp_path):
 def test_a_step_that_would_change_something_is_refused(tmp_path, which, change, message):
     path = lerobot(tmp_path / "c")
     settings(path, tokenizer_max_length=200, input_features=features("image", "image2"))
-    steps(path, which, lambda s: [*s, change])
+    first = change.get("registry_name") == "rename_observations_processor"
+    steps(path, which, lambda s: [change, *s] if first else [*s, change])
     with pytest.raises(UserError, match=message):
         load(path, profile="lerobot-0.6")
 
@@ -233,7 +234,7 @@ def test_padded_statistics_are_liberos(tmp_path, fill):
 
 def other(entry: dict, width: int) -> dict:
     """Statistics of another robot: `width` real numbers, padded to 32."""
-    return padded({key: (values * 4)[:width] for key, values in entry.items()}, 32)
+    return padded({key: (values * 5)[:width] for key, values in entry.items()}, 32)
 
 
 @pytest.mark.parametrize("kind", [openpi, lerobot])

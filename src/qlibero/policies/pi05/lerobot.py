@@ -121,6 +121,7 @@ def read_lerobot(path: Path, raw: dict[str, Any]) -> LerobotFiles:
     for file, steps in ((path / PRE, pre), (path / POST, post)):
         for step in steps:
             _require_known(step, str(file))
+        _require_once(steps, str(file))
     _require_order(pre, str(path / PRE))
     tokenizer = next((step for step in pre if step.registry_name == "tokenizer_processor"), Step())
     limits = {fit(_Limit, tokenizer.config, f"{path / PRE}: tokenizer_processor").max_length}
@@ -205,12 +206,15 @@ decides nothing."""
 _FREE = ("to_batch_processor",)
 
 
+def _require_once(steps: tuple[Step, ...], where: str) -> None:
+    order = [step.registry_name for step in steps]
+    if twice := next((name for name in order if order.count(name) > 1), None):
+        raise UserError(f"{where}: the step {twice} stands there {order.count(twice)} times")
+
+
 def _require_order(pre: tuple[Step, ...], where: str) -> None:
     """The state has to be normalised before it is written into the prompt, names changed before they are looked up."""
     order = [step.registry_name for step in pre]
-    if len(set(order)) < len(order):
-        twice = next(name for name in order if order.count(name) > 1)
-        raise UserError(f"{where}: the step {twice} stands there {order.count(twice)} times")
     chain = [
         name
         for name in (
