@@ -30,6 +30,8 @@ FACTORS_OF = {
 LARGEST_SCALE = 1e4
 ORTHOGONAL_WITHIN = 0.05
 """Of a rotation kept in bfloat16, times its transpose, from the identity."""
+SMOOTHING_WITHIN = 0.02
+"""Of the mean logarithm of smoothing factors from 0: their geometric mean is 1, but for rounding to bfloat16."""
 ATM_RANGE, OHB_RANGE = (0.8, 1.25), (0.7408, 1.3499)
 
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
@@ -192,10 +194,11 @@ def _factor_fault(spec: QuantSpec, factor: str, value: Tensor, width: int) -> st
     if factor == "scale":
         right = tuple(value.shape) == (width,) and value.dtype == torch.float32
         right = right and bool(torch.isfinite(value).all()) and bool((value > 0).all())
-        return None if right else f"is no vector of {width} positive factors"
+        right = right and abs(float(value.double().log().mean())) <= SMOOTHING_WITHIN
+        return None if right else f"is no vector of {width} positive factors whose geometric mean is 1"
     if factor == "hadamard":
         right = tuple(value.shape) == (width,) and value.dtype == torch.bfloat16
-        right = right and bool(torch.isfinite(value).all()) and bool((value != 0).all())
+        right = right and bool((value.abs() > 0).all()) and bool((value.abs() < LARGEST_SCALE**2).all())
         return None if right else f"is no vector of {width} signed factors"
     # duquant folds its smoothing into the first rotation's rows
     scaled = factor == "first" and spec.method == "duquant"
@@ -211,6 +214,8 @@ def _rotation_fault(value: Tensor, width: int, block: int, dtype: torch.dtype, s
     lengths = rows.norm(dim=2, keepdim=True)
     if not bool(torch.isfinite(lengths).all()) or not bool((lengths > 0).all()):
         return "is no rotation: it has rows of zeros, NaN or infinity"
+    if scaled and abs(float(lengths.double().log().mean())) > SMOOTHING_WITHIN:
+        return "is no rotation with a smoothing whose geometric mean is 1"
     rows = rows / lengths if scaled else rows
     apart = (rows @ rows.transpose(1, 2) - torch.eye(block)).abs().max()
     return (
