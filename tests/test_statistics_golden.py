@@ -9,7 +9,7 @@ import pytest
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.results import statistics as st
-from qlibero.results.evalues import log_e_difference, margin_martingales
+from qlibero.results.evalues import margin_martingales
 from qlibero.results.judgement import plain_word
 from qlibero.results.sampling import Sample, sample
 from qlibero.results.shifts import mean_t_interval, sign_flip_p
@@ -135,45 +135,6 @@ def test_size_of_noninferiority_at_the_boundary():
                 if weight > 1e-7 and st.tango_z(b, r, n, -margin) > st.normal_quantile():
                     size += weight
         assert 0.018 < size < 0.026
-
-
-def test_e_process_equals_the_kt_product_and_is_a_martingale():
-    assert [log_e_difference(0, 0), log_e_difference(1, 0)] == pytest.approx([0, 0], abs=1e-14)
-    for b, r in [(7, 0), (5, 3), (30, 12), (400, 350)]:
-        product, counts = 0.0, [0, 0]
-        for side in [0] * b + [1] * r:
-            product += math.log(2 * (counts[side] + 0.5) / (sum(counts) + 1))
-            counts[side] += 1
-        assert log_e_difference(b, r) == pytest.approx(product, abs=1e-9)
-        here = math.exp(log_e_difference(b, r))
-        after = (math.exp(log_e_difference(b + 1, r)) + math.exp(log_e_difference(b, r + 1))) / 2
-        assert after == pytest.approx(here, rel=1e-9)
-
-
-def test_smallest_counts_that_reach_twenty():
-    def smallest(log_e):
-        return [next(b for b in range(r, 99) if log_e(b, r) >= math.log(20)) for r in (0, 1, 2, 3, 5, 10, 20)]
-
-    assert smallest(log_e_difference) == [7, 11, 14, 16, 21, 30, 47]
-
-
-def test_exact_false_alarm_rate_of_the_e_process():
-    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7 %."""
-    alive, alarms, at = {0: 1.0}, 0.0, {}
-    for n in range(1, 1001):
-        grown: dict[int, float] = {}
-        for b, p in alive.items():
-            for next_b in (b, b + 1):
-                grown[next_b] = grown.get(next_b, 0.0) + p / 2
-        alive = {}
-        for b, p in grown.items():
-            if log_e_difference(b, n - b) >= math.log(20):
-                alarms += p
-            else:
-                alive[b] = p
-        at[n] = alarms
-    assert round(100 * at[200], 1) == 3.3
-    assert round(100 * at[1000], 1) == 3.7
 
 
 def test_margin_martingale_decides_after_272_concordant_pairs():

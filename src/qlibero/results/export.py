@@ -20,6 +20,7 @@ PLAIN = (
     "suite",
     "task",
     "init",
+    "inits",
     "seed",
     "outcome",
     "steps",

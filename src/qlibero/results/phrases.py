@@ -198,21 +198,34 @@ def pooled_text(arm: ArmComparison) -> str:
 
 
 def sequential_text(test: SequentialTest) -> str:
-    """The sequential decision in words."""
+    """The sequential decision in words, with the interval that belongs to it."""
     d = test.decision
-    evidence = f"(e = {max(d.e_noninferior, d.e_inferior):.3g}, needs {d.threshold:g})"
+    evidence = (
+        f"{'e' if d.method == 'evalues' else 'z'} = {max(d.noninferior, d.inferior):.3g}, needs {d.threshold:.3g}"
+    )
+    if d.looks is not None:
+        evidence = f"look {d.look} of {d.looks}: {evidence}" if d.look else "not looked at yet"
+    if d.interval is not None:
+        low, high = d.interval
+        evidence += f", Δ in [{points(low)}, {points(high)}] pp at {100 * d.confidence:g} % over all looks"
     at = margin_text(test.margin)
     against = f", {count_text(d.errors, 'pair')} with errors counted against it" if d.errors else ""
     if d.verdict is None:
         retried = (
             f"; {count_text(d.errors, 'pair')} ended in errors, which the same command tries again" if d.errors else ""
         )
-        return f"no decision yet at {at} after {d.position} pairs {evidence}{retried}"
+        following = f"; the next look is at {d.next_look:,}" if d.next_look else ""
+        return f"no decision yet at {at} after {d.position} pairs ({evidence}){following}{retried}"
     if d.verdict == "undecided":
         capped = (test.max_pairs or test.declared_pairs) < test.declared_pairs
         where = f"at the cap of {test.max_pairs}" if capped else "after all"
-        return f"undecided {where} pairs, at {at} {evidence}"
+        return f"undecided {where} pairs, at {at} ({evidence})"
+    if d.verdict == "futile":
+        return (
+            f"futile: neither verdict at {at} had a fair chance left after {d.position} pairs ({evidence}); "
+            f"{test.episodes_saved} episodes saved"
+        )
     return (
         f"{d.verdict} at {at} after {d.position} pairs in the declared order of {test.declared_pairs} "
-        f"{evidence}{against}; {test.episodes_saved} episodes saved"
+        f"({evidence}){against}; {test.episodes_saved} episodes saved"
     )

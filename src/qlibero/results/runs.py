@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlibero.documents import read_json
-from qlibero.episode_key import EpisodeKey
+from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
@@ -40,7 +40,12 @@ class RunResults:
         seeds = said.get("seeds") or [said.get("seed")]
         if not suite or not tasks or not each or None in seeds:
             return None
-        return frozenset(EpisodeKey(suite, t, init, seed) for t in tasks for init in range(each) for seed in seeds)
+        inits, kind = said.get("inits"), OFFICIAL
+        if isinstance(inits, dict):
+            kind, each = FRESH, inits["fresh"]
+        return frozenset(
+            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
+        )
 
     @property
     def name(self) -> str:
@@ -123,7 +128,7 @@ def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
 
     Videos are filmed after the run, so records cannot know of them.
     """
-    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.init}-{record.seed}.mp4"
+    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.key.init_name}-{record.seed}.mp4"
 
 
 def _yaml(path: Path) -> dict[str, Any]:

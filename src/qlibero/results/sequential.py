@@ -29,7 +29,7 @@ class RuledSuite:
         if margin != self.test.margin:
             return Ruling.undecidable()
         decision = self.test.decision
-        return Ruling(_word(decision.verdict), _word(decision.without_errors), interval=None)
+        return Ruling(_word(decision.verdict), _word(decision.without_errors), interval=decision.interval)
 
 
 def sequential_tests(declarations: Sequence[Declaration], base: Arm, arm: Arm, pairing: Pairing) -> list[RuledSuite]:

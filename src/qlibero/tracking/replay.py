@@ -214,6 +214,7 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
         "suite": record.suite,
         "task": record.task,
         "init": record.init,
+        "inits": record.inits,
         "seed": record.seed,
         "outcome": record.outcome,
         "success": int(record.succeeded),
