@@ -142,6 +142,11 @@ class SequentialTest:
     max_pairs: int | None
     episodes_saved: int
 
+    @property
+    def spendable(self) -> int:
+        """The most pairs it may take."""
+        return min(self.declared_pairs, self.max_pairs or self.declared_pairs)
+
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self.decision),
