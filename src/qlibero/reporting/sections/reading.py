@@ -37,7 +37,7 @@ def reading(m: Material) -> Markup:
             "inconclusive",
             "Neither; the power line says what these pairs could have found. “(errors)”: counting the errors against "
             "the arm would change the verdict. “(conflict)”: one episode was recorded twice with different results. "
-            "“(few pairs)”: fewer than 20. “(futile)”: the test under `stop:` gave up, as no verdict had a fair chance left.",
+            "“(few pairs)”: fewer than 20. “(futile)”: the test under `stop:` gave up.",
         ),
         (
             "interim",
@@ -70,13 +70,13 @@ def reading(m: Material) -> Markup:
         ),
         (
             "sequential test",
-            "Under `stop:` an arm ends when it is decided. Its interval holds at all looks at once, so it may be looked "
-            "at as often as the test, and it agrees with the verdict.",
+            "Under `stop:` an arm ends when it is decided. Its interval holds at all looks at once "
+            "and agrees with the verdict.",
         ),
         (
             "sharper, pooled",
-            "Δ against the mean of the reference and its A/A arms, whose own luck averages out: more power at no further "
-            "rollout. Verdicts use it only with `compare_with: pooled`.",
+            "Δ against the mean of the reference and its A/A arms, whose own luck averages out: more power, no further "
+            "rollouts. Verdicts use it only with `compare_with: pooled`.",
         ),
         (
             "speed",
