@@ -150,6 +150,7 @@ class SequentialTest:
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self.decision),
+            "interval": rounded_interval(self.decision.interval),
             "margin": self.margin,
             "declared_pairs": self.declared_pairs,
             "max_pairs": self.max_pairs,
