@@ -8,6 +8,7 @@ moves logs/ in both cases, e.g. off a home directory with a quota.
 from __future__ import annotations
 
 import os
+import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -25,6 +26,17 @@ REPOSITORY = CHECKOUT or _PACKAGE / "repository"
 CONFIGS = REPOSITORY / "configs"
 RUNS = Path(os.environ.get("QLIBERO_HOME") or CHECKOUT or Path.cwd()).expanduser().absolute() / "logs"
 """Run directories without --out."""
+
+SCRATCH = "QLIBERO_SCRATCH"
+"""Variable that names a directory of the node's own for what only this process needs (a run's films until it ends)."""
+
+
+def scratch() -> Path:
+    """Where temporary files of size go: $QLIBERO_SCRATCH, or what Slurm's prolog made for the job, or $TMPDIR."""
+    for name in (SCRATCH, "SLURM_TMPDIR"):
+        if directory := os.environ.get(name):
+            return Path(directory)
+    return Path(tempfile.gettempdir())
 
 
 def experiment_file(text: str) -> Path:
