@@ -17,8 +17,9 @@ from qlibero.config.dump import dump_resolved, editor_schema
 from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
 from qlibero.config.schema import Experiment, Quant, config_hash
 from qlibero.config.yaml_text import parse
+from qlibero.places import REPOSITORY
 
-CONFIGS = schema.REPOSITORY / "configs"
+CONFIGS = REPOSITORY / "configs"
 GOOD: dict[str, Any] = {
     "suite": "libero_object",
     "policy": {"type": "pi05", "checkpoint": "weights"},
@@ -370,14 +371,16 @@ def test_the_hash_covers_what_decides_an_episode_and_nothing_else(tmp_path: Path
         {"episodes_per_task": 3},
         {"launch": {"processes": 4}},
         {"stop": {}},
+        {"mixed_machines": True},
     ):
         assert hashes(**free) == same
     for decides in ({"seed": 8}, {"protocol": "openpi"}, {"max_steps": 9}, {"suite": "libero_goal"}):
         assert all(new != old for new, old in zip(hashes(**decides), same, strict=True))
     of_quant = hashes(quant={"method": "rtn", "layout": "expert"})
     assert of_quant[0] == same[0] and of_quant[1] != same[1]
-    hashed = {"type": "pi05", "sha256": "0" * 64}
-    assert hashes(policy=hashed | {"checkpoint": "/here"}) == hashes(policy=hashed | {"checkpoint": "/there"}) != same
+    here, there = ({"type": "pi05", "checkpoint": place} for place in ("/here", "/there"))
+    assert hashes(policy=here) == hashes(policy=there | {"sha256": "0" * 64}), "what lies there counts, by content"
+    assert hashes(policy=here | {"replan_steps": 3}) != hashes(policy=here)
 
 
 # ------------------------------------------------------------------------------------ the fork's variables, the files

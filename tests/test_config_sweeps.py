@@ -8,8 +8,9 @@ import pytest
 
 from qlibero.config.labels import FREE
 from qlibero.config.load import ConfigError, load_experiment
-from qlibero.config.schema import REPOSITORY, Experiment, config_hash
+from qlibero.config.schema import Experiment, config_hash
 from qlibero.config.sweep import Sweep, load_sweep
+from qlibero.places import REPOSITORY
 from qlibero.quant.spec import METHODS
 
 CONFIGS = REPOSITORY / "configs"

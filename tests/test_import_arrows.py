@@ -11,7 +11,7 @@ SOURCE = Path(qlibero.__file__).parent
 
 # What each room may import besides itself. `activity`, `errors`, `episode_key`, `console`, `files`, `places` and
 # `quoting` are leaves for everybody; the schema, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"activity", "errors", "episode_key", "console", "files", "places", "quoting"}
+LEAVES = {"activity", "errors", "episode_key", "console", "files", "places", "quoting", "documents", "identity"}
 SCHEMA = {f"qlibero.config.{name}" for name in ("schema", "fields", "quantization", "vocabulary", "yaml_text")}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"policies", "sim", "quant", "results"},
     "tracking": {"results"},
     "reporting": {"results"},
-    "arms": {"policies", "quant", "kernels", "rollout", "sim"},
+    "machine": set(),
+    "arms": {"machine", "policies", "quant", "kernels", "rollout", "sim"},
     "sequential": {"results"},
     "experiment": {"config", "arms", "sequential", "rollout", "sim", "results", "tracking", "launch"},
     "filming": {"config", "experiment", "rollout", "results"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -22,6 +23,7 @@ from qlibero.results import ledger as room
 from qlibero.results.ledger import Ledger, read_arm, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run
+from qlibero.results.stopping import declare, make_declaration
 
 
 def record(init: int, outcome: str = "success", digest: str = "cd", task: int = 0) -> EpisodeRecord:
@@ -108,7 +110,9 @@ def test_lost_sidecar_is_none_not_a_crash(tmp_path):
 
 
 def test_directory_of_another_configuration_is_refused(tmp_path):
-    Ledger(tmp_path, "fake", 0, "aaaa").close()
+    Ledger(tmp_path, "fake", 0, "bbbb").close()  # a start that recorded nothing binds nothing
+    with Ledger(tmp_path, "fake", 0, "aaaa") as ledger:
+        ledger.append(record(0))
     with pytest.raises(GuardRefusal, match="another configuration"):
         Ledger(tmp_path, "fake", 1, "bbbb")
     Ledger(tmp_path, "fake", 0, "aaaa").close()  # the refusal left nothing locked
@@ -140,7 +144,7 @@ def test_meta_is_merged_and_replaced_whole(tmp_path):
         "memory": {"weights_bytes": 5},
         "artifact": "x",
     }
-    assert os.listdir(tmp_path / "fake") == ["meta.json"]
+    assert sorted(os.listdir(tmp_path / "fake")) == [".lock-meta", "meta.json"]
 
 
 def test_arms_come_in_the_order_of_the_experiment(tmp_path):
@@ -297,3 +301,115 @@ def test_sigkill_loses_nothing_that_was_acknowledged(tmp_path):
     for r in arm.records[:: max(1, len(arm.records) // 50)]:
         assert np.array_equal(read_trajectory(tmp_path, r), trajectory(r.init))
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+# what is on disk, and what somebody else put there ----------------------------------------------------------
+
+
+def test_nothing_counts_as_written_before_it_is_on_disk(tmp_path, monkeypatch):
+    """A power loss takes what was not fsynced: rows, line, the new files' names, meta.json, the sequential rule."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        assert synced == ["fake"], "the names of the new files"
+        synced.clear()
+        ledger.append(record(0), trajectory(0))
+        assert synced[0] == "fake/trajectory-0-1.f32" and synced[-1] == "fake/episodes-0-1.jsonl"
+        assert synced[1].startswith("fake/.meta.json-") and synced[2] == "fake"
+        synced.clear()
+        ledger.append(record(1), trajectory(1))
+        assert synced == ["fake/trajectory-0-1.f32", "fake/episodes-0-1.jsonl"]
+    synced.clear()
+    declare(tmp_path, make_declaration([record(0).key], margin=0.02, alpha=0.025, arms=["fake"], seed=7))
+    assert len(synced) == 2 and synced[0].startswith(".stopping.json-") and synced[1] == "."
+
+
+def test_a_flipped_bit_inside_a_number_is_found_and_old_lines_are_read(tmp_path):
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        ledger.append(record(0))
+    path = tmp_path / "fake" / "episodes-0-1.jsonl"
+    line = path.read_text()
+    assert '"checksum":"' in line and '"replans":10' in line
+    path.write_text(line.replace('"replans":10', '"replans":11'))
+    with pytest.raises(UserError, match=r"episodes-0-1.jsonl:1: the line is not what was written"):
+        read_arm(tmp_path, "fake")
+    path.write_text(replace(record(0), config_hash="h").to_json() + "\n")  # as lines were before they had a checksum
+    assert len(read_ledger(tmp_path, "fake")) == 1
+
+
+DAMAGE = {
+    "another arm": lambda d: d | {"arm": "baseline"},
+    "text for a count": lambda d: d | {"steps": "50"},
+    "a negative count": lambda d: d | {"steps": -1},
+    "a truth value for a count": lambda d: d | {"task": True},
+    "a count without end": lambda d: d | {"replans": 2**70},
+    "a seed that is text": lambda d: d | {"seed": "x"},
+    "phases that are a list": lambda d: d | {"phases_ms": [1]},
+    "a dictionary for a suite": lambda d: d | {"suite": {}},
+    "a hash that is a list": lambda d: d | {"config_hash": []},
+    "a trajectory elsewhere": lambda d: d | {"trajectory": {"file": "../../../etc/passwd", "offset": 0, "rows": 1}},
+    "more rows than there can be": lambda d: (
+        d | {"trajectory": {"file": "trajectory-0-1.f32", "offset": 0, "rows": 2**60}}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_line_that_no_writer_wrote_is_refused_with_its_place(tmp_path, damage):
+    (tmp_path / "fake").mkdir()
+    line = json.dumps(DAMAGE[damage](json.loads(record(0).to_json())))
+    (tmp_path / "fake" / "episodes-0-1.jsonl").write_text(record(1).to_json() + "\n" + line + "\n")
+    with pytest.raises(UserError, match=r"episodes-0-1.jsonl:2: "):
+        read_arm(tmp_path, "fake")
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 3000, b"9" * 5000, b"garbage", b"\xff\xfe", b"NaN"])
+@pytest.mark.parametrize("file", ["episodes-0-1.jsonl", "meta.json"])
+def test_json_that_ends_a_parser_ends_in_a_sentence(tmp_path, file, text):
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / file).write_bytes(text + b"\n")
+    with pytest.raises(UserError, match=file) as refusal:
+        read_arm(tmp_path, "fake")
+    assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize("file", ["episodes-0-1.jsonl", "meta.json"])
+def test_a_pipe_in_a_files_place_does_not_hang(tmp_path, file):
+    (tmp_path / "fake").mkdir()
+    os.mkfifo(tmp_path / "fake" / file)
+    with pytest.raises(UserError, match="not a file"):
+        read_arm(tmp_path, "fake")
+
+
+@pytest.mark.parametrize("plant", ["symlink", "hard link"])
+def test_a_planted_lock_destroys_nobodys_file(tmp_path, plant):
+    victim = tmp_path / "thesis.txt"
+    victim.write_text("chapter one")
+    (tmp_path / "fake").mkdir()
+    (os.symlink if plant == "symlink" else os.link)(victim, tmp_path / "fake" / ".lock-0")
+    with pytest.raises(GuardRefusal, match="not a lock file"):
+        Ledger(tmp_path, "fake", 0)
+    assert victim.read_text() == "chapter one"
+
+
+def test_a_directory_that_was_deleted_under_its_writer_is_told_at_once(tmp_path):
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        ledger.append(record(0), trajectory(0))
+        shutil.rmtree(tmp_path / "fake")
+        with pytest.raises(WorkFailed, match="was deleted"):
+            ledger.append(record(1), trajectory(1))
+
+
+def test_lost_episode_files_leave_the_next_start_a_free_name(tmp_path):
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        ledger.append(record(0), trajectory(0))
+    os.remove(tmp_path / "fake" / "episodes-0-1.jsonl")
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        ledger.append(record(0), trajectory(0))
+        assert ledger.attempt == 2

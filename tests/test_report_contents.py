@@ -15,9 +15,9 @@ from synthetic_run import film, make_run
 
 from qlibero.cli import main
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import REPOSITORY
 from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import _instructions
+from qlibero.places import REPOSITORY
 from qlibero.reporting import charts
 from qlibero.reporting.html import write_report
 from qlibero.reporting.markup import Markup, el, join, script_json

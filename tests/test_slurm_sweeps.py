@@ -15,8 +15,9 @@ import slurm_cluster
 from slurm_cluster import kill, queue, wait_for
 
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import REPOSITORY, Launch, config_hash
+from qlibero.config.schema import Launch, config_hash
 from qlibero.launch import cells, engine, slurm
+from qlibero.places import REPOSITORY
 from qlibero.results.ledger import read_ledger
 
 SMALL = """
@@ -191,15 +192,13 @@ def read(path: str) -> str:
         return ""
 
 
-def test_a_configuration_has_one_hash_inside_and_outside_a_container(monkeypatch):
+def test_a_configuration_has_one_hash_inside_and_outside_a_container():
     """A sweep's experiments name the checkout's absolute paths; the container's own checkout lies elsewhere."""
     experiment = load_experiment(REPOSITORY / "configs/experiments/llm_w4a8_fake.yaml", environ={})
-    arm = experiment.arms()[1]
-    outside = config_hash(experiment, arm)
-    monkeypatch.setattr("qlibero.config.schema.REPOSITORY", Path("/qlibero"))
-    assert config_hash(experiment, arm) != outside
-    monkeypatch.setenv("QLIBERO_CHECKOUT", str(REPOSITORY))
-    assert config_hash(experiment, arm) == outside
+    text = experiment.model_dump_json().replace(str(REPOSITORY), "/qlibero")
+    inside = type(experiment).model_validate_json(text)
+    assert "/qlibero/" in text and inside != experiment
+    assert config_hash(inside, inside.arms()[1]) == config_hash(experiment, experiment.arms()[1])
 
 
 def test_scripts_say_what_was_asked_for(tmp_path):
@@ -239,10 +238,7 @@ def test_scripts_say_what_was_asked_for(tmp_path):
     ):
         assert f"#SBATCH {line}\n" in script
     assert "{ module load cuda\n} ||" in script and "{ source venv/bin/activate\n} ||" in script
-    command = (
-        f"apptainer exec --nv q.sif env QLIBERO_CHECKOUT={REPOSITORY} "
-        f"qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index"
-    )
+    command = f"apptainer exec --nv q.sif qlibero run-shard --manifest '{tmp_path}/s p/manifest.json' --index"
     assert command in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     merge = slurm.merge_script(submission)

@@ -195,8 +195,9 @@ def test_two_arms_of_ours_among_files_are_paired_by_scene_as_always(tmp_path):
     for name, scene in (("one", "aaaa"), ("two", "bbbb")):
         make_run(tmp_path / name, arms={"baseline": 0.0}, trajectories=False, name=name)
         for path in (tmp_path / name / "baseline").glob("episodes-*.jsonl"):
-            lines = [json.dumps({**json.loads(line), "fingerprint": scene}) for line in path.read_text().splitlines()]
-            path.write_text("\n".join(lines) + "\n")
+            rows = [{**json.loads(line), "fingerprint": scene} for line in path.read_text().splitlines()]
+            unsealed = [json.dumps({k: v for k, v in row.items() if k != "checksum"}) for row in rows]
+            path.write_text("\n".join(unsealed) + "\n")
         ours.append(tmp_path / name)
     other = fork(tmp_path / "fork" / "libero_object_results.json", episodes=10)
     result = compare_runs([*ours, other], reference="one/baseline")["arms"]

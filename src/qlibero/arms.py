@@ -9,26 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.identity import file_sha256
 from qlibero.kernels import DEQUANTIZED, court
 from qlibero.kernels.shapes import Layer
-from qlibero.policies import load_policy, weights_sha256
+from qlibero.machine import machine_facts, machine_kind
+from qlibero.policies import files_of, load_policy, weights_sha256
 from qlibero.policies.base import Observation, Policy, grey
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.layout import part_of
 from qlibero.quant.prepare import ARTIFACTS, artifact_for, demonstrations, ready_artifact
 from qlibero.quant.witness import hear_witness
-from qlibero.rollout.noise import call_noise
-from qlibero.sim.suites import task_language
+from qlibero.rollout.noise import RECIPE, call_noise
+from qlibero.sim.suites import SUITES, task_language
 
 WARMUP_CALLS = 3
 
@@ -36,9 +39,11 @@ Say = Callable[[str], None]
 
 
 def load_arms(
-    experiment: Experiment, arms: Sequence[Arm], say: Say
+    experiment: Experiment, arms: Sequence[Arm], say: Say, before: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
     """Policy and meta.json content by arm name. Arms share every tensor that they do not quantize.
+
+    `before` is the meta.json of arms that hold episodes already: `auto` keeps to the kernel it once chose by timing.
 
     Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
     """
@@ -55,17 +60,80 @@ def load_arms(
             policy = full.with_batch_size(full.batch_size + 1) if arm.backend == "aa" else full
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
-            policy, found = _quantized(experiment, arm, full, say)
+            policy, found = _quantized(experiment, _settled(arm, (before or {}).get(arm.name, {})), full, say)
         warmup_ms = warm_up(policy, experiment)
         policies[arm.name] = policy
         meta[arm.name] = {
             "backend": arm.backend,
             "policy": policy.provenance(),
+            "identity": identity_parts(experiment, arm, policy, found),
             **found,
+            **probe(policy, experiment),
             "kernels_hash": digest(found.get("kernels", {})),
             "warmup_ms": warmup_ms,
         }
     return policies, meta
+
+
+def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
+    """`auto` chooses by timing, which another day or machine may decide otherwise; what ran once runs again."""
+    ran = {said["kernel"] for said in before.get("kernels", {}).values() if said["kernel"] != DEQUANTIZED}
+    return replace(arm, backend=ran.pop()) if arm.backend == "auto" and len(ran) == 1 else arm
+
+
+def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapping[str, Any]) -> dict[str, str]:
+    """Everything of the policy that decides an action, by content: its files, its settings as they were resolved, the
+    artifact and the data it came from, a server's metadata, the noise, compiled code. No paths."""
+    about = policy.provenance()
+    parts = {"noise recipe": RECIPE}
+    for path in files_of(experiment.policy):
+        name = f"policy file {path.name}"
+        parts[name if name not in parts else f"{name} of {path.parent.name}"] = file_sha256(path)
+    for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim"):
+        if key in about:
+            parts[f"policy {key.replace('_', ' ')}"] = str(about[key])
+    if about["type"] == "remote":
+        parts["server's metadata"] = about["metadata_sha256"]
+        if not about["server"]:  # it says nothing of its policy: its address is all there is
+            parts["server"] = about["url"]
+    if about.get("execution", {}).get("flow") == "numba":
+        from qlibero.policies.pi05.cpu_flow import code_version
+
+        parts["compiled flow"] = code_version()
+    if arm.quant is not None:
+        parts["artifact"] = found["artifact"]["sha256"]
+        if arm.quant.calibration is not None and arm.quant.calibration.path.is_file():
+            parts["calibration data"] = file_sha256(arm.quant.calibration.path)
+    return parts
+
+
+def probe(policy: Policy, experiment: Experiment) -> dict[str, Any]:
+    """{"probe": 16 hex digits over the actions of a call on a fixed observation and noise, "probes": {that: machine}}.
+
+    It differs where the arithmetic does, whatever the reason. A server that draws its own noise answers every call
+    differently: its probe is empty, and its metadata alone stands for it.
+    """
+    about = policy.provenance()
+    facts = machine_facts(about["device"]) if "device" in about else {}
+    kind = {"kind": machine_kind(facts) if facts else "a policy server", "facts": facts}
+    if not about.get("guarantees", {"noise": True})["noise"]:
+        return {"probe": "", "probes": {"": kind}}
+    seen = np.random.Generator(np.random.Philox(key=0x70726F6265))
+    images = seen.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    state = seen.standard_normal(8).astype(np.float32) * np.float32(0.1)
+    noise = call_noise(EpisodeKey("probe", 0, 0, 0), 0, policy.noise_shape)
+    # the first instruction of the suite that the policy's vocabulary knows: the same whatever tasks are run
+    for task in range(SUITES[experiment.suite].tasks):
+        observation = Observation(images[0], images[1], state, task_language(experiment.suite, task))
+        try:
+            actions = policy.infer([observation], noise[None]).actions
+            break
+        except UserError:
+            continue
+    else:
+        raise UserError(f"policy {policy.name} knows no instruction of {experiment.suite}")
+    found = hashlib.sha256(np.ascontiguousarray(actions, "<f4").tobytes()).hexdigest()[:16]
+    return {"probe": found, "probes": {found: kind}}
 
 
 def replaced_in_all(experiment: Experiment, arms: Sequence[Arm]) -> frozenset[str]:

@@ -18,14 +18,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlibero import files
+from qlibero.activity import doing
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment, config_hash
-from qlibero.activity import doing
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators
 from qlibero.places import RUNS
-from qlibero.results.ledger import Ledger, check_config, read_ledger, write_meta
+from qlibero.results.ledger import Ledger, read_ledger
+from qlibero.results.machines import mix_in_words
+from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
@@ -110,11 +113,13 @@ def run_experiment(
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
     run_dir = run_directory(experiment, out)
+    _make_directory(run_dir, say)
     for arm in experiment.arms():
-        check_config(run_dir, arm.name, config_hash(experiment, arm))
+        check(run_dir, arm.name, {"config_hash": config_hash(experiment, arm)})
     mirrors: list[dict[str, Any]] = []
     missing = missing_episodes(experiment, run_dir, shard)
-    _prepare_directory(experiment, run_dir)
+    if not missing or not (run_dir / "experiment.yaml").exists():
+        files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
     if experiment.stop is not None:
         SequentialRun(experiment, run_dir, episode_keys(experiment)).declare()
     total = len(finished_episodes(experiment, run_dir, shard)) + len(missing)
@@ -134,6 +139,9 @@ def run_experiment(
         on_start(0, total)
     if not missing:
         on_result(run_dir)
+    for arm in experiment.arms():
+        if mix := mix_in_words(read_ledger(run_dir, arm.name)):
+            say(f"arm {arm.name}: {mix}")
     return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
 
 
@@ -160,25 +168,17 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
     return document
 
 
-def _prepare_directory(experiment: Experiment, run_dir: Path) -> None:
+def _make_directory(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Make the run directory. Raises UserError when a file is in its place, WorkFailed when it cannot be made."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        owner = run_dir.stat().st_uid
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{run_dir} is a file, not a run directory: choose another --out") from None
     except OSError as problem:
         raise WorkFailed(f"cannot write to {run_dir}: {cause(problem)}; choose another --out") from problem
-    write_whole(run_dir / "experiment.yaml", dump_resolved(experiment))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old text or the new. Raises WorkFailed when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise WorkFailed(
-            f"cannot write {path}: {cause(problem)}. Everything finished is kept; the same command continues"
-        ) from problem
+    if owner != os.geteuid():
+        say(f"{run_dir} belongs to another user (id {owner}): who can write there can change these results")
 
 
 def _run(
@@ -200,19 +200,32 @@ def _run(
     from qlibero.rollout.replay import replay
     from qlibero.sim.guard import PassportGuard, in_words, on_record
     from qlibero.sim.pool import worker_environment
+    from qlibero.sim.provenance import enforce, parts
     from qlibero.sim.suites import SUITES
     from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
-    environment = {**describe(), "instructions": _instructions(experiment)}
+    simulator = enforce()
+    environment = {
+        **describe(),
+        "instructions": _instructions(experiment),
+        "imported": {name: asdict(one) for name, one in simulator.items()},
+    }
     with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
-        policies, meta = load_arms(experiment, arms, say)
+        before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
+        policies, meta = load_arms(experiment, arms, say, before)
+        simulated = parts(experiment.suite, simulator)
+        for arm in arms:
+            meta[arm.name]["identity"] |= simulated
+            wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
+            check(run_dir, arm.name, wanted, experiment.mixed_machines)
         report = guard.enforce()
     say(f"simulator passport: {in_words(report)}")
     passport = {"passport": on_record(report)}
-    write_whole(run_dir / "environment.json", json.dumps(environment | passport, indent=2) + "\n")
     for arm in arms:
-        write_meta(run_dir, arm.name, meta[arm.name] | passport)
+        ledgers[arm.name].bind(meta[arm.name] | passport, experiment.mixed_machines)
+    files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
+    files.replace(run_dir / "environment.json", json.dumps(environment | passport, indent=2) + "\n")
 
     sequential = None
     if experiment.stop is not None:

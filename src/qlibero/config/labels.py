@@ -27,6 +27,7 @@ FREE = (
     "retries",
     "videos",
     "margin",
+    "mixed_machines",
     "stop",
     "tracking",
     "launch",

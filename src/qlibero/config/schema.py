@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +32,6 @@ from qlibero.config.fields import (
 )
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import SUITE_ALIASES
-from qlibero.places import REPOSITORY
 
 SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
@@ -307,6 +305,10 @@ class Experiment(Frozen):
         description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it",
     )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
+    mixed_machines: bool = Field(
+        False,
+        description="let machines of different arithmetic share a run directory; a pair then needs both arms from one",
+    )
     tracking: Annotated[
         Tracking,
         BeforeValidator(_trackers_alone, json_schema_input_type=Tracking | tuple[TrackerName, ...] | TrackerName),
@@ -373,18 +375,16 @@ class Experiment(Frozen):
 
 # --------------------------------------------------------------------------------------------------- the hash
 def config_hash(experiment: Experiment, arm: Arm) -> str:
-    """16 hex digits over everything that decides the result of one of `arm`'s episodes, and nothing else.
+    """16 hex digits over every setting that decides the result of one of `arm`'s episodes, and nothing else.
 
     Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
     videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
-    refused. A policy with a sha256 counts by it; paths inside the repository count relative to it, so a hash does not
-    depend on where the checkout lies.
+    refused. Paths, addresses and pinned hashes do not count: what lies there does, by content (`qlibero.identity`).
     """
-    policy = experiment.policy.model_dump(mode="json")
-    if policy.get("sha256"):
-        policy.pop("checkpoint")
+    policy = experiment.policy.model_dump()
+    policy.pop("sha256", None)
     if policy.get("type") == "remote":
-        policy = {key: policy[key] for key in ("type", "url", "replan_steps")}
+        policy = {key: policy[key] for key in ("type", "replan_steps")}
     decides = {
         "suite": experiment.suite,
         "seed": experiment.seed,
@@ -392,10 +392,10 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
         "max_steps": experiment.max_steps,
         "policy": policy,
         "backend": arm.backend,
-        "quant": arm.quant and _ordered(arm.quant.model_dump(mode="json")),
+        "quant": arm.quant and _ordered(arm.quant.model_dump()),
         "on_failure": experiment.on_failure if arm.quant else None,
     }
-    text = json.dumps(_portable(decides), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -403,16 +403,10 @@ def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
     return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
-# set by a sweep inside a container: the checkout outside, whose paths the experiment names
-CHECKOUT = "QLIBERO_CHECKOUT"
-
-
-def _portable(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        # None as well: a path left out may mean the very file that another names
+        return {key: _without_paths(item) for key, item in value.items() if not isinstance(item, Path | None)}
     if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
-    for checkout in (str(REPOSITORY), os.environ.get(CHECKOUT)):
-        if checkout and isinstance(value, str) and value.startswith(f"{checkout}/"):
-            return value[len(f"{checkout}/") :]
+        return [_without_paths(item) for item in value]
     return value

@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero import files
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
 from qlibero.config.schema import Experiment, Tracking, config_hash
 from qlibero.config.sweep import Sweep
+from qlibero.documents import read_json
 from qlibero.errors import UserError, WorkFailed, cause
-from qlibero.experiment import episode_keys, missing_episodes, run_experiment, summary, write_whole
+from qlibero.experiment import episode_keys, missing_episodes, run_experiment, summary
 from qlibero.places import RUNS
-from qlibero.results.ledger import check_config
+from qlibero.results.meta import check
 
 SCHEMA = 1
 OURS = "sweep"  # the sub-directory of a sweep directory that is not a run directory
@@ -119,7 +121,7 @@ def write_manifest(manifest: Manifest) -> Path:
     try:
         (ours / "experiments").mkdir(parents=True, exist_ok=True)
         for cell in manifest.cells:
-            write_whole(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
+            files.replace(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
         submission = next_submission(manifest)
         (submission / "logs").mkdir(parents=True)
         document = {
@@ -129,7 +131,7 @@ def write_manifest(manifest: Manifest) -> Path:
             "cells": [{"id": cell.id, "run_dir": str(cell.run_dir), "axes": cell.axes} for cell in manifest.cells],
             "shards": [[shard.cell, shard.index, shard.count] for shard in manifest.shards],
         }
-        write_whole(submission / "manifest.json", json.dumps(document, indent=1) + "\n")
+        files.replace(submission / "manifest.json", json.dumps(document, indent=1) + "\n")
     except OSError as problem:
         raise WorkFailed(f"cannot write to {ours}: {cause(problem)}; choose another --out") from problem
     return submission
@@ -138,11 +140,9 @@ def write_manifest(manifest: Manifest) -> Path:
 def read_manifest(path: Path, check_files: bool = True) -> Manifest:
     """The manifest of a submission, with its cells' experiments; `check_files`: checkpoints must be there."""
     try:
-        document = json.loads(path.read_text())
-    except OSError as problem:
-        raise UserError(f"{path}: {problem.strerror}; `qlibero sweep` writes manifests") from None
-    except ValueError as problem:
-        raise UserError(f"{path}: not JSON ({problem})") from None
+        document = read_json(path)
+    except (FileNotFoundError, WorkFailed) as problem:
+        raise UserError(f"{path} cannot be read ({problem}); `qlibero sweep` writes manifests") from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else None
         raise UserError(f"{path}: manifest schema {found!r}, this qlibero reads {SCHEMA}")
@@ -210,7 +210,7 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
                 well = f"{said['tracker']}: {said['mode'] or 'mirrored'}"
                 say(f"{cell.id}: {trouble(said, cell.experiment.tracking) or well}")
                 mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
-    write_whole(
+    files.replace(
         manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n"
     )
     return document
@@ -247,7 +247,7 @@ def spans(indices: Sequence[int]) -> str:
 def _check_directory(cell: Cell) -> None:
     """The ledger would refuse too, but only on the cluster, after the queue."""
     for arm in cell.experiment.arms():
-        check_config(cell.run_dir, arm.name, config_hash(cell.experiment, arm))
+        check(cell.run_dir, arm.name, {"config_hash": config_hash(cell.experiment, arm)})
 
 
 def _check_launch(cells: Sequence[Cell]) -> None:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlibero import files
-from qlibero.config.schema import CHECKOUT, Slurm, SlurmMerge
+from qlibero.config.schema import Slurm, SlurmMerge
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
 from qlibero.launch.engine import Submission, Submitted
 from qlibero.places import CHECKOUT as OUR_CHECKOUT
-from qlibero.places import REPOSITORY
 from qlibero.quoting import sbatch_option, slurm_file
 
 MERGE, JOBS = "merge.sbatch", "jobs.json"
@@ -252,13 +251,9 @@ def _setup_line(line: str) -> str:
 
 
 def _in_container(submission: Submission, command: list[str]) -> str:
-    """The container has its own checkout: told where ours lies, it gives the same configuration the same hash."""
+    """The container has a qlibero of its own, which is called by name."""
     prefix = submission.launch.slurm.container
-    return (
-        f"{prefix} env {CHECKOUT}={shlex.quote(str(REPOSITORY))} qlibero {shlex.join(command[3:])}"
-        if prefix
-        else shlex.join(command)
-    )
+    return f"{prefix} qlibero {shlex.join(command[3:])}" if prefix else shlex.join(command)
 
 
 def _sbatch(script: Path, *options: str) -> str:

@@ -8,6 +8,7 @@ actions of each chunk.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import time
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ class RemotePolicy:
             "url": self.url,
             "sha256": theirs.get("sha256"),
             "server": theirs,
+            "metadata_sha256": hashlib.sha256(self._greeting).hexdigest(),
             "guarantees": {
                 "noise": bool(self._ours),
                 "kernel_attestation": False,

@@ -38,6 +38,11 @@ PLAIN = (
     "protocol",
     "kernels",
     "config_hash",
+    "identity",
+    "probe",
+    "machine",
+    "max_steps",
+    "replan_steps",
 )
 
 

@@ -14,12 +14,8 @@ truncated back, and the failure named.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,15 +23,23 @@ from typing import Any
 
 import numpy as np
 
+from qlibero import files
+from qlibero.documents import read_bytes
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
+from qlibero.identity import Identity
+from qlibero.results import meta as binding
 from qlibero.results import quality
-from qlibero.results.records import EpisodeRecord, TrajectorySlice, record_from_dict, record_from_json
+from qlibero.results.locks import is_locked, lock
+from qlibero.results.meta import EPISODES, read_meta, write_meta
+from qlibero.results.records import EpisodeRecord, TrajectorySlice, record_from_json, sealed
+
+__all__ = ["ArmLedger", "Ledger", "arms_of", "is_locked", "read_arm", "read_ledger", "read_trajectory", "write_meta"]
 
 ROW = 10  # 7 action values + 3 end-effector coordinates
 ROW_BYTES = 4 * ROW
-META_SCHEMA = 1
-_EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d+)\.jsonl")
+MOST_LINE_BYTES = 16 << 20
+_ATTEMPT = re.compile(r"(?:episodes|trajectory)-[A-Za-z0-9_.]+-(\d{1,30})\.(?:jsonl|f32)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
@@ -69,15 +73,15 @@ class Ledger:
     def __init__(self, run_dir: Path | str, arm: str, shard: int | str = 0, config_hash: str = "") -> None:
         if not _NAME.fullmatch(arm):
             raise UserError(f"arm name {arm!r}: use letters, digits and . _ + = - (it names a directory)")
-        self.arm, self.shard, self.config_hash = arm, str(shard), config_hash
+        self.arm, self.shard = arm, str(shard)
         self.directory = Path(run_dir) / arm
+        self._meta: dict[str, Any] = {"config_hash": config_hash}
+        self._mixed_machines = self._bound = False
         self._lock = self._episodes = self._trajectory = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.directory, self.shard)
-            check_config(run_dir, arm, config_hash)
-            if not (self.directory / "meta.json").exists():
-                write_meta(run_dir, arm, {"config_hash": config_hash})
+            self._lock = lock(self.directory, self.shard)
+            binding.check(run_dir, arm, self._meta)
             self.torn_recovered = self._cut_torn_tails()
             self.attempt = self._create_files()
         except BaseException as problem:
@@ -88,12 +92,21 @@ class Ledger:
                 ) from problem
             raise
 
+    def bind(self, meta: Mapping[str, Any], mixed_machines: bool = False) -> None:
+        """Say what this arm is: `results.meta.write_meta` lists what may stand there. On record at once where episodes
+        are, else again with the first one: until then another start may take the directory.
+
+        Raises GuardRefusal when the directory holds episodes of something else; then nothing was written.
+        """
+        self._meta, self._mixed_machines = {**self._meta, **meta}, mixed_machines
+        binding.bind(self.directory.parent, self.arm, self._meta, mixed_machines)
+
     def append(self, record: EpisodeRecord, trajectory: np.ndarray | None = None) -> EpisodeRecord:
         """Write one episode durably and return the record as written.
 
         `trajectory` (steps, 10) float32, may be None for an error. The execution quality, the trajectory's
-        place and the config hash are filled in here, so that no caller can get them wrong. Raises WorkFailed
-        on a full disk.
+        place and what binds the directory are filled in here, so that no caller can get them wrong. Raises WorkFailed
+        on a full disk or when the directory was deleted, GuardRefusal when another start has bound it meanwhile.
         """
         if record.arm != self.arm:
             raise ValueError(f"a record of arm '{record.arm}' in the ledger of '{self.arm}'")
@@ -101,7 +114,7 @@ class Ledger:
             rows = np.ascontiguousarray(trajectory, dtype="<f4")
             if rows.ndim != 2 or rows.shape[1] != ROW:
                 raise ValueError(f"trajectory of shape {rows.shape}, expected (steps, {ROW})")
-            offset = _append(self._trajectory, rows.tobytes(), self._name("trajectory", "f32"))
+            offset = files.append(self._trajectory, rows.tobytes(), self._name("trajectory", "f32"))
             record = replace(
                 record,
                 trajectory=TrajectorySlice(self._name("trajectory", "f32").name, offset, len(rows)),
@@ -109,10 +122,22 @@ class Ledger:
                 jerk=quality.jerk(rows),
                 gripper_flips=quality.gripper_flips(rows),
             )
-        record = replace(record, config_hash=self.config_hash)
-        line = record.to_json()
-        _append(self._episodes, line.encode() + b"\n", self._name("episodes", "jsonl"))
-        return record_from_json(line)
+        probe = self._meta.get("probe", "")
+        record = replace(
+            record,
+            config_hash=self._meta["config_hash"],
+            identity=Identity(self._meta["identity"]).digest if "identity" in self._meta else "",
+            probe=probe,
+            machine=self._meta.get("probes", {}).get(probe, {}).get("kind", ""),
+        )
+        line = sealed(record.to_json())
+        path = self._name("episodes", "jsonl")
+        written = record_from_json(line, "a record that no reader would take")
+        if os.fstat(self._episodes).st_nlink and not self._bound:
+            binding.bind(self.directory.parent, self.arm, self._meta, self._mixed_machines)
+            self._bound = True
+        files.append(self._episodes, line.encode() + b"\n", path)
+        return written
 
     def done_keys(self) -> set[EpisodeKey]:
         """Keys any shard and attempt of this arm has finished. Errors are not done: they are tried again."""
@@ -137,7 +162,7 @@ class Ledger:
         """Cut what a crash left after the last newline in this shard's files (the lock says nobody is writing them)."""
         cut = 0
         for path in self.directory.glob(f"episodes-{self.shard}-*.jsonl"):
-            data = path.read_bytes()
+            data = read_bytes(path)
             if data and not data.endswith(b"\n"):
                 os.truncate(path, data.rfind(b"\n") + 1)
                 cut += 1
@@ -145,38 +170,12 @@ class Ledger:
 
     def _create_files(self) -> int:
         """Files of the next attempt: later than every attempt of any shard, so that `last wins` means later in time."""
-        attempts = [int(m["attempt"]) for m in map(_EPISODES.fullmatch, os.listdir(self.directory)) if m]
+        attempts = [int(m[1]) for m in map(_ATTEMPT.fullmatch, os.listdir(self.directory)) if m]
         self.attempt = max(attempts, default=0) + 1
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-        self._episodes = os.open(self._name("episodes", "jsonl"), flags, 0o644)
-        self._trajectory = os.open(self._name("trajectory", "f32"), flags, 0o644)
-        _fsync_directory(self.directory)
+        self._episodes = files.create(self._name("episodes", "jsonl"))
+        self._trajectory = files.create(self._name("trajectory", "f32"))
+        files.sync_directory(self.directory)
         return self.attempt
-
-
-def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `update` into the arm's meta.json and replace it atomically.
-
-    What reports look for there, all optional: `label` (the arm's name for people), `control` (an A/A arm),
-    `policy`, `quant`, `artifact` (mappings), `kernels` ({layer: {"kernel", "verdict", "reason", "shape"}}),
-    `layers` ([{"name", "sqnr_db"}]), `memory` ({"weight_bytes", "scale_bytes", "transform_bytes",
-    "bf16_bytes"}), `warmup_ms` (list).
-    """
-    path = Path(run_dir) / arm / "meta.json"
-    meta = {"schema": META_SCHEMA, "arm": arm, **_read_meta(path), **update}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".meta-", suffix=".json")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(meta, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as problem:
-        Path(temporary).unlink(missing_ok=True)
-        raise WorkFailed(f"cannot write {path}: {cause(problem)}") from problem
-    return meta
 
 
 def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
@@ -186,26 +185,34 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
     differently versioned lines. An arm without files is an empty one.
     """
     directory = Path(run_dir) / arm
-    meta = _read_meta(directory / "meta.json")
-    files = [(int(m["attempt"]), m["shard"], name) for name in _listdir(directory) if (m := _EPISODES.fullmatch(name))]
+    meta = read_meta(run_dir, arm)
+    identity = Identity(meta["identity"]).digest if meta.get("identity") else ""
+    found = [(int(m["attempt"]), m["shard"], name) for name in _listdir(directory) if (m := EPISODES.fullmatch(name))]
     records: dict[EpisodeKey, EpisodeRecord] = {}
     conflicts: set[EpisodeKey] = set()
     torn = lines = 0
-    for _, _, name in sorted(files):
-        *complete, tail = (directory / name).read_bytes().split(b"\n")
+    for _, _, name in sorted(found):
+        *complete, tail = read_bytes(directory / name).split(b"\n")
         torn += bool(tail)
         for number, line in enumerate(complete, start=1):
-            where = f"{directory / name}:{number}"
-            try:
-                data = json.loads(line)
-            except ValueError:  # a complete line that is no JSON: zero pages after a power loss
+            if b"\0" in line or not line.strip():  # zero pages after a power loss
                 torn += 1
                 continue
-            record = record_from_dict(data, where)
+            where = f"{directory / name}:{number}"
+            if len(line) > MOST_LINE_BYTES:
+                raise UserError(f"{where}: a line of {len(line)} bytes is no episode record")
+            record = record_from_json(line, where)
+            if record.arm != arm:
+                raise UserError(f"{where}: a record of arm {record.arm!r} among those of {arm!r}; remove that line")
             if meta.get("config_hash", record.config_hash) != record.config_hash:
                 raise GuardRefusal(
                     f"{where}: written under configuration {record.config_hash[:12]}, "
                     f"the arm is {meta['config_hash'][:12]}; two experiments are mixed in one directory"
+                )
+            if identity and record.identity and record.identity != identity:
+                raise GuardRefusal(
+                    f"{where}: acted under identity {record.identity}, the arm's meta.json says {identity}; "
+                    "two policies are mixed in one directory"
                 )
             lines += 1
             before = records.get(record.key)
@@ -231,18 +238,18 @@ def read_trajectory(run_dir: Path | str, record: EpisodeRecord) -> np.ndarray | 
     if piece is None:
         return None
     try:
-        with open(Path(run_dir) / record.arm / piece.file, "rb") as file:
-            file.seek(piece.offset)
-            data = file.read(piece.rows * ROW_BYTES)
-    except FileNotFoundError:
+        descriptor = os.open(Path(run_dir) / record.arm / piece.file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
         return None
+    with os.fdopen(descriptor, "rb") as file:
+        data = os.pread(descriptor, piece.rows * ROW_BYTES, piece.offset) if file.seekable() else b""
     return np.frombuffer(data, "<f4").reshape(-1, ROW) if len(data) == piece.rows * ROW_BYTES else None
 
 
 def arms_of(run_dir: Path | str) -> list[str]:
     """Names of the arms that have a ledger in the run directory, sorted."""
     run_dir = Path(run_dir)
-    return [name for name in _listdir(run_dir) if any(map(_EPISODES.fullmatch, _listdir(run_dir / name)))]
+    return [name for name in _listdir(run_dir) if any(map(EPISODES.fullmatch, _listdir(run_dir / name)))]
 
 
 def _content(record: EpisodeRecord) -> tuple[str, str, str]:
@@ -251,90 +258,3 @@ def _content(record: EpisodeRecord) -> tuple[str, str, str]:
 
 def _listdir(directory: Path) -> list[str]:
     return sorted(os.listdir(directory)) if directory.is_dir() else []
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as problem:
-        raise UserError(
-            f"{path}: not JSON ({problem}); it is written atomically, so something else changed it"
-        ) from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{path}: not a mapping; it is written atomically, so something else changed it")
-    if meta.get("schema") != META_SCHEMA:
-        raise UserError(f"{path}: meta schema {meta.get('schema')!r}, this qlibero reads {META_SCHEMA}")
-    return meta
-
-
-def check_config(run_dir: Path | str, arm: str, config_hash: str) -> None:
-    """Raises GuardRefusal when the arm's directory holds episodes of another configuration."""
-    directory = Path(run_dir) / arm
-    known = _read_meta(directory / "meta.json").get("config_hash", config_hash)
-    if known != config_hash:
-        raise GuardRefusal(
-            f"{directory} holds episodes of another configuration "
-            f"({known[:12]}, this experiment is {config_hash[:12]}); its experiment.yaml says which. "
-            "Choose another --out, or restore the configuration to continue it"
-        )
-
-
-def _lock(directory: Path, shard: str) -> int:
-    """An advisory lock that dies with the process; the descriptor holds it.
-
-    Filesystems without locks go on unlocked.
-    """
-    descriptor = os.open(directory / f".lock-{shard}", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "another process"
-        os.close(descriptor)
-        raise GuardRefusal(f"{directory}: shard {shard} is being written by {holder}; wait for it or stop it") from None
-    except OSError as problem:
-        if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        return descriptor
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
-    return descriptor
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a process of this machine holds a shard's lock file open. Asks /proc: trying the lock, even for a moment,
-    could be what a writer that is just starting finds it held by."""
-    try:
-        _, pid, _, host = lock.read_text().split()
-        if host != os.uname().nodename:
-            return False
-        held = lock.resolve()
-        return any(Path(os.readlink(descriptor)) == held for descriptor in Path(f"/proc/{pid}/fd").iterdir())
-    except (OSError, ValueError):  # gone, ended, or being written this moment
-        return False
-
-
-def _append(descriptor: int, data: bytes, path: Path) -> int:
-    """One write and an fsync; returns the offset it went to. On any failure the file is as it was before."""
-    offset = os.fstat(descriptor).st_size
-    try:
-        written = os.write(descriptor, data)
-        if written == len(data):
-            os.fsync(descriptor)
-            return offset
-        reason = f"the disk is full ({written} of {len(data)} bytes were taken)"
-    except OSError as problem:
-        reason = cause(problem)
-    os.ftruncate(descriptor, offset)
-    raise WorkFailed(
-        f"{path}: {reason}. Everything finished before is kept; free some space and run the same command again"
-    )
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from typing import Any
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.machines import is_mixed
 from qlibero.results.records import EpisodeRecord, Outcome
 from qlibero.results.runs import RunResults
 
@@ -69,7 +70,10 @@ class Pairing:
 
 
 def pair_arms(reference: Arm, other: Arm) -> Pairing:
+    """Pairs of two arms. Where an arm's episodes come from machines that answer differently, a pair needs both of its
+    sides from one kind of machine: else it would show the machines' difference beside the arms'."""
     pairs, errors, unpaired = [], [], {}
+    mixed = is_mixed(reference.records.values()) or is_mixed(other.records.values())
     for key in sorted(reference.records.keys() | other.records.keys()):
         left, right = reference.records.get(key), other.records.get(key)
         if left is None:
@@ -80,6 +84,10 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
             errors.append(Pair(key, left, right))
         elif left.fingerprint != right.fingerprint:
             unpaired[key] = f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
+        elif mixed and left.machine != right.machine:
+            unpaired[key] = (
+                f"different machines: {left.machine or 'not recorded'} and {right.machine or 'not recorded'}"
+            )
         else:
             pairs.append(Pair(key, left, right))
     return Pairing(tuple(pairs), tuple(errors), unpaired)

@@ -1,17 +1,24 @@
 """One finished episode as one line of JSON.
 
 A record is what everything else is computed from (tables, verdicts, wandb, the report), so it is strict: an
-unknown field or another schema version is refused with a sentence, never guessed at. Floats are kept to a
-microsecond / a micrometre so that lines stay short and equal runs stay equal text.
+unknown field, another type, a number out of its bounds or another schema version is refused with a sentence, never
+guessed at. Floats are kept to a microsecond / a micrometre so that lines stay short and equal runs stay equal text. A
+line in a ledger is sealed with a checksum of its text, so that a flipped bit is not read as a result.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+
+from qlibero.documents import complaint, parse_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 
@@ -19,14 +26,21 @@ SCHEMA = 1
 Outcome = Literal["success", "failure", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("success", "failure", "error")
 
+# What a line may hold. The bounds are far above anything real and far below what would exhaust a reader.
+Count = Annotated[int, Strict(), Field(ge=0, le=1_000_000)]
+Number = Annotated[float, Strict()]
+Milliseconds = Annotated[float, Strict(), Field(ge=0)]
+Text = Annotated[str, Strict(), Field(max_length=500)]
+Hex = Annotated[str, Strict(), Field(pattern=r"^[0-9a-f]{0,64}$")]
+
 
 @dataclass(frozen=True)
 class TrajectorySlice:
     """Where an episode's rows lie in its sidecar: float32, 7 action values and 3 end-effector coordinates (m)."""
 
-    file: str
-    offset: int  # bytes
-    rows: int
+    file: Annotated[str, Strict(), Field(pattern=r"^trajectory-[A-Za-z0-9_.]{1,100}-[0-9]{1,30}\.f32$")]
+    offset: Annotated[int, Strict(), Field(ge=0, le=1 << 50)]  # bytes
+    rows: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,39 +61,39 @@ class EpisodeRecord:
     versions have none of these five: empty, or None.
     """
 
-    suite: str
-    task: int
-    init: int
-    seed: int
-    arm: str
+    suite: Text
+    task: Count
+    init: Count
+    seed: Annotated[int, Strict(), Field(ge=0, le=1 << 63)]
+    arm: Text
     outcome: Outcome
-    steps: int
-    replans: int
-    fingerprint: str
-    action_digest: str
+    steps: Count
+    replans: Count
+    fingerprint: Text
+    action_digest: Text
     error: str | None = None
-    attempt: int = 1
-    success_step: int | None = None
-    policy_ms: list[float] = field(default_factory=list)
-    phases_ms: dict[str, list[float]] = field(default_factory=dict)
-    batch_sizes: list[int] = field(default_factory=list)
-    sim_ms: float = 0.0
-    render_ms: float = 0.0
-    wall_s: float = 0.0
-    finished_at: str = ""  # UTC, ISO 8601; never compared
-    path_length_m: float | None = None
-    jerk: float | None = None
-    gripper_flips: int | None = None
+    attempt: Count = 1
+    success_step: Count | None = None
+    policy_ms: list[Milliseconds] = field(default_factory=list)
+    phases_ms: dict[Text, list[Number]] = field(default_factory=dict)
+    batch_sizes: list[Count] = field(default_factory=list)
+    sim_ms: Milliseconds = 0.0
+    render_ms: Milliseconds = 0.0
+    wall_s: Milliseconds = 0.0
+    finished_at: Text = ""  # UTC, ISO 8601; never compared
+    path_length_m: Number | None = None
+    jerk: Number | None = None
+    gripper_flips: Count | None = None
     trajectory: TrajectorySlice | None = None
-    protocol: str = "pure"
-    kernels: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    config_hash: str = ""
-    identity: str = ""
-    probe: str = ""
-    machine: str = ""
-    max_steps: int | None = None
-    replan_steps: int | None = None
+    protocol: Text = "pure"
+    kernels: Text = ""
+    versions: dict[Text, Text] = field(default_factory=dict)
+    config_hash: Text = ""
+    identity: Hex = ""
+    probe: Hex = ""
+    machine: Text = ""
+    max_steps: Count | None = None
+    replan_steps: Count | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -110,7 +124,8 @@ class EpisodeRecord:
 
     def to_json(self) -> str:
         """One line, without the newline. Floats are rounded to six decimals."""
-        return json.dumps(_rounded(asdict(self)), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_rounded(asdict(self)), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode(errors="replace").decode()  # an error may quote a name that is no UTF-8
 
 
 def _rounded(value: Any) -> Any:
@@ -132,7 +147,7 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
 
     `where` (file:line) opens every message. Raises UserError for anything not schema 1.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+    if not isinstance(data, dict) or type(data.get("schema")) is not int:
         raise UserError(f"{where}: not an episode record (no `schema` number); was the file written by qlibero?")
     if data["schema"] > SCHEMA:
         raise UserError(
@@ -148,17 +163,40 @@ def record_from_dict(data: Any, where: str = "record") -> EpisodeRecord:
     data = {key: value for key, value in data.items() if key not in _RETIRED}
     unknown = sorted(set(data) - _FIELDS)
     if unknown:
-        raise UserError(f"{where}: unknown field(s) {', '.join(unknown)} in a schema {SCHEMA} record")
+        raise UserError(f"{where}: unknown field(s) {', '.join(unknown)[:200]} in a schema {SCHEMA} record")
     try:
-        piece = data.get("trajectory")
-        return EpisodeRecord(**{**data, "trajectory": TrajectorySlice(**piece) if piece else None})
-    except (TypeError, ValueError) as problem:
-        raise UserError(f"{where}: {problem}") from None
+        return _schema().validate_python(data)
+    except ValidationError as problem:
+        raise UserError(f"{where}: {complaint(problem)}") from None
 
 
-def record_from_json(line: str, where: str = "record") -> EpisodeRecord:
-    """Inverse of `EpisodeRecord.to_json`.
+@cache
+def _schema() -> TypeAdapter[EpisodeRecord]:
+    return TypeAdapter(EpisodeRecord)
 
-    Raises json.JSONDecodeError for text that is no JSON, UserError for other JSON.
-    """
-    return record_from_dict(json.loads(line), where)
+
+def record_from_json(line: str | bytes, where: str = "record") -> EpisodeRecord:
+    """Inverse of `EpisodeRecord.to_json` and of `sealed`. Raises UserError for a line that is neither, and for a sealed
+    one whose text is not what was sealed; a line without a checksum, as earlier versions wrote them, is read."""
+    text = line.encode() if isinstance(line, str) else line
+    data = parse_json(text, where)
+    if isinstance(data, dict) and "checksum" in data:
+        found, seal = data.pop("checksum"), _SEAL.search(text)
+        if seal is None or found != _checksum(text[: seal.start()] + b"}"):
+            raise UserError(
+                f"{where}: the line is not what was written (its checksum does not fit): the disk, or somebody, "
+                "changed it. Restore the file, or delete this line and run again: only this episode is run anew"
+            )
+    return record_from_dict(data, where)
+
+
+_SEAL = re.compile(rb',"checksum":"[0-9a-f]{16}"\}\s*\Z')
+
+
+def sealed(line: str) -> str:
+    """A record's line as a ledger holds it: with the checksum of its text as its last field."""
+    return f'{line[:-1]},"checksum":"{_checksum(line.encode())}"}}'
+
+
+def _checksum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qlibero.documents import read_json
 from qlibero.errors import UserError
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
@@ -100,11 +100,8 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _environment(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "environment.json"
-    if not path.exists():
-        return {}
     try:
-        data = json.loads(path.read_text())
-    except ValueError as problem:
-        raise UserError(f"{path}: not JSON: {problem}") from None
+        data = read_json(run_dir / "environment.json")
+    except FileNotFoundError:
+        return {}
     return data if isinstance(data, dict) else {}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Literal
 
 import numpy as np
 
+from qlibero import files
+from qlibero.documents import read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.results.evalues import log_e_difference, margin_martingales
@@ -126,25 +127,23 @@ def declare(run_dir: Path | str, declaration: Declaration) -> None:
         return
     path = _path(run_dir)
     text = json.dumps({**asdict(declaration), "order": [str(key) for key in declaration.order]}, indent=1)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    files.replace(path, text)
 
 
 def read_declaration(run_dir: Path | str) -> Declaration | None:
     """The directory's declaration, None without one. Raises UserError for a file that is none."""
     path = _path(run_dir)
-    if not path.exists():
-        return None
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
         order = tuple(
             EpisodeKey(suite, *map(int, rest)) for suite, *rest in (text.split("/") for text in data["order"])
         )
         if not order:
             raise ValueError("it orders no pairs")
         return Declaration(data["margin"], data["alpha"], tuple(data["arms"]), order, data.get("max_pairs"))
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+    except FileNotFoundError:
+        return None
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as problem:
         raise UserError(
             f"{path}: not a stopping declaration ({problem}); it is written atomically, so something else changed it. "
             "Restore it, or start again in another --out"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.results.machines import is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.statistics import wilson
 
@@ -42,7 +43,8 @@ def percentiles(values: np.ndarray | Sequence[float]) -> dict[str, float] | None
 
 
 def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """{"successes": k, "episodes": n, "errors": e, "wilson95": [lo, hi] | None, "latency_ms": {…} | None}."""
+    """{"successes": k, "episodes": n, "errors": e, "wilson95": [lo, hi] | None, "latency_ms": {…} | None}, and
+    "machines", {kind: episodes}, where they come from machines that answer differently."""
     k, n, errors = counts(records)
     return {
         "successes": k,
@@ -50,4 +52,5 @@ def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
         "errors": errors,
         "wilson95": [round(x, 6) for x in wilson(k, n)] if n else None,
         "latency_ms": percentiles(policy_calls_ms(records)),
+        **({"machines": machines_of(records)} if is_mixed(records) else {}),
     }

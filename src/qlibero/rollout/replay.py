@@ -21,7 +21,6 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
-
 REPLAN_STEPS = 5  # of records that do not say it
 
 

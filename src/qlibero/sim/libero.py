@@ -80,13 +80,21 @@ def task_record(suite: str, task: int) -> Any:
     return list(_libero().task_maps[suite].values())[task]
 
 
+def task_files(suite: str, task: int) -> dict[str, Path]:
+    """What a task is made of: its `goal` (bddl) and its `states` (npz where it is packaged, else a torch pickle)."""
+    record = task_record(suite, task)
+    goal, states = (
+        Path(_libero().get_libero_path(key)) / record.problem_folder for key in ("bddl_files", "init_states")
+    )
+    packed = states / f"{record.init_states_file}.npz"
+    return {"goal": goal / record.bddl_file, "states": packed if packed.exists() else states / record.init_states_file}
+
+
 def load_init_states(suite: str, task: int) -> np.ndarray:
     """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the original's pickle."""
-    record = task_record(suite, task)
-    path = Path(_libero().get_libero_path("init_states")) / record.problem_folder / record.init_states_file
-    packed = path.with_name(path.name + ".npz")
-    if packed.exists():
-        with np.load(packed, allow_pickle=False) as archive:
+    path = task_files(suite, task)["states"]
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
             return np.asarray(archive["states"], dtype=np.float64)
     import torch  # the original ships torch pickles; they are part of its own tree, so as trusted as its code
 
@@ -160,8 +168,7 @@ def make_environment(suite: str, task: int, resolution: int) -> Any:
     from robosuite import load_controller_config
 
     del envs
-    record = task_record(suite, task)
-    bddl = Path(_libero().get_libero_path("bddl_files")) / record.problem_folder / record.bddl_file
+    bddl = task_files(suite, task)["goal"]
     problem = TASK_MAPPING[bddl_utils.get_problem_info(str(bddl))["problem_name"]]
     with private_numpy_stream(), _without_cuda_variable():
         try:

