@@ -125,16 +125,15 @@ def build_parser() -> Parser:
         metavar="FILE",
         help=".csv or .parquet (default: episodes.csv)",
     )
-    command.add_argument("--arm", action="append", metavar="NAME", help="only this arm; repeatable")
-    command.add_argument("--task", type=int, action="append", metavar="N", help="only this task; repeatable")
+    _filters(command)
 
     command = add(
         "film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first"
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     command.add_argument("--episodes", type=_count, default=4, metavar="N", help="how many (default: 4)")
-    command.add_argument("--task", type=int, metavar="N", help="only episodes of this task")
-    command.add_argument("--init", type=int, metavar="N", help="only episodes from this initial state")
+    _filters(command)
+    command.add_argument("--init", type=int, action="append", metavar="N", help="only this initial state; repeatable")
 
     command = add(
         "plan",
@@ -171,6 +170,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="say it again every ten seconds until everything is done, or nothing is under way any more",
     )
+    _filters(command)
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
     command.add_argument(
@@ -291,6 +291,11 @@ def _config(command: Parser) -> None:
         help="an experiment's YAML file, or a name that `ls experiments` lists, e.g. baseline",
     )
     _sets(command)
+
+
+def _filters(command: Parser) -> None:
+    command.add_argument("--arm", action="append", metavar="NAME", help="only this arm; repeatable")
+    command.add_argument("--task", type=int, action="append", metavar="N", help="only this task; repeatable")
 
 
 def _sets(command: Parser) -> None:

@@ -205,6 +205,7 @@ def _run(
     from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
+    doing("looking at this machine")
     simulator = enforce()
     environment = {
         **describe(),
@@ -219,6 +220,7 @@ def _run(
             meta[arm.name]["identity"] |= simulated
             wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
+        doing("simulator passport")
         report = guard.enforce()
     say(f"simulator passport: {in_words(report)}")
     passport = {"passport": on_record(report)}
@@ -259,13 +261,13 @@ def _run(
 
     with films, start_pool(experiment, len(missing), say) as pool:
         settings = replace(settings, films=films.directory)
-        doing("episodes")
+        doing("episodes", pool.workers)
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
             films.fill()
-            on_result(run_dir)
+            on_result(run_dir)  # a flip that an earlier call ran half of is still to be filmed: that can wait
             replay(run_dir, films.lacking(), pool, experiment.protocol, say)
         finally:
             ended = mirrors.finish()
