@@ -24,7 +24,6 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
     "Δ": r"$\Delta$",
     "−": "$-$",
     "×": r"$\times$",
