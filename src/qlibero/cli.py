@@ -212,6 +212,17 @@ def build_parser() -> Parser:
         help="embed videos of flipped episodes as long as the file stays below this (default: 10; 0: no videos)",
     )
 
+    command = add("open", do.open_report, "show the report of one or several runs in the browser, live while they run")
+    command.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
+    )
+    command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
+    command.add_argument(
+        "--margin",
+        type=float,
+        help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
+    )
+
     command = add("dashboard", do.dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
     command.add_argument(
         "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="runs whose mirrors are, or will be, on the server"

@@ -197,6 +197,28 @@ def report(args: argparse.Namespace) -> Document:
     return document
 
 
+def open_report(args: argparse.Namespace) -> Document:
+    import webbrowser
+    from contextlib import suppress
+
+    from qlibero.reporting.live import LiveReport, require_directories, serve
+
+    require_directories(args.run_dirs)
+    document: Document = {}
+
+    def ready(url: str) -> None:
+        document["url"] = url
+        explain(f"{url} shows {', '.join(map(str, args.run_dirs))} as it grows, to this machine only; Ctrl-C ends it")
+        if any(
+            map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+        ):  # else it might start one in the terminal
+            webbrowser.open(url)
+
+    with suppress(KeyboardInterrupt):
+        serve(LiveReport(args.run_dirs, args.reference, args.margin), ready)
+    return document
+
+
 def quantize(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
     from qlibero.progress import PhaseProgress

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from qlibero.errors import UserError, WorkFailed
 
-CPU_S = 5
+CPU_S = 2
 
 _CHILD = """
 import json, re, resource, sys
@@ -29,7 +29,7 @@ json.dump([re.search(pattern, name) is not None for name in names], sys.stdout)
 def matching(pattern: str, names: Iterable[str], key: str) -> list[str]:
     """The names in which `pattern` is found, in order. `key`: the config's, for the message.
 
-    Raises UserError for a pattern that has not answered after 5 s of CPU time.
+    Raises UserError for a pattern that has not answered after two seconds of CPU time.
     """
     names = tuple(names)
     return [name for name, found in zip(names, _search(pattern, names, key), strict=True) if found]
