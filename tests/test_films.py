@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic_run import episode, make_run
+from synthetic_run import episode
 
-from qlibero.config.load import load_experiment
 from qlibero.errors import UserError
-from qlibero.filming import wanted_episodes
 from qlibero.results.ledger import read_ledger
 from qlibero.results.runs import video_path
 from qlibero.rollout.films import Films, film_path
@@ -97,51 +95,6 @@ def test_scratch_that_cannot_be_written_is_a_wrong_request_and_no_ffmpeg_is_a_wo
     with Films(tmp_path, ARMS, 2, say=said.append) as films:
         assert films.directory is None
     assert said == ["no videos: there is no ffmpeg on this machine (`qlibero doctor` says how to get it)"]
-
-
-FILTERS = [
-    (dict(), 4, {(0, 0), (0, 1), (0, 2), (0, 3)}, {"baseline", "w4a8"}),
-    (dict(tasks=[2]), 20, {(2, init) for init in range(10)}, {"baseline", "w4a8"}),
-    (dict(inits=[3]), 20, {(task, 3) for task in range(3)}, {"baseline", "w4a8"}),
-    (dict(tasks=[0, 2], inits=[3, 7], arms=["w4a8"]), 20, {(t, i) for t in (0, 2) for i in (3, 7)}, {"w4a8"}),
-    (dict(tasks=[1], inits=[1]), 20, {(1, 1)}, {"baseline"}),  # the other arm's ended in an error
-]
-
-
-@pytest.fixture(scope="module")
-def synthetic(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"), arms={"baseline": 0.0, "w4a8": 0.0})
-
-
-@pytest.mark.parametrize(("filters", "count", "episodes", "arms"), FILTERS)
-def test_film_takes_the_episodes_that_are_asked_for(synthetic, filters, count, episodes, arms):
-    experiment = load_experiment(synthetic / "experiment.yaml", environ={}, check_files=False)
-    found = wanted_episodes(experiment, synthetic, count, **filters)
-    assert {(one.task, one.init) for one in found} == episodes and {one.arm for one in found} == arms
-
-
-@pytest.mark.parametrize(
-    ("filters", "message"),
-    [
-        (dict(arms=["w4a16"]), "--arm w4a16: .* has the arms baseline, w4a8"),
-        (dict(tasks=[9]), "no finished episode fits --task 9"),
-        (dict(tasks=[1], inits=[1], arms=["w4a8"]), "fits --task 1 --init 1 --arm w4a8"),
-    ],
-)
-def test_film_says_what_is_not_there(synthetic, filters, message):
-    experiment = load_experiment(synthetic / "experiment.yaml", environ={}, check_files=False)
-    with pytest.raises(UserError, match=message):
-        wanted_episodes(experiment, synthetic, 4, **filters)
-
-
-def test_flips_come_first(tmp_path):
-    run = make_run(tmp_path, arms={"baseline": 0.0, "w4a4": 0.3})
-    experiment = load_experiment(run / "experiment.yaml", environ={}, check_files=False)
-    outcome = {(arm, r.key): r.outcome for arm in ("baseline", "w4a4") for r in read_ledger(run, arm)}
-    flips = sorted(key for arm, key in outcome if arm == "w4a4" and outcome["baseline", key] != outcome["w4a4", key])
-    assert 2 < len(flips) < 25
-    found = wanted_episodes(experiment, run, len(flips))
-    assert sorted({one.key for one in found}) == flips and len(found) == 2 * len(flips)
 
 
 # ------------------------------------------------------------------------------------------------- real episodes

@@ -70,7 +70,7 @@ class Films:
 
     def finished(self, record: EpisodeRecord) -> None:
         """An episode of this run is in the ledger, and its film in scratch."""
-        if self.directory is None:
+        if self.directory is None or record.outcome == "error":
             return
         self._add(record)
         key = record.key
