@@ -100,7 +100,13 @@ def test_scratch_that_cannot_be_written_is_a_wrong_request_and_no_ffmpeg_is_a_wo
 # ------------------------------------------------------------------------------------------------- real episodes
 def qlibero(*arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "qlibero.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
 
 
 def frames(path: Path) -> int:

@@ -13,11 +13,11 @@ from qlibero.quant.patterns import matching
 NAMES = [f"paligemma_with_expert.paligemma.language_model.layers.{i}.self_attn.q_proj" for i in range(18)]
 ENDLESS = [
     "(.*.*)*Z$",
-    "(a|a|.)*Z",
+    r"(?:\w|.)*Z",
     "(.+)+!",
     ".*.*.*.*.*.*.*.*Z",
     r"(\w|\.)*(\w|\.)*(\w|\.)*(\w|\.)*(\w|\.)*#",
-    "(?:.?){80}.{80}!",
+    r"^(\w+\.?)*!",
 ]
 
 

@@ -47,7 +47,14 @@ def opened(tmp_path):
     run = Growing(tmp_path / "run")
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
     command = [sys.executable, "-m", "qlibero", "open", str(run.directory)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     line = process.stderr.readline()
     url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
     yield run, url, process

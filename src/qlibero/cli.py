@@ -23,7 +23,6 @@ from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_text import short, shown
 from qlibero.errors import QliberoError, UserError
 
-FOLDED = 2_000  # characters of JSON that a terminal is spared
 INTERRUPTED = 130
 
 
@@ -314,12 +313,13 @@ def build_parser() -> Parser:
 
 
 def _config(command: Parser) -> None:
-    command.add_argument(
+    config: Any = command.add_argument(
         "config",
         type=_experiment_file,
         metavar="CONFIG",
         help="an experiment's YAML file, or a name that `ls experiments` lists, e.g. baseline",
     )
+    config.completer = _experiments
     _sets(command)
 
 
@@ -346,6 +346,15 @@ def _words(text: str) -> tuple[str, ...]:
     if unknown := [word for word in words if word not in known]:
         raise argparse.ArgumentTypeError(f"no verdict is called {', '.join(unknown)}; they are {', '.join(known)}")
     return words
+
+
+def _experiments(prefix: str, **_: Any) -> list[str]:
+    """What a shell completes a CONFIG to."""
+    from argcomplete.completers import FilesCompleter
+
+    from qlibero.places import experiment_files
+
+    return [*experiment_files(), *FilesCompleter(("yaml",))(prefix)]
 
 
 def _experiment_file(text: str) -> Path:
@@ -413,10 +422,7 @@ def _stdout_kept_for_json(asked: bool) -> Iterator[Callable[[Document], None]]:
             return
         os.dup2(kept, 1)
         with suppress(BrokenPipeError):  # the reader has gone; nobody is left to tell
-            line = json.dumps(document, default=str)
-            if stdout.isatty() and len(line) > FOLDED:  # it would drown what was shown for people
-                line = f"(a JSON document of {len(line):,} characters follows here when stdout is piped or a file)"
-            print(line, file=stdout, flush=True)
+            print(json.dumps(document, default=str), file=stdout, flush=True)
         os.dup2(2, 1)
 
     try:
@@ -436,7 +442,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _terminated)  # a batch system's way of saying Ctrl-C
     args, wrong = None, None
     try:
-        args = build_parser().parse_args(argv)  # `--help` prints on stdout and leaves from here
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)  # answers and ends here
+        args = parser.parse_args(argv)  # `--help` prints on stdout and leaves from here
     except UserError as error:
         wrong = error
     if args is not None and args.policy and argv is None:

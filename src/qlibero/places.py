@@ -39,6 +39,11 @@ def scratch() -> Path:
     return Path(tempfile.gettempdir())
 
 
+def experiment_files() -> dict[str, Path]:
+    """The YAML files of the experiments and sweeps that come with qlibero, by name."""
+    return {file.stem: file for folder in ("experiments", "sweeps") for file in (CONFIGS / folder).glob("*.yaml")}
+
+
 def experiment_file(text: str) -> Path:
     """The YAML file that a command's CONFIG means: a path, or a name that `qlibero ls experiments` lists.
 
@@ -47,7 +52,7 @@ def experiment_file(text: str) -> Path:
     path = Path(text)
     if path.suffix or path.name != text or path.exists():
         return path
-    known = {file.stem: file for folder in ("experiments", "sweeps") for file in (CONFIGS / folder).glob("*.yaml")}
+    known = experiment_files()
     if text in known:
         return known[text]
     close = get_close_matches(text, known, n=1)

@@ -139,6 +139,7 @@ def document(title: str, body: Markup, data: dict[str, Any], state: str | None =
     policy = {
         "default-src": ["'none'"],
         "style-src": [_hash(style)],
+        "style-src-attr": ["'unsafe-inline'"],
         "script-src": list(map(_hash, scripts)),
         "img-src": ["data:"],
         "media-src": ["data:"],
