@@ -18,8 +18,8 @@ class VideoWriter:
     """Both cameras side by side, (R, 2R, 3) uint8 a frame, at the control rate: frame n shows control step n.
 
     What was seen last stands still until the next is seen, so an episode that is seen at its policy calls only costs no
-    rendering beyond its own, and about 0.1 ms a step to encode. A file of the final name is always a whole video:
-    `finish` renames it into place, `discard` leaves none.
+    rendering beyond its own, and 3 ms of CPU a step to encode; 130 steps of 256 px are about 40 kB. A file of the final
+    name is always a whole video: `finish` renames it into place, `discard` leaves none.
     """
 
     def __init__(self, path: Path, resolution: int) -> None:
