@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalogue": {"config", "kernels", "sim", "quant"},
     "progress": {"results"},
     "commands": {"*"},
+    "arguments": {"config", "results"},
     "cli": {"*"},
     "__main__": {"*"},
 }

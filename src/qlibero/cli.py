@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlibero import arguments
 from qlibero import commands as do
 from qlibero.commands import Document, Incomplete, Refused, explain
 from qlibero.config.vocabulary import did_you_mean
@@ -93,8 +94,8 @@ def build_parser() -> Parser:
         return command
 
     command = add("run", do.run, "run, or continue, an experiment", policy=True)
-    _config(command)
-    _out(command)
+    arguments.config(command)
+    arguments.out(command)
 
     command = add("compare", do.compare, "pair the arms of a run, or results of other tools, and give each a verdict")
     command.add_argument(
@@ -125,16 +126,14 @@ def build_parser() -> Parser:
     )
     command.add_argument(
         "--fail-on",
-        type=_words,
+        type=arguments.words,
         default=(),
         metavar="VERDICTS",
         help="exit with status 4 if an arm has one of these, e.g. inferior,worse",
     )
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
-    command.add_argument(
-        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
-    )
+    arguments.runs(command)
     command.add_argument(
         "-o",
         "--output",
@@ -143,14 +142,14 @@ def build_parser() -> Parser:
         metavar="FILE",
         help=".csv or .parquet (default: episodes.csv)",
     )
-    _filters(command)
+    arguments.filters(command)
 
     command = add(
         "film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first"
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    command.add_argument("--episodes", type=_count, default=4, metavar="N", help="how many (default: 4)")
-    _filters(command)
+    command.add_argument("--episodes", type=arguments.count, default=4, metavar="N", help="how many (default: 4)")
+    arguments.filters(command)
     command.add_argument("--init", type=int, action="append", metavar="N", help="only this initial state; repeatable")
 
     command = add(
@@ -159,15 +158,15 @@ def build_parser() -> Parser:
         "what a sweep or experiment would run, how long it takes, what difference it could detect",
         policy=True,
     )
-    _config(command)
-    _out(command)
+    arguments.config(command)
+    arguments.out(command)
     command.add_argument(
         "--calibrate", action="store_true", help="run one episode of each arm that has no known cost (they count)"
     )
 
     command = add("sweep", do.sweep, "run the cells of a sweep, or one experiment, in shards; again: what is missing")
-    _config(command)
-    _out(command)
+    arguments.config(command)
+    arguments.out(command)
     command.add_argument("--engine", choices=("local", "slurm", "ray"), help="default: launch.engine of the sweep")
     command.add_argument(
         "--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing"
@@ -188,21 +187,14 @@ def build_parser() -> Parser:
         action="store_true",
         help="say it again every ten seconds until everything is done, or nothing is under way any more",
     )
-    _filters(command)
+    arguments.filters(command)
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
-    command.add_argument(
-        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
-    )
+    arguments.runs(command)
     command.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory"
     )
-    command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
-    command.add_argument(
-        "--margin",
-        type=float,
-        help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
-    )
+    arguments.judged(command)
     command.add_argument(
         "--max-mb",
         type=float,
@@ -212,15 +204,8 @@ def build_parser() -> Parser:
     )
 
     command = add("open", do.open_report, "show the report of one or several runs in the browser, live while they run")
-    command.add_argument(
-        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
-    )
-    command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
-    command.add_argument(
-        "--margin",
-        type=float,
-        help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
-    )
+    arguments.runs(command)
+    arguments.judged(command)
 
     command = add("dashboard", do.dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
     command.add_argument(
@@ -233,7 +218,7 @@ def build_parser() -> Parser:
     command = add(
         "quantize", do.quantize, "make the artifacts of an experiment's quantized arms, without running it", policy=True
     )
-    _config(command)
+    arguments.config(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
 
     command = add(
@@ -243,7 +228,7 @@ def build_parser() -> Parser:
     command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
     command.add_argument(
         "--measure",
-        type=_experiment_file,
+        type=arguments.experiment_file,
         metavar="CONFIG",
         help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)",
     )
@@ -261,7 +246,7 @@ def build_parser() -> Parser:
         kernels,
         policy=True,
     )
-    _shapes(command)
+    arguments.shapes(command)
     command.add_argument("--forget", action="store_true", help="try again what is known from earlier trials")
 
     command = add(
@@ -271,10 +256,10 @@ def build_parser() -> Parser:
         kernels,
         policy=True,
     )
-    _shapes(command)
+    arguments.shapes(command)
 
     command = add("serve", do.serve, "put an arm's policy behind openpi's websocket protocol", policy=True)
-    _config(command)
+    arguments.config(command)
     command.add_argument("--arm", default="baseline", help="which arm of the config (default: baseline)")
     command.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; elsewhere a token is required")
     command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
@@ -301,112 +286,15 @@ def build_parser() -> Parser:
     )
     command = add("show", do.config_show, "print the experiment with everything it extends and every default", config)
     command.add_argument(
-        "config", nargs="?", type=_experiment_file, metavar="CONFIG", help="an experiment's YAML file or name"
+        "config", nargs="?", type=arguments.experiment_file, metavar="CONFIG", help="an experiment's YAML file or name"
     )
-    _sets(command)
+    arguments.sets(command)
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", do.ls, "list what there is to choose from")
     lists = ("suites", "policies", "backends", "experiments", "artifacts")
     command.add_argument("what", choices=lists, metavar="WHAT", help=", ".join(lists))
     return parser
-
-
-def _config(command: Parser) -> None:
-    config: Any = command.add_argument(
-        "config",
-        type=_experiment_file,
-        metavar="CONFIG",
-        help="an experiment's YAML file, or a name that `ls experiments` lists, e.g. baseline",
-    )
-    config.completer = _experiments
-    _sets(command)
-
-
-def _filters(command: Parser) -> None:
-    command.add_argument("--arm", action="append", metavar="NAME", help="only this arm; repeatable")
-    command.add_argument("--task", type=int, action="append", metavar="N", help="only this task; repeatable")
-
-
-def _sets(command: Parser) -> None:
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one key, e.g. --set quant.alpha=0.6; repeatable",
-    )
-
-
-def _words(text: str) -> tuple[str, ...]:
-    from qlibero.results.judgement import Word
-
-    words = tuple(word.strip() for word in text.split(","))
-    known = [str(word) for word in Word]
-    if unknown := [word for word in words if word not in known]:
-        raise argparse.ArgumentTypeError(f"no verdict is called {', '.join(unknown)}; they are {', '.join(known)}")
-    return words
-
-
-def _experiments(prefix: str, **_: Any) -> list[str]:
-    """What a shell completes a CONFIG to."""
-    from argcomplete.completers import FilesCompleter
-
-    from qlibero.places import experiment_files
-
-    return [*experiment_files(), *FilesCompleter(("yaml",))(prefix)]
-
-
-def _experiment_file(text: str) -> Path:
-    from qlibero.places import experiment_file
-
-    return experiment_file(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
-    return int(text)
-
-
-def _shapes(command: Parser) -> None:
-    command.add_argument(
-        "config",
-        nargs="?",
-        type=_experiment_file,
-        metavar="CONFIG",
-        help="an experiment: its quantized arms' layers at the run's token counts, "
-        "instead of --shapes and the bits below",
-    )
-    _sets(command)
-    command.add_argument(
-        "--backend", action="append", metavar="NAME", help="default: all that this machine supports; repeatable"
-    )
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    command.add_argument(
-        "--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)"
-    )
-    command.add_argument("--weight-bits", type=int, choices=(4, 8), default=4)
-    command.add_argument("--activation-bits", type=int, choices=(4, 8), default=8)
-    command.add_argument(
-        "--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)"
-    )
-
-
-def _directory(text: str) -> Path:
-    path = Path(text)
-    try:
-        if any(len(os.fsencode(part)) > 255 for part in path.parts):
-            raise argparse.ArgumentTypeError(f"{shown(text)} has a part of more than 255 bytes, which no disk takes")
-        if not path.is_dir() and (path.exists() or path.is_symlink()):
-            raise argparse.ArgumentTypeError(f"{shown(text)} is there and is no directory")
-    except (OSError, ValueError) as problem:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: {problem}") from None
-    return path
-
-
-def _out(command: Parser) -> None:
-    command.add_argument("--out", type=_directory, metavar="DIR", help="run directory (default: logs/NAME)")
 
 
 @contextmanager
