@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arms": {"machine", "policies", "quant", "kernels", "rollout", "sim"},
     "sequential": {"results"},
     "experiment": {"config", "arms", "sequential", "rollout", "sim", "results", "tracking", "launch"},
-    "filming": {"config", "experiment", "rollout", "results"},
+    "filming": {"config", "experiment", "rollout", "results", "sim"},
     "launch": {"config", "experiment", "results", "sim", "kernels", "tracking"},
     "doctor": {"config", "catalogue", "launch", "sim"},
     "catalogue": {"config", "kernels", "sim", "quant"},

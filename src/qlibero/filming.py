@@ -27,13 +27,15 @@ def film_run(
     """Videos of a run's episodes, the same in every arm, flipped ones first; what is filmed already stays.
 
     `tasks`, `inits`, `arms`: only these. Raises UserError where there are none, and `WorkFailed` for a replay that
-    differs from its record: it needs the simulator and renderer that the records came from.
+    differs from its record: it needs the simulator and renderer that the records came from. GuardRefusal for packages
+    that are not the published ones.
     """
     import shutil
 
     from qlibero.config.load import load_experiment
     from qlibero.experiment import start_pool
     from qlibero.rollout.replay import replay
+    from qlibero.sim.provenance import enforce
 
     if not (run_dir / "experiment.yaml").is_file():
         raise UserError(
@@ -45,6 +47,7 @@ def film_run(
     if wanted:
         if shutil.which("ffmpeg") is None:
             raise WorkFailed("videos need ffmpeg, and this machine has none; `qlibero doctor` says how to get it")
+        enforce()
         with start_pool(experiment, len(wanted), say) as pool:
             videos = replay(run_dir, wanted, pool, experiment.protocol, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in videos]}
