@@ -42,12 +42,12 @@ def film_run(
             f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes"
         )
     experiment = load_experiment(run_dir / "experiment.yaml", environ={}, check_files=False)
+    enforce()
     wanted = wanted_episodes(experiment, run_dir, episodes, tasks, inits, arms)
     videos: list[Path] = []
     if wanted:
         if shutil.which("ffmpeg") is None:
             raise WorkFailed("videos need ffmpeg, and this machine has none; `qlibero doctor` says how to get it")
-        enforce()
         with start_pool(experiment, len(wanted), say) as pool:
             videos = replay(run_dir, wanted, pool, experiment.protocol, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in videos]}
