@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlibero.activity import doing
 from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
@@ -48,6 +49,7 @@ def load_arms(
     Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
     """
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
+    doing("loading the policy")
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
     say(f"policy {full.name}: {describe(full)}")
     for remark in full.provenance().get("remarks", ()):
@@ -63,6 +65,7 @@ def load_arms(
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
             policy, found = _quantized(experiment, _settled(arm, (before or {}).get(arm.name, {})), full, say)
+        doing(f"warming up {arm.name}")
         warmup_ms = warm_up(policy, experiment)
         policies[arm.name] = policy
         meta[arm.name] = {
@@ -159,8 +162,9 @@ def describe(policy: Policy) -> str:
 
 
 def digest(verdicts: dict[str, Any]) -> str:
-    """16 hex digits of a kernel verdict table; "" for an unquantized arm."""
-    return hashlib.sha256(json.dumps(verdicts, sort_keys=True).encode()).hexdigest()[:16] if verdicts else ""
+    """16 hex digits over which kernel runs each layer, not over why: reasons name times. "" for an unquantized arm."""
+    ran = {layer: [said["kernel"], said["shape"]] for layer, said in verdicts.items()}
+    return hashlib.sha256(json.dumps(ran, sort_keys=True).encode()).hexdigest()[:16] if ran else ""
 
 
 def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:

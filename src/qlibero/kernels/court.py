@@ -20,18 +20,20 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlibero.activity import doing
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import BACKENDS, DEQUANTIZED, load
 from qlibero.kernels.contract import GemmShape, Kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.kernels.stopwatch import seconds
+from qlibero.kernels.tiled import tile
 from qlibero.kernels.trial import Finding, quantized_weight, try_kernel
 
 FALLBACKS = {"cuda": ("triton_w4a8", "w8a8", "fake"), "cpu": ("cpu_int4", "fake")}
@@ -71,7 +73,11 @@ def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", rem
     elif kernel not in BACKENDS:
         load(kernel)  # says which there are
     trials = _Trials(remember)
-    return [_judge(layer, backend, kernel, note, on_failure, trials) for layer in layers]
+    verdicts = []
+    for index, layer in enumerate(layers):
+        doing(f"trying {kernel}", index, len(layers))
+        verdicts.append(_judge(layer, backend, kernel, note, on_failure, trials))
+    return verdicts
 
 
 def _judge(layer: Layer, requested: str, kernel: str, note: str, on_failure: str, trials: _Trials) -> Verdict:
@@ -239,7 +245,8 @@ def _seconds(kernel: Kernel, layer: Layer) -> float:
     for m in layer.tokens:
         x = torch.randint(-127, 128, (m, shape.k), dtype=torch.int8, device=shape.device)
         s_x = torch.ones(m, device=shape.device)
-        total += seconds(lambda x=x, s_x=s_x: kernel.matmul(x, s_x, packed, scales), shape.device, budget_s=0.05)
+        matmul, x = (kernel.matmul_tiles, tile(x)) if kernel.in_tiles else (kernel.matmul, x)
+        total += seconds(partial(matmul, x, s_x, packed, scales), shape.device, budget_s=0.05)
     return total
 
 
@@ -274,7 +281,7 @@ def _interpreted() -> bool:
 @cache
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

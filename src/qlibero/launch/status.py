@@ -6,7 +6,7 @@ Result files are the only thing that is true on every engine; a scheduler only a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import episode_keys, finished_episodes, missing_episodes
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
 from qlibero.results.ledger import is_locked, read_ledger
+from qlibero.results.machines import in_words, is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
 
 RATE_WINDOW = timedelta(minutes=30)
@@ -23,22 +24,34 @@ FOLLOW_S = 10.0
 QUIET_S = 120.0  # longer than a shard takes to start, so that the pause between two is not taken for the end
 
 
-def status(directory: Path) -> dict[str, Any]:
-    """Of a sweep directory or a single run directory. Raises UserError when it is neither.
+def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> dict[str, Any]:
+    """Of a sweep directory or a single run directory; `tasks`, `arms`: only these episodes are counted.
+
+    Raises UserError when it is neither, and for an arm or task that it does not have.
 
     Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
     "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate
-    is that of the last half hour in which episodes finished.
+    is that of the last half hour in which episodes finished. A cell's "machines", {arm: {kind: episodes}}, has the arms
+    whose episodes come from machines that answer differently.
     """
     manifest = latest_manifest(directory) or _single_run(directory)
     cells, records = [], []
     missing_keys: dict[str, set] = {}
+    _check_filters(directory, manifest, tasks, arms)
+
+    def counted(arm: str, task: int) -> bool:
+        return (not arms or arm in arms) and (not tasks or task in tasks)
+
     for cell in manifest.cells:
-        found = [r for arm in cell.experiment.arms() for r in read_ledger(cell.run_dir, arm.name)]
+        by_arm = {
+            arm.name: [r for r in read_ledger(cell.run_dir, arm.name) if counted(r.arm, r.task)]
+            for arm in cell.experiment.arms()
+        }
+        found = [record for of_arm in by_arm.values() for record in of_arm]
         records += found
-        missing = missing_episodes(cell.experiment, cell.run_dir)
+        missing = [(a, key) for a, key in missing_episodes(cell.experiment, cell.run_dir) if counted(a, key.task)]
         missing_keys[cell.id] = {key for _, key in missing}
-        finished = len(finished_episodes(cell.experiment, cell.run_dir))
+        finished = sum(counted(a, key.task) for a, key in finished_episodes(cell.experiment, cell.run_dir))
         errors = [r for r in found if r.outcome == "error"]
         cells.append(
             {
@@ -48,6 +61,7 @@ def status(directory: Path) -> dict[str, Any]:
                 "errors": len(errors),
                 "last_error": errors[-1].error if errors else None,
                 "successes": sum(r.succeeded for r in found),
+                "machines": {name: machines_of(of_arm) for name, of_arm in by_arm.items() if is_mixed(of_arm)},
             }
         )
     done, total = sum(c["done"] for c in cells), sum(c["episodes"] for c in cells)
@@ -71,14 +85,30 @@ def status(directory: Path) -> dict[str, Any]:
     }
 
 
-def follow(directory: Path, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _check_filters(
+    directory: Path, manifest: Manifest, tasks: Sequence[int] | None, arms: Sequence[str] | None
+) -> None:
+    has = {arm.name for cell in manifest.cells for arm in cell.experiment.arms()}
+    known = {task for cell in manifest.cells for task in cell.experiment.task_ids()}
+    if unknown := [arm for arm in arms or () if arm not in has]:
+        raise UserError(f"--arm {unknown[0]}: {directory} has the arms {', '.join(sorted(has))}")
+    if unknown := [task for task in tasks or () if task not in known]:
+        raise UserError(f"--task {unknown[0]}: {directory} has the tasks {', '.join(map(str, sorted(known)))}")
+
+
+def follow(
+    directory: Path,
+    show: Callable[[dict[str, Any]], None],
+    tasks: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """`show` the status every ten seconds until everything is done, or nothing has been under way for two minutes.
 
     Under way is what stands in a queue, holds a shard's lock, or adds to the ledgers. Returns the last status.
     """
     alive, grown = time.monotonic(), None
     while True:
-        found = status(directory)
+        found = status(directory, tasks, arms)
         show(found)
         growth = (found["done"], found["errors"])
         if found["queue"] or found["queue_problem"] or found["writing"] or growth != grown:
@@ -108,6 +138,15 @@ def headline(found: dict[str, Any]) -> str:
     elif found["eta"]:
         parts.append(f"done about {found['eta']}")
     return ", ".join(parts)
+
+
+def mixes(found: dict[str, Any]) -> list[str]:
+    """A line for people for each arm whose episodes come from machines that answer differently."""
+    return [
+        f"{cell['cell']}, arm {arm}: {in_words(machines)}"
+        for cell in found["cells"]
+        for arm, machines in cell["machines"].items()
+    ]
 
 
 def episodes_per_hour(records: list[EpisodeRecord]) -> float | None:
