@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlibero.activity import doing
 from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
@@ -59,8 +60,11 @@ def load_arms(
     """
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
     places = artifact_places(run_dir)
+    doing("loading the policy")
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms, places))
     say(f"policy {full.name}: {describe(full)}")
+    for remark in full.provenance().get("remarks", ()):
+        say(f"checkpoint: {remark}")
     if full.model is not None:  # of a server it is known with its first answer
         _require_replan(experiment, full.noise_shape[0])
     policies: dict[str, Policy] = {}
@@ -76,6 +80,7 @@ def load_arms(
             policy, found, recheck = _quantized(experiment, settled, full, places, twins, say)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
+        doing(f"warming up {arm.name}")
         warmup_ms = warm_up(policy, experiment)
         policies[arm.name] = policy
         meta[arm.name] = {

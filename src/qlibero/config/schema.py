@@ -73,6 +73,16 @@ class Pi05(Frozen):
     profile: Profile = Field(
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
+    action_horizon: Int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
+    )
+    asset_id: Word | None = Field(
+        None, description="which statistics, where the checkpoint has several: physical-intelligence/libero"
+    )
+    norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
     device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
         "auto", description="auto: a GPU if there is one"
     )
@@ -334,7 +344,7 @@ class Experiment(Frozen):
         2, ge=0, le=100, description="times an episode whose simulator died is run again before it is an error"
     )
     videos: Literal["all"] | Annotated[Int, Field(ge=0, le=MOST)] = Field(
-        2, description="all, or how many initial states are filmed in every arm, flipped ones first (after the run)"
+        2, description="all, or of how many initial states videos are kept in every arm, flipped ones first"
     )
     margin: Float = Field(
         0.02,
