@@ -488,8 +488,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
 
 
 def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
-    decides = {key: value for key, value in quant.items() if key != "artifact_dir"}
-    return {**decides, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
+    return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
 def _without_paths(value: Any) -> Any:
