@@ -22,6 +22,7 @@ from qlibero.results.foreign import ForeignComparison
 from qlibero.results.judgement import Word
 from qlibero.results.phrases import (
     band_text,
+    copies_text,
     delta_text,
     excess_text,
     interval_text,
@@ -195,7 +196,9 @@ def comparison_tables(found: Comparison) -> Group:
         parts += [Text(f"  unpaired: {key}, {reason}", style=OPEN) for key, reason in unpaired[:5]]
         if len(unpaired) > 5:
             parts.append(Text(f"  and {len(unpaired) - 5} more unpaired; the JSON lists every one", style=OPEN))
-    if not found.floor:
+    if found.copies:
+        parts.append(Text(copies_text(found.copies), style="yellow"))
+    elif not found.floor:
         parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
     if conflicts := found.ledger.conflicting_episodes:
         one = len(conflicts) == 1
