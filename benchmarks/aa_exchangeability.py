@@ -4,10 +4,10 @@
     python benchmarks/aa_exchangeability.py examples/analysis_data/aa_official.csv examples/analysis_data/aa_fresh.csv
 
 Baseline and A/A arms compute one function with other rounding. If nothing favours the baseline, then in every scene
-each arithmetic is as likely as any other to have given the baseline's episode. The statistic is the mean over scenes of
-(mean of the others − baseline); its null distribution exchanges the label "baseline" in every scene on its own. A/A arms
-whose episodes of a task are all equal are one arithmetic there. Only scenes that every arm finished count. A CSV is what
-`qlibero export` writes; an episode that fails counts with all the steps it took.
+each arithmetic is as likely as any other to have given the baseline's episode. The statistic is the mean over scenes
+of (mean of the others − baseline); its null distribution exchanges the label "baseline" in every scene on its own. A/A
+arms whose episodes of a task are all equal are one arithmetic there. Only scenes that every arm finished count. A CSV
+is what `qlibero export` writes; an episode that fails counts with all the steps it took.
 """
 
 from __future__ import annotations

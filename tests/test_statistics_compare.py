@@ -474,8 +474,8 @@ def test_copies_among_aa_arms_count_once_and_are_named(tmp_path):
         write(run, "aa-1", flipped)
         write(run, "fake", arm)
         if copies:
-            write(run, "aa-2", flipped, action_digest="aa-1".encode().hex())
-            write(run, "aa-3", reference, action_digest="baseline".encode().hex())
+            write(run, "aa-2", flipped, action_digest=b"aa-1".hex())
+            write(run, "aa-3", reference, action_digest=b"baseline".hex())
         for name in ("aa-1", "aa-2", "aa-3"):
             if (run / name).is_dir():
                 write_meta(run, name, {"backend": "aa"})
@@ -488,14 +488,14 @@ def test_copies_among_aa_arms_count_once_and_are_named(tmp_path):
     # one episode that differs, and it is another draw
     write(tmp_path / "more", "baseline", reference)
     write(tmp_path / "more", "aa-1", flipped)
-    write(tmp_path / "more", "aa-2", flipped | {(0, 0): "success"}, action_digest="aa-1".encode().hex())
+    write(tmp_path / "more", "aa-2", flipped | {(0, 0): "success"}, action_digest=b"aa-1".hex())
     for name in ("aa-1", "aa-2"):
         write_meta(tmp_path / "more", name, {"backend": "aa"})
     more = compare_runs([tmp_path / "more"])
     assert more["aa_copies"] == {} and more["noise_floor"]["replicates"] == ["aa-1", "aa-2"]
     # a control that changed nothing at all measured nothing
     write(tmp_path / "none", "baseline", reference)
-    write(tmp_path / "none", "aa", reference, action_digest="baseline".encode().hex())
+    write(tmp_path / "none", "aa", reference, action_digest=b"baseline".hex())
     none = compare_runs([tmp_path / "none"])
     assert none["aa_copies"] == {"aa": "baseline"} and none["noise_floor"] is None
     shown = Console(width=250, file=StringIO())

@@ -1,8 +1,9 @@
 """The same network with the sums of one layer in another order, on any machine and in any library.
 
-The hidden channels of a gated MLP have no order of their own: with the rows of `gate_proj` and `up_proj` and the columns
-of `down_proj` permuted alike it is the same function, and `down_proj` adds up its terms otherwise. The expert's first
-layer runs once a flow step, so what it rounds differently reaches every action; at full size its copy is 25 MB.
+The hidden channels of a gated MLP have no order of their own: with the rows of `gate_proj` and `up_proj` and the
+columns of `down_proj` permuted alike it is the same function, and `down_proj` adds up its terms otherwise. The first
+layer of the expert runs in every flow step, so what it rounds differently reaches every action; its copy is 25 MB at
+full size.
 """
 
 from __future__ import annotations
