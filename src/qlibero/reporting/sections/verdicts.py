@@ -168,9 +168,9 @@ def _control_text(r: ArmComparison) -> str:
     flips = t.broken + t.repaired
     band = tango(flips / 2, flips / 2, t.pairs)[1]
     return (
-        f"The same policy again in other batches, not under test: {t.broken} broken, {t.repaired} repaired of "
-        f"{t.pairs} pairs. Its true difference is 0, so this draw's place says nothing and its flips do: a difference "
-        f"within ±{100 * band:.1f} pp arises by rounding alone in 95 % of reruns."
+        f"The same policy again, its sums in another order, not under test: {t.broken} broken, {t.repaired} repaired "
+        f"of {t.pairs} pairs. Its true difference is 0, so this draw's place says nothing and its flips do: a "
+        f"difference within ±{100 * band:.1f} pp arises by rounding alone in 95 % of reruns."
     )
 
 
