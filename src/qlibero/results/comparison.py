@@ -142,9 +142,15 @@ class SequentialTest:
     max_pairs: int | None
     episodes_saved: int
 
+    @property
+    def spendable(self) -> int:
+        """The most pairs it may take."""
+        return min(self.declared_pairs, self.max_pairs or self.declared_pairs)
+
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self.decision),
+            "interval": rounded_interval(self.decision.interval),
             "margin": self.margin,
             "declared_pairs": self.declared_pairs,
             "max_pairs": self.max_pairs,

@@ -206,6 +206,19 @@ def pooled_text(arm: ArmComparison) -> str:
     )
 
 
+def ruling_text(test: SequentialTest) -> str:
+    """Why a sequential test says neither "non-inferior" nor "inferior"; "" where it says one."""
+    d = test.decision
+    if d.verdict is None:
+        following = f", next look at {d.next_look:,}" if d.next_look and d.next_look > d.position else ""
+        return f"{d.position:,} of at most {test.spendable:,} pairs, no decision{following}"
+    if d.verdict == "futile":
+        return f"given up after {d.position:,} of {test.spendable:,} pairs: neither verdict had a fair chance left"
+    if d.verdict == "undecided":
+        return f"undecided after all {d.position:,} pairs that may be spent"
+    return ""
+
+
 def sequential_text(test: SequentialTest) -> str:
     """The sequential decision in words, with the interval that belongs to it."""
     d = test.decision
