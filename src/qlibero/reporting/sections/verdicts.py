@@ -81,7 +81,7 @@ def _lead(m: Material) -> Markup:
     if alone:
         n = alone.comparison.reference_summary["episodes"]
         planned = sum(planned_episodes(run) or 0 for run in m.runs if alone.comparison.reference in run.arms)
-        of = f" of {planned:,} planned" if planned and planned != n else ""
+        of = f" of {planned:,} planned" if planned > n else ""
         opening = join(f"Every arm runs the same episodes ({n:,}{of}) as ", el("b", m.arms[alone.reference].label))
     return join(
         opening,
