@@ -14,7 +14,7 @@ from pi05_small import noises, observations
 from safetensors.torch import load_file, save_file
 from test_fake_equals_kernel import asked, small_policy
 
-from qlibero.config.schema import Calibration, Quant
+from qlibero.config.quantization import Calibration, Quant
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.quant import artifact as artifacts
 from qlibero.quant.apply import quantize_policy

@@ -52,6 +52,8 @@ def load_arms(
     doing("loading the policy")
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
     say(f"policy {full.name}: {describe(full)}")
+    for remark in full.provenance().get("remarks", ()):
+        say(f"checkpoint: {remark}")
     if full.model is not None:  # of a server it is known with its first answer
         _require_replan(experiment, full.noise_shape[0])
     policies: dict[str, Policy] = {}

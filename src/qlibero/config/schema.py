@@ -73,6 +73,16 @@ class Pi05(Frozen):
     profile: Profile = Field(
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
+    action_horizon: Int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
+    )
+    asset_id: Word | None = Field(
+        None, description="which statistics, where the checkpoint has several: physical-intelligence/libero"
+    )
+    norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
     device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
         "auto", description="auto: a GPU if there is one"
     )
