@@ -500,6 +500,7 @@ def test_copies_among_aa_arms_count_once_and_are_named(tmp_path):
     assert none["aa_copies"] == {"aa": "baseline"} and none["noise_floor"] is None
     shown = Console(width=250, file=StringIO())
     print_comparison(compare_paths([tmp_path / "copied"]), shown)
-    page = write_report([tmp_path / "copied"], tmp_path / "copied.html").read_text()
+    write_report([tmp_path / "copied"], tmp_path / "copied.html")
+    page = (tmp_path / "copied.html").read_text()
     for text in (shown.file.getvalue(), page):
         assert "aa-2 is aa-1, aa-3 is baseline" in text
