@@ -46,7 +46,7 @@ def episode(arm: str, key: EpisodeKey, outcome: str, scene: str = "", **more) ->
         success_step=50 if outcome == "success" else None,
         error="hung" if outcome == "error" else None,
         fingerprint=scene or f"{key.task:02x}{key.init:02x}{key.seed:02x}",
-        action_digest="cd",
+        action_digest=arm.encode().hex(),
         policy_ms=[10.0, 12.0 + key.init % 3],
         batch_sizes=[1, 1],
         **more,

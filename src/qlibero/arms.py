@@ -109,7 +109,7 @@ def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapp
     for path in files_of(experiment.policy):
         name = f"policy file {path.name}"
         parts[name if name not in parts else f"{name} of {path.parent.name}"] = file_sha256(path)
-    for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim"):
+    for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim", "arrangement"):
         if key in about:
             parts[f"policy {key.replace('_', ' ')}"] = str(about[key])
     if about["type"] == "remote":

@@ -59,7 +59,7 @@ def backends() -> Rows:
             "backend": "aa",
             "runs_on": devices,
             "here": True,
-            "about": "baseline again in other batches: the noise floor of every difference",
+            "about": "baseline again, its sums in another order: the noise floor of every difference",
         },
         {"backend": "auto", "runs_on": devices, "here": True, "about": "the fastest real kernel that passes the court"},
     ]

@@ -145,7 +145,7 @@ class Backend(Frozen):
         None,
         ge=1,
         le=32,
-        description="of aa: so many arms aa-1, aa-2, …, each computed in another arrangement (rows, padding)",
+        description="of aa: so many arms aa-1, aa-2, …, each with its sums in another order",
     )
 
     @model_serializer(mode="wrap")

@@ -203,11 +203,11 @@ def _count(n: int, what: str) -> str:
 
 def _episodes(m: Material) -> str:
     """Finished of planned, so that a run that is not done, or lost an episode, cannot pass for a whole one."""
-    finished = sum(r.outcome != "error" for arm in m.arms.values() for r in arm.records.values())
+    done = [key in arm.planned for arm in m.arms.values() for key, r in arm.records.items() if r.outcome != "error"]
     planned = [(planned_episodes(run) or 0) * len(run.arms) for run in m.runs]
     if 0 in planned:
-        return f"{finished:,} episodes"
-    return f"{finished:,} of {sum(planned):,} planned episodes"
+        return f"{len(done):,} episodes"
+    return f"{sum(done):,} of {sum(planned):,} planned episodes"
 
 
 def _navigation(parts: list[Markup]) -> Markup:

@@ -23,6 +23,7 @@ from qlibero.results.foreign import ForeignComparison
 from qlibero.results.judgement import Word
 from qlibero.results.phrases import (
     band_text,
+    copies_text,
     delta_text,
     excess_text,
     interval_text,
@@ -210,7 +211,9 @@ def comparison_tables(found: Comparison) -> Group:
             parts.append(Text(f"  and {len(unpaired) - 5} more unpaired; the JSON lists every one", style=OPEN))
     for problem in found.arithmetic["problems"]:
         parts.append(Text(problem if "NOT THE" in problem else f"{problem} (NOT THE SAME ARITHMETIC)", style="red"))
-    if not found.floor:
+    if found.copies:
+        parts.append(Text(copies_text(found.copies), style="yellow"))
+    elif not found.floor:
         parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
     if conflicts := found.ledger.conflicting_episodes:
         one = len(conflicts) == 1

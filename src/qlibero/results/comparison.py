@@ -275,6 +275,7 @@ class Comparison:
     family: int
     reference_summary: dict[str, Any]
     floor: NoiseFloor | None
+    copies: dict[str, str]  # A/A arms that are another arm to the bit, and which
     ledger: LedgerState
     arithmetic: dict[str, Any]  # `arithmetic.together`: whether the kernels computed what they claim
 
@@ -303,6 +304,7 @@ class Comparison:
             "holm_family": self.family,
             "reference_summary": self.reference_summary,
             "noise_floor": self.floor.to_json() if self.floor else None,
+            "aa_copies": self.copies,
             "ledger": {
                 "torn_lines": self.ledger.torn_lines,
                 "repeated_lines": self.ledger.repeated_lines,

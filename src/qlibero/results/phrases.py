@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlibero.results.judgement import FEWEST_PAIRS, Power, Word
@@ -184,6 +185,14 @@ def band_text(arm: ArmComparison) -> str:
     if arm.band is None:
         return ""
     return f"rounding alone moves Δ within ±{100 * arm.band[1]:.1f} pp in 95 % of reruns"
+
+
+def copies_text(copies: Mapping[str, str]) -> str:
+    """Which A/A arms count for nothing of their own; "" where every one is another draw."""
+    if not copies:
+        return ""
+    said = ", ".join(f"{arm} is {other}" for arm, other in copies.items())
+    return f"Equal in every episode, to the bit: {said}. What is one arithmetic counts once in the noise floor."
 
 
 def pooled_text(arm: ArmComparison) -> str:

@@ -24,6 +24,7 @@ from qlibero.policies.pi05.images import to_network
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.profiles import Profile
+from qlibero.policies.pi05.rearrange import MLP, rearranged
 from qlibero.policies.pi05.sampler import Sampler
 from qlibero.policies.pi05.tokenizer import Tokenizer
 
@@ -92,6 +93,7 @@ class Pi05Policy:
         self._identity = identity
         self._sampler: Sampler | None = None
         self._padding = 0  # buckets of masked text beyond what a text needs
+        self._arrangement = ""  # what of the arithmetic's order is not as in the checkpoint
 
     @property
     def device(self) -> torch.device:
@@ -118,13 +120,17 @@ class Pi05Policy:
         return twin
 
     def rearranged(self, replicate: int) -> Pi05Policy:
-        """The same policy computed in another arrangement, the `replicate`-th (from 1): more rows, longer padding.
+        """The same policy computed in another arrangement, the `replicate`-th (from 1): the channels of one MLP in an
+        order drawn from that number, more rows, longer padding. Its actions differ by rounding alone.
 
-        Its actions differ by rounding alone. Libraries have few arrangements: on an x86 CPU rows by twos and threes
-        give the same bits, as do four and all that was tried above; further padding gives others again.
+        Rows and padding touch the rounding of every layer, but have few arrangements: on an x86 CPU rows by twos and
+        threes give the same bits, as do four and all that was tried above. The order of channels is what makes every
+        replicate another one.
         """
-        twin = self.with_batch_size(self.batch_size + (0, 1, 3)[replicate % 3])
+        twin = self.with_model(rearranged(self.model, replicate))
+        twin.batch_size += (0, 1, 3)[replicate % 3]
         twin._padding = replicate // 3
+        twin._arrangement = f"{MLP}: channels in order {replicate}; text padded by {twin._padding} buckets more"
         return twin
 
     def provenance(self) -> dict[str, Any]:
@@ -141,6 +147,7 @@ class Pi05Policy:
             "batch_size": self.batch_size,
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,
+            **({"arrangement": self._arrangement} if self._arrangement else {}),
             **({} if self._sampler is None else {"execution": self._sampler.execution()}),
         }
 

@@ -62,7 +62,7 @@ def reading(m: Material) -> Markup:
         ),
         (
             "A/A, noise floor",
-            "The reference run again in batches of another size. "
+            "The reference run again, its sums in another order. "
             "What it flips is rounding noise that no kernel is to blame for. "
             "It is not under test: it has no verdict, and its latency is that of its batches. Its true difference is "
             "0, so the grey band is centred there: as wide as 95 % of reruns spread. Whether an arm flips more than "
