@@ -69,6 +69,7 @@ def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_pat
     """Calibrates the first time; the second time the artifact is ready and the language model is not read."""
     from qlibero import arms
     from qlibero.config.schema import Experiment
+    from qlibero.quant import prepare
 
     asked: list[frozenset[str]] = []
 
@@ -76,7 +77,7 @@ def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_pat
         asked.append(skip)
         return load_policy(policy, skip)
 
-    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path)
     monkeypatch.setattr(arms, "load_policy", listening)
     quant = {"method": "rtn", "layout": "llm"}
     settings = {"name": "x", "suite": "libero_object", "tasks": [7], "policy": config.model_dump(), "quant": quant}

@@ -28,6 +28,7 @@ from qlibero.config.schema import Experiment, config_hash
 from qlibero.errors import GuardRefusal, WorkFailed
 from qlibero.kernels import court
 from qlibero.quant import artifact as artifacts
+from qlibero.quant import prepare
 from qlibero.results.ledger import Ledger
 from qlibero.results.meta import check, read_meta
 from qlibero.sim import provenance
@@ -36,7 +37,7 @@ from qlibero.sim import provenance
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
     monkeypatch.setattr(arms, "task_language", lambda suite, task: PROMPTS[0])
     return tmp_path

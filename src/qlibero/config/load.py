@@ -25,7 +25,7 @@ from qlibero.errors import UserError
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
 # every Path of the schema; a test compares
-PATH_KEYS = ("checkpoint", "tokenizer", "norm_stats", "config", "path", "artifact")
+PATH_KEYS = ("checkpoint", "tokenizer", "norm_stats", "config", "path", "artifact", "artifact_dir")
 MOST_SHOWN = 40  # problems in one message
 
 

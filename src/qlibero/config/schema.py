@@ -488,7 +488,8 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
 
 
 def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
-    return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
+    decides = {key: value for key, value in quant.items() if key != "artifact_dir"}
+    return {**decides, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 
 
 def _without_paths(value: Any) -> Any:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlibero.errors import GuardRefusal, UserError
+from qlibero import files
+from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
 from qlibero.quant.spec import QuantSpec
@@ -152,15 +152,19 @@ def build(
 
 def save(artifact: Artifact, path: Path) -> Path:
     """Write atomically: a reader sees the whole file or none."""
-    path = Path(path)
+    path, partial = Path(path), None
+    meta = {"qlibero": json.dumps(_meta(artifact), sort_keys=True), "sha256": artifact.sha256}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        meta = {"qlibero": json.dumps(_meta(artifact), sort_keys=True), "sha256": artifact.sha256}
+        partial = files.beside(path)
         save_file({name: t.contiguous() for name, t in artifact.tensors.items()}, partial, metadata=meta)
-        os.replace(partial, path)
+        files.settle(partial, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the artifact to {path}: {error}") from None
+        if partial is not None:
+            files.remove(partial)
+        reason = cause(error) if isinstance(error, OSError) else error
+        raise WorkFailed(
+            f"cannot write the artifact to {path}: {reason}; `quant.artifact_dir` names another place"
+        ) from None
     return path
 
 

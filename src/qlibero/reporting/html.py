@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import UserError
+from qlibero.files import replace
 from qlibero.reporting.markup import Markup, breakable, el, join, script_json
 from qlibero.reporting.material import Material, Video, flipped_videos, gather, planned_episodes
 from qlibero.reporting.sections.differences import differences
@@ -29,6 +30,7 @@ from qlibero.reporting.sections.success import success
 from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
+from qlibero.results.arithmetic import arithmetic, refusal
 from qlibero.results.judgement import check_margin
 from qlibero.results.runs import read_runs
 
@@ -56,11 +58,7 @@ def write_report(
     filmed = flipped_videos(material)
     page, chosen = fitting(material, filmed, megabytes * 1e6)
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(page)
-    except OSError as problem:
-        raise WorkFailed(f"cannot write {out}: {problem.strerror}; choose another -o") from problem
+    replace(out, page, "Choose another -o")
     return {
         "report": str(out),
         "bytes": len(page),
@@ -187,9 +185,16 @@ def _header(m: Material) -> Markup:
         el("p", "qlibero report", class_="eyebrow"),
         el("h1", breakable(m.name)),
         el("p", " · ".join(filter(None, facts)), class_="facts-line"),
+        _not_one_arithmetic(m),
         el("button", "Light or dark", type="button", id="theme", class_="theme"),
         class_="top",
     )
+
+
+def _not_one_arithmetic(m: Material) -> Markup | None:
+    """At the top: a page whose kernels were found wrong must not be read without it."""
+    found = [refusal(arithmetic(run.run_dir, run.arms)) for run in m.runs]
+    return el("pre", "\n".join(filter(None, found)), class_="refused", role="alert") if any(found) else None
 
 
 def _count(n: int, what: str) -> str:

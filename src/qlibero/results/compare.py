@@ -14,6 +14,7 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.results import statistics as st
+from qlibero.results.arithmetic import arithmetic, together
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
     Adjusted,
@@ -128,6 +129,7 @@ def compare(
         context.floor,
         context.copies,
         _ledger_state(runs),
+        together([arithmetic(run.run_dir, run.arms) for run in runs]),
     )
 
 

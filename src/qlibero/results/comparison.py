@@ -277,6 +277,7 @@ class Comparison:
     floor: NoiseFloor | None
     copies: dict[str, str]  # A/A arms that are another arm to the bit, and which
     ledger: LedgerState
+    arithmetic: dict[str, Any]  # `arithmetic.together`: whether the kernels computed what they claim
 
     @property
     def margin(self) -> float:
@@ -309,4 +310,5 @@ class Comparison:
                 "repeated_lines": self.ledger.repeated_lines,
                 "conflicting_episodes": list(self.ledger.conflicting_episodes),
             },
+            "arithmetic": self.arithmetic,
         }
