@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from qlibero.config import inits, quantization, schema
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved, editor_schema
 from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
-from qlibero.config.schema import Experiment, Quant, config_hash
+from qlibero.config.schema import Experiment, Quant
 from qlibero.config.yaml_text import parse
 from qlibero.places import REPOSITORY
 

@@ -24,7 +24,8 @@ from test_ledger_survives import record
 from test_remote_answers import GOOD, foreign
 
 from qlibero import arms
-from qlibero.config.schema import Experiment, config_hash
+from qlibero.config.config_hash import config_hash
+from qlibero.config.schema import Experiment
 from qlibero.errors import GuardRefusal, WorkFailed
 from qlibero.kernels import court
 from qlibero.quant import artifact as artifacts

@@ -15,7 +15,8 @@ import light_shard
 import numpy as np
 import pytest
 
-from qlibero.config.schema import Launch, config_hash
+from qlibero.config.config_hash import config_hash
+from qlibero.config.schema import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed

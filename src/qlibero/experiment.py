@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlibero import files
 from qlibero.activity import doing
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
-from qlibero.config.schema import Experiment, config_hash
+from qlibero.config.schema import Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from qlibero import files
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import Experiment, Tracking, config_hash
+from qlibero.config.schema import Experiment, Tracking
 from qlibero.config.sweep import Sweep
 from qlibero.documents import read_json
 from qlibero.errors import UserError, WorkFailed, cause
