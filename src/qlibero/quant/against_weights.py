@@ -37,7 +37,8 @@ def require_of_weights(model: nn.Module, artifact: Artifact) -> None:
         if int(apart.max()) > 1 or moved > MOVED or not float(ratio) <= SCALES_WITHIN:
             raise GuardRefusal(
                 f"{artifact.path or 'the artifact'}: {layer.name} is not made from this policy's weights "
-                f"({moved:.0%} of its codes differ, by up to {int(apart.max())}; scales by up to {float(ratio):.0%}): {CURE}"
+                f"({moved:.0%} of its codes differ, by up to {int(apart.max())}; scales by up to {float(ratio):.0%}): "
+                f"{CURE}"
             )
 
 
