@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from test_fake_equals_kernel import small_policy
 
 from qlibero.errors import GuardRefusal
+from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import content_hash, load, save
 from qlibero.quant.calibrate import calibrate
@@ -100,6 +101,38 @@ def test_a_tensor_that_quantize_cannot_have_written_is_refused(parts, tmp_path, 
         return  # a row of zeros is a row of zeros: only the weights could tell
     with pytest.raises(GuardRefusal, match="qlibero quantize"):
         load(signed(meta, tensors, tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["duquant", "smoothquant", "hadamard", "rtn", "weight_pca"])
+@pytest.mark.parametrize(
+    "suffix,change",
+    [
+        ("codes", torch.zeros_like),
+        ("codes", lambda t: t + 17),
+        ("codes", lambda t: t.roll(1, 0)),
+        ("scales", lambda t: t * 2),
+        ("scales", lambda t: torch.cat([t[:1] * 1.5, t[1:]])),
+    ],
+    ids=["zeros", "each plus one", "rolled", "doubled", "one row"],
+)
+def test_codes_and_scales_are_those_of_the_weights(parts, policy, tmp_path, method, suffix, change):
+    meta, tensors = parts[method]
+    require_of_weights(policy.model, load(signed(meta, tensors, tmp_path / "a.safetensors")))
+    name = first(tensors, suffix)
+    changed = load(signed(meta, tensors | {name: change(tensors[name])}, tmp_path / "b.safetensors"))
+    with pytest.raises(GuardRefusal, match=f"{name.removesuffix('.' + suffix)} is not made from this policy's weights"):
+        require_of_weights(policy.model, changed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"group_size": 16}, {"weight_search": True, "weight_clip": 0.8}, {"weight_bits": 8}, {"atm": True, "ohb": True}],
+    ids=str,
+)
+def test_every_honest_artifact_is_taken(policy, settings):
+    spec = QuantSpec(**{"method": "smoothquant", "layout": "llm+expert", "block_size": 16} | settings)
+    made = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
+    require_of_weights(policy.model, made)
 
 
 def test_negative_scales_and_strange_tensors_are_refused(parts, tmp_path):

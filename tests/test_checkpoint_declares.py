@@ -52,6 +52,16 @@ def test_a_horizon_that_no_file_says_has_to_be_said(tmp_path):
     assert "action_horizon" in [condition.split(":")[0] for condition in report["conditions"]]
 
 
+def test_our_own_format_is_not_given_a_horizon_either(tmp_path):
+    path = ours(tmp_path / "c")
+    architecture = json.loads((path / "config.json").read_text())["architecture"]
+    del architecture["action_horizon"]
+    settings(path, architecture=architecture)
+    with pytest.raises(UserError, match="policy.action_horizon: no file of"):
+        load(path)
+    assert load(path, action_horizon=12).noise_shape == (12, 7)
+
+
 def test_a_horizon_said_twice_must_agree(tmp_path):
     path = openpi(tmp_path / "c")
     settings(path, action_horizon=15)

@@ -20,6 +20,7 @@ import numpy as np
 from qlibero.cache import cache_directory
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
+from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
 from qlibero.quant.spec import QuantSpec
@@ -111,6 +112,7 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
     if quant.artifact is not None:
         artifact = load(Path(quant.artifact))
         require(artifact, spec, checkpoint)
+        require_of_weights(policy.model, artifact)
         return Found(artifact, Path(quant.artifact), made=False, seconds=0.0)
     data = demonstrations(quant)
     places = _places(quant, places)
@@ -118,6 +120,7 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
     if path := _found(key, places):
         artifact = load(path)
         require(artifact, spec, checkpoint)
+        require_of_weights(policy.model, artifact)
         return Found(artifact, path, made=False, seconds=0.0)
     path = _first_writable(places) / key / FILE
     started = time.perf_counter()

@@ -149,13 +149,15 @@ def _open_ours(path: Path, raw: dict[str, Any]) -> Checkpoint:
     if raw["format"] != FORMAT:
         raise UserError(f"{where}: format is {short(raw['format'])!r}; this version reads {FORMAT}")
     said = fit(_Ours, raw, str(where))
-    config = Pi05Config.from_dict(said.architecture, str(where))
-    if not config.action_horizon:
+    silent = isinstance(said.architecture, dict) and "action_horizon" not in said.architecture
+    architecture = {"action_horizon": 0, **said.architecture} if silent else said.architecture
+    config = Pi05Config.from_dict(architecture, str(where))
+    if not (config.action_horizon or silent):
         raise UserError(f"{where}: architecture.action_horizon is 0; a chunk has at least one action")
     if config.vision.type == "conv" and config.vision.cameras != 2:
         raise UserError(f"{where}: architecture.vision.cameras is {config.vision.cameras}; LIBERO feeds two")
     profile = profile_named(said.profile, where)
-    declared = Declared("config.json", action_horizon=config.action_horizon, flow_steps=config.flow_steps)
+    declared = Declared("config.json", action_horizon=config.action_horizon or None, flow_steps=config.flow_steps)
     weights = find_weights(path)
     return Checkpoint(path, "qlibero", config, profile, profile.name, "config.json names it", weights, declared, raw)
 
