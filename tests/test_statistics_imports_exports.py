@@ -342,14 +342,14 @@ def test_other_suites_or_tasks_are_no_second_sample(tmp_path, left, right, says)
 def test_only_the_common_tasks_are_compared_and_the_rest_is_named(tmp_path):
     one = lerobot_tasks(tmp_path / "a" / "eval_info.json", range(10))
     two = lerobot_tasks(tmp_path / "b" / "eval_info.json", [8, 9, 10, 11])
-    (arm,) = compare_foreign([one, two])["arms"].values()
+    (arm,) = compare_foreign([one, two]).to_json()["arms"].values()
     assert arm["counts"] == arm["reference_counts"] == [18, 20]
     assert "only what both have, libero_object tasks 8, 9; left out is libero_object tasks 0, 1" in arm["caveat"]
     more = lerobot_tasks(tmp_path / "c" / "eval_info.json", range(10))
     data = json.loads(more.read_text())
     data["per_task"][0]["metrics"]["successes"] = [False] * 30
     more.write_text(json.dumps(data))
-    (arm,) = compare_foreign([one, more])["arms"].values()
+    (arm,) = compare_foreign([one, more]).to_json()["arms"].values()
     assert "different shares of the episodes" in arm["caveat"]
 
 
