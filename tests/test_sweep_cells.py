@@ -358,7 +358,7 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
     (cell,) = made.cells
     ran: list[list] = []
 
-    def instead_of_simulators(experiment, run_dir, missing, ledgers, on_episode, say):
+    def instead_of_simulators(experiment, run_dir, missing, ledgers, *_):
         assert read_declaration(run_dir).order == planned_keys(cell.experiment)
         ran.append(missing)
         for arm, key in missing:
