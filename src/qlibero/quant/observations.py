@@ -98,11 +98,11 @@ def read_demonstrations(path: Path) -> Demonstrations:
         states = states.astype(np.float32)
     finite = np.isfinite(states).all(1)
     if not finite.all():
-        i = int(np.argmin(finite))
+        i, odd = int(np.argmin(finite)), len(finite) - int(finite.sum())
+        others = f" (as do {odd - 1} other observations)" if odd > 1 else ""
         raise UserError(
-            f"calibration.path {path}: the state of observation {i} holds {_odd(states[i])}, and "
-            f"{len(finite) - int(finite.sum()) - 1} others hold such numbers; transforms cannot be fitted on that: "
-            "leave these observations out (key `states`)"
+            f"calibration.path {path}: the state of observation {i} holds {_odd(states[i])}{others}; "
+            "transforms cannot be fitted on that: leave such observations out (key `states`)"
         )
     for i in np.flatnonzero((np.diff(offsets) < 1) | (offsets[:-1] < 0) | (offsets[1:] > len(jpeg)))[:1]:
         where = f"offsets {offsets[i]} to {offsets[i + 1]} do not lie in the {len(jpeg)} bytes of jpeg"
