@@ -217,9 +217,9 @@ def _table(m: Material, open_: bool) -> Markup:
                 el("span", found.word, class_=f"word {found.tone}"),
                 _nobr(shown),
                 f"{r.table.broken} / {r.table.repaired} of {r.table.pairs:,}",
-                holm_text(r) or "–",
-                p_text(r.adjusted.mcnemar_p) if r.adjusted else "–",
-                _nobr("–" if r.control else speed_text(r.speed) or "–"),
+                _sorts(holm_text(r) or "–", r.adjusted and r.adjusted.noninferiority_p),
+                _sorts(p_text(r.adjusted.mcnemar_p), r.adjusted.mcnemar_p) if r.adjusted else "–",
+                "–" if r.control else _sorts(_nobr(speed_text(r.speed) or "–"), _claimed_ratio(r)),
             ]
         )
     head = [
@@ -236,6 +236,16 @@ def _table(m: Material, open_: bool) -> Markup:
 
 def _nobr(text: str) -> Markup:
     return el("span", text, class_="nobr")
+
+
+def _sorts(shown: str | Markup, value: float | None) -> Markup:
+    """A cell that does not begin with the number by which its column sorts."""
+    return el("span", shown, data_value=value)
+
+
+def _claimed_ratio(r: ArmComparison) -> float | None:
+    """None without an interval and for a simulation, which claims no speed."""
+    return None if r.speed.claim == "simulation" or r.speed.interval is None else r.speed.ratio
 
 
 def _single(m: Material, name: str) -> Markup:
