@@ -139,7 +139,7 @@ def _is_read(name: str) -> bool:
 def _differs(content: str | None, listed: dict[str, str | None], name: str) -> bool:
     if content is None or name not in listed:
         return True
-    return listed[name] is not None and listed[name] != content
+    return listed[name] != content  # an entry without a hash proves nothing
 
 
 def _installed(names: tuple[str, ...]) -> list[importlib.metadata.Distribution]:
