@@ -79,9 +79,10 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
 def _tried_again(name: str, found: dict[str, Any]) -> str:
     if found["wrong"]:
         return "\n".join(f"{name}: {text} (NOT THE SAME ARITHMETIC)" for text in found["wrong"])
+    repeated = f"{found['repeated']} of {found['calls']:,} policy calls were repeated with `fake`"
     return (
         f"{name}: its kernels gave the reference's integers in {found['products']:,} products of {found['layers']} "
-        f"layers after the run, and `fake`'s actions in {found['repeated']} of {found['calls']:,} policy calls"
+        f"layers after the run; {repeated}" + (", with equal actions" if found["repeated"] else "")
     )
 
 
