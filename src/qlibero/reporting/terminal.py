@@ -15,13 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from qlibero.console import console
-from qlibero.results.arithmetic import rechecks, same_arithmetic
+from qlibero.results.arm_equality import rechecks, same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.comparison import ArmComparison, Comparison, Row
 from qlibero.results.execution import MEASURES, Divergence, Shift
-from qlibero.results.foreign import ForeignComparison
-from qlibero.results.judgement import Word
-from qlibero.results.phrases import (
+from qlibero.results.external_results import ForeignComparison
+from qlibero.results.paired_outcomes import Word
+from qlibero.results.published import CountsComparison
+from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
+from qlibero.results.summary import calls, counts, summarize_arm
+from qlibero.results.wording import (
     band_text,
     copies_text,
     delta_text,
@@ -33,11 +36,8 @@ from qlibero.results.phrases import (
     sequential_text,
     speed_text,
 )
-from qlibero.results.published import CountsComparison
-from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
-from qlibero.results.sampling import population
-from qlibero.results.statistics import wilson
-from qlibero.results.summary import calls, counts, summarize_arm
+from qlibero.stats.proportions import wilson
+from qlibero.stats.sampling import population
 
 COLOURS = {Word.NON_INFERIOR: "green", Word.INFERIOR: "red", Word.WORSE: "red", Word.NOISE_FLOOR: "cyan"}
 OPEN = "yellow"
