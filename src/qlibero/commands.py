@@ -13,6 +13,7 @@ from typing import Any
 
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.places import pasteable
 from qlibero.quoting import visible
 
 Document = dict[str, Any]
@@ -377,7 +378,4 @@ def _counter(what: str) -> Callable[[int, int], None]:
 
 
 def explain(message: str) -> None:
-    print(
-        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(visible(message).splitlines())),
-        file=sys.stderr,
-    )
+    print("\n".join(f"qlibero: {visible(pasteable(message))}".splitlines()), file=sys.stderr)

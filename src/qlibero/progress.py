@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlibero.console import console
+from qlibero.places import pasteable
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
@@ -40,7 +41,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """A line for the reader, above the bar."""
-        self.console.print(text)
+        self.console.print(pasteable(text))
 
     def start(self, missing: int, total: int) -> None:
         """The run begins: `missing` of `total` episodes, all arms together, are still to be run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlibero.console import console
+from qlibero.places import pasteable
 from qlibero.results.arithmetic import same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.phrases import NOISE_FLOOR, margin_text, p_text, points, sequential_text, speed_text
@@ -273,9 +275,9 @@ def _places(run: RunResults) -> Group:
         lines.append(f"videos   {run.run_dir}/<arm>/videos/ ({videos})")
     mirrors = sorted({path.parent for path in run.run_dir.glob("*/wandb/*run-*")})
     if mirrors:
-        lines.append(f"wandb    {run.run_dir}/<arm>/wandb/ (offline runs: `wandb sync` uploads them)")
-    lines.append(f"report   qlibero report {run.run_dir}")
-    return Group(*(Text(line) for line in lines))
+        lines.append(f"wandb    wandb sync {shlex.quote(str(run.run_dir))}/*/wandb/offline-run-*")
+    lines.append(f"report   qlibero report {shlex.quote(str(run.run_dir))}")
+    return Group(*(Text(pasteable(line)) for line in lines))
 
 
 def _interval(interval: list[float]) -> str:
