@@ -27,7 +27,7 @@ from qlibero.kernels import court
 from qlibero.kernels.shapes import Layer, compact_layers, pi05_layers
 from qlibero.kernels.stopwatch import bench, graph_seconds, markdown, measure_ceilings
 
-TOKENS = (1, 10, 16, 50, 128, 542, 968)
+TOKENS = (1, 10, 16, 50, 128, 542, 968, 4336)
 
 
 def say(text: str) -> None:
@@ -49,59 +49,68 @@ def judge(layers: list[Layer], backends: list[str]) -> dict[str, Any]:
 
 
 def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
-    """The fused transform and quantizer against torch's, its repeatability, and both times."""
-    from qlibero.kernels import triton_prologue
+    """The fused transforms and quantizers against torch's, their repeatability, and both times. `fused` writes codes in
+    rows, `tiled` in the layout of `cuda_w4a8`; `gated` is the transform of gelu(gate)·up, with the gelu in it."""
     from qlibero.kernels.contract import quantize_activations
+    from qlibero.kernels.hadamard import fold
+    from qlibero.quant.transform import InputTransform, Transform
+
+    def factors(method: str, k: int, block: int = 64) -> Transform:
+        if method == "duquant":
+            first, second = (torch.linalg.qr(torch.randn(k // block, block, block))[0].bfloat16() for _ in range(2))
+            return Transform(first=first, order=torch.randperm(k).int(), second=second)
+        signs = torch.randint(0, 2, (k,)) * 2 - 1
+        return (
+            Transform(hadamard=fold(torch.exp(torch.randn(k)), signs)) if method == "smooth_hadamard" else Transform()
+        )
 
     rows = []
-    for k, block, dtype in (
-        (1024, 64, torch.bfloat16),
-        (2048, 64, torch.bfloat16),
-        (4096, 64, torch.bfloat16),
-        (16384, 64, torch.bfloat16),
-        (2048, 128, torch.bfloat16),
-        (2048, 64, torch.float32),
-    ):
-        rotations = [torch.linalg.qr(torch.randn(k // block, block, block))[0].bfloat16().cuda() for _ in range(2)]
-        order = torch.randperm(k).int().cuda()
-        prologue = triton_prologue.Prologue({"first": rotations[0], "order": order, "second": rotations[1]}, k)
-        first, second = (r.float() for r in rotations)
+    for method in ("rtn", "duquant", "smooth_hadamard"):
+        for k in (1024, 2048, 4096, 16384):
+            transform = factors(method, k).to(torch.device("cuda"))
+            fused = InputTransform(transform, k).cuda()
+            for m in (10, 50, 542, 968, 4336):
+                x = (torch.randn(m, k) * torch.exp(torch.randn(k))).bfloat16().cuda()
+                both = torch.randn(m, 2 * k, device="cuda").bfloat16()
+                gate, up = both.split(k, 1)
 
-        def rotate(x, blocks, k=k, block=block):
-            return torch.bmm(x.view(-1, k // block, block).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, k)
+                def plain(x=x, transform=transform):
+                    return quantize_activations(transform.forward(x.float()))
 
-        for m in (1, 10, 16, 50, 128, 542, 968):
-            x = (torch.randn(m, k) * torch.exp(torch.randn(k))).to(dtype).cuda()
+                def quantize(x=x, fused=fused, in_tiles=False):
+                    return fused.quantize(x, 8, 1.0, in_tiles=in_tiles)
 
-            def plain(x=x, first=first, order=order, second=second):
-                return quantize_activations(rotate(rotate(x.float(), first).index_select(1, order), second))
+                def gated(gate=gate, up=up, fused=fused):
+                    return fused.quantize_gated(gate, up, 8, 1.0, in_tiles=True)
 
-            expected, s_x = plain()
-            codes, scales = prologue(x)
-            same = all(
-                torch.equal(codes, again[0]) and torch.equal(scales, again[1])
-                for again in (prologue(x) for _ in range(repeats))
-            )
-            difference = (codes.int() - expected.int()).abs()
-            row = {
-                "k": k,
-                "block": block,
-                "input": str(dtype)[6:],
-                "tokens": m,
-                "repeats_identical": same,
-                "scale_error": float(((scales - s_x).abs() / s_x).max()),
-                "largest_code_difference": int(difference.max()),
-                "codes_different_per_million": float((difference > 0).double().mean()) * 1e6,
-                "torch_us": graph_seconds([plain] * 20) * 1e6,
-                "fused_us": graph_seconds([lambda p=prologue, x=x: p(x)] * 20) * 1e6,
-            }
-            rows.append(row)
-            say(
-                "prologue: "
-                + "  ".join(
-                    f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                (expected, s_x), (codes, scales) = plain(), quantize()
+                same = all(
+                    torch.equal(codes, again[0]) and torch.equal(scales, again[1])
+                    for again in (quantize() for _ in range(repeats))
                 )
-            )
+                difference = (codes.int() - expected.int()).abs()
+                rows.append(
+                    {
+                        "method": method,
+                        "k": k,
+                        "tokens": m,
+                        "repeats_identical": same,
+                        "scale_error": float(((scales - s_x).abs() / s_x).max()),
+                        "largest_code_difference": int(difference.max()),
+                        "codes_different_per_million": float((difference > 0).double().mean()) * 1e6,
+                        "torch_us": graph_seconds([plain] * 20) * 1e6,
+                        "fused_us": graph_seconds([quantize] * 20) * 1e6,
+                        "tiled_us": graph_seconds([partial(quantize, in_tiles=True)] * 20) * 1e6,
+                        "gated_us": graph_seconds([gated] * 20) * 1e6 if fused.takes_gated(x.device) else None,
+                    }
+                )
+                say(
+                    "prologue: "
+                    + "  ".join(
+                        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in rows[-1].items()
+                    )
+                )
     return rows
 
 
@@ -278,7 +287,9 @@ def main() -> None:
     if args.court:
         stage(
             "court",
-            lambda: judge(layers, backends or (["fake", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])),
+            lambda: judge(
+                layers, backends or (["fake", "cuda_w4a8", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])
+            ),
         )
     if not args.no_stopwatch:
         stage("stopwatch", stopwatch)

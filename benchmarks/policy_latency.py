@@ -1,14 +1,14 @@
 """Latency, memory and phases of a pi0.5 policy call, from eager bf16 to CUDA-graphed W4A8, beside the physical floor.
 
     python benchmarks/policy_latency.py                      # full size on a GPU, reduced size on a CPU
-    python benchmarks/policy_latency.py --quick --json out.json
+    python benchmarks/policy_latency.py --variants llm/smooth_hadamard/cuda_w4a8 --cameras 2 --batches 1 --json out.json
 
 Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is
 the same sampler on the same shapes (10 flow steps, 32 text positions of which 24 are live); W4A8 stands
 beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
 are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB at full
-size), and have DuQuant's whole online work: two block rotations and a permutation before every quantized
-input; the one called rtn has none of it.
+size), and have their method's whole online work before every quantized input: DuQuant's two block rotations
+and a permutation, smooth_hadamard's one transform, nothing for rtn.
 
 Memory: "static" is what is allocated when calls are over, "peak" the most during a call, "loading" the most
 while the variant was made. The variants beside full precision share the card with it. The one that is made
@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
+from qlibero.kernels.hadamard import fold
 from qlibero.policies.pi05.config import PI05_FULL, GemmaConfig, Pi05Config, SiglipConfig
 from qlibero.policies.pi05.glue import TorchGlue
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
@@ -59,6 +60,17 @@ REDUCED = Pi05Config(
 )
 TEXT, LIVE = 32, 24
 BLOCK = 64
+ON_GPU = ",".join(
+    (
+        "llm/duquant/triton_w4a8",
+        "llm/rtn/cuda_w4a8",
+        "llm/smooth_hadamard/triton_w4a8",
+        "llm/smooth_hadamard/cuda_w4a8",
+        "llm+expert_mlp/smooth_hadamard/cuda_w4a8",
+    )
+)
+Made = tuple[str, str]  # layout, method: what an artifact is made for
+Variant = tuple[str, str, str]  # layout, method, backend
 SHA256 = "0" * 64  # of weights that are in no file
 # (bytes/s, bf16 FLOP/s, int8 OP/s), dense, from the vendors' data sheets: the floor is what these allow, not
 # what is reached
@@ -116,7 +128,7 @@ def random_artifact(
     config: Pi05Config, layout: str, device: torch.device, path: Path, method: str = "duquant"
 ) -> Artifact:
     """A W4A8 artifact of random numbers for the linears of `layout`, written, and opened as a run opens it;
-    `method` duquant, or rtn, which has nothing to do before its quantizer."""
+    `method` duquant, smooth_hadamard, or rtn, which has nothing to do before its quantizer."""
     generator = torch.Generator(device).manual_seed(1)
     spec = QuantSpec(method=method, layout=layout, block_size=min(BLOCK, config.expert.width))
     with torch.device("meta"):
@@ -136,7 +148,11 @@ def random_artifact(
     for group, choices in select(model, spec).groups().items():
         width = model.get_submodule(choices[0].name).in_features
         order = torch.randperm(width, generator=generator, device=device, dtype=torch.int32)
-        factors = {"first": rotations(width), "order": order, "second": rotations(width)} if method == "duquant" else {}
+        factors = {}
+        if method == "duquant":
+            factors = {"first": rotations(width), "order": order, "second": rotations(width)}
+        elif method == "smooth_hadamard":
+            factors = {"hadamard": fold(torch.ones(width, device=device), order % 2 * 2 - 1)}
         tensors |= {f"{group}.{factor}": value.cpu() for factor, value in factors.items()}
         for choice in choices:
             rows = model.get_submodule(choice.name).out_features
@@ -400,13 +416,9 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--backends",
-        default=None,
-        help="comma-separated; default: triton_w4a8,w8a8,fake on a GPU, fake on a CPU",
-    )
-    parser.add_argument("--layouts", default="llm,llm+expert_mlp")
-    parser.add_argument("--quick", action="store_true", help="2 cameras, batch 1 only")
+    parser.add_argument("--variants", default=None, help=f"LAYOUT/METHOD/BACKEND, comma-separated; default {ON_GPU}")
+    parser.add_argument("--cameras", default="2,1,3", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--batches", default=None, help="comma-separated (default: 1,8,16 on a GPU, 1,2 on a CPU)")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -420,19 +432,24 @@ def main() -> None:
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(1)
-    shapes = [(c, b) for b in (1, 8, 16) for c in (2, 1, 3)] if cuda else [(2, 1), (2, 2)]
-    bench = Bench(device, args.repeats or (30 if cuda else 5), shapes[:1] if args.quick else shapes)
-    backends = (args.backends or ("triton_w4a8,w8a8,fake" if cuda else "fake")).split(",")
+    cameras, batches = args.cameras if cuda else "2", args.batches or ("1,8,16" if cuda else "1,2")
+    shapes = [(int(c), int(b)) for b in batches.split(",") for c in cameras.split(",")]
+    bench = Bench(device, args.repeats or (30 if cuda else 5), shapes)
+    asked = (args.variants or (ON_GPU if cuda else "llm/duquant/fake,llm+expert_mlp/duquant/fake")).split(",")
+    variants = [tuple(variant.split("/")) for variant in asked]
+    if any(len(variant) != 3 for variant in variants):
+        parser.error(f"--variants {args.variants}: write LAYOUT/METHOD/BACKEND, such as llm/smooth_hadamard/cuda_w4a8")
     show(COLUMNS)
     show("---" for _ in COLUMNS)
     with torch.inference_mode(), TemporaryDirectory(prefix="policy_latency") as folder:
         artifacts = {
-            layout: random_artifact(bench.config, layout, device, Path(folder) / f"{layout}.safetensors")
-            for layout in args.layouts.split(",")
+            made: random_artifact(
+                bench.config, made[0], device, Path(folder) / f"{'.'.join(made)}.safetensors", made[1]
+            )
+            for made in dict.fromkeys(variant[:2] for variant in variants)
         }
-        straight_from_its_artifact(bench, artifacts, backends[0])
-        plain = random_artifact(bench.config, next(iter(artifacts)), device, Path(folder) / "rtn.safetensors", "rtn")
-        beside_full_precision(bench, artifacts, plain, backends)
+        straight_from_its_artifact(bench, artifacts, variants[-1])
+        beside_full_precision(bench, artifacts, variants)
         if cuda if args.compile is None else args.compile:
             compiled_full_precision(bench)
     document = {
@@ -459,52 +476,55 @@ def w4(layout: str) -> dict[str, int]:
     return {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16}
 
 
-def beside_full_precision(bench: Bench, artifacts: dict[str, Artifact], plain: Artifact, backends: list[str]) -> None:
-    """Full precision eager and graphed, and W4A8 on every backend while it stays in memory, as in a run; the
-    first layout also without an online transform, which says what DuQuant's costs."""
+def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variants: list[Variant]) -> None:
+    """Full precision eager and graphed, and every variant while it stays in memory, as in a run. Each variant's answer
+    is held against its `fake` twin's at the first shape."""
     one, cuda = bench.shapes[:1], bench.cuda
-    graphed = "graphed " if cuda else ""
     model = random_model(bench.config, bench.device, bench.dtype)
     eager = f"eager {bench.word}"
     bench.run(eager, lambda: Sampler(model), one, FULL)
     if cuda:
         bench.run("graphed bf16", lambda: Sampler(model, graphs=True), bench.shapes, FULL)
         bench.compare("graphed bf16", eager)
-    every_shape = bench.shapes  # of the first layout's first backend; everything else at one shape
-    for layout, artifact in artifacts.items():
-        for backend in backends:
-            bench.run(
-                f"{graphed}W4A8 {layout} {backend}",
-                lambda artifact=artifact, backend=backend: quantized_sampler(model, artifact, backend, cuda),
-                every_shape,
-                w4(layout),
-                backend,
-            )
-            every_shape = one
-        if layout == plain.spec.layout:
-            bench.run(
-                f"{graphed}W4A8 {layout} {backends[0]}, rtn",
-                lambda: quantized_sampler(model, plain, backends[0], cuda),
-                [shape for shape in bench.shapes if shape[0] == 2],
-                w4(layout),
-                backends[0],
-            )
-        for backend in backends:
-            if backend != "fake":
-                bench.compare(f"{graphed}W4A8 {layout} {backend}", f"{graphed}W4A8 {layout} fake")
+
+    def run(variant: Variant, shapes: list[tuple[int, int]]) -> None:
+        layout, method, backend = variant
+        bench.run(
+            called(bench, variant),
+            lambda: quantized_sampler(model, artifacts[layout, method], backend, cuda),
+            shapes,
+            w4(layout),
+            backend,
+        )
+
+    for variant in variants:
+        run(variant, bench.shapes)
+    for made in artifacts:
+        real = [variant for variant in variants if variant[:2] == made and variant[2] != "fake"]
+        twin = (*made, "fake")
+        if real and twin not in variants:
+            run(twin, one)
+        for variant in real:
+            bench.compare(called(bench, variant), called(bench, twin))
 
 
-def straight_from_its_artifact(bench: Bench, artifacts: dict[str, Artifact], backend: str) -> None:
+def called(bench: Bench, variant: Variant) -> str:
+    """The row's name."""
+    layout, method, backend = variant
+    return f"{'graphed ' if bench.cuda else ''}W4A8 {layout} {method} {backend}"
+
+
+def straight_from_its_artifact(bench: Bench, artifacts: dict[Made, Artifact], variant: Variant) -> None:
     """W4A8 with the card to itself, before all else: what the artifact replaces never exists in full precision."""
-    layout, artifact = list(artifacts.items())[-1]
+    layout, method, backend = variant
+    artifact = artifacts[layout, method]
     replaced = frozenset(layer.name for layer in artifact.layers)
 
     def make() -> Sampler:
         rest = random_model(bench.config, bench.device, bench.dtype, replaced)
         return quantized_sampler(rest, artifact, backend, bench.cuda)
 
-    name = f"{'graphed ' if bench.cuda else ''}W4A8 {layout} {backend}, straight from its artifact"
-    bench.run(name, make, bench.shapes[:1], w4(layout), backend)
+    bench.run(f"{called(bench, variant)}, straight from its artifact", make, bench.shapes[:1], w4(layout), backend)
 
 
 def compiled_full_precision(bench: Bench) -> None:

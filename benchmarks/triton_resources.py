@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qlibero.kernels import triton_gemm, triton_hadamard, triton_prologue
-from qlibero.kernels.triton_tiles import BUCKETS, Tile
+from qlibero.kernels.triton_tiles import BUCKETS, GROUPED, NARROW, Tile
 from qlibero.policies.pi05 import triton_attention, triton_few
 from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED
 
@@ -58,7 +58,7 @@ def cases() -> Iterator[Case]:
         STEPS="i32",
     )
     pointers = ("x_ptr", "w_ptr", "sx_ptr", "sw_ptr", "bias_ptr", "out_ptr", "N", "K2")
-    for _, tile in BUCKETS:
+    for tile in (*(tile for _, tile in BUCKETS), NARROW, GROUPED):
         sizes = dict(BM=tile.tokens, BN=tile.outputs, BK=tile.depth, SWIZZLE=8, USE_ASM=True)
         for scale in (True, False):
             signature = gemm if scale else gemm | {"out_ptr": "*i32"}
@@ -73,6 +73,8 @@ def cases() -> Iterator[Case]:
                 tile.stages,
                 contract=False,
             )
+        if tile in (BUCKETS[-1][1], NARROW):
+            continue  # which K-groups do not use
         constants = sizes | dict(BK=min(tile.depth, 64), HALF=64, SCALE=True, HAS_BIAS=False)
         yield Case(
             f"grouped {_name(tile)}",

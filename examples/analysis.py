@@ -18,7 +18,7 @@ from qlibero.results.pairing import collect_arms, pair_arms
 from qlibero.results.quality import EEF
 from qlibero.results.runs import read_run
 from qlibero.results.statistics import wilson
-from qlibero.results.summary import counts, percentiles, policy_calls_ms
+from qlibero.results.summary import counts, percentiles, policy_calls
 
 
 def main(run_dir: str, reference: str = "baseline") -> None:
@@ -33,7 +33,7 @@ def main(run_dir: str, reference: str = "baseline") -> None:
 
     print("\nlatency of a policy call, ms")
     for name, arm in run.arms.items():
-        print(f"  {name:12} {percentiles(policy_calls_ms(arm.records))}")
+        print(f"  {name:12} {percentiles(policy_calls(arm.records))}")
 
     arms = collect_arms([run])
     for name in [name for name in arms if name != reference and reference in arms]:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from qlibero.config import quantization, schema
+from qlibero.config import inits, quantization, schema
 from qlibero.config.dump import dump_resolved, editor_schema
 from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
 from qlibero.config.schema import Experiment, Quant, config_hash
@@ -463,7 +463,7 @@ def test_the_reference_page_is_what_the_schema_says() -> None:
     assert page == renewed(page), "run `python -m qlibero.config.reference`"
     models = {
         m
-        for m in (*vars(schema).values(), *vars(quantization).values())
+        for m in (*vars(schema).values(), *vars(quantization).values(), *vars(inits).values())
         if isinstance(m, type) and issubclass(m, BaseModel)
     }
     assert models - {BaseModel, schema.Frozen, schema.QuantOverrides} == set(SECTIONS.values())

@@ -12,7 +12,7 @@ SOURCE = Path(qlibero.__file__).parent
 # What each room may import besides itself. `errors`, `episode_key`, `console`, `files`, `places` and `quoting` are
 # leaves for everybody; the schema, plain data that stands on the ground, for every room above the ground.
 LEAVES = {"errors", "episode_key", "console", "files", "places", "quoting", "documents", "identity"}
-SCHEMA = {f"qlibero.config.{name}" for name in ("schema", "fields", "quantization", "vocabulary", "yaml_text")}
+SCHEMA = {f"qlibero.config.{name}" for name in ("schema", "fields", "inits", "quantization", "vocabulary", "yaml_text")}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
     "kernels": set(),

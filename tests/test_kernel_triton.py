@@ -87,7 +87,9 @@ def test_the_epilogue_alone_has_the_contract_s_bits_for_integers_and_for_fp32_th
 
 def test_triton_cuts_k_only_where_it_pays():
     assert choose_tile(10, 2048, 16384, 132).split_k == 4  # 32 tiles of weights would leave 100 processors idle
-    assert choose_tile(968, 2048, 16384, 132).split_k == 1  # 128 tiles leave only four
+    assert choose_tile(968, 2048, 16384, 132).split_k == 1  # 512 small tiles fill the GPU, 128 large ones would not
+    assert choose_tile(542, 32768, 2048, 132).tokens == 128 and choose_tile(542, 2048, 16384, 132).tokens == 64
+    assert choose_tile(542, 32768, 2048, 132, group_size=64).warps == 8  # its second accumulator would not fit in four
     assert choose_tile(10, 16384, 2048, 132).split_k == 1  # 256 tiles fill the GPU
     assert choose_tile(968, 2048, 2048, 132).split_k == 1  # partial sums would outweigh the weights
     assert choose_tile(10, 2048, 2048, 132, group_size=64).split_k == 1

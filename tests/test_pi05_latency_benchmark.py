@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+BACKENDS = ("int_ref", "cpu_int4")
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "policy_latency.py"
 
 
 def test_every_variant_runs_and_the_last_line_is_json():
-    command = [sys.executable, BENCHMARK, "--device", "cpu", "--repeats", "2", "--backends", "fake,int_ref"]
+    methods = {"llm": ("duquant", "smooth_hadamard"), "llm+expert_mlp": ("rtn",)}
+    variants = [
+        f"{layout}/{method}/{backend}" for layout in methods for method in methods[layout] for backend in BACKENDS
+    ]
+    command = [sys.executable, BENCHMARK, "--device", "cpu", "--repeats", "2", "--variants", ",".join(variants)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -20,11 +25,11 @@ def test_every_variant_runs_and_the_last_line_is_json():
     document = json.loads(done.stdout.splitlines()[-1])
     rows = {(row["variant"], row["batch"]): row for row in document["rows"]}
     assert not [row for row in document["rows"] if not row["p50_ms"] > 0], "a variant failed"
-    assert {"eager float32", "W4A8 llm fake", "W4A8 llm+expert_mlp fake", "W4A8 llm int_ref"} <= {v for v, _ in rows}
-    alone = rows["W4A8 llm+expert_mlp fake, straight from its artifact", 1]
-    beside = rows["W4A8 llm+expert_mlp fake", 1]
+    assert {"eager float32", "W4A8 llm smooth_hadamard fake", "W4A8 llm duquant int_ref"} <= {v for v, _ in rows}
+    alone = rows["W4A8 llm+expert_mlp rtn cpu_int4, straight from its artifact", 1]
+    beside = rows["W4A8 llm+expert_mlp rtn cpu_int4", 1]
     assert alone["phases_ms"].keys() == beside["phases_ms"].keys()
     assert {"vision", "prefix", "flow"} <= set(rows["eager float32", 1]["phases_ms"])
-    # the exact fake and the integer reference must lead to the very same actions
-    said = [note for row in document["rows"] for note in row["notes"] if "int_ref" in note]
-    assert len(said) == 2 and all(note.endswith("EQUAL") for note in said), said
+    # the exact fake and every other backend must lead to the very same actions
+    said = [note for row in document["rows"] for note in row["notes"] if note.startswith("answers of")]
+    assert len(said) == 6 and all(note.endswith("EQUAL") for note in said), said

@@ -169,7 +169,7 @@ def test_weight_only_layers_equal_their_codes_without_any_online_work(method, we
 
 def test_shared_input_is_quantized_once_and_the_same_for_all():
     """q/k/v share one transform; sharing its codes must be what each would have computed alone."""
-    from qlibero.policies.pi05.layers import project
+    from qlibero.policies.pi05.layers import project, project_joined
 
     x, w = outlier_heavy(4, 128, 40.0)
     t = InputTransform(fitted("duquant", x, w), 128)
@@ -182,9 +182,17 @@ def test_shared_input_is_quantized_once_and_the_same_for_all():
     apart = [assemble(load("fake"), t, [part], **settings)[0] for part in parts]
     calls = []
     original = t.quantize
-    t.quantize = lambda *args: calls.append(1) or original(*args)
+    t.quantize = lambda *args, **layout: calls.append(1) or original(*args, **layout)
     shared = project(x.view(2, 96, 128), *linears)
     assert len(calls) == 1
+    # side by side they are the product's own columns, not a copy; in another order, or with a stranger, they are put
+    # together
+    joined = project_joined(x.view(2, 96, 128), *linears)
+    assert torch.equal(joined, torch.cat(shared, -1)) and joined._base is not None
+    swapped, mixed = project_joined(x, *linears[::-1]), project_joined(x, linears[0], apart[1])
+    assert torch.equal(swapped, torch.cat([part.flatten(0, 1) for part in shared[::-1]], -1))
+    assert torch.equal(mixed, joined.flatten(0, 1))
+    del calls[:]
     for y, linear, lone in zip(shared, linears, apart, strict=True):
         assert torch.equal(y, linear(x.view(2, 96, 128))) and torch.equal(y, lone(x.view(2, 96, 128)))
     # a neighbour that stays in full precision gets the plain input

@@ -11,6 +11,7 @@ import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
 
 from qlibero.errors import UserError
+from qlibero.kernels import cuda_w4a8
 from qlibero.kernels.contract import live_bytes
 from qlibero.policies.pi05.config import GemmaConfig
 from qlibero.policies.pi05.model import cast
@@ -69,6 +70,23 @@ def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes)
         actions = quantize_policy(policy, artifact, backend).infer(seen, noise).actions
         assert np.array_equal(actions, reference), backend
     assert not np.array_equal(reference, policy.infer(seen, noise).actions)
+
+
+@pytest.mark.skipif(cuda_w4a8.missing() is not None, reason=str(cuda_w4a8.missing()))
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("layout", ["llm", "llm+expert"])
+@pytest.mark.parametrize("method", ["smooth_hadamard", "duquant", "rtn"])
+def test_on_a_hopper_the_cuda_backend_acts_like_the_reference(method, layout, batch_size):
+    """Widths that the kernel takes; codes arrive in its own layout, gelu(gate)·up is computed with the transform."""
+    policy = policy_of(GemmaConfig(1024, 3, 4096, 8, 128), GemmaConfig(512, 3, 1024, 8, 128), batch_size)
+    spec = QuantSpec(method=method, layout=layout, rotation_steps=4)
+    artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
+    seen, noise = observations(2, seed=7), noises(2, policy.noise_shape, seed=7)
+    reference, *others = (
+        quantize_policy(policy, artifact, backend).infer(seen, noise).actions
+        for backend in ("int_ref", "fake", "triton_w4a8", "cuda_w4a8")
+    )
+    assert all(np.array_equal(actions, reference) for actions in others)
 
 
 def test_online_factors_are_not_kept_twice_on_the_gpu(policy):

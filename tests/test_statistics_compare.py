@@ -12,12 +12,14 @@ from rich.console import Console
 from qlibero.errors import UserError
 from qlibero.reporting.html import write_report
 from qlibero.reporting.terminal import print_comparison, print_run
-from qlibero.results import statistics as st
-from qlibero.results.compare import compare_runs
+from qlibero.results.compare import compare, compare_paths, compare_runs
+from qlibero.results.judgement import plain_word
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.phrases import sequential_text
 from qlibero.results.quality import first_divergence, gripper_flips, jerk, path_length_m
 from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import read_run
+from qlibero.results.sampling import Sample
 from qlibero.results.stopping import declare, make_declaration
 from qlibero.tracking.replay import versus_baseline
 
@@ -79,11 +81,11 @@ def test_the_contract_of_the_last_line(tmp_path):
     }
     assert [round(100 * x, 2) for x in fake["tango95"]] == [-2.33, 1.47]
     assert fake["mcnemar_p"] == pytest.approx(0.8238, abs=1e-4)
-    assert fake["speedup_p50"] == 2.0
+    assert fake["speedup_p50"] == 2.0 and fake["speed"]["ratio95"] == [2.0, 2.0]
     assert fake["both_succeed"] + fake["broken"] + fake["repaired"] + fake["both_fail"] == 500
     assert fake["sentence"] == (
-        "fake against baseline is inconclusive at −2 pp: Δ −0.4 pp [−2.3, +1.5], 11 broken, 9 repaired of 500 pairs, "
-        "2.00× faster."
+        "fake against baseline is inconclusive at −2 pp on new initial states of these 10 tasks: "
+        "Δ −0.4 pp [−2.3, +1.5], 11 broken, 9 repaired of 500 pairs, 2.00× faster [2.00, 2.00]."
     )
     assert "smallest difference found with 80 % power" in fake["detectable"]["line"]
 
@@ -99,7 +101,7 @@ def test_the_contract_of_the_last_line(tmp_path):
             2000,
             "non-inferior",
             "worse within the margin",
-            "fake is non-inferior to baseline at −2 pp, worse within",
+            "fake is non-inferior to baseline at −2 pp on new initial states of these 10 tasks, worse within",
         ),
         (60, 5, 500, "inferior", None, "fake is inferior to baseline by more than 2 pp"),
     ],
@@ -152,6 +154,12 @@ def test_holm_runs_over_arms_and_suites_but_not_over_the_control(tmp_path):
             for suite in ("libero_goal", "libero_object"):
                 for (task, init), outcome in outcomes.items():
                     ledger.append(record(name, task, init, outcome, suite=suite))
+    pooled = compare_runs([tmp_path])  # the default: one claim an arm, over all its suites
+    assert pooled["holm_family"] == 2 and pooled["arms"]["fake"]["mcnemar_p_holm"] == pytest.approx(
+        2 * 0.000402, abs=1e-6
+    )
+    assert "mcnemar_p_holm" not in pooled["arms"]["fake"]["suites"]["libero_goal"]
+    (tmp_path / "experiment.yaml").write_text("primary: per-suite")
     result = compare_runs([tmp_path])
     cells = [cell for name in ("fake", "w4a4") for cell in result["arms"][name]["suites"].values()]
     assert len(cells) == 4
@@ -193,7 +201,7 @@ def test_no_flips_and_no_pairs_are_still_spoken_about(tmp_path):
     write(tmp_path, "other", {(0, 99): "success"})
     arms = compare_runs([tmp_path])["arms"]
     assert "upper bound" in arms["fake"]["detectable"]["line"]
-    assert arms["fake"]["clusters"]["t95"] is None  # no flip in any task is not a certain zero for tasks like these
+    assert arms["fake"]["clusters"]["t95"][0] < -0.1  # no flip in any task is not a certain zero for new tasks
     assert arms["other"]["verdict"] == "no pairs" and "nothing can be said" in arms["other"]["sentence"]
 
 
@@ -224,7 +232,7 @@ def test_an_early_look_at_a_run_under_a_stopping_rule_decides_nothing(tmp_path):
     keys = [record("x", t, i, "success").key for t, i in grid(n=500)[0]]
     declare(tmp_path, make_declaration(keys, margin=0.02, alpha=0.025, arms=["fake"], seed=7))
     result = compare_runs([tmp_path])["arms"]["fake"]
-    assert st.verdict(0, 0, 250, 0.02) == "non-inferior" and result["verdict"] == "inconclusive"
+    assert plain_word(Sample(250, 0, 0), 0.02) == "non-inferior" and result["verdict"] == "interim"
 
 
 def under_a_rule(run_dir, outcomes, reference=None, **rule):
@@ -242,9 +250,10 @@ def test_a_sequential_verdict_does_not_look_away_from_errors(tmp_path):
     """70 of 370 pairs lost in the tested arm: the 300 that are left alone would be "non-inferior"."""
     fake = under_a_rule(tmp_path, ["error"] * 70 + ["success"] * 300)
     assert fake["sequential"]["without_errors"] == "non-inferior" and fake["sequential"]["verdict"] is None
-    assert fake["verdict"] == "inconclusive (errors)" and fake["errors"]["worst_case_verdict"] == "inconclusive"
+    assert fake["verdict"] == "inconclusive (errors)" and fake["errors"]["worst_case_verdict"] == "interim"
     assert "70 pairs lost to errors" in fake["sentence"]
-    assert "70 pairs ended in errors, which the same command tries again" in sequential_text(fake["sequential"])
+    test = compare([read_run(tmp_path)]).arms["fake"].sequential
+    assert "70 pairs ended in errors, which the same command tries again" in sequential_text(test)
 
 
 def test_few_errors_cost_pairs_and_not_the_verdict(tmp_path):
@@ -257,7 +266,7 @@ def test_a_capped_run_says_so_and_has_saved_nothing(tmp_path):
     fake = under_a_rule(tmp_path, ["success"] * 40, max_pairs=40)
     assert fake["verdict"] == "inconclusive" and fake["sequential"]["verdict"] == "undecided"
     assert fake["sequential"]["episodes_saved"] == 0
-    assert "undecided at the cap of 40 pairs" in sequential_text(fake["sequential"])
+    assert "undecided at the cap of 40 pairs" in sequential_text(compare([read_run(tmp_path)]).arms["fake"].sequential)
 
 
 def test_runs_that_stopped_on_what_they_saw_are_not_judged_together(tmp_path):
@@ -308,10 +317,10 @@ def test_non_inferiority_that_does_not_survive_holm_is_said_with_it(tmp_path):
     assert arm["verdict"] == "non-inferior" and found["holm_family"] == 5
     assert cell["noninferiority_p"] < 0.025 < cell["noninferiority_p_holm"]
     assert arm["noninferior_after_holm"] is False is cell["noninferior_after_holm"]
-    assert ", but not after Holm over 5 arms × suites (p = " in arm["sentence"]
+    assert ", but not after Holm over 5 arms (p = " in arm["sentence"]
     shown = Console(width=250, file=StringIO())
-    print_comparison(found, shown)
-    assert "non-inferior (not after Holm)" in shown.file.getvalue() and "NI Holm" in shown.file.getvalue()
+    print_comparison(compare_paths([tmp_path]), shown)
+    assert "(not after Holm)" in shown.file.getvalue() and "after Holm over 5" in shown.file.getvalue()
 
 
 def test_the_control_reads_as_a_noise_floor_and_is_the_least_that_others_plan_with(tmp_path):

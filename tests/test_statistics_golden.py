@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from qlibero.episode_key import EpisodeKey
 from qlibero.results import statistics as st
-from qlibero.results.clusters import sign_flip_p, task_bootstrap, task_t_interval
-from qlibero.results.evalues import log_e_difference, margin_martingales
+from qlibero.results.evalues import margin_martingales
+from qlibero.results.judgement import plain_word
+from qlibero.results.sampling import Sample, sample
+from qlibero.results.shifts import mean_t_interval, sign_flip_p
 
 
 def in_points(interval, digits=2):
@@ -68,13 +71,14 @@ def test_newcombe_published_examples(a, b, r, n, expected):
         (11, 9, 500, "inconclusive"),
         (10, 10, 500, "non-inferior"),
         (14, 6, 2000, "non-inferior"),
-        (45, 15, 2000, "inconclusive"),  # although p = 0.0001
+        (45, 15, 2000, "worse"),  # p = 0.0001, and the interval reaches from −2.3 to −0.8
         (60, 5, 500, "inferior"),
         (0, 0, 0, "no pairs"),
+        (0, 5, 5, "inconclusive (few pairs)"),  # wrong in 2.8 % of the worst cases
     ],
 )
 def test_verdict_at_two_points(b, r, n, expected):
-    assert st.verdict(b, r, n, 0.02) == expected
+    assert plain_word(Sample(n, b, r), 0.02) == expected
 
 
 def test_holm_by_hand():
@@ -133,45 +137,6 @@ def test_size_of_noninferiority_at_the_boundary():
         assert 0.018 < size < 0.026
 
 
-def test_e_process_equals_the_kt_product_and_is_a_martingale():
-    assert [log_e_difference(0, 0), log_e_difference(1, 0)] == pytest.approx([0, 0], abs=1e-14)
-    for b, r in [(7, 0), (5, 3), (30, 12), (400, 350)]:
-        product, counts = 0.0, [0, 0]
-        for side in [0] * b + [1] * r:
-            product += math.log(2 * (counts[side] + 0.5) / (sum(counts) + 1))
-            counts[side] += 1
-        assert log_e_difference(b, r) == pytest.approx(product, abs=1e-9)
-        here = math.exp(log_e_difference(b, r))
-        after = (math.exp(log_e_difference(b + 1, r)) + math.exp(log_e_difference(b, r + 1))) / 2
-        assert after == pytest.approx(here, rel=1e-9)
-
-
-def test_smallest_counts_that_reach_twenty():
-    def smallest(log_e):
-        return [next(b for b in range(r, 99) if log_e(b, r) >= math.log(20)) for r in (0, 1, 2, 3, 5, 10, 20)]
-
-    assert smallest(log_e_difference) == [7, 11, 14, 16, 21, 30, 47]
-
-
-def test_exact_false_alarm_rate_of_the_e_process():
-    """P(ever E ≥ 20 | fair coin) within 200 and 1,000 discordant pairs, by dynamic programming: 3.3 and 3.7 %."""
-    alive, alarms, at = {0: 1.0}, 0.0, {}
-    for n in range(1, 1001):
-        grown: dict[int, float] = {}
-        for b, p in alive.items():
-            for next_b in (b, b + 1):
-                grown[next_b] = grown.get(next_b, 0.0) + p / 2
-        alive = {}
-        for b, p in grown.items():
-            if log_e_difference(b, n - b) >= math.log(20):
-                alarms += p
-            else:
-                alive[b] = p
-        at[n] = alarms
-    assert round(100 * at[200], 1) == 3.3
-    assert round(100 * at[1000], 1) == 3.7
-
-
 def test_margin_martingale_decides_after_272_concordant_pairs():
     above, below = margin_martingales([0] * 400, 0.02)
     assert int(np.argmax(above >= math.log(40))) + 1 == 272
@@ -187,13 +152,40 @@ def test_margin_martingale_is_fair_at_the_margin():
         assert mean == pytest.approx(1, abs=1e-12)
 
 
-def test_cluster_intervals_by_hand():
+def test_t_interval_by_hand():
     deltas = [-0.1, 0.0, 0.05, -0.05]
-    low, high = task_t_interval(deltas)
     half = 3.182446 * np.std(deltas, ddof=1) / 2
-    assert (low, high) == pytest.approx((-0.025 - half, -0.025 + half), abs=1e-6)
-    assert task_t_interval([0.1]) is None and task_bootstrap([1], [50]) is None
-    assert task_bootstrap([0, 0, 0], [50, 50, 50]) == (0, 0)
+    assert mean_t_interval(deltas) == pytest.approx((-0.025 - half, -0.025 + half), abs=1e-6)
+    assert mean_t_interval([0.1]) is None
+
+
+def per_task(*steps):
+    """A sample for new tasks: `steps` of each task's pairs."""
+    return sample([(EpisodeKey("s", t, i, 7), x) for t, of in enumerate(steps) for i, x in enumerate(of)], "new_tasks")
+
+
+def test_design_effect_by_hand():
+    """Two tasks of four pairs, −2 and 0: Δ = −1/4; between 2·(1 + 1) = 4, within 2 − 8/16 = 1.5."""
+    found = per_task([-1, -1, 0, 0], [0, 0, 0, 0])
+    assert (found.clusters, found.design_effect) == (2, pytest.approx(4 / 1.5))
+    assert found.interval == pytest.approx(st.tango(0.75, 0, 3, quantile=12.706204736), abs=1e-6)
+
+
+def test_many_tasks_of_many_pairs_give_the_t_interval():
+    """Far from the edges Tango at effective counts is the t interval of the tasks' own differences."""
+    random = np.random.default_rng(1)
+    tasks = [random.choice([-1, 0, 1], p=[0.2 + e, 0.6, 0.2 - e], size=400) for e in random.normal(0, 0.05, 40)]
+    low, high = mean_t_interval([np.mean(task) for task in tasks])
+    assert per_task(*tasks).interval == pytest.approx((low, high), abs=0.002)
+
+
+def test_a_cluster_interval_is_never_of_no_width_and_never_narrower_than_that_of_pairs():
+    equal = per_task(*[[-1] + [0] * 49] * 10)  # every task −2 pp
+    low, high = equal.interval
+    pairs_low, pairs_high = st.tango(10, 0, 500)
+    assert low <= pairs_low < -0.02 < pairs_high <= high
+    assert per_task([0] * 50, [0] * 50).interval[0] < -0.01  # no flip at all is not a certain zero for new tasks
+    assert per_task([0] * 50).interval == (-1, 1)  # one task says nothing of others
 
 
 def test_sign_flip_exact_small_case():

@@ -16,10 +16,12 @@ from qlibero.cli import main
 from qlibero.errors import UserError
 from qlibero.reporting.terminal import print_comparison
 from qlibero.results import statistics as st
-from qlibero.results.compare import compare_runs
+from qlibero.results.compare import compare_paths, compare_runs
 from qlibero.results.export import export_episodes
 from qlibero.results.foreign import compare_foreign
 from qlibero.results.imports import read_foreign
+from qlibero.results.judgement import plain_word
+from qlibero.results.sampling import Sample
 
 
 def fork(path, failures=(), episodes=20, suite="libero_object", as_csv=False):
@@ -128,7 +130,7 @@ def test_lerobot_is_unpaired_and_says_so(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     result = compare_foreign(
         [lerobot(tmp_path / "a" / "eval_info.json", 97), lerobot(tmp_path / "b" / "eval_info.json", 90)]
-    )
+    ).to_json()
     arm = result["arms"]["b/eval_info"]
     assert arm["paired"] is False and arm["counts"] == [90, 100] and arm["reference_counts"] == [97, 100]
     assert "unpaired: LeRobot's initial states" in arm["sentence"]
@@ -158,7 +160,7 @@ def test_vla_eval_old_and_new_schema_and_its_errors(tmp_path):
     )
     assert old.counts == (49, 50, 0) and new.counts == (48, 49, 1)
     assert old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
-    result = compare_foreign([tmp_path / "old.json", tmp_path / "new.json"])
+    result = compare_foreign([tmp_path / "old.json", tmp_path / "new.json"]).to_json()
     (arm,) = result["arms"].values()
     assert arm["pairs"] == 49 and arm["broken"] == arm["repaired"] == 0
     assert arm["errors"]["removed_pairs"] == arm["errors"]["arm"] == 1 and "1 error in" in arm["sentence"]
@@ -185,8 +187,8 @@ def test_errors_of_a_file_can_only_cost_certainty(tmp_path):
         ]
         data = {"benchmark": "libero_goal", "tasks": [{"task": "0", "episodes": episodes}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    (arm,) = compare_foreign([tmp_path / "a.json", tmp_path / "b.json"], margin=0.1)["arms"].values()
-    assert st.verdict(0, 0, 50, 0.1) == "non-inferior" and arm["errors"]["worst_case_verdict"] == "inferior"
+    (arm,) = compare_foreign([tmp_path / "a.json", tmp_path / "b.json"], margin=0.1).to_json()["arms"].values()
+    assert plain_word(Sample(50, 0, 0), 0.1) == "non-inferior" and arm["errors"]["worst_case_verdict"] == "inferior"
     assert arm["verdict"] == "inconclusive (errors)" and "50 errors in" in arm["sentence"]
 
 
@@ -210,11 +212,11 @@ def test_two_arms_of_ours_among_files_are_paired_by_scene_as_always(tmp_path):
 def test_seeds_belong_to_the_key_where_both_files_say_them(tmp_path):
     one, two = (fork(tmp_path / name / "libero_object_results.json") for name in "ab")
     two.write_text(json.dumps({**json.loads(two.read_text()), "seed": 8}))
-    (arm,) = compare_foreign([one, two])["arms"].values()
+    (arm,) = compare_foreign([one, two]).to_json()["arms"].values()
     assert arm["paired"] is False and "share no episode key" in arm["caveat"]
     assert "smallest drop found with 80 % power" in arm["detectable"]["line"]
     rows = fork(tmp_path / "c" / "libero_object_results.csv", as_csv=True)
-    (arm,) = compare_foreign([one, rows])["arms"].values()
+    (arm,) = compare_foreign([one, rows]).to_json()["arms"].values()
     assert arm["paired"] is True and "and so are the seeds" in arm["caveat"]  # the .csv does not say
 
 
@@ -241,7 +243,7 @@ def test_a_run_of_ours_beside_a_file_of_the_fork(tmp_path, capsys):
     assert result["reference"] == "synthetic/baseline"
     assert result["arms"]["fork/libero_object_results"]["pairs"] == 30
     assert "70 episodes are in one file only" in result["arms"]["fork/libero_object_results"]["caveat"]
-    print_comparison(result)
+    print_comparison(compare_paths([run, other], reference="baseline"))
     assert "openpi fork" in capsys.readouterr().err
 
 

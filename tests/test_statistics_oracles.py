@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from qlibero.results import statistics as st
-from qlibero.results.clusters import sign_flip_p, task_bootstrap
+from qlibero.results.shifts import sign_flip_p
 
 proportions = hy.integers(1, 3000).flatmap(lambda n: hy.tuples(hy.integers(0, n), hy.just(n)))
 tables = hy.tuples(hy.integers(0, 300), hy.integers(0, 60), hy.integers(0, 60), hy.integers(0, 300)).filter(any)
@@ -109,11 +109,3 @@ def test_sign_flip_against_scipy():
             (x,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(5)
         ).pvalue
         assert sign_flip_p(x) == pytest.approx(oracle, abs=tolerance)
-
-
-def test_cluster_bootstrap_against_scipy():
-    deltas = np.array([-3, 0, 1, -2, 0, 0, 2, -1, -4, 0])
-    oracle = scipy.stats.bootstrap(
-        (deltas / 50,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(5)
-    ).confidence_interval
-    assert task_bootstrap(deltas, [50] * 10) == pytest.approx((oracle.low, oracle.high), abs=0.002)

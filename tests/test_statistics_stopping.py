@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import strategies as hy
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
+from qlibero.results.comparison import SequentialTest
 from qlibero.results.phrases import sequential_text
 from qlibero.results.stopping import (
-    decide,
+    decide_by_evalues,
     declare,
     declared_order,
     make_declaration,
@@ -29,7 +31,9 @@ def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: flo
     p = [(psi - delta) / 2, 1 - psi, (psi + delta) / 2]
     verdicts = []
     for _ in range(runs):
-        verdicts.append(decide(rng.choice([-1, 0, 1], size=n, p=p).tolist(), margin=margin).verdict)
+        verdicts.append(
+            decide_by_evalues(rng.choice([-1, 0, 1], size=n, p=p).tolist(), margin=margin, interval=False).verdict
+        )
     return {v: verdicts.count(v) / runs for v in ("non-inferior", "inferior", "undecided")}
 
 
@@ -52,21 +56,23 @@ def test_a_clear_loss_is_found_inferior_soon():
     rng = np.random.default_rng(0)
     spent = []
     for _ in range(200):
-        decision = decide(rng.choice([-1, 0, 1], size=500, p=[0.22, 0.75, 0.03]).tolist(), margin=0.02)
+        decision = decide_by_evalues(
+            rng.choice([-1, 0, 1], size=500, p=[0.22, 0.75, 0.03]).tolist(), margin=0.02, interval=False
+        )
         assert decision.verdict == "inferior"
         spent.append(decision.pairs)
     assert np.median(spent) < 80  # of 500
 
 
 def test_concordant_pairs_alone_decide_after_272():
-    assert decide([0] * 271 + [None] * 9, margin=0.02).verdict is None
-    decision = decide([0] * 500, margin=0.02)
+    assert decide_by_evalues([0] * 271 + [None] * 9, margin=0.02, interval=False).verdict is None
+    decision = decide_by_evalues([0] * 500, margin=0.02, interval=False)
     assert (decision.verdict, decision.pairs, decision.broken) == ("non-inferior", 272, 0)
 
 
 def test_unfinished_pairs_hold_up_what_comes_after_them():
     steps = [0] * 100 + [None] + [0] * 400
-    decision = decide(steps, margin=0.02)
+    decision = decide_by_evalues(steps, margin=0.02, interval=False)
     assert not decision.stop and decision.pairs == 100
 
 
@@ -84,12 +90,12 @@ def test_the_unknown_outcome_of_an_error_is_bounded_by_what_is_known():
 def test_errors_count_against_either_verdict_and_cannot_be_skipped():
     """Where 70 of 200 pairs were lost in the tested arm, the pairs that are left say nothing about the arm."""
     lost = [(-1, 0) if i % 3 == 0 else 0 for i in range(600)]
-    decision = decide(lost, margin=0.02)
+    decision = decide_by_evalues(lost, margin=0.02, interval=False)
     assert decision.verdict is None and not decision.stop, "errors are left to retry"
     assert decision.without_errors == "non-inferior" and decision.errors == 200
-    few = decide([(-1, 0)] * 2 + [0] * 500, margin=0.02)
+    few = decide_by_evalues([(-1, 0)] * 2 + [0] * 500, margin=0.02, interval=False)
     assert few.verdict == "non-inferior" and few.pairs > 272 and few.position == few.pairs + 2
-    flattering = decide([(-1, 1)] * 200 + [-1, 0] * 20, margin=0.02)
+    flattering = decide_by_evalues([(-1, 1)] * 200 + [-1, 0] * 20, margin=0.02, interval=False)
     assert flattering.verdict is None and flattering.without_errors == "inferior"
 
 
@@ -98,12 +104,15 @@ def test_errors_count_against_either_verdict_and_cannot_be_skipped():
 def test_a_retried_error_only_adds_evidence(steps, random):
     """Whatever the errors turn out to be, both e-values grow at every pair, so no decision is withdrawn."""
     known = [random.choice(s) if isinstance(s, tuple) else s for s in steps]
-    before, after = decide(steps, margin=0.1, alpha=1e-9), decide(known, margin=0.1, alpha=1e-9)
+    before, after = (
+        decide_by_evalues(steps, margin=0.1, alpha=1e-9, interval=False),
+        decide_by_evalues(known, margin=0.1, alpha=1e-9, interval=False),
+    )
     if before.position == after.position:
-        assert before.e_noninferior <= after.e_noninferior * (1 + 1e-9)
-        assert before.e_inferior <= after.e_inferior * (1 + 1e-9)
-    if decide(steps, margin=0.1, alpha=0.2).stop:
-        assert decide(known, margin=0.1, alpha=0.2).stop
+        assert before.noninferior <= after.noninferior * (1 + 1e-9)
+        assert before.inferior <= after.inferior * (1 + 1e-9)
+    if decide_by_evalues(steps, margin=0.1, alpha=0.2, interval=False).stop:
+        assert decide_by_evalues(known, margin=0.1, alpha=0.2, interval=False).stop
 
 
 def test_errors_that_depend_on_the_outcome_keep_the_error_rates():
@@ -112,19 +121,22 @@ def test_errors_that_depend_on_the_outcome_keep_the_error_rates():
     for _ in range(200):
         truth = rng.choice([-1, 0, 1], size=800, p=[0.11, 0.88, 0.01])
         steps = [(-1, 0) if x == -1 and rng.random() < 0.5 else int(x) for x in truth]
-        decision = decide(steps, margin=0.1)
+        decision = decide_by_evalues(steps, margin=0.1, interval=False)
         wrong += decision.verdict == "non-inferior"
         fooled += decision.without_errors == "non-inferior"
     assert wrong / 200 <= 0.025 + 3 * 0.011 and fooled / 200 > 0.2
 
 
 def test_spent_without_an_answer_is_undecided():
-    assert decide([0, 1, -1] * 20, margin=0.02).verdict == "undecided"
-    assert decide([], margin=0.02).pairs == 0
+    assert decide_by_evalues([0, 1, -1] * 20, margin=0.02, interval=False).verdict == "undecided"
+    assert decide_by_evalues([], margin=0.02, interval=False).pairs == 0
 
 
-def test_arms_share_alpha():
-    one, four = decide([0] * 600, margin=0.02), decide([0] * 600, margin=0.02, arms=4)
+def test_four_arms_that_share_alpha_need_four_times_the_evidence():
+    one, four = (
+        decide_by_evalues([0] * 600, margin=0.02, interval=False),
+        decide_by_evalues([0] * 600, margin=0.02, alpha=0.025 / 4, interval=False),
+    )
     assert four.pairs > one.pairs and four.threshold == 160
 
 
@@ -132,8 +144,8 @@ def test_arms_share_alpha():
 @given(hy.lists(hy.sampled_from([-1, 0, 0, 0, 1, (-1, 0)]), max_size=300), hy.integers(0, 300))
 def test_more_pairs_never_change_a_decision(steps, cut):
     """Prefix stability: what was decided stays decided whatever comes later, so a resumed run agrees with itself."""
-    early = decide(steps[:cut] + [None] * len(steps[cut:]), margin=0.1, alpha=0.2)
-    late = decide(steps, margin=0.1, alpha=0.2)
+    early = decide_by_evalues(steps[:cut] + [None] * len(steps[cut:]), margin=0.1, alpha=0.2, interval=False)
+    late = decide_by_evalues(steps, margin=0.1, alpha=0.2, interval=False)
     if early.stop and None in (steps[:cut] + [None] * len(steps[cut:])):
         assert late == early
 
@@ -167,7 +179,7 @@ def test_the_cap_ends_the_question_undecided_and_may_be_raised(tmp_path):
     assert capped.decide([0] * 99).verdict is None
     decision = capped.decide([0] * 300)
     assert (decision.verdict, decision.pairs, decision.stop) == ("undecided", 100, True)
-    shown = {**vars(decision), "margin": 0.02, "max_pairs": 100, "declared_pairs": 500, "episodes_saved": 0}
+    shown = SequentialTest(decision, margin=0.02, max_pairs=100, declared_pairs=500, episodes_saved=0)
     assert sequential_text(shown).startswith("undecided at the cap of 100 pairs") and "saved" not in sequential_text(
         shown
     )
@@ -192,3 +204,27 @@ def test_a_broken_declaration_is_named(tmp_path, text):
     (tmp_path / "stopping.json").write_text(text)
     with pytest.raises(UserError, match="stopping.json: not a stopping declaration"):
         read_declaration(tmp_path)
+
+
+def test_a_declaration_of_an_earlier_version_is_one_of_e_values(tmp_path):
+    """As runs wrote it before there was a choice of methods."""
+    order = [str(key) for key in declared_order(KEYS, 7)]
+    old = {"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "order": order, "max_pairs": None}
+    (tmp_path / "stopping.json").write_text(json.dumps(old))
+    found = read_declaration(tmp_path)
+    assert found.method == "evalues" and found.decide([0] * 500).pairs == 272
+    declare(tmp_path, make_declaration(KEYS, **RULE))
+    with pytest.raises(GuardRefusal, match="method 'evalues' there and 'group_sequential' here"):
+        declare(tmp_path, make_declaration(KEYS, **RULE, method="group_sequential"))
+    assert json.loads((tmp_path / "stopping.json").read_text())["max_pairs"] is None
+
+
+def test_the_interval_of_e_values_is_the_one_of_the_verdict():
+    rng = np.random.default_rng(8)
+    for shares in ([0.01, 0.98, 0.01], [0.25, 0.72, 0.03], [0.1, 0.8, 0.1]):
+        steps = rng.choice([-1, 0, 1], size=300, p=shares).tolist()
+        decision = decide_by_evalues(steps, margin=0.05)
+        low, high = decision.interval
+        assert low < (decision.repaired - decision.broken) / decision.pairs < high
+        assert (decision.verdict == "non-inferior") == (low >= -0.05 - 1e-6)
+        assert (decision.verdict == "inferior") == (high <= -0.05 + 1e-6)

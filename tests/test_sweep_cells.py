@@ -278,7 +278,8 @@ def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypa
     made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.max_episodes=30"), tmp_path / "out")
     (cell,) = plan(made, print)["cells"]
     assert (cell["pairs"], cell["episodes"], cell["missing"], cell["done"], cell["shards"]) == (30, 60, 60, 0, 1)
-    assert cell["margin"] == 0.3 and "sequential test takes more" in cell["detectable"]
+    assert cell["margin"] == 0.3 and "With 2 looks (α 0.2 an arm) an equal arm" in cell["detectable"]
+    assert cell["sequential"]["expected_pairs"] <= 30 and cell["sequential"]["pairs_for_noninferiority"] % 20 == 0
     made.cells[0].run_dir.mkdir(parents=True)
     document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True, print)
     assert (
@@ -292,7 +293,7 @@ def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypa
 
 
 def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_then(tmp_path):
-    made = cells.make_manifest(sweep_of(tmp_path, STOPPING), tmp_path / "out")
+    made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.method=evalues"), tmp_path / "out")
     (cell,) = made.cells
     keys, order = episode_keys(cell.experiment), planned_keys(cell.experiment)
     assert set(order) == set(keys) and list(order) != keys
@@ -307,7 +308,7 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     assert not document["complete"] and document["stop"]["episodes_saved"] == 0
     assert document["stop"]["arms"]["fake"]["errors"] == 35
 
-    decided = cells.make_manifest(sweep_of(tmp_path, STOPPING), tmp_path / "decided").cells[0]
+    decided = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.method=evalues"), tmp_path / "decided").cells[0]
     fill(decided, order[:20])
     assert missing_episodes(decided.experiment, decided.run_dir) == []
     document = summary(decided.experiment, decided.run_dir)
@@ -327,6 +328,29 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     )
 
 
+@pytest.mark.parametrize("method", ["group_sequential", "evalues"])
+def test_an_arm_ends_when_it_is_decided_and_the_control_holds_nothing_up(tmp_path, method):
+    """w4a4 breaks every pair and is inferior at once, fake is not decided yet: only fake, its reference and the A/A arm
+    go on; when fake is decided too nothing does, though the A/A arm has run little."""
+    backends = "backends=[baseline, aa, fake, {name: w4a4, backend: fake, quant: {activation_bits: 4}}]"
+    made = cells.make_manifest(
+        sweep_of(tmp_path, STOPPING, f"stop.method={method}", "stop.margin=0.2", backends), tmp_path / "out"
+    )
+    (cell,) = made.cells
+    order = planned_keys(cell.experiment)
+    fill(cell, order[:20], arms=("baseline",), succeeds=order)
+    fill(cell, order[:20], arms=("w4a4",), succeeds=())
+    fill(cell, order[:20], arms=("fake",), succeeds=order[:16])
+    found = summary(cell.experiment, cell.run_dir)["stop"]["arms"]
+    assert (found["w4a4"]["verdict"], found["fake"]["verdict"]) == ("inferior", None)
+    assert {arm for arm, _ in missing_episodes(cell.experiment, cell.run_dir)} == {"baseline", "aa", "fake"}
+    fill(cell, order[20:], arms=("baseline", "fake"), succeeds=order)
+    assert missing_episodes(cell.experiment, cell.run_dir) == []
+    document = summary(cell.experiment, cell.run_dir)
+    ended = {"group_sequential": "non-inferior", "evalues": "undecided"}  # of 50 pairs, all spent
+    assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == ended[method]
+
+
 def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path, STOPPING), tmp_path / "out")
@@ -341,7 +365,9 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
 
     monkeypatch.setattr("qlibero.experiment._run", instead_of_simulators)
     assert plan(made, print, calibrate=True)["engines"] is not None
-    assert ran == [[(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]]
+    assert [sorted(pairs) for pairs in ran] == [
+        [(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]
+    ]
     assert run_experiment(cell.experiment, cell.run_dir)["complete"] and len(ran[1]) == 98
     assert read_declaration(cell.run_dir).max_pairs is None
     other = cell.experiment.model_copy(

@@ -14,7 +14,7 @@ from pathlib import Path
 from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import read_ledger
 from qlibero.results.statistics import wilson
-from qlibero.results.summary import percentiles, policy_calls_ms
+from qlibero.results.summary import percentiles, policy_calls
 
 LAYOUTS = ("llm", "llm+expert_mlp", "llm+expert")
 
@@ -28,7 +28,7 @@ def success(runs: Iterable[Path]) -> list[list[str]]:
         for record in records:
             tasks[record.task].append(record.succeeded)
         won = sum(map(sum, tasks.values()))
-        calls = percentiles(policy_calls_ms(records))
+        calls = percentiles(policy_calls(records))
         rows.append(
             [
                 records[0].suite,

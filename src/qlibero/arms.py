@@ -56,8 +56,8 @@ def load_arms(
     meta: dict[str, dict[str, Any]] = {}
     for arm in arms:
         if arm.quant is None:
-            # A/A: the same policy in batches of another size is what rounding noise alone does to success
-            policy = full.with_batch_size(full.batch_size + 1) if arm.backend == "aa" else full
+            # A/A: the same policy in another arrangement is what rounding alone does to success
+            policy = full.rearranged(arm.replicate) if arm.backend == "aa" else full
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
             policy, found = _quantized(experiment, _settled(arm, (before or {}).get(arm.name, {})), full, say)

@@ -173,7 +173,8 @@ def artifacts() -> Rows:
 
 def episodes(experiment: Experiment) -> int:
     """Episodes of all arms together."""
-    return len(experiment.task_ids()) * experiment.episodes_per_task * len(experiment.backends)
+    each = experiment.initial_states()[1] * len(experiment.all_seeds()) * len(experiment.arms())
+    return len(experiment.task_ids()) * each
 
 
 def about(path: Path) -> str:

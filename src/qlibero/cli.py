@@ -24,6 +24,7 @@ from qlibero.config.yaml_text import short, shown
 from qlibero.errors import QliberoError, UserError
 from qlibero.places import pasteable
 
+FOLDED = 2_000  # characters of JSON that a terminal is spared
 INTERRUPTED = 130
 
 
@@ -100,7 +101,7 @@ def build_parser() -> Parser:
     command = add("compare", do.compare, "pair the arms of a run, or results of other tools, and give each a verdict")
     command.add_argument(
         "results",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="RESULT",
         help="run directories; or a result file of LeRobot, openpi's fork or vla-eval, and what to compare it with",
@@ -112,6 +113,24 @@ def build_parser() -> Parser:
         "--margin",
         type=float,
         help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
+    )
+    command.add_argument(
+        "--estimand",
+        metavar="QUESTION",
+        help="what verdicts are about: these, new_inits or new_tasks (default: what the runs declare)",
+    )
+    command.add_argument(
+        "--counts",
+        nargs="+",
+        metavar="NAME=K/N",
+        help="instead of results: published successes, the reference first; bounds over all pairings",
+    )
+    command.add_argument(
+        "--fail-on",
+        type=_words,
+        default=(),
+        metavar="VERDICTS",
+        help="exit with status 4 if an arm has one of these, e.g. inferior,worse",
     )
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
@@ -304,6 +323,16 @@ def _sets(command: Parser) -> None:
     )
 
 
+def _words(text: str) -> tuple[str, ...]:
+    from qlibero.results.judgement import Word
+
+    words = tuple(word.strip() for word in text.split(","))
+    known = [str(word) for word in Word]
+    if unknown := [word for word in words if word not in known]:
+        raise argparse.ArgumentTypeError(f"no verdict is called {', '.join(unknown)}; they are {', '.join(known)}")
+    return words
+
+
 def _experiment_file(text: str) -> Path:
     from qlibero.places import experiment_file
 
@@ -369,7 +398,10 @@ def _stdout_kept_for_json(asked: bool) -> Iterator[Callable[[Document], None]]:
             return
         os.dup2(kept, 1)
         with suppress(BrokenPipeError):  # the reader has gone; nobody is left to tell
-            print(json.dumps(document, default=str), file=stdout, flush=True)
+            line = json.dumps(document, default=str)
+            if stdout.isatty() and len(line) > FOLDED:  # it would drown what was shown for people
+                line = f"(a JSON document of {len(line):,} characters follows here when stdout is piped or a file)"
+            print(line, file=stdout, flush=True)
         os.dup2(2, 1)
 
     try:

@@ -27,6 +27,12 @@ class Incomplete(WorkFailed):
         self.document = document
 
 
+class Unwanted(Incomplete):
+    """The work is done, and `compare --fail-on` names a verdict that was found."""
+
+    exit_status = 4
+
+
 class Refused(GuardRefusal):
     """A guard said no, and `document` holds all that it looked at."""
 
@@ -55,10 +61,23 @@ def run(args: argparse.Namespace) -> Document:
 
 def compare(args: argparse.Namespace) -> Document:
     from qlibero.reporting.terminal import print_comparison
-    from qlibero.results.compare import compare_runs
+    from qlibero.results.compare import as_document, compare_paths
 
-    document = compare_runs(args.results, args.reference, args.margin)
-    print_comparison(document)
+    if bool(args.results) == bool(args.counts):
+        raise UserError("compare: name run directories or result files, or --counts NAME=K/N NAME=K/N, and not both")
+    if args.counts:
+        from qlibero.results.published import compare_counts
+
+        if args.reference or args.estimand:
+            raise UserError("compare: --counts take the first as reference and know no estimand; leave those flags out")
+        cells = {"": compare_counts(args.counts, args.margin)}
+    else:
+        cells = compare_paths(args.results, args.reference, args.margin, args.estimand)
+    print_comparison(cells)
+    document = as_document(cells)
+    found = set().union(*(cell.words() for cell in cells.values())) & set(args.fail_on)
+    if found:
+        raise Unwanted(f"--fail-on {','.join(args.fail_on)}: found {', '.join(sorted(found))}", document)
     return document
 
 

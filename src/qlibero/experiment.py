@@ -9,6 +9,7 @@ the result is shown without loading a policy. A shard is the same thing over a p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from qlibero.results.machines import mix_in_words
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
+from qlibero.results.stopping import Declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
 
@@ -44,10 +46,12 @@ def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> lis
 
     A shard is a contiguous piece, so that it has few tasks: building a task's scene costs as much as an episode.
     """
+    kind, count = experiment.initial_states()
     keys = [
-        EpisodeKey(experiment.suite, task, init, experiment.seed)
+        EpisodeKey(experiment.suite, task, init, seed, kind)
         for task in experiment.task_ids()
-        for init in range(experiment.episodes_per_task)
+        for init in range(count)
+        for seed in experiment.all_seeds()
     ]
     index, count = shard
     return keys[index * len(keys) // count : (index + 1) * len(keys) // count]
@@ -59,14 +63,19 @@ def planned_keys(experiment: Experiment) -> Sequence[EpisodeKey]:
     Raises UserError for a `stop` without two arms to compare.
     """
     keys = episode_keys(experiment)
-    return keys if experiment.stop is None else declaration_of(experiment, keys).spendable
+    return keys if experiment.stop is None else stopping_rule(experiment).spendable
+
+
+def stopping_rule(experiment: Experiment) -> Declaration:
+    """What an experiment with `stop` declares. Raises UserError without two arms to compare."""
+    return declaration_of(experiment, episode_keys(experiment))
 
 
 def missing_episodes(
     experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
 ) -> list[tuple[str, EpisodeKey]]:
     """(arm, key) of everything the ledger does not hold yet. Episodes that ended in an error are missing: they get
-    another chance each time the experiment is run. Under `stop` nothing is missing once every arm is decided."""
+    another chance each time the experiment is run. Under `stop` nothing of an arm is missing once it is decided."""
     done = finished_episodes(experiment, run_dir, shard)
     arms = [arm.name for arm in experiment.arms()]
     keys: Sequence[EpisodeKey] = episode_keys(experiment, shard)
@@ -74,8 +83,14 @@ def missing_episodes(
         if shard[1] > 1:
             raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
         sequential = SequentialRun(experiment, run_dir, keys)
-        keys = [] if sequential.decided() else sequential.order
-    return [(arm, key) for key in keys for arm in arms if (arm, key) not in done]
+        keys, arms = sequential.order, [arm for arm in arms if sequential.needs(arm)]
+    return [(arm, key) for key in keys for arm in _rotated(arms, key) if (arm, key) not in done]
+
+
+def _rotated(arms: list[str], key: EpisodeKey) -> list[str]:
+    """The arms of a scene in an order of its own: what comes first on a scene or a host that drifts is no arm's lot."""
+    first = int.from_bytes(hashlib.sha256(f"arms/{key}".encode()).digest()[:4], "little") % max(1, len(arms))
+    return arms[first:] + arms[:first]
 
 
 def finished_episodes(
@@ -99,8 +114,11 @@ def run_experiment(
     on_start: Callable[[int, int], None] = lambda missing, total: None,
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
+    most_pairs: int | None = None,
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
+
+    `most_pairs`: run no more than so many of the missing pairs now, the first ones.
 
     "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
@@ -127,6 +145,9 @@ def run_experiment(
             }
             # again, now that the ledgers are locked: another process may just have finished some
             missing = missing_episodes(experiment, run_dir, shard)
+            if most_pairs is not None:
+                first = list(dict.fromkeys(key for _, key in missing))[:most_pairs]
+                missing = [(arm, key) for arm, key in missing if key in first]
             on_start(len(missing), total)
             if missing:
                 mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say)
@@ -247,7 +268,9 @@ def _run(
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
-            run_episodes(plan, policies, pool, settings, on_record, sequential.decided if sequential else lambda: False)
+            run_episodes(
+                plan, policies, pool, settings, on_record, sequential.needs if sequential else lambda arm: True
+            )
             _film(experiment, run_dir, {key for _, key in missing}, experiment.videos, pool, say)
         finally:
             ended = mirrors.finish()

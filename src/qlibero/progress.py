@@ -46,8 +46,9 @@ class RunProgress:
     def start(self, missing: int, total: int) -> None:
         """The run begins: `missing` of `total` episodes, all arms together, are still to be run."""
         e = self.experiment
-        arms = ", ".join(self.tally)
-        self.say(f"{e.name}: {e.suite}, {len(e.task_ids())} tasks × {e.episodes_per_task} initial states, arms {arms}")
+        (kind, count), seeds, arms = e.initial_states(), len(e.all_seeds()), ", ".join(self.tally)
+        states = f"{count} {kind} initial states" + (f" × {seeds} seeds" if seeds > 1 else "")
+        self.say(f"{e.name}: {e.suite}, {len(e.task_ids())} tasks × {states}, arms {arms}")
         if missing < total:
             self.say(
                 f"{total - missing} of {total} episodes are in the ledger already"

@@ -1,8 +1,9 @@
-"""Sequential stopping inside a run (`stop:` of an experiment): which episodes come first, and when enough is seen.
+"""Sequential stopping inside a run (`stop:` of an experiment): which episodes come first, and which are still needed.
 
-The rule itself and why it may be looked at after every episode are in `results/stopping.py`; here it meets the engine.
+The rule itself and why it may be looked at while a run goes on are in `results/stopping.py`; here it meets the engine.
 Pairs count in the declared random order over all tasks. They are *run* in blocks of that order, grouped by task within
-a block, because changing a simulator's task is dear.
+a block, because changing a simulator's task is dear. An arm ends when it is decided; the reference, and an A/A arm that
+is no hypothesis, end with the last of them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ from qlibero.errors import UserError
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin
-from qlibero.results.stopping import Decision, Declaration, check_declaration, declare, make_declaration, pair_step
-
-BLOCK_PAIRS = 20
+from qlibero.results.stopping import (
+    BLOCK_PAIRS,
+    Decision,
+    Declaration,
+    check_declaration,
+    declare,
+    make_declaration,
+    pair_step,
+)
 
 
 def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declaration:
@@ -39,6 +46,9 @@ def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declar
         arms=tested,
         seed=experiment.seed,
         max_pairs=stop.max_episodes,
+        method=stop.method,
+        looks=stop.looks,
+        futility=stop.futility,
     )
 
 
@@ -53,6 +63,8 @@ class SequentialRun:
         self._declaration = declaration_of(experiment, keys)
         check_declaration(run_dir, self._declaration)
         self.order = self._declaration.spendable
+        self._place = {key: index for index, key in enumerate(self.order)}
+        self._decisions: dict[str, Decision] = {}  # of the arms with nothing new since
         self._outcomes = {
             (arm.name, record.key): record.outcome
             for arm in experiment.arms()
@@ -65,20 +77,25 @@ class SequentialRun:
 
     def block(self, key: EpisodeKey) -> int:
         """Which block of the declared order `key` belongs to."""
-        return self.order.index(key) // BLOCK_PAIRS
+        return self._place[key] // BLOCK_PAIRS
 
     def add(self, record: EpisodeRecord) -> None:
         """An episode has finished."""
         self._outcomes[record.arm, record.key] = record.outcome
+        if record.arm == REFERENCE:
+            self._decisions.clear()
+        self._decisions.pop(record.arm, None)
 
     def decisions(self) -> dict[str, Decision]:
-        """What can be said of every arm now."""
+        """What can be said of every arm under test now."""
         of = self._outcomes.get
-        return {
-            arm: self._declaration.decide([pair_step(of((REFERENCE, key)), of((arm, key))) for key in self.order])
-            for arm in self._declaration.arms
-        }
+        for arm in self._declaration.arms:
+            if arm not in self._decisions:
+                steps = [pair_step(of((REFERENCE, key)), of((arm, key))) for key in self.order]
+                self._decisions[arm] = self._declaration.decide(steps)
+        return {arm: self._decisions[arm] for arm in self._declaration.arms}
 
-    def decided(self) -> bool:
-        """Whether no arm needs another pair or another try."""
-        return all(decision.stop for decision in self.decisions().values())
+    def needs(self, arm: str) -> bool:
+        """Whether further episodes of the arm, new or tried again, can still serve a question that is open."""
+        decisions = self.decisions()
+        return not decisions[arm].stop if arm in decisions else any(not d.stop for d in decisions.values())

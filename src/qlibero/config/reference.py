@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlibero.config.inits import FreshInits
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
     Backend,
@@ -33,6 +34,7 @@ PAGE = REPOSITORY / "docs" / "configuration.md"
 BEGIN, END = "<!-- from the schema: python -m qlibero.config.reference -->", "<!-- end -->"
 SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
+    "`inits`, when they are not official": FreshInits,
     "`policy` of type `pi05`": Pi05,
     "`policy.untrained`": Untrained,
     "`policy` of type `remote`": Remote,

@@ -30,6 +30,7 @@ from qlibero.config.fields import (
     Word,
     one_of_pattern,
 )
+from qlibero.config.inits import Inits
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import SUITE_ALIASES
 
@@ -130,10 +131,21 @@ class Backend(Frozen):
     name: Slug = Field(description="the arm's name in tables and directories; by default the backend's")
     backend: str = Field(description="baseline (unquantized), aa (baseline again), auto, or a kernel's name")
     quant: QuantOverrides | None = Field(None, description="quant keys in which this arm differs")
+    replicates: Int | None = Field(
+        None,
+        ge=1,
+        le=32,
+        description="of aa: so many arms aa-1, aa-2, …, each computed in another arrangement (rows, padding)",
+    )
 
     @model_serializer(mode="wrap")
     def _short_when_plain(self, handler) -> Any:
-        return self.backend if self.name == self.backend and self.quant is None else handler(self)
+        plain = self.name == self.backend and self.quant is None and self.replicates is None
+        return self.backend if plain else handler(self)
+
+    def names(self) -> tuple[str, ...]:
+        """The arms it stands for."""
+        return tuple(f"{self.name}-{k + 1}" for k in range(self.replicates)) if self.replicates else (self.name,)
 
 
 BackendEntry = Annotated[Backend, BeforeValidator(_spell_out, json_schema_input_type=str | Backend)]
@@ -146,11 +158,12 @@ class Arm:
     name: str
     backend: str
     quant: Quant | None
+    replicate: int = 1  # of an A/A arm: which one, from 1
 
 
 # ------------------------------------------------------------------------------------------ around the episodes
 class Stop(Frozen):
-    """Sequential stopping: spend episodes on pairs only until the verdict is clear.
+    """Sequential stopping: spend episodes on an arm's pairs only until its verdict is clear.
 
     A sweep runs such a cell as one shard.
     """
@@ -158,9 +171,25 @@ class Stop(Frozen):
     margin: Float | None = Field(
         None, ge=0.0001, lt=1, description="the margin of this test; null: the experiment's `margin`"
     )
-    alpha: Float = Field(0.025, ge=1e-6, lt=0.5, description="one-sided error rate of the anytime-valid test")
+    method: Literal["group_sequential", "evalues"] = Field(
+        "group_sequential",
+        description="group_sequential: declared looks, fewest pairs; evalues: after every pair, and open-ended",
+    )
+    alpha: Float = Field(
+        0.025, ge=1e-6, lt=0.5, description="error rate of each verdict over the whole run; the arms share it"
+    )
     max_episodes: Int | None = Field(
-        None, ge=1, le=MOST, description="pairs after which to stop undecided; null: all of them; may be raised later"
+        None,
+        ge=1,
+        le=MOST,
+        description="most pairs to spend; null: all of them; fixed under group_sequential, may be raised under evalues",
+    )
+    looks: Int = Field(20, ge=1, le=200, description="group_sequential: how often to look, evenly over the pairs")
+    futility: Float | None = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="group_sequential: give up when no verdict has this chance left; 0 or null: never",
     )
 
 
@@ -273,8 +302,17 @@ class Experiment(Frozen):
         description="LIBERO suite (libero_long is libero_10)"
     )
     tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
-    episodes_per_task: Int = Field(OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1")
+    episodes_per_task: Int = Field(
+        OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1 of each task"
+    )
+    inits: Inits = Field(
+        "official",
+        description="official: the states LIBERO ships; fresh(N): N new ones a task, drawn from its placement regions",
+    )
     seed: Seed = Field(7, description="seed of scenes and policy noise")
+    seeds: tuple[Seed, ...] | None = Field(
+        None, description="several seeds: every initial state once with each; `seed` is then the first"
+    )
     protocol: Literal["pure", "openpi"] = Field(
         "pure", description="pure: an episode depends on its key only; openpi: the published evaluations' random stream"
     )
@@ -304,6 +342,17 @@ class Experiment(Frozen):
         lt=1,
         description="largest acceptable loss of success rate, e.g. 0.02 = 2 points; every verdict is at it",
     )
+    estimand: Literal["these", "new_inits", "new_tasks"] = Field(
+        "new_inits",
+        description="what verdicts are about: these tasks and initial states; new initial states of these tasks "
+        "(clustered by initial state where there are several seeds); new tasks (clustered by task)",
+    )
+    primary: Literal["pooled", "per-suite"] = Field(
+        "pooled", description="what is claimed of an arm, and counted by Holm: all suites together, or each suite"
+    )
+    compare_with: Literal["baseline", "pooled"] = Field(
+        "baseline", description="verdicts are against the baseline, or against its mean with the A/A arms (sharper)"
+    )
     stop: Stop | None = Field(None, description="sequential stopping; null: run everything")
     mixed_machines: bool = Field(
         False,
@@ -315,8 +364,24 @@ class Experiment(Frozen):
     ] = Field(default_factory=Tracking, description="mirrors of the ledger: a list of trackers, or a mapping")
     launch: Launch = Field(default_factory=Launch, description="how sweeps are spread over machines")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_seed(cls, data: Any) -> Any:
+        """`seed` is the first of `seeds` unless it is written."""
+        seeds = data.get("seeds") if isinstance(data, dict) else None
+        return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
+        if self.seeds is not None:
+            if not self.seeds:
+                raise Misplaced(("seeds",), "no seed is listed; write e.g. [7, 8, 9], or seed: 7")
+            if len(set(self.seeds)) < len(self.seeds):
+                raise Misplaced(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
+            if self.seed != self.seeds[0]:
+                raise Misplaced(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
+        if self.inits != "official" and self.protocol != "pure":
+            raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
             count = TASKS_OF_SUITE[self.suite]
             for i, task in enumerate(self.tasks):
@@ -331,19 +396,20 @@ class Experiment(Frozen):
         seen: dict[str, str] = {}
         for i, entry in enumerate(self.backends):
             where = ("backends", i)
-            directory = entry.name.casefold()
-            if directory.endswith(FILE_ENDINGS) or directory in DIRECTORIES:
-                raise Misplaced(
-                    (*where, "name"), f"{entry.name} is what a file of the run may be called; rename the arm"
-                )
-            if seen.get(directory) == entry.name:
-                raise Misplaced((*where, "name"), f"two arms are called {entry.name}; give one of them another name:")
-            if directory in seen:
-                raise Misplaced(
-                    (*where, "name"),
-                    f"{seen[directory]} and {entry.name} differ by case only, which not every disk tells apart",
-                )
-            seen[directory] = entry.name
+            if entry.replicates is not None and entry.backend != "aa":
+                raise Misplaced((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
+            for name in entry.names():
+                directory = name.casefold()
+                if directory.endswith(FILE_ENDINGS) or directory in DIRECTORIES:
+                    raise Misplaced((*where, "name"), f"{name} is what a file of the run may be called; rename the arm")
+                if seen.get(directory) == name:
+                    raise Misplaced((*where, "name"), f"two arms are called {name}; give one of them another name:")
+                if directory in seen:
+                    raise Misplaced(
+                        (*where, "name"),
+                        f"{seen[directory]} and {name} differ by case only, which not every disk tells apart",
+                    )
+                seen[directory] = name
             if entry.backend in UNQUANTIZED_BACKENDS:
                 if entry.quant is not None:
                     raise Misplaced((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
@@ -364,9 +430,18 @@ class Experiment(Frozen):
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
         return tuple(
-            Arm(b.name, b.backend, None if b.backend in UNQUANTIZED_BACKENDS else quant_of_arm(self.quant, b.quant))
+            Arm(name, b.backend, None if b.backend in UNQUANTIZED_BACKENDS else quant_of_arm(self.quant, b.quant), k)
             for b in self.backends
+            for k, name in enumerate(b.names(), start=1)
         )
+
+    def initial_states(self) -> tuple[str, int]:
+        """Kind and number of the initial states of each task, e.g. ("official", 50)."""
+        return ("official", self.episodes_per_task) if self.inits == "official" else ("fresh", self.inits.fresh)
+
+    def all_seeds(self) -> tuple[int, ...]:
+        """`seeds`, or `seed` alone."""
+        return self.seeds or (self.seed,)
 
     def task_ids(self) -> tuple[int, ...]:
         """Task numbers, `all` spelt out."""
@@ -377,9 +452,10 @@ class Experiment(Frozen):
 def config_hash(experiment: Experiment, arm: Arm) -> str:
     """16 hex digits over every setting that decides the result of one of `arm`'s episodes, and nothing else.
 
-    Left out: which episodes are run (tasks, episodes_per_task, stop), margin, other arms, names, workers, retries,
-    videos, tracking, launch. So more episodes or another arm continue a run directory, and another seed or alpha is
-    refused. Paths, addresses and pinned hashes do not count: what lies there does, by content (`qlibero.identity`).
+    Left out: which episodes are run (tasks, how many, seeds but the first, stop), what is asked of them (margin,
+    estimand, primary, compare_with), other arms, names, workers, retries, videos, tracking, launch. So more episodes or
+    another arm continue a run directory, and another seed or alpha is refused. Paths, addresses and pinned hashes do
+    not count: what lies there does, by content (`qlibero.identity`).
     """
     policy = experiment.policy.model_dump()
     policy.pop("sha256", None)
@@ -395,6 +471,8 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
         "quant": arm.quant and _ordered(arm.quant.model_dump()),
         "on_failure": experiment.on_failure if arm.quant else None,
     }
+    if experiment.inits != "official":  # official ones were there before the key was
+        decides["inits"] = "fresh"
     text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

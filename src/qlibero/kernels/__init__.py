@@ -21,6 +21,7 @@ BACKENDS = {
     "int_ref": "qlibero.kernels.int_ref:IntRef",
     "cpu_int4": "qlibero.kernels.cpu_int4:CpuInt4",
     "w8a8": "qlibero.kernels.w8a8:W8A8",
+    "cuda_w4a8": "qlibero.kernels.cuda_w4a8:CudaW4A8",
     "triton_w4a8": "qlibero.kernels.triton_w4a8:TritonW4A8",
     "humming": "qlibero.kernels.humming:Humming",
     "bitblas": "qlibero.kernels.bitblas:BitBLAS",

@@ -197,6 +197,8 @@ class Kernel:
     weight_bits: tuple[int, ...] = (4, 8)
     grouped = True  # whether it takes a weight scale per K-group
     package: str | None = None  # the extra package whose version a verdict depends on
+    #: whether it has `matmul_tiles`, so that quantizers write their codes in its layout (tiled.py) and not in rows
+    in_tiles = False
     #: for a kernel that cannot give its accumulator, only an output in this dtype, rounded once per scale
     rounds_to: torch.dtype | None = None
 
@@ -235,3 +237,15 @@ class Kernel:
     ) -> Tensor:
         """(M, N) in out_dtype. Kernels with a fused epilogue override this and must give the very same bits."""
         return epilogue(self.accumulate(codes_x, packed), s_x, s_w, bias).to(out_dtype)
+
+    def matmul_tiles(
+        self,
+        image: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """`matmul` of codes that lie as `tiled.py` says, for kernels with `in_tiles`."""
+        raise NotImplementedError

@@ -20,7 +20,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from qlibero.kernels import BACKENDS, DEQUANTIZED, load
 from qlibero.kernels.contract import GemmShape, Kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.kernels.stopwatch import seconds
+from qlibero.kernels.tiled import tile
 from qlibero.kernels.trial import Finding, quantized_weight, try_kernel
 
 FALLBACKS = {"cuda": ("triton_w4a8", "w8a8", "fake"), "cpu": ("cpu_int4", "fake")}
@@ -239,7 +240,8 @@ def _seconds(kernel: Kernel, layer: Layer) -> float:
     for m in layer.tokens:
         x = torch.randint(-127, 128, (m, shape.k), dtype=torch.int8, device=shape.device)
         s_x = torch.ones(m, device=shape.device)
-        total += seconds(lambda x=x, s_x=s_x: kernel.matmul(x, s_x, packed, scales), shape.device, budget_s=0.05)
+        matmul, x = (kernel.matmul_tiles, tile(x)) if kernel.in_tiles else (kernel.matmul, x)
+        total += seconds(partial(matmul, x, s_x, packed, scales), shape.device, budget_s=0.05)
     return total
 
 
@@ -274,7 +276,7 @@ def _interpreted() -> bool:
 @cache
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from qlibero.kernels import BACKENDS, load
 from qlibero.kernels.contract import GemmShape, PackedWeight, activation_limit, weight_range
 from qlibero.kernels.shapes import Layer
+from qlibero.kernels.tiled import tile
 
 COLD_BYTES = 160 << 20  # of weights in rotation: three times the L2 of an H100
 MOST_COPIES = 96
@@ -188,15 +189,16 @@ def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callabl
     groups = () if shape.group_size is None else (shape.k // shape.group_size,)
     scales = (torch.rand((shape.n, *groups), device=shape.device) + 0.5).bfloat16().float()
     limit = activation_limit(shape.activation_bits)
-    inputs = cache(
-        lambda m: (
-            torch.randint(-limit, limit + 1, (m, shape.k), dtype=torch.int8, device=shape.device),
-            torch.rand(m, device=shape.device) + 0.01,
-        )
-    )
+
+    @cache
+    def inputs(m: int) -> tuple[Tensor, Tensor]:
+        codes_x = torch.randint(-limit, limit + 1, (m, shape.k), dtype=torch.int8, device=shape.device)
+        s_x = torch.rand(m, device=shape.device) + 0.01
+        return (tile(codes_x) if kernel.in_tiles else codes_x), s_x  # as a quantizer leaves them
 
     def packed_product(packed: PackedWeight):
-        return lambda m: partial(kernel.matmul, *inputs(m), packed, scales, None, dtype)
+        matmul = kernel.matmul_tiles if kernel.in_tiles else kernel.matmul
+        return lambda m: partial(matmul, *inputs(m), packed, scales, None, dtype)
 
     first = kernel.pack(codes, shape.weight_bits, shape.group_size)
     copies = _copies(first.nbytes) if cuda else 1

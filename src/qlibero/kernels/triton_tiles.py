@@ -29,8 +29,11 @@ BUCKETS = (
     (16, Tile(16, 64, 128, stages=5)),
     (32, Tile(32, 64, 128, stages=4)),
     (128, Tile(64, 64, 128, stages=4)),
-    (1 << 62, Tile(128, 128, 64, warps=8, stages=4)),
+    (1 << 62, Tile(128, 128, 64, warps=4, stages=3)),
 )
+# Of many tokens: where large tiles would leave processors without work; where groups take a second accumulator.
+NARROW = Tile(64, 64, 128, warps=4, stages=3)
+GROUPED = Tile(128, 128, 64, warps=8, stages=4)
 
 # What the benchmark may try beyond the bucket's own tile. Bounded on purpose.
 CANDIDATES = {
@@ -43,8 +46,9 @@ CANDIDATES = {
     32: (Tile(32, 64, 128), Tile(32, 128, 128, stages=3)),
     128: (Tile(64, 64, 128), Tile(64, 128, 64), Tile(128, 64, 64), Tile(64, 128, 128, warps=8, stages=3)),
     1 << 62: (
-        Tile(128, 128, 64, warps=8),
-        Tile(128, 128, 64, warps=4),
+        Tile(128, 128, 64, warps=4, stages=3),
+        NARROW,
+        GROUPED,
         Tile(256, 64, 64, warps=8),
         Tile(256, 128, 64, warps=8, stages=3),
         Tile(128, 128, 128, warps=8, stages=3),
@@ -59,7 +63,13 @@ def bucket(tokens: int) -> int:
 
 def choose_tile(tokens: int, n: int, k: int, processors: int, group_size: int | None = None) -> Tile:
     """The tile for M = tokens on a GPU with so many streaming multiprocessors."""
-    return with_split(dict(BUCKETS)[bucket(tokens)], tokens, n, k, processors, group_size)
+    tile = dict(BUCKETS)[bucket(tokens)]
+    if tile is BUCKETS[-1][1]:
+        if group_size:
+            tile = GROUPED
+        elif -(-tokens // tile.tokens) * -(-n // tile.outputs) < 2 * processors:
+            tile = NARROW
+    return with_split(tile, tokens, n, k, processors, group_size)
 
 
 def with_split(tile: Tile, tokens: int, n: int, k: int, processors: int, group_size: int | None = None) -> Tile:

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qlibero.config.schema import Arm, Experiment, Launch, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
-from qlibero.experiment import episode_keys, finished_episodes, missing_episodes, planned_keys, run_experiment
+from qlibero.experiment import (
+    episode_keys,
+    finished_episodes,
+    missing_episodes,
+    planned_keys,
+    run_experiment,
+    stopping_rule,
+)
 from qlibero.launch.capacity import WORKER_GB, capacity, fitting
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.environment import find_gpus
 from qlibero.places import RUNS
-from qlibero.results.judgement import detectable
+from qlibero.results.judgement import power
 from qlibero.results.ledger import read_ledger
+from qlibero.results.phrases import detectable_line
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, read_run
+from qlibero.results.sequentialpower import pairs_needed, prospect
+from qlibero.results.stopping import BLOCK_PAIRS
 
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
@@ -177,7 +187,11 @@ def _kind(experiment: Experiment, arm: str) -> tuple:
 def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
     entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
-    backend = next((entry["backend"] for entry in entries if entry["name"] == arm), arm)
+    replicated = arm.rpartition("-")[0]
+    backend = next(
+        (e["backend"] for e in entries if e["name"] == (replicated if e.get("replicates") else arm)),
+        arm,
+    )
     backend = "baseline" if backend == "aa" else backend
     policy = json.dumps(experiment.get("policy"), sort_keys=True)
     return experiment.get("suite"), experiment.get("max_steps"), policy, backend
@@ -194,12 +208,7 @@ def _cost(records: list[EpisodeRecord]) -> Cost:
 
 def _one_episode(cell: Cell) -> None:
     experiment = cell.experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": 0, "workers": 1})
-    if experiment.stop is None:
-        run_experiment(experiment, cell.run_dir, (0, len(episode_keys(experiment))))
-        return
-    # the first pair of the declared order; the run itself raises the cap again
-    stop = experiment.stop.model_copy(update={"max_episodes": 1})
-    run_experiment(experiment.model_copy(update={"stop": stop}), cell.run_dir)
+    run_experiment(experiment, cell.run_dir, most_pairs=1)
 
 
 def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
@@ -227,15 +236,41 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
 def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     """What the cell's pairs can find, and what non-inferiority takes. None: too few pairs or flips."""
     margin = declared_margin(cell.experiment.model_dump(mode="json"))
-    found = detectable(pairs, *_discordance(cell), margin, sequential=cell.experiment.stop is not None)
+    found = power(pairs, *_discordance(cell), margin)
+    sequential = _prospects(cell.experiment, found.discordance, margin) if cell.experiment.stop else None
     return {
-        "discordance": f"{found['discordance']:.1%} {found['discordance_from']}",
-        "detectable_difference": found["difference"],
-        "one_way_difference": found["one_way_difference"],
+        "discordance": f"{found.discordance:.1%} {found.discordance_from}",
+        "detectable_difference": found.difference,
+        "one_way_difference": found.one_way_difference,
         "margin": margin,
-        "noninferiority_power": found["noninferiority_power"],
-        "pairs_for_noninferiority": found["pairs_for_noninferiority"],
-        "detectable": found["line"],
+        "noninferiority_power": found.noninferiority_power,
+        "pairs_for_noninferiority": found.pairs_for_noninferiority,
+        "sequential": sequential,
+        "detectable": detectable_line(found) + (f" {sequential['line']}" if sequential else ""),
+    }
+
+
+def _prospects(experiment: Experiment, discordance: float, margin: float) -> dict[str, Any]:
+    """What `stop` will cost and find, for one arm, if the arms are truly equal."""
+    declared = stopping_rule(experiment)
+    if declared.method == "evalues":
+        return {
+            "line": "All for one look at the end; e-values may be looked at after every pair and take up to 1.7 times "
+            "as many (docs/statistics.md)."
+        }
+    share = declared.alpha / len(declared.arms)
+    design = {"margin": margin, "discordance": discordance, "alpha": share, "futility": declared.futility}
+    chances = prospect(declared.looks, **design)
+    needed = pairs_needed(**design, looks=experiment.stop.looks, block=BLOCK_PAIRS)
+    found = {key: float(f"{value:.6g}") for key, value in asdict(chances).items()}
+    return {
+        "looks": len(declared.looks),
+        **found,
+        "pairs_for_noninferiority": needed,
+        "line": f"With {len(declared.looks)} looks (α {share:g} an arm) an equal arm is shown non-inferior with "
+        f"{100 * chances.noninferior:.0f} % chance and takes {chances.expected_pairs:,.0f} of "
+        f"{declared.looks[-1]:,} pairs on average, {100 * chances.futile:.0f} % end as futile; 80 % takes "
+        f"{needed:,} pairs declared.",
     }
 
 

@@ -70,6 +70,10 @@ class RemotePolicy:
         self._recognize(twin._greeting)
         return twin
 
+    def rearranged(self, replicate: int) -> RemotePolicy:
+        """See `Pi05Policy.rearranged`; how its server arranges what it computes is not to be had from here."""
+        return self.with_batch_size(self.batch_size + replicate)
+
     def provenance(self) -> dict[str, Any]:
         """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
         theirs = self._ours["provenance"] if self._ours else {}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.kernels.contract import Kernel, PackedWeight
+from qlibero.kernels.tiled import untile
 from qlibero.quant.transform import InputTransform, block_product
 
 
@@ -49,22 +50,33 @@ class Product(nn.Module):
 
 @dataclass
 class Prepared:
-    """An input in integers: codes int8 (M, K), scales float32 (M,), what is needed to shape the outputs, and
-    the products that have been taken of it."""
+    """An input in integers: codes int8 (M, K) or their image (`kernels/tiled.py`), scales float32 (M,), what is needed
+    to shape the outputs, and the products that have been taken of it."""
 
-    codes: Tensor
+    written: Tensor
+    in_tiles: bool
     scales: Tensor
     leading: torch.Size
     dtype: torch.dtype
     products: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def codes(self) -> Tensor:
+        """The codes row by row, (M, K)."""
+        return untile(self.written, len(self.scales)) if self.in_tiles else self.written
+
     def product(self, of: Product) -> Tensor:
         """(..., N of all linears of the product) in the input's dtype; computed the first time it is asked for."""
         y = self.products.get(id(of))
         if y is None:
-            y = of.kernel.matmul(self.codes, self.scales, of.packed, of.scales, of.bias, self.dtype)
-            y = self.products[id(of)] = y.view(*self.leading, -1)
+            y = self.products[id(of)] = self.multiply(of, of.bias, self.dtype).view(*self.leading, -1)
         return y
+
+    def multiply(self, of: Product, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(M, N) in `dtype`; in the layout that the codes were written in where the kernel takes it."""
+        direct = self.in_tiles and of.kernel.in_tiles
+        matmul, codes = (of.kernel.matmul_tiles, self.written) if direct else (of.kernel.matmul, self.codes)
+        return matmul(codes, self.scales, of.packed, of.scales, bias, dtype)
 
 
 class QuantLinear(nn.Module):
@@ -103,9 +115,22 @@ class QuantLinear(nn.Module):
 
     def prepare(self, x: Tensor) -> Prepared:
         """x (..., K) -> its codes; valid for every linear with the same `transform` object."""
-        rows = x.reshape(-1, x.shape[-1])
-        codes, scales = self.transform.quantize(rows, self.activation_bits, self.activation_clip)
-        return Prepared(codes, scales, x.shape[:-1], x.dtype)
+        rows, in_tiles = x.reshape(-1, x.shape[-1]), self.product.kernel.in_tiles
+        codes, scales = self.transform.quantize(rows, self.activation_bits, self.activation_clip, in_tiles=in_tiles)
+        return Prepared(codes, in_tiles, scales, x.shape[:-1], x.dtype)
+
+    def takes_gated(self, device: torch.device) -> bool:
+        """Whether `of_gated` saves a pass over the input there; else it is not to be called."""
+        return self.transform.takes_gated(device)
+
+    def of_gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """This linear of gelu_tanh(gate)·up, each (..., K), which is computed on the way to the codes."""
+        rows = (part.reshape(-1, part.shape[-1]) for part in (gate, up))
+        in_tiles = self.product.kernel.in_tiles
+        codes, scales = self.transform.quantize_gated(
+            *rows, self.activation_bits, self.activation_clip, in_tiles=in_tiles
+        )
+        return self.from_prepared(Prepared(codes, in_tiles, scales, gate.shape[:-1], gate.dtype))
 
     def from_prepared(self, prepared: Prepared) -> Tensor:
         """(..., N) in the dtype of the input that was prepared."""
@@ -113,9 +138,21 @@ class QuantLinear(nn.Module):
             return self._rotated(prepared)
         return prepared.product(self.product).narrow(-1, self.start, self.stop - self.start)
 
+    def precedes(self, *others: nn.Module) -> bool:
+        """Whether `others` are quantized linears whose rows follow these, in their order, in the same product."""
+        stop = self.stop
+        for other in others:
+            if getattr(other, "product", None) is not self.product or other.start != stop:
+                return False
+            stop = other.stop
+        return self.output_rotation is None
+
+    def joined(self, x: Tensor, last: QuantLinear) -> Tensor:
+        """x (..., K) -> the outputs of this linear to `last` side by side, where one precedes the other: no copy."""
+        return self.prepare(x).product(self.product).narrow(-1, self.start, last.stop - self.start)
+
     def _rotated(self, prepared: Prepared) -> Tensor:
-        p = self.product
-        y = block_product(p.kernel.matmul(prepared.codes, prepared.scales, p.packed, p.scales), self.output_rotation)
+        y = block_product(prepared.multiply(self.product), self.output_rotation)
         y = y if self.late_bias is None else y + self.late_bias
         return y.to(prepared.dtype).view(*prepared.leading, -1)
 

@@ -174,7 +174,7 @@ class InputTransform(nn.Module):
 
     def takes_gated(self, device: torch.device) -> bool:
         """Whether `quantize_gated` saves a pass over the input there; else it is not to be called."""
-        return self.hadamard is not None and self._fused_on(device) is not None
+        return getattr(self._fused_on(device), "gated", False)
 
     def quantize_gated(
         self, gate: Tensor, up: Tensor, bits: int, clip: float, *, in_tiles: bool = False

@@ -81,9 +81,9 @@ def _listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> 
     def listening(key: int, transform: nn.Module):
         plain = transform.quantize
 
-        def quantize(x: Tensor, bits: int, clip: float):
+        def quantize(x: Tensor, *how, **layout):
             heard.setdefault(key, x.clone())
-            return plain(x, bits, clip)
+            return plain(x, *how, **layout)
 
         return quantize
 

@@ -129,9 +129,11 @@ def plot(*children: Markup, label: str, height: int) -> Markup:
     )
 
 
-def density(values: np.ndarray, scale: Scale, bins: int = 70) -> list[tuple[float, float]]:
+def density(
+    values: np.ndarray, scale: Scale, bins: int = 70, weights: np.ndarray | None = None
+) -> list[tuple[float, float]]:
     """Outline of a histogram over the scale, peak at the top; the honest picture of a latency distribution."""
-    heights, edges = np.histogram(values, bins=scale.edges(bins))
+    heights, edges = np.histogram(values, bins=scale.edges(bins), weights=weights)
     if heights.max() == 0:
         return [(0.0, 100.0), (100.0, 100.0)]
     tops = 100 - 96 * heights / heights.max()

@@ -66,7 +66,7 @@ def write_report(
         "videos": len(chosen),
         "videos_left_out": len(filmed) - len(chosen),
         "arms": list(material.arms),
-        "verdicts": {name: r["verdict"] for name, r in material.compared.items()},
+        "verdicts": {name: str(r.verdict.word) for name, r in material.compared.items()},
     }
 
 

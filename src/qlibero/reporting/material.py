@@ -10,13 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qlibero.config.schema import TASKS_OF_SUITE
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.cells import Cell, cells_of
 from qlibero.results.compare import compare
+from qlibero.results.comparison import ArmComparison, Comparison
+from qlibero.results.controls import NoiseFloor
 from qlibero.results.pairing import Arm, collect_arms
 from qlibero.results.phrases import margin_text
 from qlibero.results.records import EpisodeRecord
@@ -50,18 +50,18 @@ class Part:
     cell: Cell
     arms: tuple[str, ...]
     reference: str | None
-    comparison: dict[str, Any] | None
+    comparison: Comparison | None
 
     @property
     def tested(self) -> list[str]:
-        return [id_ for id_ in self.arms if id_ in self.compared and not self.compared[id_]["control"]]
+        return [id_ for id_ in self.arms if id_ in self.compared and not self.compared[id_].control]
 
     @property
-    def compared(self) -> dict[str, dict[str, Any]]:
+    def compared(self) -> dict[str, ArmComparison]:
         """The comparison's arms by id, A/A last."""
         if self.comparison is None:
             return {}
-        by_id = {self.id(name): result for name, result in self.comparison["arms"].items()}
+        by_id = {self.id(name): result for name, result in self.comparison.arms.items()}
         return {id_: by_id[id_] for id_ in self.arms if id_ in by_id}
 
     def id(self, name: str) -> str:
@@ -80,13 +80,13 @@ class Material:
     def reference_of(self, arm: str) -> Arm:
         return self.arms[self.part_of(arm).reference]
 
-    def floor_of(self, arm: str) -> dict[str, Any] | None:
-        """What the A/A control of the arm's cell flips; None without one."""
+    def floor_of(self, arm: str) -> NoiseFloor | None:
+        """What the A/A controls of the arm's cell flip; None without one."""
         comparison = self.part_of(arm).comparison
-        return comparison["noise_floor"] if comparison else None
+        return comparison.floor if comparison else None
 
     def margin_of(self, arm: str) -> float:
-        return self.part_of(arm).comparison["margin"]
+        return self.part_of(arm).comparison.margin
 
     def colour(self, arm: str) -> str:
         """The arm's colour classes, the same everywhere on the page."""
@@ -126,13 +126,13 @@ class Material:
         return ""
 
     @property
-    def compared(self) -> dict[str, dict[str, Any]]:
+    def compared(self) -> dict[str, ArmComparison]:
         return {id_: result for part in self.parts for id_, result in part.compared.items()}
 
     @property
     def margins(self) -> str:
         """The declared margin in words; each comparison's own where cells declared different ones."""
-        texts = dict.fromkeys(margin_text(part.comparison["margin"]) for part in self.parts if part.comparison)
+        texts = dict.fromkeys(margin_text(part.comparison.margin) for part in self.parts if part.comparison)
         return next(iter(texts)) if len(texts) == 1 else f"its margin ({', '.join(texts)})"
 
 
@@ -162,9 +162,7 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
 
 def planned_episodes(run: RunResults) -> int | None:
     """Episodes of each arm that the run's experiment asks for; None where its configuration is missing."""
-    tasks, each = run.experiment.get("tasks"), run.experiment.get("episodes_per_task")
-    count = TASKS_OF_SUITE.get(run.experiment.get("suite"), 0) if tasks == "all" else len(tasks or ())
-    return count * each if count and each else None
+    return None if run.planned is None else len(run.planned)
 
 
 def flipped_videos(m: Material) -> list[Video]:
@@ -179,10 +177,8 @@ def flipped_videos(m: Material) -> list[Video]:
                 continue
             files = [video_path(a.run_dirs[key], r) for a, r in ((base, left), (arm, right))]
             if all(file.exists() for file in files):
-                steps = [
-                    result["divergence"][kind].get(str(key), "unknown")
-                    for kind in ("steps", "visible_steps", "gripper_steps")
-                ]
+                parts_at = result.divergence.steps, result.divergence.visible_steps, result.divergence.gripper_steps
+                steps = [of.get(str(key), "unknown") for of in parts_at]
                 steps = ["never" if step is None else step for step in steps]
                 found.append(Video(key, id_, *files, left.outcome, right.outcome, *steps))
         queues.append(sorted(found, key=lambda v: v.arm_outcome == "success"))

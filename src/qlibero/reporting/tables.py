@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlibero.reporting.sections.standing import standing
-from qlibero.results.phrases import points
+from qlibero.results.comparison import ArmComparison
+from qlibero.results.phrases import delta_text, interval_text
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm.
-
-    `comparison` is its entry of `compare`, None for the reference; `memory`: the quantized linears in MB, as text.
-    """
+    """One arm: `comparison` is None for the reference; `memory`: the quantized linears in MB, as text."""
 
     label: str
     summary: dict
-    comparison: dict | None
+    comparison: ArmComparison | None
     memory: str
 
 
@@ -37,15 +35,16 @@ HEAD = (
 
 def cells(row: Row) -> list[str]:
     s, c = row.summary, row.comparison
-    control = c is not None and c["control"]
+    control = c is not None and c.control
     errors = f", {s['errors']} err." if s["errors"] else ""
     paired = ["reference", "", "", ""]
     if c is not None:
-        paired = ["", "", "0 pairs", c["verdict"]]
-        if c["pairs"]:
-            low, high = c["tango95"]
-            flips = f"{c['broken']} / {c['repaired']} of {c['pairs']}"
-            paired = [points(c["delta"]), f"[{points(low)}, {points(high)}]", flips, standing(c).word]
+        paired = ["", "", "0 pairs", str(c.verdict.word)]
+        if c.table.pairs:
+            flips = f"{c.table.broken} / {c.table.repaired} of {c.table.pairs}"
+            margin = c.question.margin
+            shown = delta_text(c.delta, c.interval, margin), interval_text(c.interval, margin)
+            paired = [*shown, flips, standing(c).word]
     wilson = s["wilson95"]
     return [
         row.label,

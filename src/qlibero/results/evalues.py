@@ -7,18 +7,13 @@ the run, never in order of completion: successes finish first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from qlibero.results.statistics import Interval, bisect
+
 GRID = 20  # values of λ the martingale averages over
-
-
-def log_e_difference(broken: int, repaired: int) -> float:
-    """log of E = B(b+½, r+½) / (B(½,½)·2^−(b+r)), the evidence against "broken and repaired are equally likely"."""
-    b, r = broken + 0.5, repaired + 0.5
-    return math.lgamma(b) + math.lgamma(r) - math.lgamma(b + r) - math.log(math.pi) + (broken + repaired) * math.log(2)
 
 
 def margin_martingales(steps: Sequence[int] | np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +28,27 @@ def margin_martingales(steps: Sequence[int] | np.ndarray, margin: float) -> tupl
     above = np.log1p(0.95 / (1 - margin) * fractions * x).cumsum(axis=0)
     below = np.log1p(-0.95 / (1 + margin) * fractions * x).cumsum(axis=0)
     return _log_mean_exp(above), _log_mean_exp(below)
+
+
+def confidence_sequence(low: Sequence[int], high: Sequence[int], threshold: float) -> Interval:
+    """All Δ that the martingales have not rejected at any of these pairs: holds at every pair at once.
+
+    `low` and `high` are the steps at worst and at best for the arm, `threshold` what the e-values are compared with:
+    1/α gives 1 − 2α. Wholly above −margin exactly where `margin_martingales` has reached it for Δ > −margin.
+    """
+    bar = np.log(threshold)
+    if not len(low):
+        return -1.0, 1.0
+
+    def above(delta: float) -> bool:
+        return bool(margin_martingales(low, -delta)[0].max() >= bar)
+
+    def below(delta: float) -> bool:
+        return bool(margin_martingales(high, -delta)[1].max() >= bar)
+
+    # 24 halvings: to 1e-7
+    edge = 1 - 1e-9  # at ±1 a bet would be infinite
+    return bisect(above, -edge, edge, 24), bisect(lambda delta: not below(delta), -edge, edge, 24)
 
 
 def _log_mean_exp(logs: np.ndarray) -> np.ndarray:

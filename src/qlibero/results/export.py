@@ -14,12 +14,13 @@ from typing import Any
 from qlibero.errors import UserError, WorkFailed
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import RunResults, read_runs
-from qlibero.results.summary import percentiles, phase_calls_ms, policy_calls_ms
+from qlibero.results.summary import percentiles, phase_calls, policy_calls
 
 PLAIN = (
     "suite",
     "task",
     "init",
+    "inits",
     "seed",
     "outcome",
     "steps",
@@ -36,6 +37,8 @@ PLAIN = (
     "error",
     "finished_at",
     "protocol",
+    "max_steps",
+    "replan_steps",
     "kernels",
     "config_hash",
     "identity",
@@ -53,15 +56,15 @@ def episode_rows(run: RunResults) -> list[dict[str, Any]]:
 
 
 def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]) -> dict[str, Any]:
-    calls = percentiles(policy_calls_ms([record])) or {}
-    by_phase = phase_calls_ms([record])
+    calls = percentiles(policy_calls([record])) or {}
+    by_phase = phase_calls([record])
     return {
         "run": run.name,
         "arm": arm,
         **{name: getattr(record, name) for name in PLAIN},
         "success": None if record.outcome == "error" else int(record.succeeded),
         **{f"policy_ms_{p}": calls.get(p) for p in ("p50", "p95", "p99")},
-        **{f"{phase}_ms_p50": (percentiles(by_phase.get(phase, ())) or {}).get("p50") for phase in phases},
+        **{f"{phase}_ms_p50": percentiles(by_phase[phase])["p50"] if phase in by_phase else None for phase in phases},
     }
 
 

@@ -9,38 +9,115 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results import statistics as st
 from qlibero.results.imports import Cell, ForeignArm, from_run, read_foreign
 from qlibero.results.judgement import (
-    ERRORS_DECIDE,
     Outcomes,
+    PairTable,
+    Power,
+    Verdict,
+    Word,
     check_margin,
-    detectable,
-    errors_counted,
-    judged,
-    observed_discordance,
+    judge,
+    planning_discordance,
+    power,
     rounded,
     rounded_interval,
+    worst_step,
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
-from qlibero.results.phrases import count_text, margin_text, points
+from qlibero.results.phrases import count_text, delta_text, detectable_line, interval_text, margin_text, p_text
 from qlibero.results.runs import RunResults, common_margin, read_run
+from qlibero.results.sampling import sample
+from qlibero.results.statistics import Interval
+
+
+@dataclass(frozen=True)
+class ForeignResult:
+    """One result against the reference. `table` is None where the two could not be paired; `caveat` says what the
+    comparison rests on, `counts` are (successes, finished episodes)."""
+
+    name: str
+    reference: str
+    tool: str
+    counts: tuple[int, int]
+    reference_counts: tuple[int, int]
+    delta: float | None
+    interval: Interval | None
+    method: str
+    p: float | None
+    verdict: Verdict
+    errors: tuple[int, int]  # of the arm, of the reference
+    removed_pairs: int
+    unpaired: dict[str, str]
+    caveat: str
+    detectable: str
+    table: PairTable | None = None
+    power: Power | None = None
+    noninferiority_p: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        return _sentence(self)
+
+    def to_json(self) -> dict[str, Any]:
+        arm, reference = self.errors
+        v = self.verdict
+        return {
+            **(self.table.to_json() if self.table else {}),
+            "paired": self.table is not None,
+            "delta": rounded(self.delta),
+            "interval95": rounded_interval(self.interval),
+            "method": self.method,
+            "p": rounded(self.p),
+            "verdict": str(v.word),
+            "qualifier": v.qualifier,
+            "noninferiority_p": rounded(self.noninferiority_p),
+            "caveat": self.caveat,
+            "unpaired": [{"key": key, "reason": reason} for key, reason in self.unpaired.items()],
+            "errors": {
+                "arm": arm,
+                "reference": reference,
+                "removed_pairs": self.removed_pairs,
+                "worst_case_verdict": str(v.worst_case),
+            },
+            "detectable": {**(self.power.to_json() if self.power else {}), "line": self.detectable},
+            "tool": self.tool,
+            "counts": list(self.counts),
+            "reference_counts": list(self.reference_counts),
+            "sentence": self.sentence,
+        }
+
+
+@dataclass(frozen=True)
+class ForeignComparison:
+    """Results of other tools, and runs of qlibero beside them, against one of them."""
+
+    reference: str
+    margin: float
+    arms: dict[str, ForeignResult]
+
+    def words(self) -> set[Word]:
+        return {arm.verdict.word for arm in self.arms.values()}
+
+    def to_json(self) -> dict[str, Any]:
+        arms = {name: arm.to_json() for name, arm in self.arms.items()}
+        return {"reference": self.reference, "margin": self.margin, "foreign": True, "arms": arms}
 
 
 def compare_foreign(
     paths: Sequence[Path | str], reference: str | None = None, margin: float | None = None
-) -> dict[str, Any]:
+) -> ForeignComparison:
     """Compare result files, and run directories beside them.
 
-    The reference is the first file unless named; the margin what the runs declare.
-
-    {"reference", "margin", "foreign": True, "arms": {name: {"paired", "tool", "delta", "interval95", "method", "p",
-    "verdict", "caveat", "errors", "detectable", "sentence", …}}}; paired arms also hold what `judgement.judged` says,
-    and "unpaired". Raises UserError for a bad margin, reference or file.
+    The reference is the first file unless named; the margin what the runs declare. Raises UserError for a bad margin,
+    reference or file.
     """
     inputs = [read_run(path) if Path(path).is_dir() else read_foreign(path) for path in paths]
     runs = [one for one in inputs if isinstance(one, RunResults)]
@@ -55,8 +132,8 @@ def compare_foreign(
     others = [arm for arm in arms if arm is not base]
     if not others:
         raise UserError("only one result here: nothing to compare. Name a second file or run directory")
-    results = {arm.name: _against(base, arm, margin) for arm in others}
-    return {"reference": base.name, "margin": margin, "foreign": True, "arms": results}
+    results = {arm.name: _paired(base, arm, margin) or _independent(base, arm, margin) for arm in others}
+    return ForeignComparison(base.name, margin, results)
 
 
 def _arms_of(run: RunResults) -> list[ForeignArm]:
@@ -74,26 +151,12 @@ def _reference(names: Sequence[str], asked: str | None) -> str:
     return found[0]
 
 
-def _against(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any]:
-    (k0, n0, _), (k1, n1, _) = base.counts, arm.counts
-    result = _paired(base, arm, margin)
-    if result is None:
-        base, arm, about = _same_tasks(base, arm)
-        result = _independent(base, arm, margin)
-        result["caveat"] += about
-        (k0, n0, _), (k1, n1, _) = base.counts, arm.counts
-    if result["errors"]["worst_case_verdict"] != result["verdict"] and result["delta"] is not None:
-        result["verdict"] = ERRORS_DECIDE
-    result |= {"tool": arm.tool, "counts": [k1, n1], "reference_counts": [k0, n0]}
-    return {**result, "sentence": _sentence(result, base.name, arm.name, margin)}
-
-
-def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any] | None:
+def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult | None:
     """None where no key is common to both."""
     if base.arm and arm.arm:
         pairing = pair_arms(base.arm, arm.arm)
         finished, lost = outcomes_of(pairing.pairs), outcomes_of(pairing.errors)
-        unpaired = [{"key": str(key), "reason": reason} for key, reason in pairing.unpaired.items()]
+        unpaired = {str(key): reason for key, reason in pairing.unpaired.items()}
         caveat = "paired by key and scene fingerprint" + (f"; {len(unpaired)} unpaired" if unpaired else "")
     else:
         with_seed = base.has_seeds and arm.has_seeds
@@ -103,28 +166,45 @@ def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any] 
             return None
         both: list[Outcomes] = [(left[key], right[key]) for key in common]
         finished, lost = ([pair for pair in both if ("error" in pair) is error] for error in (False, True))
-        unpaired = [
-            {"key": "/".join(map(str, key)), "reason": f"not in {(arm if key in left else base).name}"}
+        unpaired = {
+            "/".join(map(str, key)): f"not in {(arm if key in left else base).name}"
             for key in sorted(left.keys() ^ right.keys())
-        ]
+        }
         keys = "task, initial state and seed" if with_seed else "task, initial state"
         caveat = f"paired by {keys}; that the scenes were equal is taken on trust"
         if not with_seed:
             caveat += ", and so are the seeds"
         if unpaired:
             caveat += f"; {len(unpaired)} episodes are in one file only and were left out"
-    table = judged(finished, margin)
-    return {
-        **table,
-        "paired": True,
-        "interval95": table["tango95"],
-        "method": "Tango, paired",
-        "p": table["mcnemar_p"],
-        "errors": errors_counted(finished, lost, margin),
-        "unpaired": unpaired,
-        "caveat": caveat,
-        "detectable": detectable(len(finished), *observed_discordance(finished), margin),
-    }
+    seen, worst = sample(_steps(finished)), sample(_steps(finished) + _steps(lost))
+    table = PairTable.of(finished)
+    found = power(table.pairs, *planning_discordance(table), margin) if table.pairs else None
+    return ForeignResult(
+        **_both(base, arm),
+        delta=seen.delta,
+        interval=seen.interval,
+        method="Tango, paired",
+        p=table.mcnemar_p,
+        verdict=judge(seen, worst, margin),
+        errors=(sum(o == "error" for _, o in lost), sum(r == "error" for r, _ in lost)),
+        removed_pairs=len(lost),
+        unpaired=unpaired,
+        caveat=caveat,
+        detectable=detectable_line(found) if found else "no pairs, so nothing could be found",
+        table=table,
+        power=found,
+        noninferiority_p=seen.noninferiority_p(margin),
+    )
+
+
+def _steps(pairs: Sequence[Outcomes]) -> list[tuple[EpisodeKey, float]]:
+    """Pairs as independent evidence: files of other tools do not say what is a cluster."""
+    return [(EpisodeKey("", 0, i, 0), float(worst_step(pair))) for i, pair in enumerate(pairs)]
+
+
+def _both(base: ForeignArm, arm: ForeignArm) -> dict[str, Any]:
+    counts = {"counts": arm.counts[:2], "reference_counts": base.counts[:2]}
+    return {"name": arm.name, "reference": base.name, "tool": arm.tool, **counts}
 
 
 def _same_tasks(base: ForeignArm, arm: ForeignArm) -> tuple[ForeignArm, ForeignArm, str]:
@@ -173,26 +253,13 @@ def _said(places: set[Cell]) -> str:
     )
 
 
-def _independent(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, Any]:
+def _independent(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult:
+    base, arm, about = _same_tasks(base, arm)
     (k0, n0, e0), (k1, n1, e1) = base.counts, arm.counts
-    why = arm.reason or base.reason or "the two share no episode key"
-    result = {
-        "paired": False,
-        "delta": rounded(k1 / n1 - k0 / n0) if n0 and n1 else None,
-        "interval95": rounded_interval(st.newcombe_independent(k1, n1, k0, n0)) if n0 and n1 else None,
-        "method": "Newcombe, independent samples",
-        "p": _fisher(k1, n1, k0, n0) if n0 and n1 else None,
-        "verdict": _independent_verdict(k1, n1, k0, n0, margin),
-        "caveat": f"unpaired: {why}, so the interval is that of two independent samples and wider",
-        "unpaired": [],
-        "errors": {
-            "arm": e1,
-            "reference": e0,
-            "worst_case_verdict": _independent_verdict(k1, n1 + e1, k0 + e0, n0 + e0, margin),
-        },
-        "detectable": {"line": "no finished episodes, so nothing could be found"},
-    }
-    if n0 and n1:
+    finished = bool(n0 and n1)
+    word, worst = _independent_word(k1, n1, k0, n0, margin), _independent_word(k1, n1 + e1, k0 + e0, n0 + e0, margin)
+    line = "no finished episodes, so nothing could be found"
+    if finished:
         drop = st.detectable_drop(k0 / n0, n0, n1)
         found = (
             f"the smallest drop found with 80 % power is {100 * drop:.1f} pp"
@@ -200,39 +267,59 @@ def _independent(base: ForeignArm, arm: ForeignArm, margin: float) -> dict[str, 
             else "no drop whatever can be found"
         )
         line = f"With {n1} against {n0} independent episodes, {found}; paired episodes would find a smaller one."
-        result["detectable"] = {"difference": rounded(drop), "line": line}
-    return result
+    why = arm.reason or base.reason or "the two share no episode key"
+    return ForeignResult(
+        **_both(base, arm),
+        delta=k1 / n1 - k0 / n0 if finished else None,
+        interval=st.newcombe_independent(k1, n1, k0, n0) if finished else None,
+        method="Newcombe, independent samples",
+        p=fisher_p(k1, n1, k0, n0) if finished else None,
+        verdict=Verdict(Word.ERRORS if word != worst and finished else word, margin, worst),
+        errors=(e1, e0),
+        removed_pairs=0,
+        unpaired={},
+        caveat=f"unpaired: {why}, so the interval is that of two independent samples and wider{about}",
+        detectable=line,
+    )
 
 
-def _independent_verdict(k1: int, n1: int, k0: int, n0: int, margin: float) -> str:
+def _independent_word(k1: int, n1: int, k0: int, n0: int, margin: float) -> Word:
     if not n0 or not n1:
-        return "no pairs"
+        return Word.NO_PAIRS
     low, high = st.newcombe_independent(k1, n1, k0, n0)
-    return "non-inferior" if low > -margin else "inferior" if high < -margin else "inconclusive"
+    if low > -margin:
+        return Word.NON_INFERIOR
+    if high < -margin:
+        return Word.INFERIOR
+    return Word.WORSE if high < 0 and fisher_p(k1, n1, k0, n0) <= 0.05 else Word.INCONCLUSIVE
 
 
-def _fisher(k1: int, n1: int, k0: int, n0: int) -> float:
+def fisher_p(k1: int, n1: int, k0: int, n0: int) -> float:
+    """Two-sided exact p-value of two independent proportions."""
     from scipy.stats import fisher_exact  # seconds to import, and only needed here
 
-    return rounded(float(fisher_exact([[k1, n1 - k1], [k0, n0 - k0]]).pvalue))
+    return float(fisher_exact([[k1, n1 - k1], [k0, n0 - k0]]).pvalue)
 
 
-def _sentence(result: dict[str, Any], base: str, arm: str, margin: float) -> str:
-    errors = result["errors"]
-    lost = [f"{count_text(errors['arm'], 'error')} in {arm}"] if errors["arm"] else []
-    lost += [f"{count_text(errors['reference'], 'error')} in {base}"] if errors["reference"] else []
-    if result["delta"] is None:
+def _sentence(r: ForeignResult) -> str:
+    in_arm, in_base = r.errors
+    lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
+    lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []
+    arm, base, margin = r.name, r.reference, r.verdict.margin
+    if r.delta is None:
         return f"{arm} and {base}: no finished episodes to compare" + (f" ({', '.join(lost)})." if lost else ".")
+    assert r.p is not None  # there is one wherever there is a difference
     opening = {
-        "non-inferior": f"{arm} is non-inferior to {base} at {margin_text(margin)}",
-        "inferior": f"{arm} is inferior to {base} by more than {100 * margin:g} pp",
-        "inconclusive": f"{arm} against {base} is inconclusive at {margin_text(margin)}",
-        ERRORS_DECIDE: f"{arm} against {base} is inconclusive at {margin_text(margin)} because of its errors",
-    }[result["verdict"]]
-    (low, high), (k1, n1), (k0, n0) = result["interval95"], result["counts"], result["reference_counts"]
-    if result["paired"]:
-        size = f"{result['broken']} broken, {result['repaired']} repaired of {count_text(result['pairs'], 'pair')}"
+        Word.NON_INFERIOR: f"{arm} is non-inferior to {base} at {margin_text(margin)}",
+        Word.INFERIOR: f"{arm} is inferior to {base} by more than {100 * margin:g} pp",
+        Word.WORSE: f"{arm} is worse than {base} ({p_text(r.p)}); whether by more than {100 * margin:g} pp is open",
+        Word.ERRORS: f"{arm} against {base} is inconclusive at {margin_text(margin)} because of its errors",
+        Word.FEW: f"{arm} against {base} is inconclusive: too few pairs for a verdict",
+    }.get(r.verdict.word, f"{arm} against {base} is inconclusive at {margin_text(margin)}")
+    (k1, n1), (k0, n0) = r.counts, r.reference_counts
+    if r.table:
+        size = f"{r.table.broken} broken, {r.table.repaired} repaired of {count_text(r.table.pairs, 'pair')}"
     else:
         size = f"{k1}/{n1} against {k0}/{n0}"
-    pieces = [f"Δ {points(result['delta'])} pp [{points(low)}, {points(high)}]", size, *lost]
-    return f"{opening}: {', '.join(pieces)} ({result['caveat']})."
+    delta = f"Δ {delta_text(r.delta, r.interval, margin)} pp {interval_text(r.interval, margin)}"
+    return f"{opening}: {', '.join([delta, size, *lost])} ({r.caveat})."

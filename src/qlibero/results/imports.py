@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlibero.episode_key import OFFICIAL
 from qlibero.errors import UserError
 from qlibero.results.pairing import Arm
 from qlibero.results.records import Outcome
@@ -203,7 +204,9 @@ def _suite_in(path: Path) -> str:
 
 def from_run(arm: Arm, run: str) -> ForeignArm:
     """An arm of qlibero as one among the others."""
+    # other tools know official initial states only: a fresh one has no number that could be taken for one of theirs
     episodes = tuple(
-        ((key.suite, str(key.task), key.init, key.seed), record.outcome) for key, record in sorted(arm.records.items())
+        ((key.suite, str(key.task), key.init if key.inits == OFFICIAL else -1 - key.init, key.seed), record.outcome)
+        for key, record in sorted(arm.records.items())
     )
     return ForeignArm(f"{run}/{arm.name}", "qlibero", episodes, arm=arm)

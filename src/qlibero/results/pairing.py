@@ -1,14 +1,14 @@
 """Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never dropped.
 
 A pair is two records with equal (suite, task, init, seed) *and* equal fingerprint: the hash of the settled
-scene, so that "the same initial state" is a fact and not a hope. An error in either arm removes the pair and
-is counted apart.
+scene, so that "the same initial state" is a fact and not a hope. They must also have been run alike: protocol, step
+cap and replanning. An error in either arm removes the pair and is counted apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ class Arm:
     records: dict[EpisodeKey, EpisodeRecord]
     run_dirs: dict[EpisodeKey, Path]
     meta: dict[str, Any] = field(default_factory=dict)
+    planned: frozenset[EpisodeKey] = frozenset()  # what it is to run, as far as its run says; at least what it has
+    conflicts: frozenset[EpisodeKey] = frozenset()  # recorded twice with different results
+    settings: dict[EpisodeKey, Settings] = field(default_factory=dict)  # of the experiment, for records without them
 
     @property
     def label(self) -> str:
@@ -37,6 +40,10 @@ class Arm:
         """Whether this is the reference run again (A/A), the noise floor of every other difference."""
         named = self.name.rsplit("/", 1)[-1] == "aa" or self.meta.get("backend") == "aa"
         return bool(self.meta.get("control", named))
+
+
+Settings = tuple[Any, Any]  # max_steps, replan_steps as an experiment says them
+RUN_ALIKE = {"protocol": "protocols", "max_steps": "step caps", "replan_steps": "numbers of executed steps per call"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
             errors.append(Pair(key, left, right))
         elif left.fingerprint != right.fingerprint:
             unpaired[key] = f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
+        elif why := _run_unlike(left, right, reference.settings.get(key), other.settings.get(key)):
+            unpaired[key] = why
         elif mixed and left.machine != right.machine:
             unpaired[key] = (
                 f"different machines: {left.machine or 'not recorded'} and {right.machine or 'not recorded'}"
@@ -91,6 +100,19 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
         else:
             pairs.append(Pair(key, left, right))
     return Pairing(tuple(pairs), tuple(errors), unpaired)
+
+
+def _run_unlike(left: EpisodeRecord, right: EpisodeRecord, *declared: Settings | None) -> str:
+    """How the two were run differently, or "". Records of earlier versions lack the settings; their experiments say."""
+    for name, what in RUN_ALIKE.items():
+        x, y = getattr(left, name), getattr(right, name)
+        if None in (x, y):
+            if None in declared:
+                continue
+            x, y = (said[name == "replan_steps"] for said in declared)
+        if x != y:
+            return f"different {what}: {'the default' if x is None else x} and {'the default' if y is None else y}"
+    return ""
 
 
 def collect_arms(runs: Iterable[RunResults]) -> dict[str, Arm]:
@@ -101,20 +123,42 @@ def collect_arms(runs: Iterable[RunResults]) -> dict[str, Arm]:
     """
     arms: dict[str, Arm] = {}
     for run in runs:
+        said = run.experiment
+        settings = (said.get("max_steps"), (said.get("policy") or {}).get("replan_steps")) if said else None
         for name, ledger in run.arms.items():
             records = ledger.by_key()
-            arm = Arm(name, records, dict.fromkeys(records, run.run_dir), ledger.meta)
+            arm = Arm(
+                name,
+                records,
+                dict.fromkeys(records, run.run_dir),
+                ledger.meta,
+                run.planned or frozenset(records),
+                frozenset(ledger.conflicts),
+                dict.fromkeys(records, settings) if settings else {},
+            )
             known = arms.get(name)
             if known is None:
                 arms[name] = arm
             elif _identity(known.meta) == _identity(arm.meta) and not known.records.keys() & records.keys():
-                arms[name] = Arm(name, known.records | records, known.run_dirs | arm.run_dirs, known.meta)
+                arms[name] = _joined(known, arm)
             else:
                 full = f"{run.name}/{name}"
                 if full in arms:
                     raise UserError(f"{run.run_dir}: a second arm '{full}'; compare runs of different names")
-                arms[full] = Arm(full, records, arm.run_dirs, ledger.meta)
+                arms[full] = replace(arm, name=full)
     return arms
+
+
+def _joined(one: Arm, more: Arm) -> Arm:
+    return Arm(
+        one.name,
+        one.records | more.records,
+        one.run_dirs | more.run_dirs,
+        one.meta,
+        one.planned | more.planned,
+        one.conflicts | more.conflicts,
+        one.settings | more.settings,
+    )
 
 
 def _identity(meta: dict[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from qlibero.documents import complaint, parse_json
-from qlibero.episode_key import EpisodeKey
+from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 
 SCHEMA = 1
@@ -51,7 +51,8 @@ class EpisodeRecord:
     (simulator, rendering, transport, watchdog: neither success nor failure; `error` then says what happened).
     `fingerprint` and `action_digest` are hex; only an error may lack them. `policy_ms` has one entry per
     policy call, the time its whole batch took; `phases_ms` the same per phase; `batch_sizes` says how many
-    episodes shared each call. (Warm-up calls belong to no episode: they are in the arm's meta.json.)
+    episodes shared each call, so an episode's share of a call is 1 / size and a batch counts once. (Warm-up calls
+    belong to no episode: they are in the arm's meta.json.)
     `sim_ms`, `render_ms` are totals, `wall_s` is from the episode's start to its end, waiting included, of
     the attempt that counts. `kernels` is the hash of the
     kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
@@ -94,6 +95,7 @@ class EpisodeRecord:
     machine: Text = ""
     max_steps: Count | None = None
     replan_steps: Count | None = None
+    inits: Text = OFFICIAL  # what `init` counts, see EpisodeKey
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -102,6 +104,8 @@ class EpisodeRecord:
 
         if self.outcome not in OUTCOMES:
             refuse(f"outcome {self.outcome!r} is none of {', '.join(OUTCOMES)}")
+        if self.inits not in (OFFICIAL, FRESH):
+            refuse(f"inits {self.inits!r} is neither {OFFICIAL} nor {FRESH}")
         if (self.outcome == "error") != (self.error is not None):
             refuse("`error` holds a text exactly when the outcome is 'error'")
         if (self.outcome == "success") != (self.success_step is not None):
@@ -116,7 +120,7 @@ class EpisodeRecord:
 
     @property
     def key(self) -> EpisodeKey:
-        return EpisodeKey(self.suite, self.task, self.init, self.seed)
+        return EpisodeKey(self.suite, self.task, self.init, self.seed, self.inits)
 
     @property
     def succeeded(self) -> bool:

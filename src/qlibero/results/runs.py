@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import yaml
 
 from qlibero.documents import read_json
+from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
+from qlibero.results.sampling import DEFAULT_ESTIMAND, Estimand, check_estimand
 
 REFERENCE = "baseline"  # the arm that others are compared with unless another is named
+PRIMARY = "pooled"
 DEFAULT_MARGIN = 0.02  # 2 points, the schema's default: for directories whose experiment says nothing
 
 
@@ -26,6 +29,23 @@ class RunResults:
     arms: dict[str, ArmLedger]
     experiment: dict[str, Any]
     environment: dict[str, Any]
+
+    @property
+    def planned(self) -> frozenset[EpisodeKey] | None:
+        """The episodes of each arm that the experiment asks for; None where its files do not say."""
+        said = self.experiment
+        suite, tasks, each = said.get("suite"), said.get("tasks"), said.get("episodes_per_task")
+        if tasks == "all":
+            tasks = [int(task) for task in (self.environment.get("instructions") or {}).get(suite) or ()]
+        seeds = said.get("seeds") or [said.get("seed")]
+        if not suite or not tasks or not each or None in seeds:
+            return None
+        inits, kind = said.get("inits"), OFFICIAL
+        if isinstance(inits, dict):
+            kind, each = FRESH, inits["fresh"]
+        return frozenset(
+            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
+        )
 
     @property
     def name(self) -> str:
@@ -74,11 +94,33 @@ def declared_margin(experiment: dict[str, Any]) -> float:
 
 def common_margin(runs: Sequence[RunResults]) -> float:
     """The margin of a comparison that names none: what its runs declare. Raises UserError when they disagree."""
-    margins = {run.run_dir: declared_margin(run.experiment) for run in runs}
-    if len(set(margins.values())) > 1:
-        said = ", ".join(f"{run_dir} {margin:g}" for run_dir, margin in margins.items())
-        raise UserError(f"the runs declare different margins ({said}); choose one with --margin")
-    return next(iter(margins.values()), DEFAULT_MARGIN)
+    return _common(runs, "margin", declared_margin, DEFAULT_MARGIN)
+
+
+def common_estimand(runs: Sequence[RunResults]) -> Estimand:
+    """The question of a comparison that names none: what its runs declare."""
+    return check_estimand(
+        _common(runs, "estimand", lambda said: said.get("estimand") or DEFAULT_ESTIMAND, DEFAULT_ESTIMAND)
+    )
+
+
+def common_primary(runs: Sequence[RunResults]) -> str:
+    """`pooled`: one claim an arm, over all suites; `per-suite`: one for each suite. What the runs declare."""
+    return _common(runs, "primary", lambda said: said.get("primary") or PRIMARY, PRIMARY)
+
+
+def common_reference(runs: Sequence[RunResults]) -> str:
+    """`baseline`: verdicts are against the reference arm alone; `pooled`: against its mean with the A/A arms."""
+    return _common(runs, "compare_with", lambda said: said.get("compare_with") or REFERENCE, REFERENCE)
+
+
+def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str, Any]], Any], default: Any) -> Any:
+    found = {run.run_dir: declared(run.experiment) for run in runs}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{run_dir} {value}" for run_dir, value in found.items())
+        choose = f"choose one with --{what}" if what in ("margin", "estimand") else "compare them one by one"
+        raise UserError(f"the runs declare different {what}s ({said}); {choose}")
+    return next(iter(found.values()), default)
 
 
 def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
@@ -86,7 +128,7 @@ def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
 
     Videos are filmed after the run, so records cannot know of them.
     """
-    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.init}-{record.seed}.mp4"
+    return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.key.init_name}-{record.seed}.mp4"
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
-def _check_counts(k: int, n: int) -> None:
-    if not 0 <= k <= n or n == 0:
+def _check_counts(k: float, n: float) -> None:
+    if not 0 <= k <= n + 1e-9 or n == 0:
         raise ValueError(f"{k} of {n} is not a proportion")
 
 
@@ -57,17 +57,16 @@ def mcnemar_exact(broken: int, repaired: int) -> float:
 
     Fewer than 6 discordant pairs can never reach 0.05.
     """
-    n, k = broken + repaired, min(broken, repaired)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * float(bdtr(min(broken, repaired), broken + repaired, 0.5)))
 
 
-def tango_z(broken: int, repaired: int, n: int, delta: float) -> float:
-    """Score statistic of H0: Δ = `delta`; positive when the data lie above `delta`."""
-    return float(_tango_z(np.array([broken]), np.array([repaired]), n, delta)[0])
+def tango_z(broken: float, repaired: float, n: float, delta: float) -> float:
+    """Score statistic of H0: Δ = `delta`; positive when the data lie above `delta`. Counts may be effective ones."""
+    return float(tango_zs(np.array([broken]), np.array([repaired]), n, delta)[0])
 
 
-def _tango_z(broken: np.ndarray, repaired: np.ndarray, n: int, delta: float) -> np.ndarray:
+def tango_zs(broken: np.ndarray, repaired: np.ndarray, n: float, delta: float) -> np.ndarray:
+    """`tango_z` of many tables of n pairs at once."""
     b, r = broken.astype(np.float64), repaired.astype(np.float64)
     # q is the maximum-likelihood P(broken) given Δ = delta
     linear = -r - b + (2 * n - r + b) * delta
@@ -78,19 +77,24 @@ def _tango_z(broken: np.ndarray, repaired: np.ndarray, n: int, delta: float) -> 
     return numerator / np.sqrt(variance)
 
 
-def tango(broken: int, repaired: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant."""
+def tango(
+    broken: float, repaired: float, n: float, confidence: float = CONFIDENCE, quantile: float | None = None
+) -> Interval:
+    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant.
+
+    `quantile` replaces z where few clusters make it Student's; counts are effective ones then (`sampling.py`).
+    """
     _check_counts(broken + repaired, n)
-    z, estimate = normal_quantile(confidence), (repaired - broken) / n
+    z, estimate = normal_quantile(confidence) if quantile is None else quantile, (repaired - broken) / n
     return (
-        _bisect(lambda d: tango_z(broken, repaired, n, d) > z, -1.0, estimate),
-        _bisect(lambda d: tango_z(broken, repaired, n, d) > -z, estimate, 1.0),
+        bisect(lambda d: tango_z(broken, repaired, n, d) > z, -1.0, estimate),
+        bisect(lambda d: tango_z(broken, repaired, n, d) > -z, estimate, 1.0),
     )
 
 
-def _bisect(above: Callable[[float], bool], low: float, high: float) -> float:
+def bisect(above: Callable[[float], bool], low: float, high: float, steps: int = 60) -> float:
     """The point in [low, high] where `above` turns from true to false."""
-    for _ in range(60):
+    for _ in range(steps):
         middle = (low + high) / 2
         if above(middle):
             low = middle
@@ -133,19 +137,6 @@ def noninferiority_p(broken: int, repaired: int, n: int, margin: float) -> float
     return 1 - NormalDist().cdf(tango_z(broken, repaired, n, -margin))
 
 
-def verdict(broken: int, repaired: int, n: int, margin: float) -> str:
-    """`non-inferior`, `inferior` or `inconclusive` at a margin declared before the run (0.02 = 2 pp).
-
-    "No significant difference" is never taken for equality: only an interval wholly above −margin is.
-    """
-    if n == 0:
-        return "no pairs"
-    low, high = tango(broken, repaired, n)
-    if low > -margin:
-        return "non-inferior"
-    return "inferior" if high < -margin else "inconclusive"
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm-adjusted p-values, in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -178,7 +169,7 @@ def minimum_detectable_difference(n: int, discordance: float, power: float = 0.8
     """Smallest |Δ| that exact McNemar finds with `power` among n pairs; None if none can be (|Δ| cannot exceed ψ)."""
     if n == 0 or mcnemar_power(n, discordance, discordance) < power:
         return None
-    return _bisect(lambda d: mcnemar_power(n, discordance, d) < power, 0.0, discordance)
+    return bisect(lambda d: mcnemar_power(n, discordance, d) < power, 0.0, discordance)
 
 
 def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
@@ -188,7 +179,7 @@ def smallest_one_way_difference(n: int, power: float = 0.8) -> float | None:
     """
     if mcnemar_power(n, 1.0, 1.0) < power:
         return None
-    return _bisect(lambda d: mcnemar_power(n, d, d) < power, 0.0, 1.0)
+    return bisect(lambda d: mcnemar_power(n, d, d) < power, 0.0, 1.0)
 
 
 def detectable_drop(p: float, n: int, n_other: int, power: float = 0.8) -> float | None:
@@ -205,7 +196,7 @@ def detectable_drop(p: float, n: int, n_other: int, power: float = 0.8) -> float
         needed = normal_quantile() * math.sqrt(pooled * (1 - pooled) * share)
         return drop < needed + NormalDist().inv_cdf(power) * math.sqrt(own)
 
-    return None if missed(p) else _bisect(missed, 0.0, p)
+    return None if missed(p) else bisect(missed, 0.0, p)
 
 
 def noninferiority_power(n: int, discordance: float, margin: float) -> float:
@@ -213,7 +204,7 @@ def noninferiority_power(n: int, discordance: float, margin: float) -> float:
     discordant = _plausible(n, discordance)[:, None]
     repaired = np.arange(discordant.max() + 1)[None, :]
     broken = np.maximum(discordant - repaired, 0)
-    shown = _tango_z(broken, np.minimum(repaired, discordant), n, -margin) > normal_quantile()
+    shown = tango_zs(broken, np.minimum(repaired, discordant), n, -margin) > normal_quantile()
     given = (_binomial_pmf(np.minimum(repaired, discordant), discordant, 0.5) * (repaired <= discordant) * shown).sum(
         axis=1
     )

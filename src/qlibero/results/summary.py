@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,25 +22,69 @@ def counts(records: Iterable[EpisodeRecord]) -> tuple[int, int, int]:
     return outcomes.count("success"), len(outcomes) - errors, errors
 
 
-def policy_calls_ms(records: Iterable[EpisodeRecord]) -> np.ndarray:
-    """Milliseconds of every policy call of an episode, as it waits for it; warm-up calls belong to none."""
-    return np.array([ms for r in records for ms in r.policy_ms], dtype=np.float64)
+@dataclass(frozen=True)
+class Calls:
+    """Times of policy calls in ms with their weights: an episode's share of the batch, so that a batch counts once."""
+
+    ms: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def count(self) -> float:
+        return float(self.weights.sum())
+
+    @property
+    def mean(self) -> float:
+        return float(np.average(self.ms, weights=self.weights))
+
+    def percentile(self, *p: float) -> list[float]:
+        """Weighted percentiles, linear between the middles of the weights: numpy's own where all weights are equal."""
+        order, share = np.argsort(self.ms, kind="stable"), np.array(p) / 100
+        places = np.cumsum(self.weights[order]) - self.weights[order] / 2
+        wanted = places[0] + share * (places[-1] - places[0])
+        return [float(x) for x in np.interp(wanted, places, self.ms[order])]
+
+    def __len__(self) -> int:
+        return len(self.ms)
 
 
-def phase_calls_ms(records: Iterable[EpisodeRecord]) -> dict[str, np.ndarray]:
+def policy_calls(records: Iterable[EpisodeRecord]) -> Calls:
+    """Every policy call; warm-up calls belong to no episode."""
+    found = [(ms, 1 / size) for r in records for ms, size in zip(r.policy_ms, _sizes(r), strict=True)]
+    return _calls(found)
+
+
+def phase_calls(records: Iterable[EpisodeRecord]) -> dict[str, Calls]:
     """The same per phase (`preprocess`, `vision`, `prefix`, `flow`, …), in order of first appearance."""
-    phases: dict[str, list[float]] = {}
+    phases: dict[str, list[tuple[float, float]]] = {}
     for r in records:
         for phase, values in r.phases_ms.items():
-            phases.setdefault(phase, []).extend(values)
-    return {phase: np.array(values, dtype=np.float64) for phase, values in phases.items()}
+            sizes = _sizes(r) if len(values) == len(r.policy_ms) else [1] * len(values)
+            phases.setdefault(phase, []).extend((ms, 1 / size) for ms, size in zip(values, sizes, strict=True))
+    return {phase: _calls(found) for phase, found in phases.items()}
 
 
-def percentiles(values: np.ndarray | Sequence[float]) -> dict[str, float] | None:
-    """{"p50": …, "p95": …, "p99": …}, linear interpolation; None without values."""
-    if len(values) == 0:
+def _calls(found: list[tuple[float, float]]) -> Calls:
+    array = np.array(found, dtype=np.float64).reshape(-1, 2)
+    return Calls(array[:, 0], array[:, 1])
+
+
+def _sizes(record: EpisodeRecord) -> list[int]:
+    """How many episodes shared each call; records of earlier versions do not say."""
+    same = len(record.batch_sizes) == len(record.policy_ms)
+    return record.batch_sizes if same else [1] * len(record.policy_ms)
+
+
+def calls(records: Iterable[EpisodeRecord]) -> float:
+    """How many policy calls there were."""
+    return policy_calls(records).count
+
+
+def percentiles(found: Calls) -> dict[str, float] | None:
+    """{"p50": …, "p95": …, "p99": …}; None without calls."""
+    if not len(found):
         return None
-    return {f"p{p}": round(float(x), 3) for p, x in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+    return {f"p{p}": round(x, 3) for p, x in zip(PERCENTILES, found.percentile(*PERCENTILES), strict=True)}
 
 
 def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
@@ -51,6 +96,6 @@ def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
         "episodes": n,
         "errors": errors,
         "wilson95": [round(x, 6) for x in wilson(k, n)] if n else None,
-        "latency_ms": percentiles(policy_calls_ms(records)),
+        "latency_ms": percentiles(policy_calls(records)),
         **({"machines": machines_of(records)} if is_mixed(records) else {}),
     }

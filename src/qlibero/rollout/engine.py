@@ -2,9 +2,9 @@
 
 Simulators run in their own processes and ask for actions when they have executed the last ones; whoever waits is served
 next, in batches of one arm. Nothing runs in lock step, every planned episode is run to its end (taking "the first n to
-finish" would favour the short, successful ones), and the arms of one scene follow each other, so that whatever drifts
-on the host hits all arms alike. What an episode computes depends on its key alone (contracts 1 and 2): order, worker
-and company decide only when it is computed.
+finish" would favour the short, successful ones), and the arms of one scene follow each other, each scene beginning with
+another, so that whatever drifts on the host hits all arms alike. What an episode computes depends on its key alone
+(contracts 1 and 2): order, worker and company decide only when it is computed.
 """
 
 from __future__ import annotations
@@ -61,9 +61,6 @@ class _Queue:
             self.current[worker] = own
         return self.groups[own].popleft()
 
-    def clear(self) -> None:
-        self.groups.clear()
-
 
 def run_episodes(
     plan: Sequence[PlannedEpisode],
@@ -71,21 +68,21 @@ def run_episodes(
     pool: SimulatorPool,
     settings: RolloutSettings,
     on_record: OnRecord,
-    enough: Callable[[], bool] = lambda: False,
+    needs: Callable[[str], bool] = lambda arm: True,
 ) -> None:
     """Run every planned episode and hand each finished one to `on_record(record, trajectory)`.
 
     `policies` maps arm to policy. An episode whose simulator dies or hangs is run again, `settings.retries` times, then
-    recorded as an error. When `enough()` turns true no further episode is started; those in flight are finished.
+    recorded as an error. An arm that `needs` says no to starts no further episode; those in flight are finished.
     """
     queue = _Queue(plan)
     running: dict[int, RunningEpisode] = {}
     waiting: deque[int] = deque()
 
     def start(worker: int) -> None:
-        if enough():
-            queue.clear()
         following = queue.next_for(worker)
+        while following is not None and not needs(following[0].arm):
+            following = queue.next_for(worker)
         if following is None:
             return
         episode, attempt = following

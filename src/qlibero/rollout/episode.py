@@ -74,6 +74,7 @@ class RunningEpisode:
             suite=key.suite,
             task=key.task,
             init=key.init,
+            inits=key.inits,
             seed=key.seed,
             arm=self.planned.arm,
             attempt=self.attempt,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qlibero.episode_key import EpisodeKey
 from qlibero.errors import WorkFailed
 from qlibero.results.records import EpisodeRecord
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
@@ -34,8 +33,7 @@ def film(episodes: Sequence[tuple[EpisodeRecord, np.ndarray, Path]], pool: Simul
             return
         record, trajectory, path = filming[worker] = waiting.popleft()
         path.parent.mkdir(parents=True, exist_ok=True)
-        key = EpisodeKey(record.suite, record.task, record.init, record.seed)
-        pool.start(worker, Assignment(key, protocol, record.steps, path))
+        pool.start(worker, Assignment(record.key, protocol, record.steps, path))
 
     for worker in range(pool.workers):
         start(worker)
@@ -60,7 +58,7 @@ def _same_episode(record: EpisodeRecord, event: Finished) -> None:
     recorded = (record.outcome, record.steps, record.fingerprint)
     if replayed != recorded:
         raise WorkFailed(
-            f"replaying {record.suite}/{record.task}/{record.init}/{record.seed} of arm {record.arm} gave {replayed}, "
+            f"replaying {record.key} of arm {record.arm} gave {replayed}, "
             f"its record says {recorded}: the simulator here is not the one that produced the record "
             "(`qlibero doctor` compares both with the shipped references)"
         )

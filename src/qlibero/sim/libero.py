@@ -157,6 +157,27 @@ def _import_environments() -> Any:
     return envs
 
 
+def placement_failure() -> type[Exception]:
+    """What robosuite's samplers raise when they find no room for an object."""
+    from robosuite.utils.errors import RandomizationError
+
+    return RandomizationError
+
+
+@contextlib.contextmanager
+def noisy_arm(env: Any) -> Iterator[None]:
+    """Resets inside start the arm as the official initial states have it: robosuite's default noise on its joints,
+    Gaussian with a standard deviation of 0.02 rad, which LIBERO's evaluation turns off."""
+    before = [config["initialization_noise"] for config in env.robot_configs]
+    for config in env.robot_configs:
+        config["initialization_noise"] = {"type": "gaussian", "magnitude": 0.02}
+    try:
+        yield
+    finally:
+        for config, noise in zip(env.robot_configs, before, strict=True):
+            config["initialization_noise"] = noise
+
+
 def make_environment(suite: str, task: int, resolution: int) -> Any:
     """The robosuite-level environment of a task, cameras ready, model compiled once and reused by its resets.
 

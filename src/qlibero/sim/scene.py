@@ -29,9 +29,13 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.sim import libero, suites
 from qlibero.sim.control import ArmControl
+
+# Part of what a fresh state is drawn from: a change of how must change this name, or equal keys had other scenes.
+FRESH_RECIPE = "qlibero-fresh-1"
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,27 @@ class Scene:
         # before EGL's own exit handler, which would make freeing the context an error
         atexit.register(_close_at_exit, weakref.ref(self))
 
-    def reset(self, init: int | None, seed: int) -> None:
+    def reset(self, init: int | None, seed: int, inits: str = OFFICIAL) -> None:
         """Begin the episode of that initial state and seed, objects settled, `observation` showing its first frame.
 
-        `init=None` keeps the placement that LIBERO draws from `seed` (fresh scenes for demonstrations).
+        `inits` says what `init` counts, official states or fresh ones. `init=None` keeps the placement that LIBERO
+        draws from `seed` (scenes for demonstrations).
         """
-        if init is not None and not 0 <= init < len(self._inits):
+        if inits == FRESH and self.protocol != "pure":
+            raise UserError(f"fresh initial states have no place in protocol {self.protocol!r}; write protocol: pure")
+        if init is not None and inits == OFFICIAL and not 0 <= init < len(self._inits):
             raise UserError(f"{self.suite} task {self.task} has initial states 0 to {len(self._inits) - 1}, not {init}")
         with libero.private_numpy_stream():
+            state = None if init is None else self._draw(init, seed) if inits == FRESH else self._inits[init]
             if self.protocol == "openpi":
                 self._replay_stream(init or 0, seed)
             else:
                 self.env.object_property_initializers = []
                 self.env.seed(seed)
             self._hard_reset()
-        if init is not None:
+        if state is not None:
             # LIBERO's set_init_state without its forced rendering
-            self.env.sim.set_state_from_flattened(self._inits[init])
+            self.env.sim.set_state_from_flattened(state)
             self.env.sim.forward()
             self.env._check_success()
             self.env._post_process()
@@ -151,12 +159,31 @@ class Scene:
         finally:
             sim.forward = forward
 
+    def _draw(self, init: int, seed: int) -> np.ndarray:
+        """A fresh initial state, drawn as the official ones were: objects in the regions of the task's BDDL file, the
+        arm's joints around their rest. Returns (n,) float64: time, qpos, qvel.
+
+        A function of the episode's key alone. It is entered like an official one, over fixtures that `seed` places.
+        """
+        text = f"{FRESH_RECIPE}/{EpisodeKey(self.suite, self.task, init, seed, FRESH)}"
+        stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+        self.env.object_property_initializers = []
+        self.env.seed(stream | 1 << 31)  # the upper half: demonstrations draw theirs from seeds below it
+        with libero.noisy_arm(self.env):
+            self._hard_reset()
+        return self.env.sim.get_state().flatten()
+
     def _hard_reset(self) -> None:
         """robosuite's `reset()` with hard_reset, less the observables (0.7 s), which nothing here uses."""
         env = self.env
-        env._load_model()
-        env._initialize_sim()
-        env._reset_internal()
+        while True:
+            try:
+                env._load_model()
+                env._initialize_sim()
+                env._reset_internal()
+                break
+            except libero.placement_failure():  # LIBERO's own reset draws on from where the stream stands, too
+                continue
         env.sim.forward()
         env.visualize(vis_settings={name: False for name in env._visualizations})
         self._control = ArmControl(env)

@@ -83,15 +83,15 @@ class Worker:
 
         key, self.assignment = assignment.key, assignment
         self._drop_video()
-        started = time.perf_counter()
         wanted = (key.suite, key.task, assignment.protocol)
         if self.scene is None or (self.scene.suite, self.scene.task, self.scene.protocol) != wanted:
             if self.scene is not None:
                 self.scene.close()
                 self.scene = None
             self.scene = Scene(key.suite, key.task, resolution=self.resolution, protocol=assignment.protocol)
+        started = time.perf_counter()  # a task's scene is built once for many episodes: no episode's own time
         self.scene.render_s = 0.0
-        self.scene.reset(key.init, key.seed)
+        self.scene.reset(key.init, key.seed, key.inits)
         self.steps = 0
         self.trajectory: list[np.ndarray] = []
         self.busy_s = time.perf_counter() - started

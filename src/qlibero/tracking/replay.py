@@ -26,7 +26,7 @@ from typing import Protocol
 from qlibero.errors import WorkFailed
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import video_path
+from qlibero.results.runs import read_run, video_path
 from qlibero.results.statistics import wilson
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.tracking.mirror import children
@@ -214,6 +214,7 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
         "suite": record.suite,
         "task": record.task,
         "init": record.init,
+        "inits": record.inits,
         "seed": record.seed,
         "outcome": record.outcome,
         "success": int(record.succeeded),
@@ -256,13 +257,24 @@ def versus_baseline(run_dir: Path, arm: str) -> dict:
     """The paired comparison with the baseline, as `qlibero compare` says it; {} for the baseline and without one."""
     if arm == BASELINE or BASELINE not in arms_of(run_dir):
         return {}
-    from qlibero.results.compare import compare_runs  # scipy takes a second to import
+    from qlibero.results.compare import compare  # scipy takes a second to import
 
-    found = compare_runs([run_dir], BASELINE)["arms"][arm]
-    low, high = found["tango95"] or (None, None)
-    numbers = {name: found[name] for name in ("pairs", "broken", "repaired", "delta", "mcnemar_p", "verdict")}
-    summary = {f"versus_{BASELINE}/{name}": value for name, value in (numbers | {"low95": low, "high95": high}).items()}
-    return {name: value for name, value in summary.items() if value is not None}
+    found = compare([read_run(run_dir)], BASELINE).arms[arm]
+    low, high = found.interval or (None, None)
+    numbers = {
+        "pairs": found.table.pairs,
+        "broken": found.table.broken,
+        "repaired": found.table.repaired,
+        "delta": found.delta,
+        "low95": low,
+        "high95": high,
+        "mcnemar_p": found.table.mcnemar_p,
+        "verdict": str(found.verdict.word),
+        "sentence": found.sentence,
+        "missing_pairs": found.missing,
+        "speedup": found.speed.ratio if found.speed.claim in ("faster", "slower", "as fast") else None,
+    }
+    return {f"versus_{BASELINE}/{name}": value for name, value in numbers.items() if value is not None}
 
 
 def kernel_counts(meta: dict) -> dict[str, int]:

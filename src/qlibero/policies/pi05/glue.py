@@ -40,6 +40,10 @@ class Glue(Protocol):
         """gelu_tanh(gate(x)) · up(x), (B, T, F)."""
         ...
 
+    def mlp(self, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+        """down(gelu_tanh(gate(x)) · up(x)), as `parts` gives it."""
+        ...
+
     def rotated(
         self, x: Tensor, qkv: tuple[nn.Module, ...], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
@@ -71,6 +75,9 @@ class TorchGlue:
     def gated(self, x, gate, up):
         gate, up = project(x, gate, up)
         return F.gelu(gate, approximate="tanh") * up
+
+    def mlp(self, x, gate, up, down):
+        return self.parts(self.gated(x, gate, up), down)
 
     def rotated(self, x, qkv, cos, sin, keys, values):
         dim = cos.shape[-1]

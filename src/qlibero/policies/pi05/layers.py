@@ -32,9 +32,15 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 
 def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
-    """`project`, its outputs concatenated along the last dimension; free when the linears are fused."""
+    """`project`, its outputs concatenated along the last dimension; free when the linears are fused, or quantized and
+    multiplied together."""
     whole = plain(linears)
-    return F.linear(x, *whole) if whole is not None else torch.cat(project(x, *linears), -1)
+    if whole is not None:
+        return F.linear(x, *whole)
+    first = linears[0]
+    if hasattr(first, "precedes") and first.precedes(*linears[1:]):
+        return first.joined(x, linears[-1])
+    return torch.cat(project(x, *linears), -1)
 
 
 def fuse(*linears: nn.Module) -> None:

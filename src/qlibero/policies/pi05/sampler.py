@@ -246,7 +246,7 @@ class Sampler:
             q = glue.rotated(y, (a.q_proj, a.k_proj, a.v_proj), cos, sin, keys, values)
             delta = glue.parts(glue.attend(q, keys, values, mask), a.o_proj)
             x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i + 1], None)
-            delta = glue.parts(glue.gated(y, m.gate_proj, m.up_proj), m.down_proj)
+            delta = glue.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
         self._prepare_flow(w, length)
 
     def _prepare_flow(self, w: Workspace, length: Tensor) -> None:
@@ -279,7 +279,7 @@ class Sampler:
             delta = glue.parts(glue.attend(q, w.keys[i], w.values[i], w.mask), a.o_proj)
             scale, shift, gate = modulations[2 * i + 1]
             h, y = glue.residual_norm(h, delta, next_gate, scale, shift)
-            delta = glue.parts(glue.gated(y, m.gate_proj, m.up_proj), m.down_proj)
+            delta = glue.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
         scale, shift, _ = modulations[-1]
         _, y = glue.residual_norm(h, delta, gate, scale, shift)
         w.x.sub_(out(y.to(out.weight.dtype)).float(), alpha=1.0 / self.steps)

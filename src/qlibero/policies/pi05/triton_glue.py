@@ -65,6 +65,11 @@ class TritonGlue:
             return triton_few.gated(x, whole[0])
         return self._gelu_gate(*project(x, gate, up))
 
+    def mlp(self, x, gate, up, down):
+        if hasattr(down, "takes_gated") and down.takes_gated(x.device):
+            return down.of_gated(*project(x, gate, up))
+        return self.parts(self.gated(x, gate, up), down)
+
     def _rotate_split(self, joined, cos, sin, keys, values):
         batch, length, total = joined.shape
         dim = cos.shape[-1]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from qlibero.reporting import charts
 from qlibero.reporting.markup import Markup, el, join
 from qlibero.reporting.material import Material
 from qlibero.reporting.sections.parts import legend, named, section, table
-from qlibero.reporting.terminal import QUALITY
-from qlibero.results.phrases import p_text
+from qlibero.reporting.terminal import QUALITY, shift_text
+from qlibero.results.comparison import ArmComparison
+from qlibero.results.execution import Divergence, Shift
 
 
 def execution(m: Material) -> Markup | None:
@@ -53,36 +52,38 @@ def execution(m: Material) -> Markup | None:
 
 
 def _quality(m: Material) -> Markup | None:
-    rows = []
-    for name, r in m.compared.items():
-        cells = []
-        for measure in QUALITY:
-            q = r["quality"][measure]
-            shift = el("span", f"{q['reference']:.3g} → {q['arm']:.3g}", class_="nobr") if q else "–"
-            cells.append(join(shift, el("span", p_text(q["p"]), class_="p") if q else None))
-        rows.append([named(m, name), *cells])
+    rows = [
+        [named(m, name), title, *_shifted(r, r.quality[measure])]
+        for name, r in m.compared.items()
+        for measure, title in QUALITY.items()
+        if r.quality[measure]
+    ]
     if not rows:
         return None
-    caption = "Reference → arm on paired episodes, with p of the paired sign-flip test (unadjusted)"
-    return join(el("h3", "How it moves"), table(["arm", *QUALITY.values()], rows, caption=caption, stacked=True))
+    caption = (
+        "Paired shifts with 95 % t intervals, unadjusted. “Beyond A/A”: the arm differs from the reference and, in the "
+        "same direction, from the reference run again. Time to success counts a failure as the longest episode"
+    )
+    head = ["arm", "measure", "pairs", "reference → arm", "shift", "beyond A/A"]
+    return join(el("h3", "How it moves"), table(head, rows, caption=caption, stacked=True, sortable=True))
+
+
+def _shifted(arm: ArmComparison, shift: Shift) -> list[str | int | Markup]:
+    beyond = "–" if arm.control or shift.beyond_floor is None else "yes" if shift.beyond_floor else "no"
+    between = el("span", f"{shift.reference:.3g} → {shift.arm:.3g}", class_="nobr")
+    return [shift.pairs, between, el("span", shift_text(shift), class_="nobr"), beyond]
 
 
 def _parting(m: Material) -> Markup | None:
     """Where the two robots of a pair stop doing the same. The control shows how soon rounding alone gets there."""
-    rows = [
-        [named(m, name), *_parted(r["divergence"])] for name, r in m.compared.items() if r["divergence"]["compared"]
-    ]
+    rows = [[named(m, name), *_parted(r.divergence)] for name, r in m.compared.items() if r.divergence.compared]
     if not rows:
         return None
     head = ["arm", "action error on equal observations", "grippers 1 cm apart", "opposed grip"]
-    found = [r["divergence"] for r in m.compared.values() if r["divergence"]["compared"]]
-    noise = dict.fromkeys(f"{d['threshold']:.2g}, {d['threshold_from']}" for d in found)
+    found = {r.label: r.divergence for r in m.compared.values() if r.divergence.compared}
+    noise = dict.fromkeys(f"{d.threshold:.2g}, {d.threshold_from}" for d in found.values())
     beyond_what = next(iter(noise)) if len(noise) == 1 else "the noise of its own cell's A/A arm"
-    beyond = "; ".join(
-        f"{label}: {_from(d['diverged'], d['compared'], d['median_step'])}"
-        for label, d in ((r["label"], r["divergence"]) for r in m.compared.values())
-        if d["compared"]
-    )
+    beyond = "; ".join(f"{label}: {_from(d.diverged, d.compared, d.median_step)}" for label, d in found.items())
     return join(
         el("h3", "Where episodes part"),
         table(head, rows, caption="Median over episodes, and in how many it happens", stacked=True),
@@ -102,11 +103,11 @@ def _parting(m: Material) -> Markup | None:
     )
 
 
-def _parted(d: dict[str, Any]) -> list[str]:
+def _parted(d: Divergence) -> list[str]:
     return [
-        "–" if d["first_chunk_difference"] is None else f"{d['first_chunk_difference']:.2g}",
-        _from(d["visibly_diverged"], d["compared"], d["median_visible_step"]),
-        _from(d["gripper_diverged"], d["compared"], d["median_gripper_step"]),
+        "–" if d.first_chunk_difference is None else f"{d.first_chunk_difference:.2g}",
+        _from(d.visibly_diverged, d.compared, d.median_visible_step),
+        _from(d.gripper_diverged, d.compared, d.median_gripper_step),
     ]
 
 

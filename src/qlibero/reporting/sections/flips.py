@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlibero.episode_key import EpisodeKey
+from qlibero.episode_key import OFFICIAL, EpisodeKey
 from qlibero.reporting.markup import Markup, el
 from qlibero.reporting.material import Material, Part
 from qlibero.reporting.sections.parts import named, section
@@ -28,7 +28,10 @@ def flip_data(m: Material) -> dict[str, Any]:
             {
                 "tasks": [_task(m, suite, task) for suite, task in m.tasks_of(part.arms)],
                 "keys": m.tasks_of(part.arms),
-                "columns": flip_columns(m, part),
+                "columns": [
+                    (EpisodeKey("", 0, init, seed, inits).init_name, seed)
+                    for inits, seed, init in flip_columns(m, part)
+                ],
             }
             for part in shown
         ],
@@ -48,13 +51,14 @@ def _task(m: Material, suite: str, task: int) -> str:
 def flip_rows(m: Material, part: Part, arm: str) -> list[str]:
     """Per task a string with one letter per initial state: s both succeed, f both fail, b broken, r repaired,
     e error, u unpaired, · not run."""
-    unpaired = {u["key"] for u in m.compared[arm]["unpaired"]}
+    unpaired = m.compared[arm].unpaired
     columns = flip_columns(m, part)
     rows = []
     for suite, task in m.tasks_of(part.arms):
         row = []
-        for init, seed in columns:
-            pair = [m.arms[n].records.get(EpisodeKey(suite, task, init, seed)) for n in (part.reference, arm)]
+        for inits, seed, init in columns:
+            key = EpisodeKey(suite, task, init, seed, inits)
+            pair = [m.arms[n].records.get(key) for n in (part.reference, arm)]
             if None in pair:
                 row.append("u" if any(pair) else "·")
             elif str(pair[0].key) in unpaired:
@@ -65,10 +69,19 @@ def flip_rows(m: Material, part: Part, arm: str) -> list[str]:
     return rows
 
 
-def flip_columns(m: Material, part: Part) -> list[tuple[int, int]]:
-    return sorted(
-        {(key.init, key.seed) for name in part.arms for key in m.arms[name].records}, key=lambda c: (c[1], c[0])
-    )
+def flip_columns(m: Material, part: Part) -> list[tuple[str, int, int]]:
+    """(kind of initial states, seed, initial state): official ones first."""
+    found = {(key.inits, key.seed, key.init) for name in part.arms for key in m.arms[name].records}
+    return sorted(found, key=lambda column: (column[0] != OFFICIAL, *column))
+
+
+def _columns_text(m: Material, part: Part) -> str:
+    """What the columns are, left to right: `initial state 0 … 49, then fresh 0 … 19`."""
+    columns = flip_columns(m, part)
+    kinds = list(dict.fromkeys(inits for inits, _, _ in columns))
+    spans = [f"0 … {max(init for inits, _, init in columns if inits == kind)}" for kind in kinds]
+    named = [span if kind == OFFICIAL else f"{kind} {span}" for kind, span in zip(kinds, spans, strict=True)]
+    return f"initial state {', then '.join(named)}"
 
 
 def flips(m: Material) -> Markup | None:
@@ -78,7 +91,7 @@ def flips(m: Material) -> Markup | None:
     for name, r in m.compared.items():
         part = m.part_of(name)
         text = (
-            f"Flips of {r['label']}: {r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs. "
+            f"Flips of {r.label}: {r.table.broken} broken, {r.table.repaired} repaired of {r.table.pairs} pairs. "
             "Arrow keys move, Enter plays a video."
         )
         labels = [el("span", str(task)) for _, task in m.tasks_of(part.arms)]
@@ -86,11 +99,11 @@ def flips(m: Material) -> Markup | None:
             "div",
             el("div", labels, class_="rowlabels", aria_hidden="true"),
             _heat(flip_rows(m, part, name), text, name),
-            el("div", f"initial state 0 … {max(i for i, _ in flip_columns(m, part))}", class_="axis-label"),
+            el("div", _columns_text(m, part), class_="axis-label"),
             class_="heat",
         )
-        floor = "noise floor: " if r["control"] else ""
-        counts = el("small", f"{floor}{r['broken']} broken ▼ {r['repaired']} repaired ▲")
+        floor = "noise floor: " if r.control else ""
+        counts = el("small", f"{floor}{r.table.broken} broken ▼ {r.table.repaired} repaired ▲")
         maps.append(el("figure", el("figcaption", named(m, name, counts)), grid))
     key = [
         ("s", "both succeed"),
@@ -117,7 +130,8 @@ def flips(m: Material) -> Markup | None:
             aria_live="polite",
         ),
         lead="One cell per episode. "
-        "A column of flips is a hard initial state, a row a fragile task, scattered flips are noise.",
+        "A row of flips is a fragile task; a cell that flips in arm after arm is a hard initial state of its task "
+        "(the same column of another task is another scene); scattered flips are noise.",
     )
 
 

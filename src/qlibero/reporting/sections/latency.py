@@ -9,27 +9,27 @@ from qlibero.reporting.markup import Markup, el, join
 from qlibero.reporting.material import Material
 from qlibero.reporting.sections import parts
 from qlibero.reporting.sections.parts import legend, named, numbers, section
-from qlibero.results.summary import percentiles, phase_calls_ms, policy_calls_ms
+from qlibero.results.summary import percentiles, phase_calls, policy_calls
 
 
 def latency(m: Material) -> Markup | None:
-    calls = {name: policy_calls_ms(m.records(name)) for name in m.arms}
-    calls = {name: values for name, values in calls.items() if len(values)}
+    calls = {name: policy_calls(m.records(name)) for name in m.arms}
+    calls = {name: found for name, found in calls.items() if len(found)}
     if not calls:
         return None
     # one slow call in a thousand must not squeeze the rest into a line: what lies beyond is counted instead
-    scale = charts.duration_scale(list(calls.values()), 99.5)
+    scale = charts.duration_scale([found.ms for found in calls.values()], 99.5)
     drawn = []
-    for name, values in calls.items():
-        p = percentiles(values)
+    for name, found in calls.items():
+        p, values = percentiles(found), found.ms
         beyond = int(np.count_nonzero(values > scale.high))
         text = " · ".join(f"{q} {_ms(p[q])}" for q in p)
-        size = f"{len(values):,} calls" + (f", {beyond} beyond the axis" if beyond else "")
+        size = f"{found.count:,.0f} calls" + (f", {beyond} beyond the axis" if beyond else "")
         control = "; batches of another size" if m.arms[name].is_control else ""
         picture = el(
             "div",
             charts.plot(
-                charts.curve(charts.density(values, scale), m.colour(name), filled=True),
+                charts.curve(charts.density(values, scale, weights=found.weights), m.colour(name), filled=True),
                 label=f"{m.arms[name].label}: {text} ms",
                 height=46,
             ),
@@ -38,7 +38,7 @@ def latency(m: Material) -> Markup | None:
             class_="canvas short",
         )
         drawn.append(parts.row(named(m, name, el("small", size + control)), parts.lane(picture, text)))
-    off = sum(int(np.count_nonzero(values > scale.high)) for values in calls.values())
+    off = sum(int(np.count_nonzero(found.ms > scale.high)) for found in calls.values())
     return section(
         "latency",
         "Latency of a policy call",
@@ -46,7 +46,7 @@ def latency(m: Material) -> Markup | None:
         _warmup(m),
         _phases(m, list(calls)),
         _simulator(m),
-        lead="As an episode waits for it: the time of the whole batch, device-synchronised, warm-up left out. "
+        lead="The time of a whole batch, counted once, device-synchronised, warm-up left out. "
         "Ticks are p50, p95, p99; the axis is logarithmic"
         + (f" and ends at {_ms(scale.high)} ms, {off} calls lie beyond it." if off else ".")
         + _control_note(m),
@@ -73,9 +73,9 @@ def _warmup(m: Material) -> Markup | None:
 
 
 def _phases(m: Material, names: list[str]) -> Markup | None:
-    phases = {name: phase_calls_ms(m.records(name)) for name in names}
+    phases = {name: phase_calls(m.records(name)) for name in names}
     titles = list(dict.fromkeys(phase for of_arm in phases.values() for phase in of_arm))
-    every = [v[v > 0] for of_arm in phases.values() for v in of_arm.values() if np.any(v > 0)]
+    every = [v.ms[v.ms > 0] for of_arm in phases.values() for v in of_arm.values() if np.any(v.ms > 0)]
     if not titles or not every:
         return None
     scale = charts.duration_scale(every, 99)
@@ -86,7 +86,7 @@ def _phases(m: Material, names: list[str]) -> Markup | None:
             values = phases[name].get(phase)
             if values is None or not len(values):
                 continue
-            p5, p25, p50, p75, p95, p99 = (float(x) for x in np.percentile(values, (5, 25, 50, 75, 95, 99)))
+            p5, p25, p50, p75, p95, p99 = values.percentile(5, 25, 50, 75, 95, 99)
             colour = m.colour(name)
             strip = charts.track(
                 *charts.grid_lines(scale),
@@ -101,7 +101,7 @@ def _phases(m: Material, names: list[str]) -> Markup | None:
                     phase,
                     named(m, name),
                     *(f"{x:.2f}" for x in (p5, p25, p50, p75, p95, p99)),
-                    f"{values.mean():.2f}",
+                    f"{values.mean:.2f}",
                 ]
             )
         drawn.append(parts.row(phase, *lanes))

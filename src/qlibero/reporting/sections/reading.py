@@ -27,29 +27,56 @@ def reading(m: Material) -> Markup:
         ),
         (
             "inferior",
-            f"The whole interval lies below {at}. Otherwise the result is inconclusive, and the power line says why.",
+            f"The whole interval lies below {at}.",
+        ),
+        (
+            "worse",
+            "A loss is proven (interval below 0 and p ≤ 0.05), but whether it exceeds the margin is open.",
+        ),
+        (
+            "inconclusive",
+            "Neither; the power line says what these pairs could have found. “(errors)”: counting the errors against "
+            "the arm would change the verdict. “(conflict)”: one episode was recorded twice with different results.",
+        ),
+        (
+            "interim",
+            "Planned episodes are missing. Stopping a run at the first good look would call up to 12 % of "
+            "inferior arms non-inferior, so there is no verdict before all have run (or under `stop:`).",
         ),
         (
             "after Holm",
-            "The more arms are tested, the likelier one passes by luck. Holm's adjustment over all arms × suites of a "
-            "comparison keeps the chance of any such pass at 2.5 %; intervals are shown unadjusted.",
+            "The more arms are tested, the likelier one passes by luck. Holm's adjustment over all claims of a "
+            "comparison (one an arm, or arms × suites with `primary: per-suite`) keeps the chance of any such pass at "
+            "2.5 %; intervals are shown unadjusted.",
         ),
         (
             "McNemar",
             "Exact two-sided test that breaking and repairing are equally likely, Holm-adjusted over the same family.",
         ),
         (
-            "tasks like these",
-            "Mean of the per-task differences ± t·s/√tasks. It asks how Δ would come out on other tasks of this kind, "
-            "as if these had been drawn at random, and knows only as many values as there are tasks. "
-            "With few flips spread evenly it is often narrower than Tango: "
-            "that is no stronger evidence, and no verdict uses it.",
+            "new tasks",
+            "How Δ would come out on other tasks of this kind, as if these had been drawn at random: whole tasks are "
+            "the units, so ten tasks are ten values. Verdicts answer the declared `estimand`; by default, new initial "
+            "states of these tasks.",
         ),
         (
             "A/A, noise floor",
             "The reference run again in batches of another size. "
             "What it flips is rounding noise that no kernel is to blame for. "
-            "It is not under test: it has no verdict, and its latency is that of its batches.",
+            "It is not under test: it has no verdict, and its latency is that of its batches. Its true difference is "
+            "0, so the grey band is centred there: as wide as 95 % of reruns spread. Whether an arm flips more than "
+            "A/A does is tested by itself, exactly.",
+        ),
+        (
+            "speed",
+            "Per scene the ratio of median call times at equal batch size; its interval is a bootstrap over scenes. "
+            "“As fast” when it lies within ±2 %, “unclear” when it holds 1 and does not. Backends that imitate a "
+            "kernel's integers (fake) make no claim.",
+        ),
+        (
+            "beyond A/A",
+            "A shift of execution quality counts when the arm differs from the reference and, in the same direction, "
+            "from the reference run again: on few scenes the reference differs from itself, too.",
         ),
         (
             "where episodes part",

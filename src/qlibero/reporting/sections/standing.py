@@ -7,11 +7,13 @@ there are many, and that a control has none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from qlibero.results.comparison import ArmComparison
+from qlibero.results.judgement import Word
 from qlibero.results.phrases import p_text
 
 FLOOR = "noise floor (A/A)"
+LOSSES = {Word.INFERIOR: "✕", Word.WORSE: "▽"}
 
 
 @dataclass(frozen=True)
@@ -24,35 +26,25 @@ class Standing:
     holm: str = ""
 
 
-def standing(result: dict[str, Any]) -> Standing:
-    if result["control"]:
+def standing(arm: ArmComparison) -> Standing:
+    verdict = arm.verdict
+    if arm.control:
         return Standing(FLOOR, "control", "≡")
-    verdict = result["verdict"]
-    if verdict == "inferior":
-        return Standing(verdict, "bad", "✕")
-    if verdict != "non-inferior":
-        return Standing(verdict, "open", "?")
-    qualifier = result["qualifier"]
-    word = "better" if qualifier == "better" else f"{verdict}, {qualifier}" if qualifier else verdict
-    if result["sequential"]:  # the anytime-valid test shares its α among the arms already
-        return Standing(word, "good", "✓")
-    holm = holm_text(result)
-    if survives_holm(result):
-        return Standing(word, "good", "✓", holm)
-    return Standing(f"{word}, but not after Holm", "open", "~", holm)
+    if verdict.word in LOSSES:
+        return Standing(verdict.text, "bad", LOSSES[verdict.word])
+    if verdict.word != Word.NON_INFERIOR:
+        return Standing(verdict.text, "open", "…" if verdict.word == Word.INTERIM else "?")
+    holm = holm_text(arm)
+    if arm.passed_holm is not False:  # under a stopping rule the test shares its α among the arms already
+        return Standing(verdict.text, "good", "✓", holm)
+    return Standing(f"{verdict.text}, but not after Holm", "open", "~", holm)
 
 
-def survives_holm(result: dict[str, Any]) -> bool:
-    """Whether the arm is non-inferior in each of its suites after Holm's adjustment."""
-    return all(suite["noninferior_after_holm"] for suite in result["suites"].values())
-
-
-def holm_text(result: dict[str, Any]) -> str:
-    """Non-inferiority after Holm, in words; suite by suite where there are several."""
-    suites = result["suites"]
-    if not suites or result["control"]:
+def holm_text(arm: ArmComparison) -> str:
+    """Non-inferiority after Holm, in words; suite by suite where each is a claim."""
+    if arm.control or arm.passed_holm is None or arm.noninferiority_p is None:
         return ""
-    passed = [name for name, suite in suites.items() if suite["noninferior_after_holm"]]
-    if len(suites) > 1:
-        return f"in {len(passed)} of {len(suites)} suites"
-    return f"{'yes' if passed else 'no'}, {p_text(next(iter(suites.values()))['noninferiority_p_holm'])}"
+    if arm.adjusted:
+        return f"{'yes' if arm.adjusted.passed else 'no'}, {p_text(arm.adjusted.noninferiority_p)}"
+    passed = sum(suite.adjusted.passed for suite in arm.suites.values())
+    return f"in {passed} of {len(arm.suites)} suites"

@@ -10,6 +10,7 @@ from qlibero.reporting.markup import Markup, el
 from qlibero.reporting.material import Material
 from qlibero.reporting.sections import parts
 from qlibero.reporting.sections.parts import legend, named, numbers, section
+from qlibero.results.speed import is_simulation
 from qlibero.results.summary import summarize_arm
 
 
@@ -127,10 +128,11 @@ def pareto(m: Material) -> Markup | None:
         return None
     x = charts.scale_over([d[1] for d in dots], room=0.25)
     y = charts.success_scale([d[3] for d in dots])
+    real = [d for d in dots if not is_simulation(m.arms[d[0]].meta)]  # a simulation's time beats nobody's
     front = [
         d
-        for d in sorted(dots, key=lambda d: d[1])
-        if not any(e[1] <= d[1] and e[2] > d[2] or e[1] < d[1] and e[2] == d[2] for e in dots)
+        for d in sorted(real, key=lambda d: d[1])
+        if not any(e[1] <= d[1] and e[2] > d[2] or e[1] < d[1] and e[2] == d[2] for e in real)
     ]
     stairs = []
     for i, d in enumerate(front):
@@ -138,8 +140,9 @@ def pareto(m: Material) -> Markup | None:
             stairs.append((x(d[1]), 100 - y(front[i - 1][2])))
         stairs.append((x(d[1]), 100 - y(d[2])))
     marks = [_floor_band(m, y)]
+    simulated = [name for name, *_ in dots if is_simulation(m.arms[name].meta)]
     for name, ms, rate, low, high in dots:
-        colour, left = m.colour(name), x(ms)
+        colour, left = m.colour(name) + " hollow" * (name in simulated), x(ms)
         marks.append(
             el(
                 "i",
@@ -148,7 +151,8 @@ def pareto(m: Material) -> Markup | None:
             )
         )
         marks.append(el("i", class_=f"dot {colour}", style=f"left:{left}%;bottom:{y(rate)}%"))
-    if len(dots) <= MOST_TAGS:
+    tagged = len(dots) <= MOST_TAGS and max(len(m.arms[name].label) for name, *_ in dots) <= LONGEST_TAG
+    if tagged:
         marks += _tags(m, [(name, x(ms), y(rate)) for name, ms, rate, *_ in dots])
     text = "; ".join(f"{m.arms[d[0]].label}: {100 * d[2]:.1f} % at {d[1]:.1f} ms" for d in dots)
     chart = el(
@@ -173,14 +177,14 @@ def pareto(m: Material) -> Markup | None:
         "pareto",
         "Success against latency",
         chart,
-        legend(m, [d[0] for d in dots], "legend tags" if len(dots) <= MOST_TAGS else "legend under"),
+        legend(m, [d[0] for d in dots], "legend tags" if tagged else "legend under"),
         numbers(
             "The points",
             ["arm", "p50 ms", "success", "Wilson 95 %"],
             [
                 [
                     named(m, d[0]),
-                    f"{d[1]:.2f}",
+                    f"{d[1]:.2f}" + (" (simulation: no speed claim)" if d[0] in simulated else ""),
                     f"{100 * d[2]:.1f} %",
                     f"[{100 * d[3]:.1f}, {100 * d[4]:.1f}]",
                 ]
@@ -189,7 +193,8 @@ def pareto(m: Material) -> Markup | None:
         ),
         lead="Up and left is better. The line joins the arms that no other arm beats in both; "
         "bars are Wilson intervals, so overlapping bars are no ranking: the paired differences above are."
-        + (" Grey band: the noise floor, the interval of the A/A difference around the reference." if marks[0] else ""),
+        + (" Grey band: what rounding alone moves in 95 % of reruns (A/A's noise floor)." if marks[0] else "")
+        + (" Hollow dots are simulations of a kernel: their place says nothing of its speed." if simulated else ""),
     )
 
 
@@ -212,14 +217,20 @@ def _tags(m: Material, places: list[tuple[str, float, float]]) -> list[Markup]:
 
 LINE, NAME = 7.5, 22  # height and width of a name in percent of the chart
 MOST_TAGS = 6  # more names than this on the chart lie upon each other; the legend below has them
+LONGEST_TAG = 18  # so do longer ones
 
 
 def _floor_band(m: Material, y: charts.Scale) -> Markup | None:
-    """A/A's Tango interval around the reference's success; only for a single cell, whose reference is one dot."""
+    """What rounding alone moves around the reference's success; only for a single cell, whose reference is one dot."""
     part = m.parts[0]
-    if len(m.parts) > 1 or not part.comparison or not part.comparison["noise_floor"]:
+    if (
+        len(m.parts) > 1
+        or not part.comparison
+        or not part.comparison.floor
+        or not part.comparison.reference_summary["episodes"]
+    ):
         return None
-    s = part.comparison["reference_summary"]
+    s = part.comparison.reference_summary
     rate = s["successes"] / s["episodes"]
-    low, high = (rate + end for end in part.comparison["noise_floor"]["tango95"])
+    low, high = (rate + end for end in part.comparison.floor.band(s["episodes"]))
     return el("i", class_="band", style=f"bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%")

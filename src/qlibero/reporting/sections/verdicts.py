@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from qlibero.reporting import charts
 from qlibero.reporting.markup import Markup, el, join
 from qlibero.reporting.material import Material, Part, planned_episodes
 from qlibero.reporting.sections.differences import difference, difference_scale
 from qlibero.reporting.sections.parts import named, numbers, section, unbroken
-from qlibero.reporting.sections.standing import holm_text, standing, survives_holm
-from qlibero.results.phrases import p_text, percent, points, sequential_text, speed_text
+from qlibero.reporting.sections.standing import holm_text, standing
+from qlibero.results.comparison import ArmComparison
+from qlibero.results.controls import NoiseFloor
+from qlibero.results.judgement import Word
+from qlibero.results.phrases import (
+    band_text,
+    delta_text,
+    excess_text,
+    interval_text,
+    p_text,
+    percent,
+    pooled_text,
+    sequential_text,
+    speed_text,
+)
+from qlibero.results.statistics import tango
 from qlibero.results.summary import summarize_arm
 
 FEW = 2  # cells of so few arms share one grid of cards
@@ -44,28 +57,20 @@ def _headline(m: Material) -> str:
     if not tested:
         return "Only the reference and its A/A control ran: there is a noise floor and nothing under test."
     if len(tested) == 1:
-        only = next(iter(tested.values()))
-        kept = only["verdict"] != "non-inferior" or only["sequential"] or survives_holm(only)
-        return unbroken(
-            only["sentence"] + ("" if kept else f" After Holm's adjustment: non-inferior {holm_text(only)}.")
-        )
-    counts = Counter(r["verdict"] for r in tested.values())
-    pieces = [
-        f"{counts.pop(verdict)} {verdict}{'' if verdict != 'non-inferior' else f' at {m.margins}'}"
-        for verdict in ("non-inferior", "inferior")
-        if verdict in counts
-    ]
-    pieces += [f"{n} {verdict}" for verdict, n in counts.items()]
+        return unbroken(next(iter(tested.values())).sentence)
+    counts = Counter(r.verdict.word for r in tested.values())
+    ordered = [word for word in Word if word in counts]
+    pieces = [f"{counts[w]} {w}{f' at {m.margins}' if w == Word.NON_INFERIOR else ''}" for w in ordered]
     text = f"Of {len(tested)} tested arms: {', '.join(pieces)}."
-    fixed = [r for r in tested.values() if r["verdict"] == "non-inferior" and not r["sequential"]]
+    fixed = [r for r in tested.values() if r.verdict.word == Word.NON_INFERIOR and r.passed_holm is not None]
     if fixed:
-        kept = sum(map(survives_holm, fixed))
-        suites = max(len(r["suites"]) for r in fixed)
-        family = (
-            f"all {len(tested)} arms" if len(m.parts) == 1 else "the arms of its cell"
-        ) + f" × {suites} suites" * (suites > 1)
+        kept = sum(bool(r.passed_holm) for r in fixed)
         share = "every one" if kept == len(fixed) else f"{kept} of the {len(fixed)}" if kept else "none"
-        text += f" Non-inferior after Holm's adjustment for {family}: {share}."
+        claims = {r.family for r in fixed}
+        over = f"all {claims.pop()} claims" if len(claims) == 1 and len(m.parts) == 1 else "the claims of its cell"
+        text += f" Non-inferior after Holm's adjustment for {over}: {share}."
+        if not kept and not any(r.adjusted and r.adjusted.possible for r in fixed):
+            text += " With so few pairs not even an arm without a flip could pass it."
     return unbroken(text)
 
 
@@ -73,26 +78,27 @@ def _lead(m: Material) -> Markup:
     alone = m.parts[0] if len(m.parts) == 1 else None
     opening = "Every arm is compared with the reference of its own cell, on the same episodes"
     if alone:
-        n = alone.comparison["reference_summary"]["episodes"]
-        planned = sum(planned_episodes(run) or 0 for run in m.runs if alone.comparison["reference"] in run.arms)
+        n = alone.comparison.reference_summary["episodes"]
+        planned = sum(planned_episodes(run) or 0 for run in m.runs if alone.comparison.reference in run.arms)
         of = f" of {planned:,} planned" if planned and planned != n else ""
         opening = join(f"Every arm runs the same episodes ({n:,}{of}) as ", el("b", m.arms[alone.reference].label))
     return join(
         opening,
         ": same scenes, same policy noise. "
         "An arm is non-inferior when the whole 95 % interval of its difference lies above "
-        f"{m.margins}.",
-        _floor_text(alone.comparison["noise_floor"]) if alone else None,
+        f"{m.margins}. Every term is explained at the end of this page.",
+        _floor_text(alone.comparison.floor) if alone else None,
     )
 
 
-def _floor_text(floor: dict[str, Any] | None) -> str:
+def _floor_text(floor: NoiseFloor | None) -> str:
     if not floor:
         return " There is no A/A arm, so the noise floor is unknown."
-    low, high = floor["tango95"]
+    again = "against itself (A/A)" if len(floor.arms) == 1 else f"against itself ({len(floor.arms)} A/A arms)"
+    band = floor.band(floor.table.pairs // len(floor.arms))[1]
     return unbroken(
-        f" The reference against itself (A/A) flips {percent(floor['discordance'])} of its pairs: "
-        f"Δ {points(floor['delta'])} pp [{points(low)}, {points(high)}]. That is the noise floor."
+        f" The reference {again} flips {percent(floor.discordance)} of its pairs, so rounding alone moves Δ within "
+        f"±{100 * band:.1f} pp in 95 % of reruns."
     )
 
 
@@ -101,7 +107,7 @@ def _part(m: Material, part: Part, scale: charts.Scale, many: bool) -> Markup:
     grid = el("div", cards, class_="cards pairs" if len(part.tested) in (2, 4) else "cards")
     if not part.cell.label:
         return grid
-    floor = part.comparison and part.comparison["noise_floor"]
+    floor = part.comparison and part.comparison.floor
     aside = _floor_text(floor) if part.comparison else " Nothing to compare with."
     return join(el("h3", part.cell.label, el("small", aside), class_="cell-title"), grid)
 
@@ -114,26 +120,28 @@ def _card(m: Material, name: str, scale: charts.Scale, folded: bool) -> Markup:
         el("h3", named(m, name)),
         el("span", el("i", found.glyph, aria_hidden="true"), found.word, class_="chip"),
     )
-    if not r["pairs"]:
-        return el("article", head, el("p", r["sentence"]), _error_text(r), class_=f"card {found.tone}")
-    low, high = r["tango95"]
+    if not r.table.pairs:
+        return el("article", head, el("p", r.sentence), _error_text(r), class_=f"card {found.tone}")
+    margin = r.question.margin
     big = el(
         "p",
-        el("b", points(r["delta"]), class_="big"),
+        el("b", delta_text(r.delta, r.interval, margin), class_="big"),
         " pp ",
-        el("span", f"[{points(low)}, {points(high)}]"),
+        el("span", interval_text(r.interval, margin)),
         class_="delta",
     )
     facts = [
-        (r["broken"], "broken"),
-        (r["repaired"], "repaired"),
-        (f"{r['pairs']:,}", "pairs"),
-        (speed_text(r["speedup_p50"]) or "–", "policy call"),
+        (r.table.broken, "broken"),
+        (r.table.repaired, "repaired"),
+        (f"{r.table.pairs:,}", "pairs"),
+        (speed_text(r.speed) or "–", "policy call"),
     ]
     fine = [
-        _holm_line(m, name),
-        None if r["control"] else r["detectable"]["line"],
-        f"Sequential test: {sequential_text(r['sequential'])}." if r["sequential"] else None,
+        f"{excess_text(r)}; {band_text(r)}." if excess_text(r) else None,
+        f"Sharper: {pooled_text(r)}." if pooled_text(r) else None,
+        _holm_line(r),
+        r.detectable if r.verdict.word.is_open else None,
+        f"Sequential test: {sequential_text(r.sequential)}." if r.sequential else None,
     ]
     small = [el("p", unbroken(text), class_="fine") for text in fine if text]
     return el(
@@ -141,70 +149,71 @@ def _card(m: Material, name: str, scale: charts.Scale, folded: bool) -> Markup:
         head,
         big,
         difference(m, name, r, scale),
-        None if r["control"] else el("dl", [el("div", el("dt", t), el("dd", v)) for v, t in facts], class_="facts"),
-        el("p", unbroken(_control_text(m, name) if r["control"] else r["sentence"]), class_="sentence"),
+        None if r.control else el("dl", [el("div", el("dt", t), el("dd", v)) for v, t in facts], class_="facts"),
+        el("p", unbroken(_control_text(r) if r.control else r.sentence), class_="sentence"),
         el("details", el("summary", "What this could have found"), small) if folded and small else small,
         _error_text(r),
         class_=f"card {found.tone}",
     )
 
 
-def _control_text(m: Material, name: str) -> str:
-    r = m.compared[name]
+def _control_text(r: ArmComparison) -> str:
+    t = r.table
+    flips = t.broken + t.repaired
+    band = tango(flips / 2, flips / 2, t.pairs)[1]
     return (
-        "The same policy again in batches of another size, not under test: "
-        f"{r['broken']} broken, {r['repaired']} repaired of {r['pairs']} pairs is what rounding alone does. "
-        "Differences inside this interval need no other cause."
+        f"The same policy again in other batches, not under test: {t.broken} broken, {t.repaired} repaired of "
+        f"{t.pairs} pairs. Its true difference is 0, so this draw's place says nothing and its flips do: a difference "
+        f"within ±{100 * band:.1f} pp arises by rounding alone in 95 % of reruns."
     )
 
 
-def _holm_line(m: Material, name: str) -> str | None:
-    """Why a pass counts, or does not, when all tests of the comparison are counted."""
-    r, part = m.compared[name], m.part_of(name)
-    if r["verdict"] != "non-inferior" or r["control"] or r["sequential"]:
+def _holm_line(r: ArmComparison) -> str | None:
+    """Why a pass counts, or does not, when all claims of the comparison are counted."""
+    if r.verdict.word != Word.NON_INFERIOR or r.passed_holm is None or r.family == 1:
         return None
-    family = sum(len(m.compared[id_]["suites"]) for id_ in part.tested)
-    if family == 1:
-        return None
-    says = "still non-inferior" if survives_holm(r) else "no longer shown non-inferior"
+    says = "still non-inferior" if r.passed_holm else "no longer shown non-inferior"
     holm = holm_text(r)
-    return f"Counting all {family} tests of this comparison (Holm): {says}, {holm.partition(', ')[2] or holm}."
+    return f"Counting all {r.family} claims of this comparison (Holm): {says}, {holm.partition(', ')[2] or holm}."
 
 
-def _error_text(r: dict[str, Any]) -> Markup | None:
+def _error_text(r: ArmComparison) -> Markup | None:
     parts = []
-    e = r["errors"]
-    if e["removed_pairs"]:
+    e = r.errors
+    if e.removed_pairs:
         parts.append(
-            f"{e['removed_pairs']} pair{'s' * (e['removed_pairs'] > 1)} lost to errors "
-            f"({e['arm']} in this arm, {e['reference']} in the reference). "
-            f"Were they counted against this arm, the verdict would be: {e['worst_case_verdict']}."
+            f"{e.removed_pairs} pair{'s' * (e.removed_pairs > 1)} lost to errors "
+            f"({e.arm} in this arm, {e.reference} in the reference). "
+            f"Were they counted against this arm, the verdict would be: {r.verdict.worst_case}."
         )
-    if r["unpaired"]:
-        reasons = Counter(u["reason"] for u in r["unpaired"])
-        first = {reason: next(u["key"] for u in r["unpaired"] if u["reason"] == reason) for reason in reasons}
+    if r.unpaired:
+        reasons = Counter(r.unpaired.values())
+        first = {reason: next(key for key, why in r.unpaired.items() if why == reason) for reason in reasons}
         told = "; ".join(f"{n} {reason} ({first[reason]}{', …' * (n > 1)})" for reason, n in reasons.most_common(3))
-        parts.append(f"{len(r['unpaired'])} unpaired: {told}{'; …' * (len(reasons) > 3)}.")
-    changed = r["verdict"] == "inconclusive (errors)" or r["unpaired"]
+        parts.append(f"{len(r.unpaired)} unpaired: {told}{'; …' * (len(reasons) > 3)}.")
+    if r.missing:
+        parts.append(f"{r.missing:,} planned pair{'s' * (r.missing > 1)} not run yet.")
+    changed = r.verdict.word in (Word.ERRORS, Word.CONFLICT, Word.INTERIM) or r.unpaired
     return el("p", " ".join(parts), class_="fine warn" if changed else "fine") if parts else None
 
 
 def _table(m: Material, open_: bool) -> Markup:
+    """Best first, and sortable by any column."""
     rows = []
-    for name, r in m.compared.items():
-        found = standing(r)
-        interval = r["tango95"]
-        suites = list(r["suites"].values())
-        mcnemar = p_text(suites[0]["mcnemar_p_holm"]) if len(suites) == 1 and not r["control"] else "–"
+    for name, r in sorted(m.compared.items(), key=lambda item: -(item[1].delta if item[1].delta is not None else -2)):
+        found, shown = standing(r), "–"
+        if r.interval:
+            margin = r.question.margin
+            shown = f"{delta_text(r.delta, r.interval, margin)} {interval_text(r.interval, margin)}"
         rows.append(
             [
                 named(m, name),
                 el("span", found.word, class_=f"word {found.tone}"),
-                _nobr(f"{points(r['delta'])} [{points(interval[0])}, {points(interval[1])}]" if interval else "–"),
-                f"{r['broken']} / {r['repaired']} of {r['pairs']:,}",
-                "–" if r["sequential"] else holm_text(r) or "–",
-                mcnemar,
-                _nobr("–" if r["control"] else speed_text(r["speedup_p50"]) or "–"),
+                _nobr(shown),
+                f"{r.table.broken} / {r.table.repaired} of {r.table.pairs:,}",
+                holm_text(r) or "–",
+                p_text(r.adjusted.mcnemar_p) if r.adjusted else "–",
+                _nobr("–" if r.control else speed_text(r.speed) or "–"),
             ]
         )
     head = [
@@ -213,10 +222,10 @@ def _table(m: Material, open_: bool) -> Markup:
         "Δ pp, 95 %",
         "broken / repaired",
         "non-inferior after Holm",
-        "McNemar, Holm",
+        "Δ = 0, Holm",
         "policy call",
     ]
-    return numbers("Verdicts as a table", head, rows, open_=open_, stacked=True)
+    return numbers("Verdicts as a table, best first", head, rows, open_=open_, stacked=True, sortable=True)
 
 
 def _nobr(text: str) -> Markup:

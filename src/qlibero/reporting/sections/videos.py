@@ -16,7 +16,7 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
     many = len({v.key.suite for v in chosen}) > 1
 
     def place(v: Video) -> str:
-        return f"{f'{v.key.suite} ' if many else ''}task {v.key.task}, initial state {v.key.init}"
+        return f"{f'{v.key.suite} ' if many else ''}task {v.key.task}, initial state {v.key.init_name}"
 
     files = {
         path: f"v{i}" for i, path in enumerate(dict.fromkeys(p for v in chosen for p in (v.reference_file, v.arm_file)))
