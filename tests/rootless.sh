@@ -36,7 +36,7 @@ as() { chroot --userspec=somebody "$root" env -i HOME=/home/somebody PATH=/usr/l
 must() { grep -q -- "$1" "$root/home/somebody/said" || { cat "$root/home/somebody/said"; echo "rootless: nothing said of: $1"; exit 1; }; }
 
 say "a bare Debian with Python, and somebody without rights"
-as 'id -u; ! command -v sudo; ! command -v ffmpeg; ! ldconfig -p | grep -q libEGL' >/dev/null
+as 'id -u; ! command -v sudo; ! command -v ffmpeg; ! python3 -I src/qlibero/sim/egl.py' >/dev/null
 as 'scripts/setup.sh 2>~/said'
 must 'whoever administers this machine:  apt-get install libegl1'; must conda-forge; must containers/build.sh
 say "setup went on without OpenGL and ffmpeg, and said three ways to get them"

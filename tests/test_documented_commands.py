@@ -143,6 +143,23 @@ def test_it_runs_from_a_fresh_shell(line: Line, top: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("place", ["the top", "elsewhere", "activated"])
+def test_a_hint_can_be_pasted_where_it_was_printed(place: str, tmp_path: Path) -> None:
+    """`run` of a sweep names two commands; both run where the message appeared, whatever the shell knows."""
+    at = tmp_path if place == "elsewhere" else ROOT
+    before = f"cd {shlex.quote(str(ROOT))} && {ACTIVATE} && " if place == "activated" else ""
+    sweep = shlex.quote(str(ROOT / "configs/sweeps/methods_and_layouts.yaml"))
+    own = "qlibero" if before else shlex.quote(str(ROOT / "qlibero"))
+    refused = fresh(at, f"{before}{own} run {sweep}")
+    hints = re.findall(r"`([^`]* (?:sweep|plan))`", refused.stderr)
+    assert refused.returncode == 2 and len(hints) == 2, refused.stderr
+    called = {"the top": "./qlibero", "elsewhere": shlex.quote(str(ROOT / "qlibero")), "activated": "qlibero"}[place]
+    assert [hint.rpartition(" ")[0] for hint in hints] == [called] * 2
+    for hint in hints:
+        pasted = fresh(at, f"{before}{hint} --help")
+        assert pasted.returncode == 0 and pasted.stdout.startswith("usage: qlibero"), pasted.stderr
+
+
 def test_words_in_the_text_name_subcommands_that_exist(top: Path) -> None:
     known = set(re.findall(r"^    ([a-z-]+)\b", help_of(top, "qlibero", True), re.M))
     said = {
