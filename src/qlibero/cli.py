@@ -372,10 +372,10 @@ def _shapes(command: Parser) -> None:
 def _directory(text: str) -> Path:
     path = Path(text)
     try:
-        if not path.is_dir() and (path.exists() or path.is_symlink()):
-            raise argparse.ArgumentTypeError(f"{shown(text)} is there and is no directory")
         if any(len(os.fsencode(part)) > 255 for part in path.parts):
             raise argparse.ArgumentTypeError(f"{shown(text)} has a part of more than 255 bytes, which no disk takes")
+        if not path.is_dir() and (path.exists() or path.is_symlink()):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is there and is no directory")
     except (OSError, ValueError) as problem:
         raise argparse.ArgumentTypeError(f"{shown(text)}: {problem}") from None
     return path
