@@ -181,6 +181,13 @@ def test_the_passports_verdict_becomes_findings() -> None:
     assert one(doctor.passport(SimpleNamespace(findings=(), renderer="r"))).status == "ok"
 
 
+def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.simulator().status == "ok"
+    monkeypatch.setattr("qlibero.sim.provenance.PACKAGES", {"pytest": ("robosuite",)})
+    found = doctor.simulator()
+    assert found.status == "fail" and "pytest is imported from" in found.found
+
+
 def test_this_machine_is_well_as_far_as_the_quick_checks_see() -> None:
     quick = [check for check in doctor.CHECKS if check not in (doctor.passport, doctor.kernels, doctor.wandb)]
     findings = diagnose(quick)

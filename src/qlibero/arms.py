@@ -157,8 +157,9 @@ def describe(policy: Policy) -> str:
 
 
 def digest(verdicts: dict[str, Any]) -> str:
-    """16 hex digits of a kernel verdict table; "" for an unquantized arm."""
-    return hashlib.sha256(json.dumps(verdicts, sort_keys=True).encode()).hexdigest()[:16] if verdicts else ""
+    """16 hex digits over which kernel runs each layer, not over why: reasons name times. "" for an unquantized arm."""
+    ran = {layer: [said["kernel"], said["shape"]] for layer, said in verdicts.items()}
+    return hashlib.sha256(json.dumps(ran, sort_keys=True).encode()).hexdigest()[:16] if ran else ""
 
 
 def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:

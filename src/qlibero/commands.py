@@ -165,7 +165,10 @@ def status(args: argparse.Namespace) -> Document:
     document = (
         watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
     )
-    table(document["cells"], title=watch.headline(document))
+    cells = [{key: value for key, value in cell.items() if key != "machines"} for cell in document["cells"]]
+    table(cells, title=watch.headline(document))
+    for line in watch.mixes(document):
+        explain(line)
     if args.follow and not document["complete"]:
         raise Incomplete(
             "nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing",

@@ -389,6 +389,15 @@ def wandb(environ: Mapping[str, str] | None = None, timeout_s: float = 3.0) -> F
     )
 
 
+def simulator() -> Finding:
+    """What would be imported is what was installed: a tree on PYTHONPATH, or an edited file, is another simulator."""
+    from qlibero.sim.provenance import PACKAGES, imported
+
+    if problems := [problem for package in PACKAGES if (problem := imported(package).problem)]:
+        return Finding("simulator's packages", "fail", "; ".join(problems), SETUP)
+    return Finding("simulator's packages", "ok", f"{', '.join(PACKAGES)} are imported as they were published")
+
+
 def passport(report: Any = None) -> list[Finding]:
     """Settled states and golden frames of a few episodes against the shipped references."""
     from qlibero.sim import passport as sim_passport
@@ -420,5 +429,6 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     rendering,
     kernels,
     wandb,
+    simulator,
     passport,
 )

@@ -307,11 +307,12 @@ def film_run(
     `task`, `init`: only episodes of this task, from this initial state. Raises UserError where there are none.
 
     For sweeps, whose shards cannot know what flips between arms elsewhere. Needs the simulator and renderer that the
-    records came from: a replay that differs raises `WorkFailed`.
+    records came from: a replay that differs raises `WorkFailed`, packages that are not the published ones GuardRefusal.
     """
     from qlibero.config.load import load_experiment
     from qlibero.launch.environment import simulator_environment
     from qlibero.sim.pool import SimulatorPool
+    from qlibero.sim.provenance import enforce
 
     if not (run_dir / "experiment.yaml").is_file():
         raise UserError(
@@ -321,6 +322,7 @@ def film_run(
     among = {key for key in episode_keys(experiment) if task in (None, key.task) and init in (None, key.init)}
     if not among:
         raise UserError(f"{run_dir}: its experiment has no episode of --task {task} --init {init}")
+    enforce()
     with SimulatorPool(_workers(experiment, episodes, say), environment=simulator_environment()) as pool:
         written = _film(experiment, run_dir, among, episodes, pool, say)
     return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}

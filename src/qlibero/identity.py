@@ -7,6 +7,7 @@ that the second look at gigabytes costs a `stat`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -59,13 +60,14 @@ def remembered(question: str, files: Iterable[Path], answer: Callable[[], str]) 
     The memory lies in the user's cache directory. It is lost where that cannot be written, which costs time only.
     """
     digest, latest = hashlib.sha256(question.encode()), 0
+    real = functools.cache(os.path.realpath)  # of thousands of files in a few directories
     for file in files:
         try:
             about = os.stat(file)
         except OSError as problem:
             raise UserError(f"{file}: {cause(problem)}") from None
         times = (about.st_mtime_ns, about.st_ctime_ns)
-        digest.update(f"\0{os.path.realpath(file)}|{about.st_size}|{times}|{about.st_ino}".encode())
+        digest.update(f"\0{real(file.parent)}/{file.name}|{about.st_size}|{times}|{about.st_ino}".encode())
         latest = max(latest, *times)
     name = digest.hexdigest()
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero/content" / name[:2] / name[2:34]

@@ -26,10 +26,10 @@ from qlibero.config.sweep import Sweep
 from qlibero.documents import read_json
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.experiment import episode_keys, missing_episodes, run_experiment, summary
+from qlibero.launch.manifest import SCHEMA, read_document
 from qlibero.places import RUNS
 from qlibero.results.meta import check
 
-SCHEMA = 1
 OURS = "sweep"  # the sub-directory of a sweep directory that is not a run directory
 
 
@@ -139,32 +139,14 @@ def write_manifest(manifest: Manifest) -> Path:
 
 def read_manifest(path: Path, check_files: bool = True) -> Manifest:
     """The manifest of a submission, with its cells' experiments; `check_files`: checkpoints must be there."""
-    try:
-        document = read_json(path)
-    except (FileNotFoundError, WorkFailed) as problem:
-        raise UserError(f"{path} cannot be read ({problem}); `qlibero sweep` writes manifests") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise UserError(f"{path}: manifest schema {found!r}, this qlibero reads {SCHEMA}")
+    written = read_document(path)
 
     def experiment(cell_id: str) -> Experiment:
         # no environment: what was resolved at submission is what runs, whatever a node's shell exports
-        return load_experiment(
-            _experiment_file(Path(document["directory"]), cell_id), environ={}, check_files=check_files
-        )
+        return load_experiment(_experiment_file(Path(written.directory), cell_id), environ={}, check_files=check_files)
 
-    try:
-        cells = tuple(Cell(c["id"], Path(c["run_dir"]), c["axes"], experiment(c["id"])) for c in document["cells"])
-        manifest = Manifest(
-            document["sweep"], Path(document["directory"]), cells, tuple(Shard(*each) for each in document["shards"])
-        )
-        for shard in manifest.shards:
-            manifest.cell(shard)
-    except (KeyError, TypeError, StopIteration) as problem:
-        raise UserError(
-            f"{path}: not a sweep's manifest ({type(problem).__name__}: {problem}); `qlibero sweep` writes a whole one"
-        ) from None
-    return manifest
+    cells = tuple(Cell(cell.id, Path(cell.run_dir), cell.axes, experiment(cell.id)) for cell in written.cells)
+    return Manifest(written.sweep, Path(written.directory), cells, tuple(Shard(*each) for each in written.shards))
 
 
 def latest_manifest(directory: Path) -> Manifest | None:
@@ -219,8 +201,10 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
 def merged(manifest: Manifest) -> bool:
     """Whether a merge has mirrored all since the last episode; its result is written last, so a killed one has not."""
     try:
-        found = json.loads((manifest.directory / OURS / "result.json").read_text())
-    except (OSError, ValueError):
+        found = read_json(manifest.directory / OURS / "result.json")
+    except (FileNotFoundError, UserError, WorkFailed):
+        return False
+    if not isinstance(found, dict):
         return False
     problems = [problem for cell in found.pop("mirrors", {}).values() for problem in cell.values()]
     return found == result(manifest) and not any(problems)

@@ -16,6 +16,7 @@ from qlibero.errors import UserError, WorkFailed
 from qlibero.experiment import episode_keys, finished_episodes, missing_episodes
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
 from qlibero.results.ledger import is_locked, read_ledger
+from qlibero.results.machines import in_words, is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
 
 RATE_WINDOW = timedelta(minutes=30)
@@ -28,13 +29,15 @@ def status(directory: Path) -> dict[str, Any]:
 
     Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
     "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate
-    is that of the last half hour in which episodes finished.
+    is that of the last half hour in which episodes finished. A cell's "machines", {arm: {kind: episodes}}, has the arms
+    whose episodes come from machines that answer differently.
     """
     manifest = latest_manifest(directory) or _single_run(directory)
     cells, records = [], []
     missing_keys: dict[str, set] = {}
     for cell in manifest.cells:
-        found = [r for arm in cell.experiment.arms() for r in read_ledger(cell.run_dir, arm.name)]
+        by_arm = {arm.name: read_ledger(cell.run_dir, arm.name) for arm in cell.experiment.arms()}
+        found = [record for of_arm in by_arm.values() for record in of_arm]
         records += found
         missing = missing_episodes(cell.experiment, cell.run_dir)
         missing_keys[cell.id] = {key for _, key in missing}
@@ -48,6 +51,7 @@ def status(directory: Path) -> dict[str, Any]:
                 "errors": len(errors),
                 "last_error": errors[-1].error if errors else None,
                 "successes": sum(r.succeeded for r in found),
+                "machines": {name: machines_of(of_arm) for name, of_arm in by_arm.items() if is_mixed(of_arm)},
             }
         )
     done, total = sum(c["done"] for c in cells), sum(c["episodes"] for c in cells)
@@ -108,6 +112,15 @@ def headline(found: dict[str, Any]) -> str:
     elif found["eta"]:
         parts.append(f"done about {found['eta']}")
     return ", ".join(parts)
+
+
+def mixes(found: dict[str, Any]) -> list[str]:
+    """A line for people for each arm whose episodes come from machines that answer differently."""
+    return [
+        f"{cell['cell']}, arm {arm}: {in_words(machines)}"
+        for cell in found["cells"]
+        for arm, machines in cell["machines"].items()
+    ]
 
 
 def episodes_per_hour(records: list[EpisodeRecord]) -> float | None:

@@ -44,8 +44,6 @@ PLAIN = (
     "identity",
     "probe",
     "machine",
-    "max_steps",
-    "replan_steps",
 )
 
 

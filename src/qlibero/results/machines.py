@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from qlibero.results.records import EpisodeRecord
 
@@ -21,6 +21,9 @@ def machines_of(records: Iterable[EpisodeRecord]) -> dict[str, int]:
 def mix_in_words(records: Iterable[EpisodeRecord]) -> str:
     """One sentence where an arm's episodes come from machines that answer differently, "" otherwise."""
     records = list(records)
-    if not is_mixed(records):
-        return ""
-    return ", ".join(f"{count} episodes from {kind}" for kind, count in machines_of(records).items())
+    return in_words(machines_of(records)) if is_mixed(records) else ""
+
+
+def in_words(machines: Mapping[str, int]) -> str:
+    """`machines_of` for people."""
+    return ", ".join(f"{count} episode{'s' * (count != 1)} from {kind}" for kind, count in machines.items())

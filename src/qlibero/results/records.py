@@ -54,8 +54,8 @@ class EpisodeRecord:
     episodes shared each call, so an episode's share of a call is 1 / size and a batch counts once. (Warm-up calls
     belong to no episode: they are in the arm's meta.json.)
     `sim_ms`, `render_ms` are totals, `wall_s` is from the episode's start to its end, waiting included, of
-    the attempt that counts. `kernels` is the hash of the
-    kernel verdict table in the arm's meta.json. `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
+    the attempt that counts. `kernels` is 16 hex digits over which kernel ran
+    each layer (meta.json says them). `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
     the trajectory (`quality.py`). `identity` is 16 hex digits over the content of everything that decides an action,
     `probe` 16 hex digits over the actions of one fixed policy call in the process that ran the episode, `machine` what
     kind of machine that was; `max_steps` (control steps) and `replan_steps` are what was in force. Lines of earlier

@@ -8,12 +8,17 @@ its installed distribution, with the files that the distribution's RECORD lists;
 from __future__ import annotations
 
 import base64
+import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
+import re
 import site
 import sysconfig
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +34,20 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "bddl": ("bddl",),
 }
 """Import name → distributions that bring it."""
+UNREAD = (
+    "robosuite/models/assets/bullet_data/*",
+    *(f"robosuite/models/assets/robots/{robot}/*" for robot in "baxter iiwa jaco kinova3 sawyer ur5e".split()),
+    *(f"*.{suffix}" for suffix in "backup dae hdf5 hdr md mp4 zip".split()),
+    "*/__pycache__/*",
+)
+"""What no episode opens, as patterns of `package/path`: robots other than LIBERO's Panda, formats that MuJoCo does not
+load. It is half of the packages' 1.3 GB, and hashing is what the first look costs."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A package as it would be imported here. `sha256` is over its files; `problem` is empty when they are the
-    installed distribution's."""
+    """A package as it would be imported here. `sha256` is over the files that an episode can read; `problem` is empty
+    when they are the installed distribution's."""
 
     package: str
     path: str
@@ -48,10 +61,11 @@ def imported(package: str) -> Imported:
     if spec is None or not spec.submodule_search_locations:
         return Imported(package, "", "", f"{package} is not installed: run ./scripts/setup.sh")
     root = Path(next(iter(spec.submodule_search_locations)))
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and "__pycache__" not in f.parts]
+    files = [file for file in sorted(root.rglob("*")) if _is_read(f"{package}/{file.relative_to(root)}")]
+    files = [file for file in files if file.is_file()]
     found = _installed(PACKAGES[package])
     said = json.loads(
-        remembered(f"package {package} at {root} 1", [*files, *_records(found)], lambda: _look(root, files, found))
+        remembered(f"package {package} at {root} 2", [*files, *_records(found)], lambda: _look(root, files, found))
     )
     return Imported(package, str(root), **said)
 
@@ -84,15 +98,18 @@ def parts(suite: str, packages: Mapping[str, Imported]) -> dict[str, str]:
 
 def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.Distribution]) -> str:
     """JSON: `sha256` over names and contents, and `problem`."""
-    contents = {str(file.relative_to(root)): sha256(file) for file in files}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # hashing leaves Python's lock
+        contents = {
+            str(f.relative_to(root)): digest for f, digest in zip(files, threads.map(sha256, files), strict=True)
+        }
     listed: dict[str, str | None] = {}
+    inside = root.resolve()
     for distribution in distributions:
         base = Path(str(distribution.locate_file(""))).resolve()
         for entry in distribution.files or ():
             path = base / entry
-            if path.is_relative_to(root.resolve()) and "__pycache__" not in path.parts:
-                name = str(path.relative_to(root.resolve()))
-                listed[name] = entry.hash and _hex(entry.hash.value)
+            if path.is_relative_to(inside) and _is_read(f"{root.name}/{path.relative_to(inside)}"):
+                listed[str(path.relative_to(inside))] = entry.hash and _hex(entry.hash.value)
     problem = ""
     version = ", ".join(sorted({f"{d.metadata['Name']} {d.version}" for d in distributions})) or "no distribution"
     if not listed:
@@ -108,6 +125,15 @@ def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.
                 f"{', …' if len(other) > 4 else ''}); install it again (./scripts/setup.sh) or restore them"
             )
     return json.dumps({"sha256": Identity(contents).digest, "problem": problem})
+
+
+@functools.cache
+def _unread() -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, UNREAD)))
+
+
+def _is_read(name: str) -> bool:
+    return not _unread().match(name)
 
 
 def _differs(content: str | None, listed: dict[str, str | None], name: str) -> bool:

@@ -25,6 +25,7 @@ from typing import Protocol
 
 from qlibero.errors import WorkFailed
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
+from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
 from qlibero.results.statistics import wilson
@@ -236,7 +237,8 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
 
 
 def arm_summary(ledger: ArmLedger) -> dict:
-    """What a runs table compares: success with Wilson interval, latency percentiles in ms, kernels, per-task counts."""
+    """What a runs table compares: success with Wilson interval, latency percentiles in ms, kernels, per-task counts,
+    and the machines where they answer differently."""
     numbers = summarize_arm(ledger.records)
     summary = {"arm": ledger.arm} | {name: numbers[name] for name in ("successes", "episodes", "errors")}
     if numbers["episodes"]:
@@ -248,6 +250,8 @@ def arm_summary(ledger: ArmLedger) -> dict:
     for task in sorted({record.task for record in ledger.records}):
         k, n, _ = counts(record for record in ledger.records if record.task == task)
         summary |= {f"task/{task}/successes": k, f"task/{task}/episodes": n}
+    if mix := mix_in_words(ledger.records):
+        summary["machines"] = mix
     for kernel, layers in sorted(kernel_counts(ledger.meta).items()):
         summary[f"kernels/{kernel}"] = layers
     return summary

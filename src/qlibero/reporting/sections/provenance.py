@@ -11,6 +11,7 @@ from qlibero.reporting.material import Material
 from qlibero.reporting.sections.parts import numbers, section, table
 from qlibero.reporting.sections.tradeoff import is_unpacked, linear_bytes
 from qlibero.reporting.tables import Row, latex, markdown
+from qlibero.results.machines import mix_in_words
 from qlibero.results.summary import summarize_arm
 
 
@@ -81,9 +82,18 @@ def provenance(m: Material) -> Markup:
         "provenance",
         "Environment and hashes",
         warning,
+        *_mixes(m),
         *parts,
         lead=f"{state}. Everything on this page is computed from it.",
     )
+
+
+def _mixes(m: Material) -> list[Markup]:
+    """A sentence for each arm whose episodes come from machines that answer differently."""
+    told = {arm.label: mix_in_words(m.records(name)) for name, arm in m.arms.items()}
+    return [
+        el("p", f"{label}: {mix}, which answer differently.", class_="fine warn") for label, mix in told.items() if mix
+    ]
 
 
 def _software(m: Material) -> list[list[Any]]:
