@@ -7,7 +7,7 @@
 #     --repair       every installed file is looked at, and what is not whole is installed again
 #   TORCH_INDEX      a package index (or a directory of wheels) to take torch from, e.g. one of torch's own for a CUDA release
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf 'setup: %s\n' "$@" >&2; }
 stop() { say "$@"; exit 1; }
@@ -116,13 +116,14 @@ if ! ready; then                                                        # the on
         if [[ -d $(echo $site/opencv_python-*.dist-info) ]]; then         # both are the one folder cv2
             .venv/bin/python -m pip uninstall -qy opencv-python opencv-python-headless 2>/dev/null
         fi
-        pip "$lock" "$(grep -c == "$lock")" --no-deps --requirement "$lock"
+        cp "$lock" ".venv/.installing-$lock"                              # a lock that changes meanwhile is not what was installed
+        pip "$lock" "$(grep -c == "$lock")" --no-deps --requirement ".venv/.installing-$lock"
     done
     torch=$(sed -n "s/^__version__ = '\(.*\)'/\1/p" $site/torch/version.py 2>/dev/null || true)
     [[ -z $torch ]] || pip "what this build of torch needs" 20 "torch==$torch"    # a CUDA build's libraries depend on the build
     pip qlibero 1 --no-deps --editable .
     cp pyproject.toml .venv/.installed-qlibero
-    for lock in "${locks[@]}"; do cp "$lock" ".venv/.installed-$lock"; done
+    for lock in "${locks[@]}"; do mv ".venv/.installing-$lock" ".venv/.installed-$lock"; done
     rm .venv/.unfinished
     say "done. The command is ./qlibero (or, in this shell: source .venv/bin/activate)"
 fi
