@@ -23,8 +23,9 @@ FLAGS = (
 class Page:
     """One page. `problems` collects console errors, uncaught exceptions and failed or attempted network requests."""
 
-    def __init__(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, width: int = 1280, height: int = 900, dark: bool = False, server: str = "data:") -> None:
         self.problems: list[str] = []
+        self._allowed = ("file:", "data:", "blob:", server)
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
@@ -61,9 +62,10 @@ class Page:
             features=[{"name": name, "value": value} for name, value in media.items()],
         )
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path | str) -> None:
+        """A file, or a URL below `server`."""
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         deadline = time.time() + 30
         while not self._loaded:
             self._receive(deadline)
@@ -135,9 +137,7 @@ class Page:
             self.problems.append(str(params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
-            ("file:", "data:", "blob:")
-        ):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self._allowed):
             self.problems.append(f"network request: {params['request']['url']}")
         elif method == "Page.loadEventFired":
             self._loaded = True

@@ -9,9 +9,9 @@ import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
 
-# What each room may import besides itself. `errors`, `episode_key`, `console`, `files`, `places` and `quoting` are
-# leaves for everybody; the schema, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"errors", "episode_key", "console", "files", "places", "quoting", "documents", "identity"}
+# What each room may import besides itself. `activity`, `errors`, `episode_key`, `console`, `files`, `places` and
+# `quoting` are leaves for everybody; the schema, plain data that stands on the ground, for every room above the ground.
+LEAVES = {"activity", "errors", "episode_key", "console", "files", "places", "quoting", "documents", "identity"}
 SCHEMA = {f"qlibero.config.{name}" for name in ("schema", "fields", "inits", "quantization", "vocabulary", "yaml_text")}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),
@@ -28,11 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arms": {"machine", "policies", "quant", "kernels", "rollout", "sim"},
     "sequential": {"results"},
     "experiment": {"config", "arms", "sequential", "rollout", "sim", "results", "tracking", "launch"},
+    "filming": {"config", "experiment", "rollout", "results", "sim"},
     "launch": {"config", "experiment", "results", "sim", "kernels", "tracking"},
     "doctor": {"config", "catalogue", "launch", "sim"},
     "catalogue": {"config", "kernels", "sim", "quant"},
     "progress": {"results"},
     "commands": {"*"},
+    "arguments": {"config", "results"},
     "cli": {"*"},
     "__main__": {"*"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qlibero import quoting
 from qlibero.commands import explain
 from qlibero.console import console, table
 from qlibero.reporting.markup import el, join
@@ -34,3 +35,33 @@ def test_other_scripts_and_emoji_are_left_alone(capsys):
 def test_escape_sequences_do_not_reach_the_terminal(capsys):
     explain("\x1b]0;title\x07\x1b[31mred")
     assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("w4a8_llm+exp", "w4a8_llm+exp"),
+        ("_x_ *y* `z` ~s~", r"\_x\_ \*y\* \`z\` \~s\~"),
+        ("a|b\nc\\d", r"a\|b c\\d"),
+        ("<img src=x> &amp;", r"\<img src=x> \&amp;"),
+        ("[here](x) [x][y] [x]: y", r"[here\](x) [x\][y] [x\]: y"),
+        ("https://evil.example", r"https:\//evil.example"),
+        ("[−7.0, 2.0]", "[−7.0, 2.0]"),
+        ("a\u202eb", r"a\\u202eb"),
+    ],
+)
+def test_a_name_is_no_markdown(text, quoted):
+    assert quoting.markdown(text) == quoted
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        (r"\input{/etc/passwd}", r"\textbackslash{}input\{/etc/passwd\}"),
+        ("a_b & 100 % #1 $x$ ^~", r"a\_b \& 100 \% \#1 \$x\$ \textasciicircum{}\textasciitilde{}"),
+        ("<a|b>", r"\textless{}a\textbar{}b\textgreater{}"),
+        ("Δ −7 × µ", r"$\Delta$ $-$7 $\times$ $\mu$"),
+    ],
+)
+def test_a_name_is_no_latex(text, quoted):
+    assert quoting.latex(text) == quoted

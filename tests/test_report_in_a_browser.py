@@ -202,3 +202,22 @@ def test_readable_at_every_width_in_light_and_dark(report, width, dark):
         assert page.js(CONTRAST) == []
         assert page.js(OVERRUN) == []
         assert page.problems == []
+
+
+def test_nothing_runs_loads_or_leaves_that_is_not_the_reports_own(report, tmp_path):
+    """Markup that got in all the same (here by hand) is powerless: no script, no style, no request, no frame."""
+    planted = (
+        "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'><style>body { display: none }</style>"
+        "<iframe srcdoc='<script>parent.ran = 1</script>'></iframe><form action='https://evil.example'></form>"
+        "<img src='https://evil.example/?leak'><base href='https://evil.example'>"
+    )
+    page = report.read_text()
+    assert page.count("<main>") == 1
+    (tmp_path / "planted.html").write_text(page.replace("<main>", f"<main>{planted}"))
+    with Page() as browser:
+        browser.open(tmp_path / "planted.html")
+        assert browser.js("[window.ran ?? 0, getComputedStyle(document.body).display]") == [0, "block"]
+        assert browser.js("fetch('data:,x').then(() => 1, () => 0)") == 0
+        assert browser.js("document.baseURI.startsWith('file:')")
+        refused = [problem for problem in browser.problems if "Content Security Policy" in problem]
+        assert len(refused) >= 5, browser.problems

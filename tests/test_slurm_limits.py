@@ -81,6 +81,7 @@ def test_a_refused_array_says_what_is_queued_already(cluster, tmp_path, monkeypa
     submission = light(tmp_path, monkeypatch, "submission-001", 2, partition="nowhere")
     with pytest.raises(WorkFailed, match="(?s)sbatch refused .*nothing is queued"):
         slurm.submit(submission, print)
+    assert not submission.directory.exists(), "a refused submission is none"
     submission = light(tmp_path, monkeypatch, "submission-002", 6)
     honest, calls = slurm._sbatch, []
 

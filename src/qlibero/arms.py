@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlibero.activity import doing
 from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
@@ -48,6 +49,7 @@ def load_arms(
     Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
     """
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
+    doing("loading the policy")
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
     say(f"policy {full.name}: {describe(full)}")
     if full.model is not None:  # of a server it is known with its first answer
@@ -61,6 +63,7 @@ def load_arms(
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
             policy, found = _quantized(experiment, _settled(arm, (before or {}).get(arm.name, {})), full, say)
+        doing(f"warming up {arm.name}")
         warmup_ms = warm_up(policy, experiment)
         policies[arm.name] = policy
         meta[arm.name] = {

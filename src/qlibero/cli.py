@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlibero import arguments
 from qlibero import commands as do
 from qlibero.commands import Document, Incomplete, Refused, explain
 from qlibero.config.vocabulary import did_you_mean
@@ -24,7 +25,6 @@ from qlibero.config.yaml_text import short, shown
 from qlibero.errors import QliberoError, UserError
 from qlibero.places import pasteable
 
-FOLDED = 2_000  # characters of JSON that a terminal is spared
 INTERRUPTED = 130
 
 
@@ -95,8 +95,8 @@ def build_parser() -> Parser:
         return command
 
     command = add("run", do.run, "run, or continue, an experiment", policy=True)
-    _config(command)
-    _out(command)
+    arguments.config(command)
+    arguments.out(command)
 
     command = add("compare", do.compare, "pair the arms of a run, or results of other tools, and give each a verdict")
     command.add_argument(
@@ -127,16 +127,14 @@ def build_parser() -> Parser:
     )
     command.add_argument(
         "--fail-on",
-        type=_words,
+        type=arguments.words,
         default=(),
         metavar="VERDICTS",
         help="exit with status 4 if an arm has one of these, e.g. inferior,worse",
     )
 
     command = add("export", do.export, "write the episodes of runs as one table for notebooks")
-    command.add_argument(
-        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
-    )
+    arguments.runs(command)
     command.add_argument(
         "-o",
         "--output",
@@ -145,16 +143,15 @@ def build_parser() -> Parser:
         metavar="FILE",
         help=".csv or .parquet (default: episodes.csv)",
     )
-    command.add_argument("--arm", action="append", metavar="NAME", help="only this arm; repeatable")
-    command.add_argument("--task", type=int, action="append", metavar="N", help="only this task; repeatable")
+    arguments.filters(command)
 
     command = add(
         "film", do.film, "replay episodes of a run onto video in every arm, those that flipped between arms first"
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    command.add_argument("--episodes", type=_count, default=4, metavar="N", help="how many (default: 4)")
-    command.add_argument("--task", type=int, metavar="N", help="only episodes of this task")
-    command.add_argument("--init", type=int, metavar="N", help="only episodes from this initial state")
+    command.add_argument("--episodes", type=arguments.count, default=4, metavar="N", help="how many (default: 4)")
+    arguments.filters(command)
+    command.add_argument("--init", type=int, action="append", metavar="N", help="only this initial state; repeatable")
 
     command = add(
         "plan",
@@ -162,15 +159,15 @@ def build_parser() -> Parser:
         "what a sweep or experiment would run, how long it takes, what difference it could detect",
         policy=True,
     )
-    _config(command)
-    _out(command)
+    arguments.config(command)
+    arguments.out(command)
     command.add_argument(
         "--calibrate", action="store_true", help="run one episode of each arm that has no known cost (they count)"
     )
 
     command = add("sweep", do.sweep, "run the cells of a sweep, or one experiment, in shards; again: what is missing")
-    _config(command)
-    _out(command)
+    arguments.config(command)
+    arguments.out(command)
     command.add_argument("--engine", choices=("local", "slurm", "ray"), help="default: launch.engine of the sweep")
     command.add_argument(
         "--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing"
@@ -191,20 +188,14 @@ def build_parser() -> Parser:
         action="store_true",
         help="say it again every ten seconds until everything is done, or nothing is under way any more",
     )
+    arguments.filters(command)
 
     command = add("report", do.report, "write one self-contained HTML file about one or several runs")
-    command.add_argument(
-        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
-    )
+    arguments.runs(command)
     command.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory"
     )
-    command.add_argument("--reference", metavar="ARM", help="the arm to compare with (default: baseline)")
-    command.add_argument(
-        "--margin",
-        type=float,
-        help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
-    )
+    arguments.judged(command)
     command.add_argument(
         "--max-mb",
         type=float,
@@ -212,6 +203,10 @@ def build_parser() -> Parser:
         metavar="MB",
         help="embed videos of flipped episodes as long as the file stays below this (default: 10; 0: no videos)",
     )
+
+    command = add("open", do.open_report, "show the report of one or several runs in the browser, live while they run")
+    arguments.runs(command)
+    arguments.judged(command)
 
     command = add("dashboard", do.dashboard, "save the comparison workspace of one or several runs on Weights & Biases")
     command.add_argument(
@@ -224,7 +219,7 @@ def build_parser() -> Parser:
     command = add(
         "quantize", do.quantize, "make the artifacts of an experiment's quantized arms, without running it", policy=True
     )
-    _config(command)
+    arguments.config(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
 
     command = add(
@@ -234,7 +229,7 @@ def build_parser() -> Parser:
     command.add_argument("--diff", type=Path, metavar="OTHER", help="another artifact to compare with")
     command.add_argument(
         "--measure",
-        type=_experiment_file,
+        type=arguments.experiment_file,
         metavar="CONFIG",
         help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)",
     )
@@ -252,7 +247,7 @@ def build_parser() -> Parser:
         kernels,
         policy=True,
     )
-    _shapes(command)
+    arguments.shapes(command)
     command.add_argument("--forget", action="store_true", help="try again what is known from earlier trials")
 
     command = add(
@@ -262,10 +257,10 @@ def build_parser() -> Parser:
         kernels,
         policy=True,
     )
-    _shapes(command)
+    arguments.shapes(command)
 
     command = add("serve", do.serve, "put an arm's policy behind openpi's websocket protocol", policy=True)
-    _config(command)
+    arguments.config(command)
     command.add_argument("--arm", default="baseline", help="which arm of the config (default: baseline)")
     command.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; elsewhere a token is required")
     command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
@@ -292,97 +287,15 @@ def build_parser() -> Parser:
     )
     command = add("show", do.config_show, "print the experiment with everything it extends and every default", config)
     command.add_argument(
-        "config", nargs="?", type=_experiment_file, metavar="CONFIG", help="an experiment's YAML file or name"
+        "config", nargs="?", type=arguments.experiment_file, metavar="CONFIG", help="an experiment's YAML file or name"
     )
-    _sets(command)
+    arguments.sets(command)
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", do.ls, "list what there is to choose from")
     lists = ("suites", "policies", "backends", "experiments", "artifacts")
     command.add_argument("what", choices=lists, metavar="WHAT", help=", ".join(lists))
     return parser
-
-
-def _config(command: Parser) -> None:
-    command.add_argument(
-        "config",
-        type=_experiment_file,
-        metavar="CONFIG",
-        help="an experiment's YAML file, or a name that `ls experiments` lists, e.g. baseline",
-    )
-    _sets(command)
-
-
-def _sets(command: Parser) -> None:
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one key, e.g. --set quant.alpha=0.6; repeatable",
-    )
-
-
-def _words(text: str) -> tuple[str, ...]:
-    from qlibero.results.judgement import Word
-
-    words = tuple(word.strip() for word in text.split(","))
-    known = [str(word) for word in Word]
-    if unknown := [word for word in words if word not in known]:
-        raise argparse.ArgumentTypeError(f"no verdict is called {', '.join(unknown)}; they are {', '.join(known)}")
-    return words
-
-
-def _experiment_file(text: str) -> Path:
-    from qlibero.places import experiment_file
-
-    return experiment_file(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
-    return int(text)
-
-
-def _shapes(command: Parser) -> None:
-    command.add_argument(
-        "config",
-        nargs="?",
-        type=_experiment_file,
-        metavar="CONFIG",
-        help="an experiment: its quantized arms' layers at the run's token counts, "
-        "instead of --shapes and the bits below",
-    )
-    _sets(command)
-    command.add_argument(
-        "--backend", action="append", metavar="NAME", help="default: all that this machine supports; repeatable"
-    )
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    command.add_argument(
-        "--shapes", choices=("pi05", "compact"), help="whose layers (default: pi05 on a GPU, compact on a CPU)"
-    )
-    command.add_argument("--weight-bits", type=int, choices=(4, 8), default=4)
-    command.add_argument("--activation-bits", type=int, choices=(4, 8), default=8)
-    command.add_argument(
-        "--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)"
-    )
-
-
-def _directory(text: str) -> Path:
-    path = Path(text)
-    try:
-        if any(len(os.fsencode(part)) > 255 for part in path.parts):
-            raise argparse.ArgumentTypeError(f"{shown(text)} has a part of more than 255 bytes, which no disk takes")
-        if not path.is_dir() and (path.exists() or path.is_symlink()):
-            raise argparse.ArgumentTypeError(f"{shown(text)} is there and is no directory")
-    except (OSError, ValueError) as problem:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: {problem}") from None
-    return path
-
-
-def _out(command: Parser) -> None:
-    command.add_argument("--out", type=_directory, metavar="DIR", help="run directory (default: logs/NAME)")
 
 
 @contextmanager
@@ -398,10 +311,7 @@ def _stdout_kept_for_json(asked: bool) -> Iterator[Callable[[Document], None]]:
             return
         os.dup2(kept, 1)
         with suppress(BrokenPipeError):  # the reader has gone; nobody is left to tell
-            line = json.dumps(document, default=str)
-            if stdout.isatty() and len(line) > FOLDED:  # it would drown what was shown for people
-                line = f"(a JSON document of {len(line):,} characters follows here when stdout is piped or a file)"
-            print(line, file=stdout, flush=True)
+            print(json.dumps(document, default=str), file=stdout, flush=True)
         os.dup2(2, 1)
 
     try:
@@ -421,7 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _terminated)  # a batch system's way of saying Ctrl-C
     args, wrong = None, None
     try:
-        args = build_parser().parse_args(argv)  # `--help` prints on stdout and leaves from here
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)  # answers and ends here
+        args = parser.parse_args(argv)  # `--help` prints on stdout and leaves from here
     except UserError as error:
         wrong = error
     if args is not None and args.policy and argv is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qlibero.console import table
@@ -48,12 +48,21 @@ def run(args: argparse.Namespace) -> Document:
 
     experiment = load_experiment(args.config, args.set)
     with RunProgress(experiment) as progress:
-        document = run_experiment(
-            experiment, args.out, on_start=progress.start, on_episode=progress.episode, say=progress.say
-        )
-    from qlibero.reporting.terminal import print_run  # SciPy takes a second to import; the simulators start without it
 
-    print_run(document["run_dir"])
+        def verdict(run_dir: Path) -> None:
+            from qlibero.reporting.terminal import print_run  # SciPy takes a second; the simulators start without it
+
+            progress.stop()
+            print_run(run_dir)
+
+        document = run_experiment(
+            experiment,
+            args.out,
+            on_start=progress.start,
+            on_episode=progress.episode,
+            say=progress.say,
+            on_result=verdict,
+        )
     if not document["complete"]:
         raise Incomplete("some episodes ended in an error; the same command tries them again", document)
     return document
@@ -90,9 +99,11 @@ def export(args: argparse.Namespace) -> Document:
 
 
 def film(args: argparse.Namespace) -> Document:
-    from qlibero.experiment import film_run
+    from qlibero.filming import film_run
+    from qlibero.progress import PhaseProgress
 
-    document = film_run(args.run_dir, args.episodes, explain, args.task, args.init)
+    with PhaseProgress():
+        document = film_run(args.run_dir, args.episodes, explain, args.task, args.init, args.arm)
     explain(f"{len(document['videos'])} videos in {args.run_dir}/<arm>/videos")
     return document
 
@@ -163,7 +174,9 @@ def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
     document = (
-        watch.follow(args.dir, lambda found: explain(watch.headline(found))) if args.follow else watch.status(args.dir)
+        watch.follow(args.dir, lambda found: explain(watch.headline(found)), args.task, args.arm)
+        if args.follow
+        else watch.status(args.dir, args.task, args.arm)
     )
     cells = [{key: value for key, value in cell.items() if key != "machines"} for cell in document["cells"]]
     table(cells, title=watch.headline(document))
@@ -188,12 +201,36 @@ def report(args: argparse.Namespace) -> Document:
     return document
 
 
+def open_report(args: argparse.Namespace) -> Document:
+    import webbrowser
+    from contextlib import suppress
+
+    from qlibero.reporting.live import LiveReport, require_directories, serve
+
+    require_directories(args.run_dirs)
+    document: Document = {}
+
+    def ready(url: str) -> None:
+        document["url"] = url
+        explain(f"{url} shows {', '.join(map(str, args.run_dirs))} as it grows, to this machine only; Ctrl-C ends it")
+        if any(
+            map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+        ):  # else it might start one in the terminal
+            webbrowser.open(url)
+
+    with suppress(KeyboardInterrupt):
+        serve(LiveReport(args.run_dirs, args.reference, args.margin), ready)
+    return document
+
+
 def quantize(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
+    from qlibero.progress import PhaseProgress
     from qlibero.quant.prepare import quantize as make_artifacts
     from qlibero.quant.prepare import readable
 
-    document = make_artifacts(load_experiment(args.config, args.set), args.out, _counter("input groups"))
+    with PhaseProgress():
+        document = make_artifacts(load_experiment(args.config, args.set), args.out)
     table(readable(document), title="artifacts")
     for made in document["artifacts"]:  # a path is as wide as a table
         explain(f"{made['settings']}: {made['path']}")
@@ -391,13 +428,5 @@ def ls(args: argparse.Namespace) -> Document:
 
 
 # --------------------------------------------------------------------------------------------------- printing
-def _counter(what: str) -> Callable[[int, int], None]:
-    def count(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{total} {what}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-    return count
-
-
 def explain(message: str) -> None:
     print("\n".join(f"qlibero: {visible(pasteable(message))}".splitlines()), file=sys.stderr)

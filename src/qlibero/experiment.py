@@ -17,23 +17,26 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlibero import files
+from qlibero.activity import doing
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment, config_hash
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators
 from qlibero.places import RUNS
-from qlibero.results.ledger import Ledger, read_ledger, read_trajectory
+from qlibero.results.ledger import Ledger, read_ledger
 from qlibero.results.machines import mix_in_words
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import video_path
 from qlibero.results.stopping import Declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
+
+if TYPE_CHECKING:
+    from qlibero.sim.pool import SimulatorPool
 
 
 def run_directory(experiment: Experiment, out: Path | None) -> Path:
@@ -114,12 +117,13 @@ def run_experiment(
     on_start: Callable[[int, int], None] = lambda missing, total: None,
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
+    on_result: Callable[[Path], None] = lambda run_dir: None,
     most_pairs: int | None = None,
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
 
     `most_pairs`: run no more than so many of the missing pairs now, the first ones.
-
+    `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: films, mirrors.
     "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
     simulator has other physics than the references (`sim/guard.py`);
@@ -150,9 +154,11 @@ def run_experiment(
                 missing = [(arm, key) for arm, key in missing if key in first]
             on_start(len(missing), total)
             if missing:
-                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say)
+                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say, on_result)
     else:
         on_start(0, total)
+    if not missing:
+        on_result(run_dir)
     for arm in experiment.arms():
         if mix := mix_in_words(read_ledger(run_dir, arm.name)):
             say(f"arm {arm.name}: {mix}")
@@ -202,6 +208,7 @@ def _run(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     say: Callable[[str], None],
+    on_result: Callable[[Path], None],
 ) -> list[dict[str, Any]]:
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
@@ -209,13 +216,16 @@ def _run(
     from qlibero.launch.environment import describe, simulator_environment
     from qlibero.rollout.engine import RolloutSettings, run_episodes
     from qlibero.rollout.episode import PlannedEpisode
+    from qlibero.rollout.films import Films
+    from qlibero.rollout.replay import replay
     from qlibero.sim.guard import PassportGuard, in_words, on_record
-    from qlibero.sim.pool import SimulatorPool, worker_environment
+    from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
     from qlibero.sim.suites import SUITES
     from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
+    doing("looking at this machine")
     simulator = enforce()
     environment = {
         **describe(),
@@ -230,6 +240,7 @@ def _run(
             meta[arm.name]["identity"] |= simulated
             wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
+        doing("simulator passport")
         report = guard.enforce()
     say(f"simulator passport: {in_words(report)}")
     passport = {"passport": on_record(report)}
@@ -249,6 +260,9 @@ def _run(
         retries=experiment.retries,
     )
 
+    names = [arm.name for arm in experiment.arms()]
+    films = Films(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)], say)
+
     def on_record(record: EpisodeRecord, trajectory) -> None:
         record = replace(
             record,
@@ -260,23 +274,38 @@ def _run(
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         record = ledgers[record.arm].append(record, trajectory)
+        films.finished(record)
         if sequential is not None:
             sequential.add(record)
         on_episode(record)
 
-    with SimulatorPool(_workers(experiment, len(missing), say), environment=simulator_environment()) as pool:
+    with films, start_pool(experiment, len(missing), say) as pool:
+        settings = replace(settings, films=films.directory)
+        doing("episodes", pool.workers)
         mirrors = start_mirrors(run_dir, experiment.tracking)
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(
                 plan, policies, pool, settings, on_record, sequential.needs if sequential else lambda arm: True
             )
-            _film(experiment, run_dir, {key for _, key in missing}, experiment.videos, pool, say)
+            films.fill()
+            on_result(run_dir)  # a flip that an earlier call ran half of is still to be filmed: that can wait
+            replay(run_dir, films.lacking(), pool, experiment.protocol, say)
         finally:
             ended = mirrors.finish()
             for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
                 say(said)
     return ended
+
+
+def start_pool(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> SimulatorPool:
+    """As many simulators as are asked for and fit, for so many episodes; use it as a context."""
+    from qlibero.launch.environment import simulator_environment
+    from qlibero.sim.pool import SimulatorPool
+
+    workers = _workers(experiment, episodes, say)
+    doing("starting simulators")
+    return SimulatorPool(workers, environment=simulator_environment())
 
 
 def _workers(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> int:
@@ -293,62 +322,3 @@ def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
     from qlibero.sim.suites import task_language
 
     return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
-
-
-def film_run(
-    run_dir: Path,
-    episodes: int,
-    say: Callable[[str], None] = lambda text: None,
-    task: int | None = None,
-    init: int | None = None,
-) -> dict[str, Any]:
-    """Videos of a finished run's episodes in every arm, flipped ones first; what is filmed already stays.
-
-    `task`, `init`: only episodes of this task, from this initial state. Raises UserError where there are none.
-
-    For sweeps, whose shards cannot know what flips between arms elsewhere. Needs the simulator and renderer that the
-    records came from: a replay that differs raises `WorkFailed`, packages that are not the published ones GuardRefusal.
-    """
-    from qlibero.config.load import load_experiment
-    from qlibero.launch.environment import simulator_environment
-    from qlibero.sim.pool import SimulatorPool
-    from qlibero.sim.provenance import enforce
-
-    if not (run_dir / "experiment.yaml").is_file():
-        raise UserError(
-            f"{run_dir}: no run directory (it has no experiment.yaml); `qlibero run` prints the one it writes"
-        )
-    experiment = load_experiment(run_dir / "experiment.yaml", check_files=False)
-    among = {key for key in episode_keys(experiment) if task in (None, key.task) and init in (None, key.init)}
-    if not among:
-        raise UserError(f"{run_dir}: its experiment has no episode of --task {task} --init {init}")
-    enforce()
-    with SimulatorPool(_workers(experiment, episodes, say), environment=simulator_environment()) as pool:
-        written = _film(experiment, run_dir, among, episodes, pool, say)
-    return {"run_dir": str(run_dir), "videos": [str(path) for path in written]}
-
-
-def _film(
-    experiment: Experiment, run_dir: Path, among: set[EpisodeKey], episodes: int | str, pool, say: Callable[[str], None]
-) -> list[Path]:
-    """Videos of so many (or "all") of those episodes, the same in every arm: first those that flipped between arms."""
-    from qlibero.rollout.replay import film
-
-    records: dict[EpisodeKey, list[EpisodeRecord]] = {}
-    for arm in experiment.arms():
-        for record in read_ledger(run_dir, arm.name):
-            if record.key in among and record.outcome != "error":
-                records.setdefault(record.key, []).append(record)
-    flipped_first = sorted(records, key=lambda key: (len({r.outcome for r in records[key]}) < 2, key))
-    keys = flipped_first if episodes == "all" else flipped_first[:episodes]
-    wanted = [
-        (record, trajectory, path)
-        for key in keys
-        for record in records[key]
-        if not (path := video_path(run_dir, record)).exists()
-        and (trajectory := read_trajectory(run_dir, record)) is not None
-    ]
-    if not wanted:
-        return []
-    say(f"filming {len(wanted)} episodes by replaying their actions")
-    return film(wanted, pool, experiment.protocol)

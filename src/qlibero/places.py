@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -30,6 +31,22 @@ CONFIGS = REPOSITORY / "configs"
 RUNS = Path(os.environ.get("QLIBERO_HOME") or CHECKOUT or Path.cwd()).expanduser().absolute() / "logs"
 """Run directories without --out."""
 
+SCRATCH = "QLIBERO_SCRATCH"
+"""Variable that names a directory of the node's own for what only this process needs (a run's films until it ends)."""
+
+
+def scratch() -> Path:
+    """Where temporary files of size go: $QLIBERO_SCRATCH, or what Slurm's prolog made for the job, or $TMPDIR."""
+    for name in (SCRATCH, "SLURM_TMPDIR"):
+        if directory := os.environ.get(name):
+            return Path(directory)
+    return Path(tempfile.gettempdir())
+
+
+def experiment_files() -> dict[str, Path]:
+    """The YAML files of the experiments and sweeps that come with qlibero, by name."""
+    return {file.stem: file for folder in ("experiments", "sweeps") for file in (CONFIGS / folder).glob("*.yaml")}
+
 
 def experiment_file(text: str) -> Path:
     """The YAML file that a command's CONFIG means: a path, or a name that `qlibero ls experiments` lists.
@@ -39,7 +56,7 @@ def experiment_file(text: str) -> Path:
     path = Path(text)
     if path.suffix or path.name != text or path.exists():
         return path
-    known = {file.stem: file for folder in ("experiments", "sweeps") for file in (CONFIGS / folder).glob("*.yaml")}
+    known = experiment_files()
     if text in known:
         return known[text]
     close = get_close_matches(text, known, n=1)

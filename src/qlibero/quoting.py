@@ -5,9 +5,30 @@ The shell has `shlex`, HTML has `reporting.markup`, JSON has `json`. Here are th
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from qlibero.errors import UserError
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "Δ": r"$\Delta$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "µ": r"$\mu$",
+}
 
 
 def sbatch_option(name: str, value: str) -> str:
@@ -29,6 +50,21 @@ def slurm_file(path: str) -> str:
     if "\\" in path:
         raise UserError(f"{path}: Slurm cannot write logs below a path with a backslash; choose another --out")
     return path.replace("%", "%%")
+
+
+def latex(text: str) -> str:
+    """Text in a LaTeX document: nothing in it is a command."""
+    return "".join(LATEX.get(character, character) for character in visible(text))
+
+
+def markdown(text: str) -> str:
+    """Text in a Markdown table's cell: one line, and nothing in it is markup, HTML or a link.
+
+    An underscore within a word is none to Markdown either, so names like `w4a8_llm` stay as they are.
+    """
+    text = re.sub(r"[\\`*|<&~]", r"\\\g<0>", " ".join(visible(text).split()))
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)
+    return re.sub(r"\](?=[(\[:])", r"\]", text).replace("://", ":\\//")
 
 
 def visible(text: str, colours: bool = False) -> str:

@@ -334,7 +334,7 @@ class Experiment(Frozen):
         2, ge=0, le=100, description="times an episode whose simulator died is run again before it is an error"
     )
     videos: Literal["all"] | Annotated[Int, Field(ge=0, le=MOST)] = Field(
-        2, description="all, or how many initial states are filmed in every arm, flipped ones first (after the run)"
+        2, description="all, or of how many initial states videos are kept in every arm, flipped ones first"
     )
     margin: Float = Field(
         0.02,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from qlibero.activity import doing
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import BACKENDS, DEQUANTIZED, load
 from qlibero.kernels.contract import GemmShape, Kernel
@@ -72,7 +73,11 @@ def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", rem
     elif kernel not in BACKENDS:
         load(kernel)  # says which there are
     trials = _Trials(remember)
-    return [_judge(layer, backend, kernel, note, on_failure, trials) for layer in layers]
+    verdicts = []
+    for index, layer in enumerate(layers):
+        doing(f"trying {kernel}", index, len(layers))
+        verdicts.append(_judge(layer, backend, kernel, note, on_failure, trials))
+    return verdicts
 
 
 def _judge(layer: Layer, requested: str, kernel: str, note: str, on_failure: str, trials: _Trials) -> Verdict:

@@ -85,9 +85,18 @@ def describe(submission: Submission) -> str:
 def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     """Write the scripts and queue them; returns at once.
 
-    Raises WorkFailed when an array is refused; the message says which shards are queued already. A refused merge job is
-    said, and is `merge_status` 1: the shards are queued all the same, and the next `sweep` merges.
+    Raises WorkFailed when an array is refused; the message says which shards are queued already, and if none are, the
+    submission's directory is gone. A refused merge job is said, and is `merge_status` 1: the shards are queued all the
+    same, and the next `sweep` merges.
     """
+    try:
+        return _submit(submission, say)
+    finally:
+        if not (submission.directory / JOBS).exists():  # no job will ever write there
+            shutil.rmtree(submission.directory, ignore_errors=True)
+
+
+def _submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     if not shutil.which("sbatch"):
         raise UserError("--engine slurm: no sbatch here; run this on a login node, or look at it with --dry-run")
     parts = arrays(submission)
@@ -103,7 +112,9 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
             job = _sbatch(submission.directory / part.script, *waits)
         except WorkFailed as refusal:
             so_far = ", ".join(f"job {each['job']}" for each in queued)
-            what = f"queued already, and kept: {so_far}" if queued else "nothing is queued"
+            what = (
+                f"queued already, and kept: {so_far}" if queued else "nothing is queued (--dry-run shows the scripts)"
+            )
             raise WorkFailed(f"{refusal}; {what}. The same command submits what is missing") from None
         queued.append({"job": job, "offset": part.offset})
         _note_jobs(submission, {"arrays": queued})

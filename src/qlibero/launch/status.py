@@ -6,7 +6,7 @@ Result files are the only thing that is true on every engine; a scheduler only a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ FOLLOW_S = 10.0
 QUIET_S = 120.0  # longer than a shard takes to start, so that the pause between two is not taken for the end
 
 
-def status(directory: Path) -> dict[str, Any]:
-    """Of a sweep directory or a single run directory. Raises UserError when it is neither.
+def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> dict[str, Any]:
+    """Of a sweep directory or a single run directory; `tasks`, `arms`: only these episodes are counted.
+
+    Raises UserError when it is neither, and for an arm or task that it does not have.
 
     Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
     "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate
@@ -35,13 +37,21 @@ def status(directory: Path) -> dict[str, Any]:
     manifest = latest_manifest(directory) or _single_run(directory)
     cells, records = [], []
     missing_keys: dict[str, set] = {}
+    _check_filters(directory, manifest, tasks, arms)
+
+    def counted(arm: str, task: int) -> bool:
+        return (not arms or arm in arms) and (not tasks or task in tasks)
+
     for cell in manifest.cells:
-        by_arm = {arm.name: read_ledger(cell.run_dir, arm.name) for arm in cell.experiment.arms()}
+        by_arm = {
+            arm.name: [r for r in read_ledger(cell.run_dir, arm.name) if counted(r.arm, r.task)]
+            for arm in cell.experiment.arms()
+        }
         found = [record for of_arm in by_arm.values() for record in of_arm]
         records += found
-        missing = missing_episodes(cell.experiment, cell.run_dir)
+        missing = [(a, key) for a, key in missing_episodes(cell.experiment, cell.run_dir) if counted(a, key.task)]
         missing_keys[cell.id] = {key for _, key in missing}
-        finished = len(finished_episodes(cell.experiment, cell.run_dir))
+        finished = sum(counted(a, key.task) for a, key in finished_episodes(cell.experiment, cell.run_dir))
         errors = [r for r in found if r.outcome == "error"]
         cells.append(
             {
@@ -75,14 +85,30 @@ def status(directory: Path) -> dict[str, Any]:
     }
 
 
-def follow(directory: Path, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _check_filters(
+    directory: Path, manifest: Manifest, tasks: Sequence[int] | None, arms: Sequence[str] | None
+) -> None:
+    has = {arm.name for cell in manifest.cells for arm in cell.experiment.arms()}
+    known = {task for cell in manifest.cells for task in cell.experiment.task_ids()}
+    if unknown := [arm for arm in arms or () if arm not in has]:
+        raise UserError(f"--arm {unknown[0]}: {directory} has the arms {', '.join(sorted(has))}")
+    if unknown := [task for task in tasks or () if task not in known]:
+        raise UserError(f"--task {unknown[0]}: {directory} has the tasks {', '.join(map(str, sorted(known)))}")
+
+
+def follow(
+    directory: Path,
+    show: Callable[[dict[str, Any]], None],
+    tasks: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """`show` the status every ten seconds until everything is done, or nothing has been under way for two minutes.
 
     Under way is what stands in a queue, holds a shard's lock, or adds to the ledgers. Returns the last status.
     """
     alive, grown = time.monotonic(), None
     while True:
-        found = status(directory)
+        found = status(directory, tasks, arms)
         show(found)
         growth = (found["done"], found["errors"])
         if found["queue"] or found["queue_problem"] or found["writing"] or growth != grown:

@@ -7,7 +7,7 @@ statistics but no action), and an artifact says what it was fitted on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlibero.activity import doing
 from qlibero.errors import UserError, WorkFailed
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import quantize_weights
@@ -40,7 +41,6 @@ def calibrate(
     noise: np.ndarray,
     spec: QuantSpec,
     data: dict[str, Any],
-    on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Artifact:
     """Fit, round and measure every selected linear of `policy`.
 
@@ -64,7 +64,7 @@ def calibrate(
         records, stored = _quantize_group(policy.model, group, choices, seen.get(group), spec)
         layers += records
         tensors |= stored
-        on_group(index + 1, len(groups))
+        doing("calibrating: input groups", index + 1, len(groups))
     order = {choice.name: i for i, choice in enumerate(selection.choices)}
     layers.sort(key=lambda record: order[record.name])
     identity = policy.provenance()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlibero.errors import UserError
+from qlibero.quant.patterns import matching
 from qlibero.quant.spec import QuantSpec
 
 LLM = "paligemma_with_expert.paligemma.model.language_model.layers."
@@ -136,7 +137,7 @@ def _depth(names, stem: str) -> int:
 
 
 def _matching(pattern: str, names, key: str, where: str) -> list[str]:
-    found = [name for name in names if re.search(pattern, name)]
+    found = matching(pattern, names, key)
     if not found:
         raise UserError(
             f"quant.{key}: {pattern!r} does not match {where}; names look like {next(iter(names), '(none)')}"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlibero.activity import doing
 from qlibero.errors import WorkFailed
 from qlibero.policies.base import Observation
 from qlibero.quant.eager import sample_eagerly
@@ -55,7 +56,8 @@ def observe(
     with ExitStack() as stack:
         for group, name in executed.items():
             stack.enter_context(_listen(policy.model.get_submodule(name), listeners[group]))
-        for observation, z in zip(observations, noise, strict=True):
+        for index, (observation, z) in enumerate(zip(observations, noise, strict=True)):
+            doing("calibrating: observations", index, len(observations))
             sample_eagerly(policy, policy.model, observation, z)
     if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
         raise WorkFailed(

@@ -80,12 +80,7 @@ def noise_for(policy: Policy, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 0x63616C]).standard_normal((count, *policy.noise_shape), dtype=np.float32)
 
 
-def ensure_artifact(
-    policy: Policy,
-    quant: Quant,
-    root: Path = ARTIFACTS,
-    on_group: Callable[[int, int], None] = lambda done, total: None,
-) -> Found:
+def ensure_artifact(policy: Policy, quant: Quant, root: Path = ARTIFACTS) -> Found:
     """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need be.
 
     Raises:
@@ -116,7 +111,7 @@ def ensure_artifact(
         "seed": spec.calibration_seed,
         "file": quant.calibration.path.name if quant.calibration else None,
     }
-    save(calibrate(policy, data.observations, noise, spec, provenance, on_group), path)
+    save(calibrate(policy, data.observations, noise, spec, provenance), path)
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
 
@@ -143,11 +138,7 @@ def artifact_for(
     return found.artifact
 
 
-def quantize(
-    experiment: Experiment,
-    root: Path | None = None,
-    on_group: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]:
     """Make (or find) the artifact of every quantized arm: what `qlibero quantize CONFIG` does and prints.
 
     Returns {"experiment": …, "artifacts": [{"arms": [...], "path": …, "settings": …, …}]}; arms with equal
@@ -164,7 +155,7 @@ def quantize(
     policy = load_policy(experiment.policy)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        result = ensure_artifact(policy, arm.quant, root or ARTIFACTS, on_group)
+        result = ensure_artifact(policy, arm.quant, root or ARTIFACTS)
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
         row["arms"].append(arm.name)
     return {"experiment": experiment.name, "artifacts": list(found.values())}

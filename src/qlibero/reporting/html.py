@@ -7,8 +7,10 @@ kilobytes.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def write_report(
     runs = read_runs(paths)
     material = gather(runs, reference, None if margin is None else check_margin(margin))
     filmed = flipped_videos(material)
-    page, chosen = _fitting(material, filmed, megabytes * 1e6)
+    page, chosen = fitting(material, filmed, megabytes * 1e6)
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +72,12 @@ def write_report(
     }
 
 
-def _fitting(m: Material, filmed: list[Video], limit: float) -> tuple[bytes, list[Video]]:
+def fitting(m: Material, filmed: list[Video], limit: float, state: str | None = None) -> tuple[bytes, list[Video]]:
     """The page as bytes with as many of the videos as keep it within `limit`. Without videos it is as long as it is."""
-    page, chosen = render(m, [], len(filmed)).encode(), []
+    page, chosen = render(m, [], len(filmed), state).encode(), []
     wanted = _within(filmed, limit - len(page))
     while wanted and not chosen:
-        full = render(m, wanted, len(filmed) - len(wanted)).encode()
+        full = render(m, wanted, len(filmed) - len(wanted), state).encode()
         if len(full) <= limit:
             page, chosen = full, wanted
         wanted = wanted[:-1]  # what the page says about its videos takes room too
@@ -95,8 +97,8 @@ def _within(filmed: list[Video], budget: float) -> list[Video]:
     return chosen
 
 
-def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
-    """The whole page as text."""
+def render(m: Material, filmed: list[Video], left_out: int = 0, state: str | None = None) -> str:
+    """The whole page as text. With a `state` it follows its server (`live`): that is what it shows."""
     parts = [
         verdicts(m),
         success(m),
@@ -114,15 +116,7 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
         reading(m),
     ]
     kept = [part for part in parts if part is not None]
-    assets = files("qlibero.reporting")
     data = {"flips": flip_data(m), "labels": {id_: arm.label for id_, arm in m.arms.items()}}
-    head = join(
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{m.name}: qlibero report"),
-        el("style", Markup(assets.joinpath("report.css").read_text())),
-    )
     body = join(
         el("a", "Skip to the result", href="#verdicts", class_="skip"),
         _header(m),
@@ -133,10 +127,48 @@ def render(m: Material, filmed: list[Video], left_out: int = 0) -> str:
             f"Written by qlibero on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC "
             f"from {', '.join(r.run_dir.resolve().name for r in m.runs)}",
         ),
-        script_json(data, "data"),
-        el("script", Markup(assets.joinpath("report.js").read_text())),
     )
-    return "<!doctype html>\n" + el("html", el("head", head), el("body", body), lang="en")
+    return document(m.name, body, data, state)
+
+
+def document(title: str, body: Markup, data: dict[str, Any], state: str | None = None) -> str:
+    """A page with the report's style and script. Nothing else may run in it, be loaded by it, or be sent from it."""
+    assets = files("qlibero.reporting")
+    style = assets.joinpath("report.css").read_text()
+    scripts = [assets.joinpath(name).read_text() for name in ("report.js", "live.js")[: 1 if state is None else 2]]
+    policy = {
+        "default-src": ["'none'"],
+        "style-src": [_hash(style)],
+        "style-src-attr": ["'unsafe-inline'"],
+        "script-src": list(map(_hash, scripts)),
+        "img-src": ["data:"],
+        "media-src": ["data:"],
+        "connect-src": ["'none'" if state is None else "'self'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+    }
+    head = join(
+        el("meta", charset="utf-8"),
+        el(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="; ".join(f"{k} {' '.join(v)}" for k, v in policy.items()),
+        ),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", f"{title}: qlibero report"),
+        el("style", Markup(style)),
+    )
+    page = join(
+        el("div", body, id="page"),
+        script_json(data | ({} if state is None else {"state": state}), "data"),
+        [el("script", Markup(script)) for script in scripts],
+    )
+    return "<!doctype html>\n" + el("html", el("head", head), el("body", page), lang="en")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
 def _header(m: Material) -> Markup:

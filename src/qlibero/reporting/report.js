@@ -1,9 +1,10 @@
 "use strict";
 // Comfort only: everything on the page can be read without this script.
-(() => {
+function start() {
   const $ = (selector, root = document) => root.querySelector(selector);
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
   const data = JSON.parse($("#data").textContent);
+  if (!data.flips) return;  // nothing has run yet
 
   // light or dark: what the system says, until the button is pressed
   $("#theme").addEventListener("click", () => {
@@ -14,7 +15,8 @@
 
   // the section in view, marked in the navigation
   const links = new Map($$("nav a").map((a) => [a.hash.slice(1), a]));
-  const watcher = new IntersectionObserver((entries) => {
+  start.watcher?.disconnect();
+  const watcher = start.watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
       for (const [id, a] of links) {
@@ -113,7 +115,7 @@
       $("#step").textContent = `step ${Math.round(clock * HZ)}`;
     };
     const pause = () => { playing = false; left.pause(); right.pause(); play.textContent = "Play"; };
-    const start = () => {
+    const begin = () => {
       if (clock >= length() - 0.05) seek(0);
       playing = true;
       before = performance.now();
@@ -151,9 +153,9 @@
       draw();
     };
     select.addEventListener("change", load);
-    play.addEventListener("click", () => (playing ? pause() : start()));
+    play.addEventListener("click", () => (playing ? pause() : begin()));
     scrub.addEventListener("input", () => { pause(); seek(length() * scrub.value / 1000); });
-    $("#to-divergence").addEventListener("click", () => { pause(); seek(divergence / HZ - 0.5); start(); });
+    $("#to-divergence").addEventListener("click", () => { pause(); seek(divergence / HZ - 0.5); begin(); });
     load();
     const find = (arm, key) => [...select.options].find((o) => o.dataset.arm === arm && o.dataset.key === key);
     return {
@@ -168,4 +170,5 @@
       },
     };
   }
-})();
+}
+start();

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlibero import quoting
 from qlibero.reporting.sections.standing import standing
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.phrases import delta_text, interval_text
@@ -59,35 +60,17 @@ def cells(row: Row) -> list[str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     def line(values) -> str:
-        return "| " + " | ".join(str(v).replace("|", "\\|").replace("\n", " ") for v in values) + " |"
+        return "| " + " | ".join(quoting.markdown(str(v)) for v in values) + " |"
 
     align = ["---"] + ["---:"] * (len(HEAD) - 1)
     return "\n".join([line(HEAD), line(align), *(line(cells(row)) for row in rows)])
-
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "Δ": r"$\Delta$",
-    "−": "$-$",
-    "×": r"$\times$",
-    "µ": r"$\mu$",
-}
 
 
 def latex(rows: Sequence[Row], caption: str) -> str:
     """A booktabs table."""
 
     def line(values) -> str:
-        return " & ".join("".join(LATEX.get(c, c) for c in str(v)) for v in values) + r" \\"
+        return " & ".join(quoting.latex(str(v)) for v in values) + r" \\"
 
     return "\n".join(
         [
@@ -100,7 +83,7 @@ def latex(rows: Sequence[Row], caption: str) -> str:
             *(line(cells(row)) for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
-            rf"\caption{{{''.join(LATEX.get(c, c) for c in caption)}}}",
+            rf"\caption{{{quoting.latex(caption)}}}",
             r"\end{table}",
         ]
     )

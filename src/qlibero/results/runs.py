@@ -126,7 +126,7 @@ def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str,
 def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
     """Where an episode's video lies when there is one.
 
-    Videos are filmed after the run, so records cannot know of them.
+    Which videos are kept is known after the record, so records cannot know of them.
     """
     return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.key.init_name}-{record.seed}.mp4"
 

@@ -13,12 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from qlibero.policies.base import Observation, Policy
 from qlibero.results.records import EpisodeRecord
 from qlibero.rollout.episode import PlannedEpisode, RunningEpisode
+from qlibero.rollout.films import film_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
 OnRecord = Callable[[EpisodeRecord, np.ndarray | None], None]
@@ -26,12 +28,16 @@ OnRecord = Callable[[EpisodeRecord, np.ndarray | None], None]
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What the episodes of a run have in common. `max_steps` is in control steps, without the settle steps."""
+    """What the episodes of a run have in common. `max_steps` is in control steps, without the settle steps.
+
+    `films`: a directory in which each finished episode leaves what it saw, at `film_path`.
+    """
 
     protocol: str
     max_steps: int
     replan_steps: int
     retries: int
+    films: Path | None = None
 
 
 class _Queue:
@@ -87,7 +93,8 @@ def run_episodes(
             return
         episode, attempt = following
         running[worker] = RunningEpisode(episode, attempt)
-        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps))
+        film = settings.films and film_path(settings.films, episode.arm, episode.key)
+        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, film))
 
     for worker in range(pool.workers):
         start(worker)

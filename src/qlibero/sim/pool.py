@@ -34,7 +34,7 @@ from qlibero.sim.worker import frame_bytes, frame_views
 
 @dataclass(frozen=True)
 class Assignment:
-    """One episode to run: `max_steps` policy steps at most; a frame of every step into `video` when it is a path."""
+    """One episode to run: `max_steps` policy steps at most; what is seen goes into `video` when it is a path."""
 
     key: EpisodeKey
     protocol: str
@@ -176,8 +176,7 @@ class SimulatorPool:
     """`workers` simulator processes. Not thread-safe; make it, and call `wait`, from a thread that outlives it (a
     worker is killed by the kernel when the thread that started it ends).
 
-    `timeout_s` is the patience with a `start` or an `act`, plus a second for every action of the latter (replaying an
-    episode onto video is one long `act`).
+    `timeout_s` is the patience with a `start` or an `act`, plus a second for every action of the latter.
     """
 
     def __init__(

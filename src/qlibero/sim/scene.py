@@ -125,6 +125,10 @@ class Scene:
         env._post_process()
         return bool(env._check_success())
 
+    def look(self) -> SimObservation:
+        """What is to be seen now, for a film's last frame: rendering it leaves the solver where it is."""
+        return self._observe()
+
     def eef_position(self) -> np.ndarray:
         """Where the gripper is, (3,) float64 metres in the world frame."""
         return np.array(self.env.sim.data.site_xpos[self.env.robots[0].eef_site_id])

@@ -17,12 +17,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from qlibero.errors import QliberoError
+from qlibero.errors import QliberoError, WorkFailed
 from qlibero.sim import suites
 
 _PR_SET_PDEATHSIG = 1
@@ -96,7 +97,8 @@ class Worker:
         self.trajectory: list[np.ndarray] = []
         self.busy_s = time.perf_counter() - started
         if assignment.video is not None:
-            self.video = VideoWriter(assignment.video, self.resolution)
+            with suppress(WorkFailed, OSError):
+                self.video = VideoWriter(assignment.video, self.resolution)
         self._observed()
 
     def _act(self, actions: np.ndarray) -> None:
@@ -110,31 +112,42 @@ class Worker:
         success = False
         for index in range(last + 1):
             needed = index == last and self.steps + 1 < limit
-            success = scene.step(actions[index], observe=self.video is not None or needed)
+            success = scene.step(actions[index], observe=needed)
             self.steps += 1
             position = scene.eef_position().astype(np.float32)
             self.trajectory.append(np.concatenate((actions[index], position)))
-            if self.video is not None:
-                self.video.add(scene.observation.image, scene.observation.wrist_image)
             if success:
                 break
         self.busy_s += time.perf_counter() - started
         if not success and self.steps < limit:
-            self._observed(record=False)
+            self._observed()
             return
-        if self.video is not None:
-            self.video.finish()
-            self.video = None
         rows = np.stack(self.trajectory).astype(np.float32)
-        sim_ms, render_ms = self._times()
+        sim_ms, render_ms = self._times()  # the last frame is for the video only, so in nobody's times
+        if self.video is not None:
+            self._film(scene.look())
+            self._film()
         self.connection.send(("finished", success, self.steps, scene.fingerprint(), rows, sim_ms, render_ms))
 
-    def _observed(self, record: bool = True) -> None:
+    def _observed(self) -> None:
         seen = self.scene.observation
         self.image[...], self.wrist_image[...], self.state[...] = seen.image, seen.wrist_image, seen.state
-        if record and self.video is not None:
-            self.video.add(seen.image, seen.wrist_image)
         self.connection.send(("observed", self.steps, *self._times(), self.scene.language))
+        self._film(seen)  # while the policy thinks
+
+    def _film(self, seen: Any = None) -> None:
+        """Add a frame to the video, or end it. One that cannot be written is dropped: no episode fails for its film."""
+        if self.video is None:
+            return
+        try:
+            if seen is None:
+                self.video.finish()
+                self.video = None
+            else:
+                self.video.add(self.steps, seen.image, seen.wrist_image)
+        except WorkFailed as problem:
+            print(problem, file=sys.stderr)
+            self._drop_video()
 
     def _times(self) -> tuple[float, float]:
         render_ms = self.scene.render_s * 1e3

@@ -1,0 +1,46 @@
+"""Risk: a regular expression of a config that backtracks without end hangs the run in silence."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from qlibero.errors import UserError
+from qlibero.quant.patterns import matching
+
+NAMES = [f"paligemma_with_expert.paligemma.language_model.layers.{i}.self_attn.q_proj" for i in range(18)]
+ENDLESS = [
+    "(.*.*)*Z$",
+    r"(?:\w|.)*Z",
+    "(.+)+!",
+    ".*.*.*.*.*.*.*.*Z",
+    r"(\w|\.)*(\w|\.)*(\w|\.)*(\w|\.)*(\w|\.)*#",
+    r"^(\w+\.?)*!",
+]
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_it_ends_with_a_word(pattern):
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"quant.include: .* has not matched 18 layer names after 2 s") as said:
+        matching(pattern, NAMES, "include")
+    assert repr(pattern) in str(said.value) and time.process_time() - started < 1
+
+
+USUAL = [
+    r"layers\.(0|17)\.",
+    "q_proj$",
+    ".*",
+    r"(?=.*q_proj).*layers\.1\d\b",
+    "(.*.*)*",
+    r"^(?!.*layers\.3\.)",
+    "nothing",
+    "(a*)*p",
+]
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_what_ends_is_matched_as_re_does(pattern):
+    assert matching(pattern, NAMES, "include") == [name for name in NAMES if re.search(pattern, name)]
