@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 
-from qlibero.policies.pi05.checkpoint import load_model, open_checkpoint, tensor_table
+from qlibero.policies.pi05.checkpoint import load_model, open_checkpoint
 from qlibero.policies.pi05.config import GemmaConfig, Pi05Config, SiglipConfig
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.sampler import Sampler
+from qlibero.policies.pi05.tensor_table import tensor_table
 
 CONFIG = Pi05Config(
     llm=GemmaConfig(64, 3, 96, 8, 32),

@@ -12,9 +12,9 @@ from test_ledger_survives import record
 from test_wandb_mirror import offline_runs, start_mirror
 
 from qlibero import cli
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import config_hash
 from qlibero.results.ledger import Ledger
 
 MACHINES = {"a1": ("EPYC AVX2 [0a]", 3), "b2": ("Xeon AVX512 [0b]", 1)}

@@ -130,7 +130,8 @@ def test_replicates_that_mean_nothing_are_named(tmp_path, backends, says):
 
 
 def test_replicates_are_the_same_policy_up_to_rounding_and_not_copies_of_it():
-    """The embedded policy in five arrangements, on frames of noise: other bits, equal to 1e-4 (1.6e-5 was seen)."""
+    """The embedded policy in five arrangements, on frames of noise: other bits every time, equal to 1e-4. What makes
+    them differ must not be the library's doing: it holds at one batch size and padding too."""
     import torch
 
     from qlibero.policies import load_policy
@@ -142,13 +143,23 @@ def test_replicates_are_the_same_policy_up_to_rounding_and_not_copies_of_it():
     baseline, *again = settings.arms()
     assert [arm.name for arm in again] == ["aa-1", "aa-2", "aa-3", "aa-4", "aa-5"]
     policy, rng = load_policy(settings.policy, frozenset()), np.random.default_rng(0)
-    frames = rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
-    seen = Observation(
-        *frames, np.zeros(8, np.float32), "pick up the black bowl on the stove and place it on the plate"
-    )
-    noise = call_noise(EpisodeKey("libero_spatial", 0, 0, 7), 0, policy.noise_shape)[None]
-    actions = policy.infer([seen], noise).actions
-    found = [policy.rearranged(arm.replicate).infer([seen], noise).actions for arm in again]
-    assert np.array_equal(policy.infer([seen], noise).actions, actions), "an arrangement must not change the policy"
-    assert all(np.abs(one - actions).max() < 1e-4 for one in found)
-    assert len({one.tobytes() for one in (actions, *found)}) >= 3
+    replicates = [policy.rearranged(arm.replicate) for arm in again]
+    alike = [replicate.with_batch_size(1) for replicate in replicates]
+    for one in alike:
+        one._padding = 0
+    assert len({one.provenance()["arrangement"] for one in replicates}) == 5, "an identity names its arrangement"
+    for call in range(4):
+        frames, state = rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8), rng.standard_normal(8) * 0.1
+        text = "pick up the black bowl on the stove and place it on the plate"
+        seen = Observation(*frames, state.astype(np.float32), text)
+        noise = call_noise(EpisodeKey("libero_spatial", 0, 0, 7), call, policy.noise_shape)[None]
+        actions = policy.infer([seen], noise).actions
+        for policies in (replicates, alike):
+            found = [one.infer([seen], noise).actions for one in policies]
+            assert all(np.abs(one - actions).max() < 1e-4 for one in found)
+            assert len({one.tobytes() for one in (actions, *found)}) == 6
+        assert np.array_equal(policy.infer([seen], noise).actions, actions), "an arrangement must not change the policy"
+    mine = {t.data_ptr() for t in policy.model.state_dict().values()}
+    for one in (replicates[0], replicates[4]):
+        own = [name for name, t in one.model.state_dict().items() if t.data_ptr() not in mine]
+        assert len(own) == 3 and all(".gemma_expert.model.layers.0.mlp." in name for name in own)

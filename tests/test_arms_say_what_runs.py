@@ -13,6 +13,7 @@ from qlibero.config.schema import Experiment
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import write_checkpoint
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
+from qlibero.quant import prepare
 from qlibero.quant.observations import write_demonstrations
 
 LINEARS = 7 * conv_config().llm.depth
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def load(checkpoint, tmp_path_factory, monkeypatch):
     """Arms of a tiny policy as a run loads them: (meta by arm, what was said)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "court"))
-    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path_factory.getbasetemp() / "artifacts")
+    monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path_factory.getbasetemp() / "artifacts")
     monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
 
     def loading(backends, calibration=None, on_failure="refuse", **quant):

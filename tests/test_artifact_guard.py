@@ -14,7 +14,7 @@ from pi05_small import noises, observations
 from safetensors.torch import load_file, save_file
 from test_fake_equals_kernel import asked, small_policy
 
-from qlibero.config.schema import Calibration, Quant
+from qlibero.config.quantization import Calibration, Quant
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.quant import artifact as artifacts
 from qlibero.quant.apply import quantize_policy
@@ -47,7 +47,7 @@ def quant(data) -> Quant:
 
 @pytest.fixture(scope="module")
 def path(policy, quant, tmp_path_factory) -> Path:
-    return ensure_artifact(policy, quant, tmp_path_factory.mktemp("artifacts")).path
+    return ensure_artifact(policy, quant, [tmp_path_factory.mktemp("artifacts")]).path
 
 
 def test_what_is_read_back_is_what_was_made(policy, quant, path):
@@ -70,10 +70,10 @@ def test_what_is_read_back_is_what_was_made(policy, quant, path):
 
 def test_made_once_and_found_again(policy, quant, path):
     root, said = path.parents[1], []
-    assert artifact_for(policy, quant, root, said.append).path == path and "found" in said[0]
-    other = ensure_artifact(policy, quant.model_copy(update={"method": "rtn"}), root)
+    assert artifact_for(policy, quant, [root], said.append).path == path and "found" in said[0]
+    other = ensure_artifact(policy, quant.model_copy(update={"method": "rtn"}), [root])
     assert other.made and other.path != path
-    named = ensure_artifact(policy, quant.model_copy(update={"artifact": path}), root)
+    named = ensure_artifact(policy, quant.model_copy(update={"artifact": path}), [root])
     assert not named.made and named.path == path
 
 
@@ -143,7 +143,7 @@ def test_an_artifact_planted_at_the_right_place_is_still_checked(policy, quant, 
     planted = tmp_path / path.parent.name / path.name
     save(other, planted)
     with pytest.raises(GuardRefusal, match="stale: method"):
-        ensure_artifact(policy, quant, tmp_path)
+        ensure_artifact(policy, quant, [tmp_path])
 
 
 def test_altered_with_a_matching_header_but_no_hash(path, tmp_path):
@@ -167,7 +167,9 @@ def test_a_layer_list_that_does_not_fit_the_model_is_refused(policy, path):
 
 
 def test_a_backend_that_cannot_do_a_layer_says_which(policy, quant, tmp_path):
-    artifact = ensure_artifact(policy, quant.model_copy(update={"weight_bits": 8, "method": "rtn"}), tmp_path).artifact
+    artifact = ensure_artifact(
+        policy, quant.model_copy(update={"weight_bits": 8, "method": "rtn"}), [tmp_path]
+    ).artifact
     with pytest.raises(UserError, match=r"cpu_int4 cannot run .*q_proj .*packs int4"):
         quantize_policy(policy, artifact, "cpu_int4")
 
@@ -222,7 +224,7 @@ def test_nibbles_hold_every_pair_of_codes():
 
 def test_inspect_sorts_compares_and_hints(policy, quant, path):
     other = ensure_artifact(
-        policy, quant.model_copy(update={"method": "rtn", "activation_bits": 4}), path.parents[1]
+        policy, quant.model_copy(update={"method": "rtn", "activation_bits": 4}), [path.parents[1]]
     ).path
     document = inspect_artifact(path, other, sort="sqnr_db")
     json.dumps(document)

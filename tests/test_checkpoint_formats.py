@@ -21,10 +21,12 @@ from qlibero import cli
 from qlibero.config.schema import Pi05
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies import load_policy
-from qlibero.policies.pi05.checkpoint import open_checkpoint, sha256, tensor_table, write_checkpoint
+from qlibero.policies.pi05.checkpoint import open_checkpoint, write_checkpoint
 from qlibero.policies.pi05.normalize import from_openpi
+from qlibero.policies.pi05.tensor_table import tensor_table
 from qlibero.policies.pi05.tokenizer import WordTokenizer, load_tokenizer, split_words
 from qlibero.policies.pi05.verify import verify_checkpoint
+from qlibero.policies.pi05.weights import sha256
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 WORDS = WordTokenizer(
@@ -310,7 +312,7 @@ def shorten(path: Path) -> None:
     "damage,message",
     [
         (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
-        (lambda p: (p / "tokenizer.json").write_text("{"), "is not JSON"),
+        (lambda p: (p / "tokenizer.json").write_text("{"), "cannot be read as JSON"),
         (
             lambda p: (p / "tokenizer.json").write_text(WordTokenizer([f"w{i}" for i in range(200)]).to_json()),
             "do not belong together",

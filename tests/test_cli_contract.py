@@ -91,8 +91,9 @@ def test_kernels_check_takes_the_experiment_that_will_run(
 ) -> None:
     """The documented command: this policy's layers at this run's token counts, on every kernel or the named one."""
     from qlibero import arms
+    from qlibero.quant import prepare
 
-    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path)
     assert cli.main(["kernels", "check", str(tiny_experiment), "--backend", "cpu_int4"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["shapes"] == "tiny" and found["verdicts"]

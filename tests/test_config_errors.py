@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from qlibero.config import inits, quantization, schema
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved, editor_schema
 from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
-from qlibero.config.schema import Experiment, Quant, config_hash
+from qlibero.config.schema import Experiment, Quant
 from qlibero.config.yaml_text import parse
 from qlibero.places import REPOSITORY
 
@@ -449,7 +450,7 @@ def test_the_schema_and_the_rooms_agree() -> None:
     assert {s.name: s.tasks for s in SUITES.values()} == schema.TASKS_OF_SUITE
     assert set(quantization.Method.__args__) == set(METHODS) and set(quantization.Layout.__args__) == set(LAYOUTS)
     spec = {f.name for f in fields(QuantSpec)} - {"calibration_samples", "calibration_seed"}
-    assert spec == set(Quant.model_fields) - {"calibration", "artifact"}
+    assert spec == set(Quant.model_fields) - {"calibration", "artifact", "artifact_dir"}
     defaults = QuantSpec.from_mapping(Quant(method="rtn", layout="llm").model_dump(mode="json"))
     assert defaults == QuantSpec(method="rtn")
     assert {(w, a) for w in (4, 8) for a in (4, 8, 16)} - set(BITS) == {(8, 4)}

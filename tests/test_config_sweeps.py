@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qlibero.config.config_hash import config_hash
 from qlibero.config.labels import FREE
 from qlibero.config.load import ConfigError, load_experiment
-from qlibero.config.schema import Experiment, config_hash
+from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep, load_sweep
 from qlibero.places import REPOSITORY
 from qlibero.quant.spec import METHODS

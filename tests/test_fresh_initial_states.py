@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from qlibero.config.config_hash import config_hash
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import config_hash
 from qlibero.episode_key import FRESH, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.experiment import episode_keys

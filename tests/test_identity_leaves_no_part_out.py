@@ -24,10 +24,12 @@ from test_ledger_survives import record
 from test_remote_answers import GOOD, foreign
 
 from qlibero import arms
-from qlibero.config.schema import Experiment, config_hash
+from qlibero.config.config_hash import config_hash
+from qlibero.config.schema import Experiment
 from qlibero.errors import GuardRefusal, WorkFailed
 from qlibero.kernels import court
 from qlibero.quant import artifact as artifacts
+from qlibero.quant import prepare
 from qlibero.results.ledger import Ledger
 from qlibero.results.meta import check, read_meta
 from qlibero.sim import provenance
@@ -36,7 +38,7 @@ from qlibero.sim import provenance
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(arms, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
     monkeypatch.setattr(arms, "task_language", lambda suite, task: PROMPTS[0])
     return tmp_path
@@ -224,7 +226,7 @@ def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     begin(place / "out", {"kernels": {"q": {"kernel": "w8a8"}}}, config_hash(asked, arm))
     seen: list[dict] = []
 
-    def capture(experiment, arms, say, before):
+    def capture(experiment, arms, say, before, *_):
         seen.append(before)
         raise WorkFailed("far enough")
 

@@ -9,9 +9,11 @@ import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
 
-# What each room may import besides itself. `activity`, `errors`, `episode_key`, `console`, `files`, `places` and
-# `quoting` are leaves for everybody; the schema, plain data that stands on the ground, for every room above the ground.
-LEAVES = {"activity", "errors", "episode_key", "console", "files", "places", "quoting", "documents", "identity"}
+# What each room may import besides itself. The leaves are for everybody; the schema, plain data that stands on the
+# ground, is for every room above the ground.
+LEAVES = {"activity", "errors", "episode_key", "console", "files", "places", "cache", "quoting", "documents"} | {
+    "identity"
+}
 SCHEMA = {f"qlibero.config.{name}" for name in ("schema", "fields", "inits", "quantization", "vocabulary", "yaml_text")}
 MAY_IMPORT: dict[str, set[str]] = {
     "sim": set(),

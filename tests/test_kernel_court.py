@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlibero.cache import cache_directory
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import court, load
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations, quantize_weights
@@ -278,7 +279,7 @@ def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch
 def test_what_others_left_in_the_cache_is_passed_over():
     court.check(LAYERS, "cpu_int4")
     proven = court.standing("cpu_int4")
-    ours = list(court._cache_directory().glob("cpu_int4-*.json"))
+    ours = list(cache_directory("court").glob("cpu_int4-*.json"))
     known = json.loads(ours[0].read_text())
     old = {key: value for key, value in known["facts"].items() if key != "processor"}
     foreign = [

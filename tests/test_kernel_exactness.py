@@ -142,11 +142,11 @@ def test_zero_rows_are_safe_and_minus_128_never_appears():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_values_are_an_error(bad):
+def test_non_finite_activations_mark_their_row_and_non_finite_weights_are_an_error(bad):
     x = torch.randn(3, 8)
     x[1, 2] = bad
-    with pytest.raises(WorkFailed, match="not finite in 1 of 3 rows"):
-        quantize_activations(x)
+    _, scales = quantize_activations(x)  # the row's outputs are not finite either, and end its episode alone
+    assert torch.isfinite(scales).tolist() == [True, False, True]
     with pytest.raises(WorkFailed, match="non-finite"):
         quantize_weights(x)
 

@@ -52,10 +52,8 @@ def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_suc
     (said,) = json.loads(out)["mirrors"]
     assert said["tracker"] == "wandb" and not said["complete"] and "ended with status 1" in said["problem"]
     command = shlex.split(said["again"])
-    assert command[1:4] == ["-m", "qlibero.tracking.wandb_mirror", str(tmp_path)] and command[-2:] == [
-        "--entity",
-        "my-team",
-    ]
+    assert command[1:4] == ["-m", "qlibero.tracking.wandb_mirror", str(tmp_path)]
+    assert command[-3:] == ["--entity", "my-team", "--job-type=eval"]
     said_plainly = "".join(err.split())
     assert "".join(said["again"].split()) in said_plainly and "theledgerhaseverything" in said_plainly
 

@@ -3,6 +3,9 @@ and any console error, network request, overflow or unreadable colour fails."""
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 from browser import CHROMIUM, Page
 from synthetic_run import film, make_run
@@ -202,6 +205,83 @@ def test_readable_at_every_width_in_light_and_dark(report, width, dark):
         assert page.js(CONTRAST) == []
         assert page.js(OVERRUN) == []
         assert page.problems == []
+
+
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory):
+    """30 arms under test, from as good as the reference to a third broken."""
+    arms = {"baseline": 0.0, "aa": 0.02} | {f"w4a8_{i}": 0.012 * i for i in range(30)}
+    directory = make_run(tmp_path_factory.mktemp("thirty"), arms, trajectories=False)
+    write_report([directory], directory / "report.html")
+    return directory / "report.html"
+
+
+UPON_EACH_OTHER = """[...document.querySelectorAll('.canvas, .track, .ticks, .ylabels, .card, .row')].flatMap((box) => {
+  const texts = [...box.querySelectorAll('*')]
+    .filter((e) => !e.children.length && e.textContent.trim() && getComputedStyle(e).visibility === 'visible')
+    .map((e) => {
+      const range = document.createRange();
+      range.selectNodeContents(e);
+      return [e, range.getBoundingClientRect()];
+    });
+  return texts.flatMap(([one, a], i) => texts.slice(i + 1)
+    .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+    .map(([other]) => `${box.className}: ${one.textContent} / ${other.textContent}`));
+})"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_of_thirty_arms_no_label_lies_upon_another(thirty, width):
+    with Page(width, 900) as page:
+        page.open(thirty)
+        assert page.js("document.querySelector('#verdicts details.numbers').open")
+        page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert page.js("document.querySelectorAll('#verdicts .card').length") == 31
+        assert page.js(UPON_EACH_OTHER) == []
+        assert page.js("document.documentElement.scrollWidth") <= width
+        page.js("document.querySelectorAll('.ticks span').forEach(e => { e.style.left = '50%' })")
+        assert page.js(UPON_EACH_OTHER) != []  # the check sees what it looks for
+
+
+def _leading(text: str) -> float:
+    """The number a cell of the table of verdicts shows first."""
+    return float(re.search(r"[+-]?[\d.]+(e-?\d+)?", text.replace("−", "-"))[0])
+
+
+def test_thirty_arms_sort_by_any_column_and_what_is_missing_comes_last(thirty):
+    with Page() as page:
+        page.open(thirty)
+        for column in (3, 6):  # Δ; p of "no difference"
+            cells = (
+                f"[...document.querySelectorAll('#verdicts tbody tr')].map(r => r.children[{column - 1}].textContent)"
+            )
+            for down in (False, True):
+                page.click(f"#verdicts thead th:nth-child({column}) button")
+                shown = page.js(cells)
+                numbers = [_leading(text) for text in shown if text != "–"]
+                assert len(shown) == 31 and len(numbers) >= 30 and shown[len(numbers) :] == ["–"] * (31 - len(numbers))
+                assert numbers == sorted(numbers, reverse=down) and len(set(numbers)) > 5
+
+
+def test_cells_sort_by_what_they_mean(thirty):
+    """A table by hand, read by the report's own script: signs, brackets, thousands, said values, words, nothing."""
+    cells = [
+        "–", "<span>w4a8</span>", "[−3.5, +1.0]", "−30.0 [−40, −19]", "1,200", "+2e-05", "0.mlp.up", "9 / 1 of 100",
+        '<span data-value="0.5">2× slower</span>', '<span data-value="-1">as fast</span>', "",
+    ]  # fmt: skip
+    with Page() as page:
+        page.open(thirty)
+        rows = "".join(f"<tr><th>x</th><td>{cell}</td></tr>" for cell in cells)
+        page.js(
+            "document.querySelector('#verdicts table').tBodies[0].innerHTML ="
+            f" {json.dumps(rows)}; document.querySelector('#verdicts thead th:nth-child(2) button').click()"
+        )
+        found = "[...document.querySelectorAll('#verdicts tbody td')].map(e => e.textContent)"
+        numbers = ["−30.0 [−40, −19]", "[−3.5, +1.0]", "as fast", "+2e-05", "2× slower", "9 / 1 of 100", "1,200"]
+        assert page.js(found) == [*numbers, "0.mlp.up", "w4a8", *sorted(["–", ""])]
+        page.js("document.querySelector('#verdicts thead th:nth-child(2) button').click()")
+        assert page.js(found)[:9] == [*numbers[::-1], "w4a8", "0.mlp.up"]
 
 
 def test_nothing_runs_loads_or_leaves_that_is_not_the_reports_own(report, tmp_path):

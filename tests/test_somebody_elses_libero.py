@@ -43,6 +43,23 @@ def test_the_installed_packages_are_as_they_were_published():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_packages_of_a_linked_environment_are_its_own_if_they_have_hashes(tmp_path, recorded):
+    """A .pth file of the environment names another's packages; a source tree linked so proves nothing."""
+    from qlibero.sim import provenance
+
+    site, other = tmp_path / "site", tmp_path / "other"
+    info = other / "toy-1.0.dist-info"
+    info.mkdir(parents=True)
+    site.mkdir()
+    (site / "others.pth").write_text(f"# packages of another environment\nimport os\n{other}\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    if recorded:
+        (info / "RECORD").write_text("toy/__init__.py,sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU,0\n")
+    found = list(provenance._candidates("toy", [str(site)]))
+    assert [d.version for d in found] == (["1.0"] if recorded else [])
+
+
 def test_a_file_changed_in_its_place_is_named(tmp_path):
     """An installed distribution in miniature, one of whose goals was edited after it was installed."""
     import base64

@@ -43,7 +43,7 @@ def record(arm, task, init, outcome, **more):
         success_step=50 if outcome == "success" else None,
         error="hung" if outcome == "error" else None,
         fingerprint=f"{task:02x}{init:02x}",
-        action_digest="cd",
+        action_digest=arm.encode().hex(),
         policy_ms=[10.0, 10.0],
     )
     return EpisodeRecord(**{**fields, **more})
@@ -462,3 +462,45 @@ def test_the_label_and_control_mark_of_meta_are_honoured(tmp_path):
     write_meta(tmp_path, "again", {"control": True, "label": "A/A"})
     result = compare_runs([tmp_path])
     assert result["noise_floor"]["arm"] == "again" and result["arms"]["again"]["label"] == "A/A"
+
+
+def test_copies_among_aa_arms_count_once_and_are_named(tmp_path):
+    """aa-2 is aa-1 to the bit, aa-3 is the baseline: what rounding does was measured once, not three times."""
+    reference, flipped = grid(broken=4, repaired=4, n=100)
+    arm = grid(broken=6, repaired=4, n=100)[1]
+    for at, copies in (("alone", {}), ("copied", {"aa-2": "aa-1", "aa-3": "baseline"})):
+        run = tmp_path / at
+        write(run, "baseline", reference)
+        write(run, "aa-1", flipped)
+        write(run, "fake", arm)
+        if copies:
+            write(run, "aa-2", flipped, action_digest=b"aa-1".hex())
+            write(run, "aa-3", reference, action_digest=b"baseline".hex())
+        for name in ("aa-1", "aa-2", "aa-3"):
+            if (run / name).is_dir():
+                write_meta(run, name, {"backend": "aa"})
+    alone, copied = (compare_runs([tmp_path / at]) for at in ("alone", "copied"))
+    assert (alone["aa_copies"], copied["aa_copies"]) == ({}, {"aa-2": "aa-1", "aa-3": "baseline"})
+    assert copied["noise_floor"] == alone["noise_floor"] and copied["noise_floor"]["replicates"] == ["aa-1"]
+    for what in ("noise_floor", "band95", "excess_flips", "pooled_reference", "quality"):
+        assert copied["arms"]["fake"][what] == alone["arms"]["fake"][what]
+    assert copied["arms"]["aa-3"]["verdict"] == copied["arms"]["aa-2"]["verdict"] == "noise floor"
+    # one episode that differs, and it is another draw
+    write(tmp_path / "more", "baseline", reference)
+    write(tmp_path / "more", "aa-1", flipped)
+    write(tmp_path / "more", "aa-2", flipped | {(0, 0): "success"}, action_digest=b"aa-1".hex())
+    for name in ("aa-1", "aa-2"):
+        write_meta(tmp_path / "more", name, {"backend": "aa"})
+    more = compare_runs([tmp_path / "more"])
+    assert more["aa_copies"] == {} and more["noise_floor"]["replicates"] == ["aa-1", "aa-2"]
+    # a control that changed nothing at all measured nothing
+    write(tmp_path / "none", "baseline", reference)
+    write(tmp_path / "none", "aa", reference, action_digest=b"baseline".hex())
+    none = compare_runs([tmp_path / "none"])
+    assert none["aa_copies"] == {"aa": "baseline"} and none["noise_floor"] is None
+    shown = Console(width=250, file=StringIO())
+    print_comparison(compare_paths([tmp_path / "copied"]), shown)
+    write_report([tmp_path / "copied"], tmp_path / "copied.html")
+    page = (tmp_path / "copied.html").read_text()
+    for text in (shown.file.getvalue(), page):
+        assert "aa-2 is aa-1, aa-3 is baseline" in text

@@ -279,6 +279,45 @@ def test_foreign_files_that_are_something_else(tmp_path, content, message):
     assert str(path) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "name, content, where",
+    [
+        ("libero_goal.csv", "task_id,episode_idx,success\n3,0,1\n\n3,1,\n", "line 4: success is ''"),
+        ("libero_goal.csv", "task_id;episode_idx;success\n3;first;1\n", "line 2: episode_idx is 'first'"),
+        ("libero_goal.jsonl", '{"task_id": 3, "episode_idx": 0, "success": 1}\n{"task_id"', "line 2: not JSON"),
+        ("libero_goal.jsonl", '\n{"task_id": "x", "episode_idx": 0, "success": 1}', "line 2: task_id is 'x'"),
+        (
+            "fork.json",
+            '{"task_suite": "libero_goal", "results": [{"task_id": 3, "episode_idx": 0, "success": 2}]}',
+            "results[0]: success is 2",
+        ),
+        (
+            "lerobot.json",
+            '{"per_task": [{"task_group": "libero_goal", "task_id": 3, "metrics": {"successes": [true, null]}}]}',
+            "per_task[0].metrics.successes[1] is None",
+        ),
+        ("old.json", '{"per_episode": [{"success": true}, {"success": "no"}]}', "per_episode[1].success is 'no'"),
+        (
+            "vla.json",
+            '{"benchmark": "libero_goal", "tasks": [{"task": "open it", "episodes": '
+            '[{"episode_id": "e_4", "success": 0.5}]}]}',
+            "success of episode e_4 of task 'open it' is 0.5",
+        ),
+        (
+            "oft.txt",
+            "Task suite: libero_goal\nTask: open it\nStarting episode 6...\nSuccess: perhaps\n",
+            "Success of episode 6 of 'open it' is 'perhaps'",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(tmp_path, name, content, where):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        read_foreign(path)
+    assert where in str(refusal.value) and str(path) in str(refusal.value)
+
+
 def test_csv_without_a_suite_in_its_name(tmp_path):
     with pytest.raises(UserError, match="file's name"):
         read_foreign(fork(tmp_path / "results.csv", as_csv=True))
@@ -342,14 +381,14 @@ def test_other_suites_or_tasks_are_no_second_sample(tmp_path, left, right, says)
 def test_only_the_common_tasks_are_compared_and_the_rest_is_named(tmp_path):
     one = lerobot_tasks(tmp_path / "a" / "eval_info.json", range(10))
     two = lerobot_tasks(tmp_path / "b" / "eval_info.json", [8, 9, 10, 11])
-    (arm,) = compare_foreign([one, two])["arms"].values()
+    (arm,) = compare_foreign([one, two]).to_json()["arms"].values()
     assert arm["counts"] == arm["reference_counts"] == [18, 20]
     assert "only what both have, libero_object tasks 8, 9; left out is libero_object tasks 0, 1" in arm["caveat"]
     more = lerobot_tasks(tmp_path / "c" / "eval_info.json", range(10))
     data = json.loads(more.read_text())
     data["per_task"][0]["metrics"]["successes"] = [False] * 30
     more.write_text(json.dumps(data))
-    (arm,) = compare_foreign([one, more])["arms"].values()
+    (arm,) = compare_foreign([one, more]).to_json()["arms"].values()
     assert "different shares of the episodes" in arm["caveat"]
 
 

@@ -15,7 +15,8 @@ import light_shard
 import numpy as np
 import pytest
 
-from qlibero.config.schema import Launch, config_hash
+from qlibero.config.config_hash import config_hash
+from qlibero.config.schema import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
@@ -357,7 +358,7 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
     (cell,) = made.cells
     ran: list[list] = []
 
-    def instead_of_simulators(experiment, run_dir, missing, ledgers, on_episode, say):
+    def instead_of_simulators(experiment, run_dir, missing, ledgers, *_):
         assert read_declaration(run_dir).order == planned_keys(cell.experiment)
         ran.append(missing)
         for arm, key in missing:

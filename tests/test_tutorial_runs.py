@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qlibero.policies.pi05.checkpoint import open_checkpoint, tensor_table
+from qlibero.policies.pi05.checkpoint import open_checkpoint
+from qlibero.policies.pi05.tensor_table import tensor_table
 from qlibero.quant.observations import read_demonstrations
 
 ROOT = Path(__file__).parents[1]

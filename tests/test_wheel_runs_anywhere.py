@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HASH = (
-    "from qlibero.config.load import load_experiment; from qlibero.config.schema import config_hash; "
+    "from qlibero.config.load import load_experiment; from qlibero.config.config_hash import config_hash; "
     "from qlibero.places import experiment_file; e = load_experiment(experiment_file('llm_w4a8_fake'), environ={}); "
     "print([config_hash(e, arm) for arm in e.arms()])"
 )

@@ -81,9 +81,15 @@ def test_dead_hung_and_failing_workers_are_replaced_and_the_episode_comes_out_eq
 
         pool.start(0, EPISODE)
         assert isinstance(next_event(pool), Observed)
-        pool.act(0, np.full((5, 7), np.nan))  # raises inside the worker
+        pool.act(0, np.full((5, 7), np.nan))  # the policy's failure, not the worker's: it ends the episode
+        ended = next_event(pool)
+        assert isinstance(ended, Finished) and (ended.success, ended.steps) == (False, 0)
+
+        pool.start(0, EPISODE)
+        assert isinstance(next_event(pool), Observed)
+        pool.act(0, np.zeros((5, 3)))  # raises inside the worker
         died = next_event(pool)
-        assert isinstance(died, Died) and "actions are not finite" in died.reason
+        assert isinstance(died, Died) and "actions of shape (5, 3)" in died.reason
 
         pool.timeout_s = 3.0
         os.kill(pool.pids()[0], signal.SIGSTOP)

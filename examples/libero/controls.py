@@ -21,7 +21,7 @@ from demonstrations import parse_tasks
 from placements import RADIUS, displace
 from rollout import Pilot
 
-from qlibero.policies.pi05.checkpoint import WEIGHTS, sha256
+from qlibero.policies.pi05.weights import WEIGHTS, sha256
 from qlibero.results.statistics import wilson
 from qlibero.sim.scene import Scene
 from qlibero.sim.suites import SETTLE_ACTION, SUITES

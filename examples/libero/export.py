@@ -17,7 +17,7 @@ from demonstrations import FIRST_SEED, parse_tasks, record_episode
 from placements import RADIUS
 
 from qlibero.policies.base import Observation
-from qlibero.policies.pi05.checkpoint import WEIGHTS, sha256
+from qlibero.policies.pi05.weights import WEIGHTS, sha256
 from qlibero.quant.observations import write_demonstrations
 from qlibero.sim.libero import CAMERAS
 from qlibero.sim.scene import Scene

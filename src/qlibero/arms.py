@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.identity import file_sha256
 from qlibero.kernels import DEQUANTIZED, court
+from qlibero.kernels import load as load_kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.machine import machine_facts, machine_kind
 from qlibero.policies import files_of, load_policy, weights_sha256
@@ -29,8 +31,9 @@ from qlibero.policies.base import Observation, Policy, grey
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.layout import part_of
-from qlibero.quant.prepare import ARTIFACTS, artifact_for, demonstrations, ready_artifact
-from qlibero.quant.witness import hear_witness
+from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, ready_artifact
+from qlibero.quant.recheck import Recheck
+from qlibero.quant.witness import hear_witness, room_for_twin
 from qlibero.rollout.noise import RECIPE, call_noise
 from qlibero.sim.suites import SUITES, task_language
 
@@ -40,21 +43,32 @@ Say = Callable[[str], None]
 
 
 def load_arms(
-    experiment: Experiment, arms: Sequence[Arm], say: Say, before: Mapping[str, Mapping[str, Any]] | None = None
+    experiment: Experiment,
+    arms: Sequence[Arm],
+    say: Say,
+    before: Mapping[str, Mapping[str, Any]] | None = None,
+    run_dir: Path | None = None,
+    rechecks: dict[str, Recheck] | None = None,
 ) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
     """Policy and meta.json content by arm name. Arms share every tensor that they do not quantize.
 
     `before` is the meta.json of arms that hold episodes already: `auto` keeps to the kernel it once chose by timing.
+    `run_dir` is where the run lies, beside which artifacts are made if that can be written. `rechecks` is filled with
+    what watches each arm's real kernel while it runs.
 
     Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
     """
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
+    places = artifact_places(run_dir)
     doing("loading the policy")
-    full = load_policy(experiment.policy, replaced_in_all(experiment, arms))
+    full = load_policy(experiment.policy, replaced_in_all(experiment, arms, places))
     say(f"policy {full.name}: {describe(full)}")
+    for remark in full.provenance().get("remarks", ()):
+        say(f"checkpoint: {remark}")
     if full.model is not None:  # of a server it is known with its first answer
         _require_replan(experiment, full.noise_shape[0])
     policies: dict[str, Policy] = {}
+    twins: dict[str, Policy] = {}  # on `fake`, by artifact
     meta: dict[str, dict[str, Any]] = {}
     for arm in arms:
         if arm.quant is None:
@@ -62,7 +76,10 @@ def load_arms(
             policy = full.rearranged(arm.replicate) if arm.backend == "aa" else full
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
-            policy, found = _quantized(experiment, _settled(arm, (before or {}).get(arm.name, {})), full, say)
+            settled = _settled(arm, (before or {}).get(arm.name, {}))
+            policy, found, recheck = _quantized(experiment, settled, full, places, twins, say)
+            if recheck is not None and rechecks is not None:
+                rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
         warmup_ms = warm_up(policy, experiment)
         policies[arm.name] = policy
@@ -92,7 +109,7 @@ def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapp
     for path in files_of(experiment.policy):
         name = f"policy file {path.name}"
         parts[name if name not in parts else f"{name} of {path.parent.name}"] = file_sha256(path)
-    for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim"):
+    for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim", "arrangement"):
         if key in about:
             parts[f"policy {key.replace('_', ' ')}"] = str(about[key])
     if about["type"] == "remote":
@@ -139,13 +156,13 @@ def probe(policy: Policy, experiment: Experiment) -> dict[str, Any]:
     return {"probe": found, "probes": {found: kind}}
 
 
-def replaced_in_all(experiment: Experiment, arms: Sequence[Arm]) -> frozenset[str]:
+def replaced_in_all(experiment: Experiment, arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozenset[str]:
     """Weights that no arm needs in full precision, because each arm is quantized and its artifact is ready: they are
     not even read, so that a full-size W4A8 policy fits where its bf16 language model would not."""
     checkpoint = weights_sha256(experiment.policy)
     if checkpoint is None or any(arm.quant is None for arm in arms):
         return frozenset()
-    artifacts = [ready_artifact(checkpoint, arm.quant, ARTIFACTS) for arm in arms]
+    artifacts = [ready_artifact(checkpoint, arm.quant, places) for arm in arms]
     if any(artifact is None for artifact in artifacts):
         return frozenset()
     names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
@@ -179,7 +196,7 @@ def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
     """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
-    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, ARTIFACTS, say)]}
+    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, (), say)]}
     layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
     found = [layer for layer in layers if layer.shape.activation_bits < 16]
     if not found:
@@ -187,8 +204,10 @@ def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
     return list(dict.fromkeys(found))
 
 
-def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tuple[Policy, dict[str, Any]]:
-    artifact = artifact_for(full, arm.quant, ARTIFACTS, say)
+def _quantized(
+    experiment: Experiment, arm: Arm, full: Policy, places: Sequence[Path], twins: dict[str, Policy], say: Say
+) -> tuple[Policy, dict[str, Any], Recheck | None]:
+    artifact = artifact_for(full, arm.quant, places, say)
     verdicts = court.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
     court.enforce(verdicts)
     executed = {verdict.layer: verdict.executed for verdict in verdicts}
@@ -196,34 +215,48 @@ def _quantized(experiment: Experiment, arm: Arm, full: Policy, say: Say) -> tupl
     default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
     policy = quantize_policy(full, artifact, kernels)
-    testimony = None
-    if not set(kernels.values()) <= {"fake", DEQUANTIZED}:
+    testimony = recheck = None
+    real = sorted(set(kernels.values()) - {"fake", DEQUANTIZED})
+    exact = all(load_kernel(name).rounds_to is None for name in real)
+    if not real:
+        twins[artifact.sha256] = policy
+    else:
+        twin = twins.get(artifact.sha256)
+        if twin is None and room_for_twin(artifact, policy.device):
+            twin = twins[artifact.sha256] = quantize_policy(full, artifact, "fake")
+        why = "no memory for the same policy on fake" if twin is None else "" if exact else "its kernel rounds"
+        recheck = Recheck(policy, artifact, twin if exact else None, why)
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
-        testimony = hear_witness(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise)
+        testimony = hear_witness(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     say(
         f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
-    return policy, {
-        "label": _label(full, arm),
-        "quant": artifact.spec.to_mapping(),
-        "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
-        "kernels": {
-            v.layer: {
-                "kernel": v.executed,
-                "requested": v.requested,
-                "verdict": v.verdict,
-                "reason": v.reason,
-                "shape": str(v.shape),
-            }
-            for v in verdicts
+    return (
+        policy,
+        {
+            "label": _label(full, arm),
+            "quant": artifact.spec.to_mapping(),
+            "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
+            "kernels": {
+                v.layer: {
+                    "kernel": v.executed,
+                    "requested": v.requested,
+                    "verdict": v.verdict,
+                    "reason": v.reason,
+                    "shape": str(v.shape),
+                }
+                for v in verdicts
+            },
+            "exact": exact,
+            "witness": testimony.to_json() if testimony else None,
+            "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
+            "memory": memory(policy.model, artifact).summary(),
         },
-        "witness": testimony.to_json() if testimony else None,
-        "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
-        "memory": memory(policy.model, artifact).summary(),
-    }
+        recheck,
+    )
 
 
 def prompts(experiment: Experiment) -> list[str]:

@@ -59,7 +59,7 @@ def backends() -> Rows:
             "backend": "aa",
             "runs_on": devices,
             "here": True,
-            "about": "baseline again in other batches: the noise floor of every difference",
+            "about": "baseline again, its sums in another order: the noise floor of every difference",
         },
         {"backend": "auto", "runs_on": devices, "here": True, "about": "the fastest real kernel that passes the court"},
     ]
@@ -155,11 +155,11 @@ def artifacts() -> Rows:
 
     from safetensors import SafetensorError, safe_open
 
-    from qlibero.quant.prepare import ARTIFACTS
+    from qlibero.quant.prepare import artifact_places
     from qlibero.quant.spec import QuantSpec
 
     rows: Rows = []
-    for path in sorted(ARTIFACTS.glob("*/artifact.safetensors")):
+    for path in (path for place in artifact_places() for path in sorted(place.glob("*/artifact.safetensors"))):
         row = {"artifact": path.parent.name[:12], "file": str(path), "MB": round(path.stat().st_size / 1e6, 1)}
         try:
             with safe_open(path, "numpy") as file:

@@ -76,7 +76,8 @@ def build_parser() -> Parser:
         "and say what each costs in success and gives in latency and memory.",
         epilog="Every command ends with one JSON line on stdout (in a terminal only with --json); everything for "
         "people goes to stderr. "
-        "Exit status: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a guard, 130 interrupted.",
+        "Exit status: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a guard, "
+        "4 `compare --fail-on` found a verdict it names, 130 interrupted.",
     )
     parser.add_argument("--version", action=_Version, help="print qlibero's version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,18 @@ def run(args: argparse.Namespace) -> Document:
             say=progress.say,
             on_result=verdict,
         )
+    _one_arithmetic(document, [document])
     if not document["complete"]:
         raise Incomplete("some episodes ended in an error; the same command tries them again", document)
     return document
+
+
+def _one_arithmetic(document: Document, cells: Iterable[Document]) -> None:
+    """Raises Refused, with the whole document, when an arm's kernels were found to compute something else."""
+    from qlibero.results.arithmetic import refusal
+
+    if said := "\n".join(filter(None, (refusal(cell["arithmetic"]) for cell in cells))):
+        raise Refused(said, document)
 
 
 def compare(args: argparse.Namespace) -> Document:
@@ -147,11 +157,14 @@ def run_shard(args: argparse.Namespace) -> Document:
 
     manifest = cells.read_manifest(args.manifest)
     if args.merge:
-        return cells.merge(manifest, explain)
+        document = cells.merge(manifest, explain)
+        _one_arithmetic(document, document["cells"].values())
+        return document
     with RunProgress(manifest.experiment_of(args.index)) as progress:
         document = cells.run_shard(
             manifest, args.index, on_start=progress.start, on_episode=progress.episode, say=progress.say
         )
+    _one_arithmetic(document, [document])
     if not document["complete"]:
         raise Incomplete("some episodes ended in an error; the same command tries them again", document)
     return document

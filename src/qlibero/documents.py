@@ -30,10 +30,11 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         raise
     except OSError as problem:
         raise WorkFailed(f"cannot read {path}: {cause(problem)}") from problem
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):  # asked before the descriptor becomes a file, which no directory can
+        os.close(descriptor)
+        raise UserError(f"{path}: not a file; something else lies in its place, remove it")
     with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path}: not a file; something else lies in its place, remove it")
         if about.st_size > most:
             raise UserError(f"{path}: {about.st_size} bytes, more than the {most} that such a file can have")
         try:

@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from qlibero import files
 from qlibero.activity import doing
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
-from qlibero.config.schema import Experiment, config_hash
+from qlibero.config.schema import Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.capacity import simulators
 from qlibero.places import RUNS
-from qlibero.results.ledger import Ledger, read_ledger
+from qlibero.results.arithmetic import RECHECK, arithmetic
+from qlibero.results.ledger import Ledger, read_arm, read_ledger
 from qlibero.results.machines import mix_in_words
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
@@ -36,6 +38,7 @@ from qlibero.results.summary import summarize_arm
 from qlibero.sequential import SequentialRun, declaration_of
 
 if TYPE_CHECKING:
+    from qlibero.quant.recheck import Recheck
     from qlibero.sim.pool import SimulatorPool
 
 
@@ -167,11 +170,13 @@ def run_experiment(
 
 def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
     """The experiment's state on disk, in the form design.md fixes for the last line of `qlibero run`."""
+    arms = {arm.name: read_arm(run_dir, arm.name) for arm in experiment.arms()}
     document = {
         "experiment": experiment.name,
         "run_dir": str(run_dir),
         "complete": not missing_episodes(experiment, run_dir),
-        "arms": {arm.name: summarize_arm(read_ledger(run_dir, arm.name)) for arm in experiment.arms()},
+        "arms": {name: summarize_arm(arm.records) for name, arm in arms.items()},
+        "arithmetic": arithmetic(run_dir, arms),
     }
     if experiment.stop is not None:
         keys = episode_keys(experiment)
@@ -233,8 +238,9 @@ def _run(
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
     with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+        watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
-        policies, meta = load_arms(experiment, arms, say, before)
+        policies, meta = load_arms(experiment, arms, say, before, run_dir, watched)
         simulated = parts(experiment.suite, simulator)
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
@@ -279,23 +285,47 @@ def _run(
             sequential.add(record)
         on_episode(record)
 
+    def on_call(arm: str, observations, noise, actions, seconds: float) -> None:
+        if arm in watched:
+            watched[arm].call(observations, noise, actions, seconds)
+
+    def needs(arm: str) -> bool:  # after a wrong kernel no further episode is begun
+        return not any(one.wrong for one in watched.values()) and (sequential is None or sequential.needs(arm))
+
     with films, start_pool(experiment, len(missing), say) as pool:
         settings = replace(settings, films=films.directory)
         doing("episodes", pool.workers)
-        mirrors = start_mirrors(run_dir, experiment.tracking)
+        mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
-            run_episodes(
-                plan, policies, pool, settings, on_record, sequential.needs if sequential else lambda arm: True
-            )
+            run_episodes(plan, policies, pool, settings, on_record, needs, on_call)
             films.fill()
+            right = _try_kernels_again(run_dir, watched, ledgers, say)
             on_result(run_dir)  # a flip that an earlier call ran half of is still to be filmed: that can wait
-            replay(run_dir, films.lacking(), pool, experiment.protocol, say)
+            if right:
+                replay(run_dir, films.lacking(), pool, experiment.protocol, say)
         finally:
-            ended = mirrors.finish()
+            ended += mirrors.finish()
             for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
                 say(said)
     return ended
+
+
+def _try_kernels_again(
+    run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger], say: Callable[[str], None]
+) -> bool:
+    """Every watched arm's kernels once more, and on record what was found; whether all was right."""
+    for arm, recheck in watched.items():
+        doing(f"trying the kernels of {arm} again")
+        found = recheck.finish()
+        if found is not None:
+            name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
+            files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
+            say(f"arm {arm}: kernels tried again, {found['products']} products of {found['layers']} layers")
+    wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
+    for text in wrong:
+        say(text)
+    return not wrong
 
 
 def start_pool(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> SimulatorPool:

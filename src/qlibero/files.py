@@ -13,31 +13,48 @@ from pathlib import Path
 
 from qlibero.errors import WorkFailed, cause
 
+PART = ".part"
 KEPT = "Everything finished is kept; the same command continues"
 
 
-def replace(path: Path, content: str | bytes) -> None:
+def replace(path: Path, content: str | bytes, advice: str = KEPT) -> None:
     """Put `content` in the place of the file at `path`, at once: a reader sees the old content or the new, never less.
 
     On disk (file and directory) when this returns. The mode is what the umask leaves of 0666. A link at `path` is
-    replaced, not followed; missing directories are made. Raises WorkFailed when it cannot be written.
+    replaced, not followed; missing directories are made.
+    Raises WorkFailed, ending with `advice`, when it cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+        temporary = beside(path)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        settle(temporary, path)
     except OSError as problem:
         if temporary is not None:
-            remove(Path(temporary))
-        raise WorkFailed(f"cannot write {path}: {cause(problem)}. {KEPT}") from problem
+            remove(temporary)
+        raise WorkFailed(f"cannot write {path}: {cause(problem)}. {advice}") from problem
+
+
+def beside(path: Path) -> Path:
+    """An empty file of this user's next to `path`, for somebody else to write (a codec, a library); then `settle` it.
+
+    Missing directories are made. Raises OSError, WorkFailed where `path` is a directory or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise WorkFailed(f"cannot write {path}: that is a directory or a device, no file; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}-", suffix=PART)
+    os.close(descriptor)
+    return Path(temporary)
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Put a whole file from `beside` in the place of `path`, durably and with the umask's mode. Raises OSError."""
+    with open(temporary, "rb") as file:
+        os.fchmod(file.fileno(), 0o666 & ~_umask())
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
 
 
 def create(path: Path) -> int:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlibero.errors import QliberoError, UserError, WorkFailed, cause
-from qlibero.files import replace
+from qlibero.cache import cache_directory, keep
+from qlibero.errors import UserError, WorkFailed, cause
 
 _SETTLED_NS = 2_000_000_000
 """A file changed this recently may change again within the clock's grain, unseen: it is not remembered."""
@@ -70,7 +70,7 @@ def remembered(question: str, files: Iterable[Path], answer: Callable[[], str]) 
         digest.update(f"\0{real(file.parent)}/{file.name}|{about.st_size}|{times}|{about.st_ino}".encode())
         latest = max(latest, *times)
     name = digest.hexdigest()
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero/content" / name[:2] / name[2:34]
+    place = cache_directory("content") / name[:2] / name[2:34]
     try:
         kept, _, check = place.read_text().rpartition("\n")
         if check == text_sha256(kept):
@@ -79,10 +79,7 @@ def remembered(question: str, files: Iterable[Path], answer: Callable[[], str]) 
         pass
     found = answer()
     if latest < time.time_ns() - _SETTLED_NS:
-        try:
-            replace(place, f"{found}\n{text_sha256(found)}")
-        except QliberoError:
-            pass  # a home that cannot be written
+        keep(place, f"{found}\n{text_sha256(found)}")
     return found
 
 

@@ -24,7 +24,8 @@ from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations,
 from qlibero.errors import UserError
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
-PATH_KEYS = ("checkpoint", "tokenizer", "config", "path", "artifact")  # every Path of the schema; a test compares
+# every Path of the schema; a test compares
+PATH_KEYS = ("checkpoint", "tokenizer", "norm_stats", "config", "path", "artifact", "artifact_dir")
 MOST_SHOWN = 40  # problems in one message
 
 

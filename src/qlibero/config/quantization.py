@@ -67,6 +67,10 @@ class Quant(Frozen):
     artifact: Path | None = Field(
         None, description="a ready artifact instead of calibrating; must fit policy and settings"
     )
+    artifact_dir: Path | None = Field(
+        None,
+        description="where artifacts are found and made; by default beside the run, in logs/artifacts, in the cache",
+    )
 
     @model_validator(mode="after")
     def _says_which_layers(self) -> Quant:

@@ -8,8 +8,6 @@ in somebody's paper. Descriptions are written for the person editing the YAML, w
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,6 +71,16 @@ class Pi05(Frozen):
     profile: Profile = Field(
         "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
     )
+    action_horizon: Int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
+    )
+    asset_id: Word | None = Field(
+        None, description="which statistics, where the checkpoint has several: physical-intelligence/libero"
+    )
+    norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
     device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
         "auto", description="auto: a GPU if there is one"
     )
@@ -135,7 +143,7 @@ class Backend(Frozen):
         None,
         ge=1,
         le=32,
-        description="of aa: so many arms aa-1, aa-2, …, each computed in another arrangement (rows, padding)",
+        description="of aa: so many arms aa-1, aa-2, …, each with its sums in another order",
     )
 
     @model_serializer(mode="wrap")
@@ -446,45 +454,3 @@ class Experiment(Frozen):
     def task_ids(self) -> tuple[int, ...]:
         """Task numbers, `all` spelt out."""
         return tuple(range(TASKS_OF_SUITE[self.suite])) if self.tasks == "all" else self.tasks
-
-
-# --------------------------------------------------------------------------------------------------- the hash
-def config_hash(experiment: Experiment, arm: Arm) -> str:
-    """16 hex digits over every setting that decides the result of one of `arm`'s episodes, and nothing else.
-
-    Left out: which episodes are run (tasks, how many, seeds but the first, stop), what is asked of them (margin,
-    estimand, primary, compare_with), other arms, names, workers, retries, videos, tracking, launch. So more episodes or
-    another arm continue a run directory, and another seed or alpha is refused. Paths, addresses and pinned hashes do
-    not count: what lies there does, by content (`qlibero.identity`).
-    """
-    policy = experiment.policy.model_dump()
-    policy.pop("sha256", None)
-    if policy.get("type") == "remote":
-        policy = {key: policy[key] for key in ("type", "replan_steps")}
-    decides = {
-        "suite": experiment.suite,
-        "seed": experiment.seed,
-        "protocol": experiment.protocol,
-        "max_steps": experiment.max_steps,
-        "policy": policy,
-        "backend": arm.backend,
-        "quant": arm.quant and _ordered(arm.quant.model_dump()),
-        "on_failure": experiment.on_failure if arm.quant else None,
-    }
-    if experiment.inits != "official":  # official ones were there before the key was
-        decides["inits"] = "fresh"
-    text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
-    return {**quant, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        # None as well: a path left out may mean the very file that another names
-        return {key: _without_paths(item) for key, item in value.items() if not isinstance(item, Path | None)}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    return value

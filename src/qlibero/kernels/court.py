@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from qlibero.activity import doing
+from qlibero.cache import cache_directory, keep
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import BACKENDS, DEQUANTIZED, load
 from qlibero.kernels.contract import GemmShape, Kernel
@@ -176,7 +177,7 @@ def standing(name: str) -> str:
     if not kernel.real:
         return "reference"
     passed: dict[str, set[str]] = {}
-    for path in _cache_directory().glob(f"{name}-*.json"):
+    for path in cache_directory("court").glob(f"{name}-*.json"):
         try:
             known = json.loads(path.read_text())
             if known["facts"] == _facts(kernel, known["device"]):
@@ -251,10 +252,6 @@ def _seconds(kernel: Kernel, layer: Layer) -> float:
 
 
 # --------------------------------------------------------------------------------------------- what is remembered
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlibero" / "court"
-
-
 def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
     """What a verdict hangs on besides the layer."""
     return {
@@ -271,7 +268,7 @@ def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
 def _place(kernel: Kernel, layer: Layer) -> Path:
     facts = {**_facts(kernel, layer.shape.device), "shape": asdict(layer.shape), "tokens": layer.tokens}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return _cache_directory() / f"{kernel.name}-{digest}.json"
+    return cache_directory("court") / f"{kernel.name}-{digest}.json"
 
 
 def _interpreted() -> bool:
@@ -319,11 +316,4 @@ def _keep(kernel: Kernel, layer: Layer, finding: Finding) -> None:
         "device": device,
         "facts": _facts(kernel, device),
     }
-    path = _place(kernel, layer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(path)
-    except OSError:
-        pass  # a read-only home costs a few seconds next time, nothing else
+    keep(_place(kernel, layer), json.dumps(known))

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from qlibero.cache import cache_directory, keep
 from qlibero.errors import WorkFailed
-from qlibero.files import replace
 
 TYPES = "typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t;\n" + (
     "typedef unsigned long long uint64_t;\n"
@@ -108,8 +108,7 @@ def _ask(function, *arguments) -> None:
 def cubin(source: str, architecture: str, name: str) -> bytes:
     """`compile_source`, from the cache where it is there. A file that is not a cubin is compiled again."""
     facts = "\0".join((architecture, nvrtc_version(), source))
-    place = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlibero" / "cubin"
-    path = place / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
+    path = cache_directory("cubin") / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
     try:
         code, digest = path.read_bytes()[32:], path.read_bytes()[:32]
         if hashlib.sha256(code).digest() == digest:
@@ -117,10 +116,7 @@ def cubin(source: str, architecture: str, name: str) -> bytes:
     except OSError:
         pass
     code = compile_source(source, architecture, name)
-    try:
-        replace(path, hashlib.sha256(code).digest() + code)
-    except WorkFailed:
-        pass  # a home that cannot be written costs a few seconds next time, nothing else
+    keep(path, hashlib.sha256(code).digest() + code)
     return code
 
 

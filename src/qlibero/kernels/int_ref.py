@@ -31,6 +31,13 @@ class IntRef(Kernel):
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
         products = codes_x.shape[0] * packed.n * packed.k
         wide = torch.float64 if codes_x.is_cuda or products > INT32_LOOP_PRODUCTS else torch.int32
+        return self._in(wide, codes_x, packed)
+
+    def in_float64(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
+        """`accumulate`, always the fast way: for checks beside a run."""
+        return self._in(torch.float64, codes_x, packed)
+
+    def _in(self, wide: torch.dtype, codes_x: Tensor, packed: PackedWeight) -> Tensor:
         x, weight = codes_x.to(wide), packed.codes.to(wide)
         if packed.group_size is None:
             return (x @ weight.t()).to(torch.int32)

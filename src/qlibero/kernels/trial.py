@@ -92,7 +92,7 @@ def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
         found = layer(x).reshape(acc.shape[-2:])
     else:
         found = kernel.matmul(prepared.codes, prepared.scales, product.packed, product.scales, product.bias)[:, rows]
-    same, expected = _agrees(kernel, found, acc, prepared.scales, product.scales[rows], bias)
+    same, expected = agrees(kernel, found, acc, prepared.scales, product.scales[rows], bias)
     if not same:
         worst = (found.float() - expected.float()).abs().max().item()
         return Finding(
@@ -165,7 +165,7 @@ def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape
     for added, dtype in cases if kernel.rounds_to is None else ((None, kernel.rounds_to), (bias, kernel.rounds_to)):
         _poison(m * shape.n, x.device)
         found = kernel.matmul(codes_x, s_x, packed, s_w, added, dtype)
-        same, expected = _agrees(kernel, found, acc, s_x, s_w, added)
+        same, expected = agrees(kernel, found, acc, s_x, s_w, added)
         if not same:
             raise _Wrong(_describe(found, expected, f"M={m}, scales{'' if added is None else ' and bias'}, {dtype}"))
 
@@ -210,7 +210,7 @@ def _poison(elements: int, device: torch.device) -> None:
         torch.full((elements,), float("nan"), device=device)
 
 
-def _agrees(
+def agrees(
     kernel: Kernel, found: Tensor, acc: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None
 ) -> tuple[bool, Tensor]:
     """Whether `found` (M, N) is the contract's output, in found's dtype; and that output.

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from qlibero import files
+from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import Experiment, Tracking, config_hash
+from qlibero.config.schema import Experiment, Tracking
 from qlibero.config.sweep import Sweep
 from qlibero.documents import read_json
 from qlibero.errors import UserError, WorkFailed, cause
@@ -158,7 +159,7 @@ def latest_manifest(directory: Path) -> Manifest | None:
 def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -> dict[str, Any]:
     """Run what one shard still lacks. `watchers` are run_experiment's on_start, on_episode and say.
 
-    Returns {"cell", "shard": [index, count], "complete", "run_dir"}. Mirrors
+    Returns {"cell", "shard": [index, count], "complete", "run_dir", "arithmetic"}. Mirrors
     belong to whole runs, so a shard has none; a number of videos is filmed by the first shard.
     """
     shard = manifest.shard(index)
@@ -168,12 +169,13 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
         videos = experiment.videos if shard.index == 0 or experiment.videos == "all" else 0
         experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": videos})
     part = (shard.index, shard.count)
-    run_experiment(experiment, cell.run_dir, part, **watchers)
+    found = run_experiment(experiment, cell.run_dir, part, **watchers)
     return {
         "cell": cell.id,
         "shard": list(part),
         "complete": not missing_episodes(experiment, cell.run_dir, part),
         "run_dir": str(cell.run_dir),
+        "arithmetic": found["arithmetic"],
     }
 
 

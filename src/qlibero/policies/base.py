@@ -40,7 +40,8 @@ class Chunk:
     """A policy's answer to a batch of observations."""
 
     actions: np.ndarray
-    """(B, H, 7) float32, ready for `env.step` (un-normalised; gripper -1 open, +1 close)."""
+    """(B, H, 7) float32, ready for `env.step` (un-normalised; gripper -1 open, +1 close). A row that is not finite is a
+    policy that has failed: it ends its own episode as a failure, and no other."""
     phases_ms: dict[str, float] = field(default_factory=dict)
     """Wall time of each phase of this call, device-synchronised: preprocess, vision, prefix, flow (ms)."""
 

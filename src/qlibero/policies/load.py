@@ -5,25 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.base import Policy
-from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, sha256
+from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
 from qlibero.policies.pi05.config import Pi05Config
+from qlibero.policies.pi05.declared import AGENT, WRIST, differences
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES, Profile
 from qlibero.policies.pi05.statistics import load_statistics, statistics_files
 from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
+from qlibero.policies.structured import Open, fit, read_json
 
 GPU_BATCH = 4
+MOST_UNTRAINED = 8_000_000_000
+"""Parameters of a network of random weights: the published pi0.5 has 3.35 billion."""
+
+
+class _UntrainedConfig(Open):
+    architecture: Any
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    profile: Any = "qlibero"
 
 
 def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
@@ -49,21 +59,24 @@ def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
 
 
 def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
-    checkpoint = open_checkpoint(Path(config.checkpoint))
-    digest = _digest(checkpoint.weights)
+    checkpoint = open_checkpoint(Path(config.checkpoint)).with_horizon(config.action_horizon)
+    digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
             f"{checkpoint.weights} has sha256 {digest}, the config expects {config.sha256}: these are other "
             "weights than the ones the config was written for"
         )
     profile = choose_profile(checkpoint, config.profile)
-    statistics = load_statistics(checkpoint)
+    statistics = load_statistics(checkpoint, config.asset_id, config.norm_stats)
     tokenizer = _tokenizer(config, checkpoint.path)
     device, dtype = _place(config)
     model = load_model(checkpoint, dtype, device, skip)
     name = checkpoint.raw.get("name") or checkpoint.path.name
     identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
-    return _policy(config, name, model, profile, statistics, tokenizer, identity)
+    remarks = [*differences(checkpoint.declared, config.flow_steps, config.replan_steps), *checkpoint.declared.remarks]
+    if remarks:
+        identity["remarks"] = remarks
+    return _policy(config, name, model, profile, statistics, tokenizer, identity, checkpoint.declared.cameras)
 
 
 def _policy(
@@ -74,6 +87,7 @@ def _policy(
     statistics: dict[str, Statistics],
     tokenizer: Tokenizer,
     identity: dict[str, Any],
+    cameras: tuple[int, ...] = (AGENT, WRIST),
 ) -> Pi05Policy:
     return Pi05Policy(
         name,
@@ -83,6 +97,7 @@ def _policy(
         tokenizer,
         batch_size=_batch_size(config, model.action_in_proj.weight.device),
         flow_steps=config.flow_steps,
+        cameras=cameras,
         identity={**identity, "parameters": sum(p.numel() for p in model.parameters())},
     )
 
@@ -106,25 +121,15 @@ def files_of(config: Any) -> list[Path]:
         path = Path(config.untrained.config)
         return [path, _tokenizer_path(config, path.parent)]
     checkpoint = open_checkpoint(Path(config.checkpoint))
-    settings = [path for path in (checkpoint.path / "config.json",) if path.is_file()]
-    return [checkpoint.weights, *settings, *statistics_files(checkpoint), _tokenizer_path(config, checkpoint.path)]
+    statistics = statistics_files(checkpoint, config.asset_id, config.norm_stats)
+    return [*checkpoint.files, *statistics, _tokenizer_path(config, checkpoint.path)]
 
 
 def weights_sha256(config: Any) -> str | None:
     """The sha256 that the policy's provenance will name, without loading it; None where there is no checkpoint."""
     if config.type != "pi05" or config.checkpoint is None:
         return None
-    return _digest(open_checkpoint(Path(config.checkpoint)).weights)
-
-
-def _digest(weights: Path) -> str:
-    about = weights.stat()
-    return _digest_once(weights, about.st_mtime_ns, about.st_size)
-
-
-@lru_cache(maxsize=8)
-def _digest_once(weights: Path, _mtime_ns: int, _size: int) -> str:
-    return sha256(weights)  # seconds for a checkpoint of 7 GB, so once a process
+    return open_checkpoint(Path(config.checkpoint)).weights.sha256
 
 
 def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
@@ -154,11 +159,12 @@ def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
 def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
     """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies.
     Solves nothing, and its name says so."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"policy.untrained.config: {path} cannot be read: {error}") from None
-    architecture = Pi05Config.from_dict(content.get("architecture", {}))
+    content = fit(_UntrainedConfig, read_json(path), str(path))
+    architecture = Pi05Config.from_dict(content.architecture, str(path))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Pi05Model(architecture).parameters())
+    if parameters > MOST_UNTRAINED:
+        raise UserError(f"policy.untrained.config: {path} makes a network of {parameters / 1e9:.0f} G parameters")
     device, dtype = _place(config)
     model = initialize(Pi05Model(architecture), seed)
     digest = hashlib.sha256(json.dumps([architecture.to_dict(), seed], sort_keys=True).encode())
@@ -170,8 +176,8 @@ def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     identity = {"checkpoint": None, "kind": "untrained", "sha256": digest.hexdigest(), "seed": seed}
-    name = f"untrained-{content.get('name', path.parent.name)}-seed{seed}"
-    profile = PROFILES[content.get("profile", "qlibero")]
+    name = f"untrained-{content.name or path.parent.name}-seed{seed}"
+    profile = profile_named(content.profile, path)
     return _policy(config, name, model, profile, statistics, _tokenizer(config, path.parent), identity)
 
 

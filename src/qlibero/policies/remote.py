@@ -24,7 +24,7 @@ from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.policies.answer import declared_horizon, read_actions, read_metadata
 from qlibero.policies.base import Chunk, Observation, grey
 from qlibero.policies.pi05.images import resize_pil
-from qlibero.policies.wire import pack, short, unpack
+from qlibero.policies.wire import NOT_FINITE, pack, short, unpack
 
 OPENPI_IMAGE_SIZE = 224
 OPENPI_NOISE_SHAPE = (10, 32)
@@ -155,6 +155,8 @@ class RemotePolicy:
                 continue
             if isinstance(answer, str):
                 connection.close()
+                if NOT_FINITE in answer:
+                    return {"actions": np.full((self.noise_shape[0], 7), np.nan, np.float32)}
                 raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()[-4000:]}")
             self._idle.put(connection)
             return _understood(answer, self.url)

@@ -46,7 +46,7 @@ from qlibero.errors import QliberoError, UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
 from qlibero.policies.limits import Crowd, Gone, LimitedConnection, Limits
 from qlibero.policies.request import read_noise, read_observation
-from qlibero.policies.wire import pack, short, unpack
+from qlibero.policies.wire import NOT_FINITE, pack, short, unpack
 
 MAX_MESSAGE_BYTES = 8 << 20
 """Two 1024 px frames and to spare; a request at 256 px has 0.4 MB."""
@@ -283,7 +283,9 @@ class PolicyServer:
         )
         infer_ms = (time.monotonic() - started) * 1e3
         for job, actions in zip(jobs, chunk.actions, strict=True):
-            if not job.answer.done():
+            if not np.isfinite(actions).all():
+                job.fail(WorkFailed(NOT_FINITE))  # never sent, as it may go to a robot
+            elif not job.answer.done():
                 job.answer.set_result((actions, infer_ms))
 
 

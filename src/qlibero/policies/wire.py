@@ -15,6 +15,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+NOT_FINITE = "the policy answered with actions that are not finite"
+"""What our server says instead of sending them; to a `RemotePolicy` it is the failure of that one episode."""
 _KINDS = "biuf"
 """Boolean, signed, unsigned, floating point: neither objects nor anything with structure."""
 MOST_DIMENSIONS = 32

@@ -40,12 +40,20 @@ def quantize_policy(
     if policy.model is None:
         raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
     require(artifact, None, policy.provenance()["sha256"])
-    found = {choice.name for choice in select(policy.model, artifact.spec).choices}
-    if found != {layer.name for layer in artifact.layers}:
+    found = {choice.name: choice for choice in select(policy.model, artifact.spec).choices}
+    if found.keys() != {layer.name for layer in artifact.layers}:
         raise GuardRefusal(
             f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "
             "this model: make it again with `qlibero quantize CONFIG`"
         )
+    for layer in artifact.layers:
+        for field in ("group", "weight_bits", "activation_bits", "executed"):
+            have, want = getattr(layer, field), getattr(found[layer.name], field)
+            if have != want:
+                raise GuardRefusal(
+                    f"the artifact says {field} {have} of {layer.name}, in this model it is {want}: make it again with "
+                    "`qlibero quantize CONFIG`"
+                )
     device = next(p.device for p in policy.model.parameters() if p.device.type != "meta")
     modules: dict[str, nn.Module] = {}
     transforms: dict[str, InputTransform] = {}

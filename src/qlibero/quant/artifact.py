@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlibero.errors import GuardRefusal, UserError
+from qlibero import files
+from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
+from qlibero.policies.structured import parse_json, short
+from qlibero.quant.artifact_schema import require_consistent, require_schema
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import FACTORS, Transform
 
@@ -150,15 +152,19 @@ def build(
 
 def save(artifact: Artifact, path: Path) -> Path:
     """Write atomically: a reader sees the whole file or none."""
-    path = Path(path)
+    path, partial = Path(path), None
+    meta = {"qlibero": json.dumps(_meta(artifact), sort_keys=True), "sha256": artifact.sha256}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        meta = {"qlibero": json.dumps(_meta(artifact), sort_keys=True), "sha256": artifact.sha256}
+        partial = files.beside(path)
         save_file({name: t.contiguous() for name, t in artifact.tensors.items()}, partial, metadata=meta)
-        os.replace(partial, path)
+        files.settle(partial, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the artifact to {path}: {error}") from None
+        if partial is not None:
+            files.remove(partial)
+        reason = cause(error) if isinstance(error, OSError) else error
+        raise WorkFailed(
+            f"cannot write the artifact to {path}: {reason}; `quant.artifact_dir` names another place"
+        ) from None
     return path
 
 
@@ -176,24 +182,31 @@ def load(path: Path) -> Artifact:
             header = file.metadata() or {}
             if "qlibero" not in header or "sha256" not in header:
                 raise GuardRefusal(f"{path} is a safetensors file but not a quantization artifact: {CURE}")
-            meta = json.loads(header["qlibero"])
-            if meta.get("format") != FORMAT:
+            try:
+                meta = parse_json(header["qlibero"], f"{path}: its metadata")
+            except UserError as error:
+                raise GuardRefusal(f"{error}: delete it and {CURE}") from None
+            if meta.get("format") != FORMAT or meta["format"] is True:
                 raise GuardRefusal(
-                    f"{path} has artifact format {meta.get('format')}, this version reads {FORMAT}: {CURE}"
+                    f"{path} has artifact format {short(meta.get('format'))}, this version reads {FORMAT}: {CURE}"
                 )
             found = content_hash(meta, file.keys(), file.get_tensor)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise GuardRefusal(f"{path} is damaged or truncated ({error}): delete it and {CURE}") from None
     if found != header["sha256"]:
         raise GuardRefusal(
             f"{path} was altered after it was written (content {found[:12]}…, "
             f"recorded {header['sha256'][:12]}…): delete it and {CURE}"
         )
+    spec = require_schema(meta, str(path), CURE)
+    layers = tuple(LayerRecord(**layer) for layer in meta["layers"])
+    with safe_open(path, framework="pt") as file:
+        require_consistent(spec, layers, meta["corrections"], file.keys(), file.get_tensor, str(path), CURE)
     return Artifact(
-        spec=QuantSpec.from_mapping(meta["spec"]),
+        spec=spec,
         checkpoint_sha256=meta["checkpoint_sha256"],
         calibration=meta["calibration"],
-        layers=tuple(LayerRecord(**layer) for layer in meta["layers"]),
+        layers=layers,
         corrections=meta["corrections"],
         sha256=found,
         path=path,

@@ -1,22 +1,26 @@
 """The artifact of an experiment's arm: found if it was ever made, made if not. What `qlibero quantize` and `run` call.
 
-Artifacts lie under logs/artifacts/<key>/, where the key is a hash of what they are made from; a second arm,
-run or machine with the same settings, checkpoint and data finds the same file.
+An artifact lies under <place>/<key>/, where the key is a hash of what it is made from; a second arm, run or machine
+with the same settings, checkpoint and data finds the same file. It is looked for in every place of `artifact_places`
+and made in the first that can be written, so a checkout mounted read-only runs as well.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlibero.errors import UserError
+from qlibero.cache import cache_directory
+from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
+from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
 from qlibero.quant.spec import QuantSpec
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from qlibero.config.schema import Experiment, Quant
     from qlibero.policies.base import Policy
 
-#: where artifacts lie unless somebody says otherwise
+#: where the artifacts of all runs lie, if it can be written
 ARTIFACTS = RUNS / "artifacts"
 FILE = "artifact.safetensors"
 NO_DATA = Demonstrations((), "none", "none")
@@ -67,6 +71,15 @@ class Found:
         }
 
 
+def artifact_places(run_dir: Path | None = None) -> list[Path]:
+    """Where artifacts are looked for and made, best first: beside the run, with all runs, in the cache.
+
+    `quant.artifact_dir` replaces them all.
+    """
+    beside = [] if run_dir is None else [run_dir.parent / "artifacts"]
+    return list(dict.fromkeys([*beside, ARTIFACTS, cache_directory("artifacts")]))
+
+
 def demonstrations(quant: Quant) -> Demonstrations:
     """The observations an arm is calibrated on; none for data-free methods without a path."""
     if quant.calibration is None:
@@ -80,10 +93,13 @@ def noise_for(policy: Policy, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 0x63616C]).standard_normal((count, *policy.noise_shape), dtype=np.float32)
 
 
-def ensure_artifact(policy: Policy, quant: Quant, root: Path = ARTIFACTS) -> Found:
+def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -> Found:
     """The artifact for `quant` (an arm's settings) and `policy` (in full precision), calibrated now if need be.
 
+    `places` are directories, by default `artifact_places()`.
+
     Raises:
+        WorkFailed: none of the places can be written.
         GuardRefusal: `quant.artifact`, or what lies at the default place, is damaged, stale or foreign.
         UserError: no data, no such file, or settings that do not fit the model.
     """
@@ -96,13 +112,17 @@ def ensure_artifact(policy: Policy, quant: Quant, root: Path = ARTIFACTS) -> Fou
     if quant.artifact is not None:
         artifact = load(Path(quant.artifact))
         require(artifact, spec, checkpoint)
+        require_of_weights(policy.model, artifact)
         return Found(artifact, Path(quant.artifact), made=False, seconds=0.0)
     data = demonstrations(quant)
-    path = root / artifact_key(spec, checkpoint, data.sha256) / FILE
-    if path.is_file():
+    places = _places(quant, places)
+    key = artifact_key(spec, checkpoint, data.sha256)
+    if path := _found(key, places):
         artifact = load(path)
         require(artifact, spec, checkpoint)
+        require_of_weights(policy.model, artifact)
         return Found(artifact, path, made=False, seconds=0.0)
+    path = _first_writable(places) / key / FILE
     started = time.perf_counter()
     noise = noise_for(policy, len(data.observations), spec.calibration_seed)
     provenance = {
@@ -116,7 +136,28 @@ def ensure_artifact(policy: Policy, quant: Quant, root: Path = ARTIFACTS) -> Fou
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
 
 
-def ready_artifact(checkpoint: str, quant: Quant, root: Path = ARTIFACTS) -> Artifact | None:
+def _places(quant: Quant, places: Sequence[Path]) -> Sequence[Path]:
+    return [Path(quant.artifact_dir)] if quant.artifact_dir is not None else places or artifact_places()
+
+
+def _found(key: str, places: Sequence[Path]) -> Path | None:
+    return next((path for place in places if (path := place / key / FILE).is_file()), None)
+
+
+def _first_writable(places: Sequence[Path]) -> Path:
+    """Asked before calibration, which takes minutes. Permissions do not tell of a read-only mount, so a file does."""
+    problems = []
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                return place
+        except OSError as problem:
+            problems.append(f"{place}: {cause(problem)}")
+    raise WorkFailed("no place for an artifact can be written: " + "; ".join(problems))
+
+
+def ready_artifact(checkpoint: str, quant: Quant, places: Sequence[Path] = ()) -> Artifact | None:
     """The artifact that `ensure_artifact` would find for weights of that sha256, or None if it must be made.
 
     Needs no policy: a policy whose artifact is ready need not load the weights that the artifact replaces.
@@ -124,15 +165,15 @@ def ready_artifact(checkpoint: str, quant: Quant, root: Path = ARTIFACTS) -> Art
     path = quant.artifact
     if path is None:
         spec = QuantSpec.from_mapping(quant.model_dump())
-        path = root / artifact_key(spec, checkpoint, demonstrations(quant).sha256) / FILE
-    return load(Path(path)) if Path(path).is_file() else None
+        path = _found(artifact_key(spec, checkpoint, demonstrations(quant).sha256), _places(quant, places))
+    return load(Path(path)) if path and Path(path).is_file() else None
 
 
 def artifact_for(
-    policy: Policy, quant: Quant, root: Path = ARTIFACTS, say: Callable[[str], None] = lambda text: None
+    policy: Policy, quant: Quant, places: Sequence[Path] = (), say: Callable[[str], None] = lambda text: None
 ) -> Artifact:
     """`ensure_artifact` for a run: the artifact itself, and one line for people about where it came from."""
-    found = ensure_artifact(policy, quant, root)
+    found = ensure_artifact(policy, quant, places)
     how = f"calibrated in {found.seconds:.0f} s" if found.made else "found"
     say(f"artifact {found.artifact.spec.label}: {how}, {found.path}")
     return found.artifact
@@ -155,7 +196,7 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     policy = load_policy(experiment.policy)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        result = ensure_artifact(policy, arm.quant, root or ARTIFACTS)
+        result = ensure_artifact(policy, arm.quant, [root] if root else ())
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
         row["arms"].append(arm.name)
     return {"experiment": experiment.name, "artifacts": list(found.values())}

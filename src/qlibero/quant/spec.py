@@ -98,10 +98,11 @@ class QuantSpec:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> QuantSpec:
         """From an experiment's `quant:` as plain values (lists, dicts; `calibration: {samples, seed}`), or from
-        `to_mapping`. Where the data and the artifact lie (`calibration.path`, `artifact`) is not part of a spec.
+        `to_mapping`. Where data and artifacts lie (`calibration.path`, `artifact`, `artifact_dir`) is not in a spec.
         """
         clean = dict(values)
-        clean.pop("artifact", None)
+        for place in ("artifact", "artifact_dir"):
+            clean.pop(place, None)
         calibration = dict(clean.pop("calibration", None) or {})
         clean.update({f"calibration_{key}": calibration[key] for key in ("samples", "seed") if key in calibration})
         known = {f.name for f in fields(cls)}

@@ -44,14 +44,20 @@ class Testimony:
 
 
 def hear_witness(
-    full: Pi05Policy, quantized: Pi05Policy, artifact: Artifact, observation: Observation, noise: np.ndarray
+    full: Pi05Policy,
+    quantized: Pi05Policy,
+    artifact: Artifact,
+    observation: Observation,
+    noise: np.ndarray,
+    twin: Pi05Policy | None = None,
 ) -> Testimony:
-    """full: the policy that `quantized` was made from. noise (H, D) float32.
+    """full: the policy that `quantized` was made from. noise (H, D) float32. twin: the same policy on `fake`, made
+    here (if there is room) when it is not given.
 
     Raises GuardRefusal naming the first layer whose output is not decided by its int8 activations, or when a
     kernel that claims to be exact changes an action.
     """
-    inputs = _listen(quantized, observation, noise)
+    inputs = listen(quantized, observation, noise)
     layers = {record.name: quantized.model.get_submodule(record.name) for record in artifact.layers if record.executed}
     layers = {
         name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)
@@ -61,9 +67,11 @@ def hear_witness(
         if not finding.ok:
             raise GuardRefusal(f"kernel {layer.product.kernel.name} in {name}: {finding.reason}")
     difference = None
-    if _room_for_twin(artifact, quantized.device):
+    if twin is None and room_for_twin(artifact, quantized.device):
+        twin = quantize_policy(full, artifact, "fake")
+    if twin is not None:
         actions = quantized.infer([observation], noise[None]).actions
-        expected = quantize_policy(full, artifact, "fake").infer([observation], noise[None]).actions
+        expected = twin.infer([observation], noise[None]).actions
         difference = float(np.abs(actions - expected).max())
         if difference and all(layer.product.kernel.rounds_to is None for layer in layers.values()):
             raise GuardRefusal(
@@ -72,7 +80,7 @@ def hear_witness(
     return Testimony(len(layers), difference)
 
 
-def _listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> dict[int, Tensor]:
+def listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> dict[int, Tensor]:
     """The first input of every transform, by the transform's id. The plain network is asked, because replayed
     graphs call no method that could be listened to."""
     heard: dict[int, Tensor] = {}
@@ -97,7 +105,8 @@ def _listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> 
             del transform.quantize  # the method shows again
 
 
-def _room_for_twin(artifact: Artifact, device: torch.device) -> bool:
+def room_for_twin(artifact: Artifact, device: torch.device) -> bool:
+    """Whether the device can hold the artifact's codes once more, as `fake` keeps them."""
     if device.type != "cuda":
         return True
     codes = sum(layer.out_features * layer.in_features for layer in artifact.layers)

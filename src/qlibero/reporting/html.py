@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import UserError
+from qlibero.files import replace
 from qlibero.reporting.markup import Markup, breakable, el, join, script_json
 from qlibero.reporting.material import Material, Video, flipped_videos, gather, planned_episodes
 from qlibero.reporting.sections.differences import differences
@@ -29,6 +30,7 @@ from qlibero.reporting.sections.success import success
 from qlibero.reporting.sections.tradeoff import memory, pareto
 from qlibero.reporting.sections.verdicts import verdicts
 from qlibero.reporting.sections.videos import videos
+from qlibero.results.arithmetic import arithmetic, refusal
 from qlibero.results.judgement import check_margin
 from qlibero.results.runs import read_runs
 
@@ -56,11 +58,7 @@ def write_report(
     filmed = flipped_videos(material)
     page, chosen = fitting(material, filmed, megabytes * 1e6)
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(page)
-    except OSError as problem:
-        raise WorkFailed(f"cannot write {out}: {problem.strerror}; choose another -o") from problem
+    replace(out, page, "Choose another -o")
     return {
         "report": str(out),
         "bytes": len(page),
@@ -187,9 +185,16 @@ def _header(m: Material) -> Markup:
         el("p", "qlibero report", class_="eyebrow"),
         el("h1", breakable(m.name)),
         el("p", " · ".join(filter(None, facts)), class_="facts-line"),
+        _not_one_arithmetic(m),
         el("button", "Light or dark", type="button", id="theme", class_="theme"),
         class_="top",
     )
+
+
+def _not_one_arithmetic(m: Material) -> Markup | None:
+    """At the top: a page whose kernels were found wrong must not be read without it."""
+    found = [refusal(arithmetic(run.run_dir, run.arms)) for run in m.runs]
+    return el("pre", "\n".join(filter(None, found)), class_="refused", role="alert") if any(found) else None
 
 
 def _count(n: int, what: str) -> str:
@@ -198,11 +203,11 @@ def _count(n: int, what: str) -> str:
 
 def _episodes(m: Material) -> str:
     """Finished of planned, so that a run that is not done, or lost an episode, cannot pass for a whole one."""
-    finished = sum(r.outcome != "error" for arm in m.arms.values() for r in arm.records.values())
+    done = [key in arm.planned for arm in m.arms.values() for key, r in arm.records.items() if r.outcome != "error"]
     planned = [(planned_episodes(run) or 0) * len(run.arms) for run in m.runs]
     if 0 in planned:
-        return f"{finished:,} episodes"
-    return f"{finished:,} of {sum(planned):,} planned episodes"
+        return f"{len(done):,} episodes"
+    return f"{sum(done):,} of {sum(planned):,} planned episodes"
 
 
 def _navigation(parts: list[Markup]) -> Markup:

@@ -27,11 +27,11 @@ function start() {
   }, { rootMargin: "-20% 0px -70% 0px" });
   $$("main section").forEach((section) => watcher.observe(section));
 
-  // tables that sort by a click on their heading; numbers by value
-  const value = (row, i) => {
-    const text = row.children[i].textContent.trim();
-    const number = parseFloat(text.replace("−", "-").replace(/,/g, ""));
-    return Number.isNaN(number) ? text : number;
+  // tables that sort by a click on their heading: numbers by value, then words, and what is missing last either way
+  const order = (cell) => {
+    const text = cell.textContent.trim(), said = $("[data-value]", cell)?.dataset.value;
+    const number = said ?? text.replace(/−/g, "-").match(/^\[?([+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?)(?![.\w])/)?.[1].replace(/,/g, "");
+    return { text, number: Number(number), rank: number !== undefined ? 0 : ["", "–"].includes(text) ? 2 : 1 };
   };
   for (const table of $$("table.sortable")) {
     $$("thead th", table).forEach((th, i) => $("button", th).addEventListener("click", () => {
@@ -39,12 +39,11 @@ function start() {
       $$("thead th", table).forEach((other) => other.removeAttribute("aria-sort"));
       th.setAttribute("aria-sort", up ? "ascending" : "descending");
       const body = $("tbody", table);
-      const rows = [...body.rows].sort((a, b) => {
-        const x = value(a, i), y = value(b, i);
-        const order = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), undefined, { numeric: true });
-        return up ? order : -order;
+      const rows = [...body.rows].map((row) => ({ row, ...order(row.children[i]) })).sort((a, b) => {
+        const within = a.rank ? a.text.localeCompare(b.text, undefined, { numeric: true }) : a.number - b.number;
+        return a.rank - b.rank || (up ? within : -within);
       });
-      body.append(...rows);
+      body.append(...rows.map((each) => each.row));
     }));
   }
 

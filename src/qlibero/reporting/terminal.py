@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from qlibero.console import console
 from qlibero.places import pasteable
-from qlibero.results.arithmetic import same_arithmetic
+from qlibero.results.arithmetic import rechecks, same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.comparison import ArmComparison, Comparison, Row
 from qlibero.results.execution import MEASURES, Divergence, Shift
@@ -24,6 +25,7 @@ from qlibero.results.foreign import ForeignComparison
 from qlibero.results.judgement import Word
 from qlibero.results.phrases import (
     band_text,
+    copies_text,
     delta_text,
     excess_text,
     interval_text,
@@ -66,11 +68,24 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
     if reference in run.arms and len(run.arms) > 1:
         to.print(comparison_tables(compare([run], reference)))
     for same in same_arithmetic(run):
-        to.print(Text(str(same), style="green" if same.equal == same.episodes else "red"))
+        to.print(Text(str(same), style="green" if same.ok else "red"))
+    for name in run.arms:
+        if found := rechecks(run.run_dir, name):
+            to.print(Text(_tried_again(name, found), style="red" if found["wrong"] else "green"))
     to.print(cost_table(run))
     if (memory := memory_table(run)).row_count:
         to.print(memory)
     to.print(_places(run))
+
+
+def _tried_again(name: str, found: dict[str, Any]) -> str:
+    if found["wrong"]:
+        return "\n".join(f"{name}: {text} (NOT THE SAME ARITHMETIC)" for text in found["wrong"])
+    repeated = f"{found['repeated']} of {found['calls']:,} policy calls were repeated with `fake`"
+    return (
+        f"{name}: its kernels gave the reference's integers in {found['products']:,} products of {found['layers']} "
+        f"layers after the run; {repeated}" + (", with equal actions" if found["repeated"] else "")
+    )
 
 
 def print_comparison(
@@ -197,7 +212,11 @@ def comparison_tables(found: Comparison) -> Group:
         parts += [Text(f"  unpaired: {key}, {reason}", style=OPEN) for key, reason in unpaired[:5]]
         if len(unpaired) > 5:
             parts.append(Text(f"  and {len(unpaired) - 5} more unpaired; the JSON lists every one", style=OPEN))
-    if not found.floor:
+    for problem in found.arithmetic["problems"]:
+        parts.append(Text(problem if "NOT THE" in problem else f"{problem} (NOT THE SAME ARITHMETIC)", style="red"))
+    if found.copies:
+        parts.append(Text(copies_text(found.copies), style="yellow"))
+    elif not found.floor:
         parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
     if conflicts := found.ledger.conflicting_episodes:
         one = len(conflicts) == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.results import statistics as st
+from qlibero.results.arithmetic import arithmetic, together
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
     Adjusted,
@@ -25,7 +26,7 @@ from qlibero.results.comparison import (
     SuiteComparison,
     TaskTable,
 )
-from qlibero.results.controls import NoiseFloor, excess_flips, noise_floor, pooled_steps
+from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
 from qlibero.results.foreign import ForeignComparison, compare_foreign
 from qlibero.results.judgement import (
@@ -126,7 +127,9 @@ def compare(
         family,
         summarize_arm(list(base.records.values())),
         context.floor,
+        context.copies,
         _ledger_state(runs),
+        together([arithmetic(run.run_dir, run.arms) for run in runs]),
     )
 
 
@@ -135,8 +138,9 @@ class _Context:
     """What all arms of a comparison share."""
 
     base: Arm
-    controls: list[Arm]
-    control_pairings: dict[str, Pairing]
+    controls: list[Arm]  # that are no copies
+    copies: dict[str, str]  # A/A arm → the arm of which it is one
+    control_pairings: dict[str, Pairing]  # of all A/A arms
     floor: NoiseFloor | None
     noise: float
     question: Question
@@ -148,8 +152,10 @@ def _context(
     base: Arm, controls: list[Arm], question: Question, declarations: list[Declaration], alone: bool
 ) -> _Context:
     pairings = {arm.name: pair_arms(base, arm) for arm in controls}
+    found = copies(base, controls)
+    controls = [arm for arm in controls if arm.name not in found]
     noise = action_noise(pairings[controls[0].name].pairs, base, controls[0]) if controls else 0.0
-    return _Context(base, controls, pairings, noise_floor(base, controls), noise, question, declarations, alone)
+    return _Context(base, controls, found, pairings, noise_floor(base, controls), noise, question, declarations, alone)
 
 
 def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
@@ -177,7 +183,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
     table: PairTable = row["table"]
     floor = None if control else context.floor
     pooled = replicates and table.pairs and sample(pooled_steps(pairing.pairs, replicates), question.estimand)
-    paired = [{pair.key: pair for pair in of.pairs} for of in context.control_pairings.values()]
+    paired = [{pair.key: pair for pair in context.control_pairings[c.name].pairs} for c in replicates]
     found = measured(pairing.pairs, base, arm)
     floors = [measured(context.control_pairings[c.name].pairs, base, c) for c in replicates]
     psi = planning_discordance(table, floor and floor.discordance)

@@ -142,9 +142,15 @@ class SequentialTest:
     max_pairs: int | None
     episodes_saved: int
 
+    @property
+    def spendable(self) -> int:
+        """The most pairs it may take."""
+        return min(self.declared_pairs, self.max_pairs or self.declared_pairs)
+
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self.decision),
+            "interval": rounded_interval(self.decision.interval),
             "margin": self.margin,
             "declared_pairs": self.declared_pairs,
             "max_pairs": self.max_pairs,
@@ -269,7 +275,9 @@ class Comparison:
     family: int
     reference_summary: dict[str, Any]
     floor: NoiseFloor | None
+    copies: dict[str, str]  # A/A arms that are another arm to the bit, and which
     ledger: LedgerState
+    arithmetic: dict[str, Any]  # `arithmetic.together`: whether the kernels computed what they claim
 
     @property
     def margin(self) -> float:
@@ -296,9 +304,11 @@ class Comparison:
             "holm_family": self.family,
             "reference_summary": self.reference_summary,
             "noise_floor": self.floor.to_json() if self.floor else None,
+            "aa_copies": self.copies,
             "ledger": {
                 "torn_lines": self.ledger.torn_lines,
                 "repeated_lines": self.ledger.repeated_lines,
                 "conflicting_episodes": list(self.ledger.conflicting_episodes),
             },
+            "arithmetic": self.arithmetic,
         }

@@ -10,6 +10,9 @@ a width and no place. Three uses, all over the same scenes:
              McNemar's one-sided test when K = 1
     pooled   Δ against the mean of the reference and its K replicates, whose own luck averages out (power .43 → .54
              at 500 pairs and 6.7 % flips with K = 1, at no further rollout)
+
+An A/A arm whose every episode equals another's to the bit was computed by the same arithmetic: it is one draw shown
+twice (`copies`), and counts once in all three.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from scipy.special import gammaln, xlog1py, xlogy
 from qlibero.episode_key import EpisodeKey
 from qlibero.results.judgement import PairTable, rounded, rounded_interval
 from qlibero.results.pairing import Arm, Pair, pair_arms
+from qlibero.results.records import EpisodeRecord
 from qlibero.results.sampling import Step
 from qlibero.results.statistics import Interval, tango
 
@@ -66,6 +70,29 @@ class ExcessFlips:
 
     def to_json(self) -> dict[str, Any]:
         return {"scenes": self.scenes, "arm": rounded(self.arm), "floor": rounded(self.floor), "p": rounded(self.p)}
+
+
+def copies(base: Arm, controls: Sequence[Arm]) -> dict[str, str]:
+    """A/A arms that are another's copies, and whose: of the reference, or of an earlier A/A arm, all finished episodes
+    that both have are equal in action digest, outcome and steps."""
+    found: dict[str, str] = {}
+    distinct = [base]
+    for arm in controls:
+        other = next((one for one in distinct if _equal(one, arm)), None)
+        if other is None:
+            distinct.append(arm)
+        else:
+            found[arm.name] = other.name
+    return found
+
+
+def _equal(one: Arm, other: Arm) -> bool:
+    pairs = pair_arms(one, other).pairs
+    return bool(pairs) and all(_trace(pair.reference) == _trace(pair.other) for pair in pairs)
+
+
+def _trace(record: EpisodeRecord) -> tuple[str, str, int]:
+    return record.action_digest, record.outcome, record.steps
 
 
 def noise_floor(base: Arm, replicates: Sequence[Arm]) -> NoiseFloor | None:

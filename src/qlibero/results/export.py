@@ -7,11 +7,13 @@ itself.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import UserError
+from qlibero.files import replace
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import RunResults, read_runs
 from qlibero.results.summary import percentiles, phase_calls, policy_calls
@@ -92,24 +94,25 @@ def export_episodes(
         if (not arms or row["arm"] in arms) and (not tasks or row["task"] in tasks)
     ]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    try:
-        if out.suffix == ".parquet":
-            _parquet(rows, columns, out)
-        else:
-            with out.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
-    except OSError as problem:
-        raise WorkFailed(f"cannot write {out}: {problem.strerror}") from problem
+    replace(out, _parquet(rows, columns) if out.suffix == ".parquet" else _csv(rows, columns), "Choose another -o")
     return {"file": str(out), "rows": len(rows), "columns": columns}
 
 
-def _parquet(rows: list[dict[str, Any]], columns: list[str], out: Path) -> None:
+def _csv(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _parquet(rows: list[dict[str, Any]], columns: list[str]) -> bytes:
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise UserError("export: Parquet needs pyarrow (pip install 'qlibero[parquet]'); or write a .csv") from None
     table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
-    pyarrow.parquet.write_table(table, out)
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(table, data)
+    return data.getvalue()

@@ -21,6 +21,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,11 @@ def _recognised(name: str, path: Path, text: str) -> ForeignArm | None:
     if path.suffix == ".csv":
         header = text.partition("\n")[0]
         delimiter = max(",;\t", key=header.count)
-        return _fork(
-            name, _suite_in(path), None, list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        )
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return _fork(name, _suite_in(path), None, ((f"line {reader.line_num}", row) for row in reader))
     if path.suffix == ".jsonl":
-        return _fork(name, _suite_in(path), None, [json.loads(line) for line in text.splitlines() if line.strip()])
+        lines = ((f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip())
+        return _fork(name, _suite_in(path), None, ((where, _json(line, where)) for where, line in lines))
     if (suite := re.search(r"^Task suite: (\S+)", text, re.MULTILINE)) and not text.lstrip().startswith("{"):
         return _openvla(name, suite[1], text)
     data = json.loads(text)
@@ -126,10 +127,13 @@ def _recognised(name: str, path: Path, text: str) -> ForeignArm | None:
     if "per_task" in data:
         return _lerobot(name, data["per_task"])
     if "per_episode" in data:
-        outcomes = [(None, _outcome(e["success"])) for e in data["per_episode"]]
+        outcomes = [
+            (None, _outcome(e["success"], f"per_episode[{i}].success")) for i, e in enumerate(data["per_episode"])
+        ]
         return ForeignArm(name, "LeRobot", tuple(outcomes), "LeRobot records no initial state")
     if "task_suite" in data:
-        return _fork(name, data["task_suite"], data.get("seed"), data["results"])
+        rows = ((f"results[{i}]", row) for i, row in enumerate(data["results"]))
+        return _fork(name, data["task_suite"], data.get("seed"), rows)
     if "benchmark" in data and "tasks" in data:
         return _vla_eval(name, data)
     return None
@@ -144,16 +148,19 @@ def _openvla(name: str, suite: str, text: str) -> ForeignArm:
         elif key == "Starting episode":
             init = int(value) - 1
         elif init is not None:
-            episodes.append(((suite, task, init, None), _outcome(value)))
+            episodes.append(((suite, task, init, None), _outcome(value, f"Success of episode {init + 1} of {task!r}")))
             init = None
     return ForeignArm(name, "OpenVLA", tuple(episodes))
 
 
 def _lerobot(name: str, per_task: list[dict[str, Any]]) -> ForeignArm:
     found = [
-        ((str(task["task_group"]), str(task["task_id"])), (None, _outcome(success)))
-        for task in per_task
-        for success in task["metrics"]["successes"]
+        (
+            (str(task["task_group"]), str(task["task_id"])),
+            (None, _outcome(success, f"per_task[{t}].metrics.successes[{i}]")),
+        )
+        for t, task in enumerate(per_task)
+        for i, success in enumerate(task["metrics"]["successes"])
     ]
     return ForeignArm(
         name,
@@ -164,9 +171,19 @@ def _lerobot(name: str, per_task: list[dict[str, Any]]) -> ForeignArm:
     )
 
 
-def _fork(name: str, suite: str, seed: int | None, rows: list[dict[str, Any]]) -> ForeignArm:
+def _fork(name: str, suite: str, seed: int | None, rows: Iterable[tuple[str, dict[str, Any]]]) -> ForeignArm:
+    """`rows`: each with where it stands, for the message."""
     episodes = tuple(
-        ((suite, str(int(r["task_id"])), int(r["episode_idx"]), seed), _outcome(r["success"])) for r in rows
+        (
+            (
+                suite,
+                str(_index(r["task_id"], f"{where}: task_id")),
+                _index(r["episode_idx"], f"{where}: episode_idx"),
+                seed,
+            ),
+            _outcome(r["success"], f"{where}: success"),
+        )
+        for where, r in rows
     )
     return ForeignArm(name, "openpi fork", episodes)
 
@@ -179,19 +196,34 @@ def _vla_eval(name: str, data: dict[str, Any]) -> ForeignArm:
             index = re.search(r"(\d+)$", str(e["episode_id"]))
             key = (suite, str(task["task"]), int(index[1]), None) if index else None
             success = e["success"] if "success" in e else e.get("metrics", {}).get("success")
+            where = f"success of episode {e['episode_id']} of task {task['task']!r}"
             if success is None and not e.get("failure_reason"):
                 raise ValueError(
                     f"episode {e['episode_id']} of task {task['task']!r} says neither success nor failure_reason"
                 )
-            episodes.append((key, "error" if e.get("failure_reason") else _outcome(success)))
+            episodes.append((key, "error" if e.get("failure_reason") else _outcome(success, where)))
     return ForeignArm(name, "vla-eval", tuple(episodes))
 
 
-def _outcome(value: Any) -> Outcome:
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{where}: not JSON: {problem.msg}") from None
+
+
+def _index(value: Any, where: str) -> int:
+    try:
+        return int(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{where} is {value!r}, expected a whole number") from None
+
+
+def _outcome(value: Any, where: str) -> Outcome:
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     meant = words.get(value.strip().lower()) if isinstance(value, str) else value
     if meant not in (True, False):
-        raise ValueError(f"success is {value!r}, expected True or False")
+        raise ValueError(f"{where} is {value!r}, expected True or False")
     return "success" if meant else "failure"
 
 

@@ -31,6 +31,7 @@ class Word(StrEnum):
     ERRORS = "inconclusive (errors)"  # counting errors against the arm would change the word
     CONFLICT = "inconclusive (conflict)"  # one episode was recorded twice with different results
     FEW = "inconclusive (few pairs)"
+    FUTILE = "inconclusive (futile)"  # a sequential test gave up: no verdict had a fair chance any more
     INTERIM = "interim"  # planned episodes are missing, so there is no verdict yet
     NOISE_FLOOR = "noise floor"  # the A/A arm is measured, not judged
     NO_PAIRS = "no pairs"

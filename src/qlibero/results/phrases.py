@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlibero.results.judgement import FEWEST_PAIRS, Power, Word
@@ -186,6 +187,14 @@ def band_text(arm: ArmComparison) -> str:
     return f"rounding alone moves Δ within ±{100 * arm.band[1]:.1f} pp in 95 % of reruns"
 
 
+def copies_text(copies: Mapping[str, str]) -> str:
+    """Which A/A arms count for nothing of their own; "" where every one is another draw."""
+    if not copies:
+        return ""
+    said = ", ".join(f"{arm} is {other}" for arm, other in copies.items())
+    return f"Equal in every episode, to the bit: {said}. What is one arithmetic counts once in the noise floor."
+
+
 def pooled_text(arm: ArmComparison) -> str:
     """Δ against the mean of the reference and its A/A arms; "" without one, or where that is the verdict's own."""
     if arm.pooled is None or arm.question.against == "pooled":
@@ -195,6 +204,19 @@ def pooled_text(arm: ArmComparison) -> str:
         f"against the mean of {arm.reference_label} and {count_text(arm.references - 1, 'A/A arm')}: "
         f"Δ {delta_text(found.delta, found.interval, margin)} pp {interval_text(found.interval, margin)}"
     )
+
+
+def ruling_text(test: SequentialTest) -> str:
+    """Why a sequential test says neither "non-inferior" nor "inferior"; "" where it says one."""
+    d = test.decision
+    if d.verdict is None:
+        following = f", next look at {d.next_look:,}" if d.next_look and d.next_look > d.position else ""
+        return f"{d.position:,} of at most {test.spendable:,} pairs, no decision{following}"
+    if d.verdict == "futile":
+        return f"given up after {d.position:,} of {test.spendable:,} pairs: neither verdict had a fair chance left"
+    if d.verdict == "undecided":
+        return f"undecided after all {d.position:,} pairs that may be spent"
+    return ""
 
 
 def sequential_text(test: SequentialTest) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qlibero.results.comparison import SequentialTest
 from qlibero.results.judgement import Ruling, Word
 from qlibero.results.pairing import Arm, Pairing
+from qlibero.results.phrases import ruling_text
 from qlibero.results.runs import REFERENCE
 from qlibero.results.stopping import Declaration, pair_step
 
@@ -29,7 +30,12 @@ class RuledSuite:
         if margin != self.test.margin:
             return Ruling.undecidable()
         decision = self.test.decision
-        return Ruling(_word(decision.verdict), _word(decision.without_errors), interval=decision.interval)
+        return Ruling(
+            _word(decision.verdict),
+            _word(decision.without_errors),
+            ruling_text(self.test),
+            decision.interval or (-1.0, 1.0),  # not looked at yet: nothing can be said
+        )
 
 
 def sequential_tests(declarations: Sequence[Declaration], base: Arm, arm: Arm, pairing: Pairing) -> list[RuledSuite]:
@@ -48,6 +54,5 @@ def sequential_tests(declarations: Sequence[Declaration], base: Arm, arm: Arm, p
 
 
 def _word(verdict: str | None) -> Word | None:
-    if verdict is None:
-        return None
-    return Word(verdict) if verdict in (Word.NON_INFERIOR, Word.INFERIOR) else Word.INCONCLUSIVE
+    words = {"undecided": Word.INCONCLUSIVE, "futile": Word.FUTILE}
+    return None if verdict is None else words.get(verdict) or Word(verdict)

@@ -24,6 +24,7 @@ from qlibero.rollout.films import film_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
 OnRecord = Callable[[EpisodeRecord, np.ndarray | None], None]
+OnCall = Callable[[str, Sequence[Observation], np.ndarray, np.ndarray, float], None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ def run_episodes(
     settings: RolloutSettings,
     on_record: OnRecord,
     needs: Callable[[str], bool] = lambda arm: True,
+    on_call: OnCall = lambda arm, observations, noise, actions, seconds: None,
 ) -> None:
     """Run every planned episode and hand each finished one to `on_record(record, trajectory)`.
+
+    Each policy call goes to `on_call(arm, observations, noise, actions, seconds)` before it is executed; no latency
+    counts what that takes. Observations are only valid until it returns.
 
     `policies` maps arm to policy. An episode whose simulator dies or hangs is run again, `settings.retries` times, then
     recorded as an error. An arm that `needs` says no to starts no further episode; those in flight are finished.
@@ -121,7 +126,7 @@ def run_episodes(
                     on_record(episode.error_record(event.reason), None)
             start(event.worker)
         if waiting:
-            _serve(waiting, running, policies, pool, settings.replan_steps)
+            _serve(waiting, running, policies, pool, settings.replan_steps, on_call)
 
 
 def _serve(
@@ -130,6 +135,7 @@ def _serve(
     policies: Mapping[str, Policy],
     pool: SimulatorPool,
     replan_steps: int,
+    on_call: OnCall,
 ) -> None:
     """One policy call for the arm that has waited longest, with as many of its waiting episodes as a batch holds."""
     arm = running[waiting[0]].planned.arm
@@ -137,9 +143,11 @@ def _serve(
     batch = [worker for worker in waiting if running[worker].planned.arm == arm][: policy.batch_size]
     episodes = [running[worker] for worker in batch]
     noise = np.stack([episode.noise(policy.noise_shape) for episode in episodes])
+    observations = [episode.observation for episode in episodes]
     started = time.perf_counter()
-    chunk = policy.infer([episode.observation for episode in episodes], noise)
+    chunk = policy.infer(observations, noise)
     policy_ms = (time.perf_counter() - started) * 1e3
+    on_call(arm, observations, noise, chunk.actions, policy_ms / 1e3)
     for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
         waiting.remove(worker)
         episode.answered(chunk, policy_ms, len(batch))

@@ -11,13 +11,13 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qlibero.cache import cache_directory, keep
 from qlibero.sim.passport import PACKAGES, Finding, Look, PassportReport
 
 
@@ -26,7 +26,7 @@ class PassportGuard:
 
     def __init__(self, suite: str, environment: Mapping[str, str], renderer: Mapping[str, str]) -> None:
         self._suite, self._environment = suite, environment
-        self._memory = _directory() / f"{_key(suite, environment, renderer)}.json"
+        self._memory = cache_directory("passport") / f"{_key(suite, environment, renderer)}.json"
         self._known = _recall(self._memory)
         self._look: Look | None = None
 
@@ -48,7 +48,7 @@ class PassportGuard:
             return self._known
         assert self._look is not None, "enter first"
         report = self._look.report().enforce()
-        _remember(self._memory, report)
+        keep(self._memory, json.dumps(asdict(report)))
         return report
 
 
@@ -110,23 +110,9 @@ def _processor() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs if key.strip() in keys}
 
 
-def _directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero" / "passport"
-
-
 def _recall(path: Path) -> PassportReport | None:
     try:
         known = json.loads(path.read_text())
         return PassportReport(**{**known, "findings": tuple(Finding(**finding) for finding in known["findings"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _remember(path: Path, report: PassportReport) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(report)))
-        temporary.replace(path)
-    except OSError:
-        pass  # a read-only home costs a few seconds next time, nothing else

@@ -14,13 +14,14 @@ import hashlib
 import importlib.util
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qlibero import files
+from qlibero.cache import cache_directory
 from qlibero.errors import WorkFailed
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -61,17 +62,9 @@ def _config_directory(spec: Any) -> Path:
         }
         content = "".join(f"{key}: {path}\n" for key, path in places.items())
     name = "libero-" + hashlib.sha256((content or "packaged").encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero"
-    try:
-        (cache / name).mkdir(parents=True, exist_ok=True)
-        base = cache / name
-    except OSError:  # read-only or missing home: a cluster's batch account
-        base = Path(tempfile.gettempdir()) / f"qlibero-{os.getuid()}-{name}"
-        base.mkdir(parents=True, exist_ok=True)
+    base = cache_directory(name)
     if content is not None and not (base / "config.yaml").exists():
-        temporary = base / f".config-{os.getpid()}"
-        temporary.write_text(content)
-        os.replace(temporary, base / "config.yaml")
+        files.replace(base / "config.yaml", content)
     return base
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import site
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ def _is_read(name: str) -> bool:
 def _differs(content: str | None, listed: dict[str, str | None], name: str) -> bool:
     if content is None or name not in listed:
         return True
-    return listed[name] is not None and listed[name] != content
+    return listed[name] != content  # an entry without a hash proves nothing
 
 
 def _installed(names: tuple[str, ...]) -> list[importlib.metadata.Distribution]:
@@ -148,8 +148,28 @@ def _installed(names: tuple[str, ...]) -> list[importlib.metadata.Distribution]:
     if site.ENABLE_USER_SITE:
         paths.append(site.getusersitepackages())
     places = list(dict.fromkeys(paths))
-    found = (next(iter(importlib.metadata.distributions(name=name, path=places)), None) for name in names)
+    found = (next(_candidates(name, places), None) for name in names)
     return [distribution for distribution in found if distribution is not None]
+
+
+def _linked(places: list[str]) -> list[str]:
+    """Directories that .pth files of the site directories name: environments that share their packages do so."""
+    lines = (
+        (place, line.strip())
+        for place in places
+        for file in sorted(Path(place).glob("*.pth"))
+        for line in file.read_text(errors="replace").splitlines()
+    )
+    return [
+        str(Path(place, line)) for place, line in lines if line and not line.startswith(("import ", "import\t", "#"))
+    ]
+
+
+def _candidates(name: str, places: list[str]) -> Iterator[importlib.metadata.Distribution]:
+    """Of linked ones those with hashes of their files: a source tree linked in place has none."""
+    yield from importlib.metadata.distributions(name=name, path=places)
+    linked = importlib.metadata.distributions(name=name, path=_linked(places))
+    yield from (distribution for distribution in linked if distribution.read_text("RECORD"))
 
 
 def _records(distributions: list[importlib.metadata.Distribution]) -> list[Path]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 
-from qlibero.errors import WorkFailed
+from qlibero import files
+from qlibero.errors import WorkFailed, cause
 from qlibero.sim.suites import CONTROL_HZ
 
 
@@ -28,10 +28,12 @@ class VideoWriter:
             raise WorkFailed("videos need ffmpeg: apt-get install -y ffmpeg, or set videos off")
         self.path = path
         self._last: tuple[int, bytes] | None = None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a worker that died
-            leftover.unlink(missing_ok=True)
-        self._part = path.parent / f".{path.name}.{os.getpid()}.part"
+        for leftover in path.parent.glob(f".{path.name[:40]}-*{files.PART}"):  # of a worker that died
+            files.remove(leftover)
+        try:
+            self._part = files.beside(path)
+        except OSError as problem:
+            raise WorkFailed(f"cannot write {path}: {cause(problem)}") from problem
         self._process = subprocess.Popen(
             [
                 ffmpeg,
@@ -80,9 +82,13 @@ class VideoWriter:
         with contextlib.suppress(BrokenPipeError):  # its status says it
             self._process.stdin.close()
         if self._process.wait() != 0:
-            self._part.unlink(missing_ok=True)
+            files.remove(self._part)
             raise WorkFailed(f"ffmpeg could not write {self.path} (status {self._process.returncode})")
-        os.replace(self._part, self.path)
+        try:
+            files.settle(self._part, self.path)
+        except OSError as problem:
+            files.remove(self._part)
+            raise WorkFailed(f"cannot write {self.path}: {cause(problem)}") from problem
 
     def _hold(self, until: int) -> None:
         if self._last is None:
@@ -98,4 +104,4 @@ class VideoWriter:
         """Stop and leave nothing."""
         self._process.kill()
         self._process.wait()
-        self._part.unlink(missing_ok=True)
+        files.remove(self._part)

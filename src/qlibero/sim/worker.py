@@ -4,7 +4,7 @@ Started by `qlibero.sim.pool` as `python -m qlibero.sim.worker` in its own envir
 the launcher's CUDA, threads or random state is inherited). Speaks over one socket; frames go through shared memory:
 the observation lies there when the message that announces it arrives, and stays untouched until the next `act`.
 
-Messages in:  ("start", Assignment), ("act", (n, 7) float32 actions), ("quit",)
+Messages in:  ("start", Assignment), ("act", (n, 7) float32 actions; one that is not finite ends the episode), ("quit",)
 Messages out: ("observed", step, sim_ms, render_ms, prompt), ("finished", …), ("refused", status, message)
 """
 
@@ -27,6 +27,7 @@ from qlibero.errors import QliberoError, WorkFailed
 from qlibero.sim import suites
 
 _PR_SET_PDEATHSIG = 1
+ROW = 10  # of a trajectory: action 7, end effector position 3
 
 
 def frame_bytes(resolution: int) -> int:
@@ -106,12 +107,13 @@ class Worker:
         actions = np.asarray(actions, dtype=np.float32)
         if actions.ndim != 2 or actions.shape[1] != suites.ACTION_DIM or not len(actions):
             raise ValueError(f"actions of shape {actions.shape}; expected (n, {suites.ACTION_DIM}), n > 0")
-        if not np.isfinite(actions).all():
-            raise ValueError("actions are not finite")
+        finite = np.isfinite(actions).all(1)
+        lost = not finite.all()  # the policy has failed: what comes before that action is executed, nothing after it
+        actions = actions[: int(np.argmin(finite))] if lost else actions
         started, last = time.perf_counter(), min(len(actions), limit - self.steps) - 1
         success = False
         for index in range(last + 1):
-            needed = index == last and self.steps + 1 < limit
+            needed = not lost and index == last and self.steps + 1 < limit
             success = scene.step(actions[index], observe=needed)
             self.steps += 1
             position = scene.eef_position().astype(np.float32)
@@ -119,10 +121,10 @@ class Worker:
             if success:
                 break
         self.busy_s += time.perf_counter() - started
-        if not success and self.steps < limit:
+        if not success and not lost and self.steps < limit:
             self._observed()
             return
-        rows = np.stack(self.trajectory).astype(np.float32)
+        rows = np.array(self.trajectory, np.float32).reshape(-1, ROW)
         sim_ms, render_ms = self._times()  # the last frame is for the video only, so in nobody's times
         if self.video is not None:
             self._film(scene.look())

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlibero import files
 from qlibero.tracking import wandb_environment
 
 if TYPE_CHECKING:
@@ -193,7 +194,4 @@ def read_state(run_dir: Path, tracker: str) -> dict:
 
 
 def write_state(run_dir: Path, tracker: str, state: dict) -> None:
-    path = state_path(run_dir, tracker)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(state, indent=1))
-    os.replace(temporary, path)
+    files.replace(state_path(run_dir, tracker), json.dumps(state, indent=1))

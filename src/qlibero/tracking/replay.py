@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qlibero.errors import WorkFailed
+from qlibero.results.arithmetic import SameArithmetic, arithmetic
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
@@ -104,7 +105,8 @@ class ArmReplay:
                 self._log(entry, self.rows, records)
             self.rows += 1
         if last:
-            self.run.summarize(arm_summary(ledger) | versus_baseline(self.run_dir, self.arm))
+            summary = arm_summary(ledger) | versus_baseline(self.run_dir, self.arm)
+            self.run.summarize(summary | arithmetic_summary(self.run_dir, self.arm))
 
     def _log(self, entry: str, step: int, records: dict[str, EpisodeRecord]) -> None:
         if record := records.get(entry):
@@ -279,6 +281,22 @@ def versus_baseline(run_dir: Path, arm: str) -> dict:
         "speedup": found.speed.ratio if found.speed.claim in ("faster", "slower", "as fast") else None,
     }
     return {f"versus_{BASELINE}/{name}": value for name, value in numbers.items() if value is not None}
+
+
+def arithmetic_summary(run_dir: Path, arm: str) -> dict:
+    """Whether the arm's kernels were found to compute what they claim: "arithmetic/ok", and what there is to say."""
+    found = arithmetic(run_dir, {name: read_arm(run_dir, name) for name in arms_of(run_dir)})
+    pairs = [pair for pair in found["same"] if arm in (pair["arm"], pair["other"])]
+    tried = found["rechecks"].get(arm, {})
+    problems = [
+        *tried.get("wrong", ()),
+        *(str(SameArithmetic(**pair)) for pair in pairs if pair["equal"] != pair["episodes"]),
+    ]
+    summary = {"arithmetic/ok": not problems, "arithmetic/problems": "; ".join(problems)}
+    summary |= {f"arithmetic/{name}": tried[name] for name in ("repeated", "products") if name in tried}
+    if pairs:
+        summary |= {f"arithmetic/{name}": sum(pair[name] for pair in pairs) for name in ("equal", "episodes")}
+    return summary
 
 
 def kernel_counts(meta: dict) -> dict[str, int]:

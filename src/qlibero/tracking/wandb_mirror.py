@@ -26,6 +26,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
@@ -114,7 +115,7 @@ class WandbRun:
         self.run.finish()
         for directory in (self.directory / "wandb").glob(f"offline-run-*-{self.run.id}"):
             if not list(directory.glob("*.synced")):
-                (directory / ROWS_NOTE).write_text(str(rows))
+                files.replace(directory / ROWS_NOTE, str(rows))
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ class RunId:
 
     @staticmethod
     def _kept(state: RunId) -> RunId:
-        temporary = state.path.with_suffix(".tmp")
-        temporary.write_text(state.run_id + (" online" if state.seen_online else "") + "\n")
-        os.replace(temporary, state.path)
+        files.replace(state.path, state.run_id + (" online" if state.seen_online else "") + "\n")
         return state
 
 

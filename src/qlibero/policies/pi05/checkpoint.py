@@ -1,70 +1,69 @@
 """Reading a checkpoint directory: strictly, or not at all.
 
-Three kinds of directory are understood. All hold `model.safetensors` and a `config.json`; they differ in the
+Three kinds of directory are understood. All hold `model.safetensors` (or shards and their index); they differ in the
 rest:
 
 `qlibero`  ours: openpi's names, tokenizer.json, assets/<id>/norm_stats.json, and a config.json that says it all
-`openpi`   openpi's PyTorch conversion: assets/<id>/norm_stats.json (often missing: openpi#810), sizes by shape
+`openpi`   openpi's PyTorch: assets/<id>/norm_stats.json (often missing: openpi#810), sizes by shape, config.json or not
 `lerobot`  LeRobot: names prefixed `model.`, policy_preprocessor.json with its normaliser safetensors
 
-A missing, extra, misshapen or non-finite tensor is an error that lists them; there is no path on which a
-network with random weights comes back (LeRobot's own loader has one, even with strict=True).
+A missing, extra, misshapen, doubled or absurd tensor is an error that lists it; there is no path on which a network
+with random weights comes back (LeRobot's own loader has one, even with strict=True).
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qlibero.errors import UserError
-from qlibero.policies.pi05.architecture import EMBEDDING, TIED, architecture, strip
-from qlibero.policies.pi05.config import PI05_FULL, Pi05Config
+from qlibero.policies.pi05.architecture import architecture
+from qlibero.policies.pi05.config import Pi05Config
+from qlibero.policies.pi05.declared import Declared
+from qlibero.policies.pi05.lerobot import PRE, LerobotFiles, read_lerobot
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.normalize import Mode
 from qlibero.policies.pi05.profiles import PROFILES, Profile
+from qlibero.policies.pi05.tensor_table import TensorTable, faulty, tensor_table
+from qlibero.policies.pi05.unreadable import require_pi05
+from qlibero.policies.pi05.weights import WEIGHTS, Weights, fault_of, find_weights, sha256
+from qlibero.policies.structured import Open, Strict, fit, read_json, short
 
-WEIGHTS = "model.safetensors"
 FORMAT = "qlibero-pi05-1"
-_UNUSED = (TIED, "paligemma_with_expert.gemma_expert.lm_head.weight")
-_UNSUPPORTED_IN_LEROBOT = ("use_relative_actions", "use_visual_memory", "use_proprioceptive_memory")
-_LISTED = 8
-"""Tensors named in a message before "and n more"."""
 
 Kind = Literal["qlibero", "openpi", "lerobot"]
+_Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 
 
-@dataclass(frozen=True)
-class TensorTable:
-    """How the file's tensors map to the network's: `source[name]` is the file's name of a network tensor."""
+class _Ours(Strict):
+    """config.json of our own kind. `architecture` is `Pi05Config`'s."""
 
-    source: dict[str, str]
-    missing: list[str]
-    extra: list[str]
-    misshapen: list[str]
-    notes: list[str]
+    format: Literal["qlibero-pi05-1"]
+    name: _Text | None = None
+    profile: Any = None
+    normalization: Any = None
+    asset_id: _Text | None = None
+    architecture: Any = None
 
-    @property
-    def problems(self) -> list[str]:
-        """Human-readable, empty when the file fits."""
-        found = []
-        for word, names in (
-            ("missing", self.missing),
-            ("extra", self.extra),
-            ("of another shape", self.misshapen),
-        ):
-            if names:
-                more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-                found.append(f"{len(names)} tensors {word}: {', '.join(names[:_LISTED])}{more}")
-        return found
+
+class _Openpi(Open):
+    """config.json of openpi's converter; its trainer writes none."""
+
+    action_dim: Annotated[int, Field(ge=1, le=1024)] | None = None
+    action_horizon: Annotated[int, Field(ge=1, le=1000)] | None = None
+    max_token_len: Annotated[int, Field(ge=2, le=4096)] | None = None
+    asset_id: _Text | None = None
+    name: _Text | None = None
+    pi05: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -74,67 +73,98 @@ class Checkpoint:
     path: Path
     kind: Kind
     config: Pi05Config
+    """`action_horizon` is 0 where no file says it."""
     profile: Profile | None
     """What the files prove; None when they prove nothing and the user has to say."""
     guess: str
     """Name of the most likely profile."""
     profile_reason: str
     """Why it is proven or likely."""
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
+    weights: Weights
+    declared: Declared
     raw: dict[str, Any] = field(repr=False)
     """config.json."""
+    lerobot: LerobotFiles | None = None
 
     @property
-    def weights(self) -> Path:
-        """The safetensors file."""
-        return self.path / WEIGHTS
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the files, by the files' names."""
+        return self.weights.shapes
+
+    @property
+    def files(self) -> list[Path]:
+        """Weights, their index and config.json: what was read to know this."""
+        index = [self.weights.index] if self.weights.index else []
+        settings = self.path / "config.json"
+        return [*self.weights.files, *index, *([settings] if settings.is_file() else [])]
+
+    def with_horizon(self, said: int | None) -> Checkpoint:
+        """This checkpoint with the chunk length that its files or the user (`policy.action_horizon`) say.
+
+        UserError when nobody says it, or both do and differ.
+        """
+        known = self.config.action_horizon
+        if not known and said is None:
+            raise UserError(
+                f"policy.action_horizon: no file of {self.path} says how many actions a chunk has, and the weights do "
+                "not depend on it; write the number they were trained with (the published pi05_libero: 10)"
+            )
+        if known and said not in (None, known):
+            raise UserError(
+                f"policy.action_horizon: {said}, but {self.path}/config.json says {known}; leave the key out"
+            )
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, action_horizon=known or said))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Look at a directory. `UserError` when it is no checkpoint, or is one that cannot be read (truncated, JAX, …)."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} is not a directory; give the directory that holds {WEIGHTS}")
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        if (path / "params").is_dir():
-            raise UserError(
-                f"{path} is a JAX checkpoint (params/); convert it with openpi's "
-                "examples/convert_jax_model_to_pytorch.py and copy its assets/ beside model.safetensors"
-            )
-        found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise UserError(f"checkpoint {path} has no {WEIGHTS}; found: {found}")
-    shapes, dtypes = _header(weights)
-    raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if raw.get("format") == FORMAT:
-        config, kind = Pi05Config.from_dict(raw.get("architecture", {})), "qlibero"
-        profile = _named(raw.get("profile"), path / "config.json")
-        return Checkpoint(path, kind, config, profile, profile.name, "config.json names it", shapes, dtypes, raw)
-    if raw.get("type") == "pi05" or (path / "policy_preprocessor.json").is_file():
-        return _open_lerobot(path, raw, shapes, dtypes)
-    config = architecture(
-        shapes, PI05_FULL.action_horizon if "action_horizon" not in raw else raw["action_horizon"], weights
+        what = (
+            "is a link whose target is not there" if path.is_symlink() and not path.exists() else "is not a directory"
+        )
+        raise UserError(f"checkpoint {path} {what}; give the directory that holds {WEIGHTS}")
+    where = path / "config.json"
+    raw = read_json(where) if where.exists() or where.is_symlink() else {}
+    if "format" in raw:
+        return _open_ours(path, raw)
+    require_pi05(raw, where)
+    weights = find_weights(path)
+    if raw.get("type") == "pi05" or (path / PRE).is_file():
+        return _open_lerobot(path, raw, weights)
+    said = fit(_Openpi, raw, str(where))
+    if said.pi05 is False:
+        require_pi05({"type": "pi0"}, where)
+    declared = Declared("config.json", action_horizon=said.action_horizon, max_token_len=said.max_token_len)
+    config = _sizes(weights, declared, said.action_dim, where)
+    why = (
+        "openpi's files do not say whether the state was in the prompt; the published pi05_libero was trained without "
+        "it"
     )
-    return Checkpoint(
-        path,
-        "openpi",
-        config,
-        None,
-        "openpi",
-        "openpi's files do not say whether the state was in the prompt; the "
-        "published pi05_libero was trained without it",
-        shapes,
-        dtypes,
-        raw,
-    )
+    return Checkpoint(path, "openpi", config, None, "openpi", why, weights, declared, raw)
 
 
-def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoint:
-    config = architecture(shapes, raw.get("chunk_size", 50), path / WEIGHTS)
-    for key in _UNSUPPORTED_IN_LEROBOT:
-        if raw.get(key):
-            raise UserError(f"{path}/config.json: {key} is {raw[key]!r}; policies of that kind are not supported")
+def _open_ours(path: Path, raw: dict[str, Any]) -> Checkpoint:
+    where = path / "config.json"
+    if raw["format"] != FORMAT:
+        raise UserError(f"{where}: format is {short(raw['format'])!r}; this version reads {FORMAT}")
+    said = fit(_Ours, raw, str(where))
+    silent = isinstance(said.architecture, dict) and "action_horizon" not in said.architecture
+    architecture = {"action_horizon": 0, **said.architecture} if silent else said.architecture
+    config = Pi05Config.from_dict(architecture, str(where))
+    if not (config.action_horizon or silent):
+        raise UserError(f"{where}: architecture.action_horizon is 0; a chunk has at least one action")
+    if config.vision.type == "conv" and config.vision.cameras != 2:
+        raise UserError(f"{where}: architecture.vision.cameras is {config.vision.cameras}; LIBERO feeds two")
+    profile = profile_named(said.profile, where)
+    declared = Declared("config.json", action_horizon=config.action_horizon or None, flow_steps=config.flow_steps)
+    weights = find_weights(path)
+    return Checkpoint(path, "qlibero", config, profile, profile.name, "config.json names it", weights, declared, raw)
+
+
+def _open_lerobot(path: Path, raw: dict[str, Any], weights: Weights) -> Checkpoint:
+    files = read_lerobot(path, raw)
+    config = _sizes(weights, files.declared, files.config.max_action_dim, path / "config.json")
     # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the
     # state to 32.
     new = "use_relative_actions" in raw
@@ -144,43 +174,26 @@ def _open_lerobot(path: Path, raw: dict, shapes: dict, dtypes: dict) -> Checkpoi
         f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: "
         "lerobot-0.4 or lerobot-0.6, try the other if this scores 0 %)"
     )
-    return Checkpoint(
-        path, "lerobot", config, None, "lerobot-0.6" if new else "lerobot-0.4", reason, shapes, dtypes, raw
-    )
+    guess = "lerobot-0.6" if new else "lerobot-0.4"
+    return Checkpoint(path, "lerobot", config, None, guess, reason, weights, files.declared, raw, files)
 
 
-def tensor_table(checkpoint: Checkpoint) -> TensorTable:
-    """Match the file's names and shapes with the network's, by loader rules (prefix, tied embedding, unused heads)."""
-    with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in Pi05Model(checkpoint.config).state_dict().items()}
-    notes = []
-    renamed = {strip(name): name for name in checkpoint.shapes}
-    if any(name.startswith("model.") for name in checkpoint.shapes):
-        notes.append("prefix `model.` removed")
-    if EMBEDDING not in renamed and TIED in renamed:
-        renamed[EMBEDDING] = renamed[TIED]
-        notes.append("token embedding taken from lm_head (tied weights)")
-    for name in _UNUSED:
-        if renamed.pop(name, None):
-            notes.append(f"{name} dropped: never used for actions")
-    missing = [name for name in wanted if name not in renamed]
-    extra = [name for name in renamed if name not in wanted]
-    misshapen = [
-        f"{name} {checkpoint.shapes[renamed[name]]}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in renamed and checkpoint.shapes[renamed[name]] != shape
-    ]
-    return TensorTable({name: renamed[name] for name in wanted if name in renamed}, missing, extra, misshapen, notes)
+def _sizes(weights: Weights, declared: Declared, action_dim: int | None, where: Path) -> Pi05Config:
+    """The network that the tensors make, with the numbers that only the files' text can say."""
+    config = architecture(weights.shapes, declared.action_horizon or 0, str(weights))
+    if action_dim not in (None, config.action_dim):
+        raise UserError(
+            f"{where} says {action_dim} action dimensions, the tensor action_in_proj has {config.action_dim}"
+        )
+    said = {name: getattr(declared, name) for name in ("max_token_len", "min_period", "max_period")}
+    return dataclasses.replace(config, **{name: value for name, value in said.items() if value is not None})
 
 
 def tensors(
-    checkpoint: Checkpoint, table: TensorTable, device: str = "cpu", skip: frozenset[str] = frozenset()
+    checkpoint: Checkpoint, table: TensorTable, skip: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Network name and tensor, one at a time, in the file's dtype. Tensors in `skip` are not read."""
-    with safe_open(checkpoint.weights, framework="pt", device=device) as file:
-        for name, source in table.source.items():
-            if name not in skip:
-                yield name, file.get_tensor(source)
+    """Network name and tensor, one at a time, in the file's dtype on the CPU. Tensors in `skip` are not read."""
+    return checkpoint.weights.read({name: of for name, of in table.source.items() if name not in skip})
 
 
 def load_model(
@@ -190,30 +203,37 @@ def load_model(
 
     Read tensor by tensor: the host never holds a second copy. `skip` names linear weights that stay on the
     meta device because an artifact will bring their quantized replacement; they are neither read nor checked
-    for finiteness.
+    for what is in them.
     """
     table = tensor_table(checkpoint)
     if table.problems:
         raise UserError(f"{checkpoint.weights} does not fit its architecture: {'; '.join(table.problems)}")
     with torch.device("meta"):
         model = Pi05Model(checkpoint.config)
-    bad = []
+    faults: dict[str, str] = {}
     for name, tensor in tensors(checkpoint, table, skip=skip):
-        if not bool(torch.isfinite(tensor).all()):
-            bad.append(name)
-            continue
-        _place(model, name, tensor.to(device, torch.float32 if is_float32_island(name) else dtype))
+        if fault := fault_of(tensor):
+            faults[name] = fault
+        else:
+            _place(model, name, tensor.to(device, torch.float32 if is_float32_island(name) else dtype))
     for name in skip & table.source.keys():
         shape = model.get_parameter(name).shape
         _place(model, name, torch.empty(shape, dtype=dtype, device="meta"))
-    if bad:
-        raise UserError(f"{checkpoint.weights}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:_LISTED])}")
+    if faults:
+        raise UserError(f"{checkpoint.weights}: {faulty(faults)}")
     return model
 
 
 def _place(model: Pi05Model, name: str, tensor: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def profile_named(name: Any, where: Path) -> Profile:
+    """The profile that a file names; UserError when there is none of that name."""
+    if not isinstance(name, str) or name not in PROFILES:
+        raise UserError(f"{where}: profile {short(name)!r} is not known; known: {', '.join(PROFILES)}")
+    return PROFILES[name]
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -254,12 +274,6 @@ def write_checkpoint(
 
 
 # -- small parts -----------------------------------------------------------------------------------------------------
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def file_hashes(path: Path) -> dict[str, str]:
     """{relative name: sha256} of the files of a checkpoint that give it its meaning."""
     keep = {".safetensors", ".json", ".model"}
@@ -268,34 +282,3 @@ def file_hashes(path: Path) -> dict[str, str]:
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.suffix in keep
     }
-
-
-def _header(weights: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    try:
-        with safe_open(weights, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return (
-                {name: tuple(s.get_shape()) for name, s in slices.items()},
-                {name: s.get_dtype() for name, s in slices.items()},
-            )
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{weights} cannot be read as safetensors ({weights.stat().st_size} bytes): {error}; "
-            "if it was downloaded, the download is incomplete"
-        ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
-
-
-def _named(name: Any, where: Path) -> Profile:
-    if name not in PROFILES:
-        raise UserError(f"{where}: profile {name!r} is not known; known: {', '.join(PROFILES)}")
-    return PROFILES[name]

@@ -71,7 +71,7 @@ def _read(entry: dict[str, Any], mode: Mode, where: str, epsilon: float, epsilon
     if missing:
         raise UserError(
             f"{where}: {mode} normalisation needs {' and '.join(keys)}, missing: {', '.join(missing)}; "
-            f"found: {', '.join(sorted(entry)) or 'nothing'}"
+            f"found: {', '.join(sorted(key for key in entry if entry[key] is not None)) or 'nothing'}"
         )
     low, high = (np.asarray(entry[key], np.float64) for key in keys)
     return Statistics(mode, low, high, epsilon, epsilon_inverse)

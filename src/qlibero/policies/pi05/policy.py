@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import UserError
 from qlibero.policies.base import Chunk, Observation, grey
 from qlibero.policies.pi05.config import Pi05Config
+from qlibero.policies.pi05.declared import AGENT, WRIST
 from qlibero.policies.pi05.images import to_network
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.profiles import Profile
+from qlibero.policies.pi05.rearrange import MLP, rearranged
 from qlibero.policies.pi05.sampler import Sampler
 from qlibero.policies.pi05.tokenizer import Tokenizer
 
@@ -39,6 +41,16 @@ def require_match(config: Pi05Config, profile: Profile, tokenizer: Tokenizer) ->
             f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
             f"takes {config.state_dim}"
         )
+    if config.action_dim < ACTION_NUMBERS:
+        raise UserError(
+            f"the network's actions have {config.action_dim} numbers, LIBERO's robot takes {ACTION_NUMBERS}"
+        )
+    if config.vision.type == "conv" and config.vision.cameras != 2:
+        raise UserError(f"the network has {config.vision.cameras} cameras, LIBERO feeds two")
+    if config.state_dim and profile.prompt != "proj":
+        raise UserError(
+            f"the network has a state token of {config.state_dim} numbers, which profile {profile.name} does not feed"
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
@@ -50,7 +62,8 @@ class Pi05Policy:
     """See the module's docstring.
 
     `model` must be in its final dtype and device; its quantized linears may be of any backend. `identity` is
-    what the loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`.
+    what the loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`. `cameras` is
+    the order in which the network sees LIBERO's two.
     """
 
     def __init__(
@@ -64,6 +77,7 @@ class Pi05Policy:
         batch_size: int,
         flow_steps: int,
         identity: dict[str, Any],
+        cameras: tuple[int, ...] = (AGENT, WRIST),
     ):
         require_match(model.config, profile, tokenizer)
         config = model.config
@@ -73,11 +87,13 @@ class Pi05Policy:
         self.batch_size = batch_size
         self.flow_steps = flow_steps
         self.profile = profile
+        self._cameras = cameras
         self._statistics = statistics
         self._tokenizer = tokenizer
         self._identity = identity
         self._sampler: Sampler | None = None
         self._padding = 0  # buckets of masked text beyond what a text needs
+        self._arrangement = ""  # what of the arithmetic's order is not as in the checkpoint
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +120,17 @@ class Pi05Policy:
         return twin
 
     def rearranged(self, replicate: int) -> Pi05Policy:
-        """The same policy computed in another arrangement, the `replicate`-th (from 1): more rows, longer padding.
+        """The same policy computed in another arrangement, the `replicate`-th (from 1): the channels of one MLP in an
+        order drawn from that number, more rows, longer padding. Its actions differ by rounding alone.
 
-        Its actions differ by rounding alone. Libraries have few arrangements: on an x86 CPU rows by twos and threes
-        give the same bits, as do four and all that was tried above; further padding gives others again.
+        Rows and padding touch the rounding of every layer, but have few arrangements: on an x86 CPU rows by twos and
+        threes give the same bits, as do four and all that was tried above. The order of channels is what makes every
+        replicate another one.
         """
-        twin = self.with_batch_size(self.batch_size + (0, 1, 3)[replicate % 3])
+        twin = self.with_model(rearranged(self.model, replicate))
+        twin.batch_size += (0, 1, 3)[replicate % 3]
         twin._padding = replicate // 3
+        twin._arrangement = f"{MLP}: channels in order {replicate}; text padded by {twin._padding} buckets more"
         return twin
 
     def provenance(self) -> dict[str, Any]:
@@ -127,6 +147,7 @@ class Pi05Policy:
             "batch_size": self.batch_size,
             "action_horizon": config.action_horizon,
             "action_dim": config.action_dim,
+            **({"arrangement": self._arrangement} if self._arrangement else {}),
             **({} if self._sampler is None else {"execution": self._sampler.execution()}),
         }
 
@@ -177,22 +198,24 @@ class Pi05Policy:
             actions[batch], times = self._run([rows[i] for i in batch], length, noise[batch])
             for phase, ms in times.items():
                 phases[phase] = phases.get(phase, 0.0) + ms
-        if not np.isfinite(actions).all():
-            rows = [i for i in range(len(rows)) if not np.isfinite(actions[i]).all()]
-            raise WorkFailed(f"policy {self.name} answered with actions that are not finite (rows {rows} of the batch)")
         return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
 
     def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:
         """Images (cameras, 3, S, S) in [-1, 1], token ids, normalised state, all on the CPU."""
         size = self.model.config.vision.image_size
-        images = torch.stack(
-            [to_network(image, size, self.profile.resize) for image in (observation.image, observation.wrist_image)]
-        )
+        views = {AGENT: observation.image, WRIST: observation.wrist_image}
+        images = torch.stack([to_network(views[camera], size, self.profile.resize) for camera in self._cameras])
         state = self._statistics["state"].normalize(observation.state)
         return images, self._tokens(observation.prompt, state), state
 
     def _tokens(self, prompt: str, state: np.ndarray) -> list[int]:
-        return self._tokenizer.encode(self.profile.text(prompt, state))[: self.model.config.max_token_len]
+        tokens = self._tokenizer.encode(self.profile.text(prompt, state))
+        if len(tokens) > (limit := self.model.config.max_token_len):
+            raise UserError(
+                f"the instruction {prompt[:80]!r} takes {len(tokens)} tokens, the checkpoint's limit is {limit}: "
+                "it would be cut off"
+            )
+        return tokens
 
     def _bucket(self, length: int) -> int | None:
         """To what a text of `length` tokens is padded; None: not at all. Only where a row has a call of its own

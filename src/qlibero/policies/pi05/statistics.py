@@ -1,47 +1,74 @@
-"""Reading a checkpoint's normalisation statistics, in openpi's and in LeRobot's files. Missing ones are an error."""
+"""Reading a checkpoint's normalisation statistics, in openpi's and in LeRobot's files. Missing ones are an error, and
+so are those of another robot than LIBERO's."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from safetensors import safe_open
+import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from qlibero.errors import UserError
-from qlibero.policies.pi05.checkpoint import Checkpoint, read_json
+from qlibero.policies.pi05.checkpoint import Checkpoint
+from qlibero.policies.pi05.lerobot import POST, PRE
 from qlibero.policies.pi05.normalize import Mode, Statistics, from_lerobot, from_openpi
+from qlibero.policies.structured import Open, fit, read_json, short
 
 NUMBERS = {"state": 8, "actions": 7}
-"""What LIBERO's robot has; statistics may have more (padded) dimensions."""
-_LEROBOT = {
-    "state": ("policy_preprocessor.json", "observation.state", "STATE"),
-    "actions": ("policy_postprocessor.json", "action", "ACTION"),
-}
+"""What LIBERO's robot has; statistics may be padded to more dimensions."""
+LARGEST = 1e3
+"""Far above anything LIBERO's robot measures or is told (metres, radians, a unit of control)."""
+FILE = "norm_stats.json"
+_KEYS = ("mean", "std", "q01", "q99")
+_ZERO = 1e-6
+_LEROBOT = {"state": (PRE, "observation.state", "STATE"), "actions": (POST, "action", "ACTION")}
+
+_Numbers = Annotated[list[float], Field(min_length=1, max_length=4096)] | None
 
 
-def load_statistics(checkpoint: Checkpoint) -> dict[str, Statistics]:
-    """{"state": …, "actions": …}; `UserError` when the files are missing or incomplete."""
+class _Entry(Open):
+    mean: _Numbers = None
+    std: _Numbers = None
+    q01: _Numbers = None
+    q99: _Numbers = None
+
+
+class _NormStats(Open):
+    norm_stats: dict[str, Any] = Field(max_length=64)
+
+
+def load_statistics(
+    checkpoint: Checkpoint, asset_id: str | None = None, norm_stats: Path | None = None
+) -> dict[str, Statistics]:
+    """{"state": …, "actions": …}, from the file `norm_stats`, or the checkpoint's own of `asset_id`.
+
+    Raises UserError when there are none or several, when they are incomplete, or not those of LIBERO's robot.
+    """
     modes = normalization(checkpoint)
     found = {}
     for name, (mode, _) in modes.items():
-        if checkpoint.kind == "lerobot":
-            entry, where = _lerobot_entry(checkpoint.path, name)
-            found[name] = from_lerobot(entry, mode, where)
+        if checkpoint.lerobot is not None:
+            _not_for_lerobot(checkpoint, asset_id, norm_stats)
+            entry, where = _lerobot_entry(checkpoint, name)
         else:
-            path = statistics_file(checkpoint)
-            entry = read_json(path).get("norm_stats", {}).get(name, {})
-            found[name] = from_openpi(entry, mode, f"{path}: {name}")
-        if len(found[name].low) < NUMBERS[name]:
-            raise UserError(
-                f"{checkpoint.path}: statistics of {len(found[name].low)} {name} numbers; LIBERO has {NUMBERS[name]}"
-            )
+            path = statistics_file(checkpoint, asset_id, norm_stats)
+            stats = fit(_NormStats, read_json(path), str(path)).norm_stats
+            if name not in stats:
+                raise UserError(f"{path}: norm_stats.{name} is missing; found: {short(', '.join(sorted(stats)))}")
+            entry = fit(_Entry, stats[name], str(path), at=f"norm_stats.{name}").model_dump(include=set(_KEYS))
+            where = f"{path}: {name}"
+        arrays = {key: np.asarray(entry[key], np.float64) for key in _KEYS if entry.get(key) is not None}
+        _require_libero(name, mode, arrays, where)
+        found[name] = (from_lerobot if checkpoint.lerobot is not None else from_openpi)(arrays, mode, where)
     return found
 
 
 def normalization(checkpoint: Checkpoint) -> dict[str, tuple[Mode, str]]:
     """{"state": (mode, why), "actions": …}. `UserError` when the files name no mode, or one that is not known."""
-    if checkpoint.kind == "lerobot":
-        return {name: _lerobot_mode(checkpoint.path, name) for name in NUMBERS}
+    if checkpoint.lerobot is not None:
+        return {name: _lerobot_mode(checkpoint, name) for name in NUMBERS}
     mode = checkpoint.raw.get("normalization")
     if mode is None and checkpoint.kind == "openpi":
         # Its files do not say; its training config does: use_quantile_norm = model_type != ModelType.PI0.
@@ -49,71 +76,168 @@ def normalization(checkpoint: Checkpoint) -> dict[str, tuple[Mode, str]]:
         return dict.fromkeys(NUMBERS, ("quantile", why))
     if mode not in get_args(Mode):
         raise UserError(
-            f"{checkpoint.path}/config.json: normalization is {mode!r}; write one of {', '.join(get_args(Mode))}, "
-            "whichever the weights were trained with"
+            f"{checkpoint.path}/config.json: normalization is {short(mode)!r}; write one of "
+            f"{', '.join(get_args(Mode))}, whichever the weights were trained with"
         )
     return dict.fromkeys(NUMBERS, (mode, "config.json names it"))
 
 
-def statistics_file(checkpoint: Checkpoint) -> Path:
-    """The one assets/**/norm_stats.json of an openpi-style directory."""
-    found = sorted((checkpoint.path / "assets").glob("**/norm_stats.json"))
-    if len(found) != 1:
-        have = (
-            f"found {len(found)}: {', '.join(str(p.relative_to(checkpoint.path)) for p in found)}"
-            if found
-            else "found none"
-        )
-        raise UserError(
-            f"checkpoint {checkpoint.path} needs exactly one assets/<asset id>/norm_stats.json, {have}; openpi's "
-            "conversion leaves assets/ in the parent folder of the JAX checkpoint: copy it here by hand"
-        )
-    return found[0]
-
-
-def statistics_files(checkpoint: Checkpoint) -> list[Path]:
+def statistics_files(checkpoint: Checkpoint, asset_id: str | None = None, norm_stats: Path | None = None) -> list[Path]:
     """Every file that `load_statistics` reads."""
-    if checkpoint.kind != "lerobot":
-        return [statistics_file(checkpoint)]
+    if checkpoint.lerobot is None:
+        return [statistics_file(checkpoint, asset_id, norm_stats)]
+    _not_for_lerobot(checkpoint, asset_id, norm_stats)
     found = []
     for processor, _, _ in _LEROBOT.values():
-        step = _normalizer(checkpoint.path, processor)
-        found += [checkpoint.path / processor, checkpoint.path / step.get("state_file", "")]
+        found += [checkpoint.path / processor, _state_file(checkpoint, processor)]
     return found
 
 
-def _lerobot_mode(path: Path, name: str) -> tuple[Mode, str]:
+def statistics_file(checkpoint: Checkpoint, asset_id: str | None = None, norm_stats: Path | None = None) -> Path:
+    """The norm_stats.json of an openpi-style directory: the one named, the one of the asset id named (by the user or by
+    config.json), or the only one there is, in assets/<asset id>/, <asset id>/ or the directory itself."""
+    if norm_stats is not None:
+        if asset_id is not None:
+            raise UserError("policy: asset_id and norm_stats both say which statistics to read; give one")
+        return Path(norm_stats)
+    path, found = checkpoint.path, asset_ids(checkpoint.path)
+    listed = ", ".join(f"{name or '(none)'} ({file.relative_to(path)})" for name, file in found.items())
+    wanted = asset_id or checkpoint.raw.get("asset_id")
+    if wanted:
+        if wanted in found:
+            return found[wanted]
+        said = f"policy.asset_id is {wanted}" if asset_id else f"{path}/config.json: asset_id is {short(wanted)}"
+        raise UserError(f"{said}, of which {path} has no {FILE}; found: {listed or 'none'}. {_CURE}")
+    if len(found) != 1:
+        have = f"found {len(found)} asset ids: {listed}; write policy.asset_id" if found else f"found none; {_CURE}"
+        raise UserError(f"checkpoint {path} needs exactly one assets/<asset id>/{FILE}, {have}")
+    return next(iter(found.values()))
+
+
+_CURE = (
+    "openpi's conversion leaves assets/ in the parent folder of the JAX checkpoint: copy it here by hand, or name the "
+    "file with policy.norm_stats"
+)
+
+
+def asset_ids(path: Path) -> dict[str, Path]:
+    """{asset id: its norm_stats.json} of a directory; "" is a file beside the weights."""
+    found: dict[str, Path] = {}
+    assets = path / "assets"
+    for file in [
+        *sorted(assets.glob(f"**/{FILE}")),
+        *(path / FILE,),
+        *sorted(path.glob(f"*/{FILE}")),
+        *sorted(path.glob(f"*/*/{FILE}")),
+    ]:
+        root = assets if file.is_relative_to(assets) else path
+        if file.is_file():
+            name = str(file.parent.relative_to(root)).removeprefix(".")
+            # one id in two places is two statistics: the second is listed under its whole path
+            if found.get(name, file) != file:
+                name = str(file.parent.relative_to(path))
+            found.setdefault(name, file)
+    return found
+
+
+def _require_libero(name: str, mode: Mode, arrays: dict[str, np.ndarray], where: str) -> None:
+    """UserError for statistics that no data of LIBERO's robot can have."""
+    wanted = NUMBERS[name]
+    lengths = {len(values) if values.ndim == 1 else -1 for values in arrays.values()}
+    if len(lengths) > 1 or -1 in lengths:
+        shapes = ", ".join(f"{key} {list(values.shape)}" for key, values in arrays.items())
+        raise UserError(f"{where}: statistics are vectors of one length; found {shapes}")
+    for key, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise UserError(f"{where}: {key} is not finite in dimension {int(np.argmin(np.isfinite(values)))}")
+    dimensions = next(iter(lengths), 0)
+    real = next((n for n in range(dimensions, 0, -1) if not _padding({k: v[n - 1] for k, v in arrays.items()})), 0)
+    if arrays and real != wanted:
+        padded = f" (of {dimensions}, the others are padding)" if real != dimensions else ""
+        raise UserError(
+            f"{where}: statistics of {real} {name} numbers{padded}; LIBERO's robot has {wanted}: these are another "
+            "robot's, or another quantity's"
+        )
+    for key, values in arrays.items():
+        worst = int(np.argmax(np.abs(values)))
+        if abs(values[worst]) > LARGEST:
+            raise UserError(
+                f"{where}: {key} is {values[worst]:g} in dimension {worst}; nothing of LIBERO is that large"
+            )
+    if "std" in arrays and (arrays["std"] < 0).any():
+        raise UserError(f"{where}: std is negative in dimension {int(np.argmin(arrays['std']))}")
+    if {"q01", "q99"} <= arrays.keys() and (wrong := np.flatnonzero(arrays["q01"] > arrays["q99"])).size:
+        raise UserError(f"{where}: q01 is above q99 in dimension {int(wrong[0])}; were they exchanged?")
+    if mode == "quantile" and {"q01", "q99"} <= arrays.keys():
+        spread = arrays["q99"] - arrays["q01"]
+    else:
+        spread = arrays.get("std", np.ones(wanted))
+    still = np.flatnonzero(spread[:wanted] <= _ZERO)
+    # An action that is always the same is played back as that; a state would be divided by nothing.
+    if still.size and (name == "state" or still.size == wanted):
+        raise UserError(f"{where}: the {name} do not vary in dimension {int(still[0])}, in LIBERO they do")
+
+
+def _padding(dimension: dict[str, float]) -> bool:
+    """Whether one dimension holds no data: all zeros (std 0 or 1), or the identity in every statistic."""
+
+    def near(key: str, *values: float) -> bool:
+        return key not in dimension or any(abs(dimension[key] - value) <= _ZERO for value in values)
+
+    centred = near("mean", 0.0) and near("std", 0.0, 1.0)
+    identity = {"mean", "std"} <= dimension.keys() and near("q01", -1.0) and near("q99", 1.0)
+    return centred and ((near("q01", 0.0) and near("q99", 0.0)) or identity)
+
+
+def _not_for_lerobot(checkpoint: Checkpoint, asset_id: str | None, norm_stats: Path | None) -> None:
+    for key, value in (("asset_id", asset_id), ("norm_stats", norm_stats)):
+        if value is not None:
+            raise UserError(
+                f"policy.{key}: {checkpoint.path} is a LeRobot checkpoint, whose statistics are in {PRE} and {POST}; "
+                "leave the key out"
+            )
+
+
+def _lerobot_mode(checkpoint: Checkpoint, name: str) -> tuple[Mode, str]:
     processor, _, kind = _LEROBOT[name]
-    said = _normalizer(path, processor).get("config", {}).get("norm_map", {}).get(kind)
-    mode = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}.get(said)
+    said = checkpoint.lerobot.normalizer(processor).config.get("norm_map")
+    said = said.get(kind) if isinstance(said, dict) else said
+    mode = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}.get(said) if isinstance(said, str) else None
     if mode is None:
         raise UserError(
-            f"{path / processor}: normalisation {said!r} of {kind} is not supported; known: QUANTILES, MEAN_STD"
+            f"{checkpoint.path / processor}: normalisation {short(said)!r} of {kind} is not supported; known: "
+            "QUANTILES, MEAN_STD"
         )
     return mode, f"{processor} says {said}"
 
 
-def _lerobot_entry(path: Path, name: str) -> tuple[dict[str, Any], str]:
+def _lerobot_entry(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Any], str]:
     processor, feature, _ = _LEROBOT[name]
-    step = _normalizer(path, processor)
-    state = path / step.get("state_file", "")
-    if not state.is_file():
-        raise UserError(f"{path / processor} names the statistics file {step.get('state_file')!r}, which is not there")
-    with safe_open(state, framework="pt") as file:
-        entry = {
-            key.rpartition(".")[2]: file.get_tensor(key).double().numpy()
-            for key in file.keys()
-            if key.rpartition(".")[0] == feature
-        }
-    return entry, f"{state}: {feature}"
+    file = _state_file(checkpoint, processor)
+    images = checkpoint.lerobot.normalizer(processor).config["norm_map"].get("VISUAL", "IDENTITY")
+    entry = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                of, _, statistic = key.rpartition(".")
+                if of == feature and statistic in _KEYS:
+                    entry[statistic] = tensors.get_tensor(key).double().numpy()
+                elif of.startswith("observation.image") and images != "IDENTITY":
+                    raise UserError(
+                        f"{checkpoint.path / processor}: normalisation {short(images)!r} of VISUAL, with statistics of "
+                        f"{of}, is not supported; pi0.5 takes frames as they are (IDENTITY)"
+                    )
+    except (SafetensorError, OSError, ValueError, MemoryError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {error}") from None
+    return entry, f"{file}: {feature}"
 
 
-def _normalizer(path: Path, processor: str) -> dict[str, Any]:
-    steps = read_json(path / processor).get("steps", []) if (path / processor).is_file() else []
-    for step in steps:
-        if step.get("registry_name") in ("normalizer_processor", "unnormalizer_processor"):
-            return step
-    raise UserError(
-        f"{path / processor} has no normaliser step; LeRobot checkpoints carry their statistics in "
-        f"{processor} and a safetensors file it names"
-    )
+def _state_file(checkpoint: Checkpoint, processor: str) -> Path:
+    name = checkpoint.lerobot.normalizer(processor).state_file
+    file = checkpoint.path / (name or "")
+    if name is None or not file.is_file():
+        raise UserError(
+            f"{checkpoint.path / processor} names the statistics file {short(name)!r}, which is not there; without it "
+            "LeRobot leaves states and actions as they are, silently"
+        )
+    return file

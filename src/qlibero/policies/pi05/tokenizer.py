@@ -9,12 +9,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
 
 from qlibero.errors import UserError
+from qlibero.policies.structured import MOST_BYTES, Strict, fit, read_json, short
 
 PINS = {"sentencepiece": "sentencepiece==0.2.2", "tokenizers": "tokenizers==0.23.2"}
 _WORD = re.compile(r"[a-z0-9]+")
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+class _WordList(Strict):
+    type: Literal["words"]
+    words: list[Annotated[str, Field(pattern=r"^\S+$", max_length=64)]] = Field(min_length=1, max_length=100_000)
 
 
 class Tokenizer(Protocol):
@@ -61,6 +70,8 @@ class _SentencePiece:
         except Exception as error:
             raise UserError(f"{path} is not a sentencepiece model: {error}") from None
         self.vocab_size = self._model.get_piece_size()
+        if self._model.bos_id() < 0:
+            raise UserError(f"{path} has no beginning-of-sequence piece; it is not PaliGemma's tokenizer")
 
     def encode(self, pieces: tuple[str, ...]) -> list[int]:
         ids = [self._model.encode(piece) for piece in pieces]
@@ -96,15 +107,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
             "of a tokenizer.json (checkpoints do not contain it)"
         )
     if path.suffix == ".model":
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"tokenizer {path} has {path.stat().st_size} bytes; PaliGemma's has 4 million")
+        with open(path, "rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UserError(f"tokenizer {path} is a Git LFS pointer: run `git lfs pull` where it was cloned")
         return _SentencePiece(path)
     if path.suffix != ".json":
         raise UserError(f"tokenizer {path}: expected a .model (sentencepiece) or a tokenizer.json")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if isinstance(content, dict) and content.get("type") == "words":
-        return WordTokenizer(content["words"])
+    content = read_json(path)
+    if content.get("type") == "words":
+        words = fit(_WordList, content, str(path)).words
+        if len(set(words)) < len(words):
+            twice = next(word for i, word in enumerate(words) if word in words[:i])
+            raise UserError(f"{path}: words lists {short(twice)} twice; every later word would have another id")
+        return WordTokenizer(words)
     return _HuggingFace(path)
 
 

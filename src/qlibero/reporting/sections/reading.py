@@ -36,7 +36,8 @@ def reading(m: Material) -> Markup:
         (
             "inconclusive",
             "Neither; the power line says what these pairs could have found. “(errors)”: counting the errors against "
-            "the arm would change the verdict. “(conflict)”: one episode was recorded twice with different results.",
+            "the arm would change the verdict. “(conflict)”: one episode was recorded twice with different results. "
+            "“(few pairs)”: fewer than 20. “(futile)”: the test under `stop:` gave up.",
         ),
         (
             "interim",
@@ -61,11 +62,21 @@ def reading(m: Material) -> Markup:
         ),
         (
             "A/A, noise floor",
-            "The reference run again in batches of another size. "
+            "The reference run again, its sums in another order. "
             "What it flips is rounding noise that no kernel is to blame for. "
             "It is not under test: it has no verdict, and its latency is that of its batches. Its true difference is "
             "0, so the grey band is centred there: as wide as 95 % of reruns spread. Whether an arm flips more than "
             "A/A does is tested by itself, exactly.",
+        ),
+        (
+            "sequential test",
+            "Under `stop:` an arm ends when it is decided. Its interval holds at all looks at once "
+            "and agrees with the verdict.",
+        ),
+        (
+            "sharper, pooled",
+            "Δ against the mean of the reference and its A/A arms, whose own luck averages out: more power, no further "
+            "rollouts. Verdicts use it only with `compare_with: pooled`.",
         ),
         (
             "speed",

@@ -10,11 +10,12 @@ from qlibero.reporting.material import Material, Part, planned_episodes
 from qlibero.reporting.sections.differences import difference, difference_scale
 from qlibero.reporting.sections.parts import named, numbers, section, unbroken
 from qlibero.reporting.sections.standing import holm_text, standing
-from qlibero.results.comparison import ArmComparison
+from qlibero.results.comparison import ArmComparison, Comparison
 from qlibero.results.controls import NoiseFloor
 from qlibero.results.judgement import Word
 from qlibero.results.phrases import (
     band_text,
+    copies_text,
     delta_text,
     excess_text,
     interval_text,
@@ -80,20 +81,26 @@ def _lead(m: Material) -> Markup:
     if alone:
         n = alone.comparison.reference_summary["episodes"]
         planned = sum(planned_episodes(run) or 0 for run in m.runs if alone.comparison.reference in run.arms)
-        of = f" of {planned:,} planned" if planned and planned != n else ""
+        of = f" of {planned:,} planned" if planned > n else ""
         opening = join(f"Every arm runs the same episodes ({n:,}{of}) as ", el("b", m.arms[alone.reference].label))
     return join(
         opening,
         ": same scenes, same policy noise. "
         "An arm is non-inferior when the whole 95 % interval of its difference lies above "
         f"{m.margins}. Every term is explained at the end of this page.",
-        _floor_text(alone.comparison.floor) if alone else None,
+        _floor_text(alone.comparison) if alone else None,
     )
 
 
-def _floor_text(floor: NoiseFloor | None) -> str:
+def _floor_text(comparison: Comparison) -> str:
+    floor = comparison.floor
+    again = f" {copies_text(comparison.copies)}" if comparison.copies else ""
     if not floor:
-        return " There is no A/A arm, so the noise floor is unknown."
+        return again or " There is no A/A arm, so the noise floor is unknown."
+    return _band_text(floor) + again
+
+
+def _band_text(floor: NoiseFloor) -> str:
     again = "against itself (A/A)" if len(floor.arms) == 1 else f"against itself ({len(floor.arms)} A/A arms)"
     band = floor.band(floor.table.pairs // len(floor.arms))[1]
     return unbroken(
@@ -107,8 +114,7 @@ def _part(m: Material, part: Part, scale: charts.Scale, many: bool) -> Markup:
     grid = el("div", cards, class_="cards pairs" if len(part.tested) in (2, 4) else "cards")
     if not part.cell.label:
         return grid
-    floor = part.comparison and part.comparison.floor
-    aside = _floor_text(floor) if part.comparison else " Nothing to compare with."
+    aside = _floor_text(part.comparison) if part.comparison else " Nothing to compare with."
     return join(el("h3", part.cell.label, el("small", aside), class_="cell-title"), grid)
 
 
@@ -162,9 +168,9 @@ def _control_text(r: ArmComparison) -> str:
     flips = t.broken + t.repaired
     band = tango(flips / 2, flips / 2, t.pairs)[1]
     return (
-        f"The same policy again in other batches, not under test: {t.broken} broken, {t.repaired} repaired of "
-        f"{t.pairs} pairs. Its true difference is 0, so this draw's place says nothing and its flips do: a difference "
-        f"within ±{100 * band:.1f} pp arises by rounding alone in 95 % of reruns."
+        f"The same policy again, its sums in another order, not under test: {t.broken} broken, {t.repaired} repaired "
+        f"of {t.pairs} pairs. Its true difference is 0, so this draw's place says nothing and its flips do: a "
+        f"difference within ±{100 * band:.1f} pp arises by rounding alone in 95 % of reruns."
     )
 
 
@@ -211,9 +217,9 @@ def _table(m: Material, open_: bool) -> Markup:
                 el("span", found.word, class_=f"word {found.tone}"),
                 _nobr(shown),
                 f"{r.table.broken} / {r.table.repaired} of {r.table.pairs:,}",
-                holm_text(r) or "–",
-                p_text(r.adjusted.mcnemar_p) if r.adjusted else "–",
-                _nobr("–" if r.control else speed_text(r.speed) or "–"),
+                _sorts(holm_text(r) or "–", r.adjusted and r.adjusted.noninferiority_p),
+                _sorts(p_text(r.adjusted.mcnemar_p), r.adjusted.mcnemar_p) if r.adjusted else "–",
+                "–" if r.control else _sorts(_nobr(speed_text(r.speed) or "–"), _claimed_ratio(r)),
             ]
         )
     head = [
@@ -230,6 +236,16 @@ def _table(m: Material, open_: bool) -> Markup:
 
 def _nobr(text: str) -> Markup:
     return el("span", text, class_="nobr")
+
+
+def _sorts(shown: str | Markup, value: float | None) -> Markup:
+    """A cell that does not begin with the number by which its column sorts."""
+    return el("span", shown, data_value=value)
+
+
+def _claimed_ratio(r: ArmComparison) -> float | None:
+    """None without an interval and for a simulation, which claims no speed."""
+    return None if r.speed.claim == "simulation" or r.speed.interval is None else r.speed.ratio
 
 
 def _single(m: Material, name: str) -> Markup:

@@ -1,0 +1,63 @@
+"""What qlibero can always make again: verdicts of kernels and simulators, hashes, artifacts with no better place.
+
+One rule for all of it: `QLIBERO_CACHE`, else $XDG_CACHE_HOME/qlibero, else ~/.cache/qlibero; where that cannot be
+written (a batch account without a home) a temporary directory of this user's, which is said once.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from qlibero import files
+from qlibero.errors import WorkFailed, cause
+
+
+def cache_directory(name: str) -> Path:
+    """The cache's part called `name`, made if need be. Raises WorkFailed when not even a temporary one can be made."""
+    try:
+        return _made(_chosen() / name)
+    except (OSError, RuntimeError) as problem:  # RuntimeError: this user has no home at all
+        why, instead = cause(problem) if isinstance(problem, OSError) else str(problem), _temporary()
+        print(f"qlibero: the cache cannot be written ({why}); using {instead}", file=sys.stderr)
+        os.environ["QLIBERO_CACHE"] = str(instead)  # so that children use it too, and none says so again
+        return _made(instead / name)
+
+
+def keep(path: Path, content: str | bytes) -> None:
+    """Keep a file of the cache, if that is possible: without it something is made again, nothing else."""
+    try:
+        files.replace(path, content)
+    except WorkFailed:
+        pass
+
+
+def _chosen() -> Path:
+    if chosen := os.environ.get("QLIBERO_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero"
+
+
+def _made(path: Path) -> Path:
+    """The directory, proven to take a file: permissions do not tell of a read-only mount."""
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        return path
+
+
+def _temporary() -> Path:
+    """A directory that only this user can have put anything into: another's of that name is passed over."""
+    try:
+        place = Path(tempfile.gettempdir()) / f"qlibero-{os.getuid()}"
+        place.mkdir(mode=0o700, exist_ok=True)
+        about = place.lstat()
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
+            return place
+        return Path(tempfile.mkdtemp(prefix="qlibero-"))
+    except OSError as problem:
+        raise WorkFailed(
+            f"there is no place for temporary files ({cause(problem)}); set QLIBERO_CACHE to a directory of yours"
+        ) from None

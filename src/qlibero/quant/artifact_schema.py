@@ -1,0 +1,225 @@
+"""What an artifact's metadata and tensors must be for the settings that it names, beyond being whole.
+
+Its hash proves that nothing changed since it was written; this proves that what was written can be what
+`quantize` writes: a file with a transform left out, a group renamed or a scale of zero has a right hash too, and other
+actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.policies.structured import Open, Strict, fit, short
+from qlibero.quant.spec import QuantSpec
+
+FACTORS_OF = {
+    "rtn": (),
+    "smoothquant": ("scale",),
+    "hadamard": ("first",),
+    "duquant": ("first", "order", "second"),
+    "weight_pca": ("order", "second"),
+    "smooth_hadamard": ("hadamard",),
+}
+"""The factors of the online transform that each method makes."""
+LARGEST_SCALE = 1e4
+ORTHOGONAL_WITHIN = 0.05
+"""Of a rotation kept in bfloat16, times its transpose, from the identity."""
+SMOOTHING_WITHIN = 0.02
+"""Of the mean logarithm of smoothing factors from 0: their geometric mean is 1, but for rounding to bfloat16."""
+ATM_RANGE, OHB_RANGE = (0.8, 1.25), (0.7408, 1.3499)
+
+_Name = Annotated[str, Field(min_length=1, max_length=300)]
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+_Bytes = Annotated[int, Field(ge=0, le=2**40)]
+_Pattern = Annotated[str, Field(max_length=2000)]
+_Measure = Annotated[float, Field(allow_inf_nan=True)] | None
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Layer(Strict):
+    name: _Name
+    group: _Name
+    out_features: _Size
+    in_features: _Size
+    weight_bits: Literal[4, 8]
+    activation_bits: Literal[4, 8, 16]
+    executed: bool
+    sqnr_db: _Measure
+    max_error: _Measure
+    outlier_before: _Measure
+    outlier_after: _Measure
+    codes_bytes: _Bytes
+    scales_bytes: _Bytes
+    transform_bytes: _Bytes
+
+
+class _Calibration(Open):
+    data_sha256: _Name
+
+
+class _Spec(Strict):
+    """Types of `QuantSpec`; its own values it checks itself."""
+
+    method: str
+    layout: str | None
+    include: list[_Pattern] = Field(max_length=1000)
+    exclude: list[_Pattern] = Field(max_length=1000)
+    weight_bits: int
+    activation_bits: int
+    per_layer_bits: dict[str, int] = Field(max_length=1000)
+    group_size: Annotated[int, Field(ge=1, le=2**20)] | None
+    block_size: Annotated[int, Field(ge=2, le=2**16)]
+    alpha: float
+    weight_clip: float
+    activation_clip: float
+    weight_search: bool
+    rotation_steps: Annotated[int, Field(ge=1, le=2**31)]
+    row_rotation: bool
+    atm: bool
+    ohb: bool
+    calibration_samples: Annotated[int, Field(ge=1, le=2**31)]
+    calibration_seed: Annotated[int, Field(ge=0, le=2**62)]
+
+
+class Meta(Strict):
+    """The metadata of an artifact file."""
+
+    format: int
+    spec: _Spec
+    spec_hash: _Hash
+    checkpoint_sha256: _Hash
+    calibration: _Calibration
+    layers: list[_Layer] = Field(min_length=1, max_length=4096)
+    corrections: dict[_Name, Annotated[list[float], Field(min_length=1, max_length=1024)]] = Field(max_length=4096)
+
+
+def require_schema(content: dict[str, Any], where: str, cure: str) -> QuantSpec:
+    """The settings in an artifact's metadata. GuardRefusal for metadata that is none, or contradicts itself."""
+    try:
+        fit(Meta, content, where)
+        spec = QuantSpec.from_mapping(content["spec"])
+    except UserError as error:
+        raise GuardRefusal(f"{where} holds no artifact of this version ({short(str(error))}): {cure}") from None
+    if spec.hash != content["spec_hash"]:
+        raise GuardRefusal(f"{where}: spec_hash is not the hash of its settings; they were edited: {cure}")
+    return spec
+
+
+def require_consistent(
+    spec: QuantSpec,
+    layers: Collection[Any],
+    corrections: dict[str, list[float]],
+    names: Collection[str],
+    tensor: Callable[[str], Tensor],
+    where: str,
+    cure: str,
+) -> None:
+    """GuardRefusal where the tensors are not those that `spec` and the layers' records ask for.
+
+    names, tensor: the names of the stored tensors, and how to get one.
+    """
+
+    def refuse(what: str) -> None:
+        raise GuardRefusal(f"{where}: {what}: {cure}")
+
+    expected: set[str] = set()
+    if len({layer.name for layer in layers}) < len(layers):
+        refuse("a linear is listed twice")
+    widths: dict[str, int] = {}
+    alive = {layer.group for layer in layers if layer.executed}
+    for layer in layers:
+        if layer.activation_bits != spec.activation_bits:
+            refuse(f"{layer.name} has {layer.activation_bits}-bit activations, its settings say {spec.activation_bits}")
+        if widths.setdefault(layer.group, layer.in_features) != layer.in_features:
+            refuse(f"the linears of {layer.group} have inputs of different widths")
+        expected |= {f"{layer.name}.codes", f"{layer.name}.scales"}
+        expected |= {f"{layer.name}.output_rotation"} if spec.row_rotation else set()
+    for group in widths:
+        factors = {f"{group}.{factor}" for factor in FACTORS_OF[spec.method]}
+        # an input that no action depends on is left as it is by a method that has to see data
+        if group in alive or factors & set(names):
+            expected |= factors
+    if lost := sorted(expected - set(names)):
+        refuse(f"{len(lost)} tensors are missing that {spec.method} makes, first {lost[0]}")
+    if strange := sorted(set(names) - expected):
+        refuse(f"{len(strange)} tensors belong to no linear of it, first {short(strange[0])}")
+    for layer in layers:
+        if fault := _layer_fault(spec, layer, tensor):
+            refuse(f"{layer.name}: {fault}")
+    for group, width in widths.items():
+        for factor in FACTORS_OF[spec.method]:
+            if f"{group}.{factor}" in names and (
+                fault := _factor_fault(spec, factor, tensor(f"{group}.{factor}"), width)
+            ):
+                refuse(f"{group}.{factor} {fault}")
+    for name, values in corrections.items():
+        kind = name.rpartition(".")[2]
+        low, high = {"q_proj": ATM_RANGE, "o_proj": OHB_RANGE}.get(kind, (0, 0))
+        asked = {"q_proj": spec.atm, "o_proj": spec.ohb}.get(kind, False)
+        if not asked or not all(low <= value <= high for value in values) or (kind == "o_proj" and len(values) != 1):
+            refuse(f"corrections of {short(name)} are none that its settings can make")
+
+
+def _layer_fault(spec: QuantSpec, layer: Any, tensor: Callable[[str], Tensor]) -> str | None:
+    n, k = layer.out_features, layer.in_features
+    codes, scales = tensor(f"{layer.name}.codes"), tensor(f"{layer.name}.scales")
+    shape, dtype = ((n, k // 2), torch.uint8) if layer.weight_bits == 4 else ((n, k), torch.int8)
+    if k % 2 and layer.weight_bits == 4 or tuple(codes.shape) != shape or codes.dtype != dtype:
+        return f"codes are {tuple(codes.shape)} {codes.dtype}, expected {shape} {dtype}"
+    grouped = (n,) if spec.group_size is None else (n, k // spec.group_size)
+    if spec.group_size and k % spec.group_size or tuple(scales.shape) != grouped or scales.dtype != torch.bfloat16:
+        return f"scales are {tuple(scales.shape)} {scales.dtype}, expected {grouped} torch.bfloat16"
+    low, high = (float(value) for value in torch.aminmax(scales.float()))
+    if not (0 < low <= high < LARGEST_SCALE):
+        return f"scales run from {low:g} to {high:g}; they are positive and small"
+    if codes.nbytes != layer.codes_bytes or scales.nbytes != layer.scales_bytes:
+        return "its record names other sizes than its tensors have"
+    if spec.row_rotation:
+        block = spec.block_size if n % spec.block_size == 0 else n
+        return _rotation_fault(tensor(f"{layer.name}.output_rotation"), n, block, torch.float32)
+    return None
+
+
+def _factor_fault(spec: QuantSpec, factor: str, value: Tensor, width: int) -> str | None:
+    if factor == "order":
+        whole = tuple(value.shape) == (width,) and value.dtype == torch.int32
+        same = whole and torch.equal(value.sort().values.long(), torch.arange(width))
+        return None if same else f"is no permutation of {width} channels"
+    if factor == "scale":
+        right = tuple(value.shape) == (width,) and value.dtype == torch.float32
+        right = right and bool(torch.isfinite(value).all()) and bool((value > 0).all())
+        right = right and abs(float(value.double().log().mean())) <= SMOOTHING_WITHIN
+        return None if right else f"is no vector of {width} positive factors whose geometric mean is 1"
+    if factor == "hadamard":
+        right = tuple(value.shape) == (width,) and value.dtype == torch.bfloat16
+        right = right and bool((value.abs() > 0).all()) and bool((value.abs() < LARGEST_SCALE**2).all())
+        return None if right else f"is no vector of {width} signed factors"
+    # duquant folds its smoothing into the first rotation's rows
+    scaled = factor == "first" and spec.method == "duquant"
+    return _rotation_fault(value, width, spec.block_size, torch.bfloat16, scaled)
+
+
+def _rotation_fault(value: Tensor, width: int, block: int, dtype: torch.dtype, scaled: bool = False) -> str | None:
+    groups = value.shape[0] if value.dim() == 3 else 0
+    shared = groups == 1
+    if value.dtype != dtype or tuple(value.shape[1:]) != (block, block) or (not shared and groups * block != width):
+        return f"has shape {tuple(value.shape)} of {value.dtype}; expected blocks of {block} over {width} channels"
+    rows = value.float()
+    lengths = rows.norm(dim=2, keepdim=True)
+    if not bool(torch.isfinite(lengths).all()) or not bool((lengths > 0).all()):
+        return "is no rotation: it has rows of zeros, NaN or infinity"
+    if scaled and abs(float(lengths.double().log().mean())) > SMOOTHING_WITHIN:
+        return "is no rotation with a smoothing whose geometric mean is 1"
+    rows = rows / lengths if scaled else rows
+    apart = (rows @ rows.transpose(1, 2) - torch.eye(block)).abs().max()
+    return (
+        None
+        if float(apart) <= ORTHOGONAL_WITHIN
+        else f"is no rotation: its rows are {float(apart):.2g} from orthogonal"
+    )
