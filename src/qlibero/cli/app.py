@@ -23,6 +23,7 @@ from qlibero.cli.commands import Document, Incomplete, Refused, explain
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_text import short, shown
 from qlibero.errors import QliberoError, UserError
+from qlibero.places import pasteable
 
 INTERRUPTED = 130
 
@@ -382,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(
     emit: Callable[[Document], None], status: int, message: str, kind: str, found: Document | None = None
 ) -> int:
+    message = pasteable(message)
     explain(message)
     emit({**(found or {}), "error": {"kind": kind, "message": message, "exit_status": status}})
     return status

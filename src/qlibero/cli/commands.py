@@ -14,6 +14,7 @@ from typing import Any
 
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.places import pasteable
 from qlibero.quoting import visible
 
 Document = dict[str, Any]
@@ -441,7 +442,4 @@ def ls(args: argparse.Namespace) -> Document:
 
 # --------------------------------------------------------------------------------------------------- printing
 def explain(message: str) -> None:
-    print(
-        "\n".join(f"qlibero: {line}" if i == 0 else line for i, line in enumerate(visible(message).splitlines())),
-        file=sys.stderr,
-    )
+    print("\n".join(f"qlibero: {visible(pasteable(message))}".splitlines()), file=sys.stderr)

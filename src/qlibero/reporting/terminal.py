@@ -5,6 +5,7 @@ Verdict, difference and interval stand first and are never cut; what explains th
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlibero.console import console
+from qlibero.places import pasteable
 from qlibero.results.arm_equality import rechecks, same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.comparison import ArmComparison, Comparison, Row
@@ -345,9 +347,9 @@ def _places(run: RunResults) -> Group:
         lines.append(f"videos   {run.run_dir}/<arm>/videos/ ({videos})")
     mirrors = sorted({path.parent for path in run.run_dir.glob("*/wandb/*run-*")})
     if mirrors:
-        lines.append(f"wandb    {run.run_dir}/<arm>/wandb/ (offline runs: `wandb sync` uploads them)")
-    lines.append(f"report   qlibero report {run.run_dir}")
-    return Group(*(Text(line) for line in lines))
+        lines.append(f"wandb    wandb sync {shlex.quote(str(run.run_dir))}/*/wandb/offline-run-*")
+    lines.append(f"report   qlibero report {shlex.quote(str(run.run_dir))}")
+    return Group(*(Text(pasteable(line)) for line in lines))
 
 
 def _shown(word: Word) -> Text:

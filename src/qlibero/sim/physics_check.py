@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from qlibero.errors import GuardRefusal, QliberoError, WorkFailed
+from qlibero.errors import GuardRefusal, QliberoError, WorkFailed, import_cause
 
 REFERENCES = Path(__file__).with_name("physics_references.json")
 EPISODES = (
@@ -240,6 +240,9 @@ def _main(arguments: list[str]) -> None:
         seen = observe(suites)
     except QliberoError as error:  # nothing about physics: no GL library, no LIBERO
         print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+    except ImportError as error:
+        print("; ".join(import_cause(error)), file=sys.stderr, flush=True)
         os._exit(1)
     except Exception as error:  # noqa: BLE001 - MuJoCo 3.4.0 and later raise inside robosuite
         first_line = (str(error).splitlines() or [""])[0]
