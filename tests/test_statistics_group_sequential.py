@@ -62,7 +62,7 @@ def simulated(looks, psi, delta, runs, seed, futility):
     ("psi", "delta", "futility"), [(0.08, 0.0, 0.1), (0.03, -0.02, None), (0.22, -0.06, 0.1), (0.22, 0.0, None)]
 )
 def test_the_enumeration_says_what_decisions_do(psi, delta, futility):
-    runs = 400
+    runs = 250
     verdicts, pairs = simulated(TWENTY_LOOKS, psi, delta, runs, seed=3, futility=futility)
     expected = prospect(TWENTY_LOOKS, margin=0.02, discordance=psi, delta=delta, futility=futility)
     for name, chance in (
@@ -87,11 +87,11 @@ def trinomial_paths(looks, psi, runs, seed):
 @pytest.mark.parametrize("pairs", [100, 500, 2000])
 @pytest.mark.parametrize("psi", [0.02, 0.03, 0.05, 0.08, 0.22, 0.4])
 def test_neither_wrong_verdict_is_more_frequent_than_alpha(pairs, psi):
-    """Δ = −margin, the hardest truth, without futility, which only makes errors rarer. 200,000 runs each: a true rate
+    """Δ = −margin, the hardest truth, without futility, which only makes errors rarer. 50,000 runs each: a true rate
     of 2.5 % stays below the bound in 99.99 % of such simulations; Tango's own upper side has 3.6 % at ψ = 2.5 %."""
     from qlibero.stats.group_sequential import evidence
 
-    looks, runs = declared_looks(pairs, 20, 20), 200_000
+    looks, runs = declared_looks(pairs, 20, 20), 50_000
     broken, repaired = trinomial_paths(looks, psi, runs, seed=pairs)
     going, wrong = np.ones(runs, bool), [0, 0]
     for k, bar in enumerate(critical_values(looks, 0.025)):
