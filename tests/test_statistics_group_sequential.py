@@ -62,7 +62,7 @@ def simulated(looks, psi, delta, runs, seed, futility):
     ("psi", "delta", "futility"), [(0.08, 0.0, 0.1), (0.03, -0.02, None), (0.22, -0.06, 0.1), (0.22, 0.0, None)]
 )
 def test_the_enumeration_says_what_decisions_do(psi, delta, futility):
-    runs = 250
+    runs = 400
     verdicts, pairs = simulated(TWENTY_LOOKS, psi, delta, runs, seed=3, futility=futility)
     expected = prospect(TWENTY_LOOKS, margin=0.02, discordance=psi, delta=delta, futility=futility)
     for name, chance in (
