@@ -30,7 +30,7 @@ def document(done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("what", ["suites", "policies", "backends", "experiments"])
+@pytest.mark.parametrize("what", ["suites", "policies", "backends", "experiments", "plugins"])
 def test_ls_tells_people_on_stderr_and_programs_on_stdout(what: str) -> None:
     done = qlibero("ls", what)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,6 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
         (["run", "x.yaml", "--out", "x.yaml"], "argument --out: 'x.yaml' is there and is no directory"),
         (["sweep", "x.yaml", "--out", "a" * 300], "a part of more than 255 bytes"),
         ([], "say what each costs in success"),
-        (["ls"], "suites, policies, backends, experiments, artifacts"),
         (["film", "nowhere", "--task", "3", "--init", "7"], "nowhere: no run directory"),
         (["ls", "planets"], "invalid choice: 'planets'"),
         (["config", "show"], "name a CONFIG"),

@@ -16,6 +16,7 @@ from qlibero.config import inits, quantization, schema
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved, editor_schema
 from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
+from qlibero.config.policies import path_keys
 from qlibero.config.schema import Experiment, Quant
 from qlibero.config.yaml_text import parse
 from qlibero.places import REPOSITORY
@@ -74,7 +75,7 @@ backends: [baseline, fake]
             "launch: {slurm: {time: 12:30:00}}\nvideos: many",
             "8:1: videos: should be 'all' or a whole number (got 'many')",
         ),
-        ("tracking: [wandb, tensorbord]", "7:19: tracking.1: should be 'wandb' or 'trackio' (got 'tensorbord')"),
+        ("tracking: [wandb, trakio]", "7:19: tracking.1: should be 'wandb', 'trackio' or the module"),
         ("retries: [1", "8:1: not valid YAML"),
         ("retries: !!python/name:os.system x", "7:10: tag !!python/name:os.system is not understood here"),
         ("extends: nowhere.yaml", "7:1: cannot read"),
@@ -439,21 +440,16 @@ def test_every_path_of_the_schema_is_resolved_against_its_file() -> None:
     rooms = {**vars(quantization), **vars(schema)}
     models = [m for m in rooms.values() if isinstance(m, type) and issubclass(m, BaseModel)]
     assert set().union(*map(names, models)) == set(PATH_KEYS)
+    assert path_keys("pi05") == {"checkpoint", "tokenizer", "norm_stats", "config"}
+    assert path_keys("remote") == path_keys("nothing") == set()
 
 
-def test_the_schema_and_the_rooms_agree() -> None:
-    from dataclasses import fields
-
-    from qlibero.quant.spec import BITS, LAYOUTS, METHODS, QuantSpec
-    from qlibero.sim.suites import SUITES
-
-    assert {s.name: s.tasks for s in SUITES.values()} == schema.TASKS_OF_SUITE
-    assert set(quantization.Method.__args__) == set(METHODS) and set(quantization.Layout.__args__) == set(LAYOUTS)
-    spec = {f.name for f in fields(QuantSpec)} - {"calibration_samples", "calibration_seed"}
-    assert spec == set(Quant.model_fields) - {"calibration", "artifact", "artifact_dir"}
-    defaults = QuantSpec.from_mapping(Quant(method="rtn", layout="llm").model_dump(mode="json"))
-    assert defaults == QuantSpec(method="rtn")
-    assert {(w, a) for w in (4, 8) for a in (4, 8, 16)} - set(BITS) == {(8, 4)}
+def test_settings_have_the_hash_under_which_artifacts_on_disk_lie(tmp_path: Path) -> None:
+    """Of configs/quant/duquant_w4a8.yaml, as it was while an artifact's settings were a class of their own."""
+    duquant = Quant(method="duquant", layout="llm", calibration={"path": tmp_path / "any.npz"})
+    assert duquant.hash == "bfa66cba55bccaede532f062bd3878e84c378919b65ccdceb573d8ea4aad94ab"
+    elsewhere = Quant.model_validate(duquant.model_dump() | {"artifact_dir": tmp_path, "artifact": tmp_path / "a"})
+    assert elsewhere.hash == duquant.hash
 
 
 def test_the_reference_page_is_what_the_schema_says() -> None:
@@ -467,7 +463,7 @@ def test_the_reference_page_is_what_the_schema_says() -> None:
         for m in (*vars(schema).values(), *vars(quantization).values(), *vars(inits).values())
         if isinstance(m, type) and issubclass(m, BaseModel)
     }
-    assert models - {BaseModel, schema.Frozen, schema.QuantOverrides} == set(SECTIONS.values())
+    assert models - {BaseModel, schema.Frozen, schema.QuantOverrides} <= set(SECTIONS.values())
     for variable in HONOURED:
         assert f"`OPENPI_DUQUANT_{variable}`" in page or f"`_{variable}`" in page, variable
 

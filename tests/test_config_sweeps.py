@@ -12,7 +12,7 @@ from qlibero.config.load import ConfigError, load_experiment
 from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep, load_sweep
 from qlibero.places import REPOSITORY
-from qlibero.quant.spec import METHODS
+from qlibero.registry import MethodPlugin, built_in
 
 CONFIGS = REPOSITORY / "configs"
 
@@ -177,4 +177,4 @@ def test_a_directory_of_one_table_can_be_continued_with_another() -> None:
             assert hashes.setdefault(arm.name, config_hash(table, arm)) == config_hash(table, arm), arm.name
     assert {arm.name for arm in tables[0].arms()} < {arm.name for arm in tables[1].arms()}
     assert len(set(hashes.values())) == len(hashes)
-    assert {arm.quant.method for arm in tables[2].arms() if arm.quant} == set(METHODS)
+    assert {arm.quant.method for arm in tables[2].arms() if arm.quant} == set(built_in(MethodPlugin))

@@ -12,13 +12,13 @@ SOURCE = Path(qlibero.__file__).parent
 LINES = 500
 
 # Modules of the top level that every room may import; they import nothing but each other.
-LEAVES = set("activity cache console documents episode_key errors files identity places quoting".split())
+LEAVES = set("activity cache console documents episode_key errors files identity places quoting registry".split())
 
 # The floors, lowest first: a room imports from lower floors only, and of those what stands beside its name.
 FLOORS: list[dict[str, set[str]]] = [
     {"sim": set(), "kernels": set(), "stats": set()},
     {
-        "config": {"kernels"},  # load knows the backends' names
+        "config": set(),
         "results": {"stats"},
         "machine": {"sim"},  # environment.json says what a simulator process gets
     },
@@ -27,7 +27,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "tracking": {"results", "stats"},
         "reporting": {"results", "stats"},
     },
-    {"quant": {"policies", "kernels"}},
+    {"quant": {"policies", "kernels", "config"}},
     {"run": {"config", "machine", "policies", "quant", "kernels", "sim", "results", "tracking"}},
     {"launch": {"config", "run", "machine", "results", "stats", "kernels", "tracking"}},
     {"cli": {"config", "run", "launch", "machine", "policies", "quant", "kernels", "sim", "results", "reporting"}},

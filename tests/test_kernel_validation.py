@@ -11,7 +11,7 @@ from torch import nn
 
 from qlibero.cache import cache_directory
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import load, validation
+from qlibero.kernels import load, names, validation
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations, quantize_weights
 from qlibero.kernels.exactness import try_kernel, try_layer
 from qlibero.kernels.fake import Fake
@@ -231,7 +231,7 @@ LAYERS = [Layer("a", SHAPE, (10,)), Layer("b", SHAPE, (10,)), Layer("c", GemmSha
 
 @pytest.fixture
 def lying(monkeypatch):
-    monkeypatch.setitem(validation.BACKENDS, "liar", f"{__name__}:{ColumnZeroEverywhere.__name__}")
+    monkeypatch.setattr(validation, "names", lambda: (*names(), "liar"))
     monkeypatch.setattr(validation, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
 
 
@@ -258,7 +258,7 @@ def test_auto_takes_a_real_kernel_that_passes_and_never_one_that_lies(lying):
 
 
 def test_auto_refuses_when_nothing_real_passes(monkeypatch):
-    monkeypatch.setattr(validation, "BACKENDS", {"fake": "", "liar": ""})
+    monkeypatch.setattr(validation, "names", lambda: ("fake", "liar"))
     monkeypatch.setattr(validation, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
     with pytest.raises(GuardRefusal, match="no real kernel passes"):
         validation.check(LAYERS, "auto")

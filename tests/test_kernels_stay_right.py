@@ -11,11 +11,12 @@ import torch
 from pi05_small import noises, observations
 from test_fake_equals_kernel import made, small_policy
 
+from qlibero import registry
 from qlibero.errors import UserError
-from qlibero.kernels import BACKENDS
 from qlibero.kernels.cpu_int4 import CpuInt4
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.recheck import EVERY, PRODUCTS, Recheck
+from qlibero.registry import KernelPlugin
 
 
 class Lying(CpuInt4):
@@ -86,7 +87,8 @@ def artifact(policy):
 def registered(monkeypatch):
     def register(kind: type[Lying]) -> str:
         kind.products = 0
-        monkeypatch.setitem(BACKENDS, "lying", f"{kind.__module__}:{kind.__name__}")
+        plugin = KernelPlugin("lying", "what a buggy kernel does", provides=kind.__name__, module=kind.__module__)
+        monkeypatch.setitem(registry._installed(KernelPlugin)[0], "lying", plugin)
         monkeypatch.setitem(sys.modules, kind.__module__, sys.modules[__name__])
         return "lying"
 

@@ -31,7 +31,7 @@ def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_suc
     monkeypatch.setattr(
         mirror.subprocess,
         "Popen",
-        lambda command, **k: real(["false"] if mirror.TRACKERS["wandb"] in command else command, **k),
+        lambda command, **k: real(["false"] if "qlibero.tracking.wandb_mirror" in command else command, **k),
     )
     sets = (
         "tasks=[0]",

@@ -20,12 +20,13 @@ from qlibero.config.schema import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
-from qlibero.kernels import BACKENDS, load
+from qlibero.kernels import load, names
 from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, local, ray, slurm
 from qlibero.launch import status as watch
-from qlibero.launch.plan import plan, refuse_impossible, seconds
+from qlibero.launch.plan import plan, refuse_impossible
 from qlibero.launch.plan_tables import readable
+from qlibero.launch.slurm_options import seconds
 from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.machine.capacity import Capacity
@@ -184,7 +185,7 @@ def test_what_no_machine_can_do_this_one_cannot_either():
     ]
     wrong = [
         (name, str(shape))
-        for name in BACKENDS
+        for name in names()
         for shape in shapes
         if not load(name).fits(shape).ok and load(name).supports(shape).ok
     ]

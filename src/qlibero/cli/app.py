@@ -169,7 +169,7 @@ def build_parser() -> Parser:
     command = add("sweep", do.sweep, "run the cells of a sweep, or one experiment, in shards; again: what is missing")
     arguments.config(command)
     arguments.out(command)
-    command.add_argument("--engine", choices=("local", "slurm", "ray"), help="default: launch.engine of the sweep")
+    arguments.engine(command)
     command.add_argument(
         "--dry-run", action="store_true", help="print exactly what would be submitted, and submit nothing"
     )
@@ -294,8 +294,15 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", do.ls, "list what there is to choose from")
-    lists = ("suites", "policies", "backends", "experiments", "artifacts")
-    command.add_argument("what", choices=lists, metavar="WHAT", help=", ".join(lists))
+    lists = ("suites", "policies", "backends", "methods", "engines", "trackers", "sections", "experiments", "artifacts")
+    command.add_argument(
+        "what",
+        nargs="?",
+        choices=("plugins", *lists),
+        default="plugins",
+        metavar="WHAT",
+        help=f"{', '.join(lists)} (default: all that can be plugged in, with where it comes from)",
+    )
     return parser
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.yaml_text import shown
+from qlibero.registry import EnginePlugin, names
 
 
 def config(command: Parser) -> None:
@@ -105,6 +106,15 @@ def shapes(command: Parser) -> None:
     command.add_argument(
         "--group-size", type=int, metavar="K", help="input channels per weight scale (default: a whole row)"
     )
+
+
+def engine(command: Parser) -> None:
+    found = command.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="local, slurm, ray, or a plug-in (`qlibero ls engines`); default: launch.engine of the sweep",
+    )
+    found.completer = lambda **_: names(EnginePlugin)
 
 
 def directory(text: str) -> Path:

@@ -1,8 +1,8 @@
-"""What `qlibero ls` lists: suites, policies, backends and experiments, each as plain rows for a table and for JSON."""
+"""What `qlibero ls` lists: all that can be plugged in, and suites, policies, backends, experiments and artifacts more
+closely, each as plain rows for a table and for JSON."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +10,39 @@ from qlibero.config.schema import Experiment
 from qlibero.config.yaml_text import short
 from qlibero.errors import QliberoError
 from qlibero.places import CHECKOUT, CONFIGS
+from qlibero.registry import KINDS, KernelPlugin, SuitePlugin, every, problems
 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
 
 Rows = list[dict[str, Any]]
+KINDS_ONLY = ("methods", "engines", "trackers", "sections")  # of the others there is more to say than they declare
+
+
+def plugins() -> Rows:
+    """Every plug-in of every kind, with where it comes from; and those that cannot be used, with the reason."""
+    return [row for kind in KINDS for row in of_kind(kind)]
+
+
+def of_kind(kinds: str) -> Rows:
+    """The plug-ins of one kind (`methods`, `engines`, …). Nothing of them is imported."""
+    kind = KINDS[kinds]
+    rows: Rows = []
+    for plugin in every(kind):
+        missing = f" (needs {', '.join(plugin.missing)}, which is not installed)" if plugin.missing else ""
+        about = plugin.about + missing
+        rows.append(
+            {"kind": kind.kind, "name": plugin.name, "here": not missing, "from": plugin.origin, "about": about}
+        )
+    rows += [{"kind": kind.kind, "name": "", "here": False, "from": "", "about": wrong} for wrong in problems(kind)]
+    return rows
 
 
 def suites() -> Rows:
     """The LIBERO suites with the constants of their published protocol."""
-    from qlibero.sim.suites import SUITES
-
     return [
-        {"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps}
-        for s in SUITES.values()
+        {"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps, "from": s.origin}
+        for s in every(SuitePlugin)
     ]
 
 
@@ -45,8 +64,6 @@ def policies() -> Rows:
 
 def backends() -> Rows:
     """Every arm an experiment can list, and whether this machine can run it as W4A8 (else W8A8), with the reason."""
-    from qlibero.kernels import BACKENDS
-
     devices = "cpu, cuda" if has_cuda() else "cpu"
     rows: Rows = [
         {
@@ -68,45 +85,33 @@ def backends() -> Rows:
             "about": "the fastest real kernel that passes validation",
         },
     ]
-    return rows + [_backend(name) for name in BACKENDS]
+    return rows + [_backend(plugin) for plugin in every(KernelPlugin)]
 
 
-def _backend(name: str) -> dict[str, Any]:
+def _backend(plugin: KernelPlugin) -> dict[str, Any]:
     from qlibero.kernels import load, validation
     from qlibero.kernels.contract import GemmShape
 
     try:
-        kernel = load(name)
+        kernel = load(plugin.name)
     except ImportError as error:
-        return {"backend": name, "runs_on": "", "here": False, "about": f"cannot be loaded: {error}"}
+        return {"backend": plugin.name, "runs_on": "", "here": False, "about": f"cannot be loaded: {error}"}
     found = {
         device: [kernel.supports(GemmShape(2048, 2048, bits, 8, None, device)) for bits in (4, 8)]
         for device in ("cpu", "cuda")
     }
     runs_on = [device for device, supports in found.items() if any(s.ok for s in supports)]
-    says = (
-        (sys.modules[type(kernel).__module__].__doc__ or "")
-        .strip()
-        .partition("\n")[0]
-        .rstrip(".")
-        .removeprefix(f"`{name}`: ")
-    )
+    says = plugin.about
     if not runs_on:
         says += f" ({found['cuda'][0].reason or found['cpu'][0].reason})"
     return {
-        "backend": name,
+        "backend": plugin.name,
         "runs_on": ", ".join(runs_on),
         "here": bool(runs_on),
-        "validation": validation.validation_status(name),
+        "validation": validation.validation_status(plugin.name),
+        "from": plugin.origin,
         "about": says,
     }
-
-
-def kernel_names() -> tuple[str, ...]:
-    """Every kernel, loadable here or not."""
-    from qlibero.kernels import BACKENDS
-
-    return tuple(BACKENDS)
 
 
 def supports(name: str, shape: GemmShape) -> bool:
@@ -160,8 +165,8 @@ def artifacts() -> Rows:
 
     from safetensors import SafetensorError, safe_open
 
+    from qlibero.config.quantization import Quant
     from qlibero.quant.prepare import artifact_places
-    from qlibero.quant.spec import QuantSpec
 
     rows: Rows = []
     for path in (path for place in artifact_places() for path in sorted(place.glob("*/artifact.safetensors"))):
@@ -169,7 +174,7 @@ def artifacts() -> Rows:
         try:
             with safe_open(path, "numpy") as file:
                 meta = json.loads((file.metadata() or {})["qlibero"])
-            row["settings"] = QuantSpec.from_mapping(meta["spec"]).label
+            row["settings"] = Quant.of_identity(meta["spec"]).label
         except (SafetensorError, QliberoError, OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
             row["settings"] = f"cannot be read: {short(problem)}"
         rows.append(row)

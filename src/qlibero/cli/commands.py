@@ -272,10 +272,11 @@ def inspect(args: argparse.Namespace) -> Document:
 
 def kernels_check(args: argparse.Namespace) -> Document:
     from qlibero.cli import catalogue
+    from qlibero.kernels import names as kernel_names
     from qlibero.kernels import validation
 
     policy, layers = _layers(args)
-    names = args.backend or [name for name in catalogue.kernel_names() if catalogue.supports(name, layers[0].shape)]
+    names = args.backend or [name for name in kernel_names() if catalogue.supports(name, layers[0].shape)]
     verdicts = [verdict for name in names for verdict in validation.check(layers, name, remember=not args.forget)]
     document = {
         "device": layers[0].shape.device,
@@ -294,11 +295,11 @@ def kernels_check(args: argparse.Namespace) -> Document:
 def kernels_bench(args: argparse.Namespace) -> Document:
     from dataclasses import asdict
 
-    from qlibero.cli import catalogue
+    from qlibero.kernels import names as kernel_names
     from qlibero.kernels.benchmark import bench, left_out
 
     policy, layers = _layers(args)
-    names = args.backend or list(catalogue.kernel_names())
+    names = args.backend or list(kernel_names())
     impossible = left_out(layers, names)
     if args.backend and len(impossible) == len(names):
         raise UserError("nothing to time: " + "; ".join(f"{name}: {why}" for name, why in impossible.items()))
@@ -362,9 +363,9 @@ def _tried(name: str, rows: list[Document]) -> Document:
 
 
 def checkpoint_verify(args: argparse.Namespace) -> Document:
-    from qlibero.policies.pi05.verify import verify_checkpoint
+    from qlibero.policies import verify
 
-    document = verify_checkpoint(args.checkpoint)
+    document = verify(args.checkpoint)
     table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
@@ -435,7 +436,7 @@ def config_show(args: argparse.Namespace) -> Document:
 def ls(args: argparse.Namespace) -> Document:
     from qlibero.cli import catalogue
 
-    rows = getattr(catalogue, args.what)()
+    rows = catalogue.of_kind(args.what) if args.what in catalogue.KINDS_ONLY else getattr(catalogue, args.what)()
     table(rows, title=args.what)
     for row in rows:
         if "validation" in row:

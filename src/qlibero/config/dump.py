@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from qlibero.config.load import PATH_KEYS, known_backends
+from qlibero.config.policies import path_keys
 from qlibero.config.schema import Experiment
 from qlibero.config.yaml_text import CoreLoader
 from qlibero.places import REPOSITORY
@@ -34,15 +35,15 @@ def dump_resolved(experiment: Experiment, directory: Path | None = None) -> str:
     """
     data = experiment.model_dump(mode="json")
     if directory is not None:
-        _make_relative(data, directory.resolve())
+        _make_relative(data, directory.resolve(), {*PATH_KEYS, *path_keys(experiment.policy.type)})
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _make_relative(value: Any, directory: Path) -> None:
+def _make_relative(value: Any, directory: Path, paths: set[str]) -> None:
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(inner, dict | list):
-            _make_relative(inner, directory)
-        elif key in PATH_KEYS and isinstance(inner, str):
+            _make_relative(inner, directory, paths)
+        elif key in paths and isinstance(inner, str):
             if directory.is_relative_to(REPOSITORY) and Path(inner).is_relative_to(REPOSITORY):
                 value[key] = os.path.relpath(inner, directory)
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlibero.config.fields import Misplaced
-from qlibero.config.schema import Experiment, SuiteName
+from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean, suite_hint
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, shown
 
@@ -65,19 +65,17 @@ def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:
         return location, "is missing" + (f": {about}" if about else ""), "", ""
     if kind == "extra_forbidden":
         return location, "unknown key", "", did_you_mean(location[-1], _keys_at(location[:-1]))
-    if kind == "union_tag_not_found":
-        return location, "say which type: pi05 or remote", "", ""
-    if kind == "union_tag_invalid":
-        expected = context["expected_tags"]
-        hint = did_you_mean(context["tag"], expected.replace("'", "").split(", "))
-        return location, f"type should be {expected.replace(', ', ' or ')}", f" (got {shown(context['tag'])})", hint
+    if kind in ("plugin_type_missing", "plugin_broken"):
+        return location, context["said"], "", ""
+    if kind in ("plugin_unknown", "plugin_type_unknown"):
+        found = context["found"]
+        hint = suite_hint(found, context["known"]) if location == ("suite",) else did_you_mean(found, context["known"])
+        return location, context["said"], f" (got {shown(found)})", hint
     what = PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, "))
     what = what.removeprefix("Input ").removeprefix("String ")
     if kind == "string_pattern_mismatch" and (examples := _property(location).get("examples")):
         return location, what, got, f"; write e.g. {' or '.join(examples)}"
     if kind == "literal_error":
-        if location == ("suite",):
-            return location, what, got, suite_hint(item["input"], SuiteName.__args__)
         return (
             location,
             what,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from qlibero.registry import BrokenPlugin, Plugin, UnknownPlugin, get, names
 
 MOST = 1_000_000  # of anything that is counted, where nothing else bounds it
 MOST_SEED = 2**32 - 1
@@ -75,6 +79,34 @@ def _address(url: str) -> str:
 def one_of_pattern(pattern: str, *examples: str) -> Any:
     """A text of this pattern (Rust's syntax, ASCII); `examples` are what an error and an editor show."""
     return Field(pattern=pattern, examples=list(examples))
+
+
+class PluginName:
+    """Of a text: the name of a plug-in, or the module that is one. Editors are offered the names there are."""
+
+    def __init__(self, kind: type[Plugin]):
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._found, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"enum": list(names(self.kind))}, {"type": "string", "pattern": r"\."}]}
+
+    def _found(self, name: str) -> str:
+        try:
+            get(self.kind, name)
+        except UnknownPlugin as error:
+            facts = {"said": one_of(error.known), "known": error.known, "found": name}
+            raise PydanticCustomError("plugin_unknown", "{said}", facts) from None
+        except BrokenPlugin as error:
+            raise PydanticCustomError("plugin_broken", "{said}", {"said": str(error)}) from None
+        return name
+
+
+def one_of(known: Iterable[str]) -> str:
+    """`should be 'a', 'b' or 'c'`, with what else a plug-in may be called."""
+    return f"should be {', '.join(map(repr, known))} or the module of your own (package.module)"
 
 
 Int = Annotated[int, Strict()]  # lax integers would take `true` for 1

@@ -17,15 +17,17 @@ from pydantic import ValidationError
 from qlibero.config.explain import dotted, explain, mark_of, walk
 from qlibero.config.labels import suffix_of_sets
 from qlibero.config.legacy_env import fork_overrides
+from qlibero.config.policies import path_keys
 from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment
 from qlibero.config.vocabulary import backend_hint
 from qlibero.config.yaml_source import display, located, put, read
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, parse, short, shown
 from qlibero.errors import UserError
+from qlibero.registry import KernelPlugin, UnknownPlugin, get, names
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
-# every Path of the schema; a test compares
-PATH_KEYS = ("checkpoint", "tokenizer", "norm_stats", "config", "path", "artifact", "artifact_dir")
+# every Path of the schema but the policy's, which its family says; a test compares
+PATH_KEYS = ("path", "artifact", "artifact_dir")
 MOST_SHOWN = 40  # problems in one message
 
 
@@ -170,17 +172,19 @@ def at(data: Any, location: Location) -> Any:
 
 # ------------------------------------------------------------------------------------------------ paths, backends
 def _resolve_paths(source: Source, check_files: bool) -> None:
-    def visit(value: Any, at: Location) -> None:
+    def visit(value: Any, at: Location, paths: Iterable[str]) -> None:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             here = (*at, key)
             if isinstance(inner, dict | list):
-                visit(inner, here)
-            elif key in PATH_KEYS and isinstance(inner, str) and inner:
+                visit(inner, here, paths)
+            elif key in paths and isinstance(inner, str) and inner:
                 _resolve(source, value, here, check_files)
 
-    for room in ("policy", "quant", "backends"):
+    policy = source.data.get("policy")
+    of_policy = path_keys(policy.get("type")) if isinstance(policy, dict) else ()
+    for room, paths in (("policy", of_policy), ("quant", PATH_KEYS), ("backends", PATH_KEYS)):
         if isinstance(source.data.get(room), dict | list):
-            visit(source.data[room], (room,))
+            visit(source.data[room], (room,), paths)
 
 
 def _resolve(source: Source, around: dict[str, Any], here: Location, check_files: bool) -> None:
@@ -200,9 +204,7 @@ def _resolve(source: Source, around: dict[str, Any], here: Location, check_files
 
 def known_backends() -> tuple[str, ...]:
     """What an arm's `backend` may be: the unquantized ones, `auto`, and every kernel."""
-    from qlibero.kernels import BACKENDS
-
-    return (*UNQUANTIZED_BACKENDS, "auto", *BACKENDS)
+    return (*UNQUANTIZED_BACKENDS, "auto", *names(KernelPlugin))
 
 
 def _check_backends(source: Source) -> None:
@@ -211,5 +213,13 @@ def _check_backends(source: Source) -> None:
         name = entry.get("backend") if isinstance(entry, dict) else entry
         if isinstance(name, str) and name not in known:
             here: Location = ("backends", i, "backend") if isinstance(entry, dict) else ("backends", i)
-            message = f"{dotted(here)}: unknown backend; known are {', '.join(known)} (got {shown(name)})"
-            source.problems.append(Problem(mark_of(source, here), message + backend_hint(name, known)))
+            try:
+                get(KernelPlugin, name)
+            except UnknownPlugin:
+                message = f"unknown backend; known are {', '.join(known)} (got {shown(name)})"
+                message += backend_hint(name, known)
+            except UserError as problem:
+                message = str(problem)
+            else:
+                continue
+            source.problems.append(Problem(mark_of(source, here), f"{dotted(here)}: {message}"))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
-from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, Regex, Seed
+from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, PluginName, Regex, Seed, Word
+from qlibero.errors import UserError
+from qlibero.registry import MethodPlugin, get
 
-Method = Literal["rtn", "smoothquant", "duquant", "weight_pca", "hadamard", "smooth_hadamard"]
-Layout = Literal["llm", "expert", "llm+expert_mlp", "llm+expert"]
 MOST_PATTERNS = 1_000  # of a list; the largest model here has 400 linears
 WIDEST = 65_536  # channels; no model's linear is wider
 
@@ -18,7 +21,7 @@ WIDEST = 65_536  # channels; no model's linear is wider
 class Calibration(Frozen):
     """Demonstration observations that fit the transforms. Never evaluation episodes."""
 
-    path: Path = Field(description="calibration.npz: observations, prompts and states from demonstrations")
+    path: Path | None = Field(description="calibration.npz: observations, prompts and states from demonstrations")
     samples: Count = Field(64, description="observations used")
     seed: Seed = Field(0, description="which observations, which noise, and the random rotations")
 
@@ -26,8 +29,8 @@ class Calibration(Frozen):
 class Quant(Frozen):
     """How the weights and activations become integers. The arithmetic is fixed; this chooses what goes into it."""
 
-    method: Method = Field("duquant", description="the transform before rounding")
-    layout: Layout | None = Field(None, description="which linears, by name; or give include")
+    method: Annotated[str, PluginName(MethodPlugin)] = Field("duquant", description="the transform before rounding")
+    layout: Word | None = Field(None, description="which linears, by one of the policy's names; or give include")
     include: tuple[Regex, ...] = Field(
         (), max_length=MOST_PATTERNS, description="regexes over openpi layer names, instead of layout"
     )
@@ -80,21 +83,75 @@ class Quant(Frozen):
                     ("include",), "give layout or include, not both; `layout: null` clears an inherited one"
                 )
             raise Misplaced(
-                ("layout",), "say which layers: layout: llm | expert | llm+expert_mlp | llm+expert, or include"
+                ("layout",), "say which layers: layout: llm (`qlibero ls policies` has the names), or include"
             )
         if (self.weight_bits, self.activation_bits) == (8, 4):
             raise Misplaced(("activation_bits",), "W8A4 has no kernel; supported are W4A8, W8A8, W4A4, W4A16 and W8A16")
-        if self.row_rotation and self.method != "weight_pca":
-            raise Misplaced(("row_rotation",), f"belongs to weight_pca; leave it out with {self.method}")
-        data_free = self.method in ("rtn", "weight_pca", "hadamard") and not (self.atm or self.ohb)
-        if not data_free and self.calibration is None and self.artifact is None:
-            raise Misplaced(("calibration",), f"{self.method} is fitted on data: give calibration.path, or artifact")
+        if self.row_rotation and not self.transform.rotates_outputs:
+            raise Misplaced(("row_rotation",), f"{self.method} does not rotate outputs (weight_pca does); leave it out")
         return self
+
+    @property
+    def transform(self) -> MethodPlugin:
+        """What the method says of itself."""
+        return get(MethodPlugin, self.method)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether something is fitted on observations."""
+        return not self.transform.data_free or self.atm or self.ohb
+
+    @property
+    def lacks_data(self) -> bool:
+        """Whether that is so and neither data nor a ready artifact is named."""
+        return self.needs_data and self.artifact is None and (self.calibration is None or self.calibration.path is None)
+
+    @property
+    def calibration_samples(self) -> int:
+        """How many demonstration observations."""
+        return self.calibration.samples if self.calibration else Calibration.model_fields["samples"].default
+
+    @property
+    def calibration_seed(self) -> int:
+        """Seed of every random draw: observations, noise, rotations."""
+        return self.calibration.seed if self.calibration else Calibration.model_fields["seed"].default
 
     @property
     def precision(self) -> str:
         """`W4A8` and the like."""
         return f"W{self.weight_bits}A{self.activation_bits}"
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, e.g. `duquant W4A8 llm`."""
+        group = f" g{self.group_size}" if self.group_size else ""
+        return f"{self.method} {self.precision}{group} {self.layout or 'include'}"
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a number of an artifact, and nothing about where things lie. JSON types only."""
+        values = self.model_dump(mode="json", exclude={"calibration", "artifact", "artifact_dir"})
+        return values | {"calibration_samples": self.calibration_samples, "calibration_seed": self.calibration_seed}
+
+    @classmethod
+    def of_identity(cls, values: Mapping[str, Any]) -> Quant:
+        """The inverse of `identity`, as an artifact holds it. UserError names what cannot be."""
+        own = dict(values)
+        drawn = {key: own.pop(f"calibration_{key}", None) for key in ("samples", "seed")}
+        try:
+            return cls.model_validate({**own, "calibration": {"path": None, **drawn}})
+        except ValidationError as error:
+            told = (f"quant.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            raise UserError("; ".join(list(told)[:3])) from None
+
+    @property
+    def hash(self) -> str:
+        """sha256 hex over the canonical JSON of the identity (patterns of per_layer_bits in their order).
+
+        It is half of an artifact's identity (the checkpoint and the data are the rest): two experiments that ask for
+        the same thing share an artifact, and any change that could alter one number makes another.
+        """
+        values = self.identity() | {"per_layer_bits": [list(item) for item in self.per_layer_bits.items()]}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class QuantOverrides(Quant):

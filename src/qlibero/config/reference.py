@@ -13,31 +13,45 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlibero.config.fields import PluginName
 from qlibero.config.inits import FreshInits
+from qlibero.config.policies import settings_of
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
     Backend,
     Experiment,
     Launch,
-    Pi05,
     Ray,
-    Remote,
     Slurm,
     SlurmMerge,
     Stop,
     Tracking,
-    Untrained,
 )
 from qlibero.places import REPOSITORY
+from qlibero.registry import PolicyPlugin, built_in, get
 
 PAGE = REPOSITORY / "docs" / "configuration.md"
 BEGIN, END = "<!-- from the schema: python -m qlibero.config.reference -->", "<!-- end -->"
+
+
+def _families() -> dict[str, type[BaseModel]]:
+    """Settings of every family of policies that is built in, and what lies in them."""
+    found: dict[str, type[BaseModel]] = {}
+    inside: dict[str, type[BaseModel]] = {}
+    for name in built_in(PolicyPlugin):
+        settings = settings_of(get(PolicyPlugin, name))
+        found[f"`policy` of type `{name}`"] = settings
+        for key, field in settings.model_fields.items():
+            for part in get_args(field.annotation):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    inside[f"`policy.{key}`"] = part
+    return found | inside
+
+
 SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
     "`inits`, when they are not official": FreshInits,
-    "`policy` of type `pi05`": Pi05,
-    "`policy.untrained`": Untrained,
-    "`policy` of type `remote`": Remote,
+    **_families(),
     "`quant`": Quant,
     "`quant.calibration`": Calibration,
     "An entry of `backends`": Backend,
@@ -66,6 +80,9 @@ def table(model: type[BaseModel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_WORDS = {Any: "anything", int: "whole number", float: "number", bool: "true, false", str: "text", Path: "path"}
+
+
 def kind(annotation: Any, metadata: Any = ()) -> str:
     """A type as a person would say it."""
     origin, inner = get_origin(annotation), get_args(annotation)
@@ -81,7 +98,12 @@ def kind(annotation: Any, metadata: Any = ()) -> str:
         return f"{kind(inner[0])} → {kind(inner[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "see below"
-    word = {int: "whole number", float: "number", bool: "true, false", str: "text", Path: "path"}[annotation]
+    for plugin in metadata:
+        if isinstance(plugin, PluginName):
+            return ", ".join(f"`{name}`" for name in built_in(plugin.kind)) + " or a module"
+    word = {Any: "anything", int: "whole number", float: "number", bool: "true, false", str: "text", Path: "path"}[
+        annotation
+    ]
     return word + _bounds(metadata)
 
 

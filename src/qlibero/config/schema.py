@@ -3,125 +3,45 @@
 Everything is frozen and unknown keys are refused: a misspelt key that is silently ignored becomes a wrong number
 in somebody's paper. Descriptions are written for the person editing the YAML, who sees them as tooltips
 (`qlibero config show --schema`). This module imports no other room, so every room can take its slice
-(`Quant`, `Pi05`, …) as plain data. Names of backends are checked by `load`, which knows the kernels.
+(`Quant`, …) as plain data. Names of backends are checked by `load`, which knows the kernels; what a family of
+policies is told, the family says (`policies.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from qlibero.config.fields import (
     MOST,
-    Address,
     Count,
     Float,
     Frozen,
     Int,
     Line,
     Misplaced,
+    PluginName,
     Seed,
     Slug,
     Word,
     one_of_pattern,
 )
 from qlibero.config.inits import Inits
+from qlibero.config.policies import Policy
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
-from qlibero.config.vocabulary import SUITE_ALIASES
+from qlibero.config.vocabulary import SUITE_ALIASES, did_you_mean
+from qlibero.registry import EnginePlugin, SuitePlugin, TrackerPlugin, get
 
-SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
-TrackerName = Literal["wandb", "trackio"]
+TrackerName = Annotated[str, PluginName(TrackerPlugin)]
 
 UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
-TASKS_OF_SUITE = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
-MOST_REPLAN = 1_000  # actions; no policy's chunk is longer
 MOST_PROCESSES = 10_000
 # A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
 FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".md", ".parquet", ".tmp", ".yaml", ".yml")
 DIRECTORIES = ("sweep", "trackio", "videos", "wandb")
-
-
-# ----------------------------------------------------------------------------------------------------- policy
-class Untrained(Frozen):
-    """Seeded random weights: for tests and timings. Its name says so wherever a number of it is shown."""
-
-    config: Path = Field(description="config.json of the architecture (widths, depths, vision tower)")
-    seed: Seed = Field(0, description="seed of the random weights")
-
-
-class Pi05(Frozen):
-    """A pi0.5 (or compact pi0.5) run in this process."""
-
-    type: Literal["pi05"]
-    checkpoint: Path | None = Field(None, description="directory with model.safetensors, config.json and statistics")
-    untrained: Untrained | None = Field(None, description="instead of a checkpoint: seeded random weights")
-    sha256: Annotated[str, one_of_pattern(r"^[0-9a-f]{64}$")] | None = Field(
-        None,
-        examples=["what sha256sum model.safetensors prints"],
-        description="SHA-256 of model.safetensors; checked when it is loaded",
-    )
-    tokenizer: Path | None = Field(
-        None, description="tokenizer.json or sentencepiece .model; by default the one inside the checkpoint"
-    )
-    profile: Profile = Field(
-        "auto", description="semantics the weights were trained under; auto: what the checkpoint's own files prove"
-    )
-    action_horizon: Int | None = Field(
-        None,
-        ge=1,
-        le=1000,
-        description="actions of a chunk, where no file of the checkpoint says it (openpi's trainer)",
-    )
-    asset_id: Word | None = Field(
-        None, description="which statistics, where the checkpoint has several: physical-intelligence/libero"
-    )
-    norm_stats: Path | None = Field(None, description="norm_stats.json to use, where the checkpoint has none")
-    device: Annotated[str, one_of_pattern(r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", "auto", "cpu", "cuda:0")] = Field(
-        "auto", description="auto: a GPU if there is one"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
-    )
-    flow_steps: Int = Field(10, ge=1, le=1000, description="Euler steps from noise to action chunk")
-    batch_size: Literal["auto"] | Annotated[Int, Field(ge=1, le=1024)] = Field(
-        "auto", description="rows of a policy call, to which batches are padded; auto: 1 on a CPU, 4 on a GPU"
-    )
-    replan_steps: Int = Field(
-        5, ge=1, le=MOST_REPLAN, description="actions executed of every chunk before the policy is asked again"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Pi05:
-        if (self.checkpoint is None) == (self.untrained is None):
-            both = self.checkpoint is not None
-            raise Misplaced(
-                ("untrained",) if both else ("checkpoint",),
-                "give either checkpoint or untrained, not both"
-                if both
-                else "give checkpoint: DIRECTORY (or untrained: …)",
-            )
-        return self
-
-
-class Remote(Frozen):
-    """Any server that speaks openpi's websocket protocol. It can be neither quantized nor verified from here."""
-
-    type: Literal["remote"]
-    url: Address = Field(description="ws://host:port of the policy server")
-    replan_steps: Int = Field(
-        5, ge=1, le=MOST_REPLAN, description="actions executed of every chunk before the server is asked again"
-    )
-    batch_size: Int = Field(4, ge=1, le=1024, description="requests in flight at once")
-    timeout_s: Float = Field(60.0, ge=0.1, le=86_400, description="seconds to wait for one answer, and for a reconnect")
-    api_key_env: Word | None = Field(None, description="environment variable that holds the server's API key")
-
-
-Policy = Annotated[Pi05 | Remote, Field(discriminator="type")]
 
 
 # --------------------------------------------------------------------------------------------------- the arms
@@ -290,11 +210,14 @@ class Ray(Frozen):
 class Launch(Frozen):
     """How a sweep is spread over machines. Changes nothing in the results."""
 
-    engine: Literal["local", "slurm", "ray"] = Field("local", description="default of `sweep --engine`")
+    engine: Annotated[str, PluginName(EnginePlugin)] = Field("local", description="default of `sweep --engine`")
     shard_episodes: Count = Field(100, description="episodes per shard and arm; aim at ten minutes or more")
     processes: Int = Field(1, ge=1, le=MOST_PROCESSES, description="local: shards at once")
     slurm: Slurm = Field(default_factory=Slurm, description="Slurm's options")
     ray: Ray = Field(default_factory=Ray, description="Ray's options")
+    options: dict[Word, Any] = Field(
+        default_factory=dict, max_length=100, description="what an engine that is a plug-in is told"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- experiment
@@ -306,7 +229,7 @@ class Experiment(Frozen):
     """One cell: a policy on a suite, the same episodes under every backend."""
 
     name: Slug = Field(description="names the run directory; by default the file's name")
-    suite: Annotated[SuiteName, BeforeValidator(_suite, json_schema_input_type=SuiteName)] = Field(
+    suite: Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin)] = Field(
         description="LIBERO suite (libero_long is libero_10)"
     )
     tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
@@ -391,7 +314,7 @@ class Experiment(Frozen):
         if self.inits != "official" and self.protocol != "pure":
             raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
-            count = TASKS_OF_SUITE[self.suite]
+            count = get(SuitePlugin, self.suite).tasks
             for i, task in enumerate(self.tasks):
                 if not 0 <= task < count:
                     raise Misplaced(("tasks", i), f"{self.suite} has tasks 0 to {count - 1}")
@@ -422,17 +345,25 @@ class Experiment(Frozen):
                 if entry.quant is not None:
                     raise Misplaced((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
                 continue
-            if self.policy.type == "remote":
+            if not (layouts := self.policy.family.layouts):
                 raise Misplaced(
-                    where, "a remote policy runs as its server has it; only baseline and aa can be its arms"
+                    where, f"a {self.policy.type} policy runs as it is, and only baseline and aa can be its arms"
                 )
             if self.quant is None and entry.quant is None:
                 raise Misplaced(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
             try:
-                quant_of_arm(self.quant, entry.quant)
+                quant = quant_of_arm(self.quant, entry.quant)
             except ValueError as error:
                 message = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
                 raise Misplaced((*where, "quant"), message) from None
+            at = ("quant",) if entry.quant is None else (*where, "quant")
+            if quant.lacks_data:
+                raise Misplaced(
+                    (*at, "calibration"), f"{quant.method} is fitted on data: give calibration.path, or artifact"
+                )
+            if quant.layout is not None and quant.layout not in layouts:
+                known = f"a {self.policy.type} policy has the layouts {', '.join(layouts)}, or give include"
+                raise Misplaced((*at, "layout"), f"{known} (got {quant.layout!r}){did_you_mean(quant.layout, layouts)}")
         return self
 
     def arms(self) -> tuple[Arm, ...]:
@@ -453,4 +384,4 @@ class Experiment(Frozen):
 
     def task_ids(self) -> tuple[int, ...]:
         """Task numbers, `all` spelt out."""
-        return tuple(range(TASKS_OF_SUITE[self.suite])) if self.tasks == "all" else self.tasks
+        return tuple(range(get(SuitePlugin, self.suite).tasks)) if self.tasks == "all" else self.tasks

@@ -1,36 +1,26 @@
 """Integer matrix products behind one small contract; `contract.py` defines it, `validation.py` enforces it.
 
-Backends are named here and loaded on first use, because some of them cannot even be imported without a GPU.
+A kernel declares itself in its own file (`registry.KernelPlugin`) and is loaded on first use, because some cannot even
+be imported without a GPU.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from qlibero.errors import UserError
+from qlibero import registry
 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import Kernel
 
 DEQUANTIZED = "dequantized"  # no kernel: what runs a layer whose activations are not quantized, an ordinary linear
 
-# name -> module:class. In this order `auto` prefers them when two are equally fast.
-BACKENDS = {
-    "fake": "qlibero.kernels.fake:Fake",
-    "int_ref": "qlibero.kernels.int_ref:IntRef",
-    "cpu_int4": "qlibero.kernels.cpu_int4:CpuInt4",
-    "w8a8": "qlibero.kernels.w8a8:W8A8",
-    "cuda_w4a8": "qlibero.kernels.cuda_w4a8:CudaW4A8",
-    "triton_w4a8": "qlibero.kernels.triton_w4a8:TritonW4A8",
-    "humming": "qlibero.kernels.humming:Humming",
-    "bitblas": "qlibero.kernels.bitblas:BitBLAS",
-}
+
+def names() -> tuple[str, ...]:
+    """Every kernel that needs no path, loadable here or not; `auto` prefers them in this order, when equally fast."""
+    return registry.names(registry.KernelPlugin)
 
 
 def load(name: str) -> Kernel:
     """The kernel called `name`. UserError for an unknown name; of a missing package the kernel's `supports` tells."""
-    if name not in BACKENDS:
-        raise UserError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    module, cls = BACKENDS[name].split(":")
-    return getattr(import_module(module), cls)()
+    return cast("Kernel", registry.get(registry.KernelPlugin, name).load()())

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlibero.kernels import BACKENDS, load
+from qlibero.kernels import load
+from qlibero.kernels import names as kernel_names
 from qlibero.kernels.contract import GemmShape, PackedWeight, activation_limit, weight_range
 from qlibero.kernels.shapes import Layer
 from qlibero.kernels.tiled import tile
@@ -79,7 +80,7 @@ def bench(
     """
     device = layers[0].shape.device
     ceilings = measure_ceilings(device)
-    names = backends or [name for name in BACKENDS if name == "fake" or load(name).real]
+    names = backends or [name for name in kernel_names() if name == "fake" or load(name).real]
     seen: set[tuple[int, int]] = set()
     timings: list[Timing] = []
     for layer in layers:

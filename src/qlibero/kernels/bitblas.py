@@ -25,6 +25,15 @@ from qlibero.errors import WorkFailed
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.epilogue_dispatch import finish
 from qlibero.kernels.known_errors import diagnose_shape, explain
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin(
+    "bitblas",
+    "the package bitblas, with the flags under which it is right",
+    provides="BitBLAS",
+    needs=("bitblas",),
+    order=8,
+)
 
 BACKEND_OF = {(8, 0): "tl", (8, 6): "tl", (8, 9): "tl", (9, 0): "tir"}
 

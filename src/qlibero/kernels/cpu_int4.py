@@ -23,6 +23,9 @@ from torch import Tensor
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support, epilogue
 from qlibero.kernels.fake import exact_width
 from qlibero.kernels.packing import pack_khalf, unpack_khalf_times_16
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin("cpu_int4", "two codes per byte, unpacked tile by tile", provides="CpuInt4", order=3)
 
 TILE_CODES = 1 << 19  # codes unpacked at a time: 2 MB in fp32, small enough to be read back from cache
 LARGEST_K = 132_000  # 16·acc stays inside int32

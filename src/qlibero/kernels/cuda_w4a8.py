@@ -19,6 +19,9 @@ from qlibero.kernels import cuda_driver
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.cuda_plan import DEPTH, OUTPUTS, Plan, band, choose, wgmma
 from qlibero.kernels.tiled import TOKENS, tile
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin("cuda_w4a8", "ours in CUDA, for Hopper", provides="CudaW4A8", order=5)
 
 LARGEST_K = 132_096  # 16·acc stays inside int32
 OUT = {torch.bfloat16: "BF16", torch.float32: "FP32", torch.int32: "INT32"}

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from qlibero.kernels.contract import FP32_EXACT, GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.epilogue_dispatch import finish
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin("fake", "the integers carried in floating point, exactly", provides="Fake", order=1)
 
 _CAN_RETURN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # of bf16 operands, on CUDA
 WIDEST_ACTIVATION = 127  # a kernel sees int8 codes, not how many bits made them

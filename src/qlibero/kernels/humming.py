@@ -22,6 +22,11 @@ from torch import Tensor, nn
 
 from qlibero.errors import WorkFailed
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin(
+    "humming", "the package humming-kernels; bf16 output", provides="Humming", needs=("humming",), order=7
+)
 
 VERSION = "0.1.19"  # its API changed during 2026
 COMPUTE = '{"use_batch_invariant": true}'

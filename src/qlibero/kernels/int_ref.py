@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin("int_ref", "plain integers, the reference", provides="IntRef", order=2)
 
 INT32_LOOP_PRODUCTS = 1 << 27  # about a quarter of a second
 

@@ -16,6 +16,11 @@ from torch import Tensor
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.packing import pack_khalf
 from qlibero.kernels.triton_tiles import choose_tile
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin(
+    "triton_w4a8", "ours in Triton, int4 unpacked in registers", provides="TritonW4A8", needs=("triton",), order=6
+)
 
 LARGEST_K = 132_000  # 16·acc stays inside int32
 

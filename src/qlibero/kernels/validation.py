@@ -30,7 +30,7 @@ import torch
 from qlibero.activity import doing
 from qlibero.cache import cache_directory, keep
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import BACKENDS, DEQUANTIZED, load
+from qlibero.kernels import DEQUANTIZED, load, names
 from qlibero.kernels.benchmark import seconds
 from qlibero.kernels.contract import GemmShape, Kernel
 from qlibero.kernels.exactness import ExactnessResult, quantized_weight, try_kernel
@@ -73,7 +73,7 @@ def check(
     kernel, note = backend, ""
     if backend == "auto":
         kernel, note = choose(layers)
-    elif kernel not in BACKENDS:
+    else:
         load(kernel)  # says which there are
     results = _Results(remember)
     verdicts = []
@@ -154,8 +154,12 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
     distinct = {(x.shape, x.tokens): x for x in layers if x.shape.activation_bits < 16}.values()
     if not distinct:
         return DEQUANTIZED, ""
-    for name in BACKENDS:
-        kernel = load(name)
+    for name in names():
+        try:
+            kernel = load(name)
+        except ImportError as error:
+            against[name] = str(error)
+            continue
         if not kernel.real:
             continue
         failed = next((f.reason for layer in distinct if not (f := results.of(name, layer)[0]).ok), None)

@@ -17,6 +17,9 @@ from torch import Tensor
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.cpu_int4 import cpu_multiplies_int8_fast
 from qlibero.kernels.epilogue_dispatch import finish
+from qlibero.registry import KernelPlugin
+
+PLUGIN = KernelPlugin("w8a8", "torch._int_mm, also for 4-bit codes", provides="W8A8", order=4)
 
 CUDA_LEAST_ROWS = 32  # the op demands more than 16; a full tile costs the same
 

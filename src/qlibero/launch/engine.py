@@ -1,26 +1,26 @@
 """What the engines have in common: local, Slurm and Ray are siblings that all run the same command for a shard.
 
-An engine is a module with two functions:
-    describe(submission) -> str              exactly what `submit` would start, as text (this is `--dry-run`)
-    submit(submission, say) -> Submitted     start it; local and Ray return when all is done, Slurm when it is queued
+An engine is a module that declares an `EnginePlugin` and provides an object of a class derived from `Engine`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from qlibero.config.schema import Launch
+from qlibero.registry import EnginePlugin, every, get
 
-ENGINES = ("local", "slurm", "ray")
+if TYPE_CHECKING:
+    from qlibero.launch.cells import Shard
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -58,9 +58,64 @@ class Submitted:
     merge_status: int = 0
 
 
-def load_engine(name: str) -> ModuleType:
-    """The engine's module."""
-    return importlib.import_module(f"qlibero.launch.{name}")
+@dataclass(frozen=True)
+class Place:
+    """What one shard gets on an engine, as far as it is known before anything is submitted."""
+
+    cores: int = 1
+    memory_gb: float | None = None
+    gpus: float = 0.0
+    at_once: int | None = None
+    """Shards that run beside each other; None: all."""
+
+
+class Engine:
+    """What runs the shards of a sweep. The first two every engine has; of the rest there may be nothing to say."""
+
+    here = False
+    """Whether shards run on this very machine."""
+    more_memory = "set workers"
+    """What to do when a shard's simulators do not fit its memory."""
+
+    def describe(self, submission: Submission) -> str:
+        """Exactly what `submit` would start, as text (this is `--dry-run`)."""
+        raise NotImplementedError
+
+    def submit(self, submission: Submission, say: Callable[[str], None]) -> Submitted:
+        """Start it; returns when all is done, or when it is queued."""
+        raise NotImplementedError
+
+    def place(self, launch: Launch) -> Place:
+        """What one shard gets under these options."""
+        return Place()
+
+    def problems(self, launch: Launch) -> Iterator[str]:
+        """Why these options cannot work, if so."""
+        yield from ()
+
+    def remarks(self, shards: int) -> Iterator[str]:
+        """What is worth knowing before so many shards are submitted."""
+        yield from ()
+
+    def live_shards(self, sweep_directory: Path) -> dict[Shard, str]:
+        """Shards that earlier submissions still have in the queue, with their state. Raises WorkFailed where nobody can
+        say: then submitting again could double the work."""
+        return {}
+
+    def merge_is_queued(self, sweep_directory: Path) -> bool:
+        """Whether an earlier submission's merge still waits or runs. Raises like `live_shards`."""
+        return False
+
+
+def load_engine(name: str) -> Engine:
+    """The engine of that name. UserError for one that is not there or does not load."""
+    return cast(Engine, get(EnginePlugin, name).load())
+
+
+def engines(also: str = "local") -> dict[str, Engine]:
+    """Every engine that needs no path, and `also`: any of them may have been used before in a directory."""
+    names = dict.fromkeys([*(plugin.name for plugin in every(EnginePlugin)), also])
+    return {name: load_engine(name) for name in names}
 
 
 def program() -> list[str]:

@@ -14,10 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
+from qlibero.config.schema import Launch
+from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES, capacity
 from qlibero.machine.environment import find_gpus
+from qlibero.registry import EnginePlugin
 
+PLUGIN = EnginePlugin("local", "processes on this machine", provides="ENGINE", order=1)
 RESTARTS = 3
 NO_ROOM = 1 << 16  # bytes of free disk with which nothing can be written that matters
 STOP_S = 30.0  # what a shard gets to put its current episodes down
@@ -104,3 +107,20 @@ def _last_words(submission: Submission, index: int) -> str:
             "free some space and give the same command again"
         )
     return f"see {log}"
+
+
+class Local(Engine):
+    """See the module's docstring."""
+
+    here = True
+    more_memory = "set workers or launch.processes"
+    describe = staticmethod(describe)
+    submit = staticmethod(submit)
+
+    def place(self, launch: Launch) -> Place:
+        ours, processes = capacity(), launch.processes
+        gpus = min(len(find_gpus()), processes) / processes
+        return Place(max(1, ours.cores // processes), ours.memory_gb / processes, gpus, processes)
+
+
+ENGINE = Local()

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.schema import Arm, Experiment, Launch, Tracking
+from qlibero.config.schema import Arm, Experiment, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
-from qlibero.machine.capacity import WORKER_GB, capacity, fitting
-from qlibero.machine.environment import find_gpus
+from qlibero.launch.engine import Engine, engines, load_engine
+from qlibero.machine.capacity import WORKER_GB, fitting
 from qlibero.places import RUNS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
@@ -51,7 +51,9 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
     """The plan as a document; see `_cell` and `_engines` for its parts. Raises UserError for cells that cannot work."""
     refuse_impossible(manifest, None)
     known = costs(manifest)
-    _say_if_split(manifest, say)
+    for engine in engines().values():
+        for remark in engine.remarks(len(manifest.shards)):
+            say(remark)
     if calibrate:
         for cell in manifest.cells:
             unknown = [arm for arm in cell.experiment.arms() if _kind(cell.experiment, arm.name) not in known]
@@ -74,58 +76,37 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
     }
 
 
-def _say_if_split(manifest: Manifest, say: Callable[[str], None]) -> None:
-    from qlibero.launch.slurm import max_array_size
-
-    if len(manifest.shards) > (size := max_array_size()):
-        count = -(-len(manifest.shards) // size)
-        say(f"{len(manifest.shards):,} shards are {count} arrays on Slurm (MaxArraySize {size})")
-
-
 def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
     """Raise UserError naming every cell that cannot run on `engine` (None: on none of them looked at by itself)."""
-    engines = [engine] if engine else ["local", "slurm", "ray"]
     problems = []
     for cell in manifest.cells:
-        found = {name: list(_problems(cell.experiment, name)) for name in engines}
+        by_name = {engine: load_engine(engine)} if engine else engines(cell.experiment.launch.engine)
+        found = {name: list(_problems(cell.experiment, name, each)) for name, each in by_name.items()}
         if all(found.values()):
-            problems.append(f"  {cell.id}: " + "; ".join(dict.fromkeys(p for name in engines for p in found[name])))
+            problems.append(f"  {cell.id}: " + "; ".join(dict.fromkeys(p for name in found for p in found[name])))
     if problems:
         where = f"on engine {engine}" if engine else "on any engine"
         raise UserError(f"{len(problems)} of {len(manifest.cells)} cells cannot run {where}:\n" + "\n".join(problems))
 
 
-def _problems(experiment: Experiment, engine: str) -> Iterator[str]:
+def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str]:
     try:
         planned_keys(experiment)
     except UserError as problem:
         yield str(problem)
-    slurm = experiment.launch.slurm
-    _, memory_gb = _shard_place(experiment.launch, engine)
+    memory_gb = engine.place(experiment.launch).memory_gb
     workers = experiment.workers if experiment.workers != "auto" else 1  # auto takes what fits, and one must
     if memory_gb is not None and workers * WORKER_GB > memory_gb:
-        cure = {"local": "set workers or launch.processes", "slurm": "set workers or launch.slurm.mem"}[engine]
         yield (
             f"{workers} simulators need {workers * WORKER_GB:g} GB, "
-            f"a shard on engine {engine} has {memory_gb:.1f} GB; {cure}"
+            f"a shard on engine {name} has {memory_gb:.1f} GB; {engine.more_memory}"
         )
-    if engine == "slurm" and seconds(slurm.time) <= slurm.signal_s:
-        yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
+    yield from engine.problems(experiment.launch)
     device = _device(experiment, engine)
     for arm in experiment.arms():
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
-            if reason := _unsupported(arm, device, here=engine == "local"):
+            if reason := _unsupported(arm, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
-
-
-def _shard_place(launch: Launch, engine: str) -> tuple[int, float | None]:
-    """Cores and memory (GB, None: not known here) of one shard on an engine."""
-    if engine == "local":
-        ours = capacity()
-        return max(1, ours.cores // launch.processes), ours.memory_gb / launch.processes
-    if engine == "slurm":
-        return launch.slurm.cpus_per_task, _gigabytes(launch.slurm.mem) if launch.slurm.mem else None
-    return max(1, int(launch.ray.cpus)), None
 
 
 def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
@@ -149,13 +130,11 @@ def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
     return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
 
 
-def _device(experiment: Experiment, engine: str) -> str:
+def _device(experiment: Experiment, engine: Engine) -> str:
     wanted = getattr(experiment.policy, "device", "cpu")
     if wanted != "auto":
         return wanted.partition(":")[0]
-    launch = experiment.launch
-    gpu = {"local": bool(find_gpus()), "slurm": _slurm_gpus(launch) > 0, "ray": launch.ray.gpus > 0}[engine]
-    return "cuda" if gpu else "cpu"
+    return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
 
 
 def costs(manifest: Manifest) -> dict[tuple, Cost]:
@@ -296,28 +275,24 @@ def _discordance(cell: Cell) -> tuple[float, str]:
 def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str, Any]]:
     """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
     launch = manifest.cells[0].experiment.launch
-    gpus = len(find_gpus())
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
     by_engine = {}
-    for name, slots, gpus_each, at_once in (
-        ("local", launch.processes, min(gpus, launch.processes) / launch.processes, launch.processes),
-        ("slurm", launch.slurm.array_limit or 10**9, _slurm_gpus(launch), launch.slurm.array_limit or "all"),
-        ("ray", 10**9, launch.ray.gpus, "all"),
-    ):
-        cores, memory_gb = _shard_place(launch, name)
-        workers = cores if memory_gb is None else fitting(cores, memory_gb)
+    for name, engine in engines(launch.engine).items():
+        place = engine.place(launch)
+        workers = place.cores if place.memory_gb is None else fitting(place.cores, place.memory_gb)
         shards = [
             s
             for shard in manifest.shards
             if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))
         ]
         # the longest shard is a bound of its own; below it the slots share the sum
-        wall = max(max(shards, default=0.0), sum(shards) / min(slots, len(shards) or 1))
+        wall = max(max(shards, default=0.0), sum(shards) / min(place.at_once or 10**9, len(shards) or 1))
         by_engine[name] = {
             "wall_h": round(wall / 3600, 3),
-            "gpu_h": round(sum(shards) * gpus_each / 3600, 3),
+            "gpu_h": round(sum(shards) * place.gpus / 3600, 3),
             "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
-            "basis": f"shards at once: {at_once}; of each: {cores} cores, up to {workers} simulators",
+            "basis": f"shards at once: {place.at_once or 'all'}; of each: {place.cores} cores, "
+            f"up to {workers} simulators",
         }
     return by_engine
 
@@ -335,36 +310,3 @@ def _shard_seconds(
     each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     keys = set(episode_keys(experiment, (shard.index, shard.count)))
     return sum(each[arm].sim_s / workers + each[arm].policy_s / together for arm, key in missing if key in keys)
-
-
-def seconds(time: str) -> int:
-    """Slurm's time formats in seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, secs = (parts + [0, 0])[:3]
-        return int(days) * 86400 + hours * 3600 + minutes * 60 + secs
-    if len(parts) == 3:
-        return parts[0] * 3600 + parts[1] * 60 + parts[2]
-    return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
-
-
-def _slurm_gpus(launch: Launch) -> float:
-    """GPUs of a shard on Slurm, by whichever of the two options asks for them."""
-    gpus = launch.slurm.gpus
-    return float(gpus.rpartition(":")[2]) if gpus else _gres_gpus(launch.slurm.gres)
-
-
-def _gres_gpus(gres: str | None) -> float:
-    """GPUs in `gpu:1`, `gpu:h100:2`, `gpu`; 0 without."""
-    gpus = 0.0
-    for item in (gres or "").split(","):
-        name, *rest = item.split(":")
-        if name == "gpu":
-            gpus += float(rest[-1]) if rest and rest[-1].isdecimal() else 1.0
-    return gpus
-
-
-def _gigabytes(mem: str) -> float:
-    number, unit = (mem[:-1], mem[-1]) if mem[-1] in "KMGT" else (mem, "M")
-    return int(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit] / 1e9

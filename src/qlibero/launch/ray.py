@@ -12,10 +12,13 @@ import socket
 import subprocess
 from collections.abc import Callable
 
+from qlibero.config.schema import Launch
 from qlibero.errors import UserError
-from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
+from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES
+from qlibero.registry import EnginePlugin
 
+PLUGIN = EnginePlugin("ray", "tasks of a Ray cluster", needs=("ray",), provides="ENGINE", order=3)
 RETRIES = 3
 
 
@@ -95,3 +98,16 @@ def _run(command: list[str], log: str, cores: str) -> int:
     if status == -signal.SIGKILL:  # as if the worker had died: Ray shall try again
         os._exit(137)
     return status
+
+
+class Ray(Engine):
+    """See the module's docstring."""
+
+    describe = staticmethod(describe)
+    submit = staticmethod(submit)
+
+    def place(self, launch: Launch) -> Place:
+        return Place(max(1, int(launch.ray.cpus)), gpus=launch.ray.gpus)
+
+
+ENGINE = Ray()

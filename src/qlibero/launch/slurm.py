@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlibero import files
-from qlibero.config.schema import Slurm, SlurmMerge
+from qlibero.config.schema import Launch, Slurm, SlurmMerge
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
-from qlibero.launch.engine import Submission, Submitted
+from qlibero.launch.engine import Engine, Place, Submission, Submitted
+from qlibero.launch.slurm_options import gigabytes, gpus_of, seconds
 from qlibero.places import CHECKOUT as OUR_CHECKOUT
 from qlibero.quoting import sbatch_option, slurm_file
+from qlibero.registry import EnginePlugin
 
+PLUGIN = EnginePlugin("slurm", "arrays of jobs of a Slurm cluster", provides="ENGINE", order=2)
 MERGE, JOBS = "merge.sbatch", "jobs.json"
 DEFAULT_ARRAY_SIZE = 1001  # Slurm's own, where nobody can be asked
 
@@ -283,3 +286,30 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _note_jobs(submission: Submission, jobs: dict) -> None:
     files.replace(submission.directory / JOBS, json.dumps(jobs))
+
+
+class SlurmEngine(Engine):
+    """See the module's docstring."""
+
+    more_memory = "set workers or launch.slurm.mem"
+    describe = staticmethod(describe)
+    submit = staticmethod(submit)
+    live_shards = staticmethod(live_shards)
+    merge_is_queued = staticmethod(merge_is_queued)
+
+    def place(self, launch: Launch) -> Place:
+        slurm = launch.slurm
+        memory = gigabytes(slurm.mem) if slurm.mem else None
+        return Place(slurm.cpus_per_task, memory, gpus_of(slurm), slurm.array_limit)
+
+    def problems(self, launch: Launch) -> Iterator[str]:
+        slurm = launch.slurm
+        if seconds(slurm.time) <= slurm.signal_s:
+            yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
+
+    def remarks(self, shards: int) -> Iterator[str]:
+        if shards > (size := max_array_size()):
+            yield f"{shards:,} shards are {-(-shards // size)} arrays on Slurm (MaxArraySize {size})"
+
+
+ENGINE = SlurmEngine()

@@ -14,6 +14,7 @@ from typing import Any
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
+from qlibero.launch.engine import engines
 from qlibero.results.ledger import is_locked, read_ledger
 from qlibero.results.machines import in_words, is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
@@ -66,7 +67,7 @@ def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[s
         )
     done, total = sum(c["done"] for c in cells), sum(c["episodes"] for c in cells)
     rate = episodes_per_hour(records)
-    queue, queue_problem = _queue(directory)
+    queue, queue_problem = _queue(directory, manifest.cells[0].experiment.launch.engine)
     lacking = [s for s in manifest.shards if missing_keys[s.cell].intersection(_keys(manifest, s))]
     return {
         "directory": str(directory),
@@ -164,11 +165,9 @@ def _eta(missing: int, rate: float | None) -> str | None:
     return (datetime.now(UTC) + timedelta(hours=missing / rate)).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _queue(directory: Path) -> tuple[dict[str, int], str | None]:
-    from qlibero.launch.slurm import live_shards
-
+def _queue(directory: Path, own: str) -> tuple[dict[str, int], str | None]:
     try:
-        states = list(live_shards(directory).values())
+        states = [s for engine in engines(own).values() for s in engine.live_shards(directory).values()]
     except WorkFailed as problem:
         return {}, str(problem)
     return {state: states.count(state) for state in set(states)}, None

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlibero.config.sweep import Sweep
 from qlibero.launch import cells
-from qlibero.launch.engine import Submission, Submitted, load_engine
+from qlibero.launch.engine import Submission, Submitted, engines, load_engine
 from qlibero.launch.plan import refuse_impossible
 
 
@@ -35,13 +35,13 @@ def run_sweep(
         refuse_impossible(manifest, name)
         directory = cells.next_submission(manifest) if dry_run else cells.write_manifest(manifest)
         submission = Submission(manifest.name, directory, indices, launch)
-        module = load_engine(name)
+        chosen = load_engine(name)
         if dry_run:
-            text = module.describe(submission)
+            text = chosen.describe(submission)
             say(text)
         else:
             say(f"{len(indices)} of {len(manifest.shards)} shards, engine {name}, {directory}")
-            submitted = module.submit(submission, say)
+            submitted = chosen.submit(submission, say)
     elif not missing and not dry_run and _merge_was_lost(manifest):
         say("every episode is there, but the merge after them was not finished: doing it here")
         cells.merge(manifest, say)
@@ -61,14 +61,21 @@ def run_sweep(
 
 def _merge_was_lost(manifest: cells.Manifest) -> bool:
     """Killed after the last episode, a merge would never come back by itself: no missing shard would bring it."""
-    from qlibero.launch.slurm import merge_is_queued
-
     submitted = any((manifest.directory / cells.OURS).glob("submission-*/manifest.json"))
-    return submitted and not cells.merged(manifest) and not merge_is_queued(manifest.directory)
+    return (
+        submitted
+        and not cells.merged(manifest)
+        and not any(engine.merge_is_queued(manifest.directory) for engine in engines(_own(manifest)).values())
+    )
 
 
 def _under_way(manifest: cells.Manifest) -> dict[cells.Shard, str]:
-    """Shards that an earlier Slurm submission still has in the queue."""
-    from qlibero.launch.slurm import live_shards
+    """Shards that an earlier submission still has in a queue."""
+    found: dict[cells.Shard, str] = {}
+    for engine in engines(_own(manifest)).values():
+        found |= engine.live_shards(manifest.directory)
+    return found
 
-    return live_shards(manifest.directory)
+
+def _own(manifest: cells.Manifest) -> str:
+    return manifest.cells[0].experiment.launch.engine

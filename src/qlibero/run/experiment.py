@@ -226,7 +226,7 @@ def _run(
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
-    from qlibero.sim.suites import SUITES
+    from qlibero.sim.suites import get_suite
     from qlibero.tracking.mirror import start_mirrors, trouble
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
@@ -261,7 +261,7 @@ def _run(
 
     settings = RolloutSettings(
         protocol=experiment.protocol,
-        max_steps=experiment.max_steps or SUITES[experiment.suite].max_steps,
+        max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
     )

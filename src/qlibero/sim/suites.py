@@ -2,17 +2,16 @@
 
 The constants are those of openpi's `examples/libero/main.py` (step caps from the longest demonstration of each suite,
 ten settle steps that do not count against the cap). Importing this module is cheap: LIBERO itself is touched only by
-`task_language`, `task_name` and `init_states`.
+`task_language` and `init_states`. A suite that is a plug-in
+provides an object with `language(task)` and `task_files(task)`: {"goal": BDDL file, "states": .npz of initial states}.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
-
 import numpy as np
 
 from qlibero.errors import UserError
+from qlibero.registry import SuitePlugin, built_in, get
 
 SETTLE_STEPS = 10
 """Steps of `SETTLE_ACTION` before the policy sees its first frame: objects fall to rest. Not counted in the cap."""
@@ -26,36 +25,13 @@ STATE_DIM = 8
 PROTOCOLS = ("pure", "openpi")
 
 
-@dataclass(frozen=True)
-class Suite:
-    """`tasks` tasks with `inits` official initial states each; an episode is cut after `max_steps` policy steps."""
-
-    name: str
-    tasks: int
-    inits: int
-    max_steps: int
+SUITES = {name: get(SuitePlugin, name) for name in built_in(SuitePlugin)}
+"""LIBERO's own, in the order of its paper."""
 
 
-SUITES: dict[str, Suite] = {
-    suite.name: suite
-    for suite in (
-        Suite("libero_spatial", 10, 50, 220),
-        Suite("libero_object", 10, 50, 280),
-        Suite("libero_goal", 10, 50, 300),
-        Suite("libero_10", 10, 50, 520),
-        Suite("libero_90", 90, 50, 400),
-    )
-}
-
-
-def get_suite(name: str) -> Suite:
-    """The suite of that name; `UserError` with the nearest name otherwise."""
-    if name in SUITES:
-        return SUITES[name]
-    near = difflib.get_close_matches(name, SUITES, n=1)
-    raise UserError(
-        f"no suite {name!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"suites: {', '.join(SUITES)}"
-    )
+def get_suite(name: str) -> SuitePlugin:
+    """The suite of that name, LIBERO's own or a plug-in's; `UserError` with the nearest name otherwise."""
+    return get(SuitePlugin, name)
 
 
 def check_task(suite: str, task: int) -> None:
@@ -65,20 +41,10 @@ def check_task(suite: str, task: int) -> None:
         raise UserError(f"{suite} has tasks 0 to {tasks - 1}, not {task}")
 
 
-def task_name(suite: str, task: int) -> str:
-    """LIBERO's name of the task (its bddl file without the ending)."""
-    check_task(suite, task)
-    from qlibero.sim import libero
-
-    return libero.task_record(suite, task).name
-
-
 def task_language(suite: str, task: int) -> str:
     """The instruction as LIBERO's benchmark gives it to policies (`task.language`), e.g. "pick up the milk and …"."""
     check_task(suite, task)
-    from qlibero.sim import libero
-
-    return libero.task_record(suite, task).language
+    return str(get_suite(suite).load().language(task))
 
 
 def init_states(suite: str, task: int) -> np.ndarray:

@@ -4,6 +4,10 @@ A tracker may hang, die or lose its network; an episode must not notice. So the 
 at the end, waits for it for a bounded time. The launcher holds the write end of the mirror's standard input and never
 writes to it: end of file is how the mirror learns that the run is over, also when the launcher was killed. The mirror
 then drains what the ledger has and exits by itself. Whatever goes wrong, the ledger can be replayed again.
+
+A tracker is a module that declares a `TrackerPlugin` and is a program: `python -m MODULE RUN_DIR [--follow]`, with what
+its `arguments(tracking)` gives, if it has that function. `replay.program` is all of such a program but the tracker's
+own log.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlibero import files
+from qlibero.errors import UserError
+from qlibero.registry import TrackerPlugin, get
 from qlibero.tracking import wandb_environment
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Tracking
-
-TRACKERS = {"wandb": "qlibero.tracking.wandb_mirror", "trackio": "qlibero.tracking.trackio_mirror"}
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Mirror:
     """One mirror process of one tracker."""
 
     tracker: str
+    module: str
     run_dir: Path
     arguments: tuple[str, ...]
     process: subprocess.Popen | None = field(default=None, repr=False)
@@ -73,7 +78,7 @@ class Mirror:
             "mode": state.get("mode"),
             "rows": state.get("rows", {}),
             "problem": problem,
-            "again": shlex.join([sys.executable, "-m", TRACKERS[self.tracker], str(self.run_dir), *self.arguments]),
+            "again": shlex.join([sys.executable, "-m", self.module, str(self.run_dir), *self.arguments]),
         }
 
 
@@ -107,18 +112,21 @@ def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
         return Mirrors(())
     mirrors = []
     for tracker in tracking.trackers:
-        arguments = ["--mode", tracking.mode] if tracker == "wandb" else []
-        arguments += ["--project", tracking.project]
-        if tracker == "wandb" and tracking.entity:
-            arguments += ["--entity", tracking.entity]
-        if tracker == "wandb":
-            arguments += [f"--tag={tag}" for tag in tracking.tags] + [f"--job-type={tracking.job_type}"]
-            arguments += [f"--group={tracking.group}"] * bool(tracking.group)
-            arguments += [f"--notes={tracking.notes}"] * bool(tracking.notes)
-        mirror = Mirror(tracker, Path(run_dir), tuple(arguments))
-        _spawn(mirror)
+        mirror = _mirror(tracker, Path(run_dir), tracking)
+        if mirror.problem is None:
+            _spawn(mirror)
         mirrors.append(mirror)
     return Mirrors(tuple(mirrors))
+
+
+def _mirror(tracker: str, run_dir: Path, tracking: Tracking) -> Mirror:
+    """Not started yet; with a `problem` where its module does not load."""
+    try:
+        plugin = get(TrackerPlugin, tracker)
+        arguments = getattr(plugin.load(), "arguments", None)
+    except UserError as problem:
+        return Mirror(tracker, tracker, run_dir, (), problem=f"could not be started: {problem}")
+    return Mirror(tracker, plugin.module, run_dir, tuple(arguments(tracking)) if arguments else ())
 
 
 def trouble(said: dict, tracking: Tracking) -> str | None:
@@ -126,15 +134,18 @@ def trouble(said: dict, tracking: Tracking) -> str | None:
     if not said["complete"]:
         problem = said["problem"] or "failed"
         return f"{said['tracker']} mirror {problem}; the ledger has everything, and this replays it: {said['again']}"
-    if said["tracker"] == "wandb" and tracking.mode == "online" and said["mode"] == "offline":
-        return f"wandb could not be reached and went on offline; once it can, this replays the ledger: {said['again']}"
+    if tracking.mode == "online" and said["mode"] == "offline":
+        return (
+            f"{said['tracker']} could not be reached and went on offline; once it can, this replays the ledger: "
+            f"{said['again']}"
+        )
     return None
 
 
 def _spawn(mirror: Mirror) -> None:
     mirror.process = None
     environment = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", TRACKERS[mirror.tracker], str(mirror.run_dir), "--follow", *mirror.arguments]
+    command = [sys.executable, "-m", mirror.module, str(mirror.run_dir), "--follow", *mirror.arguments]
     try:
         with open(log_path(mirror.run_dir, mirror.tracker), "ab") as log:
             # Its own session: Ctrl-C in the terminal ends the run, and the mirror still gets to drain.

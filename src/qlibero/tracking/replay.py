@@ -12,6 +12,7 @@ tracker; they are counted in the summary.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from qlibero.errors import WorkFailed
+from qlibero.errors import QliberoError, WorkFailed
 from qlibero.results.arm_equality import SameArithmetic, arithmetic
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.machines import mix_in_words
@@ -31,10 +32,11 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.stats.proportions import wilson
-from qlibero.tracking.mirror import children
+from qlibero.tracking.mirror import children, write_state
 
 BASELINE = "baseline"
 LOCK_WAIT_S = 120
+DRAIN_LIMIT_S = 90  # from the end of the launcher to the end of a mirror
 POLL_S = 2.0  # how often a live mirror looks for new rows
 
 
@@ -159,6 +161,37 @@ def replay(
     for one in replays.values():
         one.finish()
     report({arm: one.finished for arm, one in replays.items()})
+
+
+def program(
+    tracker: str,
+    open_run: Callable[[Path, str, ArmLedger], TrackerRun],
+    prepare: Callable[[Path], None] = lambda run_dir: None,
+) -> int:
+    """A tracker's whole program: `python -m MODULE RUN_DIR [--follow]`; returns its exit status.
+
+    The tracker is filled from row 0 each time: `prepare(run_dir)` empties it.
+    """
+    parser = argparse.ArgumentParser(description=f"Replay a run's ledger into {tracker}.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--follow", action="store_true", help="go on until standard input ends")
+    options = parser.parse_args()
+    run_dir = options.run_dir.resolve()
+    over = until_launcher_ends(DRAIN_LIMIT_S) if options.follow else None
+    try:
+        with only_one(run_dir, tracker):
+            prepare(run_dir)
+            replay(
+                run_dir,
+                tracker,
+                lambda arm, ledger: open_run(run_dir, arm, ledger),
+                lambda rows: write_state(run_dir, tracker, {"mode": "local", "rows": rows}),
+                over=over,
+            )
+    except QliberoError as problem:
+        print(problem, file=sys.stderr, flush=True)
+        return problem.exit_status
+    return 0
 
 
 @contextlib.contextmanager

@@ -9,20 +9,19 @@ a last row.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sqlite3
 import sys
 from pathlib import Path
 
-from qlibero.errors import QliberoError, UserError, WorkFailed
+from qlibero.errors import UserError, WorkFailed
+from qlibero.registry import TrackerPlugin
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay
-from qlibero.tracking.mirror import write_state
 
-DRAIN_LIMIT_S = 90
+PLUGIN = TrackerPlugin("trackio", "a dashboard without an account, on this machine", needs=("trackio",), order=2)
 
 
 class TrackioRun:
@@ -65,38 +64,17 @@ class TrackioRun:
             raise WorkFailed(f"trackio holds {stored} of {self.rows} rows of {self.arm}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m qlibero.tracking.trackio_mirror", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--project", help=argparse.SUPPRESS)  # the experiment's name is the project here
-    parser.add_argument("--follow", action="store_true", help="go on until standard input ends")
-    options = parser.parse_args()
-    run_dir = options.run_dir.resolve()
-    os.environ |= {"TRACKIO_DIR": str(run_dir / "trackio"), "HF_HUB_OFFLINE": "1"}  # read when trackio is imported
-    over = replay.until_launcher_ends(DRAIN_LIMIT_S) if options.follow else None
+def prepare(run_dir: Path) -> None:
+    """An empty database, made before trackio is imported, which reads where it is then."""
+    os.environ |= {"TRACKIO_DIR": str(run_dir / "trackio"), "HF_HUB_OFFLINE": "1"}
     try:
-        try:
-            import trackio  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "tracking: trackio is not installed; pip install 'qlibero[trackio]', or remove it from tracking"
-            ) from None
-        with replay.only_one(run_dir, "trackio"):
-            shutil.rmtree(run_dir / "trackio", ignore_errors=True)
-            replay.replay(
-                run_dir,
-                "trackio",
-                lambda arm, ledger: TrackioRun(run_dir, arm, ledger),
-                lambda rows: write_state(run_dir, "trackio", {"mode": "local", "rows": rows}),
-                over=over,
-            )
-    except QliberoError as problem:
-        print(problem, file=sys.stderr, flush=True)
-        return problem.exit_status
-    return 0
+        import trackio  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "tracking: trackio is not installed; pip install 'qlibero[trackio]', or remove it from tracking"
+        ) from None
+    shutil.rmtree(run_dir / "trackio", ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(replay.program("trackio", TrackioRun, prepare))

@@ -25,14 +25,20 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
+from qlibero.registry import TrackerPlugin
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
 
+if TYPE_CHECKING:
+    from qlibero.config.schema import Tracking
+
+PLUGIN = TrackerPlugin("wandb", "Weights & Biases, offline by default", needs=("wandb",), order=1)
 ATTEMPTS = 3  # replays in one life: the last one always offline
 INIT_TIMEOUT_S = 10
 FINISH_TIMEOUT_S = 30
@@ -200,6 +206,15 @@ def _end_orphans(run_dir: Path) -> None:
         with contextlib.suppress(OSError):
             if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
+
+
+def arguments(tracking: Tracking) -> list[str]:
+    """Of this program, from the experiment's settings."""
+    found = ["--mode", tracking.mode, "--project", tracking.project]
+    found += ["--entity", tracking.entity] if tracking.entity else []
+    found += [f"--tag={tag}" for tag in tracking.tags] + [f"--job-type={tracking.job_type}"]
+    found += [f"--group={tracking.group}"] * bool(tracking.group)
+    return found + [f"--notes={tracking.notes}"] * bool(tracking.notes)
 
 
 def main() -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 
 from torch import Tensor
 
-from qlibero.quant.spec import QuantSpec
+from qlibero.config.quantization import Quant
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin, get
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class GroupData:
     seed: int
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """The transform of `spec.method` for this input, as it is kept, on the device of the data."""
-    return import_module(f"qlibero.quant.methods.{spec.method}").fit(data, spec).stored().to(data.peak.device)
+    return get(MethodPlugin, spec.method).load().fit(data, spec).stored().to(data.peak.device)
 
 
-def output_rotation(weight: Tensor, spec: QuantSpec) -> Tensor | None:
+def output_rotation(weight: Tensor, spec: Quant) -> Tensor | None:
     """A rotation of the outputs, (N/B, B, B) float32, where the spec asks for one."""
     if not spec.row_rotation:
         return None
-    return import_module(f"qlibero.quant.methods.{spec.method}").output_rotation(weight, spec)
+    return get(MethodPlugin, spec.method).load().output_rotation(weight, spec)

@@ -15,13 +15,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qlibero.config.quantization import Quant
 from qlibero.quant.methods import GroupData
 from qlibero.quant.methods.smoothquant import smoothing
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin
+
+PLUGIN = MethodPlugin(
+    "duquant",
+    "smooth, rotate, permute, rotate again (arXiv 2406.01721)",
+    factors=("first", "order", "second"),
+    blocks=True,
+    smooths_first=True,
+    order=3,
+)
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """S folded into R1, P, R2. Fitted in float64 on `data.tokens`; deterministic for a given seed."""
     block = spec.block_size
     s = smoothing(data, spec.alpha)

@@ -10,13 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlibero.config.quantization import Quant
 from qlibero.errors import UserError
 from qlibero.quant.methods import GroupData
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin
+
+PLUGIN = MethodPlugin(
+    "hadamard",
+    "one signed Hadamard block, shared by all blocks",
+    data_free=True,
+    factors=("first",),
+    blocks=True,
+    order=5,
+)
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """One signed Hadamard block, shared."""
     size = spec.block_size
     if size & (size - 1):

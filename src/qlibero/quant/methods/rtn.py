@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from qlibero.config.quantization import Quant
 from qlibero.quant.methods import GroupData
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin
+
+PLUGIN = MethodPlugin("rtn", "round to nearest, no transform", data_free=True, order=1)
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """The identity."""
     return Transform()

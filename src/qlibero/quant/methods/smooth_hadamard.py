@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import torch
 
+from qlibero.config.quantization import Quant
 from qlibero.kernels.hadamard import fold
 from qlibero.quant.methods import GroupData
 from qlibero.quant.methods.smoothquant import smoothing
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin
+
+PLUGIN = MethodPlugin(
+    "smooth_hadamard", "smoothing, then a signed Hadamard over the whole width", factors=("hadamard",), order=6
+)
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """The signed smoothing, to be followed by H."""
     inverse = 1.0 / smoothing(data, spec.alpha)
     generator = torch.Generator().manual_seed(data.seed)

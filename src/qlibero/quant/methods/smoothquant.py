@@ -10,15 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlibero.config.quantization import Quant
 from qlibero.quant.methods import GroupData
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin
+
+PLUGIN = MethodPlugin("smoothquant", "a factor per channel, from activations into weights", factors=("scale",), order=2)
 
 #: channels quieter than this fraction of the loudest are treated as being that loud, so that 1/s stays finite
 QUIET = 1e-5
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """A channel scale 1/s."""
     return Transform(scale=(1.0 / smoothing(data, spec.alpha)).float())
 

@@ -12,12 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlibero.config.quantization import Quant
 from qlibero.quant.methods import GroupData
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
+from qlibero.registry import MethodPlugin
+
+PLUGIN = MethodPlugin(
+    "weight_pca",
+    "principal axes of the weights, as the openpi_duquant code did",
+    data_free=True,
+    factors=("order", "second"),
+    blocks=True,
+    rotates_outputs=True,
+    order=4,
+)
 
 
-def fit(data: GroupData, spec: QuantSpec) -> Transform:
+def fit(data: GroupData, spec: Quant) -> Transform:
     """The interleaving permutation and one PCA rotation per block."""
     w = torch.cat([weight.double() for weight in data.weights])
     ranked = torch.argsort(w.square().mean(0), descending=True, stable=True)
@@ -28,7 +39,7 @@ def fit(data: GroupData, spec: QuantSpec) -> Transform:
     return Transform(order=order.int(), second=_left_axes(blocks).float())
 
 
-def output_rotation(weight: Tensor, spec: QuantSpec) -> Tensor:
+def output_rotation(weight: Tensor, spec: Quant) -> Tensor:
     """The original's second rotation, of the outputs: weight (N, K) -> R (N/B, B, B) float32, with W' = R·W
     and y = y'·R. Narrow outputs use one block of their own width."""
     n = weight.shape[0]

@@ -7,6 +7,7 @@ kilobytes.
 
 from __future__ import annotations
 
+import dataclasses
 from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,19 +18,11 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.files import replace
+from qlibero.registry import BUILT_IN, SectionPlugin, every
 from qlibero.reporting.html.markup import Markup, breakable, el, join, script_json
 from qlibero.reporting.html.report_data import Material, Video, flipped_videos, gather, planned_episodes
-from qlibero.reporting.html.sections.differences import differences
-from qlibero.reporting.html.sections.execution import execution
-from qlibero.reporting.html.sections.flips import flip_data, flips
-from qlibero.reporting.html.sections.glossary import reading
-from qlibero.reporting.html.sections.latency import latency
-from qlibero.reporting.html.sections.layers import kernels, layers
-from qlibero.reporting.html.sections.provenance import copyable, provenance
-from qlibero.reporting.html.sections.success import success
-from qlibero.reporting.html.sections.tradeoff import memory, pareto
-from qlibero.reporting.html.sections.verdicts import verdicts
-from qlibero.reporting.html.sections.videos import videos
+from qlibero.reporting.html.sections.flips import flip_data
+from qlibero.reporting.html.sections.parts import section
 from qlibero.results.arm_equality import arithmetic, refusal
 from qlibero.results.paired_outcomes import check_margin
 from qlibero.results.runs import read_runs
@@ -97,22 +90,8 @@ def _within(filmed: list[Video], budget: float) -> list[Video]:
 
 def render(m: Material, filmed: list[Video], left_out: int = 0, state: str | None = None) -> str:
     """The whole page as text. With a `state` it follows its server (`live`): that is what it shows."""
-    parts = [
-        verdicts(m),
-        success(m),
-        differences(m),
-        flips(m),
-        videos(m, filmed, left_out),
-        execution(m),
-        latency(m),
-        pareto(m),
-        memory(m),
-        kernels(m),
-        layers(m),
-        copyable(m),
-        provenance(m),
-        reading(m),
-    ]
+    m = dataclasses.replace(m, filmed=tuple(filmed), left_out=left_out)
+    parts = [_section(plugin, m) for plugin in every(SectionPlugin)]
     kept = [part for part in parts if part is not None]
     data = {"flips": flip_data(m), "labels": {id_: arm.label for id_, arm in m.arms.items()}}
     body = join(
@@ -127,6 +106,17 @@ def render(m: Material, filmed: list[Video], left_out: int = 0, state: str | Non
         ),
     )
     return document(m.name, body, data, state)
+
+
+def _section(plugin: SectionPlugin, m: Material) -> Markup | None:
+    """Markup of one part. A plug-in's that fails says so in its place: the page is not its to lose."""
+    try:
+        return plugin.load()(m)
+    except Exception as problem:
+        if plugin.origin == BUILT_IN:
+            raise
+        said = f"{plugin.origin} ({plugin.module}) failed: {type(problem).__name__}: {problem}"
+        return section(plugin.name, plugin.about, el("p", said, class_="lead"))
 
 
 def document(title: str, body: Markup, data: dict[str, Any], state: str | None = None) -> str:

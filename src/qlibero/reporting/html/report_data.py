@@ -73,6 +73,10 @@ class Material:
     runs: Sequence[RunResults]
     parts: tuple[Part, ...]
     arms: dict[str, Arm]
+    filmed: tuple[Video, ...] = ()
+    """Of flipped episodes, those that the page holds."""
+    left_out: int = 0
+    """How many more there are."""
 
     def part_of(self, arm: str) -> Part:
         return next(part for part in self.parts if arm in part.arms)

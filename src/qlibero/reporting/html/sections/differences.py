@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material
@@ -14,6 +15,8 @@ from qlibero.results.comparison import Row
 from qlibero.results.wording import delta_text, interval_text, margin_text, p_text, points
 from qlibero.stats.proportions import Interval
 from qlibero.stats.sampling import population
+
+PLUGIN = SectionPlugin("differences", "paired differences", provides="differences", order=30)
 
 
 def difference_scale(m: Material) -> charts.Scale:

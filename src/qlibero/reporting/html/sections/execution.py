@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import Material
@@ -9,6 +10,8 @@ from qlibero.reporting.html.sections.parts import legend, named, section, table
 from qlibero.reporting.terminal import QUALITY, shift_text
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.execution import Divergence, Shift
+
+PLUGIN = SectionPlugin("execution", "what ran: flow, fused operations, machines", provides="execution", order=60)
 
 
 def execution(m: Material) -> Markup | None:

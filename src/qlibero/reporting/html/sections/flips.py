@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from qlibero.episode_key import OFFICIAL, EpisodeKey
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material, Part
 from qlibero.reporting.html.sections.parts import named, section
+
+PLUGIN = SectionPlugin("flips", "which episodes flipped", provides="flips", order=40)
 
 CODES = {
     ("success", "success"): "s",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import Material
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section
 from qlibero.results.summary import percentiles, phase_calls, policy_calls
+
+PLUGIN = SectionPlugin("latency", "latency of policy calls", provides="latency", order=70)
 
 
 def latency(m: Material) -> Markup | None:

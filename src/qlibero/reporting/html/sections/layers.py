@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section, table
+
+PLUGINS = (
+    SectionPlugin("kernels", "which kernel ran in how many layers", provides="kernels", order=90),
+    SectionPlugin("layers", "rounding noise layer by layer", provides="layers", order=91),
+)
 
 
 def kernels(m: Material) -> Markup | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material
 from qlibero.reporting.html.sections.parts import numbers, section, table
@@ -13,6 +14,11 @@ from qlibero.reporting.html.sections.tradeoff import is_unpacked, linear_bytes
 from qlibero.reporting.tables import Row, latex, markdown
 from qlibero.results.machines import mix_in_words
 from qlibero.results.summary import summarize_arm
+
+PLUGINS = (
+    SectionPlugin("copyable", "tables to copy", provides="copyable", order=800),
+    SectionPlugin("provenance", "where every number comes from", provides="provenance", order=801),
+)
 
 
 def copyable(m: Material) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import Material
@@ -10,6 +11,8 @@ from qlibero.reporting.html.sections.parts import legend, numbers, section
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.summary import counts
 from qlibero.stats.proportions import wilson
+
+PLUGIN = SectionPlugin("success", "success by task and arm", provides="success", order=20)
 
 
 def success(m: Material) -> Markup:

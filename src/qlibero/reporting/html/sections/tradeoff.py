@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material
@@ -12,6 +13,11 @@ from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section
 from qlibero.results.speed import is_simulation
 from qlibero.results.summary import summarize_arm
+
+PLUGINS = (
+    SectionPlugin("pareto", "success against latency", provides="pareto", order=80),
+    SectionPlugin("memory", "bytes of weights and transforms", provides="memory", order=81),
+)
 
 
 def memory(m: Material) -> Markup | None:

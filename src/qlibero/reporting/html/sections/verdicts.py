@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import Material, Part, planned_episodes
@@ -27,6 +28,8 @@ from qlibero.results.wording import (
     speed_text,
 )
 from qlibero.stats.proportions import tango
+
+PLUGIN = SectionPlugin("verdicts", "what each arm's verdict is", provides="verdicts", order=10)
 
 FEW = 2  # cells of so few arms share one grid of cards
 MANY = 6  # more tested arms than this are read in the table; their cards fold their fine print away

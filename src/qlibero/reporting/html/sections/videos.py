@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
+from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material, Video
 from qlibero.reporting.html.sections.parts import section
 
+PLUGIN = SectionPlugin("videos", "films of flipped episodes, side by side", provides="videos", order=50)
 
-def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
+
+def videos(m: Material) -> Markup | None:
+    chosen, left_out = m.filmed, m.left_out
     if not chosen:
         return None
     many = len({v.key.suite for v in chosen}) > 1

@@ -1,0 +1,374 @@
+"""What can be plugged in, and where it is found: kernels, methods, policies, engines, trackers, sections, suites.
+
+A plug-in is a module that declares itself in one statement:
+
+    PLUGIN = MethodPlugin("shuffle", "a random order of the channels", data_free=True, factors=("order",))
+
+(`PLUGINS = (…, …)` where it is several.) The statement is *read* from the source, not run: its arguments are literals,
+so that `--help`, `ls` and the check of a configuration import no torch, and what cannot be imported is listed all the
+same. A plug-in is known under the name it declares where it is built in (the folder of its kind holds it) or comes with
+an installed distribution (`[project.entry-points."qlibero.methods"]`, any key, the module as value); any other module
+on the import path is known under its own name (`method: package.module`, `package.module:name` of several).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from qlibero.errors import UserError
+
+BUILT_IN = "built in"
+_PACKAGE = Path(__file__).parent
+_DECLARES = re.compile(r"^PLUGINS?\b", re.MULTILINE)
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:\S+)?")
+
+
+class UnknownPlugin(UserError):
+    """No plug-in of that name. `known` are the names there are."""
+
+    def __init__(self, message: str, known: tuple[str, ...]):
+        super().__init__(message)
+        self.known = known
+
+
+class BrokenPlugin(UserError, ImportError):
+    """A plug-in is there and cannot be used; the message names file and line. An ImportError too, for those who ask
+    whether something can be loaded."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What a module says of itself. Literals only; `module`, `file` and `origin` are filled in by whoever found it."""
+
+    name: str
+    about: str
+    """One line: what it is for."""
+    needs: tuple[str, ...] = ()
+    """Importable names of packages that qlibero itself does not require."""
+    provides: str = ""
+    """The attribute of the module that is the plug-in; by default the module itself is."""
+    order: int = 100
+    """Where it stands among its siblings."""
+    module: str = field(default="", kw_only=True)
+    file: Path = field(default=Path(), kw_only=True)
+    origin: str = field(default=BUILT_IN, kw_only=True)
+    """`built in`, the distribution with its version, or the file."""
+
+    kind: ClassVar[str]
+    kinds: ClassVar[str]
+    folder: ClassVar[str]
+    """Of the built-in ones, below the package."""
+    must_have: ClassVar[tuple[str, ...]] = ()
+    """What is called on it, so what it has to have."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Those of `needs` that this environment does not have."""
+        return tuple(name for name in self.needs if _locate(name) is None)
+
+    def load(self) -> Any:
+        """The plug-in itself, imported. BrokenPlugin names the module, the line and what is missing."""
+        try:
+            found: Any = importlib.import_module(self.module)
+        except Exception as error:
+            raise BrokenPlugin(
+                f"{self._named} cannot be imported: {_place(error, self.file)}: {_said(error)}"
+            ) from error
+        for step in filter(None, self.provides.split(".")):
+            if not hasattr(found, step):
+                raise BrokenPlugin(f"{self._named} declares that it provides {self.provides}, which is not in the file")
+            found = getattr(found, step)
+        if lacking := [name for name in self.must_have if not hasattr(found, name)]:
+            raise BrokenPlugin(
+                f"{self._named} lacks {', '.join(lacking)}: a {self.kind} has {', '.join(self.must_have)}"
+            )
+        return found
+
+    @property
+    def _named(self) -> str:
+        return f"{self.kind} {self.name} ({self.file})"
+
+
+@dataclass(frozen=True)
+class KernelPlugin(Plugin):
+    """An integer matrix product: a class with the contract of `kernels/contract.py:Kernel`."""
+
+    kind, kinds, folder = "kernel", "kernels", "kernels"
+    must_have = ("supports", "pack", "accumulate", "matmul")
+
+
+@dataclass(frozen=True)
+class MethodPlugin(Plugin):
+    """How a linear's input is transformed before rounding: a module with `fit(data, spec) -> Transform`."""
+
+    data_free: bool = False
+    """It looks at weights only."""
+    factors: tuple[str, ...] = ()
+    """Which of the transform's factors it makes: scale, first, order, second, hadamard."""
+    blocks: bool = False
+    """It works in blocks of `block_size` channels, which must divide the input's width."""
+    smooths_first: bool = False
+    """Its smoothing is folded into the rows of `first`, which is then no plain rotation."""
+    rotates_outputs: bool = False
+    """It has `output_rotation(weight, spec)` too, for `row_rotation: true`."""
+
+    kind, kinds, folder = "method", "methods", "quant/methods"
+    must_have = ("fit",)
+
+
+@dataclass(frozen=True)
+class PolicyPlugin(Plugin):
+    """A family of policies: a module with what `policies/base.py:PolicyFamily` lists."""
+
+    layouts: tuple[str, ...] = ()
+    """Names of the layouts that its linears can be quantized by; none: it cannot be quantized from here."""
+
+    kind, kinds, folder = "policy", "policies", "policies"
+    must_have = ("Settings", "load")
+
+
+@dataclass(frozen=True)
+class EnginePlugin(Plugin):
+    """What runs the shards of a sweep: an object of `launch/engine.py:Engine`."""
+
+    kind, kinds, folder = "engine", "engines", "launch"
+    must_have = ("describe", "submit")
+
+
+@dataclass(frozen=True)
+class TrackerPlugin(Plugin):
+    """A mirror of the ledger: a program, `python -m MODULE RUN_DIR [--follow] …`, see `tracking/mirror.py`."""
+
+    kind, kinds, folder = "tracker", "trackers", "tracking"
+
+
+@dataclass(frozen=True)
+class SectionPlugin(Plugin):
+    """A part of the HTML report: a function of the report's data that gives markup, or None for nothing to say."""
+
+    kind, kinds, folder = "section", "sections", "reporting/html/sections"
+
+
+@dataclass(frozen=True)
+class SuitePlugin(Plugin):
+    """Tasks for LIBERO's simulator: an object with `task_files(task)` and `language(task)`, see `sim/suites.py`."""
+
+    tasks: int = 0
+    inits: int = 50
+    """Official initial states of each task."""
+    max_steps: int = 0
+    """Policy steps after which an episode is cut."""
+
+    kind, kinds, folder = "suite", "suites", "sim"
+    must_have = ("task_files", "language")
+
+
+KINDS: dict[str, type[Plugin]] = {
+    kind.kinds: kind
+    for kind in (KernelPlugin, MethodPlugin, PolicyPlugin, EnginePlugin, TrackerPlugin, SectionPlugin, SuitePlugin)
+}
+P = TypeVar("P", bound=Plugin)
+
+
+def get(kind: type[P], name: str) -> P:
+    """The plug-in called `name`: built in, of an installed distribution, or a module of that name.
+
+    Raises UnknownPlugin where there is none (what is near, where it was looked for), BrokenPlugin for a declaration
+    that cannot be read.
+    """
+    for found in (_built_in(kind), _installed(kind)[0]):
+        if name in found:
+            return found[name]
+    by_path = _by_path(kind, name) if _MODULE.fullmatch(name) else None
+    if by_path is not None:
+        return by_path
+    known = names(kind)
+    near = get_close_matches(name[:80], known, n=1)
+    broken = "".join(f"; {problem}" for problem in _installed(kind)[1])
+    raise UnknownPlugin(
+        f"there is no {kind.kind} {name[:80]!r}{f'; did you mean {near[0]}?' if near else ''} "
+        f"(looked for in qlibero/{kind.folder}, among the entry points qlibero.{kind.kinds} of installed packages, and "
+        f"as a module on the import path; there are {', '.join(known)}){broken}",
+        known,
+    )
+
+
+def names(kind: type[Plugin]) -> tuple[str, ...]:
+    """The names that need no path: built in first, then those of installed distributions."""
+    return tuple(dict.fromkeys((*_built_in(kind), *_installed(kind)[0])))
+
+
+def every(kind: type[P]) -> list[P]:
+    """The plug-ins behind `names`, in the order they declare."""
+    return sorted((get(kind, name) for name in names(kind)), key=lambda plugin: plugin.order)
+
+
+def forget() -> None:
+    """Look again: the import path, or what is installed, has changed."""
+    _built_in.cache_clear()
+    _installed.cache_clear()
+
+
+def built_in(kind: type[Plugin]) -> tuple[str, ...]:
+    """The names that every installation has."""
+    return tuple(_built_in(kind))
+
+
+def problems(kind: type[Plugin]) -> tuple[str, ...]:
+    """What is wrong with plug-ins of installed distributions that cannot be listed."""
+    return _installed(kind)[1]
+
+
+@cache
+def _built_in(kind: type[P]) -> dict[str, P]:
+    folder, package = _PACKAGE / kind.folder, f"qlibero.{kind.folder.replace('/', '.')}"
+    found: list[P] = []
+    for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        name = file.parent.name if file.name == "__init__.py" else file.stem
+        found += _declared(kind, file, f"{package}.{name}", BUILT_IN)
+    return {plugin.name: plugin for plugin in sorted(found, key=lambda plugin: (plugin.order, plugin.name))}
+
+
+@cache
+def _installed(kind: type[P]) -> tuple[dict[str, P], tuple[str, ...]]:
+    """Plug-ins by name, and what is wrong with those that are none."""
+    from importlib import metadata  # 20 ms, which `--help` need not wait for
+
+    found: dict[str, P] = {}
+    wrong: list[str] = []
+    for entry in metadata.entry_points(group=f"qlibero.{kind.kinds}"):
+        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an entry point"
+        try:
+            file = _locate(entry.module)
+            if file is None:
+                raise BrokenPlugin(f"there is no module {entry.module}")
+            declared = list(_declared(kind, file, entry.module, origin))
+            if not declared:
+                raise BrokenPlugin(f"{file} declares no {kind.kind} (PLUGIN = {kind.__name__}(…))")
+        except BrokenPlugin as problem:
+            wrong.append(f"{origin}: entry point {entry.name} of qlibero.{kind.kinds}: {problem}")
+            continue
+        for plugin in declared:
+            other = _built_in(kind).get(plugin.name) or found.get(plugin.name)
+            if other is not None:
+                wrong.append(f"{origin}: a {kind.kind} {plugin.name} is there already ({other.origin})")
+            else:
+                found[plugin.name] = plugin
+    return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0]))), tuple(wrong)
+
+
+def _by_path(kind: type[P], name: str) -> P | None:
+    """The plug-in of the module `name`, known under that very name; None where there is no such module."""
+    module, _, wanted = name.partition(":")
+    file = _locate(module)
+    if file is None or file.suffix != ".py":
+        return None
+    declared = [p for p in _declared(kind, file, module, str(file)) if wanted in ("", p.name)]
+    if len(declared) != 1:
+        if "." not in module and not declared:
+            return None  # a word that happens to be some module's name
+        has = ", ".join(f"{module}:{p.name}" for p in declared)
+        raise BrokenPlugin(
+            f"{file} declares {'several: write one of ' + has if declared else f'no {kind.kind} {wanted}'.rstrip()}; "
+            f"a {kind.kind} declares itself by PLUGIN = {kind.__name__}(…)"
+        )
+    return replace(declared[0], name=name)
+
+
+def _declared(kind: type[P], file: Path, module: str, origin: str) -> Iterator[P]:
+    """The plug-ins of this kind that a source file declares, without running it."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenPlugin(f"{file} cannot be read: {error}") from None
+    if not _DECLARES.search(text):
+        return
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise BrokenPlugin(f"{file}, line {error.lineno}: {error.msg}") from None
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            if any(isinstance(target, ast.Name) and target.id in ("PLUGIN", "PLUGINS") for target in targets):
+                value = statement.value
+                for call in value.elts if isinstance(value, ast.Tuple | ast.List) else [value]:
+                    plugin = _read(kind, call, file)
+                    if plugin is not None:
+                        yield replace(plugin, module=module, file=file, origin=origin)
+
+
+def _read(kind: type[P], call: ast.expr, file: Path) -> P | None:
+    """The declaration that one call makes, if it is of this kind."""
+    where = f"{file}, line {call.lineno}"
+    called = call.func if isinstance(call, ast.Call) else None
+    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    if name not in {known.__name__ for known in KINDS.values()}:
+        known = ", ".join(known.__name__ for known in KINDS.values())
+        raise BrokenPlugin(f"{where}: PLUGIN is one of {known}, or PLUGINS a tuple of them")
+    if name != kind.__name__:
+        return None
+    assert isinstance(call, ast.Call)
+    try:
+        positional = [ast.literal_eval(argument) for argument in call.args]
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except ValueError:
+        raise BrokenPlugin(f"{where}: a declaration is read without being run, so its values are literals") from None
+    try:
+        plugin = kind(*positional, **named)
+    except TypeError as error:
+        says = ", ".join(each.name for each in fields(kind) if not each.kw_only)
+        raise BrokenPlugin(f"{where}: {str(error).partition(') ')[2] or error}; a {name} says {says}") from None
+    for each in fields(kind):
+        value, wanted = getattr(plugin, each.name), type(each.default) if each.default is not None else str
+        wanted = str if each.name in ("name", "about") else wanted
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise BrokenPlugin(f"{where}: {each.name} is {value!r}; it should be a {wanted.__name__}")
+    return plugin
+
+
+def _locate(module: str) -> Path | None:
+    """The source file of a module, found as `import` finds it, but with none of its packages run."""
+    path: Any = None
+    spec = None
+    parts = module.split(".")
+    for depth in range(len(parts)):
+        whole = ".".join(parts[: depth + 1])
+        finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        try:
+            spec = next((found for finder in finders if (found := finder.find_spec(whole, path)) is not None), None)
+        except (ImportError, ValueError):
+            return None
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+        if path is None and depth < len(parts) - 1:
+            return None
+    if spec is None:
+        return None
+    return Path(spec.origin) if spec.origin and spec.has_location else Path(next(iter(path or [""]), ""))
+
+
+def _place(error: BaseException, file: Path) -> str:
+    """`FILE, line N`: where in the plug-in's file it happened, else where at all."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename == str(file)] or frames
+    return f"{ours[-1].filename}, line {ours[-1].lineno}"
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"it needs the package {error.name.partition('.')[0]}, which is not installed here"
+    return f"{type(error).__name__}: {error}"
