@@ -39,9 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
+from qlibero.config.quantization import Quant
 from qlibero.kernels.hadamard import fold
 from qlibero.policies.pi05.config import PI05_FULL, GemmaConfig, Pi05Config, SiglipConfig
 from qlibero.policies.pi05.fast.fused_ops import TorchGlue
+from qlibero.policies.pi05.linears import Network
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
@@ -50,7 +52,6 @@ from qlibero.policies.pi05.tokenizer import WordTokenizer
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact, LayerRecord, build, load, save
 from qlibero.quant.layout import select
-from qlibero.quant.spec import QuantSpec
 
 REDUCED = Pi05Config(
     llm=GemmaConfig(128, 3, 256, 8, 32),
@@ -130,7 +131,7 @@ def random_artifact(
     """A W4A8 artifact of random numbers for the linears of `layout`, written, and opened as a run opens it;
     `method` duquant, smooth_hadamard, or rtn, which has nothing to do before its quantizer."""
     generator = torch.Generator(device).manual_seed(1)
-    spec = QuantSpec(method=method, layout=layout, block_size=min(BLOCK, config.expert.width))
+    spec = Quant(method=method, layout=layout, block_size=min(BLOCK, config.expert.width))
     with torch.device("meta"):
         model = Pi05Model(config)
     once = torch.randn(
@@ -145,7 +146,7 @@ def random_artifact(
 
     tensors: dict[str, torch.Tensor] = {}
     records = []
-    for group, choices in select(model, spec).groups().items():
+    for group, choices in select(Network(model), spec).groups().items():
         width = model.get_submodule(choices[0].name).in_features
         order = torch.randperm(width, generator=generator, device=device, dtype=torch.int32)
         factors = {}

@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import numpy as np
 import torch
 
+from qlibero.config.quantization import Quant
 from qlibero.policies.base import Observation
+from qlibero.policies.pi05 import PLUGIN
 from qlibero.policies.pi05.config import ConvConfig, GemmaConfig, Pi05Config
 from qlibero.policies.pi05.model import Pi05Model, initialize
 from qlibero.policies.pi05.normalize import from_openpi
@@ -39,7 +41,7 @@ from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer
 from qlibero.quant.apply import memory, quantize_policy
 from qlibero.quant.calibrate import calibrate
-from qlibero.quant.spec import LAYOUTS, METHODS, QuantSpec
+from qlibero.registry import MethodPlugin, built_in
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "examples" / "libero" / "embedded" / "config.json"
@@ -129,8 +131,8 @@ def without_compiled_flow(policy: Pi05Policy) -> Pi05Policy:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["duquant", "rtn"])
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--methods", nargs="+", choices=built_in(MethodPlugin), default=["duquant", "rtn"])
+    parser.add_argument("--layouts", nargs="+", choices=PLUGIN.layouts, default=list(PLUGIN.layouts))
     parser.add_argument("--backends", nargs="+", default=["fake", "cpu_int4"])
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
@@ -144,7 +146,7 @@ def main() -> None:
         arms, about = {FULL: full, FULL_IN_TORCH: without_compiled_flow(full)}, {}
         for layout in args.layouts:
             for method in args.methods:
-                spec = QuantSpec(method=method, layout=layout, activation_bits=args.activation_bits, rotation_steps=2)
+                spec = Quant(method=method, layout=layout, activation_bits=args.activation_bits, rotation_steps=2)
                 noise = np.random.default_rng(0).standard_normal((2, *full.noise_shape), dtype=np.float32)
                 artifact = calibrate(full, observations(2, 0), noise, spec, {"data_sha256": "random"})
                 for backend in args.backends:

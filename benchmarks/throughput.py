@@ -276,7 +276,7 @@ def main() -> None:
 
     import torch
 
-    from qlibero.policies.load import load_policy
+    from qlibero.policies import load_policy
 
     torch.set_num_threads(1)
     experiment = load_experiment(arguments.policy, [f"suite={arguments.suite}", "backends=[baseline]"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pi05_small import noises, observations
+from quant_settings import quant_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_fake_equals_kernel import small_policy
@@ -18,7 +19,6 @@ from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import content_hash, load, save
 from qlibero.quant.calibrate import calibrate
-from qlibero.quant.spec import QuantSpec
 
 LAYER = "paligemma_with_expert.paligemma.model.language_model.layers.0.self_attn."
 
@@ -39,7 +39,7 @@ def parts(policy, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
         "rtn": {"method": "rtn"},
         "weight_pca": {"method": "weight_pca", "row_rotation": True},
     }.items():
-        spec = QuantSpec(**{"method": "duquant", "layout": "llm", "block_size": 16, "rotation_steps": 4} | settings)
+        spec = quant_of(**{"method": "duquant", "layout": "llm", "block_size": 16, "rotation_steps": 4} | settings)
         made = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
         path = save(made, tmp_path_factory.mktemp(name) / "a.safetensors")
         load(path)  # the honest one is taken
@@ -130,7 +130,7 @@ def test_codes_and_scales_are_those_of_the_weights(parts, policy, tmp_path, meth
     ids=str,
 )
 def test_every_honest_artifact_is_taken(policy, settings):
-    spec = QuantSpec(**{"method": "smoothquant", "layout": "llm+expert", "block_size": 16} | settings)
+    spec = quant_of(**{"method": "smoothquant", "layout": "llm+expert", "block_size": 16} | settings)
     made = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
     require_of_weights(policy.model, made)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pi05_small import noises, observations
+from quant_settings import quant_of
 from safetensors.torch import load_file, save_file
 from test_fake_equals_kernel import asked, small_policy
 
@@ -23,7 +24,6 @@ from qlibero.quant.calibrate import calibrate
 from qlibero.quant.inspect import SORTS, inspect_artifact, sensitivity
 from qlibero.quant.observations import read_demonstrations, write_demonstrations
 from qlibero.quant.prepare import artifact_for, ensure_artifact, noise_for
-from qlibero.quant.spec import QuantSpec
 
 SETTINGS = dict(block_size=16, rotation_steps=8, layout="llm")
 
@@ -137,7 +137,7 @@ def test_an_artifact_planted_at_the_right_place_is_still_checked(policy, quant, 
         policy,
         observations(2),
         noises(2, policy.noise_shape),
-        QuantSpec(**SETTINGS, method="rtn"),
+        quant_of(**SETTINGS, method="rtn"),
         {"data_sha256": "x"},
     )
     planted = tmp_path / path.parent.name / path.name
@@ -182,14 +182,14 @@ def test_quantizing_nothing_is_noticed(policy, monkeypatch):
             policy,
             observations(1),
             noises(1, policy.noise_shape),
-            QuantSpec(**SETTINGS, method="rtn"),
+            quant_of(**SETTINGS, method="rtn"),
             {"data_sha256": "x"},
         )
 
 
 def test_fitted_methods_need_data(policy):
     with pytest.raises(UserError, match="fitted on observations and there are none"):
-        calibrate(policy, [], noises(0, policy.noise_shape), QuantSpec(**SETTINGS), {"data_sha256": "x"})
+        calibrate(policy, [], noises(0, policy.noise_shape), quant_of(**SETTINGS), {"data_sha256": "x"})
 
 
 def test_demonstrations_round_trip_and_refuse_what_they_are_not(data, tmp_path):
@@ -245,7 +245,7 @@ def test_sensitivity_finds_the_layer_that_hurts(policy):
         policy,
         observations(2),
         noises(2, policy.noise_shape),
-        QuantSpec(**SETTINGS, method="rtn"),
+        quant_of(**SETTINGS, method="rtn"),
         {"data_sha256": "x"},
     )
     victim = next(x.name for x in artifact.layers if x.executed and x.name.endswith("1.self_attn.o_proj"))

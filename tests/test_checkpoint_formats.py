@@ -18,9 +18,9 @@ from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, r
 from safetensors.torch import load_file, save_file
 
 from qlibero import cli
-from qlibero.config.schema import Pi05
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies import load_policy
+from qlibero.policies.pi05 import Pi05
 from qlibero.policies.pi05.checkpoint import open_checkpoint, write_checkpoint
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.tensor_table import tensor_table

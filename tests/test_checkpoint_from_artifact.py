@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+from quant_settings import quant_of
 
-from qlibero.config.schema import Pi05
 from qlibero.policies import load_policy
+from qlibero.policies.pi05 import Pi05
 from qlibero.policies.pi05.checkpoint import write_checkpoint
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.calibrate import calibrate
-from qlibero.quant.spec import QuantSpec
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def load_quantized(config: Pi05, artifact, backend: str):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_straight_from_the_artifact_is_the_same_policy(config, bits):
     full = load_policy(config)
-    spec = QuantSpec(method="hadamard", layout="llm+expert_mlp", block_size=16, activation_bits=bits)
+    spec = quant_of(method="hadamard", layout="llm+expert_mlp", block_size=16, activation_bits=bits)
     artifact = calibrate(full, observations(2), noises(2, full.noise_shape), spec, {"data_sha256": "0" * 64})
     seen, z = observations(2, seed=5), noises(2, full.noise_shape)
     around = quantize_policy(full, artifact, "fake").infer(seen, z).actions
@@ -45,7 +45,7 @@ def test_straight_from_the_artifact_is_the_same_policy(config, bits):
 
 def test_replaced_weights_are_never_read(config):
     full = load_policy(config)
-    spec = QuantSpec(method="rtn", layout="llm")
+    spec = quant_of(method="rtn", layout="llm")
     artifact = calibrate(full, [], noises(0, full.noise_shape), spec, {"data_sha256": "0" * 64})
     replaced = {f"{layer.name}.weight" for layer in artifact.layers}
     bare = load_policy(config, frozenset(replaced))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from test_checkpoint_formats import lerobot, openpi, ours
 
-from qlibero.config.schema import Pi05, Remote
-from qlibero.policies.load import files_of
+from qlibero.policies import files_of
+from qlibero.policies.pi05 import Pi05
+from qlibero.policies.remote_family import Remote
 
 
 def names(policy, root) -> list[str]:

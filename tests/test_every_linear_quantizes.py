@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
+from quant_settings import quant_of
 from torch import nn
 
 from qlibero.kernels.contract import GemmShape
 from qlibero.kernels.shapes import Layer
 from qlibero.kernels.validation import check, enforce
+from qlibero.policies.pi05 import PLUGIN
+from qlibero.policies.pi05.linears import QUANTIZABLE, part_of
 from qlibero.policies.pi05.model import cast
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
@@ -22,10 +25,8 @@ from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import gemm_shapes, quantize_policy
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.inspect import hint
-from qlibero.quant.layout import QUANTIZABLE, part_of
 from qlibero.quant.linear import QuantLinear
 from qlibero.quant.policy_check import check_policy
-from qlibero.quant.spec import LAYOUTS, QuantSpec
 
 CONFIGS = {"siglip": (siglip_config(), "openpi"), "conv": (conv_config(), "qlibero")}
 
@@ -46,7 +47,7 @@ def policy_of(kind: str, dtype: torch.dtype = torch.float32) -> Pi05Policy:
 
 
 def made(policy: Pi05Policy, **changes):
-    spec = QuantSpec(**{"method": "rtn", "block_size": 16, "rotation_steps": 4, **changes})
+    spec = quant_of(**{"method": "rtn", "block_size": 16, "rotation_steps": 4, **changes})
     return calibrate(policy, observations(2), noises(2, policy.noise_shape), spec, {"data_sha256": "2" * 64})
 
 
@@ -102,7 +103,7 @@ def test_each_linear_alone(kind, dtype):
         {"layout": None, "include": ("vision_tower",), "per_layer_bits": (("fc2", 8), ("k_proj", 16))},
         {"layout": "llm+expert", "include": ("vision_tower",)},
         {"layout": "llm", "include": (r"vision.*out_proj$",), "exclude": (r"layers\.0\.",), "atm": True, "ohb": True},
-        *({"layout": layout} for layout in LAYOUTS),
+        *({"layout": layout} for layout in PLUGIN.layouts),
     ],
     ids=str,
 )

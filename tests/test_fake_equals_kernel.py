@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+from quant_settings import quant_of
 
 from qlibero.kernels import load
 from qlibero.kernels.contract import GemmShape
@@ -16,7 +17,7 @@ from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.linear import QuantLinear, Weights, assemble
-from qlibero.quant.spec import METHODS, QuantSpec
+from qlibero.registry import MethodPlugin, built_in
 
 BACKENDS = ("fake", "int_ref", "cpu_int4")
 
@@ -44,7 +45,7 @@ def policy() -> Pi05Policy:
 
 
 def made(policy: Pi05Policy, **changes):
-    spec = QuantSpec(**{"block_size": 16, "rotation_steps": 16, **changes})
+    spec = quant_of(**{"block_size": 16, "rotation_steps": 16, **changes})
     return calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
 
 
@@ -55,7 +56,7 @@ def asked(policy) -> np.ndarray:
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"method": method} for method in METHODS),
+        *({"method": method} for method in built_in(MethodPlugin)),
         {"layout": "llm+expert", "group_size": 16},
         {"layout": "llm+expert_mlp", "activation_bits": 4},
         {"weight_search": True, "weight_clip": 0.9},
@@ -87,7 +88,7 @@ def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
     g = torch.Generator().manual_seed(n + k)
     x = torch.randn(154, k, generator=g) * torch.exp(torch.randn(k, generator=g) * 2)
     w = torch.randn(n, k, generator=g)
-    t = InputTransform(fit(GroupData((w,), x.abs().amax(0), x, 0), QuantSpec(rotation_steps=4)), k)
+    t = InputTransform(fit(GroupData((w,), x.abs().amax(0), x, 0), quant_of(rotation_steps=4)), k)
     codes, scales = quantize_weights(t.factors().weights(w).float(), 4, group_size)
     outputs = {}
     for name in BACKENDS:
@@ -144,12 +145,8 @@ def test_calibration_is_a_function_of_its_inputs_and_leaves_no_trace(policy):
 def test_what_calibration_runs_is_what_the_policy_runs(policy):
     """Calibration asks the plain model, one unpadded observation at a time; the sampler, batches and padding
     included, must mean the same computation, or statistics would be of another network."""
-    from qlibero.quant.eager import sample_eagerly
-
     z = noises(3, policy.noise_shape)
-    eager = np.stack(
-        [sample_eagerly(policy, policy.model, o, n).numpy() for o, n in zip(observations(3), z, strict=True)]
-    )
+    eager = np.stack([policy.sample_eagerly(o, n).numpy() for o, n in zip(observations(3), z, strict=True)])
     for asked_in_batches in (policy, policy.with_batch_size(3)):
         actions = asked_in_batches.infer(observations(3), z).actions
         expected = policy._statistics["actions"].denormalize(eager)[..., :7]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from pi05_small import conv_config, random_model, siglip_config
+from quant_settings import quant_of
 
+from qlibero.config.quantization import Quant
 from qlibero.errors import UserError
+from qlibero.policies.pi05 import PLUGIN
 from qlibero.policies.pi05.config import PI05_FULL
+from qlibero.policies.pi05.linears import EXPERT, LLM, Network
 from qlibero.policies.pi05.model import Pi05Model
-from qlibero.quant.layout import EXPERT, LLM, select
-from qlibero.quant.spec import LAYOUTS, QuantSpec
+from qlibero.quant.layout import select
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,7 @@ def full_size() -> Pi05Model:
 
 # counts, parameters and executed linears of facts known about pi0.5
 @pytest.mark.parametrize(
-    ("layout", "count", "millions", "executed"),
+    ("name", "count", "millions", "executed"),
     [
         ("llm", 126, 1981.8, 121),
         ("expert", 126, 311.4, 126),
@@ -29,15 +34,15 @@ def full_size() -> Pi05Model:
         ("llm+expert", 252, 2293.2, 247),
     ],
 )
-def test_named_layouts_of_the_full_size_model(full_size, layout, count, millions, executed):
-    selection = select(full_size, QuantSpec(layout=layout))
+def test_named_layouts_of_the_full_size_model(full_size, name, count, millions, executed):
+    selection = select(Network(full_size), quant_of(layout=name))
     assert len(selection.choices) == count and len(selection.executed) == executed and selection.kept == ()
     modules = {name: module for name, module in full_size.named_modules()}
     assert round(sum(modules[c.name].weight.numel() for c in selection.choices) / 1e6, 1) == millions
     idle = {c.name.removeprefix(f"{LLM}17.") for c in selection.choices if not c.executed}
     assert idle == (
         set()
-        if layout == "expert"
+        if name == "expert"
         else {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     )
 
@@ -46,12 +51,12 @@ def test_named_layouts_of_the_full_size_model(full_size, layout, count, millions
 def test_the_same_names_on_small_policies(config):
     model, depth = Pi05Model(config), config.llm.depth
     per_layer = {"llm": 7, "expert": 7, "llm+expert_mlp": 10, "llm+expert": 14}
-    for layout in LAYOUTS:
-        selection = select(model, QuantSpec(layout=layout, method="rtn"))
-        assert len(selection.choices) == per_layer[layout] * depth
+    for name in PLUGIN.layouts:
+        selection = select(Network(model), quant_of(layout=name, method="rtn"))
+        assert len(selection.choices) == per_layer[name] * depth
         groups = selection.groups()
-        assert all(len(members) == 3 for name, members in groups.items() if name.endswith(".qkv"))
-        assert all(len(members) == 2 for name, members in groups.items() if name.endswith(".gate_up"))
+        assert all(len(members) == 3 for group, members in groups.items() if group.endswith(".qkv"))
+        assert all(len(members) == 2 for group, members in groups.items() if group.endswith(".gate_up"))
 
 
 def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
@@ -61,7 +66,7 @@ def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
 
     policy = small_policy()
     before = policy.infer(observations(1), noises(1, policy.noise_shape)).actions
-    idle = [c for c in select(policy.model, QuantSpec(layout="llm+expert", method="rtn")).choices if not c.executed]
+    idle = [c for c in select(policy, quant_of(layout="llm+expert", method="rtn")).choices if not c.executed]
     assert len(idle) == 5
     for choice in idle:
         policy.model.get_submodule(choice.name).weight.data.add_(1.0)
@@ -70,15 +75,15 @@ def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
 
 
 def test_include_exclude_and_per_layer_bits(full_size):
-    mlp = select(full_size, QuantSpec(layout=None, include=(r"gemma_expert.*mlp\.(gate|up|down)_proj",)))
+    mlp = select(Network(full_size), quant_of(layout=None, include=(r"gemma_expert.*mlp\.(gate|up|down)_proj",)))
     assert len(mlp.choices) == 54 and all(c.name.startswith(EXPERT) for c in mlp.choices)
-    vision = select(full_size, QuantSpec(layout="llm", include=(r"vision_tower.*\.fc[12]$",), method="rtn"))
-    assert len(vision.choices) == 126 + 54
-    less = select(full_size, QuantSpec(exclude=(r"layers\.0\.", "o_proj")))
+    vision = select(Network(full_size), quant_of(include=(r"vision_tower.*\.fc[12]$",), method="rtn"))
+    assert len(vision.choices) == 54
+    less = select(Network(full_size), quant_of(exclude=(r"layers\.0\.", "o_proj")))
     assert len(less.choices) == 126 - 7 - 17
     mixed = select(
-        full_size,
-        QuantSpec(per_layer_bits=((r"down_proj", 8), (r"layers\.[01]\.", 16), (r"layers\.1\.mlp\.up", 4))),
+        Network(full_size),
+        quant_of(per_layer_bits={r"down_proj": 8, r"layers\.[01]\.": 16, r"layers\.1\.mlp\.up": 4}),
     )
     bits = {c.name: c.weight_bits for c in mixed.choices}
     assert len(mixed.kept) == 13 and len(bits) == 113 and bits[f"{LLM}1.mlp.up_proj"] == 4
@@ -89,9 +94,9 @@ def test_include_exclude_and_per_layer_bits(full_size):
     ("changes", "message"),
     [
         ({"layout": None, "include": ("paligemma.language",)}, "include: 'paligemma.language' does not match"),
-        ({"include": ("multi_modal_projector",)}, "projector, norms and heads are never quantized"),
+        ({"layout": None, "include": ("multi_modal_projector",)}, "projector, norms and heads are never quantized"),
         ({"exclude": ("vision",)}, "exclude: 'vision' does not match"),
-        ({"per_layer_bits": (("gemma_expert", 8),)}, "per_layer_bits: 'gemma_expert' does not match"),
+        ({"per_layer_bits": {"gemma_expert": 8}}, "per_layer_bits: 'gemma_expert' does not match"),
         ({"exclude": (".",)}, "leave no linear"),
         ({"block_size": 96}, "block_size 96 does not divide the 2048 inputs"),
         ({"group_size": 96, "method": "rtn"}, "group_size 96 does not divide"),
@@ -99,49 +104,47 @@ def test_include_exclude_and_per_layer_bits(full_size):
 )
 def test_what_matches_nothing_is_an_error(full_size, changes, message):
     with pytest.raises(UserError, match=message):
-        select(full_size, QuantSpec(**changes))
+        select(Network(full_size), quant_of(**changes))
 
 
 def test_a_model_with_other_names_is_refused():
     with pytest.raises(UserError, match="found 0 linears under .*language_model.layers"):
-        select(torch.nn.Sequential(torch.nn.Linear(64, 64)), QuantSpec())
+        select(Network(torch.nn.Sequential(torch.nn.Linear(64, 64))), quant_of())
     model = random_model(conv_config())
     del model.llm.layers[1].mlp.up_proj
     with pytest.raises(UserError, match=r"found 20 linears .* expected 3 layers × 7 = 21"):
-        select(model, QuantSpec(method="rtn"))
+        select(Network(model), quant_of(method="rtn"))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"method": "gptq"},
-        {"layout": "all"},
         {"weight_bits": 8, "activation_bits": 4},
         {"activation_bits": 5},
         {"alpha": 1.5},
         {"layout": None},
-        {"include": ("(",)},
-        {"per_layer_bits": (("x", 3),)},
+        {"layout": None, "include": ("(",)},
+        {"per_layer_bits": {"x": 3}},
         {"row_rotation": True},
         {"weight_clip": 0.0},
     ],
 )
 def test_impossible_specs_are_refused(changes):
     with pytest.raises(UserError, match="quant"):
-        QuantSpec(**changes)
+        Quant.of_identity(quant_of().identity() | changes)
 
 
 def test_a_spec_survives_json_and_its_hash_sees_every_field():
-    spec = QuantSpec(per_layer_bits=(("b", 8), ("a", 16)), include=("x",), exclude=("y",))
-    assert QuantSpec.from_mapping(spec.to_mapping()) == spec
+    spec = quant_of(per_layer_bits={"b": 8, "a": 16}, layout=None, include=("x",), exclude=("y",))
+    assert Quant.of_identity(json.loads(json.dumps(spec.identity()))).hash == spec.hash
     changes = {
         "method": "rtn",
         "layout": "expert",
-        "include": ("x",),
         "exclude": ("x",),
         "weight_bits": 8,
         "alpha": 0.6,
-        "per_layer_bits": (("x", 8),),
+        "per_layer_bits": {"x": 8},
         "group_size": 64,
         "block_size": 32,
         "weight_clip": 0.9,
@@ -153,7 +156,8 @@ def test_a_spec_survives_json_and_its_hash_sees_every_field():
         "calibration_samples": 1,
         "calibration_seed": 1,
     }
-    hashes = {QuantSpec(**{key: value}).hash for key, value in changes.items()} | {QuantSpec().hash}
-    hashes |= {QuantSpec(activation_bits=16).hash, QuantSpec(method="weight_pca", row_rotation=True).hash}
-    assert len(hashes) == len(changes) + 3
-    assert QuantSpec(per_layer_bits=(("b", 8), ("a", 16))).hash != QuantSpec(per_layer_bits=(("a", 16), ("b", 8))).hash
+    hashes = {quant_of(**{key: value}).hash for key, value in changes.items()} | {quant_of().hash}
+    hashes |= {quant_of(activation_bits=16).hash, quant_of(method="weight_pca", row_rotation=True).hash}
+    hashes.add(quant_of(layout=None, include=("x",)).hash)
+    assert len(hashes) == len(changes) + 4
+    assert quant_of(per_layer_bits={"b": 8, "a": 16}).hash != quant_of(per_layer_bits={"a": 16, "b": 8}).hash

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from qlibero.config.schema import Pi05, Remote
 from qlibero.episode_key import EpisodeKey
 from qlibero.kernels import load
 from qlibero.policies.base import Chunk, Observation, grey
+from qlibero.policies.pi05 import Pi05
+from qlibero.policies.remote_family import Remote
 from qlibero.run.noise import call_noise
 from qlibero.sim import suites
 

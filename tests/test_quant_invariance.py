@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quant_settings import quant_of
 
 from qlibero.kernels import load
 from qlibero.kernels.contract import quantize_activations, quantize_weights
@@ -13,8 +14,8 @@ from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.methods import GroupData, fit, output_rotation
 from qlibero.quant.methods.duquant import greedy_rotation, uniform_first_row, zigzag
 from qlibero.quant.methods.hadamard import hadamard
-from qlibero.quant.spec import METHODS, QuantSpec
 from qlibero.quant.transform import InputTransform, Transform, block_product
+from qlibero.registry import MethodPlugin, built_in
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -32,13 +33,13 @@ def outlier_heavy(seed: int, k: int, loudness: float, tokens: int = 192, outputs
 
 
 def fitted(method: str, x: torch.Tensor, w: torch.Tensor, **changes) -> Transform:
-    spec = QuantSpec(method=method, **changes)
+    spec = quant_of(method=method, **changes)
     return fit(GroupData((w[: len(w) // 2], w[len(w) // 2 :]), x.abs().amax(0), x, 3), spec)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(built_in(MethodPlugin)),
     blocks=st.integers(1, 4),
     block=st.sampled_from([8, 16, 32]),
     seed=st.integers(0, 999),
@@ -75,7 +76,7 @@ def test_rotations_are_orthogonal_and_permutations_are_permutations():
         order = fitted(method, x, w).order
         assert sorted(order.tolist()) == list(range(256)), method
     # weight_pca's axes, too, before they are rounded to bfloat16 for keeping
-    axes = output_rotation(w, QuantSpec(method="weight_pca", row_rotation=True, block_size=32)).double()
+    axes = output_rotation(w, quant_of(method="weight_pca", row_rotation=True, block_size=32)).double()
     assert torch.allclose(axes @ axes.transpose(1, 2), torch.eye(32, dtype=F64).expand(3, 32, 32), atol=1e-5)
 
 
@@ -141,12 +142,12 @@ def test_with_rounding_each_method_beats_the_one_before(weight_bits, activation_
         assert duquant < rtn / 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", built_in(MethodPlugin))
 @pytest.mark.parametrize("weight_bits", [4, 8])
 def test_weight_only_layers_equal_their_codes_without_any_online_work(method, weight_bits):
     x, w = outlier_heavy(2, 128, 30.0)
     t = fitted(method, x, w, activation_bits=16, weight_bits=weight_bits, row_rotation=method == "weight_pca")
-    rotation = output_rotation(w, QuantSpec(method=method, row_rotation=method == "weight_pca", block_size=32))
+    rotation = output_rotation(w, quant_of(method=method, row_rotation=method == "weight_pca", block_size=32))
     rotated = t.weights(w) if rotation is None else block_product(t.weights(w).T, rotation.double().transpose(1, 2)).T
     codes, s_w = quantize_weights(rotated.float(), weight_bits, group_size=32)
     (module,) = assemble(

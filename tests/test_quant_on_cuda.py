@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model
+from quant_settings import quant_of
 
 from qlibero.errors import UserError
 from qlibero.kernels import cuda_w4a8
@@ -22,7 +23,7 @@ from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.linear import QuantLinear
-from qlibero.quant.spec import METHODS, QuantSpec
+from qlibero.registry import MethodPlugin, built_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -52,7 +53,7 @@ def policy_of(llm: GemmaConfig, expert: GemmaConfig, batch_size: int = 2) -> Pi0
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"method": method} for method in METHODS),
+        *({"method": method} for method in built_in(MethodPlugin)),
         {"layout": "llm+expert", "group_size": 64},
         {"layout": "llm+expert_mlp", "activation_bits": 4},
         {"atm": True, "ohb": True, "layout": "llm+expert"},
@@ -61,7 +62,7 @@ def policy_of(llm: GemmaConfig, expert: GemmaConfig, batch_size: int = 2) -> Pi0
     ids=str,
 )
 def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes):
-    spec = QuantSpec(**{"rotation_steps": 16, **changes})
+    spec = quant_of(**{"rotation_steps": 16, **changes})
     data = {"data_sha256": "2" * 64}
     artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, data)
     seen, noise = observations(2, seed=7), noises(2, policy.noise_shape, seed=7)
@@ -79,7 +80,7 @@ def test_calibrated_on_the_gpu_and_equal_on_every_exact_backend(policy, changes)
 def test_on_a_hopper_the_cuda_backend_acts_like_the_reference(method, layout, batch_size):
     """Widths that the kernel takes; codes arrive in its own layout, gelu(gate)·up is computed with the transform."""
     policy = policy_of(GemmaConfig(1024, 3, 4096, 8, 128), GemmaConfig(512, 3, 1024, 8, 128), batch_size)
-    spec = QuantSpec(method=method, layout=layout, rotation_steps=4)
+    spec = quant_of(method=method, layout=layout, rotation_steps=4)
     artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
     seen, noise = observations(2, seed=7), noises(2, policy.noise_shape, seed=7)
     reference, *others = (
@@ -91,7 +92,7 @@ def test_on_a_hopper_the_cuda_backend_acts_like_the_reference(method, layout, ba
 
 def test_online_factors_are_not_kept_twice_on_the_gpu(policy):
     artifact = calibrate(
-        policy, observations(3), noises(3, policy.noise_shape), QuantSpec(rotation_steps=16), {"data_sha256": "2" * 64}
+        policy, observations(3), noises(3, policy.noise_shape), quant_of(rotation_steps=16), {"data_sha256": "2" * 64}
     )
     quantized = quantize_policy(policy, artifact, "fake")
     transforms = {
@@ -106,7 +107,7 @@ def test_online_factors_are_not_kept_twice_on_the_gpu(policy):
 
 
 def test_weight_only_layers_run_dequantized_on_the_gpu(policy):
-    spec = QuantSpec(rotation_steps=16, activation_bits=16)
+    spec = quant_of(rotation_steps=16, activation_bits=16)
     artifact = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
     seen, noise = observations(2, seed=7), noises(2, policy.noise_shape, seed=7)
     found = quantize_policy(policy, artifact, "fake").infer(seen, noise).actions
@@ -122,7 +123,7 @@ def test_kernels_that_overlap_change_no_bit(monkeypatch):
         policy,
         observations(3),
         noises(3, policy.noise_shape),
-        QuantSpec(rotation_steps=16, layout="llm+expert_mlp"),
+        quant_of(rotation_steps=16, layout="llm+expert_mlp"),
         {"data_sha256": "2" * 64},
     )
     seen, noise = observations(1, seed=7), noises(1, policy.noise_shape, seed=7)

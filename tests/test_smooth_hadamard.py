@@ -14,11 +14,12 @@ with pytest.MonkeyPatch.context() as _patch:  # as in test_kernel_triton.py
     from qlibero.kernels.triton_hadamard import smooth_hadamard
     from qlibero.kernels.triton_prologue import Prologue
 
+from quant_settings import quant_of
+
 from qlibero.kernels.contract import quantize_activations
 from qlibero.kernels.hadamard import fold, walsh_hadamard
 from qlibero.kernels.tiled import tile, untile
 from qlibero.quant.methods import GroupData, fit
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
 
 torch.set_num_threads(1)
@@ -124,7 +125,7 @@ def test_what_is_fitted_is_the_smoothing_of_duquant_with_signs():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 256, generator=g), torch.randn(32, 256, generator=g)
     x[:, 7] *= 50
-    kept = fit(GroupData((w,), x.abs().amax(0), x, 3), QuantSpec(method="smooth_hadamard")).tensors()
+    kept = fit(GroupData((w,), x.abs().amax(0), x, 3), quant_of(method="smooth_hadamard")).tensors()
     assert list(kept) == ["hadamard"] and kept["hadamard"].dtype == torch.bfloat16
     size = kept["hadamard"].float().abs() * 16  # 2^-4 is in it
     expected = (w.abs().amax(0) / x.abs().amax(0)).sqrt()

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch._dynamo  # noqa: F401  now, not later: it loads Triton, whose LLVM crashes if Mesa's is there first
 
-from qlibero.config.schema import Pi05
 from qlibero.episode_key import EpisodeKey
 from qlibero.policies import load_policy
 from qlibero.policies.base import Observation
+from qlibero.policies.pi05 import Pi05
 from qlibero.run.noise import call_noise
 from qlibero.sim.scene import Scene
 

@@ -5,14 +5,18 @@ The flow noise is an argument, never drawn inside (contract 2), so that every ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 
+from qlibero.errors import UserError
+
 if TYPE_CHECKING:
     import torch
+
+    from qlibero.config.policies import PolicySettings
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,19 @@ class Chunk:
 
 
 class Policy(Protocol):
-    """Anything that turns observations and noise into action chunks."""
+    """Anything that turns observations and noise into action chunks: all that a run asks of one."""
 
     name: str
     noise_shape: tuple[int, int]
     """(H, D) of the flow noise of one observation."""
-    model: torch.nn.Module | None
-    """The network, for quantization; None when it lives in another process."""
+    batch_size: int
+    """Most observations of a call."""
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
-        """`noise` is (B, H, D) float32, one slice an observation. Actions come back in the same order."""
+        """`noise` is (B, H, D) float32, one slice an observation. Actions come back in the same order.
+
+        What comes back for one observation depends on it and its noise alone, not on what it is asked with.
+        """
         ...
 
     def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
@@ -64,5 +71,114 @@ class Policy(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """JSON-ready identity: type, checkpoint path and sha256, semantics profile, dtype, device, parameters."""
+        """JSON-ready identity. `type` and `name` always. Where they are known: `sha256` and `checkpoint` of the
+        weights, `profile`, `dtype`, `device`, `parameters`, `action_horizon`; `guarantees`: {"noise": false} of one
+        that draws its own noise; `remarks`: lines for people; `execution`: which implementations ran, once asked."""
+        ...
+
+
+class RearrangeablePolicy(Policy, Protocol):
+    """A policy that can be computed in another order of its sums: what an A/A arm is."""
+
+    def rearranged(self, replicate: int) -> Self:
+        """The same policy in its `replicate`-th other arrangement (from 1): actions differ by rounding alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a policy's network that may be quantized."""
+
+    name: str
+    """In the network, dotted."""
+    group: str
+    """Names the input that it reads: linears of one group share transform and codes."""
+    rows: str
+    """Key of `token_counts`: how many rows a call puts through it."""
+    executed: bool = True
+    """False where no action depends on it."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a policy's network, by the names of its query projection and its output projection."""
+
+    name: str
+    query: str
+    output: str
+
+
+class Quantizable(Protocol):
+    """A network that says of itself what can be quantized."""
+
+    model: torch.nn.Module
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear that may be quantized, by name, in the network's order."""
+        ...
+
+    def layout(self, name: str) -> list[str]:
+        """The linears of a named layout. UserError for a name it has not, or a network that lacks some of them."""
+        ...
+
+
+class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
+    """A policy whose network is here: all that calibration, kernel check and recheck ask of one.
+
+    Its linears are `torch.nn.Linear` and are called by forward, or by `prepare` and `from_prepared` where they have
+    those (`quant.linear.QuantLinear`: linears of one group share what was prepared).
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        ...
+
+    def with_model(self, model: torch.nn.Module) -> Self:
+        """The same policy around a twin of its network (`surgery.exchange`)."""
+        ...
+
+    def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Rows that one call puts through a linear, for these prompts in every state, by `Linear.rows`."""
+        ...
+
+    def sample_eagerly(
+        self,
+        observation: Observation,
+        noise: np.ndarray,
+        model: torch.nn.Module | None = None,
+        hear: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """The network's own action chunk (H, D) float32 for one observation and its noise (H, D), by the plain network:
+        nothing fused, replayed or padded, every linear called by itself, so that hooks see what acts.
+
+        `model` is a twin to be asked instead. `hear(name, q, k)` is told of each attention (see `attentions`) as it is
+        computed: rotated queries (1, T, heads, d) and keys (1, P, d), all of them live.
+        """
+        ...
+
+    def attentions(self) -> list[Attention]:
+        """Every attention that a chunk of actions depends on."""
+        ...
+
+
+def quantizable(policy: Policy) -> QuantizablePolicy:
+    """The same policy, as one that can be quantized. UserError where its network is not here."""
+    if getattr(policy, "model", None) is None:
+        raise UserError(f"policy {policy.name} does not run its network here, so it cannot be quantized from here")
+    return cast(QuantizablePolicy, policy)
+
+
+class PolicyFamily(Protocol):
+    """A module that declares a `PolicyPlugin`. Importing it is cheap: what is heavy is imported inside the functions.
+
+    It may also have `files(settings)`: every file that is read, in a fixed order; `weights_sha256(settings)`: what the
+    policy's provenance will name, without loading it; and `claims(path)` with `verify(path)`: whether a checkpoint is
+    of this family, and a report on it (see `pi05/verify.py`).
+    """
+
+    Settings: type[PolicySettings]
+
+    def load(self, settings: Any, skip: frozenset[str] = frozenset()) -> Policy:
+        """The policy that `settings` describes, without the weights named in `skip` (an artifact brings them)."""
         ...

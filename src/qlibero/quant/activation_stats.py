@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,12 +13,8 @@ from torch import Tensor, nn
 
 from qlibero.activity import doing
 from qlibero.errors import WorkFailed
-from qlibero.policies.base import Observation
-from qlibero.quant.eager import sample_eagerly
+from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.layout import Choice, Selection
-
-if TYPE_CHECKING:
-    from qlibero.policies.pi05.policy import Pi05Policy
 
 #: tokens kept of each input: a random sample, on which errors are measured, and the loudest ones, which
 #: rotations must tame
@@ -39,7 +34,7 @@ class Seen:
 # ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def observe(
-    policy: Pi05Policy,
+    policy: QuantizablePolicy,
     observations: Sequence[Observation],
     noise: np.ndarray,
     selection: Selection,
@@ -47,7 +42,8 @@ def observe(
 ) -> dict[str, Seen]:
     """Run the policy in full precision and collect the inputs of every executed group, over all flow steps.
 
-    Observations go through one at a time and unpadded (see `eager`): every token seen is one that acts.
+    Observations go through one at a time and unpadded (`QuantizablePolicy.sample_eagerly`): every token seen is one
+    that acts.
     """
     if not observations:
         return {}
@@ -58,7 +54,7 @@ def observe(
             stack.enter_context(_listen(policy.model.get_submodule(name), listeners[group]))
         for index, (observation, z) in enumerate(zip(observations, noise, strict=True)):
             doing("calibrating: observations", index, len(observations))
-            sample_eagerly(policy, policy.model, observation, z)
+            policy.sample_eagerly(observation, z)
     if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
         raise WorkFailed(
             f"calibration never reached {len(silent)} of {len(listeners)} inputs, first {silent[0]}: the "

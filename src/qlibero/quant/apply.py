@@ -13,7 +13,7 @@ from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import DEQUANTIZED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
-from qlibero.policies.base import Policy
+from qlibero.policies.base import QuantizablePolicy
 from qlibero.policies.surgery import exchange
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.layout import select
@@ -22,8 +22,11 @@ from qlibero.quant.transform import InputTransform
 
 
 def quantize_policy(
-    policy: Policy, artifact: Artifact, backend: str | Mapping[str, str], only: frozenset[str] | None = None
-) -> Policy:
+    policy: QuantizablePolicy,
+    artifact: Artifact,
+    backend: str | Mapping[str, str],
+    only: frozenset[str] | None = None,
+) -> QuantizablePolicy:
     """`policy` with the artifact's linears on the given backend, one for all or one per linear name. Linears
     with 16-bit activations have no kernel: their backend is "dequantized" (or `fake`, which means the same).
 
@@ -37,10 +40,8 @@ def quantize_policy(
             has.
         UserError: a backend cannot do a layer; the message says which and why.
     """
-    if policy.model is None:
-        raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
     require(artifact, None, policy.provenance()["sha256"])
-    found = {choice.name: choice for choice in select(policy.model, artifact.spec).choices}
+    found = {choice.name: choice for choice in select(policy, artifact.spec).choices}
     if found.keys() != {layer.name for layer in artifact.layers}:
         raise GuardRefusal(
             f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlibero import files
+from qlibero.config.quantization import Quant
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import FACTORS, Transform
 
 #: raised whenever the meaning of a stored number changes, including through a change of the quantizing code
@@ -67,7 +67,7 @@ class Artifact:
     """A loaded or freshly calibrated artifact. Tensors of a loaded one are read from the file when asked for,
     so that a full-size policy is built layer by layer."""
 
-    spec: QuantSpec
+    spec: Quant
     checkpoint_sha256: str
     calibration: dict[str, Any]
     layers: tuple[LayerRecord, ...]
@@ -108,7 +108,7 @@ class Artifact:
         return self.tensor(f"{name}.scales").float()
 
 
-def artifact_key(spec: QuantSpec, checkpoint_sha256: str, data_sha256: str) -> str:
+def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str) -> str:
     """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same key."""
     text = json.dumps([FORMAT, spec.hash, checkpoint_sha256, data_sha256])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -137,7 +137,7 @@ def content_hash(meta: dict[str, Any], names, tensor) -> str:
 
 
 def build(
-    spec: QuantSpec,
+    spec: Quant,
     checkpoint_sha256: str,
     calibration: dict[str, Any],
     layers: tuple[LayerRecord, ...],
@@ -213,15 +213,15 @@ def load(path: Path) -> Artifact:
     )
 
 
-def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) -> None:
+def require(artifact: Artifact, spec: Quant | None, checkpoint_sha256: str) -> None:
     """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the checkpoint only.
 
     Raises:
         GuardRefusal: what differs, value by value, and the cure.
     """
     where = artifact.path or "the artifact"
-    if spec is not None and artifact.spec != spec:
-        have, want = artifact.spec.to_mapping(), spec.to_mapping()
+    if spec is not None and artifact.spec.hash != spec.hash:
+        have, want = artifact.spec.identity(), spec.identity()
         different = ", ".join(f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k])
         raise GuardRefusal(f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings")
     if artifact.checkpoint_sha256 != checkpoint_sha256:
@@ -234,7 +234,7 @@ def require(artifact: Artifact, spec: QuantSpec | None, checkpoint_sha256: str) 
 def _meta(artifact: Artifact) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "spec": artifact.spec.to_mapping(),
+        "spec": artifact.spec.identity(),
         "spec_hash": artifact.spec.hash,
         "checkpoint_sha256": artifact.checkpoint_sha256,
         "calibration": artifact.calibration,

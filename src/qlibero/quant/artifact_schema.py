@@ -14,19 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from qlibero.config.quantization import Quant
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
-from qlibero.quant.spec import QuantSpec
 
-FACTORS_OF = {
-    "rtn": (),
-    "smoothquant": ("scale",),
-    "hadamard": ("first",),
-    "duquant": ("first", "order", "second"),
-    "weight_pca": ("order", "second"),
-    "smooth_hadamard": ("hadamard",),
-}
-"""The factors of the online transform that each method makes."""
 LARGEST_SCALE = 1e4
 ORTHOGONAL_WITHIN = 0.05
 """Of a rotation kept in bfloat16, times its transpose, from the identity."""
@@ -63,35 +54,11 @@ class _Calibration(Open):
     data_sha256: _Name
 
 
-class _Spec(Strict):
-    """Types of `QuantSpec`; its own values it checks itself."""
-
-    method: str
-    layout: str | None
-    include: list[_Pattern] = Field(max_length=1000)
-    exclude: list[_Pattern] = Field(max_length=1000)
-    weight_bits: int
-    activation_bits: int
-    per_layer_bits: dict[str, int] = Field(max_length=1000)
-    group_size: Annotated[int, Field(ge=1, le=2**20)] | None
-    block_size: Annotated[int, Field(ge=2, le=2**16)]
-    alpha: float
-    weight_clip: float
-    activation_clip: float
-    weight_search: bool
-    rotation_steps: Annotated[int, Field(ge=1, le=2**31)]
-    row_rotation: bool
-    atm: bool
-    ohb: bool
-    calibration_samples: Annotated[int, Field(ge=1, le=2**31)]
-    calibration_seed: Annotated[int, Field(ge=0, le=2**62)]
-
-
 class Meta(Strict):
     """The metadata of an artifact file."""
 
     format: int
-    spec: _Spec
+    spec: dict[str, Any]
     spec_hash: _Hash
     checkpoint_sha256: _Hash
     calibration: _Calibration
@@ -99,11 +66,11 @@ class Meta(Strict):
     corrections: dict[_Name, Annotated[list[float], Field(min_length=1, max_length=1024)]] = Field(max_length=4096)
 
 
-def require_schema(content: dict[str, Any], where: str, cure: str) -> QuantSpec:
+def require_schema(content: dict[str, Any], where: str, cure: str) -> Quant:
     """The settings in an artifact's metadata. GuardRefusal for metadata that is none, or contradicts itself."""
     try:
         fit(Meta, content, where)
-        spec = QuantSpec.from_mapping(content["spec"])
+        spec = Quant.of_identity(content["spec"])
     except UserError as error:
         raise GuardRefusal(f"{where} holds no artifact of this version ({short(str(error))}): {cure}") from None
     if spec.hash != content["spec_hash"]:
@@ -112,7 +79,7 @@ def require_schema(content: dict[str, Any], where: str, cure: str) -> QuantSpec:
 
 
 def require_consistent(
-    spec: QuantSpec,
+    spec: Quant,
     layers: Collection[Any],
     corrections: dict[str, list[float]],
     names: Collection[str],
@@ -141,7 +108,7 @@ def require_consistent(
         expected |= {f"{layer.name}.codes", f"{layer.name}.scales"}
         expected |= {f"{layer.name}.output_rotation"} if spec.row_rotation else set()
     for group in widths:
-        factors = {f"{group}.{factor}" for factor in FACTORS_OF[spec.method]}
+        factors = {f"{group}.{factor}" for factor in spec.transform.factors}
         # an input that no action depends on is left as it is by a method that has to see data
         if group in alive or factors & set(names):
             expected |= factors
@@ -153,7 +120,7 @@ def require_consistent(
         if fault := _layer_fault(spec, layer, tensor):
             refuse(f"{layer.name}: {fault}")
     for group, width in widths.items():
-        for factor in FACTORS_OF[spec.method]:
+        for factor in spec.transform.factors:
             if f"{group}.{factor}" in names and (
                 fault := _factor_fault(spec, factor, tensor(f"{group}.{factor}"), width)
             ):
@@ -166,7 +133,7 @@ def require_consistent(
             refuse(f"corrections of {short(name)} are none that its settings can make")
 
 
-def _layer_fault(spec: QuantSpec, layer: Any, tensor: Callable[[str], Tensor]) -> str | None:
+def _layer_fault(spec: Quant, layer: Any, tensor: Callable[[str], Tensor]) -> str | None:
     n, k = layer.out_features, layer.in_features
     codes, scales = tensor(f"{layer.name}.codes"), tensor(f"{layer.name}.scales")
     shape, dtype = ((n, k // 2), torch.uint8) if layer.weight_bits == 4 else ((n, k), torch.int8)
@@ -186,7 +153,7 @@ def _layer_fault(spec: QuantSpec, layer: Any, tensor: Callable[[str], Tensor]) -
     return None
 
 
-def _factor_fault(spec: QuantSpec, factor: str, value: Tensor, width: int) -> str | None:
+def _factor_fault(spec: Quant, factor: str, value: Tensor, width: int) -> str | None:
     if factor == "order":
         whole = tuple(value.shape) == (width,) and value.dtype == torch.int32
         same = whole and torch.equal(value.sort().values.long(), torch.arange(width))
@@ -200,8 +167,7 @@ def _factor_fault(spec: QuantSpec, factor: str, value: Tensor, width: int) -> st
         right = tuple(value.shape) == (width,) and value.dtype == torch.bfloat16
         right = right and bool((value.abs() > 0).all()) and bool((value.abs() < LARGEST_SCALE**2).all())
         return None if right else f"is no vector of {width} signed factors"
-    # duquant folds its smoothing into the first rotation's rows
-    scaled = factor == "first" and spec.method == "duquant"
+    scaled = factor == "first" and spec.transform.smooths_first
     return _rotation_fault(value, width, spec.block_size, torch.bfloat16, scaled)
 
 

@@ -16,30 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.activity import doing
+from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import quantize_weights
-from qlibero.policies.base import Observation, Policy
+from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant import methods
 from qlibero.quant.activation_stats import Seen, group_seed, observe
 from qlibero.quant.artifact import Artifact, LayerRecord, build, pack_nibbles
 from qlibero.quant.layout import Choice, select
 from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.measure import measure, outlier_ratio
-from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import InputTransform, Transform
 
 #: calibration observations on which the finished artifact's effect on actions is measured
 SMOKE_OBSERVATIONS = 4
-#: methods that look at weights only and can do without observations
-DATA_FREE = ("rtn", "weight_pca", "hadamard")
 
 
 def calibrate(
-    policy: Policy,
+    policy: QuantizablePolicy,
     observations: Sequence[Observation],
     noise: np.ndarray,
-    spec: QuantSpec,
+    spec: Quant,
     data: dict[str, Any],
 ) -> Artifact:
     """Fit, round and measure every selected linear of `policy`.
@@ -51,11 +49,9 @@ def calibrate(
         UserError: the spec does not fit the model, or a fitted method has no observations.
         WorkFailed: an executed linear was never reached.
     """
-    if policy.model is None:
-        raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
-    if not observations and (spec.method not in DATA_FREE or spec.atm or spec.ohb):
+    if not observations and spec.needs_data:
         raise UserError(f"quant: {spec.method} is fitted on observations and there are none; give calibration.path")
-    selection = select(policy.model, spec)
+    selection = select(policy, spec)
     seen = observe(policy, observations, noise, selection, spec.calibration_seed)
     layers: list[LayerRecord] = []
     tensors: dict[str, Tensor] = {}
@@ -108,7 +104,7 @@ def calibrate(
 
 @torch.no_grad()
 def _with_action_error(
-    policy: Policy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
+    policy: QuantizablePolicy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
 ) -> Artifact:
     """The artifact with what it does to the actions of a few calibration observations: the last check before
     any simulator runs, and proof that something *was* quantized."""
@@ -143,7 +139,7 @@ def _with_action_error(
 
 @torch.no_grad()
 def _quantize_group(
-    model: nn.Module, group: str, choices: list[Choice], seen: Seen | None, spec: QuantSpec
+    model: nn.Module, group: str, choices: list[Choice], seen: Seen | None, spec: Quant
 ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
     linears = {choice.name: model.get_submodule(choice.name) for choice in choices}
     transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
@@ -189,9 +185,9 @@ def on_disk(stored: dict[str, Tensor], choice: Choice) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous() for key, value in kept.items()}
 
 
-def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: QuantSpec) -> Transform:
+def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: Quant) -> Transform:
     """The method's transform; the identity for an input that no action depends on, since nothing was seen of it."""
-    if seen is None and spec.method not in DATA_FREE:
+    if seen is None and not spec.transform.data_free:
         return Transform()
     width, device = weights[0].shape[1], weights[0].device
     peak = torch.zeros(width, device=device) if seen is None else seen.peak
@@ -201,7 +197,7 @@ def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: Qu
 
 
 def quantize_linear(
-    linear: nn.Linear, choice: Choice, shared: InputTransform, spec: QuantSpec
+    linear: nn.Linear, choice: Choice, shared: InputTransform, spec: Quant
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The linear as it will run, on the exact `fake` kernel, and its tensors: codes int8 (N, K), scales, and
     the output rotation if there is one."""

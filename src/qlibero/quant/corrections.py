@@ -18,22 +18,19 @@ gain: hence off by default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qlibero.errors import WorkFailed
-from qlibero.policies.base import Observation, Policy
-from qlibero.policies.pi05 import model as pi05_model
+from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.policies.surgery import exchange
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact, build
-from qlibero.quant.eager import sample_eagerly
-from qlibero.quant.layout import EXPERT, LLM
 
 ATM_CLIP, ATM_BAND = (0.8, 1.25), 0.05
 OHB_LOG_CLIP, OHB_LOG_BAND = 0.30, 0.03
@@ -66,7 +63,7 @@ class Loudspeaker(nn.Module):
 
 
 def fit_corrections(
-    policy: Policy,
+    policy: QuantizablePolicy,
     artifact: Artifact,
     observations: Sequence[Observation],
     noise: np.ndarray,
@@ -81,11 +78,11 @@ def fit_corrections(
     if teacher.calls != student.calls or not teacher.calls:
         raise WorkFailed("corrections: teacher and student did not run the same attention layers")
     found: dict[str, list[float]] = {}
-    for stem in teacher.calls:
+    for each in policy.attentions():
         if artifact.spec.atm:
-            found[f"{stem}.q_proj"] = temperatures(teacher.std[stem], student.std[stem])
+            found[each.query] = temperatures(teacher.std[each.name], student.std[each.name])
         if artifact.spec.ohb:
-            found[f"{stem}.o_proj"] = [balance(teacher.rms[stem], student.rms[stem])]
+            found[each.output] = [balance(teacher.rms[each.name], student.rms[each.name])]
     found = {name: factors for name, factors in found.items() if any(f != 1.0 for f in factors)}
     tensors = dict(artifact.tensors)
     for layer in artifact.layers:
@@ -108,43 +105,20 @@ def balance(teacher: float, student: float) -> float:
     return 1.0 if abs(log) < OHB_LOG_BAND else round(float(np.exp(log)), 6)
 
 
-def _listen(policy: Policy, observations: Sequence[Observation], noise: np.ndarray) -> Heard:
+def _listen(policy: QuantizablePolicy, observations: Sequence[Observation], noise: np.ndarray) -> Heard:
     """Run the policy's plain model on every observation and hear every attention."""
     heard = Heard()
-    depth = len(policy.model.llm.layers)
-    # the order in which one chunk meets them: the last LLM layer has no attention of its own, the flow
-    # repeats the expert
-    stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [f"{EXPERT}{i}.self_attn" for i in range(depth)] * (
-        policy.flow_steps
-    )
-    speakers = {
-        f"{stem}.o_proj": Loudspeaker(policy.model.get_submodule(f"{stem}.o_proj"), stem, heard) for stem in stems
+    speakers: dict[str, nn.Module] = {
+        each.output: Loudspeaker(policy.model.get_submodule(each.output), each.name, heard)
+        for each in policy.attentions()
     }
     twin = exchange(policy.model, speakers)
     for observation, z in zip(observations, noise, strict=True):
-        order = iter(stems)
-        with _overheard(lambda q, k, order=order: _hear_logits(heard, next(order), q, k)):
-            sample_eagerly(policy, twin, observation, z)
+        policy.sample_eagerly(observation, z, twin, partial(_hear_logits, heard))
     return heard
 
 
-def _hear_logits(heard: Heard, stem: str, q: Tensor, k: Tensor) -> None:
-    """q (1, T, heads, d), k (1, P, d): as `attend` gets them, one unpadded observation, so that every key is live."""
+def _hear_logits(heard: Heard, name: str, q: Tensor, k: Tensor) -> None:
+    """q (1, T, heads, d), k (1, P, d), all of it live (`QuantizablePolicy.sample_eagerly`)."""
     logits = torch.einsum("thd,pd->htp", q[0].float(), k[0].float()) * q.shape[-1] ** -0.5
-    heard.std[stem] = heard.std.get(stem, 0) + logits.flatten(1).std(1)
-
-
-@contextmanager
-def _overheard(hear: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While inside, `hear` is called with the rotated queries and keys of every attention of the plain model."""
-    original = pi05_model.attend
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        hear(q, k)
-        return original(q, k, v, mask)
-
-    pi05_model.attend = attend
-    try:
-        yield
-    finally:
-        pi05_model.attend = original
+    heard.std[name] = heard.std.get(name, 0) + logits.flatten(1).std(1)

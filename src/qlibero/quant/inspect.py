@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,9 @@ import numpy as np
 
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.quant.artifact import Artifact, LayerRecord, load
-from qlibero.quant.layout import EXPERT, LLM
 
 if TYPE_CHECKING:
-    from qlibero.policies.base import Observation, Policy
+    from qlibero.policies.base import Observation, QuantizablePolicy
 
 #: column -> whether the worst comes with the largest value (None: names sort upward)
 SORTS = {
@@ -25,6 +25,7 @@ SORTS = {
     "bytes": True,
 }
 HINTS = 5
+_LONG = re.compile(r"^.*?([^.]+)(?:\.(?:model|encoder))?\.layers\.(\d+)\.")
 
 
 def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
@@ -58,7 +59,7 @@ def facts(artifact: Artifact) -> dict[str, Any]:
         "key": artifact.key,
         "sha256": artifact.sha256,
         "settings": artifact.spec.label,
-        "spec": artifact.spec.to_mapping(),
+        "spec": artifact.spec.identity(),
         "checkpoint_sha256": artifact.checkpoint_sha256,
         "calibration": artifact.calibration,
         "layers": len(artifact.layers),
@@ -107,7 +108,7 @@ def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
 
 def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
     """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in dB."""
-    ours, theirs = a.spec.to_mapping(), b.spec.to_mapping()
+    ours, theirs = a.spec.identity(), b.spec.identity()
     left, right = ({layer.name: layer for layer in x.layers} for x in (a, b))
     rows = []
     for name in left.keys() & right.keys():
@@ -135,7 +136,7 @@ def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
 
 
 def sensitivity(
-    policy: Policy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
+    policy: QuantizablePolicy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
 ) -> list[dict[str, Any]]:
     """Which layers' return to full precision would buy most, measured on actions, greatest share first.
 
@@ -182,11 +183,11 @@ def _sort_key(r: dict[str, Any], column: str) -> tuple:
 
 
 def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows for a terminal: `llm.3.mlp.up_proj` for a name as wide as a screen, few decimals."""
+    """The same rows for a terminal: `language_model.3.mlp.up_proj` for a name as wide as a screen, few decimals."""
 
     def cell(key: str, value: Any) -> Any:
         if key == "layer":
-            return value.replace(LLM, "llm.").replace(EXPERT, "expert.").replace("self_attn.", "")
+            return _LONG.sub(r"\1.\2.", value).replace("self_attn.", "")
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     return [{key: cell(key, value) for key, value in r.items()} for r in rows]

@@ -11,7 +11,7 @@ difference between the two action chunks is put on record. It is 0 for every ker
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,10 @@ from torch import Tensor, nn
 
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.exactness import try_layer
-from qlibero.policies.base import Observation
+from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact
-from qlibero.quant.eager import sample_eagerly
 from qlibero.quant.linear import QuantLinear
-
-if TYPE_CHECKING:
-    from qlibero.policies.pi05.policy import Pi05Policy
 
 ROWS = 16  # tokens of a layer's input that are multiplied again as integers
 
@@ -44,12 +40,12 @@ class PolicyCheck:
 
 
 def check_policy(
-    full: Pi05Policy,
-    quantized: Pi05Policy,
+    full: QuantizablePolicy,
+    quantized: QuantizablePolicy,
     artifact: Artifact,
     observation: Observation,
     noise: np.ndarray,
-    twin: Pi05Policy | None = None,
+    twin: QuantizablePolicy | None = None,
 ) -> PolicyCheck:
     """full: the policy that `quantized` was made from. noise (H, D) float32. twin: the same policy on `fake`, made
     here (if there is room) when it is not given.
@@ -80,7 +76,7 @@ def check_policy(
     return PolicyCheck(len(layers), difference)
 
 
-def listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> dict[int, Tensor]:
+def listen(policy: QuantizablePolicy, observation: Observation, noise: np.ndarray) -> dict[int, Tensor]:
     """The first input of every transform, by the transform's id. The plain network is asked, because replayed
     graphs call no method that could be listened to."""
     heard: dict[int, Tensor] = {}
@@ -98,7 +94,7 @@ def listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> d
     for key, transform in transforms.items():
         transform.quantize = listening(key, transform)
     try:
-        sample_eagerly(policy, policy.model, observation, noise)
+        policy.sample_eagerly(observation, noise)
         return heard
     finally:
         for transform in transforms.values():

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlibero.cache import cache_directory
+from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
+from qlibero.policies.base import quantizable
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
-from qlibero.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from qlibero.config.schema import Experiment, Quant
+    from qlibero.config.schema import Experiment
     from qlibero.policies.base import Policy
 
 #: where the artifacts of all runs lie, if it can be written
@@ -82,7 +83,7 @@ def artifact_places(run_dir: Path | None = None) -> list[Path]:
 
 def demonstrations(quant: Quant) -> Demonstrations:
     """The observations an arm is calibrated on; none for data-free methods without a path."""
-    if quant.calibration is None:
+    if quant.calibration is None or quant.calibration.path is None:
         return NO_DATA
     data = read_demonstrations(quant.calibration.path)
     return data.sample(quant.calibration.samples, quant.calibration.seed)
@@ -105,33 +106,31 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
     """
     from qlibero.quant.calibrate import calibrate
 
-    spec = QuantSpec.from_mapping(quant.model_dump())
-    checkpoint = policy.provenance().get("sha256")
-    if policy.model is None or checkpoint is None:
-        raise UserError(f"policy {policy.name} runs in another process and cannot be quantized from here")
+    policy = quantizable(policy)
+    checkpoint = policy.provenance()["sha256"]
     if quant.artifact is not None:
         artifact = load(Path(quant.artifact))
-        require(artifact, spec, checkpoint)
+        require(artifact, quant, checkpoint)
         require_of_weights(policy.model, artifact)
         return Found(artifact, Path(quant.artifact), made=False, seconds=0.0)
     data = demonstrations(quant)
     places = _places(quant, places)
-    key = artifact_key(spec, checkpoint, data.sha256)
+    key = artifact_key(quant, checkpoint, data.sha256)
     if path := _found(key, places):
         artifact = load(path)
-        require(artifact, spec, checkpoint)
+        require(artifact, quant, checkpoint)
         require_of_weights(policy.model, artifact)
         return Found(artifact, path, made=False, seconds=0.0)
     path = _first_writable(places) / key / FILE
     started = time.perf_counter()
-    noise = noise_for(policy, len(data.observations), spec.calibration_seed)
+    noise = noise_for(policy, len(data.observations), quant.calibration_seed)
     provenance = {
         "data_sha256": data.sha256,
         "source": data.source,
-        "seed": spec.calibration_seed,
-        "file": quant.calibration.path.name if quant.calibration else None,
+        "seed": quant.calibration_seed,
+        "file": quant.calibration.path.name if quant.calibration and quant.calibration.path else None,
     }
-    save(calibrate(policy, data.observations, noise, spec, provenance), path)
+    save(calibrate(policy, data.observations, noise, quant, provenance), path)
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
 
@@ -164,8 +163,7 @@ def ready_artifact(checkpoint: str, quant: Quant, places: Sequence[Path] = ()) -
     """
     path = quant.artifact
     if path is None:
-        spec = QuantSpec.from_mapping(quant.model_dump())
-        path = _found(artifact_key(spec, checkpoint, demonstrations(quant).sha256), _places(quant, places))
+        path = _found(artifact_key(quant, checkpoint, demonstrations(quant).sha256), _places(quant, places))
     return load(Path(path)) if path and Path(path).is_file() else None
 
 
@@ -226,7 +224,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
             "give quant.calibration.path"
         )
     data = read_demonstrations(quant.calibration.path).sample(SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed)
-    policy = load_policy(experiment.policy)
+    policy = quantizable(load_policy(experiment.policy))
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)
 

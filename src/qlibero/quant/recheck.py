@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +23,10 @@ from torch import nn
 
 from qlibero.kernels.exactness import agrees
 from qlibero.kernels.int_ref import IntRef
-from qlibero.policies.base import Observation
+from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.linear import QuantLinear
 from qlibero.quant.policy_check import listen
-
-if TYPE_CHECKING:
-    from qlibero.policies.pi05.policy import Pi05Policy
 
 EVERY = 100  # policy calls; one of so many is asked twice, which costs about 1 %
 PRODUCTS = 10_000  # of an arm's end test: (1 - 1/2000)^10000 is 0.7 %
@@ -40,7 +37,7 @@ FEW_ROWS = 16  # every second product is one of few tokens: other tiles, and fas
 class Recheck:
     """Of one arm with a real kernel, in one process. `twin` is None where there is none, `why` then says why."""
 
-    def __init__(self, policy: Pi05Policy, artifact: Artifact, twin: Pi05Policy | None, why: str = ""):
+    def __init__(self, policy: QuantizablePolicy, artifact: Artifact, twin: QuantizablePolicy | None, why: str = ""):
         self.policy, self.artifact, self.twin, self.why = policy, artifact, twin, why
         self.calls = self.repeated = 0
         self.policy_s = 0.0

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,15 +27,14 @@ from qlibero.kernels import load as load_kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.machine.kind import machine_facts, machine_kind
 from qlibero.policies import files_of, load_policy, weights_sha256
-from qlibero.policies.base import Observation, Policy, grey
+from qlibero.policies.base import Observation, Policy, QuantizablePolicy, RearrangeablePolicy, grey, quantizable
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
-from qlibero.quant.layout import part_of
 from qlibero.quant.policy_check import check_policy, room_for_twin
 from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, ready_artifact
 from qlibero.quant.recheck import Recheck
 from qlibero.run.noise import RECIPE, call_noise
-from qlibero.sim.suites import SUITES, task_language
+from qlibero.sim.suites import get_suite, task_language
 
 WARMUP_CALLS = 3
 
@@ -65,19 +64,19 @@ def load_arms(
     say(f"policy {full.name}: {describe(full)}")
     for remark in full.provenance().get("remarks", ()):
         say(f"checkpoint: {remark}")
-    if full.model is not None:  # of a server it is known with its first answer
-        _require_replan(experiment, full.noise_shape[0])
+    if horizon := full.provenance().get("action_horizon"):  # of a server it is known with its first answer
+        _require_replan(experiment, horizon)
     policies: dict[str, Policy] = {}
-    twins: dict[str, Policy] = {}  # on `fake`, by artifact
+    twins: dict[str, QuantizablePolicy] = {}  # on `fake`, by artifact
     meta: dict[str, dict[str, Any]] = {}
     for arm in arms:
         if arm.quant is None:
             # A/A: the same policy in another arrangement is what rounding alone does to success
-            policy = full.rearranged(arm.replicate) if arm.backend == "aa" else full
+            policy = _rearranged(full, arm.replicate) if arm.backend == "aa" else full
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
             settled = _settled(arm, (before or {}).get(arm.name, {}))
-            policy, found, recheck = _quantized(experiment, settled, full, places, twins, say)
+            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, twins, say)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
@@ -93,6 +92,14 @@ def load_arms(
             "warmup_ms": warmup_ms,
         }
     return policies, meta
+
+
+def _rearranged(full: Policy, replicate: int) -> Policy:
+    if not hasattr(full, "rearranged"):
+        raise UserError(
+            f"policy {full.name} cannot be computed in another arrangement: leave the arms of backend aa out"
+        )
+    return cast(RearrangeablePolicy, full).rearranged(replicate)
 
 
 def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
@@ -116,10 +123,8 @@ def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapp
         parts["server's metadata"] = about["metadata_sha256"]
         if not about["server"]:  # it says nothing of its policy: its address is all there is
             parts["server"] = about["url"]
-    if about.get("execution", {}).get("flow") == "numba":
-        from qlibero.policies.pi05.fast.cpu_flow import code_version
-
-        parts["compiled flow"] = code_version()
+    if code := about.get("execution", {}).get("flow_code"):
+        parts["compiled flow"] = code
     if arm.quant is not None:
         parts["artifact"] = found["artifact"]["sha256"]
         if arm.quant.calibration is not None and arm.quant.calibration.path.is_file():
@@ -143,7 +148,7 @@ def probe(policy: Policy, experiment: Experiment) -> dict[str, Any]:
     state = seen.standard_normal(8).astype(np.float32) * np.float32(0.1)
     noise = call_noise(EpisodeKey("probe", 0, 0, 0), 0, policy.noise_shape)
     # the first instruction of the suite that the policy's vocabulary knows: the same whatever tasks are run
-    for task in range(SUITES[experiment.suite].tasks):
+    for task in range(get_suite(experiment.suite).tasks):
         observation = Observation(images[0], images[1], state, task_language(experiment.suite, task))
         try:
             actions = policy.infer([observation], noise[None]).actions
@@ -182,11 +187,11 @@ def digest(verdicts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ran, sort_keys=True).encode()).hexdigest()[:16] if ran else ""
 
 
-def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:
+def layers_of(policy: QuantizablePolicy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:
     """What is validated: every executed layer with the numbers of tokens that calls with these prompts give it."""
-    tokens = policy.token_counts(prompts)
-    device = policy.provenance()["device"]
-    return [Layer(name, shape, tokens[part_of(name)]) for name, shape in gemm_shapes(artifact, device).items()]
+    tokens, linears = policy.token_counts(prompts), policy.linears()
+    shapes = gemm_shapes(artifact, policy.device.type)
+    return [Layer(name, shape, tokens[linears[name].rows]) for name, shape in shapes.items()]
 
 
 def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
@@ -195,7 +200,7 @@ def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
     Calibrates where an artifact is not ready yet.
     """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
-    full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
+    full = quantizable(load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset()))
     artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, (), say)]}
     layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
     found = [layer for layer in layers if layer.shape.activation_bits < 16]
@@ -205,7 +210,12 @@ def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
 
 
 def _quantized(
-    experiment: Experiment, arm: Arm, full: Policy, places: Sequence[Path], twins: dict[str, Policy], say: Say
+    experiment: Experiment,
+    arm: Arm,
+    full: QuantizablePolicy,
+    places: Sequence[Path],
+    twins: dict[str, QuantizablePolicy],
+    say: Say,
 ) -> tuple[Policy, dict[str, Any], Recheck | None]:
     artifact = artifact_for(full, arm.quant, places, say)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
@@ -238,7 +248,7 @@ def _quantized(
         policy,
         {
             "label": _label(full, arm),
-            "quant": artifact.spec.to_mapping(),
+            "quant": artifact.spec.identity(),
             "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
             "kernels": {
                 v.layer: {

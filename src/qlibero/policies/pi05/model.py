@@ -46,6 +46,9 @@ class Prefix:
 class Pi05Model(nn.Module):
     """See the module's docstring. Construct under `torch.device("meta")` so that loading does not allocate twice."""
 
+    attend = staticmethod(attend)
+    """The attention product; a twin of the model may have one that tells what it is asked."""
+
     def __init__(self, config: Pi05Config):
         super().__init__()
         self.config = config
@@ -59,13 +62,22 @@ class Pi05Model(nn.Module):
         self.paligemma_with_expert.paligemma = nn.Module()
         self.paligemma_with_expert.paligemma.model = model
         self.paligemma_with_expert.gemma_expert = nn.Module()
-        self.paligemma_with_expert.gemma_expert.model = GemmaStack(expert, cond_dim=expert.width)
+        cond_dim = expert.width if self.adaptive else None
+        self.paligemma_with_expert.gemma_expert.model = GemmaStack(expert, cond_dim=cond_dim)
         self.action_in_proj = nn.Linear(config.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, config.action_dim)
+        self.make_heads()
+
+    adaptive = True
+    """Whether the expert's norms are adaptive (AdaRMS): how the flow time enters."""
+
+    def make_heads(self) -> None:
+        """The heads that differ between the networks of this family."""
+        llm, expert = self.config.llm, self.config.expert
         self.time_mlp_in = nn.Linear(expert.width, expert.width)
         self.time_mlp_out = nn.Linear(expert.width, expert.width)
-        if config.state_dim:
-            self.state_proj = nn.Linear(config.state_dim, llm.width)
+        if self.config.state_dim:
+            self.state_proj = nn.Linear(self.config.state_dim, llm.width)
 
     # -- parts, by short names ------------------------------------------------------------------------------------
     @property
@@ -104,7 +116,7 @@ class Pi05Model(nn.Module):
         dtype = self.stream_dtype
         text = self.llm.embed_tokens(tokens).to(dtype) * math.sqrt(self.config.llm.width)
         parts = [image_tokens, text]
-        if self.config.state_dim:
+        if self.config.prefix_state_tokens:
             if state is None:
                 raise ValueError("this network has a state token; pass state (B, state_dim)")
             parts.insert(1, self.state_proj(state.to(self.state_proj.weight.dtype))[:, None].to(dtype))
@@ -161,26 +173,38 @@ class Pi05Model(nn.Module):
                 break
             q, k, v = attention.qkv(layer.input_layernorm(x), cos, sin)
             kv.append((k, v))
-            x = x + project(attend(q, k, v, mask), attention.o_proj)[0]
+            x = x + project(self.attend(q, k, v, mask), attention.o_proj)[0]
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return Prefix(kv, mask, length, x, features)
 
+    def add_state(self, prefix: Prefix, state: Tensor | None) -> Prefix:
+        """The prefix with what of the state the expert reads beside it: here nothing, the state is in the prefix."""
+        return prefix
+
     # -- suffix ---------------------------------------------------------------------------------------------------
-    def time_condition(self, t: Tensor) -> Tensor:
-        """AdaRMS condition (B, expert width) of flow times (B,); sinusoids in float64, as in openpi."""
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """Sinusoids (B, expert width) of flow times (B,), float64 as in openpi."""
         half = self.config.expert.width // 2
         fraction = torch.linspace(0.0, 1.0, half, dtype=torch.float64, device=t.device)
         period = self.config.min_period * (self.config.max_period / self.config.min_period) ** fraction
         angle = (2 * math.pi / period)[None] * t.double()[:, None]
-        embedding = torch.cat([angle.sin(), angle.cos()], 1).to(self.time_mlp_in.weight.dtype)
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    def time_condition(self, t: Tensor) -> Tensor:
+        """What of the flow times (B,) the expert is given, (B, expert width): here the AdaRMS condition."""
+        embedding = self.time_embedding(t).to(self.time_mlp_in.weight.dtype)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
+
+    def embed_actions(self, x_t: Tensor, condition: Tensor) -> Tensor:
+        """Noisy actions (N, H, D) as the expert's tokens (N, H, width), in the stream's dtype."""
+        return self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype)).to(self.stream_dtype)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t), (N, H, D) float32, for x_t (N, H, D) and t (N,), where N = K·B: K flow samples of each
         prefix row, consecutive. The H action tokens see each other and all live prefix positions."""
         samples = x_t.shape[0] // prefix.length.shape[0]
-        x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype)).to(self.stream_dtype)
         condition = self.time_condition(t)
+        x = self.embed_actions(x_t, condition)
         horizon = x.shape[1]
         length = prefix.length.repeat_interleave(samples)
         positions = length[:, None] + torch.arange(horizon, device=x.device)[None]
@@ -193,7 +217,7 @@ class Pi05Model(nn.Module):
             q, k, v = layer.self_attn.qkv(layer.input_layernorm.modulated(x, scale, shift), cos, sin)
             k = torch.cat([prefix_k.repeat_interleave(samples, 0), k], 1)
             v = torch.cat([prefix_v.repeat_interleave(samples, 0), v], 1)
-            x = x + project(attend(q, k, v, mask), layer.self_attn.o_proj)[0] * gate.to(x.dtype)
+            x = x + project(self.attend(q, k, v, mask), layer.self_attn.o_proj)[0] * gate.to(x.dtype)
             scale, shift, gate = layer.post_attention_layernorm.modulation(condition)
             x = x + layer.mlp(layer.post_attention_layernorm.modulated(x, scale, shift)) * gate.to(x.dtype)
         scale, shift, _ = self.expert.norm.modulation(condition)

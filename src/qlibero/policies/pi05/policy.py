@@ -9,24 +9,28 @@ is padded at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from qlibero.errors import UserError
-from qlibero.policies.base import Chunk, Observation, grey
+from qlibero.policies.base import Attention, Chunk, Linear, Observation, grey
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST
 from qlibero.policies.pi05.images import to_network
+from qlibero.policies.pi05.layers import attend
+from qlibero.policies.pi05.linears import attentions, layout, linears
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
-from qlibero.policies.pi05.profiles import Profile
+from qlibero.policies.pi05.profiles import STATE_NUMBERS, Profile
 from qlibero.policies.pi05.rearrange import MLP, rearranged
 from qlibero.policies.pi05.sampler import Sampler
 from qlibero.policies.pi05.tokenizer import Tokenizer
+from qlibero.policies.surgery import exchange
 
 ACTION_NUMBERS = 7
 CAMERAS = 2
@@ -41,13 +45,17 @@ def require_match(config: Pi05Config, profile: Profile, tokenizer: Tokenizer) ->
             f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
             f"takes {config.state_dim}"
         )
+    if profile.prompt == "suffix" and config.state_dim < STATE_NUMBERS:
+        raise UserError(
+            f"the network's state token takes {config.state_dim} numbers, LIBERO's robot has {STATE_NUMBERS}"
+        )
     if config.action_dim < ACTION_NUMBERS:
         raise UserError(
             f"the network's actions have {config.action_dim} numbers, LIBERO's robot takes {ACTION_NUMBERS}"
         )
     if config.vision.type == "conv" and config.vision.cameras != 2:
         raise UserError(f"the network has {config.vision.cameras} cameras, LIBERO feeds two")
-    if config.state_dim and profile.prompt != "proj":
+    if config.state_dim and profile.prompt not in ("proj", "suffix"):
         raise UserError(
             f"the network has a state token of {config.state_dim} numbers, which profile {profile.name} does not feed"
         )
@@ -65,6 +73,8 @@ class Pi05Policy:
     what the loader knows of the weights (sha256, checkpoint, kind, …) and becomes part of `provenance()`. `cameras` is
     the order in which the network sees LIBERO's two.
     """
+
+    type = "pi05"
 
     def __init__(
         self,
@@ -137,7 +147,7 @@ class Pi05Policy:
         """See `Policy.provenance`. Once it has been asked, `execution` says what ran (`Sampler.execution`)."""
         config = self.model.config
         return {
-            "type": "pi05",
+            "type": self.type,
             "name": self.name,
             **self._identity,
             "profile": self.profile.name,
@@ -156,12 +166,59 @@ class Pi05Policy:
         of the vision tower ("vision"), for these prompts in every state: what a kernel must be tried on."""
         config = self.model.config
         images = CAMERAS * config.vision.tokens
-        prefix = images + (1 if config.state_dim else 0)
+        prefix = images + config.prefix_state_tokens
         return {
             "vision": (self.batch_size * images,),
             "llm": tuple(self.batch_size * (prefix + length) for length in self._observations_by_length(prompts)),
             "expert": (self.batch_size * config.action_horizon,),
         }
+
+    def linears(self) -> dict[str, Linear]:
+        """See `QuantizablePolicy.linears`."""
+        return linears(self.model)
+
+    def layout(self, name: str) -> list[str]:
+        """See `QuantizablePolicy.layout`."""
+        return layout(self.model, name)
+
+    def attentions(self) -> list[Attention]:
+        """See `QuantizablePolicy.attentions`."""
+        return attentions(self.model.config.llm.depth)
+
+    def _attentions_in_order(self) -> list[str]:
+        """Names of all that a chunk computes, as it meets them: the expert's in every flow step."""
+        names = [each.name for each in self.attentions()]
+        first = self.model.config.llm.depth - 1
+        return names[:first] + names[first:] * self.flow_steps
+
+    @torch.no_grad()
+    def sample_eagerly(
+        self,
+        observation: Observation,
+        noise: np.ndarray,
+        model: nn.Module | None = None,
+        hear: Callable[[str, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """See `QuantizablePolicy.sample_eagerly`."""
+        self.sampler  # noqa: B018 (making it lays plain linears out together, which can move last bits: always, or never)
+        asked = cast(Pi05Model, model or self.model)
+        if hear is not None:
+            order = iter(self._attentions_in_order())
+            asked = cast(Pi05Model, exchange(asked, {}))
+
+            def attend_and_tell(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+                hear(next(order), q, k)
+                return attend(q, k, v, mask)
+
+            asked.attend = attend_and_tell
+        images, tokens, state = self.preprocess(observation)
+        given = torch.from_numpy(np.asarray(state))[None].to(self.device) if self.model.config.state_dim else None
+        prefix = asked.prefix(images[None].to(self.device), torch.tensor([tokens], device=self.device), state=given)
+        x = torch.from_numpy(np.asarray(noise))[None].to(self.device)
+        for step in range(self.flow_steps):
+            t = torch.full((1,), 1.0 - step / self.flow_steps, device=self.device)
+            x = x - asked.velocity(prefix, x, t) / self.flow_steps
+        return x[0]
 
     def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
         """See `Policy.rehearsal`."""

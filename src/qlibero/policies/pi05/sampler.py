@@ -24,7 +24,7 @@ from torch import Tensor
 from qlibero.policies.pi05.fast.fused_ops import choose_glue
 from qlibero.policies.pi05.fast.graphs import Stopwatch, graphed
 from qlibero.policies.pi05.layers import MASKED, fuse, rope_tables
-from qlibero.policies.pi05.model import Pi05Model
+from qlibero.policies.pi05.model import Pi05Model, Prefix
 from qlibero.policies.pi05.vision import SiglipAttention
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ class Sampler:
             if isinstance(attention, SiglipAttention):
                 fuse(attention.q_proj, attention.k_proj, attention.v_proj)
         self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
+        self.conditions = [
+            model.time_condition(torch.full((1,), 1.0 - step / self.steps, device=self.device))
+            for step in range(self.steps)
+        ]
         self.modulations = self._modulations()
         self.cpu_flow, self.cpu_flow_reason = _cpu_flow(model, self.modulations)
         self.llm_scales = [
@@ -114,9 +118,7 @@ class Sampler:
     def _modulations(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
         """[step][norm] → 1 + scale, shift (float32) and gate (stream dtype), (1, 1, width); norms in order met."""
         table = []
-        for step in range(self.steps):
-            t = torch.full((1,), 1.0 - step / self.steps, device=self.device)
-            condition = self.model.time_condition(t)
+        for condition in self.conditions:
             norms = [
                 norm
                 for layer in self.model.expert.layers
@@ -134,6 +136,7 @@ class Sampler:
         flow = "numba" if self.cpu_flow is not None else "torch in CUDA graphs" if self.graphs else "torch"
         return {
             "flow": flow,
+            **({} if self.cpu_flow is None else {"flow_code": self.cpu_flow.code}),
             "flow_reason": self.cpu_flow_reason,
             "glue": self.glue.name,
             "glue_reason": self.glue_reason,
@@ -149,8 +152,8 @@ class Sampler:
             self._workspaces.popitem(last=False)
         config, device, dtype = self.model.config, self.device, self.model.stream_dtype
         images = cameras * config.vision.tokens
-        length = images + (1 if config.state_dim else 0) + text
-        total, size = length + config.action_horizon, config.vision.image_size
+        length = images + config.prefix_state_tokens + text
+        total, size = length + config.suffix_state_tokens + config.action_horizon, config.vision.image_size
         llm = config.llm
 
         def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -218,6 +221,7 @@ class Sampler:
     def _prefix_by_model(self, w: Workspace) -> None:
         model, horizon = self.model, w.x.shape[1]
         prefix = model.run_llm(model.embed_prefix(w.image_tokens, w.tokens, w.state), w.live, None)
+        prefix = model.add_state(prefix, w.state)
         for (k, v), keys, values in zip(prefix.kv, w.keys, w.values, strict=True):
             keys[:, :-horizon].copy_(k)
             values[:, :-horizon].copy_(v)
@@ -247,6 +251,13 @@ class Sampler:
             delta = glue.parts(glue.attend(q, keys, values, mask), a.o_proj)
             x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i + 1], None)
             delta = glue.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
+        if model.config.suffix_state_tokens:
+            kv = [(keys[:, :count], values[:, :count]) for keys, values in zip(w.keys, w.values, strict=True)]
+            with_state = model.add_state(Prefix(kv, mask, length, None, None), w.state)
+            for (k, v), keys, values in zip(with_state.kv, w.keys, w.values, strict=True):
+                keys[:, count].copy_(k[:, -1])
+                values[:, count].copy_(v[:, -1])
+            length = with_state.length
         self._prepare_flow(w, length)
 
     def _prepare_flow(self, w: Workspace, length: Tensor) -> None:
@@ -256,20 +267,19 @@ class Sampler:
         w.cos.copy_(cos)
         w.sin.copy_(sin)
         if w.mask is not None:
-            w.mask[..., :-horizon].copy_(torch.where(w.live, 0.0, MASKED)[:, None])
+            w.mask[..., : w.live.shape[1]].copy_(torch.where(w.live, 0.0, MASKED)[:, None])
 
     def _flow(self, w: Workspace) -> None:
-        for modulations in self.modulations:
-            self.step(w, modulations)
+        for condition, modulations in zip(self.conditions, self.modulations, strict=True):
+            self.step(w, condition, modulations)
 
     def _flow_compiled(self, w: Workspace) -> None:
         self.cpu_flow.run(w.x, w.keys, w.values, w.cos, w.sin, w.mask)
 
-    def step(self, w: Workspace, modulations: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def step(self, w: Workspace, condition: Tensor, modulations: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """One Euler step of `w.x`, in place."""
-        model, glue, horizon, dtype = self.model, self.glue, w.x.shape[1], self.model.stream_dtype
-        head, out = model.action_in_proj, model.action_out_proj
-        h, delta, gate = head(w.x.to(head.weight.dtype)).to(dtype), None, None
+        model, glue, horizon, out = self.model, self.glue, w.x.shape[1], self.model.action_out_proj
+        h, delta, gate = model.embed_actions(w.x, condition), None, None
         for i, layer in enumerate(model.expert.layers):
             a, m = layer.self_attn, layer.mlp
             scale, shift, next_gate = modulations[2 * i]

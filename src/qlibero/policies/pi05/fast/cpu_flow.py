@@ -52,9 +52,16 @@ class CpuFlow:
     modulations: np.ndarray
     """(steps, 2L + 1, 3, W): 1 + scale, shift, gate."""
 
+    @property
+    def code(self) -> str:
+        """See `code_version`."""
+        return code_version()
+
     @staticmethod
     def unfit(model: Pi05Model) -> str:
         """Why a model on a CPU cannot have a compiled flow; empty when it can."""
+        if not model.adaptive:
+            return "the network takes the flow time with the actions, which the compiled flow does not"
         if model.stream_dtype != torch.float32:
             return f"the model is in {model.stream_dtype}"
         linears = [

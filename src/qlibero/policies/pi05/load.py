@@ -1,10 +1,9 @@
-"""From a policy section of a config to a policy that can be asked. The only place that knows every kind of policy."""
+"""From the settings of a pi0.5 to a policy that can be asked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,16 +12,16 @@ import torch
 from pydantic import Field
 
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.policies.base import Policy
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
-from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST, differences
+from qlibero.policies.pi05.family import FAMILY, Family
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
-from qlibero.policies.pi05.profiles import PROFILES, Profile
+from qlibero.policies.pi05.profiles import Profile
 from qlibero.policies.pi05.statistics import load_statistics, statistics_files
 from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
+from qlibero.policies.settings import CheckpointSettings
 from qlibero.policies.structured import Open, fit, read_json
 
 GPU_BATCH = 4
@@ -33,11 +32,11 @@ MOST_UNTRAINED = 8_000_000_000
 class _UntrainedConfig(Open):
     architecture: Any
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    profile: Any = "qlibero"
+    profile: Any = None
 
 
-def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
-    """The policy that `config` (a `Pi05` or `Remote` of config/schema.py) describes.
+def load_policy(config: CheckpointSettings, skip: frozenset[str] = frozenset(), family: Family = FAMILY) -> Pi05Policy:
+    """The policy that `config` describes.
 
     `skip` names linear weights to leave unread on the meta device, because an artifact will replace them:
     that is how a full-size quantized policy loads without its full-precision language model ever being on the
@@ -48,18 +47,13 @@ def load_policy(config: Any, skip: frozenset[str] = frozenset()) -> Policy:
             tensors, no statistics, no tokenizer, unclear profile); the message lists what, says what to write.
         GuardRefusal: the weights' sha256 is not the expected one.
     """
-    if config.type == "remote":
-        from qlibero.policies.remote import RemotePolicy
-
-        key = os.environ.get(config.api_key_env) if config.api_key_env else None
-        return RemotePolicy(config.url, batch_size=config.batch_size, timeout_s=config.timeout_s, api_key=key)
     if config.untrained is not None:
-        return untrained_policy(Path(config.untrained.config), config.untrained.seed, config)
-    return _load_pi05(config, skip)
+        return untrained_policy(Path(config.untrained.config), config.untrained.seed, config, family)
+    return _load(config, skip, family)
 
 
-def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
-    checkpoint = open_checkpoint(Path(config.checkpoint)).with_horizon(config.action_horizon)
+def _load(config: CheckpointSettings, skip: frozenset[str], family: Family) -> Pi05Policy:
+    checkpoint = open_checkpoint(Path(config.checkpoint), family).with_horizon(config.action_horizon)
     digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
@@ -76,11 +70,12 @@ def _load_pi05(config: Any, skip: frozenset[str]) -> Pi05Policy:
     remarks = [*differences(checkpoint.declared, config.flow_steps, config.replan_steps), *checkpoint.declared.remarks]
     if remarks:
         identity["remarks"] = remarks
-    return _policy(config, name, model, profile, statistics, tokenizer, identity, checkpoint.declared.cameras)
+    return _policy(config, family, name, model, profile, statistics, tokenizer, identity, checkpoint.declared.cameras)
 
 
 def _policy(
-    config: Any,
+    config: CheckpointSettings,
+    family: Family,
     name: str,
     model: Pi05Model,
     profile: Profile,
@@ -89,7 +84,7 @@ def _policy(
     identity: dict[str, Any],
     cameras: tuple[int, ...] = (AGENT, WRIST),
 ) -> Pi05Policy:
-    return Pi05Policy(
+    return family.policy(
         name,
         model,
         profile,
@@ -102,34 +97,32 @@ def _policy(
     )
 
 
-def _tokenizer(config: Any, folder: Path) -> Tokenizer:
+def _tokenizer(config: CheckpointSettings, folder: Path) -> Tokenizer:
     return load_tokenizer(_tokenizer_path(config, folder))
 
 
-def _tokenizer_path(config: Any, folder: Path) -> Path:
+def _tokenizer_path(config: CheckpointSettings, folder: Path) -> Path:
     return Path(config.tokenizer) if config.tokenizer else folder / "tokenizer.json"
 
 
-def files_of(config: Any) -> list[Path]:
-    """Every file that the policy of `config` (a `Pi05` or `Remote`) reads, in a fixed order; none for a remote policy.
+def files_of(config: CheckpointSettings, family: Family = FAMILY) -> list[Path]:
+    """Every file that the policy of `config` reads, in a fixed order.
 
     What is in them decides every action, beside the config itself. Raises UserError like `load_policy`.
     """
-    if config.type != "pi05":
-        return []
     if config.untrained is not None:
         path = Path(config.untrained.config)
         return [path, _tokenizer_path(config, path.parent)]
-    checkpoint = open_checkpoint(Path(config.checkpoint))
+    checkpoint = open_checkpoint(Path(config.checkpoint), family)
     statistics = statistics_files(checkpoint, config.asset_id, config.norm_stats)
     return [*checkpoint.files, *statistics, _tokenizer_path(config, checkpoint.path)]
 
 
-def weights_sha256(config: Any) -> str | None:
+def weights_sha256(config: CheckpointSettings, family: Family = FAMILY) -> str | None:
     """The sha256 that the policy's provenance will name, without loading it; None where there is no checkpoint."""
-    if config.type != "pi05" or config.checkpoint is None:
+    if config.checkpoint is None:
         return None
-    return open_checkpoint(Path(config.checkpoint)).weights.sha256
+    return open_checkpoint(Path(config.checkpoint), family).weights.sha256
 
 
 def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
@@ -142,7 +135,7 @@ def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
                 f"{checkpoint.profile_reason}"
             )
         return checkpoint.profile
-    profile = PROFILES[wanted]
+    profile = checkpoint.family.profiles[wanted]
     if (profile.statistics == "lerobot") != (checkpoint.kind == "lerobot"):
         raise UserError(
             f"policy.profile: {wanted} is for {profile.statistics} checkpoints, {checkpoint.path} is of the "
@@ -156,17 +149,17 @@ def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
     return profile
 
 
-def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
+def untrained_policy(path: Path, seed: int, config: CheckpointSettings, family: Family = FAMILY) -> Pi05Policy:
     """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies.
     Solves nothing, and its name says so."""
     content = fit(_UntrainedConfig, read_json(path), str(path))
-    architecture = Pi05Config.from_dict(content.architecture, str(path))
+    architecture = family.config.from_dict(content.architecture, str(path))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Pi05Model(architecture).parameters())
+        parameters = sum(p.numel() for p in family.model(architecture).parameters())
     if parameters > MOST_UNTRAINED:
         raise UserError(f"policy.untrained.config: {path} makes a network of {parameters / 1e9:.0f} G parameters")
     device, dtype = _place(config)
-    model = initialize(Pi05Model(architecture), seed)
+    model = initialize(family.model(architecture), seed)
     digest = hashlib.sha256(json.dumps([architecture.to_dict(), seed], sort_keys=True).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -177,11 +170,11 @@ def untrained_policy(path: Path, seed: int, config: Any) -> Pi05Policy:
         parameter.requires_grad_(False)
     identity = {"checkpoint": None, "kind": "untrained", "sha256": digest.hexdigest(), "seed": seed}
     name = f"untrained-{content.name or path.parent.name}-seed{seed}"
-    profile = profile_named(content.profile, path)
-    return _policy(config, name, model, profile, statistics, _tokenizer(config, path.parent), identity)
+    profile = profile_named(content.profile or family.own_profile, path, family)
+    return _policy(config, family, name, model, profile, statistics, _tokenizer(config, path.parent), identity)
 
 
-def _place(config: Any) -> tuple[torch.device, torch.dtype]:
+def _place(config: CheckpointSettings) -> tuple[torch.device, torch.dtype]:
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,7 +186,7 @@ def _place(config: Any) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, config.dtype)
 
 
-def _batch_size(config: Any, device: torch.device) -> int:
+def _batch_size(config: CheckpointSettings, device: torch.device) -> int:
     """One row at a time on a CPU, where a padded row costs a whole one."""
     if config.batch_size == "auto":
         return GPU_BATCH if device.type == "cuda" else 1
