@@ -2,7 +2,7 @@ r"""Our network beside LeRobot's own PyTorch code, same random weights, same inp
 
     git clone https://github.com/huggingface/lerobot && git -C lerobot checkout v0.6.1
     python -m venv parity && parity/bin/pip install torch transformers==5.5.4 safetensors numpy
-    PYTHONPATH=src parity/bin/python benchmarks/lerobot_parity.py --lerobot lerobot/src
+    PYTHONPATH=src parity/bin/python benchmarks/lerobot_parity.py --lerobot lerobot/src [--family pi0]
 
 Their model files are used unchanged, in small sizes; the rest of LeRobot is not needed: what the model files
 import from there is replaced by stand-ins. float32 only: in bfloat16 LeRobot keeps the whole vision tower in
@@ -19,10 +19,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
-from parity import CONFIG, Inputs, Upstream, compare, shrink_paligemma
+from parity import CONFIG, CONFIGS, Inputs, Upstream, compare, shrink_paligemma
 
 THEIRS = (
     "lerobot.policies.pi05.modeling_pi05",
+    "lerobot.policies.pi0.modeling_pi0",
     "lerobot.policies.pi_gemma",
     "lerobot.policies.common.flow_matching",
     "lerobot.policies.common.vla_utils",
@@ -68,10 +69,11 @@ class Finder:
         pass
 
 
-def upstream(source: Path) -> Upstream:
-    """LeRobot's PI05Pytorch in the sizes of CONFIG."""
+def upstream(source: Path, family: str) -> Upstream:
+    """LeRobot's PI05Pytorch or PI0Pytorch in the sizes of CONFIG."""
     sys.meta_path.insert(0, Finder(source))
-    module = importlib.import_module(THEIRS[0])
+    module = importlib.import_module(f"lerobot.policies.{family}.modeling_{family}")
+    horizon = CONFIGS[family].action_horizon
     paligemma, causal = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
 
     def small_gemma(config):
@@ -93,33 +95,39 @@ def upstream(source: Path) -> Upstream:
         freeze_vision_encoder=False,
         train_expert_only=False,
         max_action_dim=CONFIG.action_dim,
-        chunk_size=CONFIG.action_horizon,
+        max_state_dim=32,
+        chunk_size=horizon,
         num_inference_steps=10,
         min_period=CONFIG.min_period,
         max_period=CONFIG.max_period,
         compile_model=False,
         rtc_config=None,
     )
-    model = module.PI05Pytorch(settings).eval()
+    model = getattr(module, f"{family.upper()}Pytorch")(settings).eval()
+
+    def seen(i: Inputs) -> tuple:
+        return i.images, i.cameras, i.tokens, i.token_mask, *([i.state] if family == "pi0" else [])
 
     def sample(i: Inputs) -> torch.Tensor:
-        return model.sample_actions(i.images, i.cameras, i.tokens, i.token_mask, noise=i.noise.clone(), num_steps=10)
+        return model.sample_actions(*seen(i), noise=i.noise.clone(), num_steps=10)
 
     def loss(i: Inputs) -> torch.Tensor:
-        return model.forward(i.images, i.cameras, i.tokens, i.token_mask, i.actions, i.noise, i.time)
+        return model.forward(*seen(i), i.actions, i.noise, i.time)
 
     policy = torch.nn.Module()
     policy.model = model
-    return Upstream(model, sample, loss, policy, {"type": "pi05", "chunk_size": CONFIG.action_horizon})
+    return Upstream(model, sample, loss, policy, {"type": family, "chunk_size": horizon})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lerobot", type=Path, required=True, help="the src directory of a LeRobot checkout")
+    parser.add_argument("--family", choices=("pi05", "pi0"), default="pi05")
     args = parser.parse_args()
     import transformers
 
-    compare(upstream(args.lerobot), "float32", {"lerobot": str(args.lerobot), "transformers": transformers.__version__})
+    about = {"lerobot": str(args.lerobot), "transformers": transformers.__version__}
+    compare(upstream(args.lerobot, args.family), "float32", about, args.family)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import types
 from pathlib import Path
 
 import torch
-from parity import CONFIG, Inputs, Upstream, compare, shrink_paligemma
+from parity import CONFIG, CONFIGS, Inputs, Upstream, compare, shrink_paligemma
 
 
-def upstream(source: Path, precision: str) -> Upstream:
+def upstream(source: Path, precision: str, family: str) -> Upstream:
     """openpi's PI0Pytorch(pi05=True) in the sizes of CONFIG."""
     sizes = {"llm": CONFIG.llm, "expert": CONFIG.expert}
     gemma = types.ModuleType("openpi.models.gemma")
@@ -57,12 +57,12 @@ def upstream(source: Path, precision: str) -> Upstream:
         small_gemma,
     )
     settings = types.SimpleNamespace(
-        pi05=True,
+        pi05=family == "pi05",
         paligemma_variant="llm",
         action_expert_variant="expert",
         dtype=precision,
         action_dim=CONFIG.action_dim,
-        action_horizon=CONFIG.action_horizon,
+        action_horizon=CONFIGS[family].action_horizon,
         pytorch_compile_mode=None,
     )
     model = loaded["pi0_pytorch"].PI0Pytorch(settings).eval()
@@ -81,7 +81,7 @@ def upstream(source: Path, precision: str) -> Upstream:
             image_masks=i.cameras,
             tokens=i.tokens,
             token_mask=i.token_mask,
-            state=torch.zeros(len(i.tokens), 32),
+            state=i.state,
         )
 
     def sample(i: Inputs) -> torch.Tensor:
@@ -90,15 +90,16 @@ def upstream(source: Path, precision: str) -> Upstream:
     def loss(i: Inputs) -> torch.Tensor:
         return model.forward(observation(i), i.actions, noise=i.noise.clone(), time=i.time)
 
-    return Upstream(model, sample, loss, model, {"action_horizon": CONFIG.action_horizon})
+    return Upstream(model, sample, loss, model, {"action_horizon": CONFIGS[family].action_horizon})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--openpi", type=Path, required=True, help="the src directory of an openpi checkout")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--family", choices=("pi05", "pi0"), default="pi05")
     args = parser.parse_args()
-    compare(upstream(args.openpi, args.dtype), args.dtype, {"openpi": str(args.openpi)})
+    compare(upstream(args.openpi, args.dtype, args.family), args.dtype, {"openpi": str(args.openpi)}, args.family)
 
 
 if __name__ == "__main__":

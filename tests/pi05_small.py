@@ -56,15 +56,15 @@ def siglip_config(**changes) -> Pi05Config:
     return Pi05Config(**{**values, **changes})
 
 
-def random_model(config: Pi05Config, seed: int = 0) -> Pi05Model:
+def random_model(config: Pi05Config, seed: int = 0, model: type[Pi05Model] = Pi05Model) -> Pi05Model:
     """Every tensor random, norms and adaptive norms too, so that no part of the network is the identity."""
-    model = initialize(Pi05Model(config), seed)
+    made = initialize(model(config), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in made.named_parameters():
             if parameter.ndim == 1 or "dense" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
+    return made.eval()
 
 
 def random_inputs(

@@ -7,10 +7,14 @@ cannot be wrong about themselves.
 from __future__ import annotations
 
 from math import isqrt
+from typing import TYPE_CHECKING
 
 from qlibero.errors import UserError
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.unreadable import other_network
+
+if TYPE_CHECKING:
+    from qlibero.policies.pi05.family import Family
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 TIED = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -28,7 +32,7 @@ def strip(name: str) -> str:
     return name.replace("._orig_mod.", ".")
 
 
-def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where: str) -> Pi05Config:
+def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where: str, family: Family) -> Pi05Config:
     """Sizes of the network that tensors of these names and shapes make; head_dim is k_proj's height, because there is
     one key/value head. `UserError` when a tensor that tells is missing, or tells what cannot be."""
     names = {strip(name): shape for name, shape in shapes.items()}
@@ -38,8 +42,8 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
             raise UserError(
                 f"{where}: tensor {name} is missing; "
                 + (
-                    other_network(names)
-                    or "this is not a pi0.5 checkpoint with openpi's names "
+                    other_network(names, family.type)
+                    or f"this is not a {family.title} checkpoint with openpi's names "
                     f"({len(names)} tensors, first: {next(iter(sorted(names)), 'none')})"
                 )
             )
@@ -50,7 +54,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
     def depth(stem: str) -> int:
         layers = [name[len(stem) :].split(".")[0] for name in names if name.startswith(stem)]
         if strange := [layer for layer in layers if not (layer.isdecimal() and layer.isascii() and len(layer) < 5)]:
-            raise UserError(f"{where}: {stem}{strange[0]} is no layer of a pi0.5")
+            raise UserError(f"{where}: {stem}{strange[0]} is no layer of a {family.title}")
         return 1 + max(map(int, layers), default=-1)
 
     def stack(stem: str) -> dict[str, int]:
@@ -71,7 +75,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
         "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
     )
     llm, expert = stack(f"{pali}language_model."), stack("paligemma_with_expert.gemma_expert.model.")
-    if "time_mlp_in.weight" not in names and (other := other_network(names)):
+    if other := other_network(names, family.type):
         raise UserError(f"{where}: {other}")
     patch = shape(f"{vit}embeddings.patch_embedding.weight", 4)
     positions = shape(f"{vit}embeddings.position_embedding.weight")[0]
@@ -84,7 +88,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
         "patch": patch[2],
         "image_size": isqrt(positions) * patch[2],
     }
-    return Pi05Config.from_dict(
+    return family.config.from_dict(
         {
             "llm": llm,
             "expert": expert,
@@ -92,6 +96,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
             "vocab_size": shape(EMBEDDING if EMBEDDING in names else TIED)[0],
             "action_dim": shape("action_in_proj.weight")[1],
             "action_horizon": action_horizon,
+            **({"state_dim": shape("state_proj.weight")[1]} if family.config.suffix_state_tokens else {}),
         },
         where,
     )

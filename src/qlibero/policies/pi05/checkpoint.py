@@ -29,16 +29,15 @@ from qlibero.errors import UserError
 from qlibero.policies.pi05.architecture import architecture
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import Declared
+from qlibero.policies.pi05.family import FAMILY, Family
 from qlibero.policies.pi05.lerobot import PRE, LerobotFiles, read_lerobot
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.normalize import Mode
-from qlibero.policies.pi05.profiles import PROFILES, Profile
+from qlibero.policies.pi05.profiles import Profile
 from qlibero.policies.pi05.tensor_table import TensorTable, faulty, tensor_table
-from qlibero.policies.pi05.unreadable import require_pi05
+from qlibero.policies.pi05.unreadable import require_type
 from qlibero.policies.pi05.weights import WEIGHTS, Weights, fault_of, find_weights, sha256
 from qlibero.policies.structured import Open, Strict, fit, read_json, short
-
-FORMAT = "qlibero-pi05-1"
 
 Kind = Literal["qlibero", "openpi", "lerobot"]
 _Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
@@ -47,7 +46,7 @@ _Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1
 class _Ours(Strict):
     """config.json of our own kind. `architecture` is `Pi05Config`'s."""
 
-    format: Literal["qlibero-pi05-1"]
+    format: str
     name: _Text | None = None
     profile: Any = None
     normalization: Any = None
@@ -71,6 +70,7 @@ class Checkpoint:
     """A directory, looked at but not loaded."""
 
     path: Path
+    family: Family
     kind: Kind
     config: Pi05Config
     """`action_horizon` is 0 where no file says it."""
@@ -116,8 +116,8 @@ class Checkpoint:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, action_horizon=known or said))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at a directory. `UserError` when it is no checkpoint, or is one that cannot be read (truncated, JAX, …)."""
+def open_checkpoint(path: Path, family: Family = FAMILY) -> Checkpoint:
+    """Look at a directory. `UserError` when it is no checkpoint of the family, or cannot be read (truncated, JAX …)."""
     path = Path(path)
     if not path.is_dir():
         what = (
@@ -127,60 +127,54 @@ def open_checkpoint(path: Path) -> Checkpoint:
     where = path / "config.json"
     raw = read_json(where) if where.exists() or where.is_symlink() else {}
     if "format" in raw:
-        return _open_ours(path, raw)
-    require_pi05(raw, where)
+        return _open_ours(path, raw, family)
+    require_type(raw, where, family.type, family.title)
     weights = find_weights(path)
-    if raw.get("type") == "pi05" or (path / PRE).is_file():
-        return _open_lerobot(path, raw, weights)
+    if raw.get("type") == family.type or (path / PRE).is_file():
+        return _open_lerobot(path, raw, weights, family)
     said = fit(_Openpi, raw, str(where))
-    if said.pi05 is False:
-        require_pi05({"type": "pi0"}, where)
+    if said.pi05 is not None:
+        require_type({"type": "pi05" if said.pi05 else "pi0"}, where, family.type, family.title)
     declared = Declared("config.json", action_horizon=said.action_horizon, max_token_len=said.max_token_len)
-    config = _sizes(weights, declared, said.action_dim, where)
-    why = (
-        "openpi's files do not say whether the state was in the prompt; the published pi05_libero was trained without "
-        "it"
-    )
-    return Checkpoint(path, "openpi", config, None, "openpi", why, weights, declared, raw)
+    config = _sizes(weights, declared, said.action_dim, where, family)
+    guess, why = family.openpi
+    return Checkpoint(path, family, "openpi", config, None, guess, why, weights, declared, raw)
 
 
-def _open_ours(path: Path, raw: dict[str, Any]) -> Checkpoint:
+def _open_ours(path: Path, raw: dict[str, Any], family: Family) -> Checkpoint:
     where = path / "config.json"
-    if raw["format"] != FORMAT:
-        raise UserError(f"{where}: format is {short(raw['format'])!r}; this version reads {FORMAT}")
+    if raw["format"] != family.format:
+        raise UserError(
+            f"{where}: format is {short(raw['format'])!r}; of policy.type {family.type} this version reads "
+            f"{family.format}"
+        )
     said = fit(_Ours, raw, str(where))
     silent = isinstance(said.architecture, dict) and "action_horizon" not in said.architecture
     architecture = {"action_horizon": 0, **said.architecture} if silent else said.architecture
-    config = Pi05Config.from_dict(architecture, str(where))
+    config = family.config.from_dict(architecture, str(where))
     if not (config.action_horizon or silent):
         raise UserError(f"{where}: architecture.action_horizon is 0; a chunk has at least one action")
     if config.vision.type == "conv" and config.vision.cameras != 2:
         raise UserError(f"{where}: architecture.vision.cameras is {config.vision.cameras}; LIBERO feeds two")
-    profile = profile_named(said.profile, where)
+    profile = profile_named(said.profile, where, family)
     declared = Declared("config.json", action_horizon=config.action_horizon or None, flow_steps=config.flow_steps)
     weights = find_weights(path)
-    return Checkpoint(path, "qlibero", config, profile, profile.name, "config.json names it", weights, declared, raw)
-
-
-def _open_lerobot(path: Path, raw: dict[str, Any], weights: Weights) -> Checkpoint:
-    files = read_lerobot(path, raw)
-    config = _sizes(weights, files.declared, files.config.max_action_dim, path / "config.json")
-    # Read off LeRobot's tags: 0.5.1 added `use_relative_actions` to the config, 0.5.0 stopped padding the
-    # state to 32.
-    new = "use_relative_actions" in raw
-    reason = (
-        "LeRobot's files do not record the version that trained the weights: 0.4.x wrote 32 state numbers into the "
-        f"prompt, later versions 8. config.json {'has' if new else 'lacks'} use_relative_actions, so LeRobot "
-        f"{'0.5.1 or later' if new else '0.5.0 or earlier'} saved it (weights may be older than the file: "
-        "lerobot-0.4 or lerobot-0.6, try the other if this scores 0 %)"
+    return Checkpoint(
+        path, family, "qlibero", config, profile, profile.name, "config.json names it", weights, declared, raw
     )
-    guess = "lerobot-0.6" if new else "lerobot-0.4"
-    return Checkpoint(path, "lerobot", config, None, guess, reason, weights, files.declared, raw, files)
 
 
-def _sizes(weights: Weights, declared: Declared, action_dim: int | None, where: Path) -> Pi05Config:
+def _open_lerobot(path: Path, raw: dict[str, Any], weights: Weights, family: Family) -> Checkpoint:
+    files = read_lerobot(path, raw, family)
+    config = _sizes(weights, files.declared, files.config.max_action_dim, path / "config.json", family)
+    guess, why = family.lerobot(raw)
+    proven = family.profiles[guess] if family.lerobot_proves else None
+    return Checkpoint(path, family, "lerobot", config, proven, guess, why, weights, files.declared, raw, files)
+
+
+def _sizes(weights: Weights, declared: Declared, action_dim: int | None, where: Path, family: Family) -> Pi05Config:
     """The network that the tensors make, with the numbers that only the files' text can say."""
-    config = architecture(weights.shapes, declared.action_horizon or 0, str(weights))
+    config = architecture(weights.shapes, declared.action_horizon or 0, str(weights), family)
     if action_dim not in (None, config.action_dim):
         raise UserError(
             f"{where} says {action_dim} action dimensions, the tensor action_in_proj has {config.action_dim}"
@@ -209,7 +203,7 @@ def load_model(
     if table.problems:
         raise UserError(f"{checkpoint.weights} does not fit its architecture: {'; '.join(table.problems)}")
     with torch.device("meta"):
-        model = Pi05Model(checkpoint.config)
+        model = checkpoint.family.model(checkpoint.config)
     faults: dict[str, str] = {}
     for name, tensor in tensors(checkpoint, table, skip=skip):
         if fault := fault_of(tensor):
@@ -229,11 +223,11 @@ def _place(model: Pi05Model, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def profile_named(name: Any, where: Path) -> Profile:
-    """The profile that a file names; UserError when there is none of that name."""
-    if not isinstance(name, str) or name not in PROFILES:
-        raise UserError(f"{where}: profile {short(name)!r} is not known; known: {', '.join(PROFILES)}")
-    return PROFILES[name]
+def profile_named(name: Any, where: Path, family: Family = FAMILY) -> Profile:
+    """The family's profile that a file names; UserError when there is none of that name."""
+    if not isinstance(name, str) or name not in family.profiles:
+        raise UserError(f"{where}: profile {short(name)!r} is not known; known: {', '.join(family.profiles)}")
+    return family.profiles[name]
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -248,6 +242,7 @@ def write_checkpoint(
     normalization: Mode = "quantile",
     asset_id: str = "qlibero/libero",
     dtype: torch.dtype = torch.bfloat16,
+    family: Family = FAMILY,
 ) -> str:
     """Write our own kind of directory (openpi's plus config.json and tokenizer.json); returns the weights' sha256.
 
@@ -260,7 +255,7 @@ def write_checkpoint(
     state = {key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, path / WEIGHTS, metadata={"format": "pt"})
     content = {
-        "format": FORMAT,
+        "format": family.format,
         "name": name,
         "profile": profile,
         "normalization": normalization,

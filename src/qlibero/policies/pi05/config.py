@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field
 
@@ -106,6 +106,8 @@ class Pi05Config:
     """A whole network. `state_dim > 0` adds a continuous state token (prompt mode `proj`) to the prefix."""
 
     __pydantic_config__ = _STRICT
+    suffix_state_tokens: ClassVar[int] = 0
+    """State tokens among the action expert's."""
 
     llm: GemmaConfig
     expert: GemmaConfig
@@ -120,6 +122,11 @@ class Pi05Config:
     min_period: Annotated[float, Field(gt=0, le=1e6)] = 4e-3
     max_period: Annotated[float, Field(gt=0, le=1e6)] = 4.0
 
+    @property
+    def prefix_state_tokens(self) -> int:
+        """State tokens among the language model's."""
+        return 1 if self.state_dim else 0
+
     def __post_init__(self) -> None:
         for field in ("depth", "num_heads", "head_dim"):
             ours, theirs = getattr(self.llm, field), getattr(self.expert, field)
@@ -133,14 +140,14 @@ class Pi05Config:
         """JSON-ready."""
         return dataclasses.asdict(self)
 
-    @staticmethod
-    def from_dict(data: Any, where: str = "the file") -> Pi05Config:
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "the file") -> Self:
         """Inverse of `to_dict`; a `UserError` names the file (`where`) and every key that is unknown, missing, of
         another type or out of bounds."""
         if isinstance(data, dict) and isinstance(data.get("vision"), dict):
             data = data | {"vision": {"type": "siglip"} | data["vision"]}
         try:
-            return fit(Pi05Config, data, where, at="architecture")
+            return fit(cls, data, where, at="architecture")
         except UserError as error:
             said = re.sub(r"\bvision\.(siglip|conv)\b", "vision", str(error).removeprefix(f"{where}: "))
             raise UserError(f"{where}: {said}") from None

@@ -116,7 +116,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (self.width,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
     def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B, cond_dim)."""
+        """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B, cond_dim); of a
+        plain norm its factor, no shift and an open gate, (1, 1, width)."""
+        if not hasattr(self, "dense"):
+            factor = (1.0 + self.weight.float())[None, None]
+            return factor, torch.zeros_like(factor), torch.ones_like(factor)
         scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, -1)
         return 1.0 + scale, shift, gate
 

@@ -1,4 +1,4 @@
-"""LeRobot's files: config.json and the two processor pipelines, held against what qlibero does with a pi0.5.
+"""LeRobot's files: config.json and the two processor pipelines, held against what qlibero does with a pi0.5 or pi0.
 
 LeRobot feeds cameras in the order of `input_features` after the saved steps have run. Every step is known here with the
 settings under which it changes nothing that LIBERO sees, or is taken over (rename map, token limit, normalisation);
@@ -8,15 +8,19 @@ anything else is refused by its name. Read off LeRobot 0.4.0-0.6.1.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from qlibero.errors import UserError
 from qlibero.policies.pi05.declared import AGENT, WRIST, Declared
 from qlibero.policies.structured import Open, fit, read_json, short
+
+if TYPE_CHECKING:
+    from qlibero.policies.pi05.family import Family
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 _IMAGES = "observation.images."
@@ -104,7 +108,7 @@ class LerobotFiles:
         )
 
 
-def read_lerobot(path: Path, raw: dict[str, Any]) -> LerobotFiles:
+def read_lerobot(path: Path, raw: dict[str, Any], family: Family) -> LerobotFiles:
     """The directory's files; `raw` is its config.json. UserError for what is declared and not supported."""
     where = f"{path}/config.json"
     config = fit(Config, raw, where)
@@ -120,9 +124,9 @@ def read_lerobot(path: Path, raw: dict[str, Any]) -> LerobotFiles:
     pre, post = _steps(path / PRE), _steps(path / POST)
     for file, steps in ((path / PRE, pre), (path / POST, post)):
         for step in steps:
-            _require_known(step, str(file))
+            _require_known(step, str(file), family.steps)
         _require_once(steps, str(file))
-    _require_order(pre, str(path / PRE))
+    _require_order(pre, str(path / PRE), family.order)
     tokenizer = next((step for step in pre if step.registry_name == "tokenizer_processor"), Step())
     limits = {fit(_Limit, tokenizer.config, f"{path / PRE}: tokenizer_processor").max_length}
     limits = (limits | {config.tokenizer_max_length}) - {None}
@@ -162,22 +166,22 @@ def _steps(file: Path) -> tuple[Step, ...]:
     return fit(_Pipeline, read_json(file), str(file)).steps if file.is_file() else ()
 
 
-def _require_known(step: Step, where: str) -> None:
+def _require_known(step: Step, where: str, steps: Mapping[str, Mapping[str, Any]]) -> None:
     name = step.registry_name or short((step.model_extra or {}).get("class", "a step without a name"))
-    if name not in _NEUTRAL:
+    if name not in steps:
         raise UserError(
-            f"{where}: the step {name} is not supported (known: {', '.join(_NEUTRAL)}); if it changes nothing on "
+            f"{where}: the step {name} is not supported (known: {', '.join(steps)}); if it changes nothing on "
             "LIBERO, remove it from the file"
         )
     for key, value in step.config.items():
-        allowed = _NEUTRAL[name].get(key, _ANYTHING if name in _FREE else ())
+        allowed = steps[name].get(key, _ANYTHING if name in _FREE else ())
         if allowed is not _ANYTHING and not any(value == known and type(value) is type(known) for known in allowed):
             known = ", ".join(str(one) for one in allowed) or "not a known key"
             raise UserError(f"{where}: {name}.{key} is {short(value)}, which is not supported (supported: {known})")
 
 
 _ANYTHING: Any = object()
-_NEUTRAL: dict[str, dict[str, Any]] = {
+SHARED_STEPS: dict[str, dict[str, Any]] = {
     "rename_observations_processor": {"rename_map": _ANYTHING},
     "to_batch_processor": {},
     "relative_actions_processor": {"enabled": (False,), "exclude_joints": _ANYTHING, "action_names": _ANYTHING},
@@ -190,7 +194,6 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "normalize_observation_keys": (None, ["observation.state"]),
     },
     "unnormalizer_processor": {"eps": (1e-8,), "features": _ANYTHING, "norm_map": _ANYTHING},
-    "pi05_prepare_state_tokenizer_processor_step": {"max_state_dim": (32,), "task_key": ("task",)},
     "tokenizer_processor": {
         "tokenizer_name": _ANYTHING,
         "max_length": _ANYTHING,
@@ -201,8 +204,8 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
     },
     "device_processor": {"device": _ANYTHING, "float_dtype": (None, "float32")},
 }
-"""Steps of LeRobot's pi0.5 and, for each key, the values that mean what qlibero does. `_ANYTHING` is read elsewhere or
-decides nothing."""
+"""Steps of LeRobot's pi0.5 and pi0 and, for each key, the values that mean what qlibero does. `_ANYTHING` is read
+elsewhere or decides nothing. What only one of the two has stands in its `family.py`."""
 _FREE = ("to_batch_processor",)
 
 
@@ -212,20 +215,11 @@ def _require_once(steps: tuple[Step, ...], where: str) -> None:
         raise UserError(f"{where}: the step {twice} stands there {order.count(twice)} times")
 
 
-def _require_order(pre: tuple[Step, ...], where: str) -> None:
+def _require_order(pre: tuple[Step, ...], where: str, chain: tuple[str, ...]) -> None:
     """The state has to be normalised before it is written into the prompt, names changed before they are looked up."""
     order = [step.registry_name for step in pre]
-    chain = [
-        name
-        for name in (
-            "rename_observations_processor",
-            "normalizer_processor",
-            "pi05_prepare_state_tokenizer_processor_step",
-            "tokenizer_processor",
-        )
-        if name in order
-    ]
-    if sorted(chain, key=order.index) != chain:
+    chain = tuple(name for name in chain if name in order)
+    if tuple(sorted(chain, key=order.index)) != chain:
         raise UserError(f"{where}: the steps run as {', '.join(map(str, order))}; supported is {', '.join(chain)}")
 
 

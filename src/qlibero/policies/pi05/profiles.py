@@ -13,7 +13,7 @@ import numpy as np
 
 from qlibero.policies.pi05.images import Resize
 
-PromptMode = Literal["none", "prompt", "proj"]
+PromptMode = Literal["none", "prompt", "proj", "suffix"]
 STATE_NUMBERS = 8
 """What LIBERO's robot has: position 3, axis-angle 3, gripper 2."""
 BINS = 256
@@ -26,7 +26,7 @@ class Profile:
     name: str
     prompt: PromptMode
     """`none`: the task only (robot state is ignored altogether); `prompt`: state as 256-bin integers in the
-    text; `proj`: state as a continuous token."""
+    text; `proj`: state as a continuous token of the language model's; `suffix`: of the action expert's (pi0)."""
     state_numbers: int
     """How many state numbers enter (prompt: written into the text, zero-padded to this; proj: width of
     state_proj)."""
@@ -34,9 +34,15 @@ class Profile:
     statistics: Literal["openpi", "lerobot"]
     """Where statistics come from and how they are spelt, see `normalize.py`."""
     why: str
+    cleaned: bool = True
+    """The task is stripped, its underscores and line ends are blanks, and its final line end is a piece of its own."""
+    adds_state: bool = False
+    """Actions 0-5 are relative to the state: its first six numbers, as the robot has them, are added."""
 
     def text(self, prompt: str, state: np.ndarray) -> tuple[str, ...]:
         """The pieces of text to encode one after the other (a tokenizer must not merge across them)."""
+        if not self.cleaned:
+            return (f"{prompt}\n",)
         task = prompt.strip().replace("_", " ").replace("\n", " ")
         if self.prompt == "prompt":
             # Zero padding happens after normalisation, so a padded number is written as the bin of 0.0.

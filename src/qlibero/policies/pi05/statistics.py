@@ -71,9 +71,7 @@ def normalization(checkpoint: Checkpoint) -> dict[str, tuple[Mode, str]]:
         return {name: _lerobot_mode(checkpoint, name) for name in NUMBERS}
     mode = checkpoint.raw.get("normalization")
     if mode is None and checkpoint.kind == "openpi":
-        # Its files do not say; its training config does: use_quantile_norm = model_type != ModelType.PI0.
-        why = "openpi normalises every pi0.5 by quantiles, and the tensors (AdaRMS) are a pi0.5's"
-        return dict.fromkeys(NUMBERS, ("quantile", why))
+        return dict.fromkeys(NUMBERS, checkpoint.family.openpi_mode)
     if mode not in get_args(Mode):
         raise UserError(
             f"{checkpoint.path}/config.json: normalization is {short(mode)!r}; write one of "
@@ -225,7 +223,7 @@ def _lerobot_entry(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Any], s
                 elif of.startswith("observation.image") and images != "IDENTITY":
                     raise UserError(
                         f"{checkpoint.path / processor}: normalisation {short(images)!r} of VISUAL, with statistics of "
-                        f"{of}, is not supported; pi0.5 takes frames as they are (IDENTITY)"
+                        f"{of}, is not supported; {checkpoint.family.title} takes frames as they are (IDENTITY)"
                     )
     except (SafetensorError, OSError, ValueError, MemoryError, TypeError) as error:
         raise UserError(f"{file} cannot be read as safetensors: {error}") from None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlibero.policies.pi05.architecture import EMBEDDING, TIED, strip
-from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.unreadable import other_network
 from qlibero.policies.pi05.weights import FLOATING
 
@@ -55,7 +54,7 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
     """Match the file's names, shapes and types with the network's, by loader rules (prefixes, tied embedding, unused
     heads)."""
     with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in Pi05Model(checkpoint.config).state_dict().items()}
+        wanted = {name: tuple(t.shape) for name, t in checkpoint.family.model(checkpoint.config).state_dict().items()}
     notes, twins = [], []
     shapes, dtypes = checkpoint.weights.shapes, checkpoint.weights.dtypes
     renamed: dict[str, str] = {}
@@ -81,7 +80,7 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
     ]
     source = {name: renamed[name] for name in wanted if name in renamed}
     mistyped = [f"{name} {dtypes[of]}" for name, of in source.items() if dtypes[of] not in FLOATING]
-    other = other_network(map(strip, extra)) if extra else None
+    other = other_network(map(strip, extra), checkpoint.family.type) if extra else None
     return TensorTable(source, missing, extra, misshapen, notes, twins, mistyped, other)
 
 

@@ -1,4 +1,4 @@
-"""What a directory is when it is no pi0.5 checkpoint that can be read, and in one line what to do about it.
+"""What a directory is when it is no checkpoint that can be read, and in one line what to do about it.
 
 People give the folder above, the adapter without its base, the file before conversion or another policy altogether;
 each of these has a shape of its own.
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qlibero.errors import UserError
-from qlibero.policies.structured import short
+from qlibero.errors import QliberoError, UserError
+from qlibero.policies.structured import read_json, short
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -20,12 +20,9 @@ _SERVER = "evaluate it through a server of its own code (policy: {type: remote, 
 _BELOW = 3
 """Levels of folders searched for the weights that are not where they were said to be."""
 _ENTRIES = 1000
-_PI0 = (
-    "it takes the state as a token and has no adaptive norms, so its weights mean something else than a pi0.5's; "
-    + _SERVER
-)
 OTHER_TYPES = {
-    "pi0": ("pi0", _PI0),
+    "pi05": ("pi0.5", "write policy: {type: pi05, checkpoint: …}"),
+    "pi0": ("pi0", "write policy: {type: pi0, checkpoint: …}"),
     "pi0_fast": ("pi0-FAST", _SERVER),
     "pi0fast": ("pi0-FAST", _SERVER),
     "smolvla": ("SmolVLA", _SERVER),
@@ -35,7 +32,8 @@ OTHER_TYPES = {
 }
 """How other policies call themselves in `type` or `model_type` of config.json (by its beginning): (name, cure)."""
 _OTHER_TENSORS = (
-    ("action_time_mlp_in.weight", "pi0", _PI0),
+    ("action_time_mlp_in.weight", *OTHER_TYPES["pi0"]),
+    ("time_mlp_in.weight", *OTHER_TYPES["pi05"]),
     ("vlm_with_expert.", "SmolVLA", _SERVER),
     ("action_head.", "GR00T", _SERVER),
     ("vision_backbone.", "OpenVLA", _SERVER),
@@ -67,22 +65,36 @@ def why_no_weights(path: Path, weights: str, index: str) -> str | None:
     return f"checkpoint {path} has no {weights}; found: {short(found)}"
 
 
-def require_pi05(raw: dict[str, Any], where: Path) -> None:
-    """UserError when config.json says that this is another policy."""
+def require_type(raw: dict[str, Any], where: Path, family: str, title: str) -> None:
+    """UserError when config.json says that this is another policy than the `family`, which people call `title`."""
     for key in ("type", "model_type"):
         said = raw.get(key)
-        if said is None or said == "pi05":
+        if said is None or said == family:
             continue
         text = said.lower() if isinstance(said, str) else ""
         name, cure = next((OTHER_TYPES[t] for t in sorted(OTHER_TYPES, reverse=True) if text.startswith(t)), (None, ""))
         this = f"this is a {name} policy" if name else "this is a policy that qlibero does not know"
         raise UserError(
-            f"{where}: {key} is {short(said)!r}: {this}, and only pi0.5 (pi05) is read here; {cure or _SERVER}"
+            f"{where}: {key} is {short(said)!r}: {this}, and policy.type says {family} ({title}); {cure or _SERVER}"
         )
 
 
-def other_network(names: Iterable[str]) -> str | None:
-    """What network tensors of these (stripped) names make, if it is known and no pi0.5; with its cure."""
+def declared_type(path: Path) -> str | None:
+    """The family that a checkpoint directory's config.json names, in whichever of the ways there are; None where it
+    says nothing, or cannot be read (whoever opens the directory says why)."""
+    try:
+        raw = read_json(path / "config.json")
+    except QliberoError:
+        return None
+    if isinstance(raw.get("format"), str):
+        return str(raw["format"]).removeprefix("qlibero-").rpartition("-")[0]
+    if isinstance(raw.get("pi05"), bool):
+        return "pi05" if raw["pi05"] else "pi0"
+    return raw["type"] if isinstance(raw.get("type"), str) else None
+
+
+def other_network(names: Iterable[str], family: str) -> str | None:
+    """What network tensors of these (stripped) names make, if it is known and not the `family`'s; with its cure."""
     names = list(names)
     if any("lora_" in name or ".base_layer." in name for name in names):
         return (
@@ -94,8 +106,9 @@ def other_network(names: Iterable[str]) -> str | None:
             "its names are those of LeRobot 0.3 and older; convert it with LeRobot's "
             "migrate_policy_normalization.py and a newer save_pretrained()"
         )
+    own = OTHER_TYPES[family][0]
     for stem, name, cure in _OTHER_TENSORS:
-        if any(found.startswith(stem) for found in names):
+        if name != own and any(found.startswith(stem) for found in names):
             return f"its tensors ({stem}…) are those of a {name} policy: {cure}"
     return None
 

@@ -12,32 +12,33 @@ from typing import Any
 
 import torch
 
-from qlibero.config.schema import Pi05
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, file_hashes, open_checkpoint, tensors
 from qlibero.policies.pi05.declared import differences
+from qlibero.policies.pi05.family import FAMILY, Family
 from qlibero.policies.pi05.policy import require_match
-from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.statistics import asset_ids, load_statistics, normalization
 from qlibero.policies.pi05.tensor_table import faulty, listed, tensor_table
 from qlibero.policies.pi05.tokenizer import load_tokenizer
 from qlibero.policies.pi05.weights import fault_of
+from qlibero.policies.settings import CheckpointSettings
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
+def verify_checkpoint(path: Path, family: Family = FAMILY) -> dict[str, Any]:
     """A JSON-ready report on a checkpoint directory.
 
-    Keys: path, kind, ok, problems (list of sentences, empty when ok), conditions (what a config has to say so that
-    it loads; empty when nothing), notes (what is worth knowing: renamed tensors, numbers that the files declare and a
-    run with the default settings does otherwise), declared (what the files say about how to run it, null where they are
-    silent), parameters, tensors, dtypes, architecture (action_horizon null where no file says it), missing, extra,
-    misshapen, non_finite, faults ({name: what is wrong with its numbers}), statistics ({"state": {"mode", "why",
-    "dimensions"}, …} or None), profile ({"guess", "proven", "why", "means"}), sha256 ({file: digest}).
+    Keys: path, family, kind, ok, problems (list of sentences, empty when ok), conditions (what a config has to say
+    so that it loads; empty when nothing), notes (what is worth knowing: renamed tensors, numbers that the files
+    declare and a run with the default settings does otherwise), declared (what the files say about how to run it,
+    null where they are silent), parameters, tensors, dtypes, architecture (action_horizon null where no file says
+    it), missing, extra, misshapen, non_finite, faults ({name: what is wrong with its numbers}), statistics
+    ({"state": {"mode", "why", "dimensions"}, …} or None), profile ({"guess", "proven", "why", "means"}), sha256
+    ({file: digest}).
 
     Raises `UserError` only when there is no checkpoint to speak of (no directory, no readable safetensors, another
     policy, settings that are not supported).
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = open_checkpoint(Path(path), family)
     table = tensor_table(checkpoint)
     faults, zeros = {}, []
     for name, tensor in tensors(checkpoint, table):
@@ -63,12 +64,13 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     tokenizer = checkpoint.path / "tokenizer.json"
     if checkpoint.kind == "qlibero" or tokenizer.exists():
         try:
-            require_match(checkpoint.config, PROFILES[checkpoint.guess], load_tokenizer(tokenizer))
+            require_match(checkpoint.config, family.profiles[checkpoint.guess], load_tokenizer(tokenizer))
         except UserError as error:
             problems.append(str(error))
     shapes = checkpoint.shapes
     return {
         "path": str(checkpoint.path),
+        "family": family.type,
         "kind": checkpoint.kind,
         "ok": not problems,
         "problems": problems,
@@ -91,7 +93,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             "guess": checkpoint.guess,
             "proven": checkpoint.profile is not None,
             "why": checkpoint.profile_reason,
-            "means": PROFILES[checkpoint.guess].why,
+            "means": family.profiles[checkpoint.guess].why,
         },
         "sha256": file_hashes(checkpoint.path),
     }
@@ -117,5 +119,5 @@ def _conditions(checkpoint: Checkpoint) -> list[str]:
 
 def _differences(checkpoint: Checkpoint) -> list[str]:
     """What the files declare and a run with default settings does otherwise."""
-    defaults = {name: Pi05.model_fields[name].default for name in ("flow_steps", "replan_steps")}
+    defaults = {name: CheckpointSettings.model_fields[name].default for name in ("flow_steps", "replan_steps")}
     return differences(checkpoint.declared, **defaults)
