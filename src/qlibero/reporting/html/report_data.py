@@ -73,7 +73,7 @@ class Material:
     runs: Sequence[RunResults]
     parts: tuple[Part, ...]
     arms: dict[str, Arm]
-    filmed: tuple[Video, ...] = ()
+    recorded: tuple[Video, ...] = ()
     """Of flipped episodes, those that the page holds."""
     left_out: int = 0
     """How many more there are."""
@@ -170,7 +170,7 @@ def planned_episodes(run: RunResults) -> int | None:
 
 
 def flipped_videos(m: Material) -> list[Video]:
-    """Filmed episodes that flipped, broken before repaired, one arm after the other so that each gets its share."""
+    """Flipped episodes with a video, broken before repaired, one arm after the other so that each gets its share."""
     queues = []
     for id_, result in m.compared.items():
         arm, base = m.arms[id_], m.reference_of(id_)

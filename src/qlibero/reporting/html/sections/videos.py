@@ -10,11 +10,11 @@ from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import Material, Video
 from qlibero.reporting.html.sections.parts import section
 
-PLUGIN = SectionPlugin("videos", "films of flipped episodes, side by side", provides="videos", order=50)
+PLUGIN = SectionPlugin("videos", "videos of flipped episodes, side by side", provides="videos", order=50)
 
 
 def videos(m: Material) -> Markup | None:
-    chosen, left_out = m.filmed, m.left_out
+    chosen, left_out = m.recorded, m.left_out
     if not chosen:
         return None
     many = len({v.key.suite for v in chosen}) > 1
@@ -89,7 +89,7 @@ def videos(m: Material) -> Markup | None:
         store,
         lead="Both videos share one clock and the same scene and policy noise, so they look the same until they part."
         + (
-            f" {left_out} more flipped episode{'s were' if left_out > 1 else ' was'} filmed "
+            f" {left_out} more flipped episode{'s were' if left_out > 1 else ' was'} recorded "
             "but left out to keep this file small."
             if left_out
             else ""
