@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from qlibero.results.sampling import AGAINST, IN_FAVOUR, design_effect
-from qlibero.results.scores import score_zs
-from qlibero.results.statistics import favoured, tango_zs
+from qlibero.stats.proportions import favoured, tango_zs
+from qlibero.stats.sampling import AGAINST, IN_FAVOUR, design_effect
+from qlibero.stats.scores import score_zs
 
 MARGIN = 0.02
 RUNS = 8_000

@@ -15,13 +15,13 @@ from synthetic_run import make_run
 from qlibero.cli import main
 from qlibero.errors import UserError
 from qlibero.reporting.terminal import print_comparison
-from qlibero.results import statistics as st
 from qlibero.results.compare import compare_paths, compare_runs
 from qlibero.results.export import export_episodes
-from qlibero.results.foreign import compare_foreign
+from qlibero.results.external_results import compare_foreign
 from qlibero.results.imports import read_foreign
-from qlibero.results.judgement import plain_word
-from qlibero.results.sampling import Sample
+from qlibero.results.paired_outcomes import plain_word
+from qlibero.stats import proportions as st
+from qlibero.stats.sampling import Sample
 
 
 def fork(path, failures=(), episodes=20, suite="libero_object", as_csv=False):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from qlibero.errors import WorkFailed
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
-from qlibero.kernels.diagnoses import diagnose_shape, explain
-from qlibero.kernels.finish import finish
+from qlibero.kernels.epilogue_dispatch import finish
+from qlibero.kernels.known_errors import diagnose_shape, explain
 
 BACKEND_OF = {(8, 0): "tl", (8, 6): "tl", (8, 9): "tl", (9, 0): "tir"}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlibero.kernels.contract import FP32_EXACT, GemmShape, Kernel, PackedWeight, Support
-from qlibero.kernels.finish import finish
+from qlibero.kernels.epilogue_dispatch import finish
 
 _CAN_RETURN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # of bf16 operands, on CUDA
 WIDEST_ACTIVATION = 127  # a kernel sees int8 codes, not how many bits made them

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.cpu_int4 import cpu_multiplies_int8_fast
-from qlibero.kernels.finish import finish
+from qlibero.kernels.epilogue_dispatch import finish
 
 CUDA_LEAST_ROWS = 32  # the op demands more than 16; a full tile costs the same
 

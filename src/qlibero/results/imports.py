@@ -1,7 +1,7 @@
 """Results of other tools, read as far as they go: LeRobot, the openpi fork this grew from, vla-eval.
 
 None of them records what the scene was, and LeRobot not even which initial state an episode started from. So
-an import is a `ForeignArm`: outcomes under the best key the file has. `foreign.py` compares them.
+an import is a `ForeignArm`: outcomes under the best key the file has. `external_results.py` compares them.
 
 Formats (read in the sources, 2026-11):
   LeRobot   eval_info.json {"per_task": [{"task_group", "task_id", "metrics": {"successes": [bool]}}], "overall"};
