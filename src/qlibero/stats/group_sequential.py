@@ -74,10 +74,15 @@ def evidence(low: Counts, high: Counts, n: int, margin: float) -> tuple[np.ndarr
     `low` and `high` are (broken, repaired) at worst and at best for the arm, where errors leave that open; arrays of
     equal shape or numbers.
     """
-    return (
-        tango_zs(*favoured(*low, n, -AGAINST), n, -margin),
-        -tango_zs(*favoured(*high, n, IN_FAVOUR), n, -margin),
-    )
+    return _above(low, n, -margin), _below(high, n, -margin)
+
+
+def _above(low: Counts, n: int, delta: float) -> np.ndarray:
+    return tango_zs(*favoured(*low, n, -AGAINST), n, delta)
+
+
+def _below(high: Counts, n: int, delta: float) -> np.ndarray:
+    return -tango_zs(*favoured(*high, n, IN_FAVOUR), n, delta)
 
 
 def repeated_interval(low: Counts, high: Counts, n: int, critical: float) -> Interval:
@@ -88,8 +93,8 @@ def repeated_interval(low: Counts, high: Counts, n: int, critical: float) -> Int
     """
     estimate = [(int(repaired) - int(broken)) / n for broken, repaired in (low, high)]
     return (
-        bisect(lambda d: evidence(low, high, n, -d)[0] >= critical, -1.0, estimate[0]),
-        bisect(lambda d: evidence(low, high, n, -d)[1] < critical, min(1.0, estimate[1]), 1.0),
+        bisect(lambda d: _above(low, n, d) >= critical, -1.0, estimate[0]),
+        bisect(lambda d: _below(high, n, d) < critical, min(1.0, estimate[1]), 1.0),
     )
 
 
