@@ -6,7 +6,7 @@ order, so the accumulator is the integer kernel's bit for bit, at the price of o
 reaches 2^24 (8-bit weights beyond K = 1032) the product is cut along K into exact pieces that are added in int32.
 
 On CUDA the operands are bf16 (a code needs at most 8 significant bits) and the product accumulates and returns fp32;
-the court checks that a GPU's tensor cores keep all 24 bits before it is believed.
+validation checks that a GPU's tensor cores keep all 24 bits before it is believed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,15 @@ class Fake(Kernel):
         groups = list(self._group_accumulators(codes_x, packed))
         return groups[0] if packed.group_size is None else torch.stack(groups)
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         groups = self._group_accumulators(codes_x, packed)  # one at a time: G·M·N fp32 would not fit for long prefixes
         acc = next(groups) if packed.group_size is None else groups
         return finish(acc, s_x, s_w, bias, out_dtype)
