@@ -203,3 +203,45 @@ def test_a_recheck_file_that_is_none_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="recheck-000of001-1.json: not what a run writes"):
             rechecks(tmp_path, "arm")
+
+
+def test_a_served_kernel_that_changes_ends_the_server(policy, artifact, registered, monkeypatch):
+    """The client whose actions were wrong never gets them, nor does the next one, and `serve` ends with status 3."""
+    import threading
+
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    from qlibero.errors import GuardRefusal
+    from qlibero.policies.server import ServerSettings, serve
+    from qlibero.policies.wire import pack
+
+    monkeypatch.setattr("qlibero.quant.recheck.EVERY", 2)
+    quantized = quantize_policy(policy, artifact, registered(RightForItsFirstCalls))
+    watch = Recheck(quantized, artifact, quantize_policy(policy, artifact, "fake"))
+    ready, port, ended = threading.Event(), [], []
+
+    def serving():
+        try:
+            serve(quantized, ServerSettings(port=0), lambda found: (port.append(found), ready.set()), watch.guard)
+        except GuardRefusal as refusal:
+            ended.append(refusal)
+
+    server = threading.Thread(target=serving, daemon=True)
+    server.start()
+    assert ready.wait(20)
+    seen = observations(1)[0]
+    request = {"observation/image": seen.image, "observation/wrist_image": seen.wrist_image}
+    request |= {"observation/state": seen.state, "prompt": seen.prompt}
+    answers = []
+    with connect(f"ws://127.0.0.1:{port[0]}", max_size=None) as wire:
+        wire.recv()
+        try:
+            for _ in range(8):
+                wire.send(pack(request))
+                answers.append(wire.recv(timeout=30))
+        except ConnectionClosed:
+            pass
+    server.join(20)
+    assert not server.is_alive() and ended[0].exit_status == 3 and "actions differ from `fake`" in str(ended[0])
+    assert "actions differ from `fake`" in answers[-1] and all(isinstance(one, bytes) for one in answers[:-1])

@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.places import pasteable
 from qlibero.quoting import visible
+
+if TYPE_CHECKING:
+    from qlibero.quant.recheck import Recheck
 
 Document = dict[str, Any]
 
@@ -398,11 +401,14 @@ def serve(args: argparse.Namespace) -> Document:
 
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
     settings.require_possible()
-    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
+    rechecks: dict[str, Recheck] = {}
+    policies, meta = load_arms(experiment, [arms[args.arm]], explain, rechecks=rechecks)
+    recheck = rechecks.get(args.arm)
     listen(
         policies[args.arm],
         settings,
         lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"),
+        recheck.guard if recheck else None,
     )
     return {"served": args.arm, "policy": meta[args.arm]["policy"]}
 
