@@ -20,9 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from qlibero.documents import checked, read_bytes, read_json
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.files import replace
+from qlibero.files import open_own, replace
 from qlibero.identity import Identity
-from qlibero.results.locks import open_lock
 
 META_SCHEMA = 1
 EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d{1,30})\.jsonl")
@@ -173,7 +172,7 @@ def _write(run_dir: Path | str, arm: str, meta: Mapping[str, Any]) -> dict[str, 
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Shards of one arm read and write its meta.json in turn."""
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = open_lock(directory / ".lock-meta")
+    descriptor = open_own(directory / ".lock-meta", os.O_RDWR)
     try:
         with contextlib.suppress(OSError):  # a filesystem without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
