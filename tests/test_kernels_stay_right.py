@@ -199,10 +199,28 @@ def test_a_recheck_file_that_is_none_is_named(tmp_path):
     (tmp_path / "arm").mkdir()
     assert rechecks(tmp_path, "arm") is None
     path = tmp_path / "arm" / "recheck-000of001-1.json"
-    for text in ("", "[" * 10**5, '{"calls": "x"}', '{"calls": 1e999}', "null"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="recheck-000of001-1.json: not what a run writes"):
+    good = {"calls": 1, "repeated": 0, "not_repeated": "", "layers": 2, "products": 3, "wrong": []}
+    for key, value in (("calls", "x"), ("calls", -1), ("layers", 2.5), ("products", 10**30), ("wrong", None)):
+        path.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(UserError, match=f"recheck-000of001-1.json: {key}: "):
             rechecks(tmp_path, "arm")
+    for text in ("", "[" * 10**5, '{"calls": 1e999}', "null"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="recheck-000of001-1.json: "):
+            rechecks(tmp_path, "arm")
+    path.write_text(json.dumps(good))
+    assert rechecks(tmp_path, "arm")["products"] == 3
+
+
+@pytest.mark.parametrize("found", [{}, {"layers_consuming_int8": -1, "action_difference": 0.0}, [], "fine"], ids=str)
+def test_a_record_of_the_policy_check_that_is_none_is_named(tmp_path, found):
+    from qlibero.results.meta import read_meta, write_meta
+
+    write_meta(tmp_path, "arm", {"witness": {"layers_consuming_int8": 37, "action_difference": None}})
+    assert read_meta(tmp_path, "arm")["witness"]["layers_consuming_int8"] == 37
+    (tmp_path / "arm" / "meta.json").write_text(json.dumps({"schema": 1, "witness": found}))
+    with pytest.raises(UserError, match="meta.json: witness"):
+        read_meta(tmp_path, "arm")
 
 
 def test_a_served_kernel_that_changes_ends_the_server(policy, artifact, registered, monkeypatch):

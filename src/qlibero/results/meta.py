@@ -32,6 +32,11 @@ class _Machine(BaseModel):
     facts: dict[str, str] = {}
 
 
+class _PolicyCheck(BaseModel):
+    layers_consuming_int8: Annotated[int, Strict(), Field(ge=0)]
+    action_difference: Annotated[float, Field(ge=0)] | None
+
+
 class _Schema(BaseModel):
     """The types of what is read back; whatever else stands there is handed on."""
 
@@ -51,6 +56,7 @@ class _Schema(BaseModel):
     kernels: dict[str, dict[str, Any]] | None = None
     layers: list[dict[str, Any]] | None = None
     memory: dict[str, Any] | None = None
+    witness: _PolicyCheck | None = None
     passport: dict[str, Any] | None = None
     warmup_ms: list[float] | None = None
 
