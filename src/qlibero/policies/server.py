@@ -122,7 +122,7 @@ OnCall = Callable[[list[Observation], np.ndarray, np.ndarray, float], None]
 class _Job:
     observation: Observation
     noise: np.ndarray
-    answer: asyncio.Future
+    answer: asyncio.Future[tuple[np.ndarray, float]]
 
     def fail(self, error: Exception) -> None:
         if not self.answer.done():
@@ -225,7 +225,7 @@ class PolicyServer:
         except ConnectionClosed:
             return
 
-    async def _answer(self, frame: str | bytes, work: asyncio.Future) -> dict[str, Any]:
+    async def _answer(self, frame: str | bytes, work: asyncio.Future[tuple[np.ndarray, float]]) -> dict[str, Any]:
         """The answer to a request; `work` is what the policy gives for it, and may fail with `Gone` meanwhile."""
         started = time.monotonic()
         read = asyncio.get_running_loop().create_future()
