@@ -96,7 +96,7 @@ def test_one_mistake_one_line_with_its_place(tmp_path: Path, text: str, expected
     ("change", "where", "what"),
     [
         ({"suite": "libero_objct"}, "1:1: suite", "did you mean libero_object?"),
-        ({"policy": {"type": "pi06", "checkpoint": "w"}}, "policy", "did you mean pi05?"),
+        ({"policy": {"type": "pi5", "checkpoint": "w"}}, "policy", "did you mean pi05?"),
         ({"policy": {"checkpoint": "w"}}, "policy", "say which type"),
         ({"policy": {"type": "pi05"}}, "policy", "give checkpoint: DIRECTORY"),
         ({"policy": {"type": "pi05", "checkpoint": "w", "untrained": {"config": "c"}}}, "policy.untrained", "not both"),

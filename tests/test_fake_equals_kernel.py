@@ -62,7 +62,7 @@ def asked(policy) -> np.ndarray:
         {"weight_search": True, "weight_clip": 0.9},
         {"method": "weight_pca", "row_rotation": True},
         {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
-        {"per_layer_bits": (("k_proj", 16), ("q_proj", 8), (r"layers\.1\.mlp", 16))},
+        {"per_layer_bits": {"k_proj": 16, "q_proj": 8, r"layers\.1\.mlp": 16}},
         {"activation_clip": 0.9},
         {"layout": None, "include": (r"layers\.0\.mlp", "gemma_expert.*o_proj"), "method": "hadamard"},
     ],
