@@ -39,7 +39,7 @@ def ask(capfd, monkeypatch, tmp_path):
         (("check", "--activation-bits", "16"), "invalid choice: 16"),
         (("check", "--group-size", "0"), "group_size 0 does not divide the layer's input width"),
         (("bench", "--group-size", "7"), "group_size 7 does not divide the layer's input width"),
-        (("check", "--backend", "int5"), "unknown backend 'int5'"),
+        (("check", "--backend", "int5"), "there is no kernel 'int5'"),
         (("bench", "--device", "cpu", "--backend", "bitblas"), "nothing to time: bitblas: not installed: pip install"),
     ],
 )

@@ -154,11 +154,12 @@ def test_vision_linears_are_validated_on_the_rows_they_really_get():
 
 def test_what_a_hint_names_can_be_returned_to_full_precision():
     policy = policy_of("siglip")
-    artifact = made(policy, layout="llm+expert", include=("vision_tower",), method="smoothquant")
+    everything = {"layout": None, "include": ("vision_tower", "language_model", "gemma_expert")}
+    artifact = made(policy, **everything, method="smoothquant")
     named = [row["layer"] for row in hint(artifact)]
     assert named
     for name in named:
-        less = made(policy, layout="llm+expert", include=("vision_tower",), exclude=(f"{re.escape(name)}$",))
+        less = made(policy, **everything, exclude=(f"{re.escape(name)}$",))
         assert np.isfinite(asked(quantize_policy(policy, less, "cpu_int4"))).all()
 
 

@@ -351,9 +351,9 @@ def test_what_a_machine_lacks_is_a_verdict_not_a_crash():
 
 
 def test_unknown_names_are_the_users_error():
-    with pytest.raises(UserError, match="unknown backend 'int5'"):
+    with pytest.raises(UserError, match="there is no kernel 'int5'"):
         validation.check(LAYERS, "int5")
-    with pytest.raises(UserError, match="unknown backend 'int5'"):
+    with pytest.raises(UserError, match="there is no kernel 'int5'"):
         validation.check(WEIGHT_ONLY, "int5")
     with pytest.raises(UserError, match="refuse or fallback"):
         validation.check(LAYERS, "fake", on_failure="ignore")
