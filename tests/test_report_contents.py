@@ -21,6 +21,7 @@ from qlibero.places import REPOSITORY
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.document import write_report
 from qlibero.reporting.html.markup import Markup, el, join, script_json
+from qlibero.reporting.html.sections.flips import _heat, line_of
 from qlibero.reporting.html.sections.standing import standing
 from qlibero.reporting.tables import Row, latex, markdown
 from qlibero.reporting.terminal import console, print_comparison, print_run
@@ -74,6 +75,24 @@ def test_tasks_of_unequal_weight_are_said_in_terminal_json_and_report(tmp_path, 
     }
     assert {name for name, text in views.items() if "weigh accordingly" in text} == (set(views) if said else set())
     assert all(said in text for text in views.values())
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ([("official", 7, i) for i in range(50)], 50),
+        ([("official", s, i) for s in (7, 8, 9) for i in range(50)], 50),
+        ([("official", s, i) for s in (7, 8) for i in range(200)], 100),
+        ([("official", 7, i) for i in range(50)] + [("fresh-20", 7, i) for i in range(20)], 70),
+        ([("fresh-5000", 7, i) for i in range(5000)], 100),
+    ],
+    ids=["one seed", "seeds", "long seeds", "official and fresh", "five thousand"],
+)
+def test_a_map_of_many_episodes_is_folded_instead_of_drawn_as_a_bar_code(columns, line):
+    assert line_of(columns) == line
+    rows = ["s" * len(columns), "b" + "s" * (len(columns) - 1)]
+    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', str(_heat(rows, line, "", "arm"))).groups()
+    assert (int(width), int(height)) == (10 * line, 20 * -(-len(columns) // line))
 
 
 def test_two_thousand_pairs_stay_far_below_two_megabytes(tmp_path):
