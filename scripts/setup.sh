@@ -84,6 +84,9 @@ pip() {   # pip's own words go to a file; every ten seconds, how far it is
 }
 
 if ! ready; then
+    owner=$(cat $site/*qlibero*.pth 2>/dev/null || true)                  # linked from another checkout, which would run our code
+    [[ ! -L .venv || ! -d $owner || $owner -ef src ]] ||
+        stop ".venv is the environment of ${owner%/src}, linked here: run its scripts/setup.sh, or rm .venv for one of your own"
     lockfile=$(readlink -f .venv).lock
     exec 9<>"$lockfile"
     flock -n -E 75 9 || case $? in
