@@ -394,7 +394,7 @@ def simulator() -> Finding:
     from qlibero.sim.provenance import PACKAGES, imported
 
     if problems := [problem for package in PACKAGES if (problem := imported(package).problem)]:
-        return Finding("simulator's packages", "fail", "; ".join(problems), SETUP)
+        return Finding("simulator's packages", "fail", "; ".join(problems), f"{SETUP} --repair")
     return Finding("simulator's packages", "ok", f"{', '.join(PACKAGES)} are imported as they were published")
 
 
