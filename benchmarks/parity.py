@@ -151,6 +151,6 @@ def _through_a_file(theirs: Upstream, ours: Pi05Model, family: Family) -> bool:
         print(f"tensors as they save them: {len(checkpoint.shapes)}; {notes}", file=sys.stderr)
         read = load_model(checkpoint, torch.float32, torch.device("cpu")).state_dict()
     precise = {name: t.float() for name, t in theirs.model.state_dict().items()}
-    return checkpoint.config == CONFIGS[family.type] and all(
+    return checkpoint.config == CONFIGS[family.name] and all(
         torch.equal(read[name], precise[name]) for name in ours.state_dict()
     )

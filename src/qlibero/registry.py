@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -178,6 +177,8 @@ KINDS: dict[str, type[Plugin]] = {
     for kind in (KernelPlugin, MethodPlugin, PolicyPlugin, EnginePlugin, TrackerPlugin, SectionPlugin, SuitePlugin)
 }
 P = TypeVar("P", bound=Plugin)
+_BUILT_IN: dict[str, dict[str, Any]] = {}
+_INSTALLED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
 
 
 def get(kind: type[P], name: str) -> P:
@@ -187,8 +188,8 @@ def get(kind: type[P], name: str) -> P:
     that cannot be read.
     """
     for found in (_built_in(kind), _installed(kind)[0]):
-        if name in found:
-            return found[name]
+        if plugin := found.get(name):
+            return plugin
     by_path = _by_path(kind, name) if _MODULE.fullmatch(name) else None
     if by_path is not None:
         return by_path
@@ -215,8 +216,8 @@ def every(kind: type[P]) -> list[P]:
 
 def forget() -> None:
     """Look again: the import path, or what is installed, has changed."""
-    _built_in.cache_clear()
-    _installed.cache_clear()
+    _BUILT_IN.clear()
+    _INSTALLED.clear()
 
 
 def built_in(kind: type[Plugin]) -> tuple[str, ...]:
@@ -229,8 +230,20 @@ def problems(kind: type[Plugin]) -> tuple[str, ...]:
     return _installed(kind)[1]
 
 
-@cache
 def _built_in(kind: type[P]) -> dict[str, P]:
+    if kind.kinds not in _BUILT_IN:
+        _BUILT_IN[kind.kinds] = _in_folder(kind)
+    return _BUILT_IN[kind.kinds]
+
+
+def _installed(kind: type[P]) -> tuple[dict[str, P], tuple[str, ...]]:
+    """Plug-ins of distributions by name, and what is wrong with those that are none."""
+    if kind.kinds not in _INSTALLED:
+        _INSTALLED[kind.kinds] = _of_distributions(kind)
+    return _INSTALLED[kind.kinds]
+
+
+def _in_folder(kind: type[P]) -> dict[str, P]:
     folder, package = _PACKAGE / kind.folder, f"qlibero.{kind.folder.replace('/', '.')}"
     found: list[P] = []
     for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
@@ -239,9 +252,7 @@ def _built_in(kind: type[P]) -> dict[str, P]:
     return {plugin.name: plugin for plugin in sorted(found, key=lambda plugin: (plugin.order, plugin.name))}
 
 
-@cache
-def _installed(kind: type[P]) -> tuple[dict[str, P], tuple[str, ...]]:
-    """Plug-ins by name, and what is wrong with those that are none."""
+def _of_distributions(kind: type[P]) -> tuple[dict[str, P], tuple[str, ...]]:
     from importlib import metadata  # 20 ms, which `--help` need not wait for
 
     found: dict[str, P] = {}

@@ -109,7 +109,7 @@ def shapes(command: Parser) -> None:
 
 
 def engine(command: Parser) -> None:
-    found = command.add_argument(
+    found: Any = command.add_argument(
         "--engine",
         metavar="NAME",
         help="local, slurm, ray, or a plug-in (`qlibero ls engines`); default: launch.engine of the sweep",

@@ -93,9 +93,10 @@ class Engine:
         """Why these options cannot work, if so."""
         yield from ()
 
-    def remarks(self, shards: int) -> Iterator[str]:
-        """What is worth knowing before so many shards are submitted."""
-        yield from ()
+    def jobs(self, missing: tuple[int, ...], chosen: bool, say: Callable[[str], None]) -> dict[str, int] | None:
+        """What would be submitted for the `missing` shards; None where there is nothing to say of it. `chosen`: this is
+        the sweep's own engine."""
+        return None
 
     def live_shards(self, sweep_directory: Path) -> dict[Shard, str]:
         """Shards that earlier submissions still have in the queue, with their state. Raises WorkFailed where nobody can

@@ -51,9 +51,6 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
     """The plan as a document; see `_cell` and `_engines` for its parts. Raises UserError for cells that cannot work."""
     refuse_impossible(manifest, None)
     known = costs(manifest)
-    for engine in engines().values():
-        for remark in engine.remarks(len(manifest.shards)):
-            say(remark)
     if calibrate:
         for cell in manifest.cells:
             unknown = [arm for arm in cell.experiment.arms() if _kind(cell.experiment, arm.name) not in known]
@@ -63,17 +60,26 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
                 known = costs(manifest)
     cells = [_cell(cell, known) for cell in manifest.cells]
     unknown = sum(cell["missing"] for cell in cells if cell["seconds_each"] is None)
+    missing = manifest.missing()
     return {
         "sweep": manifest.name,
         "directory": str(manifest.directory),
         "cells": cells,
         "shards": len(manifest.shards),
-        "shards_missing": len(manifest.missing()),
+        "shards_missing": len(missing),
         "episodes": sum(cell["episodes"] for cell in cells),
         "done": sum(cell["done"] for cell in cells),
         "without_cost": unknown,
         "engines": None if unknown else _engines(manifest, known),
+        "queued_as": _queued_as(manifest, missing, say),
     }
+
+
+def _queued_as(manifest: Manifest, missing: tuple[int, ...], say: Callable[[str], None]) -> dict[str, dict[str, int]]:
+    """What a sweep would submit for the `missing` shards, by engine, where an engine has something to say of that."""
+    own = manifest.cells[0].experiment.launch.engine
+    found = {name: engine.jobs(missing, name == own, say) for name, engine in engines(own).items() if missing}
+    return {name: jobs for name, jobs in found.items() if jobs is not None}
 
 
 def refuse_impossible(manifest: Manifest, engine: str | None) -> None:

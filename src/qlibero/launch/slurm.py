@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,15 @@ class Array:
 def arrays(submission: Submission) -> list[Array]:
     """The submission's shards in as many arrays as the cluster's MaxArraySize makes of them."""
     size = max_array_size()
-    offsets = sorted({index // size * size for index in submission.indices})
     return [
         Array(number, offset, tuple(i - offset for i in submission.indices if offset <= i < offset + size))
-        for number, offset in enumerate(offsets)
+        for number, offset in enumerate(array_offsets(submission.indices, size))
     ]
+
+
+def array_offsets(indices: Iterable[int], size: int) -> list[int]:
+    """The shard that each array of at most `size` tasks begins at."""
+    return sorted({index // size * size for index in indices})
 
 
 def max_array_size() -> int:
@@ -307,9 +311,18 @@ class SlurmEngine(Engine):
         if seconds(slurm.time) <= slurm.signal_s:
             yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
 
-    def remarks(self, shards: int) -> Iterator[str]:
-        if shards > (size := max_array_size()):
-            yield f"{shards:,} shards are {-(-shards // size)} arrays on Slurm (MaxArraySize {size})"
+    def jobs(self, missing: tuple[int, ...], chosen: bool, say: Callable[[str], None]) -> dict[str, int] | None:
+        if not chosen and not shutil.which("scontrol"):
+            return None
+        size = max_array_size()
+        arrays = len(array_offsets(missing, size))
+        if chosen or arrays > 1:
+            asked = "" if shutil.which("scontrol") else ", Slurm's default, for there is no scontrol here to ask"
+            say(
+                f"on Slurm: {len(missing):,} tasks in {arrays} job array{'s' * (arrays > 1)} "
+                f"(MaxArraySize {size}{asked}), and a merge job after them"
+            )
+        return {"tasks": len(missing), "arrays": arrays, "merge_jobs": 1, "max_array_size": size}
 
 
 ENGINE = SlurmEngine()

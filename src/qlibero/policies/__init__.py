@@ -49,4 +49,5 @@ def verify(path: Path) -> dict[str, Any]:
     """A report on a checkpoint directory, by the family that takes it for its own; by the first where none does, which
     says what it is instead. UserError when there is no checkpoint to speak of."""
     families = [family for plugin in every(PolicyPlugin) if hasattr(family := plugin.load(), "verify")]
-    return next((family for family in families if family.claims(path)), families[0]).verify(path)
+    report: dict[str, Any] = next((f for f in families if f.claims(path)), families[0]).verify(path)
+    return report

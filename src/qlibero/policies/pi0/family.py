@@ -50,7 +50,7 @@ def _lerobot(raw: Mapping[str, Any]) -> tuple[str, str]:
 
 
 FAMILY = Family(
-    type="pi0",
+    name="pi0",
     title="pi0",
     config=Pi0Config,
     model=Pi0Model,

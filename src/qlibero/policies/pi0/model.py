@@ -64,7 +64,8 @@ class Pi0Model(Pi05Model):
         actions = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
         time = condition[:, None].expand(actions.shape[0], actions.shape[1], -1)
         joined = self.action_time_mlp_in(torch.cat([actions, time], -1))
-        return self.action_time_mlp_out(F.silu(joined)).to(self.stream_dtype)
+        tokens: Tensor = self.action_time_mlp_out(F.silu(joined))
+        return tokens.to(self.stream_dtype)
 
     def prefix(
         self,

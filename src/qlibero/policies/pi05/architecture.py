@@ -42,7 +42,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
             raise UserError(
                 f"{where}: tensor {name} is missing; "
                 + (
-                    other_network(names, family.type)
+                    other_network(names, family.name)
                     or f"this is not a {family.title} checkpoint with openpi's names "
                     f"({len(names)} tensors, first: {next(iter(sorted(names)), 'none')})"
                 )
@@ -75,7 +75,7 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
         "paligemma_with_expert.paligemma.model.vision_tower.vision_model.",
     )
     llm, expert = stack(f"{pali}language_model."), stack("paligemma_with_expert.gemma_expert.model.")
-    if other := other_network(names, family.type):
+    if other := other_network(names, family.name):
         raise UserError(f"{where}: {other}")
     patch = shape(f"{vit}embeddings.patch_embedding.weight", 4)
     positions = shape(f"{vit}embeddings.position_embedding.weight")[0]

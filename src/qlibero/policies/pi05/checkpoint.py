@@ -129,13 +129,13 @@ def open_checkpoint(path: Path, family: Family = FAMILY) -> Checkpoint:
     raw = read_json(where) if where.exists() or where.is_symlink() else {}
     if "format" in raw:
         return _open_ours(path, raw, family)
-    require_type(raw, where, family.type, family.title)
+    require_type(raw, where, family.name, family.title)
     weights = find_weights(path)
-    if raw.get("type") == family.type or (path / PRE).is_file():
+    if raw.get("type") == family.name or (path / PRE).is_file():
         return _open_lerobot(path, raw, weights, family)
     said = fit(_Openpi, raw, str(where))
     if said.pi05 is not None:
-        require_type({"type": "pi05" if said.pi05 else "pi0"}, where, family.type, family.title)
+        require_type({"type": "pi05" if said.pi05 else "pi0"}, where, family.name, family.title)
     declared = Declared("config.json", action_horizon=said.action_horizon, max_token_len=said.max_token_len)
     config = _sizes(weights, declared, said.action_dim, where, family)
     guess, why = family.openpi
@@ -146,7 +146,7 @@ def _open_ours(path: Path, raw: dict[str, Any], family: Family) -> Checkpoint:
     where = path / "config.json"
     if raw["format"] != family.format:
         raise UserError(
-            f"{where}: format is {short(raw['format'])!r}; of policy.type {family.type} this version reads "
+            f"{where}: format is {short(raw['format'])!r}; of policy.type {family.name} this version reads "
             f"{family.format}"
         )
     said = fit(_Ours, raw, str(where))

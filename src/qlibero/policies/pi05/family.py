@@ -16,9 +16,9 @@ from qlibero.policies.pi05.profiles import PROFILES, Profile
 
 @dataclass(frozen=True)
 class Family:
-    """`type` is the word of a config's `policy.type` and of LeRobot's config.json, `title` the one for people."""
+    """`name` is the word of a config's `policy.type` and of LeRobot's config.json, `title` the one for people."""
 
-    type: str
+    name: str
     title: str
     config: type[Pi05Config]
     model: type[Pi05Model]
@@ -42,7 +42,7 @@ class Family:
     @property
     def format(self) -> str:
         """What config.json of our own kind of directory says."""
-        return f"qlibero-{self.type}-1"
+        return f"qlibero-{self.name}-1"
 
 
 def _lerobot(raw: Mapping[str, Any]) -> tuple[str, str]:
@@ -61,7 +61,7 @@ def _lerobot(raw: Mapping[str, Any]) -> tuple[str, str]:
 _STATE_IN_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
 
 FAMILY = Family(
-    type="pi05",
+    name="pi05",
     title="pi0.5",
     config=Pi05Config,
     model=Pi05Model,

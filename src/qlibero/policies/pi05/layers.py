@@ -6,6 +6,8 @@ of it.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -231,5 +233,5 @@ class GemmaStack(nn.Module):
         super().__init__()
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, c.width)
-        self.layers = nn.ModuleList(GemmaLayer(c, cond_dim) for _ in range(c.depth))
+        self.layers = cast(list[GemmaLayer], nn.ModuleList(GemmaLayer(c, cond_dim) for _ in range(c.depth)))
         self.norm = RMSNorm(c.width, cond_dim)

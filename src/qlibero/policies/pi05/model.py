@@ -37,9 +37,9 @@ class Prefix:
     """Additive, (B, 1, P): 0 for live positions, `MASKED` for padding; None when every position is live."""
     length: Tensor
     """(B,) int64: live positions; the expert's tokens are at length + 0 … H-1."""
-    hidden: Tensor
+    hidden: Tensor | None
     """(B, P, llm width): what enters the last language-model layer. For auxiliary training losses only."""
-    vision: VisionFeatures
+    vision: VisionFeatures | None
     """The vision tower's features (and keypoint heat maps). For auxiliary training losses only."""
 
 
@@ -149,7 +149,7 @@ class Pi05Model(nn.Module):
                 live[:, x.shape[1] - tokens.shape[1] :] = token_mask
         return self.run_llm(x, live, features)
 
-    def run_llm(self, x: Tensor, live: Tensor | None, features: VisionFeatures) -> Prefix:
+    def run_llm(self, x: Tensor, live: Tensor | None, features: VisionFeatures | None) -> Prefix:
         """The language model over embedded positions (B, P, width); `live` (B, P) bool or None = all.
 
         The last layer stops after its keys and values: nothing else of it reaches the actions (exact, -5.5 %

@@ -80,7 +80,7 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
     ]
     source = {name: renamed[name] for name in wanted if name in renamed}
     mistyped = [f"{name} {dtypes[of]}" for name, of in source.items() if dtypes[of] not in FLOATING]
-    other = other_network(map(strip, extra), checkpoint.family.type) if extra else None
+    other = other_network(map(strip, extra), checkpoint.family.name) if extra else None
     return TensorTable(source, missing, extra, misshapen, notes, twins, mistyped, other)
 
 

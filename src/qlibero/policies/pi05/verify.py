@@ -70,7 +70,7 @@ def verify_checkpoint(path: Path, family: Family = FAMILY) -> dict[str, Any]:
     shapes = checkpoint.shapes
     return {
         "path": str(checkpoint.path),
-        "family": family.type,
+        "family": family.name,
         "kind": checkpoint.kind,
         "ok": not problems,
         "problems": problems,

@@ -111,7 +111,8 @@ def render(m: Material, recorded: list[Video], left_out: int = 0, state: str | N
 def _section(plugin: SectionPlugin, m: Material) -> Markup | None:
     """Markup of one part. A plug-in's that fails says so in its place: the page is not its to lose."""
     try:
-        return plugin.load()(m)
+        part: Markup | None = plugin.load()(m)
+        return part
     except Exception as problem:
         if plugin.origin == BUILT_IN:
             raise
