@@ -38,6 +38,7 @@ def parts(policy, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
         "hadamard": {"method": "hadamard"},
         "rtn": {"method": "rtn"},
         "weight_pca": {"method": "weight_pca", "row_rotation": True},
+        "gptq": {"method": "rtn", "rounding": "gptq"},
     }.items():
         spec = quant_of(**{"method": "duquant", "layout": "llm", "block_size": 16, "rotation_steps": 4} | settings)
         made = calibrate(policy, observations(3), noises(3, policy.noise_shape), spec, {"data_sha256": "2" * 64})
@@ -103,7 +104,7 @@ def test_a_tensor_that_quantize_cannot_have_written_is_refused(parts, tmp_path, 
         load(signed(meta, tensors, tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize("method", ["duquant", "smoothquant", "hadamard", "rtn", "weight_pca"])
+@pytest.mark.parametrize("method", ["duquant", "smoothquant", "hadamard", "rtn", "weight_pca", "gptq"])
 @pytest.mark.parametrize(
     "suffix,change",
     [
@@ -127,7 +128,13 @@ def test_codes_and_scales_are_those_of_the_weights(parts, policy, tmp_path, meth
 
 @pytest.mark.parametrize(
     "settings",
-    [{"group_size": 16}, {"weight_search": True, "weight_clip": 0.8}, {"weight_bits": 8}, {"atm": True, "ohb": True}],
+    [
+        {"group_size": 16},
+        {"rounding": "nearest"},
+        {"rounding": "gptq", "weight_clip": 0.8},
+        {"weight_bits": 8},
+        {"atm": True, "ohb": True},
+    ],
     ids=str,
 )
 def test_every_honest_artifact_is_taken(policy, settings):

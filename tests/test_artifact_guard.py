@@ -19,9 +19,10 @@ from qlibero.config.quantization import Calibration, Quant
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.quant import artifact as artifacts
 from qlibero.quant.apply import quantize_policy
-from qlibero.quant.artifact import load, pack_nibbles, save, unpack_nibbles
+from qlibero.quant.artifact import load, save
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.inspect import SORTS, inspect_artifact, sensitivity
+from qlibero.quant.nibbles import pack_nibbles, unpack_nibbles
 from qlibero.quant.observations import read_demonstrations, write_demonstrations
 from qlibero.quant.prepare import artifact_for, ensure_artifact, noise_for
 
@@ -65,7 +66,7 @@ def test_what_is_read_back_is_what_was_made(policy, quant, path):
         asked(quantize_policy(policy, artifact, "fake")), asked(quantize_policy(policy, again, "fake"))
     )
     assert artifact.calibration["source"] == "random, for tests" and artifact.calibration["observations"] == 4
-    assert artifact.calibration["action_error"]["mean_abs"] > 0
+    assert artifact.calibration["action_error"]["arm"] > 0
 
 
 def test_made_once_and_found_again(policy, quant, path):

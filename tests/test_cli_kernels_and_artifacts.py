@@ -77,7 +77,9 @@ def test_bench_says_what_it_left_out_and_why(ask):
 def test_quantize_and_inspect(ask, tiny_experiment, tmp_path):
     status, document, err = ask("quantize", tiny_experiment, "--out", tmp_path / "artifacts")
     (made,) = document["artifacts"]
-    assert status == 0 and made["arms"] == ["fake"] and made["made"] and f"duquant W4A8 llm: {made['path']}" in err
+    assert (
+        status == 0 and made["arms"] == ["fake"] and made["made"] and f"duquant W4A8 search llm: {made['path']}" in err
+    )
     assert "worst SQNR dB" in err and Path(made["path"]).is_file()
     assert not ask("quantize", tiny_experiment, "--out", tmp_path / "artifacts")[1]["artifacts"][0]["made"]
 

@@ -59,7 +59,7 @@ def asked(policy) -> np.ndarray:
         *({"method": method} for method in built_in(MethodPlugin)),
         {"layout": "llm+expert", "group_size": 16},
         {"layout": "llm+expert_mlp", "activation_bits": 4},
-        {"weight_search": True, "weight_clip": 0.9},
+        {"rounding": "gptq", "weight_clip": 0.9},
         {"method": "weight_pca", "row_rotation": True},
         {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
         {"per_layer_bits": {"k_proj": 16, "q_proj": 8, r"layers\.1\.mlp": 16}},
@@ -88,7 +88,8 @@ def test_layer_outputs_are_equal_bit_for_bit(n, k, group_size):
     g = torch.Generator().manual_seed(n + k)
     x = torch.randn(154, k, generator=g) * torch.exp(torch.randn(k, generator=g) * 2)
     w = torch.randn(n, k, generator=g)
-    t = InputTransform(fit(GroupData((w,), x.abs().amax(0), x, 0), quant_of(rotation_steps=4)), k)
+    size = x.abs().amax(0), x.abs().mean(0), x.square().mean(0).sqrt()
+    t = InputTransform(fit(GroupData((w,), *size, x, 0), quant_of(rotation_steps=4)), k)
     codes, scales = quantize_weights(t.factors().weights(w).float(), 4, group_size)
     outputs = {}
     for name in BACKENDS:
@@ -167,8 +168,10 @@ def test_corrections_undo_a_known_distortion(policy):
     assert temperatures(torch.tensor([1.0]), torch.tensor([1.1])) == [pytest.approx(1 / 1.1, abs=1e-5)]
     assert balance(1.0, 0.8) == pytest.approx(1.25, abs=1e-5) and balance(1.0, 1.02) == 1.0
     assert balance(1.0, 0.01) == pytest.approx(np.exp(OHB_LOG_CLIP), abs=1e-5)
-    artifact = made(policy, atm=True, ohb=True, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn")
-    plain = made(policy, layout="llm+expert_mlp", weight_bits=4, activation_bits=4, method="rtn")
+    artifact = made(
+        policy, atm=True, ohb=True, layout="llm+expert_mlp", activation_bits=4, method="rtn", rounding="nearest"
+    )
+    plain = made(policy, layout="llm+expert_mlp", activation_bits=4, method="rtn", rounding="nearest")
     assert artifact.corrections and not plain.corrections
     name, factors = next((n, f) for n, f in artifact.corrections.items() if n in {x.name for x in artifact.layers})
     rows = torch.tensor(factors).repeat_interleave(artifact.layer(name).out_features // len(factors))

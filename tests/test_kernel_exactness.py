@@ -16,11 +16,11 @@ from qlibero.errors import UserError, WorkFailed
 from qlibero.kernels import load
 from qlibero.kernels.contract import (
     EPS,
-    SEARCH_RATIOS,
     GemmShape,
     activation_limit,
     quantize_activations,
     quantize_weights,
+    search_ratios,
     weight_range,
 )
 from qlibero.kernels.cpu_int4 import CpuInt4
@@ -173,7 +173,7 @@ def test_a_searched_scale_is_never_worse_than_the_plain_one():
         codes, scales = quantize_weights(w, search=search)
         error.append(((codes * scales.unsqueeze(1) - w) ** 2).sum(1))
     assert (error[1] <= error[0]).all() and (error[1] < error[0]).any()
-    assert SEARCH_RATIOS[0] == 1.0 and SEARCH_RATIOS[-1] == 0.5
+    assert search_ratios(4)[0] == 1.0 and search_ratios(4)[-1] == 0.5 and search_ratios(3)[-1] == 0.2
 
 
 def test_what_cannot_be_is_refused():

@@ -120,12 +120,15 @@ def test_a_model_with_other_names_is_refused():
     "changes",
     [
         {"method": "gptq"},
-        {"weight_bits": 8, "activation_bits": 4},
         {"activation_bits": 5},
         {"alpha": 1.5},
         {"layout": None},
         {"layout": None, "include": ("(",)},
-        {"per_layer_bits": {"x": 3}},
+        {"per_layer_bits": {"x": 7}},
+        {"weight_bits": 7},
+        {"rounding": "floor"},
+        {"number_format": "fp4"},
+        {"method": "smoothquant", "smoothing": "none"},
         {"row_rotation": True},
         {"weight_clip": 0.0},
     ],
@@ -149,7 +152,10 @@ def test_a_spec_survives_json_and_its_hash_sees_every_field():
         "block_size": 32,
         "weight_clip": 0.9,
         "activation_clip": 0.9,
-        "weight_search": True,
+        "rounding": "gptq",
+        "smoothing": "rms",
+        "symmetric": False,
+        "sequential": True,
         "rotation_steps": 9,
         "atm": True,
         "ohb": True,
@@ -159,5 +165,6 @@ def test_a_spec_survives_json_and_its_hash_sees_every_field():
     hashes = {quant_of(**{key: value}).hash for key, value in changes.items()} | {quant_of().hash}
     hashes |= {quant_of(activation_bits=16).hash, quant_of(method="weight_pca", row_rotation=True).hash}
     hashes.add(quant_of(layout=None, include=("x",)).hash)
-    assert len(hashes) == len(changes) + 4
+    hashes.add(quant_of(number_format="fp8").hash)
+    assert len(hashes) == len(changes) + 5
     assert quant_of(per_layer_bits={"b": 8, "a": 16}).hash != quant_of(per_layer_bits={"a": 16, "b": 8}).hash

@@ -125,7 +125,8 @@ def test_what_is_fitted_is_the_smoothing_of_duquant_with_signs():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 256, generator=g), torch.randn(32, 256, generator=g)
     x[:, 7] *= 50
-    kept = fit(GroupData((w,), x.abs().amax(0), x, 3), quant_of(method="smooth_hadamard")).tensors()
+    size = x.abs().amax(0), x.abs().mean(0), x.square().mean(0).sqrt()
+    kept = fit(GroupData((w,), *size, x, 3), quant_of(method="smooth_hadamard")).tensors()
     assert list(kept) == ["hadamard"] and kept["hadamard"].dtype == torch.bfloat16
     size = kept["hadamard"].float().abs() * 16  # 2^-4 is in it
     expected = (w.abs().amax(0) / x.abs().amax(0)).sqrt()

@@ -70,6 +70,10 @@ class Plugin:
     must_have: ClassVar[tuple[str, ...]] = ()
     """What is called on it, so what it has to have."""
 
+    def called(self) -> tuple[str, ...]:
+        """What this one has to have."""
+        return self.must_have
+
     @property
     def missing(self) -> tuple[str, ...]:
         """Those of `needs` that this environment does not have."""
@@ -87,9 +91,9 @@ class Plugin:
             if not hasattr(found, step):
                 raise BrokenPlugin(f"{self._named} declares that it provides {self.provides}, which is not in the file")
             found = getattr(found, step)
-        if lacking := [name for name in self.must_have if not hasattr(found, name)]:
+        if lacking := [name for name in self.called() if not hasattr(found, name)]:
             raise BrokenPlugin(
-                f"{self._named} lacks {', '.join(lacking)}: a {self.kind} has {', '.join(self.must_have)}"
+                f"{self._named} lacks {', '.join(lacking)}: a {self.kind} has {', '.join(self.called())}"
             )
         return found
 
@@ -120,9 +124,14 @@ class MethodPlugin(Plugin):
     """Its smoothing is folded into the rows of `first`, which is then no plain rotation."""
     rotates_outputs: bool = False
     """It has `output_rotation(weight, spec)` too, for `row_rotation: true`."""
+    chooses: tuple[str, ...] = ()
+    """It fits nothing itself but has `choose(decibels) -> name` of these methods, given from the cheapest on."""
 
     kind, kinds, folder = "method", "methods", "quant/methods"
     must_have = ("fit",)
+
+    def called(self) -> tuple[str, ...]:
+        return ("choose",) if self.chooses else self.must_have
 
 
 @dataclass(frozen=True)

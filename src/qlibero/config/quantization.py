@@ -6,14 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, PluginName, Regex, Seed, Word
+from qlibero.config.number_formats import SCALE_GROUP, NumberFormat, require_of_format
 from qlibero.errors import UserError
 from qlibero.registry import MethodPlugin, get
 
+Rounding = Literal["nearest", "search", "gptq"]
+ROUNDINGS = get_args(Rounding)  # each tries those before it, too
+Smoothing = Literal["max", "rms", "mean", "none"]
 MOST_PATTERNS = 1_000  # of a list; the largest model here has 400 linears
 WIDEST = 65_536  # channels; no model's linear is wider
 
@@ -22,7 +26,7 @@ class Calibration(Frozen):
     """Demonstration observations that fit the transforms. Never evaluation episodes."""
 
     path: Path | None = Field(description="calibration.npz: observations, prompts and states from demonstrations")
-    samples: Count = Field(64, description="observations used")
+    samples: Count = Field(96, description="observations used; a third of them only to measure errors and to choose")
     seed: Seed = Field(0, description="which observations, which noise, and the random rotations")
 
 
@@ -37,11 +41,14 @@ class Quant(Frozen):
     exclude: tuple[Regex, ...] = Field(
         (), max_length=MOST_PATTERNS, description="regexes of layers to leave alone, applied after layout or include"
     )
-    weight_bits: Literal[4, 8] = Field(4, description="bits of a weight code")
-    activation_bits: Literal[4, 8, 16] = Field(
+    number_format: NumberFormat = Field(
+        "int", description="what a code is: an integer, e4m3 (fp8), or e2m1 with scales by the block (nvfp4, mxfp4)"
+    )
+    weight_bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of a weight code")
+    activation_bits: Literal[4, 6, 8, 16] = Field(
         8, description="bits of an activation code; 16: activations stay as they are"
     )
-    per_layer_bits: dict[Regex, Literal[4, 8, 16]] = Field(
+    per_layer_bits: dict[Regex, Literal[2, 3, 4, 5, 6, 8, 16]] = Field(
         default_factory=dict,
         max_length=MOST_PATTERNS,
         description="regex → weight bits of those layers, later ones win; 16 leaves them unquantized",
@@ -52,7 +59,16 @@ class Quant(Frozen):
     weight_clip: Float = Field(
         1.0, ge=0.01, le=1, description="share of a row's largest weight that the code range spans"
     )
-    weight_search: bool = Field(False, description="choose each weight scale by least squared error instead of absmax")
+    symmetric: bool = Field(True, description="weight codes around 0; false: around a zero point for each scale")
+    rounding: Rounding = Field(
+        "search",
+        description="nearest: scales from the largest weight; search: scales of least error; gptq: codes that "
+        "repair one "
+        "another's errors. A layer keeps what is best on held-out tokens, up to this one",
+    )
+    sequential: bool = Field(
+        False, description="fit each decoder layer on what the layers before it feed it once they are quantized"
+    )
     activation_clip: Float = Field(
         1.0, ge=0.01, le=1, description="share of a token's largest value that the code range spans"
     )
@@ -60,6 +76,9 @@ class Quant(Frozen):
     rotation_steps: Int = Field(256, ge=1, le=100_000, description="DuQuant: most greedy rotation steps per block")
     alpha: Float = Field(
         0.5, ge=0, le=1, description="smoothing: share of the difficulty moved from activations to weights"
+    )
+    smoothing: Smoothing = Field(
+        "max", description="how loud a channel is: its greatest, root mean square or mean |x|; none: not smoothed"
     )
     row_rotation: bool = Field(
         False, description="weight_pca: rotate outputs too and undo it, as the fork's script did"
@@ -75,6 +94,14 @@ class Quant(Frozen):
         description="where artifacts are found and made; by default beside the run, in logs/artifacts, in the cache",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_older_words(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "weight_search" in values:
+            now = "search" if values["weight_search"] is True else "nearest"
+            raise Misplaced(("weight_search",), f"is a choice of roundings now: write rounding: {now}")
+        return values
+
     @model_validator(mode="after")
     def _says_which_layers(self) -> Quant:
         if (self.layout is None) == (not self.include):
@@ -85,8 +112,9 @@ class Quant(Frozen):
             raise Misplaced(
                 ("layout",), "say which layers: layout: llm (`qlibero ls policies` has the names), or include"
             )
-        if (self.weight_bits, self.activation_bits) == (8, 4):
-            raise Misplaced(("activation_bits",), "W8A4 has no kernel; supported are W4A8, W8A8, W4A4, W4A16 and W8A16")
+        require_of_format(self)
+        if self.smoothing == "none" and self.transform.factors == ("scale",):
+            raise Misplaced(("smoothing",), f"none leaves nothing of {self.method}; write method: rtn")
         if self.row_rotation and not self.transform.rotates_outputs:
             raise Misplaced(("row_rotation",), f"{self.method} does not rotate outputs (weight_pca does); leave it out")
         return self
@@ -99,7 +127,7 @@ class Quant(Frozen):
     @property
     def needs_data(self) -> bool:
         """Whether something is fitted on observations."""
-        return not self.transform.data_free or self.atm or self.ohb
+        return not self.transform.data_free or self.rounding == "gptq" or self.atm or self.ohb
 
     @property
     def lacks_data(self) -> bool:
@@ -118,14 +146,28 @@ class Quant(Frozen):
 
     @property
     def precision(self) -> str:
-        """`W4A8` and the like."""
-        return f"W{self.weight_bits}A{self.activation_bits}"
+        """`W4A8`, `fp8 W8A8`, `W4A8 g128 asym`."""
+        words = [
+            self.number_format if self.number_format != "int" else "",
+            f"W{self.weight_bits}A{self.activation_bits}",
+        ]
+        words += [f"g{self.group_size}" if self.group_size else "", "" if self.symmetric else "asym"]
+        return " ".join(filter(None, words))
+
+    @property
+    def scale_group(self) -> int | None:
+        """Input channels that share one weight scale; None: all of a row."""
+        return SCALE_GROUP.get(self.number_format, self.group_size)
+
+    def kernel_bits(self, weight_bits: int) -> int:
+        """Bits that a kernel must hold of such a weight: a zero point that is taken off widens the code by one."""
+        return weight_bits if self.symmetric else weight_bits + 1
 
     @property
     def label(self) -> str:
-        """Short name for tables, e.g. `duquant W4A8 llm`."""
-        group = f" g{self.group_size}" if self.group_size else ""
-        return f"{self.method} {self.precision}{group} {self.layout or 'include'}"
+        """Short name for tables, e.g. `duquant W4A8 search llm`; no rounding named: to nearest."""
+        how = "" if self.rounding == "nearest" else f" {self.rounding}"
+        return f"{self.method} {self.precision}{how} {self.layout or 'include'}"
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number of an artifact, and nothing about where things lie. JSON types only."""

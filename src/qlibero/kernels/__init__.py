@@ -13,7 +13,9 @@ from qlibero import registry
 if TYPE_CHECKING:
     from qlibero.kernels.contract import Kernel
 
+SIMULATED = "simulated"  # no kernel: what runs a layer in a float format, which is computed as it is defined
 DEQUANTIZED = "dequantized"  # no kernel: what runs a layer whose activations are not quantized, an ordinary linear
+NO_KERNEL = (DEQUANTIZED, SIMULATED)
 
 
 def names() -> tuple[str, ...]:

@@ -6,6 +6,8 @@ Everything that calls itself WxAy in this package computes exactly this (contrac
     q_x     = clamp(rint(X / s_x), -limit, limit)                     rint = half to even, / = IEEE division
     s_w[n]  = bf16(max(clip · max_k |W[n,k]|, EPS) / (2^(bits-1)-1))  per output row, or per K-group: s_w[n, g]
     q_w     = clamp(rint(W / s_w), -2^(bits-1), 2^(bits-1) - 1)       [-8, 7] for W4
+              asymmetric: s_w = bf16(clip · (max W - min W) / (2^bits - 1)), z = rint(-clip · min W / s_w) and
+              q_w = clamp(rint(W / s_w), -z, 2^bits - 1 - z): the zero point is in the codes, which have one bit more
     acc     = Σ_k q_x q_w                                             exact integers (one per group)
     y       = (float(acc) · s_x[m]) · s_w[n] + bias[n]                fp32, in this order, then the output dtype
               groups: s_x[m] · Σ_{g ascending} s_w[n,g]·acc_g  (+ bias)
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +33,6 @@ from qlibero.errors import UserError, WorkFailed
 
 EPS = 1e-8  # the least absmax a scale is computed from: all-zero rows get codes 0 and a finite scale
 FP32_EXACT = 1 << 24  # every integer of smaller magnitude is an fp32 number, so sums below it are exact in any order
-SEARCH_RATIOS = tuple(
-    r / 20 for r in range(20, 9, -1)
-)  # clip ratios tried by the weight-scale search: 1.00, 0.95 … 0.50
 
 
 def activation_limit(bits: int) -> int:
@@ -70,42 +70,101 @@ def quantize_activations(x: Tensor, bits: int = 8, clip: float = 1.0) -> tuple[T
     return codes, scales
 
 
-def quantize_weights(
-    w: Tensor, bits: int = 4, group_size: int | None = None, search: bool = False, clip: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Symmetric weight quantization with bf16-representable fp32 scales.
+class WeightGrid(NamedTuple):
+    """The values that a layer's weights can take: scale · {low … high}, per row and K-group; all fp32 (N, G)."""
 
-    w: (N, K) float. Returns codes int8 (N, K) and scales fp32 (N,), or (N, K // group_size) with groups along K. `clip`
-    scales the absmax; `search` picks per row (per group) the ratio of `SEARCH_RATIOS`, times `clip`, with the least
-    squared error, the larger ratio on ties. Raises UserError when K is not a multiple of group_size, WorkFailed on
-    non-finite weights.
+    scales: Tensor
+    low: Tensor
+    high: Tensor
+
+    def codes(self, w: Tensor) -> Tensor:
+        """w (N, K) -> the nearest codes, int8 (N, K)."""
+        groups = w.float().reshape(len(w), self.scales.shape[1], -1)
+        low, high = self.low.unsqueeze(-1), self.high.unsqueeze(-1)
+        codes = (groups / self.scales.unsqueeze(-1)).round_().clamp_(low, high)
+        return codes.reshape(w.shape).to(torch.int8)
+
+    def nearest(self, values: Tensor, channel: int, width: int) -> Tensor:
+        """values (N,) float64 of one of `width` channels -> the nearest representable values."""
+        g = channel * self.scales.shape[1] // width
+        scale = self.scales[:, g].double()
+        return (values / scale).round().clamp(self.low[:, g].double(), self.high[:, g].double()) * scale
+
+    def on(self, scales: Tensor) -> WeightGrid:
+        """The same codes with other scales (N, G)."""
+        return self._replace(scales=scales)
+
+    def kept(self, group_size: int | None) -> Tensor:
+        """The scales as layers have them: (N,), or (N, G) with K-groups."""
+        return (self.scales.squeeze(1) if group_size is None else self.scales).contiguous()
+
+
+def weight_grid(
+    w: Tensor,
+    bits: int = 4,
+    group_size: int | None = None,
+    *,
+    search: bool = False,
+    clip: float = 1.0,
+    importance: Tensor | None = None,
+    symmetric: bool = True,
+) -> WeightGrid:
+    """Scales (and zero points) of w (N, K), bf16-representable, as the definitions above have them.
+
+    `clip` scales the range; `search` picks per row (per group) the ratio of `search_ratios`, times `clip`, with the
+    least squared error, the larger ratio on ties, each channel's error weighted by `importance` (K,) where it is given.
+    Raises UserError when K is not a multiple of group_size, WorkFailed on non-finite weights.
     """
-    low, high = weight_range(bits)
+    low, high = map(float, weight_range(bits))
     n, k = w.shape
     if not torch.isfinite(w).all():
         raise WorkFailed(f"weights of shape {(n, k)} contain non-finite values")
     if group_size is not None and (group_size < 1 or k % group_size):
         raise UserError(f"group_size {group_size} does not divide the layer's input width {k}")
     groups = w.float().reshape(n, 1 if group_size is None else k // group_size, -1)
-    peak = groups.abs().amax(dim=-1)
+    least, most = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    span, steps = (groups.abs().amax(-1), high) if symmetric else (most - least, high - low)
 
-    def attempt(ratio: float) -> tuple[Tensor, Tensor]:
-        scaled = (peak * ratio).clamp_min(EPS)
-        scale = (scaled / torch.full_like(scaled, float(high))).bfloat16().float()
-        return scale, (groups / scale.unsqueeze(-1)).round_().clamp_(low, high)
+    def attempt(ratio: float) -> WeightGrid:
+        scaled = (span * ratio).clamp_min(EPS)
+        scale = (scaled / torch.full_like(scaled, steps)).bfloat16().float()
+        if symmetric:
+            return WeightGrid(scale, torch.full_like(scale, low), torch.full_like(scale, high))
+        zero = (-least * ratio / scale).round_().clamp_(0, steps)
+        return WeightGrid(scale, -zero, steps - zero)
 
-    scales, codes = attempt(clip)
+    best = attempt(clip)
     if search:
-        least = ((codes * scales.unsqueeze(-1) - groups) ** 2).sum(-1)
-        for ratio in SEARCH_RATIOS[1:]:
-            scale, code = attempt(clip * ratio)
-            error = ((code * scale.unsqueeze(-1) - groups) ** 2).sum(-1)
-            better = error < least
-            least = torch.where(better, error, least)
-            scales = torch.where(better, scale, scales)
-            codes = torch.where(better.unsqueeze(-1), code, codes)
-    scales = scales.squeeze(1) if group_size is None else scales
-    return codes.reshape(n, k).to(torch.int8), scales.contiguous()
+        weights = None if importance is None else importance.to(w.device).float().reshape(groups.shape[1], -1)
+
+        def error(grid: WeightGrid) -> Tensor:
+            found = grid.codes(w).float().view(groups.shape) * grid.scales.unsqueeze(-1)
+            squared = (found - groups) ** 2
+            return (squared if weights is None else squared * weights).sum(-1)
+
+        lowest = error(best)
+        for ratio in search_ratios(bits)[1:]:
+            tried = attempt(clip * ratio)
+            found = error(tried)
+            better = found < lowest
+            lowest = torch.where(better, found, lowest)
+            best = WeightGrid(*(torch.where(better, b, a) for a, b in zip(best, tried, strict=True)))
+    return best
+
+
+def search_ratios(bits: int) -> tuple[float, ...]:
+    """Clip ratios that the weight-scale search tries: 1.00, 0.95 … 0.50; below 4 bits, where few codes must not be
+    spent on the tails, down to 0.20."""
+    return tuple(r / 20 for r in range(20, 9 if bits >= 4 else 3, -1))
+
+
+def quantize_weights(
+    w: Tensor, bits: int = 4, group_size: int | None = None, search: bool = False, clip: float = 1.0, **how: Any
+) -> tuple[Tensor, Tensor]:
+    """Weights rounded to nearest: codes int8 (N, K) and scales fp32 (N,), or (N, K // group_size). See
+    `weight_grid`."""
+    grid = weight_grid(w, bits, group_size, search=search, clip=clip, **how)
+    return grid.codes(w), grid.kept(group_size)
 
 
 def epilogue(acc: Tensor | Iterable[Tensor], s_x: Tensor, s_w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -139,6 +198,7 @@ class GemmShape:
     activation_bits: int = 8
     group_size: int | None = None  # None: one weight scale per output row
     device: str = "cpu"  # "cpu" or "cuda"
+    number_format: str = "int"  # integers, which kernels multiply; others are simulated
 
     def __post_init__(self) -> None:
         if self.group_size is not None and (self.group_size < 1 or self.k % self.group_size):
@@ -146,7 +206,8 @@ class GemmShape:
 
     def __str__(self) -> str:
         grouped = f" g{self.group_size}" if self.group_size else ""
-        return f"{self.n}x{self.k} W{self.weight_bits}A{self.activation_bits}{grouped} {self.device}"
+        kind = "" if self.number_format == "int" else f"{self.number_format} "
+        return f"{self.n}x{self.k} {kind}W{self.weight_bits}A{self.activation_bits}{grouped} {self.device}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +247,7 @@ class Kernel:
     real = True  # False: a reference or simulation that saves neither memory nor time
     # what it takes on any machine, so that a login node can plan for nodes it is not like
     devices: tuple[str, ...] = ("cpu", "cuda")
-    weight_bits: tuple[int, ...] = (4, 8)
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     grouped = True  # whether it takes a weight scale per K-group
     package: str | None = None  # the extra package whose version a verdict depends on
     #: whether it has `matmul_tiles`, so that quantizers write their codes in its layout (tiled.py) and not in rows

@@ -40,7 +40,7 @@ def cpu_multiplies_int8_fast() -> bool:
 
 class CpuInt4(Kernel):
     name = "cpu_int4"
-    devices, weight_bits = ("cpu",), (4,)
+    devices, weight_bits = ("cpu",), (2, 3, 4)
 
     def __init__(self, core: str | None = None):
         """core: "int8" or "fp32"; None picks by processor."""

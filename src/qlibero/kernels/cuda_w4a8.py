@@ -45,7 +45,7 @@ def missing() -> str | None:
 
 class CudaW4A8(Kernel):
     name = "cuda_w4a8"
-    devices, weight_bits, grouped = ("cuda",), (4,), False
+    devices, weight_bits, grouped = ("cuda",), (2, 3, 4), False
     in_tiles = True
 
     def supports(self, shape: GemmShape) -> Support:

@@ -70,7 +70,7 @@ class _HummingWeight(PackedWeight):
 
 class Humming(Kernel):
     name = "humming"
-    devices, grouped = ("cuda",), False
+    devices, weight_bits, grouped = ("cuda",), (4, 8), False
     package = "humming-kernels"
     rounds_to = torch.bfloat16
 

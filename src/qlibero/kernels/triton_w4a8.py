@@ -48,7 +48,7 @@ def _processors(device_index: int | None) -> int:
 
 class TritonW4A8(Kernel):
     name = "triton_w4a8"
-    devices, weight_bits = ("cuda",), (4,)
+    devices, weight_bits = ("cuda",), (2, 3, 4)
 
     def supports(self, shape: GemmShape) -> Support:
         if reason := missing():

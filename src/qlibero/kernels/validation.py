@@ -30,7 +30,7 @@ import torch
 from qlibero.activity import doing
 from qlibero.cache import cache_directory, keep
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import DEQUANTIZED, load, names
+from qlibero.kernels import DEQUANTIZED, SIMULATED, load, names
 from qlibero.kernels.benchmark import seconds
 from qlibero.kernels.contract import GemmShape, Kernel
 from qlibero.kernels.exactness import ExactnessResult, quantized_weight, try_kernel
@@ -86,8 +86,8 @@ def check(
 def _check_layer(
     layer: Layer, requested: str, kernel: str, note: str, on_failure: str, results: _Results
 ) -> KernelCheck:
-    if layer.shape.activation_bits == 16:
-        return _weight_only(layer, requested, on_failure)
+    if without_kernel(layer.shape):
+        return _without_kernel(layer, requested, on_failure)
     finding, cached, took = results.of(kernel, layer)
     executed, verdict, reason = kernel, "pass", finding.reason
     if not finding.ok:
@@ -107,17 +107,33 @@ def _check_layer(
     )
 
 
-def _weight_only(layer: Layer, requested: str, on_failure: str) -> KernelCheck:
-    """`fake` and `auto` are satisfied with an ordinary linear; whoever names a kernel is told that it would not run."""
-    reason = (
-        "16-bit activations: the codes are dequantized into an ordinary linear, "
-        "no integers are multiplied and no memory is saved"
-    )
-    executed, verdict = DEQUANTIZED, "pass"
-    if requested not in ("fake", "auto"):
-        executed, verdict = (
-            (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
+def without_kernel(shape: GemmShape) -> bool:
+    """Whether no kernel multiplies such a layer: its activations are not quantized, or not to integers."""
+    return shape.activation_bits == 16 or shape.number_format != "int"
+
+
+def _without_kernel(layer: Layer, requested: str, on_failure: str) -> KernelCheck:
+    """`fake` and `auto` are satisfied with what runs instead; whoever names a kernel is told that it would not run."""
+    if layer.shape.activation_bits == 16:
+        instead, reason = (
+            DEQUANTIZED,
+            (
+                "16-bit activations: the codes are dequantized into an ordinary linear, "
+                "no integers are multiplied and no memory is saved"
+            ),
         )
+    else:
+        instead, reason = (
+            SIMULATED,
+            (
+                f"{layer.shape.number_format} is computed as it is defined, in float64: no hardware multiplies "
+                f"it here and no "
+                "memory is saved"
+            ),
+        )
+    executed, verdict = instead, "pass"
+    if requested not in ("fake", "auto"):
+        executed, verdict = (instead, f"fall back to {instead}") if on_failure == "fallback" else (None, "refuse")
         reason += f", so {requested} has nothing to do; write fake"
     return KernelCheck(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
 
@@ -151,9 +167,9 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
     times: dict[str, float] = {}
     against: dict[str, str] = {}
     results = _Results(remember=True)
-    distinct = {(x.shape, x.tokens): x for x in layers if x.shape.activation_bits < 16}.values()
+    distinct = {(x.shape, x.tokens): x for x in layers if not without_kernel(x.shape)}.values()
     if not distinct:
-        return DEQUANTIZED, ""
+        return "fake", ""
     for name in names():
         try:
             kernel = load(name)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import DEQUANTIZED
+from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import QuantizablePolicy
 from qlibero.policies.surgery import exchange
 from qlibero.quant.artifact import Artifact, LayerRecord, require
+from qlibero.quant.float_linear import FloatLinear, assemble_floats
 from qlibero.quant.layout import select
 from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.transform import InputTransform
@@ -101,8 +102,9 @@ def _multiplied(together: list[LayerRecord]) -> list[list[LayerRecord]]:
 
 def _shape(artifact: Artifact, layers: list[LayerRecord], device: str) -> GemmShape:
     first, n = layers[0], sum(layer.out_features for layer in layers)
-    bits = first.weight_bits, first.activation_bits
-    return GemmShape(n, first.in_features, *bits, artifact.spec.group_size, device)
+    spec = artifact.spec
+    bits = spec.kernel_bits(first.weight_bits), first.activation_bits
+    return GemmShape(n, first.in_features, *bits, spec.group_size, device, spec.number_format)
 
 
 def _modules(
@@ -130,7 +132,12 @@ def _modules(
                 None if rotation is None else rotation.to(device),
             )
         )
-    first = layers[0]
+    first, spec = layers[0], artifact.spec
+    if spec.number_format != "int" and first.activation_bits < 16:
+        if backend not in (SIMULATED, "fake"):
+            raise UserError(f"{first.name} is {spec.number_format}, for which there is no kernel {backend}; write fake")
+        made = assemble_floats(shared, parts, spec.number_format, spec.activation_clip)
+        return dict(zip((layer.name for layer in layers), made, strict=True))
     if first.activation_bits == 16:
         if backend not in (DEQUANTIZED, "fake"):
             raise UserError(f"{first.name} has 16-bit activations, for which there is no kernel {backend}; write fake")
@@ -144,7 +151,7 @@ def _modules(
         kernel,
         shared,
         parts,
-        weight_bits=first.weight_bits,
+        weight_bits=spec.kernel_bits(first.weight_bits),
         activation_bits=first.activation_bits,
         activation_clip=artifact.spec.activation_clip,
         dtype=dtype,
@@ -204,7 +211,8 @@ def memory(model: nn.Module, artifact: Artifact) -> Memory:
     found = [model.get_submodule(layer.name) for layer in artifact.layers]
     quantized = [module for module in found if isinstance(module, QuantLinear)]
     products = {id(m.product): m.product for m in quantized}.values()
-    transforms = {id(m.transform): m.transform for m in quantized}.values()
+    online = [module for module in found if isinstance(module, QuantLinear | FloatLinear)]
+    transforms = {id(m.transform): m.transform for m in online}.values()
     rotations = [m.output_rotation for m in quantized if m.output_rotation is not None]
     plain = [module for module in found if not isinstance(module, QuantLinear)]
     return Memory(

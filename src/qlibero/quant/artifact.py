@@ -1,10 +1,11 @@
 """A quantization on disk: one safetensors file that says what it is, from what it was made, and proves it is whole.
 
-Tensors: `<linear>.codes` (uint8, two 4-bit codes a byte, low nibble first, or int8), `<linear>.scales`
-(bfloat16, exact), `<linear>.output_rotation`; `<group>.scale|first|order|second` (the input's transform).
+Tensors: `<linear>.codes` (uint8, two codes of at most 4 bits a byte, low nibble first; int8; or float8_e4m3fn),
+`<linear>.scales` (bfloat16, exact), `<linear>.output_rotation`; `<group>.scale|first|order|second|hadamard` (the
+input's transform), `<group>.importance` (mean x'^2 of each channel, by which scales were searched; nothing runs it).
 
 Metadata: format version, the spec and its hash, the checkpoint's sha256, where the calibration data came
-from, one record per linear with what was measured on calibration tokens, and a sha256 over all of it.
+from, one record per linear with what was measured on held-out tokens, and a sha256 over all of it.
 
 Nothing is trusted because of its name or place: an artifact that is damaged, of another format, made with
 other settings (stale) or for another checkpoint (foreign) is refused with the command that mends it, never
@@ -29,20 +30,22 @@ from qlibero.config.quantization import Quant
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
+from qlibero.quant.nibbles import unpack_nibbles
 from qlibero.quant.transform import FACTORS, Transform
 
 #: raised whenever the meaning of a stored number changes, including through a change of the quantizing code
-FORMAT = 1
+FORMAT = 2
 CURE = "make it again with `qlibero quantize CONFIG`"
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One quantized linear. The measures are over calibration tokens; they are None where the layer never ran.
+    """One quantized linear. The measures are over held-out tokens; they are None where the layer never ran.
 
-    sqnr_db: signal to quantization noise of the layer's output; max_error: greatest |error| relative to the
-    greatest |output|; outlier_before, outlier_after: mean over tokens of max|x| / rms(x), before and after
-    the transform; codes_bytes, scales_bytes: as stored.
+    method: whose transform its input has; rounding: how its weights were rounded, and `tried`: rounding -> dB of every
+    one that was; sqnr_db: signal to quantization noise of the layer's output; max_error: greatest |error| relative to
+    the greatest |output|; outlier_before, outlier_after: mean over tokens of max|x| / rms(x), before and after the
+    transform; codes_bytes, scales_bytes: as stored.
     """
 
     name: str
@@ -52,6 +55,9 @@ class LayerRecord:
     weight_bits: int
     activation_bits: int
     executed: bool
+    method: str
+    rounding: str
+    tried: dict[str, float]
     sqnr_db: float | None
     max_error: float | None
     outlier_before: float | None
@@ -99,9 +105,9 @@ class Artifact:
         return Transform(**{factor: self.tensor(f"{group}.{factor}") for factor in FACTORS})
 
     def codes(self, name: str) -> Tensor:
-        """Weight codes of a linear, int8 (N, K)."""
+        """Weight codes of a linear, int8 or float8_e4m3fn (N, K)."""
         stored = self.tensor(f"{name}.codes")
-        return unpack_nibbles(stored) if self.layer(name).weight_bits == 4 else stored
+        return unpack_nibbles(stored) if stored.dtype == torch.uint8 else stored
 
     def scales(self, name: str) -> Tensor:
         """Weight scales of a linear, float32 (N,) or (N, G)."""
@@ -112,18 +118,6 @@ def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str) -> str:
     """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same key."""
     text = json.dumps([FORMAT, spec.hash, checkpoint_sha256, data_sha256])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """int8 codes in [-8, 7], (N, K) with K even -> uint8 (N, K/2); the even channel in the low nibble."""
-    nibbles = codes.to(torch.uint8) & 0xF
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`."""
-    pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
-    return ((pairs ^ 8).to(torch.int8)) - 8
 
 
 def content_hash(meta: dict[str, Any], names, tensor) -> str:
@@ -153,7 +147,8 @@ def build(
 def save(artifact: Artifact, path: Path) -> Path:
     """Write atomically: a reader sees the whole file or none."""
     path, partial = Path(path), None
-    meta = {"qlibero": json.dumps(_meta(artifact), sort_keys=True), "sha256": artifact.sha256}
+    # not sorted: later patterns of per_layer_bits win, so their order is part of the settings
+    meta = {"qlibero": json.dumps(_meta(artifact)), "sha256": artifact.sha256}
     try:
         partial = files.beside(path)
         save_file({name: t.contiguous() for name, t in artifact.tensors.items()}, partial, metadata=meta)

@@ -14,9 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qlibero.config.quantization import Quant
+from qlibero.config.quantization import ROUNDINGS, Quant
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
+from qlibero.quant.nibbles import unpack_nibbles
+from qlibero.registry import MethodPlugin, get
 
 LARGEST_SCALE = 1e4
 ORTHOGONAL_WITHIN = 0.05
@@ -38,9 +40,12 @@ class _Layer(Strict):
     group: _Name
     out_features: _Size
     in_features: _Size
-    weight_bits: Literal[4, 8]
-    activation_bits: Literal[4, 8, 16]
+    weight_bits: Literal[2, 3, 4, 5, 6, 8]
+    activation_bits: Literal[4, 6, 8, 16]
     executed: bool
+    method: _Name
+    rounding: Literal["nearest", "search", "gptq"]
+    tried: dict[Literal["nearest", "search", "gptq"], float] = Field(max_length=3)
     sqnr_db: _Measure
     max_error: _Measure
     outlier_before: _Measure
@@ -107,11 +112,14 @@ def require_consistent(
             refuse(f"the linears of {layer.group} have inputs of different widths")
         expected |= {f"{layer.name}.codes", f"{layer.name}.scales"}
         expected |= {f"{layer.name}.output_rotation"} if spec.row_rotation else set()
-    for group in widths:
-        factors = {f"{group}.{factor}" for factor in spec.transform.factors}
-        # an input that no action depends on is left as it is by a method that has to see data
-        if group in alive or factors & set(names):
-            expected |= factors
+    methods: dict[str, str] = {}
+    for layer in layers:
+        if fault := _choice_fault(spec, layer, methods.setdefault(layer.group, layer.method), layer.group in alive):
+            refuse(f"{layer.name}: {fault}")
+    made = {group: get(MethodPlugin, method).factors for group, method in methods.items()}
+    expected |= {f"{group}.{factor}" for group, factors in made.items() for factor in factors}
+    searched = {f"{group}.importance" for group in widths} if spec.rounding != "nearest" else set()
+    expected |= searched & set(names)
     if lost := sorted(expected - set(names)):
         refuse(f"{len(lost)} tensors are missing that {spec.method} makes, first {lost[0]}")
     if strange := sorted(set(names) - expected):
@@ -120,11 +128,14 @@ def require_consistent(
         if fault := _layer_fault(spec, layer, tensor):
             refuse(f"{layer.name}: {fault}")
     for group, width in widths.items():
-        for factor in spec.transform.factors:
-            if f"{group}.{factor}" in names and (
-                fault := _factor_fault(spec, factor, tensor(f"{group}.{factor}"), width)
-            ):
+        folded = get(MethodPlugin, methods[group]).smooths_first
+        for factor in made[group]:
+            if fault := _factor_fault(spec, factor, tensor(f"{group}.{factor}"), width, folded):
                 refuse(f"{group}.{factor} {fault}")
+        if f"{group}.importance" in searched & set(names):
+            value = tensor(f"{group}.importance")
+            if tuple(value.shape) != (width,) or value.dtype != torch.float32 or not bool((value >= 0).all()):
+                refuse(f"{group}.importance is no vector of {width} mean squares")
     for name, values in corrections.items():
         kind = name.rpartition(".")[2]
         low, high = {"q_proj": ATM_RANGE, "o_proj": OHB_RANGE}.get(kind, (0, 0))
@@ -133,14 +144,34 @@ def require_consistent(
             refuse(f"corrections of {short(name)} are none that its settings can make")
 
 
+def _choice_fault(spec: Quant, layer: Any, group_method: str, alive: bool) -> str | None:
+    """Of the method and the rounding that a linear's record names."""
+    # an input that no action depends on is left as it is by a method that has to see data
+    possible = spec.transform.chooses or (spec.method,)
+    if layer.method not in possible and (alive or spec.transform.data_free or layer.method != "rtn"):
+        return f"its method is {short(layer.method)}, its settings say {spec.method}"
+    if layer.method != group_method:
+        return "linears with one input have two methods"
+    allowed = ROUNDINGS[: ROUNDINGS.index(spec.rounding) + 1]
+    if layer.rounding not in allowed or not set(layer.tried) <= set(allowed):
+        return f"its rounding is {layer.rounding}, its settings say {spec.rounding}"
+    return None
+
+
 def _layer_fault(spec: Quant, layer: Any, tensor: Callable[[str], Tensor]) -> str | None:
     n, k = layer.out_features, layer.in_features
     codes, scales = tensor(f"{layer.name}.codes"), tensor(f"{layer.name}.scales")
-    shape, dtype = ((n, k // 2), torch.uint8) if layer.weight_bits == 4 else ((n, k), torch.int8)
-    if k % 2 and layer.weight_bits == 4 or tuple(codes.shape) != shape or codes.dtype != dtype:
+    floats = spec.number_format in ("nvfp4", "mxfp4") or (spec.number_format == "fp8" and layer.weight_bits == 8)
+    nibbles = layer.weight_bits <= 4 and spec.symmetric and not floats
+    dtype = torch.float8_e4m3fn if floats else torch.uint8 if nibbles else torch.int8
+    shape = (n, k // 2) if nibbles else (n, k)
+    if k % 2 and nibbles or tuple(codes.shape) != shape or codes.dtype != dtype:
         return f"codes are {tuple(codes.shape)} {codes.dtype}, expected {shape} {dtype}"
-    grouped = (n,) if spec.group_size is None else (n, k // spec.group_size)
-    if spec.group_size and k % spec.group_size or tuple(scales.shape) != grouped or scales.dtype != torch.bfloat16:
+    if fault := _range_fault(spec, layer, unpack_nibbles(codes) if nibbles else codes):
+        return fault
+    group = spec.scale_group
+    grouped = (n,) if group is None else (n, k // group)
+    if group and k % group or tuple(scales.shape) != grouped or scales.dtype != torch.bfloat16:
         return f"scales are {tuple(scales.shape)} {scales.dtype}, expected {grouped} torch.bfloat16"
     low, high = (float(value) for value in torch.aminmax(scales.float()))
     if not (0 < low <= high < LARGEST_SCALE):
@@ -153,7 +184,20 @@ def _layer_fault(spec: Quant, layer: Any, tensor: Callable[[str], Tensor]) -> st
     return None
 
 
-def _factor_fault(spec: Quant, factor: str, value: Tensor, width: int) -> str | None:
+def _range_fault(spec: Quant, layer: Any, codes: Tensor) -> str | None:
+    """Of codes that their bits do not hold."""
+    low, high = (float(value) for value in torch.aminmax(codes.float()))
+    bits = layer.weight_bits
+    if codes.dtype == torch.float8_e4m3fn:
+        least, most = (-448.0, 448.0) if spec.number_format == "fp8" else (-6.0, 6.0)
+    elif spec.symmetric:
+        least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    else:
+        least, most = 1 - 2.0**bits, 2.0**bits - 1
+    return None if least <= low <= high <= most else f"codes run from {low:g} to {high:g}, beyond {least:g} to {most:g}"
+
+
+def _factor_fault(spec: Quant, factor: str, value: Tensor, width: int, folded: bool) -> str | None:
     if factor == "order":
         whole = tuple(value.shape) == (width,) and value.dtype == torch.int32
         same = whole and torch.equal(value.sort().values.long(), torch.arange(width))
@@ -167,8 +211,7 @@ def _factor_fault(spec: Quant, factor: str, value: Tensor, width: int) -> str | 
         right = tuple(value.shape) == (width,) and value.dtype == torch.bfloat16
         right = right and bool((value.abs() > 0).all()) and bool((value.abs() < LARGEST_SCALE**2).all())
         return None if right else f"is no vector of {width} signed factors"
-    scaled = factor == "first" and spec.transform.smooths_first
-    return _rotation_fault(value, width, spec.block_size, torch.bfloat16, scaled)
+    return _rotation_fault(value, width, spec.block_size, torch.bfloat16, factor == "first" and folded)
 
 
 def _rotation_fault(value: Tensor, width: int, block: int, dtype: torch.dtype, scaled: bool = False) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlibero.errors import GuardRefusal, UserError
+from qlibero.quant.action_error import action_error, arm_error
 from qlibero.quant.artifact import Artifact, LayerRecord, load
+from qlibero.quant.layout import short_name
 
 if TYPE_CHECKING:
     from qlibero.policies.base import Observation, QuantizablePolicy
@@ -25,15 +26,14 @@ SORTS = {
     "bytes": True,
 }
 HINTS = 5
-_LONG = re.compile(r"^.*?([^.]+)(?:\.(?:model|encoder))?\.layers\.(\d+)\.")
 
 
 def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
     """The document of `qlibero inspect ARTIFACT [--diff OTHER] [--sort COLUMN]`.
 
     Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape
-    `N×K`, bits `W4A8`, executed, sqnr_db, max_error, outlier_before, outlier_after, bytes (codes and scales),
-    transform_bytes.
+    `N×K`, bits `W4A8`, executed, method, rounding, sqnr_db, max_error, outlier_before, outlier_after, bytes (codes
+    and scales), transform_bytes.
 
     Raises:
         UserError: no such file or column. GuardRefusal: damaged, truncated or altered.
@@ -78,6 +78,8 @@ def row(layer: LayerRecord) -> dict[str, Any]:
         "shape": f"{layer.out_features}×{layer.in_features}",
         "bits": f"W{layer.weight_bits}A{layer.activation_bits}",
         "executed": layer.executed,
+        "method": layer.method,
+        "rounding": layer.rounding,
         "sqnr_db": layer.sqnr_db,
         "max_error": layer.max_error,
         "outlier_before": layer.outlier_before,
@@ -140,10 +142,10 @@ def sensitivity(
 ) -> list[dict[str, Any]]:
     """Which layers' return to full precision would buy most, measured on actions, greatest share first.
 
-    Each executed layer is quantized *alone* and the policy asked: rms_action is the root mean square change
-    of its actions (in the policy's own action units, gripper included). Independent errors add in squares, so
-    a layer's square over the sum of squares is its share of what full quantization costs. One policy call per
-    layer.
+    Each executed layer is quantized *alone* and the policy asked: arm_error is the median over observations of the
+    root mean square change of its arm actions (in the policy's own action units), with its 95 % interval. Independent
+    errors add in squares, so a layer's mean square over the sum of them is its share of what full quantization
+    costs. One policy call per layer.
     """
     from qlibero.quant.apply import quantize_policy
 
@@ -153,21 +155,25 @@ def sensitivity(
         if not layer.executed:
             continue
         alone = quantize_policy(policy, artifact, "fake", only=frozenset([layer.name]))
-        error = alone.infer(observations, noise).actions - exact
+        found = alone.infer(observations, noise).actions
+        summary, mean_square = action_error(exact, found), float(np.mean(arm_error(exact, found) ** 2))
         rows.append(
             {
                 "layer": layer.name,
-                "rms_action": float(np.sqrt(np.mean(error**2))),
+                "arm_error": summary.arm,
+                "arm95": summary.arm95,
+                "gripper_changed": summary.gripper_changed,
+                "share_of_action_error": mean_square,
                 "sqnr_db": layer.sqnr_db,
                 "extra_bytes": _extra_bytes(layer),
             }
         )
     if not rows:
         raise GuardRefusal("the artifact holds no executed layer, so none can be measured")
-    total = sum(r["rms_action"] ** 2 for r in rows) or 1.0
+    total = sum(r["share_of_action_error"] for r in rows) or 1.0
     for r in rows:
-        r["share_of_action_error"] = round(r["rms_action"] ** 2 / total, 4)
-    return sorted(rows, key=lambda r: -r["rms_action"])
+        r["share_of_action_error"] = round(r["share_of_action_error"] / total, 4)
+    return sorted(rows, key=lambda r: -r["share_of_action_error"])
 
 
 def _extra_bytes(layer: LayerRecord) -> int:
@@ -187,7 +193,7 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def cell(key: str, value: Any) -> Any:
         if key == "layer":
-            return _LONG.sub(r"\1.\2.", value).replace("self_attn.", "")
+            return short_name(value)
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     return [{key: cell(key, value) for key, value in r.items()} for r in rows]

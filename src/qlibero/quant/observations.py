@@ -54,8 +54,15 @@ class Demonstrations:
         """`count` of them (all, if there are no more), drawn without replacement from `seed`, in file order."""
         if count >= len(self.observations):
             return self
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self.observations))[:count])
+        chosen = self.indices(count, seed)
         return Demonstrations(tuple(self.observations[i] for i in chosen), self.source, self.sha256)
+
+    def indices(self, count: int, seed: int) -> list[int]:
+        """Which observations `sample` takes."""
+        total = len(self.observations)
+        if count >= total:
+            return list(range(total))
+        return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
 
 
 def write_demonstrations(path: Path, observations: Sequence[Observation], source: str) -> Path:

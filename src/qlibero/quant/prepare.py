@@ -25,6 +25,7 @@ from qlibero.policies.base import quantizable
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
+from qlibero.quant.probe import between
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
@@ -200,10 +201,6 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     return {"experiment": experiment.name, "artifacts": list(found.values())}
 
 
-#: demonstration observations on which `sensitivity` asks the policy, once per layer
-SENSITIVITY_OBSERVATIONS = 4
-
-
 def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
     """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration observations.
 
@@ -214,6 +211,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
 
     from qlibero.policies import load_policy
     from qlibero.quant.inspect import sensitivity
+    from qlibero.quant.probe import unseen
 
     torch.set_num_threads(1)
     artifact = load(path)
@@ -223,7 +221,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
             f"experiment {experiment.name} names no calibration data, which the measurement needs: "
             "give quant.calibration.path"
         )
-    data = read_demonstrations(quant.calibration.path).sample(SENSITIVITY_OBSERVATIONS, artifact.spec.calibration_seed)
+    data, _, _ = unseen([quant])
     policy = quantizable(load_policy(experiment.policy))
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)
@@ -239,7 +237,10 @@ def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
             "worst SQNR dB": row["worst_sqnr_db"] and round(row["worst_sqnr_db"], 1),
             "weights / bf16": f"{row['weight_bytes'] / row['bf16_bytes']:.3f}",
             "with transforms": f"{(row['weight_bytes'] + row['transform_bytes']) / row['bf16_bytes']:.3f}",
-            "mean action change": row["action_error"] and f"{row['action_error']['mean_abs']:.4f}",
+            "arm error": row["action_error"] and f"{row['action_error']['arm']:.4f}",
+            "95 %": row["action_error"] and between(row["action_error"]["arm95"]),
+            "gripper": row["action_error"]
+            and f"{row['action_error']['gripper_changed']}/{row['action_error']['gripper_actions']}",
             "": f"made in {row['seconds']:.0f} s" if row["made"] else "found",
         }
         for row in document["artifacts"]

@@ -25,7 +25,7 @@ from qlibero.stats.shifts import SEED
 RESAMPLES = 4_000
 FEWEST_SCENES = 5  # fewer are no interval
 EQUAL = 0.02  # within ±2 % is as fast
-SIMULATIONS = {"fake", "int_ref"}  # compute a kernel's integers by other means: their time is nobody's
+SIMULATIONS = {"fake", "int_ref", "simulated"}  # compute a kernel's integers by other means: their time is nobody's
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.identity import file_sha256
-from qlibero.kernels import DEQUANTIZED, validation
+from qlibero.kernels import NO_KERNEL, validation
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.machine.kind import machine_facts, machine_kind
@@ -104,7 +104,7 @@ def _rearranged(full: Policy, replicate: int) -> Policy:
 
 def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
     """`auto` chooses by timing, which another day or machine may decide otherwise; what ran once runs again."""
-    ran = {said["kernel"] for said in before.get("kernels", {}).values() if said["kernel"] != DEQUANTIZED}
+    ran = {said["kernel"] for said in before.get("kernels", {}).values() if said["kernel"] not in NO_KERNEL}
     return replace(arm, backend=ran.pop()) if arm.backend == "auto" and len(ran) == 1 else arm
 
 
@@ -203,7 +203,7 @@ def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
     full = quantizable(load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset()))
     artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, (), say)]}
     layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
-    found = [layer for layer in layers if layer.shape.activation_bits < 16]
+    found = [layer for layer in layers if not validation.without_kernel(layer.shape)]
     if not found:
         raise UserError(f"{experiment.name}: no arm has integer activations, so nothing is asked of a kernel")
     return list(dict.fromkeys(found))
@@ -226,7 +226,7 @@ def _quantized(
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
     policy = quantize_policy(full, artifact, kernels)
     policy_check = recheck = None
-    real = sorted(set(kernels.values()) - {"fake", DEQUANTIZED})
+    real = sorted(set(kernels.values()) - {"fake", *NO_KERNEL})
     exact = all(load_kernel(name).rounds_to is None for name in real)
     if not real:
         twins[artifact.sha256] = policy
@@ -277,7 +277,7 @@ def prompts(experiment: Experiment) -> list[str]:
 def _label(full: Policy, arm: Arm) -> str:
     if arm.quant is None:
         return f"{arm.name} ({full.provenance().get('dtype', 'remote')})"
-    return f"{arm.name} ({arm.quant.method} {arm.quant.precision} {arm.quant.layout or 'custom'})"
+    return f"{arm.name} ({arm.quant.label})"
 
 
 def _seen(arm: Arm, prompt: str) -> Observation:

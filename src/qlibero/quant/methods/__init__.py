@@ -15,12 +15,14 @@ from qlibero.registry import MethodPlugin, get
 class GroupData:
     """What is known of one shared input when its transform is fitted.
 
-    weights: the (N, K) float32 weights that read it; peak: (K,) greatest |x| per channel over all calibration
-    tokens; tokens: (T, K) float32 kept tokens; seed: of this group's random draws.
+    weights: the (N, K) float32 weights that read it; peak, mean, rms: (K,) greatest, mean and root mean square |x|
+    per channel over all calibration tokens; tokens: (T, K) float32 kept tokens; seed: of this group's random draws.
     """
 
     weights: tuple[Tensor, ...]
     peak: Tensor
+    mean: Tensor
+    rms: Tensor
     tokens: Tensor
     seed: int
 

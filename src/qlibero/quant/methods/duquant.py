@@ -34,7 +34,7 @@ PLUGIN = MethodPlugin(
 def fit(data: GroupData, spec: Quant) -> Transform:
     """S folded into R1, P, R2. Fitted in float64 on `data.tokens`; deterministic for a given seed."""
     block = spec.block_size
-    s = smoothing(data, spec.alpha)
+    s = smoothing(data, spec)
     x = data.tokens.double() / s
     first = greedy_rotation(_split(x, block), spec.rotation_steps, spec.calibration_seed)
     x = _join(torch.bmm(_split(x, block), first))

@@ -23,7 +23,7 @@ PLUGIN = MethodPlugin(
 
 def fit(data: GroupData, spec: Quant) -> Transform:
     """The signed smoothing, to be followed by H."""
-    inverse = 1.0 / smoothing(data, spec.alpha)
+    inverse = 1.0 / smoothing(data, spec)
     generator = torch.Generator().manual_seed(data.seed)
     signs = torch.randint(0, 2, (len(inverse),), generator=generator) * 2.0 - 1.0
     return Transform(hadamard=fold(inverse, signs.to(inverse.device)))

@@ -1,0 +1,167 @@
+"""What each arm of an experiment does to actions along demonstrations: a first answer before any rollout.
+
+Every arm is asked the same observations with the same noise as full precision, observations that no arm was fitted on.
+What comes of it is open loop: it says how far the next actions move, not whether the episode is still won.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlibero.activity import doing
+from qlibero.errors import UserError
+from qlibero.policies.base import Observation
+from qlibero.quant.action_error import action_error, arm_error
+from qlibero.quant.activation_stats import held_out
+from qlibero.quant.observations import Demonstrations, read_demonstrations
+
+if TYPE_CHECKING:
+    from qlibero.config.quantization import Quant
+    from qlibero.config.schema import Experiment
+
+MOST = 64
+"""Observations that are asked, spread over those there are."""
+FEWEST = 32
+PHASES = ("start", "middle", "end")
+
+
+def probe(experiment: Experiment) -> dict[str, Any]:
+    """Ask every arm. Returns {"experiment", "observations", "source", "arms": [{"arm", "label", "arm_error", "arm95",
+    "ratio", "ratio95", "gripper_changed", "gripper_actions", "phases": {phase: median}}]}.
+
+    arm_error is the median over observations of the root mean square change of the arm's executed actions; ratio the
+    geometric mean, over observations, of this arm's change over the first quantized arm's, with its 95 % interval.
+
+    Raises UserError without an arm but the baseline, or without demonstrations.
+    """
+    import torch
+
+    from qlibero.policies import load_policy
+    from qlibero.policies.base import quantizable
+    from qlibero.quant.apply import quantize_policy
+    from qlibero.quant.prepare import artifact_for, noise_for
+
+    torch.set_num_threads(1)
+    arms = [arm for arm in experiment.arms() if arm.backend != "baseline"]
+    if not arms:
+        raise UserError(
+            f"experiment {experiment.name} has no arm beside the baseline; add one to `backends`, such as fake"
+        )
+    quants = [arm.quant for arm in arms if arm.quant is not None]
+    data, phases, fresh = unseen(quants)
+    policy = quantizable(load_policy(experiment.policy))
+    noise = noise_for(policy, len(data.observations), experiment.seed)
+    steps = experiment.policy.replan_steps
+    exact = policy.infer(data.observations, noise).actions
+    rows: list[dict[str, Any]] = []
+    first: np.ndarray | None = None
+    for index, arm in enumerate(arms):
+        doing("probing arms", index, len(arms))
+        asked = policy.rearranged(arm.replicate) if arm.quant is None else None
+        if asked is None:
+            asked = quantize_policy(policy, artifact_for(policy, arm.quant), "fake")
+        found = asked.infer(data.observations, noise).actions
+        errors, summary = arm_error(exact, found, steps), action_error(exact, found, steps)
+        if first is None and arm.quant is not None:
+            first = errors
+        rows.append(
+            {
+                "arm": arm.name,
+                "label": arm.quant.label if arm.quant else arm.backend,
+                "arm_error": summary.arm,
+                "arm95": summary.arm95,
+                **ratio(errors, first),
+                "gripper_changed": summary.gripper_changed,
+                "gripper_actions": summary.gripper_actions,
+                "phases": {
+                    phase: float(np.median(errors[here]))
+                    for phase in PHASES
+                    if (here := np.array([p == phase for p in phases])).any()
+                },
+            }
+        )
+    return {
+        "experiment": experiment.name,
+        "observations": len(exact),
+        "unseen": fresh,
+        "steps": steps,
+        "source": data.source,
+        "arm_action": action_error(exact, exact, steps).arm_action,
+        "arms": rows,
+    }
+
+
+def unseen(quants: Sequence[Quant]) -> tuple[Demonstrations, list[str], bool]:
+    """Observations of the arms' calibration file that none of them was fitted on, at most `MOST`, their phases, and
+    True; False and any of the file's, where fewer than `FEWEST` are left."""
+    sources = {quant.calibration.path for quant in quants if quant.calibration and quant.calibration.path}
+    if len(sources) != 1:
+        said = "names no calibration data" if not sources else f"names {len(sources)} calibration files"
+        raise UserError(f"quant.calibration.path: the experiment {said}; a probe needs one file of demonstrations")
+    everything = read_demonstrations(sources.pop())
+    left = dict.fromkeys(range(len(everything.observations)))
+    for quant in quants:
+        if quant.calibration is None:
+            continue
+        drawn = everything.indices(quant.calibration.samples, quant.calibration.seed)
+        for i, held in zip(drawn, held_out(len(drawn)), strict=True):
+            if not held:
+                left.pop(i, None)
+    fresh = len(left) >= FEWEST
+    kept = list(left) if fresh else list(range(len(everything.observations)))
+    chosen = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).astype(int))]
+    phases = phase_of(everything.observations)
+    kept_ones = tuple(everything.observations[i] for i in chosen)
+    return Demonstrations(kept_ones, everything.source, everything.sha256), [phases[i] for i in chosen], fresh
+
+
+def phase_of(observations: Sequence[Observation]) -> list[str]:
+    """Of each observation `start`, `middle` or `end`: its third among the neighbours with one instruction, which are
+    moments of a demonstration in their order."""
+    phases: list[str] = []
+    start = 0
+    for i, observation in enumerate(observations):
+        if i + 1 == len(observations) or observations[i + 1].prompt != observation.prompt:
+            count = i + 1 - start
+            phases += [PHASES[min(2, 3 * k // count)] for k in range(count)]
+            start = i + 1
+    return phases
+
+
+def ratio(errors: np.ndarray, first: np.ndarray | None) -> dict[str, Any]:
+    """{"ratio", "ratio95"}: geometric mean of paired ratios and Student's interval of its logarithm; None without a
+    reference, or where an error is zero."""
+    if first is None or not (errors > 0).all() or not (first > 0).all():
+        return {"ratio": None, "ratio95": None}
+    from scipy.special import stdtrit
+
+    logs = np.log(errors / first)
+    half = float(stdtrit(len(logs) - 1, 0.975)) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    middle = float(logs.mean())
+    return {"ratio": math.exp(middle), "ratio95": (math.exp(middle - half), math.exp(middle + half))}
+
+
+def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms as rows for a terminal."""
+    return [
+        {
+            "arm": row["arm"],
+            "settings": row["label"],
+            "arm error": f"{row['arm_error']:.4f}",
+            "95 %": between(row["arm95"]),
+            "over the first": "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            "95 % ": between(row["ratio95"], 2),
+            "gripper": f"{row['gripper_changed']}/{row['gripper_actions']}",
+            **{phase: f"{value:.4f}" for phase, value in row["phases"].items()},
+        }
+        for row in document["arms"]
+    ]
+
+
+def between(interval: Sequence[float] | None, digits: int = 4) -> str:
+    """`[0.0101, 0.0209]`."""
+    return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
