@@ -228,6 +228,32 @@ def build_parser() -> Parser:
     command.add_argument("--out", type=Path, metavar="DIR", help="where artifacts are kept (default: logs/artifacts)")
 
     command = add(
+        "probe",
+        models.probe,
+        "say what each arm does to the actions along demonstrations, before any rollout",
+        policy=True,
+    )
+    arguments.config(command)
+
+    command = add(
+        "allocate",
+        models.allocate,
+        "give every linear bits by what its rounding does to the actions, under a budget",
+        policy=True,
+    )
+    arguments.config(command)
+    budget = command.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget-mb", type=float, metavar="N", help="most 10^6 bytes of weight codes")
+    budget.add_argument("--mean-bits", type=float, metavar="B", help="most bits a weight, on average")
+    command.add_argument(
+        "--bits",
+        default="4,8",
+        metavar="B,B",
+        help="bits that a linear may get (default: 4,8, which real kernels pack)",
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="write quant.per_layer_bits here, for `extends:`")
+
+    command = add(
         "inspect",
         models.inspect,
         "show a quantization artifact layer by layer, and which layers cost most",
@@ -239,7 +265,7 @@ def build_parser() -> Parser:
         "--measure",
         type=arguments.experiment_file,
         metavar="CONFIG",
-        help="ask this experiment's policy, layer by layer, what each does to the actions (a few seconds a layer)",
+        help="ask this experiment's policy, layer by layer, what each does to the actions (some seconds a layer)",
     )
     command.add_argument(
         "--sort", default="sqnr_db", metavar="COLUMN", help="column to sort by, worst first (default: sqnr_db)"

@@ -28,6 +28,44 @@ def quantize(args: argparse.Namespace) -> Document:
     return document
 
 
+def probe(args: argparse.Namespace) -> Document:
+    from qlibero.cli.progress import PhaseProgress
+    from qlibero.config.load import load_experiment
+    from qlibero.quant.probe import probe as ask
+    from qlibero.quant.probe import readable
+
+    with PhaseProgress():
+        document = ask(load_experiment(args.config, args.set))
+    seen = "that no arm was fitted on" if document["unseen"] else "some of which arms were fitted on"
+    table(
+        readable(document),
+        title=f"change of the arm's actions (their size: {document['arm_action']:.3f}), median of "
+        f"{document['observations']} observations {seen}",
+    )
+    return document
+
+
+def allocate(args: argparse.Namespace) -> Document:
+    from qlibero.cli.progress import PhaseProgress
+    from qlibero.config.load import load_experiment
+    from qlibero.quant.allocate import allocate as choose
+    from qlibero.quant.allocate import bits_of, readable
+
+    bits = bits_of(args.bits)
+    with PhaseProgress():
+        document = choose(
+            load_experiment(args.config, args.set),
+            budget_mb=args.budget_mb,
+            mean_bits=args.mean_bits,
+            bits=bits,
+            out=args.out,
+        )
+    table(readable(document), title=f"{document['mean_bits']:g} bits a weight, {document['weight_mb']:g} MB of codes")
+    for name, said in (("together", document["together"]), ("evenly", document["evenly"])):
+        explain(f"{name}: arm error {said['arm']:.4g}, 95 % {said['arm95']}, gripper {said['gripper_changed']}")
+    return document
+
+
 def inspect(args: argparse.Namespace) -> Document:
     from qlibero.quant.inspect import inspect_artifact, readable
 
