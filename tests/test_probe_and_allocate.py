@@ -14,7 +14,8 @@ from qlibero.config.load import load_experiment
 from qlibero.errors import UserError
 from qlibero.quant.action_error import action_error, arm_error, median_interval
 from qlibero.quant.allocate import Linear, allocate, bits_of, spend
-from qlibero.quant.probe import phase_of, probe, ratio
+from qlibero.quant.held_out import phase_of
+from qlibero.quant.probe import probe, ratio
 
 
 def test_the_interval_of_a_median_is_that_of_the_tables():

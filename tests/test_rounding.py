@@ -13,10 +13,11 @@ from test_fake_equals_kernel import small_policy
 from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed
 from qlibero.kernels.contract import quantize_weights, weight_grid
-from qlibero.quant.activation_stats import Listener, held_out
+from qlibero.quant.activation_stats import Listener
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.fitting import Basis, basis_of, fit_transform, quantize_linear
 from qlibero.quant.gptq import gptq
+from qlibero.quant.held_out import held_out
 from qlibero.quant.layout import Choice
 from qlibero.quant.methods.auto import WITHIN_DB
 from qlibero.quant.transform import Transform

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from qlibero.config.fields import Misplaced
-
-if TYPE_CHECKING:
-    from qlibero.config.quantization import Quant
 
 NumberFormat = Literal["int", "fp8", "nvfp4", "mxfp4"]
 #: weight bits and activation bits of each; 16-bit activations are weight-only quantization
@@ -21,8 +18,8 @@ BITS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 SCALE_GROUP = {"nvfp4": 16, "mxfp4": 32}
 
 
-def require_of_format(quant: Quant) -> None:
-    """Raises Misplaced for bits, groups, zero points or rotations that the number format does not have."""
+def require_of_format(quant: Any) -> None:
+    """Raises Misplaced for bits, groups, zero points or rotations that the format of a `quantization.Quant` has not."""
     name = quant.number_format
     for key, allowed in zip(("weight_bits", "activation_bits"), BITS[name], strict=True):
         if getattr(quant, key) not in allowed:

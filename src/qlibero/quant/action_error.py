@@ -74,5 +74,10 @@ def median_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]
     return float(ordered[rank - 1]), float(ordered[n - rank])
 
 
+def between(interval: Sequence[float] | None, digits: int = 4) -> str:
+    """`[0.0101, 0.0209]`."""
+    return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
 def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from qlibero.activity import doing
 from qlibero.errors import WorkFailed
 from qlibero.policies.base import Observation, QuantizablePolicy
+from qlibero.quant.held_out import held_out
 from qlibero.quant.layout import Selection
 
 #: tokens kept of each input: random samples, of those that fit and of those that measure, and the loudest, which
 #: rotations must tame
 RANDOM_TOKENS, LOUD_TOKENS = 384, 64
-#: one observation in so many fits nothing: on it errors are measured and choices made
-HELD_OUT = 3
 
 
 @dataclass
@@ -45,11 +44,6 @@ class Seen:
     def dead(self) -> int:
         """Channels that were never other than zero."""
         return int((self.peak == 0).sum())
-
-
-def held_out(count: int) -> list[bool]:
-    """Which of `count` observations are held out: every third; the second of two; not the only one."""
-    return [count > 1 and i % HELD_OUT == min(count, HELD_OUT) - 1 for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from qlibero.config.number_formats import BITS
 from qlibero.errors import UserError
 from qlibero.quant.action_error import ActionError, action_error, arm_error
 from qlibero.quant.artifact import Artifact
-from qlibero.quant.probe import unseen
+from qlibero.quant.held_out import unseen
 
 if TYPE_CHECKING:
     from qlibero.config.quantization import Quant

@@ -17,9 +17,9 @@ from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.action_error import action_error
-from qlibero.quant.activation_stats import held_out
 from qlibero.quant.artifact import Artifact, build
 from qlibero.quant.fitting import Fitting
+from qlibero.quant.held_out import held_out
 from qlibero.quant.layout import select
 
 

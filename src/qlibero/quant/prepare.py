@@ -22,10 +22,10 @@ from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
 from qlibero.policies.base import quantizable
+from qlibero.quant.action_error import between
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
-from qlibero.quant.probe import between
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
@@ -210,8 +210,8 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
     import torch
 
     from qlibero.policies import load_policy
+    from qlibero.quant.held_out import unseen
     from qlibero.quant.inspect import sensitivity
-    from qlibero.quant.probe import unseen
 
     torch.set_num_threads(1)
     artifact = load(path)

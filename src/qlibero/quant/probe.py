@@ -7,26 +7,17 @@ What comes of it is open loop: it says how far the next actions move, not whethe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlibero.activity import doing
 from qlibero.errors import UserError
-from qlibero.policies.base import Observation
-from qlibero.quant.action_error import action_error, arm_error
-from qlibero.quant.activation_stats import held_out
-from qlibero.quant.observations import Demonstrations, read_demonstrations
+from qlibero.quant.action_error import action_error, arm_error, between
+from qlibero.quant.held_out import PHASES, unseen
 
 if TYPE_CHECKING:
-    from qlibero.config.quantization import Quant
     from qlibero.config.schema import Experiment
-
-MOST = 64
-"""Observations that are asked, spread over those there are."""
-FEWEST = 32
-PHASES = ("start", "middle", "end")
 
 
 def probe(experiment: Experiment) -> dict[str, Any]:
@@ -95,43 +86,6 @@ def probe(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def unseen(quants: Sequence[Quant]) -> tuple[Demonstrations, list[str], bool]:
-    """Observations of the arms' calibration file that none of them was fitted on, at most `MOST`, their phases, and
-    True; False and any of the file's, where fewer than `FEWEST` are left."""
-    sources = {quant.calibration.path for quant in quants if quant.calibration and quant.calibration.path}
-    if len(sources) != 1:
-        said = "names no calibration data" if not sources else f"names {len(sources)} calibration files"
-        raise UserError(f"quant.calibration.path: the experiment {said}; a probe needs one file of demonstrations")
-    everything = read_demonstrations(sources.pop())
-    left = dict.fromkeys(range(len(everything.observations)))
-    for quant in quants:
-        if quant.calibration is None:
-            continue
-        drawn = everything.indices(quant.calibration.samples, quant.calibration.seed)
-        for i, held in zip(drawn, held_out(len(drawn)), strict=True):
-            if not held:
-                left.pop(i, None)
-    fresh = len(left) >= FEWEST
-    kept = list(left) if fresh else list(range(len(everything.observations)))
-    chosen = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, min(MOST, len(kept))).astype(int))]
-    phases = phase_of(everything.observations)
-    kept_ones = tuple(everything.observations[i] for i in chosen)
-    return Demonstrations(kept_ones, everything.source, everything.sha256), [phases[i] for i in chosen], fresh
-
-
-def phase_of(observations: Sequence[Observation]) -> list[str]:
-    """Of each observation `start`, `middle` or `end`: its third among the neighbours with one instruction, which are
-    moments of a demonstration in their order."""
-    phases: list[str] = []
-    start = 0
-    for i, observation in enumerate(observations):
-        if i + 1 == len(observations) or observations[i + 1].prompt != observation.prompt:
-            count = i + 1 - start
-            phases += [PHASES[min(2, 3 * k // count)] for k in range(count)]
-            start = i + 1
-    return phases
-
-
 def ratio(errors: np.ndarray, first: np.ndarray | None) -> dict[str, Any]:
     """{"ratio", "ratio95"}: geometric mean of paired ratios and Student's interval of its logarithm; None without a
     reference, or where an error is zero."""
@@ -160,8 +114,3 @@ def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for row in document["arms"]
     ]
-
-
-def between(interval: Sequence[float] | None, digits: int = 4) -> str:
-    """`[0.0101, 0.0209]`."""
-    return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
