@@ -231,6 +231,7 @@ def test_the_epilogue_s_order_on_a_cpu(name):
     check_epilogue(name)
 
 
+@pytest.mark.slow
 def test_the_epilogue_s_order_in_triton():
     """In a process of its own: whether Triton interprets is decided when its kernels are imported."""
     pytest.importorskip("triton")
