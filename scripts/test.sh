@@ -14,6 +14,8 @@ fi
 if (($#)); then
     exec .venv/bin/python -m pytest "${tier[@]}" "$@"
 fi
+builder=$(command -v podman || command -v buildah || command -v docker || true)
+echo "test: the container image is not built here, for it takes minutes; containers/build.sh does, with ${builder:-docker, podman or buildah: none is here}"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python scripts/check_types.py
