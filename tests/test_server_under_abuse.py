@@ -25,6 +25,8 @@ from qlibero.policies.request import read_observation
 from qlibero.policies.server import PolicyServer, ServerSettings, _told
 from qlibero.policies.wire import pack, unpack
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 SERVER = """
 import sys, time
