@@ -81,6 +81,7 @@ def compare_paths(
     reference: str | None = None,
     margin: float | None = None,
     estimand: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Comparison | ForeignComparison]:
     """Read run directories and compare, by the label of the cell ("" when there is one). With result files of other
     tools among them see `foreign.compare_foreign`.
@@ -90,7 +91,9 @@ def compare_paths(
     margin, estimand, reference, directory or file.
     """
     if any(Path(path).is_file() for path in paths):
-        return {"": compare_foreign(paths, reference, margin)}
+        return {"": compare_foreign(paths, reference, margin, columns)}
+    if columns:
+        raise UserError("--columns: no table among the results; it says what the columns of a .csv or .jsonl are")
     cells = cells_of(read_runs(paths), reference or REFERENCE)
     return {cell.label: compare(cell.runs, reference or REFERENCE, margin, estimand) for cell in cells}
 

@@ -8,7 +8,7 @@ are compared. Every result says which of the three it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results import statistics as st
-from qlibero.results.imports import Cell, ForeignArm, from_run, read_foreign
+from qlibero.results.importers import read_foreign
+from qlibero.results.imports import Cell, ForeignArm, from_run, task_numbers
 from qlibero.results.judgement import (
     Outcomes,
     PairTable,
@@ -112,17 +113,22 @@ class ForeignComparison:
 
 
 def compare_foreign(
-    paths: Sequence[Path | str], reference: str | None = None, margin: float | None = None
+    paths: Sequence[Path | str],
+    reference: str | None = None,
+    margin: float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> ForeignComparison:
     """Compare result files, and run directories beside them.
 
-    The reference is the first file unless named; the margin what the runs declare. Raises UserError for a bad margin,
-    reference or file.
+    The reference is the first file unless named; the margin what the runs declare; `columns` says what the
+    columns of a table are (`importers.columns`). Raises UserError for a bad margin, reference or file.
     """
-    inputs = [read_run(path) if Path(path).is_dir() else read_foreign(path) for path in paths]
-    runs = [one for one in inputs if isinstance(one, RunResults)]
-    margin = check_margin(common_margin(runs) if margin is None else margin)
-    arms = [arm for one in inputs for arm in (_arms_of(one) if isinstance(one, RunResults) else [one])]
+    runs = {Path(path): read_run(path) for path in paths if Path(path).is_dir()}
+    margin = check_margin(common_margin(list(runs.values())) if margin is None else margin)
+    found = [_arms_of(runs[p]) if p in runs else read_foreign(p, columns) for p in map(Path, paths)]
+    arms = [arm for one in found for arm in one]
+    numbers = task_numbers(arms)
+    arms = [arm.numbered(numbers) for arm in arms]
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise UserError(
@@ -137,7 +143,8 @@ def compare_foreign(
 
 
 def _arms_of(run: RunResults) -> list[ForeignArm]:
-    return [from_run(arm, run.name) for arm in collect_arms([run]).values()]
+    instructions = run.environment.get("instructions") or {}
+    return [from_run(arm, run.name, instructions) for arm in collect_arms([run]).values()]
 
 
 def _reference(names: Sequence[str], asked: str | None) -> str:
@@ -213,6 +220,10 @@ def _same_tasks(base: ForeignArm, arm: ForeignArm) -> tuple[ForeignArm, ForeignA
     Raises UserError where they share none: two suites are two questions, not two samples.
     """
     places, theirs = ({place for place in one.places if place} for one in (base, arm))
+    ran = [one.suites or {suite for suite, _ in found} for one, found in ((base, places), (arm, theirs))]
+    if (base.suites or arm.suites) and all(ran) and ran[0].isdisjoint(ran[1]):
+        left, right = (", ".join(sorted(suites)) for suites in ran)
+        raise UserError(f"{base.name} has {left}, {arm.name} has {right}: no suite in common")
     if not places or not theirs:
         silent = " and ".join(one.name for one, found in ((base, places), (arm, theirs)) if not found)
         return base, arm, f"; {silent} says neither suite nor task, that they are the same is taken on trust"
