@@ -28,6 +28,7 @@ from qlibero.results.comparison import (
 )
 from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
+from qlibero.results.exported import is_export
 from qlibero.results.foreign import ForeignComparison, compare_foreign
 from qlibero.results.judgement import (
     PairTable,
@@ -90,7 +91,7 @@ def compare_paths(
     baseline (among files the first); `margin` and `estimand` None are what the runs declare. Raises UserError for a bad
     margin, estimand, reference, directory or file.
     """
-    if any(Path(path).is_file() for path in paths):
+    if any(Path(path).is_file() and not is_export(path) for path in paths):
         return {"": compare_foreign(paths, reference, margin, columns)}
     if columns:
         raise UserError("--columns: no table among the results; it says what the columns of a .csv or .jsonl are")

@@ -16,6 +16,7 @@ from typing import Any
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results import statistics as st
+from qlibero.results.exported import is_export
 from qlibero.results.importers import read_foreign
 from qlibero.results.imports import Cell, ForeignArm, from_run, task_numbers
 from qlibero.results.judgement import (
@@ -34,7 +35,7 @@ from qlibero.results.judgement import (
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
 from qlibero.results.phrases import count_text, delta_text, detectable_line, interval_text, margin_text, p_text
-from qlibero.results.runs import RunResults, common_margin, read_run
+from qlibero.results.runs import RunResults, common_margin, read_runs
 from qlibero.results.sampling import sample
 from qlibero.results.statistics import Interval
 
@@ -123,9 +124,13 @@ def compare_foreign(
     The reference is the first file unless named; the margin what the runs declare; `columns` says what the
     columns of a table are (`importers.columns`). Raises UserError for a bad margin, reference or file.
     """
-    runs = {Path(path): read_run(path) for path in paths if Path(path).is_dir()}
-    margin = check_margin(common_margin(list(runs.values())) if margin is None else margin)
-    found = [_arms_of(runs[p]) if p in runs else read_foreign(p, columns) for p in map(Path, paths)]
+    inputs = [Path(path) for path in paths]
+    runs = {path: read_runs([path]) for path in inputs if path.is_dir() or is_export(path)}
+    margin = check_margin(common_margin([run for of in runs.values() for run in of]) if margin is None else margin)
+    found = [
+        [arm for run in runs[path] for arm in _arms_of(run)] if path in runs else read_foreign(path, columns)
+        for path in inputs
+    ]
     arms = [arm for one in found for arm in one]
     numbers = task_numbers(arms)
     arms = [arm.numbered(numbers) for arm in arms]
