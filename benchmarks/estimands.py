@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from qlibero.results.sampling import design_effect
-from qlibero.results.scores import score_zs
-from qlibero.results.statistics import tango_zs
+from qlibero.stats.proportions import tango_zs
+from qlibero.stats.sampling import design_effect
+from qlibero.stats.scores import score_zs
 
 MARGIN = 0.02
 RUNS = 2_000

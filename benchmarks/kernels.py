@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from qlibero.kernels import court
+from qlibero.kernels import validation
+from qlibero.kernels.benchmark import bench, graph_seconds, markdown, measure_ceilings
 from qlibero.kernels.shapes import Layer, compact_layers, pi05_layers
-from qlibero.kernels.stopwatch import bench, graph_seconds, markdown, measure_ceilings
 
 TOKENS = (1, 10, 16, 50, 128, 542, 968, 4336)
 
@@ -39,7 +39,7 @@ def judge(layers: list[Layer], backends: list[str]) -> dict[str, Any]:
     verdicts: dict[str, Any] = {}
     for backend in backends:
         start = time.perf_counter()
-        found = court.check([replace(layer, tokens=TOKENS) for layer in layers], backend, remember=False)
+        found = validation.check([replace(layer, tokens=TOKENS) for layer in layers], backend, remember=False)
         verdicts[backend] = [v.to_json() for v in found]
         passed = sum(v.verdict == "pass" for v in found)
         say(f"court: {backend:<12} {passed} of {len(found)} layers pass, {time.perf_counter() - start:.1f} s")
@@ -119,9 +119,9 @@ def time_glue() -> list[dict[str, Any]]:
     the cache holds, in turn."""
     from torch import nn
 
-    from qlibero.policies.pi05.glue import TorchGlue
+    from qlibero.policies.pi05.fast.fused_ops import TorchGlue
+    from qlibero.policies.pi05.fast.triton_fused_ops import TritonGlue
     from qlibero.policies.pi05.layers import fuse
-    from qlibero.policies.pi05.triton_glue import TritonGlue
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device="cuda").to(dtype)

@@ -41,7 +41,7 @@ import torch
 
 from qlibero.kernels.hadamard import fold
 from qlibero.policies.pi05.config import PI05_FULL, GemmaConfig, Pi05Config, SiglipConfig
-from qlibero.policies.pi05.glue import TorchGlue
+from qlibero.policies.pi05.fast.fused_ops import TorchGlue
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES

@@ -2,7 +2,7 @@
 
     python benchmarks/sequential_tests.py            the tables of docs/statistics.md, in a few minutes on one core
 
-Fixed numbers and looks are enumerated exactly (`qlibero.results.sequentialpower`), e-values simulated in `--runs` runs
+Fixed numbers and looks are enumerated exactly (`qlibero.stats.sequential_power`), e-values simulated in `--runs` runs
 each with standard errors. All at margin 2 pp and one-sided α = 2.5 % in each direction.
 """
 
@@ -12,10 +12,10 @@ import argparse
 
 import numpy as np
 
-from qlibero.results.evalues import margin_martingales
-from qlibero.results.groupsequential import declared_looks
-from qlibero.results.sequentialpower import pairs_needed, prospect
 from qlibero.results.stopping import BLOCK_PAIRS
+from qlibero.stats.evalues import margin_martingales
+from qlibero.stats.group_sequential import declared_looks
+from qlibero.stats.sequential_power import pairs_needed, prospect
 
 MARGIN, ALPHA, LOOKS, FUTILITY = 0.02, 0.025, 20, 0.1
 HORIZON = {0.03: 2500, 0.08: 6000, 0.22: 16000}  # pairs followed to find where e-values reach 80 % power

@@ -35,9 +35,9 @@ import numpy as np  # noqa: E402
 from qlibero.config.load import load_experiment  # noqa: E402
 from qlibero.episode_key import EpisodeKey  # noqa: E402
 from qlibero.policies.base import Observation, Policy  # noqa: E402
-from qlibero.rollout.engine import RolloutSettings, run_episodes  # noqa: E402
-from qlibero.rollout.episode import PlannedEpisode, action_digest  # noqa: E402
-from qlibero.rollout.noise import call_noise  # noqa: E402
+from qlibero.run.episode import PlannedEpisode, action_digest  # noqa: E402
+from qlibero.run.noise import call_noise  # noqa: E402
+from qlibero.run.rollout import RolloutSettings, run_episodes  # noqa: E402
 from qlibero.sim import suites  # noqa: E402
 from qlibero.sim.pool import Assignment, Finished, Observed, SimulatorPool, worker_environment  # noqa: E402
 

@@ -25,8 +25,8 @@ from triton.compiler import ASTSource
 
 from qlibero.kernels import triton_gemm, triton_hadamard, triton_prologue
 from qlibero.kernels.triton_tiles import BUCKETS, GROUPED, NARROW, Tile
-from qlibero.policies.pi05 import triton_attention, triton_few
-from qlibero.policies.pi05.triton_few import DEEP, GATED, TURNED
+from qlibero.policies.pi05.fast import triton_attention, triton_skinny_gemm
+from qlibero.policies.pi05.fast.triton_skinny_gemm import DEEP, GATED, TURNED
 
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -210,7 +210,7 @@ def cases() -> Iterator[Case]:
         sizes = dict(
             SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128
         )
-        kernel = triton_few.rotated_kernel if name == "rotated" else triton_few.few_kernel
+        kernel = triton_skinny_gemm.rotated_kernel if name == "rotated" else triton_skinny_gemm.few_kernel
         yield Case(
             f"few {name}",
             kernel,

@@ -17,8 +17,8 @@ from qlibero.results.ledger import read_trajectory
 from qlibero.results.pairing import collect_arms, pair_arms
 from qlibero.results.quality import EEF
 from qlibero.results.runs import read_run
-from qlibero.results.statistics import wilson
 from qlibero.results.summary import counts, percentiles, policy_calls
+from qlibero.stats.proportions import wilson
 
 
 def main(run_dir: str, reference: str = "baseline") -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the machine up (the tests' components too), then the linter and the tests; arguments are handed on to pytest alone.
+# Sets the machine up (the tests' components too), then the linter, the types and the tests; arguments go to pytest alone.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh" --test
@@ -10,6 +10,7 @@ if (($#)); then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/python scripts/check_types.py
 # Two processes, the tests of a file together. Purity fills both cores by itself and would starve tests that watch a clock.
 .venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/test_purity.py
 exec .venv/bin/python -m pytest tests/test_purity.py

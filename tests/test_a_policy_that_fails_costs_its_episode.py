@@ -12,12 +12,12 @@ from test_fake_equals_kernel import made, small_policy
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.kernels.contract import quantize_activations
-from qlibero.launch.environment import simulator_environment
+from qlibero.machine.environment import simulator_environment
 from qlibero.policies.base import Chunk, grey
 from qlibero.quant.apply import quantize_policy
 from qlibero.results.ledger import Ledger, read_ledger
-from qlibero.rollout.engine import RolloutSettings, run_episodes
-from qlibero.rollout.episode import PlannedEpisode
+from qlibero.run.episode import PlannedEpisode
+from qlibero.run.rollout import RolloutSettings, run_episodes
 from qlibero.sim.pool import SimulatorPool
 
 
@@ -48,7 +48,7 @@ class Diverging:
     ("call", "row", "what", "steps"), [(0, 0, np.nan, 0), (1, 2, np.inf, 7), (2, 4, -np.inf, 14)], ids=str
 )
 def test_only_its_own_episode_ends_and_as_a_failure(tmp_path, call, row, what, steps):
-    from qlibero.rollout.noise import call_noise
+    from qlibero.run.noise import call_noise
 
     bad, good = EpisodeKey("libero_object", 0, 0, 0), EpisodeKey("libero_object", 0, 1, 0)
     policy = Diverging(float(call_noise(bad, call, (10, 7))[0, 0]), row, what)

@@ -10,12 +10,12 @@ import pytest
 from qlibero.config.load import load_experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.experiment import missing_episodes
 from qlibero.places import REPOSITORY
 from qlibero.policies.base import Chunk
 from qlibero.results.summary import policy_calls
-from qlibero.rollout.engine import RolloutSettings, run_episodes
-from qlibero.rollout.episode import PlannedEpisode
+from qlibero.run.episode import PlannedEpisode
+from qlibero.run.experiment import missing_episodes
+from qlibero.run.rollout import RolloutSettings, run_episodes
 from qlibero.sim.pool import Finished, Observed
 from qlibero.sim.scene import SimObservation
 
@@ -136,7 +136,7 @@ def test_replicates_are_the_same_policy_up_to_rounding_and_not_copies_of_it():
 
     from qlibero.policies import load_policy
     from qlibero.policies.base import Observation
-    from qlibero.rollout.noise import call_noise
+    from qlibero.run.noise import call_noise
 
     torch.set_num_threads(1)
     settings = load_experiment(REPOSITORY / "configs/experiments/aa_replicates.yaml")

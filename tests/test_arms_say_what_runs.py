@@ -8,13 +8,13 @@ import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, observations, random_model
 
-from qlibero import arms
 from qlibero.config.schema import Experiment
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import write_checkpoint
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant import prepare
 from qlibero.quant.observations import write_demonstrations
+from qlibero.run import arms
 
 LINEARS = 7 * conv_config().llm.depth
 

@@ -27,7 +27,7 @@ SHARD = """
 import sys
 from pathlib import Path
 from qlibero.config.load import load_experiment
-from qlibero.experiment import run_experiment
+from qlibero.run.experiment import run_experiment
 config, out, index, count, *sets = sys.argv[1:]
 run_experiment(load_experiment(Path(config), sets), Path(out), (int(index), int(count)))
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlibero.launch.capacity import WORKER_GB, Capacity, capacity, memory_bytes, simulators
+from qlibero.machine.capacity import WORKER_GB, Capacity, capacity, memory_bytes, simulators
 
 GIB = 2**30
 MEMINFO = f"MemTotal: {256 * GIB // 1024} kB\nMemFree: 1024 kB\nMemAvailable: {200 * GIB // 1024} kB\n"

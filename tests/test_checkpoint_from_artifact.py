@@ -66,9 +66,9 @@ def test_actions_that_are_not_finite_are_handed_on_to_end_their_episode(config):
 
 def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_path, monkeypatch):
     """Calibrates the first time; the second time the artifact is ready and the language model is not read."""
-    from qlibero import arms
     from qlibero.config.schema import Experiment
     from qlibero.quant import prepare
+    from qlibero.run import arms
 
     asked: list[frozenset[str]] = []
 

@@ -22,7 +22,7 @@ from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, r
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from qlibero import arms, cli
+from qlibero import cli
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.pi05.normalize import from_openpi
@@ -32,6 +32,7 @@ from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.policies.remote import RemotePolicy
 from qlibero.policies.server import PolicyServer, ServerSettings
 from qlibero.policies.wire import pack, unpack
+from qlibero.run import arms
 
 TOKEN = "a-token-for-tests"
 

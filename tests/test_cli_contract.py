@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from qlibero import cli, commands
+from qlibero import cli
+from qlibero.cli import app, commands
 from qlibero.config.load import load_experiment
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
@@ -90,8 +91,8 @@ def test_kernels_check_takes_the_experiment_that_will_run(
     tiny_experiment: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The documented command: this policy's layers at this run's token counts, on every kernel or the named one."""
-    from qlibero import arms
     from qlibero.quant import prepare
+    from qlibero.run import arms
 
     monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path)
     assert cli.main(["kernels", "check", str(tiny_experiment), "--backend", "cpu_int4"]) == 0
@@ -129,7 +130,7 @@ def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monke
         (KeyboardInterrupt(), 130),
         (OSError(28, "No space left on device", "/x"), 1),
         (ZeroDivisionError("defect"), 1),
-        (cli.Incomplete("errors", {"a": 1}), 1),
+        (commands.Incomplete("errors", {"a": 1}), 1),
     ],
 )
 def test_each_kind_of_failure_has_its_status(
@@ -142,14 +143,15 @@ def test_each_kind_of_failure_has_its_status(
     assert cli.main(["ls", "suites"]) == status
     out, err = capfd.readouterr()
     last = json.loads(out)
-    assert last == {"a": 1} if isinstance(raised, cli.Incomplete) else last["error"]["exit_status"] == status
+    assert last == {"a": 1} if isinstance(raised, commands.Incomplete) else last["error"]["exit_status"] == status
     assert ("Traceback" in err) == isinstance(raised, OSError | ZeroDivisionError)
 
 
 def test_sigterm_ends_like_ctrl_c() -> None:
     sleeper = """
 import sys, time
-from qlibero import cli, commands
+from qlibero import cli
+from qlibero.cli import commands
 from qlibero.config.load import load_experiment
 
 def wait(args):
@@ -175,21 +177,21 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
         assert done.returncode == 0 and done.stdout.startswith(f"usage: qlibero {' '.join(path)}".rstrip()), done.stderr
         parser = parser_of(path)
         for action in parser._actions:
-            assert action.help or isinstance(action, cli.argparse._SubParsersAction) or action.choices, (
+            assert action.help or isinstance(action, app.argparse._SubParsersAction) or action.choices, (
                 f"{path}: {action.dest}"
             )
 
     def parser_of(path: tuple[str, ...]) -> Any:
-        parser = cli.build_parser()
+        parser = app.build_parser()
         for word in path:
-            parser = next(a for a in parser._actions if isinstance(a, cli.argparse._SubParsersAction)).choices[word]
+            parser = next(a for a in parser._actions if isinstance(a, app.argparse._SubParsersAction)).choices[word]
         return parser
 
     pages()
     for word, command in next(
-        a for a in cli.build_parser()._actions if isinstance(a, cli.argparse._SubParsersAction)
+        a for a in app.build_parser()._actions if isinstance(a, app.argparse._SubParsersAction)
     ).choices.items():
-        if not any(isinstance(a, cli.argparse._SubParsersAction) for a in command._actions):
+        if not any(isinstance(a, app.argparse._SubParsersAction) for a in command._actions):
             assert parser_of((word,)).description, word
     pages("run")
     imported = subprocess.run(

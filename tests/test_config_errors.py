@@ -423,7 +423,7 @@ def test_an_unreadable_variable_is_an_error_that_names_it(tmp_path: Path, value:
 
 
 def test_every_file_under_configs_loads_and_says_what_it_is_for() -> None:
-    from qlibero.catalogue import about
+    from qlibero.cli.catalogue import about
     from qlibero.config.sweep import load_sweep
 
     for path in [*(CONFIGS / "experiments").glob("*.yaml"), *(CONFIGS / "sweeps").glob("*.yaml")]:
@@ -457,7 +457,7 @@ def test_the_schema_and_the_rooms_agree() -> None:
 
 
 def test_the_reference_page_is_what_the_schema_says() -> None:
-    from qlibero.config.fork_variables import HONOURED
+    from qlibero.config.legacy_env import HONOURED
     from qlibero.config.reference import PAGE, SECTIONS, renewed
 
     page = PAGE.read_text()

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from qlibero.kernels import cuda_hadamard, cuda_w4a8, load
+from qlibero.kernels.benchmark import graph_seconds
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations
 from qlibero.kernels.cuda_plan import WIDTHS, Plan
+from qlibero.kernels.exactness import try_kernel
 from qlibero.kernels.hadamard import fold
 from qlibero.kernels.int_ref import IntRef
-from qlibero.kernels.stopwatch import graph_seconds
 from qlibero.kernels.tiled import tile, untile
-from qlibero.kernels.trial import try_kernel
 from qlibero.quant.transform import Transform
 
 pytestmark = pytest.mark.skipif(cuda_w4a8.missing() is not None, reason=str(cuda_w4a8.missing()))
@@ -126,7 +126,7 @@ def test_gelu_times_up_on_the_way_is_torch_s_for_every_gate(k):
 
 
 def test_triton_s_gelu_alone_is_torch_s_for_every_bfloat16():
-    from qlibero.policies.pi05.triton_glue import TritonGlue
+    from qlibero.policies.pi05.fast.triton_fused_ops import TritonGlue
 
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).cuda().view(1, 64, 1024)
     one = torch.ones_like(every)

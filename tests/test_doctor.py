@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from qlibero import doctor
-from qlibero.doctor import PINS, Finding, diagnose
-from qlibero.launch.capacity import Capacity
-from qlibero.launch.cuda_toolkit import Agreement, Toolkit
-from qlibero.sim.passport import Finding as PassportFinding
+from qlibero.cli import doctor
+from qlibero.cli.doctor import PINS, Finding, diagnose
+from qlibero.machine.capacity import Capacity
+from qlibero.machine.cuda_toolkit import Agreement, Toolkit
+from qlibero.sim.physics_check import Finding as PassportFinding
 
 GPU = {
     "index": "0",
@@ -157,7 +157,7 @@ def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPat
         {"backend": "cpu_int4", "here": True, "court": "unproven", "runs_on": "cpu"},
         {"backend": "w8a8", "here": True, "court": "passed 3 shapes on x86", "runs_on": "cpu"},
     ]
-    monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows)
+    monkeypatch.setattr("qlibero.cli.catalogue.backends", lambda: rows)
     untried, passed = doctor.kernels()
     assert (untried.name, untried.status, untried.cure) == (
         "kernel cpu_int4",
@@ -165,7 +165,7 @@ def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPat
         "qlibero kernels check --backend cpu_int4",
     )
     assert (passed.status, passed.cure) == ("ok", "")
-    monkeypatch.setattr("qlibero.catalogue.backends", lambda: rows[:2])
+    monkeypatch.setattr("qlibero.cli.catalogue.backends", lambda: rows[:2])
     assert one(doctor.kernels()).status == "warn"
 
 

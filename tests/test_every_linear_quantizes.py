@@ -12,8 +12,8 @@ from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, r
 from torch import nn
 
 from qlibero.kernels.contract import GemmShape
-from qlibero.kernels.court import check, enforce
 from qlibero.kernels.shapes import Layer
+from qlibero.kernels.validation import check, enforce
 from qlibero.policies.pi05.model import cast
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
@@ -24,8 +24,8 @@ from qlibero.quant.calibrate import calibrate
 from qlibero.quant.inspect import hint
 from qlibero.quant.layout import QUANTIZABLE, part_of
 from qlibero.quant.linear import QuantLinear
+from qlibero.quant.policy_check import hear_witness
 from qlibero.quant.spec import LAYOUTS, QuantSpec
-from qlibero.quant.witness import hear_witness
 
 CONFIGS = {"siglip": (siglip_config(), "openpi"), "conv": (conv_config(), "qlibero")}
 

@@ -188,8 +188,8 @@ def test_corrections_undo_a_known_distortion(policy):
 def test_episodes_of_a_packed_kernel_are_those_of_fake(tiny_experiment, tmp_path):
     """Real LIBERO, real packed weights: not similar success rates but the same actions, step by step."""
     from qlibero.config.load import load_experiment
-    from qlibero.experiment import run_experiment
     from qlibero.results.ledger import read_ledger
+    from qlibero.run.experiment import run_experiment
 
     sets = ["backends=[baseline,fake,cpu_int4]", "tasks=[0]", "episodes_per_task=2", "quant.layout=llm+expert"]
     assert run_experiment(load_experiment(tiny_experiment, sets), tmp_path)["complete"]

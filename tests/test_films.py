@@ -15,7 +15,7 @@ from synthetic_run import episode
 from qlibero.errors import UserError
 from qlibero.results.ledger import read_ledger
 from qlibero.results.runs import video_path
-from qlibero.rollout.films import Films, film_path
+from qlibero.run.films import Films, film_path
 
 ARMS = ("baseline", "w4a8")
 

@@ -10,10 +10,10 @@ from synthetic_run import make_run
 
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError
-from qlibero.filming import wanted_episodes
 from qlibero.launch.status import status
 from qlibero.results.export import export_episodes
 from qlibero.results.ledger import read_ledger
+from qlibero.run.filming import wanted_episodes
 
 FILTERS = [
     (dict(), 4, {(0, 0), (0, 1), (0, 2), (0, 3)}, {"baseline", "w4a8"}),

@@ -11,14 +11,14 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.load import load_experiment
 from qlibero.episode_key import FRESH, EpisodeKey
 from qlibero.errors import UserError
-from qlibero.experiment import episode_keys
 from qlibero.results.export import export_episodes
 from qlibero.results.imports import from_run
 from qlibero.results.ledger import Ledger, read_ledger
 from qlibero.results.pairing import collect_arms, pair_arms
 from qlibero.results.records import EpisodeRecord, record_from_dict
 from qlibero.results.runs import read_run, video_path
-from qlibero.rollout.noise import call_noise
+from qlibero.run.experiment import episode_keys
+from qlibero.run.noise import call_noise
 from qlibero.sim.pool import Assignment, Finished, Observed, SimulatorPool
 from qlibero.sim.scene import Scene
 from qlibero.sim.suites import init_states

@@ -23,15 +23,15 @@ from test_checkpoint_formats import ours
 from test_ledger_survives import record
 from test_remote_answers import GOOD, foreign
 
-from qlibero import arms
 from qlibero.config.config_hash import config_hash
 from qlibero.config.schema import Experiment
 from qlibero.errors import GuardRefusal, WorkFailed
-from qlibero.kernels import court
+from qlibero.kernels import validation
 from qlibero.quant import artifact as artifacts
 from qlibero.quant import prepare
 from qlibero.results.ledger import Ledger
 from qlibero.results.meta import check, read_meta
+from qlibero.run import arms
 from qlibero.sim import provenance
 
 
@@ -192,7 +192,7 @@ PACKAGE_FILES = [
 @pytest.fixture
 def fastest(monkeypatch):
     def is_(name: str) -> None:
-        monkeypatch.setattr(court, "_seconds", lambda kernel, layer: 0.0 if kernel.name == name else 1.0)
+        monkeypatch.setattr(validation, "_seconds", lambda kernel, layer: 0.0 if kernel.name == name else 1.0)
 
     return is_
 
@@ -217,7 +217,7 @@ def test_auto_keeps_the_kernel_that_its_episodes_ran_on(place, fastest):
 
 def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     """The wiring of the test above: what `run_experiment` gives `load_arms`."""
-    from qlibero.experiment import run_experiment
+    from qlibero.run.experiment import run_experiment
 
     asked = experiment("auto", type="pi05", checkpoint=ours(place / "checkpoint")).model_copy(
         update={"episodes_per_task": 2}

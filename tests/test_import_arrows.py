@@ -1,55 +1,54 @@
-"""Risk: rooms grow into each other until nothing can be changed alone. Arrows run downward only, as the design says."""
+"""Risk: rooms grow into each other until nothing can be changed alone. Every arrow runs downward, without exception."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import qlibero
 
 SOURCE = Path(qlibero.__file__).parent
+LINES = 500
 
-# What each room may import besides itself. The leaves are for everybody; the schema, plain data that stands on the
-# ground, is for every room above the ground.
-LEAVES = {"activity", "errors", "episode_key", "console", "files", "places", "cache", "quoting", "documents"} | {
-    "identity"
-}
-SCHEMA = {f"qlibero.config.{name}" for name in ("schema", "fields", "inits", "quantization", "vocabulary", "yaml_text")}
-MAY_IMPORT: dict[str, set[str]] = {
-    "sim": set(),
-    "kernels": set(),
-    "results": set(),
-    "config": {"kernels"},  # load knows the backends' names
-    # a full-size policy is loaded straight from its artifact; its Triton stands on the kernels'
-    "policies": {"quant", "kernels"},
-    "quant": {"kernels", "policies"},
-    "rollout": {"policies", "sim", "quant", "results"},
-    "tracking": {"results"},
-    "reporting": {"results"},
-    "machine": set(),
-    "arms": {"machine", "policies", "quant", "kernels", "rollout", "sim"},
-    "sequential": {"results"},
-    "experiment": {"config", "arms", "sequential", "rollout", "sim", "results", "tracking", "launch"},
-    "filming": {"config", "experiment", "rollout", "results", "sim"},
-    "launch": {"config", "experiment", "results", "sim", "kernels", "tracking"},
-    "doctor": {"config", "catalogue", "launch", "sim"},
-    "catalogue": {"config", "kernels", "sim", "quant"},
-    "progress": {"results"},
-    "commands": {"*"},
-    "arguments": {"config", "results"},
-    "cli": {"*"},
-    "__main__": {"*"},
-}
-ON_THE_GROUND = {name for name, below in MAY_IMPORT.items() if not below}
+# Modules of the top level that every room may import; they import nothing but each other.
+LEAVES = set("activity cache console documents episode_key errors files identity places quoting".split())
+
+# The floors, lowest first: a room imports from lower floors only, and of those what stands beside its name.
+FLOORS: list[dict[str, set[str]]] = [
+    {"sim": set(), "kernels": set(), "stats": set()},
+    {
+        "config": {"kernels"},  # load knows the backends' names
+        "results": {"stats"},
+        "machine": {"sim"},  # environment.json says what a simulator process gets
+    },
+    {
+        "policies": {"kernels", "config"},
+        "tracking": {"results", "stats"},
+        "reporting": {"results", "stats"},
+    },
+    {"quant": {"policies", "kernels"}},
+    {"run": {"config", "machine", "policies", "quant", "kernels", "sim", "results", "tracking"}},
+    {"launch": {"config", "run", "machine", "results", "stats", "kernels", "tracking"}},
+    {"cli": {"config", "run", "launch", "machine", "policies", "quant", "kernels", "sim", "results", "reporting"}},
+    {"__main__": {"cli"}},
+]
+MAY_IMPORT = {room: below for floor in FLOORS for room, below in floor.items()}
 
 
-def room(module: str) -> str:
-    """`qlibero.config.load` → `config`."""
-    return module.split(".")[1] if "." in module else ""
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name without `qlibero.`; a package by its folder's."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = path
+    return {name: path for name, path in found.items() if name != "__init__"}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of qlibero that a file imports, wherever in the file; not those only for type checkers."""
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Modules of qlibero that a module imports, wherever in the file; not those only for type checkers."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -58,67 +57,53 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the arrow"
-            module = node.module or ""
-            found.update(f"{module}.{alias.name}" for alias in node.names) if module == "qlibero" else found.add(module)
+            assert node.level == 0, f"{module}: relative imports hide the arrow"
+            for alias in node.names:
+                within = f"{node.module}.{alias.name}"
+                found.add(within if within.removeprefix("qlibero.") in modules() else str(node.module))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text()))
-    return {name for name in found if name.split(".")[0] == "qlibero" and name != "qlibero"}
+    visit(ast.parse(modules()[module].read_text()))
+    return frozenset(name.removeprefix("qlibero.") for name in found if name.startswith("qlibero."))
 
 
-def files() -> list[tuple[str, Path]]:
-    """(room, file) of every module of the package."""
-    return [(path.relative_to(SOURCE).parts[0].removesuffix(".py"), path) for path in sorted(SOURCE.rglob("*.py"))]
+def room(module: str) -> str:
+    """`config.load` → `config`."""
+    return module.partition(".")[0]
 
 
-def allowed(here: str, name: str) -> bool:
-    """May room `here` import the module `name`?"""
-    if room(name) in {here} | LEAVES or "*" in MAY_IMPORT[here]:
-        return True
-    return room(name) in MAY_IMPORT[here] or (name in SCHEMA and here not in ON_THE_GROUND)
+def test_every_room_stands_on_a_floor() -> None:
+    assert {room(name) for name in modules()} == set(MAY_IMPORT) | LEAVES
+    for number, floor in enumerate(FLOORS):
+        lower = {name for below in FLOORS[:number] for name in below}
+        for name, allowed in floor.items():
+            assert allowed <= lower, f"{name} would import {allowed - lower}, which stands no lower"
 
 
 def test_arrows_run_downward_only() -> None:
-    rooms = [(here, path) for here, path in files() if here not in LEAVES | {"__init__"}]
-    strangers = {here for here, _ in rooms} - set(MAY_IMPORT)
-    assert not strangers, f"say in MAY_IMPORT where {strangers} stand"
     wrong = [
-        f"{path.relative_to(SOURCE)}: {name}"
-        for here, path in rooms
-        for name in imports(path)
-        if not allowed(here, name)
+        f"{module}: {name}"
+        for module in modules()
+        for name in imports(module)
+        if room(name) not in {room(module)} | LEAVES | MAY_IMPORT.get(room(module), set())
     ]
     assert wrong == [], "imports against the arrows"
 
 
-def test_leaves_and_the_schema_import_no_room() -> None:
-    for path in (SOURCE / f"{leaf}.py" for leaf in LEAVES):
-        assert {name for name in imports(path) if room(name) not in LEAVES} == set(), path
-    for path in (SOURCE / f"{name.removeprefix('qlibero.').replace('.', '/')}.py" for name in SCHEMA):
-        assert {name for name in imports(path) if room(name) not in LEAVES} <= SCHEMA, path
+def test_no_arrow_is_allowed_that_no_file_uses() -> None:
+    used = {(room(module), room(name)) for module in modules() for name in imports(module)}
+    assert {(here, below) for here, allowed in MAY_IMPORT.items() for below in allowed} <= used
 
 
-def test_the_allowed_arrows_have_no_unexpected_circle() -> None:
-    """The one intended pair: an experiment asks launch.environment about its machine, launchers run experiments."""
-    order: list[str] = []
-    rooms = {
-        name: {to for to in allowed if to in MAY_IMPORT} for name, allowed in MAY_IMPORT.items() if "*" not in allowed
-    }
-    rooms["experiment"] = rooms["experiment"] - {"launch"}
-    rooms["quant"] = rooms["quant"] - {"policies"}
-    while rooms:
-        ready = [name for name, below in rooms.items() if below <= set(order)]
-        assert ready, f"a circle among {sorted(rooms)}"
-        order += ready
-        rooms = {name: below for name, below in rooms.items() if name not in ready}
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {module: {name for name in imports(module) if name in modules()} - {module} for module in modules()}
+    while ready := [module for module, below in left.items() if not below & set(left)]:
+        for module in ready:
+            del left[module]
+    assert left == {}, "circles"
 
 
 def test_files_stay_readable() -> None:
-    long = {
-        str(path.relative_to(SOURCE)): lines
-        for _, path in files()
-        if (lines := len(path.read_text().splitlines())) > 500
-    }
-    assert long == {}, "split by idea, not by length; but 500 lines is more than one idea"
+    long = {name: lines for name, path in modules().items() if (lines := len(path.read_text().splitlines())) > LINES}
+    assert long == {}, f"split by idea, not by length; but {LINES} lines hold more than one"

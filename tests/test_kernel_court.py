@@ -11,12 +11,12 @@ from torch import nn
 
 from qlibero.cache import cache_directory
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import court, load
+from qlibero.kernels import load, validation
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations, quantize_weights
-from qlibero.kernels.diagnoses import diagnose, diagnose_shape, explain
+from qlibero.kernels.exactness import try_kernel, try_layer
 from qlibero.kernels.fake import Fake
+from qlibero.kernels.known_errors import diagnose, diagnose_shape, explain
 from qlibero.kernels.shapes import Layer, compact_layers, pi05_layers
-from qlibero.kernels.trial import try_kernel, try_layer
 
 SHAPE = GemmShape(48, 64)
 TOKENS = (1, 10, 33)
@@ -231,54 +231,54 @@ LAYERS = [Layer("a", SHAPE, (10,)), Layer("b", SHAPE, (10,)), Layer("c", GemmSha
 
 @pytest.fixture
 def lying(monkeypatch):
-    monkeypatch.setitem(court.BACKENDS, "liar", f"{__name__}:{ColumnZeroEverywhere.__name__}")
-    monkeypatch.setattr(court, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
+    monkeypatch.setitem(validation.BACKENDS, "liar", f"{__name__}:{ColumnZeroEverywhere.__name__}")
+    monkeypatch.setattr(validation, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
 
 
 def test_refuse_is_the_default_and_names_layers_reason_and_cure(lying):
-    verdicts = court.check(LAYERS, "liar")
+    verdicts = validation.check(LAYERS, "liar")
     assert [v.verdict for v in verdicts] == ["refuse"] * 3 and all(v.executed is None for v in verdicts)
     with pytest.raises(GuardRefusal, match="refused in 3 of 3 layers") as refusal:
-        court.enforce(verdicts)
+        validation.enforce(verdicts)
     assert "do not read back" in str(refusal.value) and "on_failure: fallback" in str(refusal.value)
 
 
 def test_a_fallback_says_to_what_and_why(lying):
-    verdicts = court.check(LAYERS, "liar", on_failure="fallback")
-    court.enforce(verdicts)
+    verdicts = validation.check(LAYERS, "liar", on_failure="fallback")
+    validation.enforce(verdicts)
     assert {v.verdict for v in verdicts} == {"fall back to cpu_int4"} and {v.executed for v in verdicts} == {"cpu_int4"}
     assert all("read back" in v.reason and v.requested == "liar" for v in verdicts)
     json.dumps([v.to_json() for v in verdicts])
 
 
 def test_auto_takes_a_real_kernel_that_passes_and_never_one_that_lies(lying):
-    verdicts = court.check(LAYERS, "auto")
+    verdicts = validation.check(LAYERS, "auto")
     assert {v.executed for v in verdicts} <= {"cpu_int4", "w8a8"} and "auto: fastest" in verdicts[0].reason
     assert {v.requested for v in verdicts} == {"auto"}  # what the user wrote; `executed` is what was chosen
 
 
 def test_auto_refuses_when_nothing_real_passes(monkeypatch):
-    monkeypatch.setattr(court, "BACKENDS", {"fake": "", "liar": ""})
-    monkeypatch.setattr(court, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
+    monkeypatch.setattr(validation, "BACKENDS", {"fake": "", "liar": ""})
+    monkeypatch.setattr(validation, "load", lambda name: ColumnZeroEverywhere() if name == "liar" else load(name))
     with pytest.raises(GuardRefusal, match="no real kernel passes"):
-        court.check(LAYERS, "auto")
+        validation.check(LAYERS, "auto")
 
 
 def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch):
-    assert not court.check(LAYERS, "cpu_int4")[0].cached
-    assert court.check(LAYERS, "cpu_int4")[0].cached
-    assert court.standing("cpu_int4").startswith("passed 2 shapes on")
-    monkeypatch.setattr(court, "_source_hash", lambda: "another source")
-    assert court.standing("cpu_int4") == "unproven"  # the kernel that passed is not the one that would run
-    assert not court.check(LAYERS, "cpu_int4")[0].cached
-    monkeypatch.setattr(court.torch, "__version__", "9.9")
-    assert court.standing("cpu_int4") == "unproven"
-    assert not court.check(LAYERS, "cpu_int4")[0].cached
+    assert not validation.check(LAYERS, "cpu_int4")[0].cached
+    assert validation.check(LAYERS, "cpu_int4")[0].cached
+    assert validation.standing("cpu_int4").startswith("passed 2 shapes on")
+    monkeypatch.setattr(validation, "_source_hash", lambda: "another source")
+    assert validation.standing("cpu_int4") == "unproven"  # the kernel that passed is not the one that would run
+    assert not validation.check(LAYERS, "cpu_int4")[0].cached
+    monkeypatch.setattr(validation.torch, "__version__", "9.9")
+    assert validation.standing("cpu_int4") == "unproven"
+    assert not validation.check(LAYERS, "cpu_int4")[0].cached
 
 
 def test_what_others_left_in_the_cache_is_passed_over():
-    court.check(LAYERS, "cpu_int4")
-    proven = court.standing("cpu_int4")
+    validation.check(LAYERS, "cpu_int4")
+    proven = validation.standing("cpu_int4")
     ours = list(cache_directory("court").glob("cpu_int4-*.json"))
     known = json.loads(ours[0].read_text())
     old = {key: value for key, value in known["facts"].items() if key != "processor"}
@@ -294,10 +294,10 @@ def test_what_others_left_in_the_cache_is_passed_over():
     for i, entry in enumerate(foreign):
         ours[0].with_name(f"cpu_int4-{i}.json").write_text(json.dumps(entry))
     ours[0].with_name("cpu_int4-torn.json").write_bytes(b"\xff{")
-    assert court.standing("cpu_int4") == proven
+    assert validation.standing("cpu_int4") == proven
     for path in ours:
         path.write_text("null")
-    assert court.standing("cpu_int4") == "unproven" and court.check(LAYERS, "cpu_int4")[0].verdict == "pass"
+    assert validation.standing("cpu_int4") == "unproven" and validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
 
 
 def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatch):
@@ -305,15 +305,16 @@ def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatc
         interpreted.setenv("TRITON_INTERPRET", "1")
         for _ in range(2):
             assert (
-                court.check(LAYERS, "cpu_int4")[0].verdict == "pass" and not court.check(LAYERS, "cpu_int4")[0].cached
+                validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
+                and not validation.check(LAYERS, "cpu_int4")[0].cached
             )
-    assert court.standing("cpu_int4") == "unproven"
-    assert not court.check(LAYERS, "cpu_int4")[0].cached
+    assert validation.standing("cpu_int4") == "unproven"
+    assert not validation.check(LAYERS, "cpu_int4")[0].cached
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_nothing_claims_a_gpu_that_is_not_there():
-    from qlibero import catalogue
+    from qlibero.cli import catalogue
 
     assert {row["backend"] for row in catalogue.backends() if "cuda" in row["runs_on"]} == set()
 
@@ -324,43 +325,45 @@ WEIGHT_ONLY = [Layer("d", GemmShape(48, 64, 4, 16), (10,))]
 
 def test_16_bit_activations_are_never_credited_to_a_kernel():
     for backend in ("fake", "auto"):
-        (verdict,) = court.check(WEIGHT_ONLY, backend)
+        (verdict,) = validation.check(WEIGHT_ONLY, backend)
         assert (verdict.executed, verdict.verdict) == ("dequantized", "pass") and "no memory is saved" in verdict.reason
     for backend in ("cpu_int4", "triton_w4a8", "humming", "int_ref"):
         with pytest.raises(GuardRefusal, match=f"{backend} has nothing to do; write fake"):
-            court.enforce(court.check(WEIGHT_ONLY, backend))
-        (verdict,) = court.check(WEIGHT_ONLY, backend, on_failure="fallback")
+            validation.enforce(validation.check(WEIGHT_ONLY, backend))
+        (verdict,) = validation.check(WEIGHT_ONLY, backend, on_failure="fallback")
         assert (verdict.executed, verdict.verdict) == ("dequantized", "fall back to dequantized")
 
 
 def test_failures_are_not_remembered(lying):
-    court.check(LAYERS, "liar")
-    assert court.check(LAYERS, "liar")[0].cached is False and court.standing("humming") == "unproven"
+    validation.check(LAYERS, "liar")
+    assert validation.check(LAYERS, "liar")[0].cached is False and validation.standing("humming") == "unproven"
 
 
 def test_what_a_machine_lacks_is_a_verdict_not_a_crash():
     for backend in ("triton_w4a8", "humming", "bitblas"):
-        for verdict in court.check(pi05_layers()[:1], backend):
+        for verdict in validation.check(pi05_layers()[:1], backend):
             assert verdict.verdict == "refuse" and verdict.reason
 
 
 def test_unknown_names_are_the_users_error():
     with pytest.raises(UserError, match="unknown backend 'int5'"):
-        court.check(LAYERS, "int5")
+        validation.check(LAYERS, "int5")
     with pytest.raises(UserError, match="unknown backend 'int5'"):
-        court.check(WEIGHT_ONLY, "int5")
+        validation.check(WEIGHT_ONLY, "int5")
     with pytest.raises(UserError, match="refuse or fallback"):
-        court.check(LAYERS, "fake", on_failure="ignore")
+        validation.check(LAYERS, "fake", on_failure="ignore")
     with pytest.raises(UserError, match="nothing for a kernel to do"):
-        court.check([], "fake")
+        validation.check([], "fake")
     with pytest.raises(UserError, match="group_size 7 does not divide"):
         pi05_layers(group_size=7)
 
 
 def test_the_court_passes_every_compact_shape_on_this_machine():
     for backend in ("fake", "cpu_int4"):
-        verdicts = court.check([layer for layer in compact_layers() if layer.name.startswith(("XS", "M"))], backend)
-        assert {v.verdict for v in verdicts} == {"pass"}, court.table(verdicts)
+        verdicts = validation.check(
+            [layer for layer in compact_layers() if layer.name.startswith(("XS", "M"))], backend
+        )
+        assert {v.verdict for v in verdicts} == {"pass"}, validation.table(verdicts)
 
 
 # ------------------------------------------------------------------------------------------------------ diagnoses

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from qlibero.kernels.contract import GemmShape, Support
+from qlibero.kernels.exactness import try_kernel
 from qlibero.kernels.humming import Humming
-from qlibero.kernels.trial import try_kernel
 
 
 class HummingLayer(nn.Module):

@@ -32,10 +32,10 @@ from kernel_cases import assert_same, codes_for, tokens_for
 
 from qlibero.kernels import load
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations
+from qlibero.kernels.exactness import try_kernel
 from qlibero.kernels.int_ref import IntRef
 from qlibero.kernels.packing import pack_khalf
 from qlibero.kernels.shapes import compact_layers, pi05_layers
-from qlibero.kernels.trial import try_kernel
 from qlibero.kernels.triton_tiles import choose_tile
 from qlibero.quant.transform import InputTransform, Transform
 

@@ -11,7 +11,7 @@ from qlibero.errors import GuardRefusal
 from qlibero.kernels.cpu_int4 import CpuInt4
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.linear import QuantLinear
-from qlibero.quant.witness import hear_witness
+from qlibero.quant.policy_check import hear_witness
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_a_run_without_fake_ends_with_status_3_and_every_view_says_so(
 ):
     """Real LIBERO, one episode: refused, kept, marked, and refused again by the same command."""
     from qlibero import cli
-    from qlibero.reporting.html import write_report
+    from qlibero.reporting.html.document import write_report
     from qlibero.tracking.replay import arithmetic_summary
 
     out = tmp_path / "run"
@@ -194,7 +194,7 @@ def test_arms_that_differ_end_with_status_3(tiny_experiment, tmp_path, registere
 
 
 def test_a_recheck_file_that_is_none_is_named(tmp_path):
-    from qlibero.results.arithmetic import rechecks
+    from qlibero.results.arm_equality import rechecks
 
     (tmp_path / "arm").mkdir()
     assert rechecks(tmp_path, "arm") is None

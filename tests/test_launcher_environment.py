@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qlibero.launch import environment
-from qlibero.launch.cuda_toolkit import Toolkit, check_agreement, find_toolkit, library_directories, torch_cuda
-from qlibero.launch.environment import egl_device, policy_environment, simulator_environment
+from qlibero.machine import environment
+from qlibero.machine.cuda_toolkit import Toolkit, check_agreement, find_toolkit, library_directories, torch_cuda
+from qlibero.machine.environment import egl_device, policy_environment, simulator_environment
 
 GPUS = [{"index": str(i), "uuid": f"GPU-{c * 8}-1234"} for i, c in enumerate("abcd")]
 
@@ -206,7 +206,7 @@ def test_the_policy_process_starts_again_once_with_its_libraries(tmp_path: Path)
     script = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-from qlibero.launch import environment
+from qlibero.machine import environment
 environment.enter_policy_environment()
 names = "LD_LIBRARY_PATH", "CUDA_HOME", environment.ENTERED
 print(json.dumps([*(os.environ[name] for name in names), sys.argv[2:]]))

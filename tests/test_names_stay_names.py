@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from qlibero import quoting
-from qlibero.commands import explain
+from qlibero.cli.commands import explain
 from qlibero.console import console, table
-from qlibero.reporting.markup import el, join
+from qlibero.reporting.html.markup import el, join
 
 BIDI = ["\u202e", "\u2066", "\u2069", "\u200f", "\u061c"]
 

@@ -21,10 +21,9 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.load import load_experiment
 from qlibero.config.schema import Tracking
 from qlibero.episode_key import EpisodeKey
-from qlibero.experiment import planned_keys, stopping_rule
 from qlibero.launch.cells import dump_resolved
 from qlibero.launch.status import status
-from qlibero.reporting.html import write_report
+from qlibero.reporting.html.document import write_report
 from qlibero.reporting.terminal import print_comparison, print_run
 from qlibero.reporting.wandb_workspace import COLUMNS, workspace
 from qlibero.reporting.wandb_workspace import spec as as_sent
@@ -33,6 +32,7 @@ from qlibero.results.export import export_episodes
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.stopping import declare
+from qlibero.run.experiment import planned_keys, stopping_rule
 from qlibero.tracking.mirror import start_mirrors
 from qlibero.tracking.replay import versus_baseline
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from qlibero import cli
-from qlibero.launch.environment import simulator_environment
+from qlibero.machine.environment import simulator_environment
 from qlibero.results.ledger import read_ledger
-from qlibero.sim import guard, passport
-from qlibero.sim.passport import Finding, PassportReport
+from qlibero.sim import physics_check, physics_check_cache
+from qlibero.sim.physics_check import Finding, PassportReport
 from qlibero.sim.pool import worker_environment
 
 ONE_EPISODE = ("tasks=[0]", "episodes_per_task=1", "max_steps=5", "backends=[baseline]", "quant=null", "workers=1")
@@ -42,10 +42,10 @@ def run(config: Path, out: Path, *sets: str) -> int:
 def test_other_physics_are_refused_before_the_first_episode_and_never_remembered(
     tiny_experiment, tmp_path, monkeypatch, capfd
 ):
-    other = json.loads(passport.REFERENCES.read_text())
+    other = json.loads(physics_check.REFERENCES.read_text())
     other["episodes"]["libero_object/0/0/7"]["moved"][20] += 1e-5  # as a MuJoCo with another solver leaves an object
     (tmp_path / "references.json").write_text(json.dumps(other))
-    monkeypatch.setattr(passport, "REFERENCES", tmp_path / "references.json")
+    monkeypatch.setattr(physics_check, "REFERENCES", tmp_path / "references.json")
     assert run(tiny_experiment, tmp_path / "out") == 3
     said = capfd.readouterr()
     assert (
@@ -78,7 +78,7 @@ def look_that_finds(report: PassportReport):
 
 
 def test_another_renderer_is_shown_and_on_record_and_not_refused(tiny_experiment, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(guard, "Look", look_that_finds(ELSEWHERE))
+    monkeypatch.setattr(physics_check_cache, "Look", look_that_finds(ELSEWHERE))
     assert run(tiny_experiment, tmp_path / "out") == 0
     assert "simulator passport: physics as in the references; frames rendered by 'NVIDIA H100'" in " ".join(
         capfd.readouterr().err.split()
@@ -90,35 +90,41 @@ def test_another_renderer_is_shown_and_on_record_and_not_refused(tiny_experiment
             "renderer": "NVIDIA H100",
             "findings": ["frames rendered by 'NVIDIA H100'"],
         }, file
-    monkeypatch.setattr(guard, "Look", NotAgain)
+    monkeypatch.setattr(physics_check_cache, "Look", NotAgain)
     assert run(tiny_experiment, tmp_path / "out", "episodes_per_task=2") == 0  # the next run pays nothing
 
 
 @pytest.mark.parametrize("change", ["renderer", "library", "source", "suite"])
 def test_what_a_verdict_depends_on_makes_it_void_when_it_changes(tmp_path, monkeypatch, change):
     environment = worker_environment(simulator_environment())
-    monkeypatch.setattr(guard, "Look", look_that_finds(ELSEWHERE))
-    with guard.PassportGuard("libero_object", environment, LLVMPIPE) as first:
+    monkeypatch.setattr(physics_check_cache, "Look", look_that_finds(ELSEWHERE))
+    with physics_check_cache.PassportGuard("libero_object", environment, LLVMPIPE) as first:
         first.enforce()
-    monkeypatch.setattr(guard, "Look", NotAgain)
-    with guard.PassportGuard("libero_object", environment, LLVMPIPE) as known:
+    monkeypatch.setattr(physics_check_cache, "Look", NotAgain)
+    with physics_check_cache.PassportGuard("libero_object", environment, LLVMPIPE) as known:
         assert known.enforce() == ELSEWHERE
     suite, renderer = "libero_object", LLVMPIPE
     if change == "renderer":
         renderer = {"renderer": "NVIDIA H100"}
     elif change == "library":
-        monkeypatch.setattr(guard, "_library", lambda: [("libmujoco.so", 1, 2)])
+        monkeypatch.setattr(physics_check_cache, "_library", lambda: [("libmujoco.so", 1, 2)])
     elif change == "source":
-        monkeypatch.setattr(guard, "__file__", str(tmp_path / "guard.py"))
+        monkeypatch.setattr(physics_check_cache, "__file__", str(tmp_path / "anything.py"))
     else:
         suite = "libero_goal"
-    with pytest.raises(AssertionError, match="remembered"), guard.PassportGuard(suite, environment, renderer):
+    with (
+        pytest.raises(AssertionError, match="remembered"),
+        physics_check_cache.PassportGuard(suite, environment, renderer),
+    ):
         pass
 
 
 def test_a_run_that_fails_while_it_looks_leaves_no_process():
     environment = worker_environment(simulator_environment())
-    with pytest.raises(ZeroDivisionError), guard.PassportGuard("libero_object", environment, LLVMPIPE) as begun:
+    with (
+        pytest.raises(ZeroDivisionError),
+        physics_check_cache.PassportGuard("libero_object", environment, LLVMPIPE) as begun,
+    ):
         process = begun._look._process
         assert process.poll() is None
         raise ZeroDivisionError
@@ -128,13 +134,13 @@ def test_a_run_that_fails_while_it_looks_leaves_no_process():
 def test_a_simulator_that_cannot_run_says_why(monkeypatch):
     from qlibero.errors import WorkFailed
 
-    monkeypatch.setattr(passport, "sys", type("sys", (), {"executable": "/bin/false"}))
+    monkeypatch.setattr(physics_check, "sys", type("sys", (), {"executable": "/bin/false"}))
     with pytest.raises(WorkFailed, match="the simulator does not run here: exit status 1"):
-        passport.Look(["libero_object"], {}).report()
+        physics_check.Look(["libero_object"], {}).report()
 
 
 def test_every_suite_has_a_reference():
     from qlibero.sim.suites import SUITES
 
-    names = {name.partition("/")[0] for name in json.loads(passport.REFERENCES.read_text())["episodes"]}
-    assert names == set(SUITES) == set(passport.SUITES)
+    names = {name.partition("/")[0] for name in json.loads(physics_check.REFERENCES.read_text())["episodes"]}
+    assert names == set(SUITES) == set(physics_check.SUITES)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from pi05_small import conv_config, random_inputs, random_model, siglip_config
 
-from qlibero.policies.pi05 import cpu_flow
 from qlibero.policies.pi05.config import GemmaConfig
+from qlibero.policies.pi05.fast import cpu_flow
 from qlibero.policies.pi05.model import cast
 from qlibero.policies.pi05.sampler import Sampler
 
@@ -86,7 +86,7 @@ COLD_OR_WARM = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])
 from pi05_small import random_inputs, random_model, siglip_config
-from qlibero.policies.pi05 import cpu_flow
+from qlibero.policies.pi05.fast import cpu_flow
 from qlibero.policies.pi05.sampler import Sampler
 torch.set_num_threads(1)
 config = siglip_config()

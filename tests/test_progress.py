@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from qlibero import progress as module
 from qlibero.activity import doing, heard_by
-from qlibero.progress import PhaseProgress, RunProgress
+from qlibero.cli import progress as module
+from qlibero.cli.progress import PhaseProgress, RunProgress
 
 SHOW = """
 import time
 from qlibero.activity import doing
-from qlibero.progress import PhaseProgress
+from qlibero.cli.progress import PhaseProgress
 with PhaseProgress() as progress:
     doing("loading the policy"); time.sleep(0.3)
     for i in range(3):

@@ -20,7 +20,7 @@ from qlibero.config.schema import Pi05, Remote
 from qlibero.episode_key import EpisodeKey
 from qlibero.kernels import load
 from qlibero.policies.base import Chunk, Observation, grey
-from qlibero.rollout.noise import call_noise
+from qlibero.run.noise import call_noise
 from qlibero.sim import suites
 
 
@@ -73,9 +73,9 @@ class Resting:
 
 def test_an_episode_of_libero_under_the_default_protocol():
     """A real episode: simulated time after settling, plans of 5 actions, and each call's own noise."""
-    from qlibero.launch.environment import simulator_environment
-    from qlibero.rollout.engine import RolloutSettings, run_episodes
-    from qlibero.rollout.episode import PlannedEpisode
+    from qlibero.machine.environment import simulator_environment
+    from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.rollout import RolloutSettings, run_episodes
     from qlibero.sim.pool import SimulatorPool
 
     policy, records = Resting(), []
@@ -99,7 +99,7 @@ def test_a_scene_settles_for_half_a_second():
         "scene = Scene('libero_spatial', 0); scene.reset(0, 0)\n"
         "print(float(scene.env.sim.data.time - init_states('libero_spatial', 0)[0][0]))"
     )
-    from qlibero.launch.environment import simulator_environment
+    from qlibero.machine.environment import simulator_environment
 
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **simulator_environment()}, capture_output=True, text=True

@@ -8,10 +8,10 @@ import pytest
 
 from qlibero.cli import main
 from qlibero.errors import UserError
-from qlibero.results.judgement import plain_word
+from qlibero.results.paired_outcomes import plain_word
 from qlibero.results.published import bounds, compare_counts, read_counts
-from qlibero.results.sampling import Sample
-from qlibero.results.statistics import mcnemar_exact
+from qlibero.stats.proportions import mcnemar_exact
+from qlibero.stats.sampling import Sample
 
 
 def judged(reference, arm, margin=0.02):

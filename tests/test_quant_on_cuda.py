@@ -136,5 +136,5 @@ def test_kernels_that_overlap_change_no_bit(monkeypatch):
         return [twin.infer(seen, noise).actions for twin in twins]
 
     overlapped = answers()
-    monkeypatch.setattr("qlibero.kernels.triton_overlap._can_overlap", lambda device: False)
+    monkeypatch.setattr("qlibero.kernels.triton_pdl._can_overlap", lambda device: False)
     assert all(np.array_equal(one, other) for one, other in zip(overlapped, answers(), strict=True))

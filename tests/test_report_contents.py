@@ -16,21 +16,21 @@ from synthetic_run import film, make_run
 from qlibero.cli import main
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
-from qlibero.experiment import _instructions
 from qlibero.places import REPOSITORY
-from qlibero.reporting import charts
-from qlibero.reporting.html import write_report
-from qlibero.reporting.markup import Markup, el, join, script_json
-from qlibero.reporting.sections.standing import standing
+from qlibero.reporting.html import charts
+from qlibero.reporting.html.document import write_report
+from qlibero.reporting.html.markup import Markup, el, join, script_json
+from qlibero.reporting.html.sections.standing import standing
 from qlibero.reporting.tables import Row, latex, markdown
 from qlibero.reporting.terminal import console, print_comparison, print_run
-from qlibero.results.arithmetic import same_arithmetic
+from qlibero.results.arm_equality import same_arithmetic
 from qlibero.results.cells import cells_of
 from qlibero.results.compare import compare, compare_paths, compare_runs
-from qlibero.results.phrases import points, speed_text
 from qlibero.results.runs import read_run
 from qlibero.results.speed import Speed
 from qlibero.results.stopping import declare, make_declaration
+from qlibero.results.wording import points, speed_text
+from qlibero.run.experiment import _instructions
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from browser import CHROMIUM, Page
 from synthetic_run import film, make_run
 
-from qlibero.reporting.html import write_report
+from qlibero.reporting.html.document import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install -y chromium")
 HOSTILE = '</script><img src=x onerror="throw 1"> & <b>bold</b>'

@@ -67,7 +67,7 @@ def test_two_workers_equal_one(tmp_path, tiny_experiment, reference):
 
 def test_another_order_and_three_shards_equal_one_process(tmp_path, tiny_experiment, reference):
     from qlibero.config.load import load_experiment
-    from qlibero.experiment import run_experiment
+    from qlibero.run.experiment import run_experiment
 
     experiment = load_experiment(tiny_experiment, ["tasks=[1,0]", "backends=[fake,baseline]", "tracking.mode=disabled"])
     for shard in (2, 0, 1):

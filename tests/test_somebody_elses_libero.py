@@ -101,7 +101,7 @@ def test_a_film_is_not_made_with_another_simulator(tmp_path, tiny_experiment, mo
     from qlibero.config.dump import dump_resolved
     from qlibero.config.load import load_experiment
     from qlibero.errors import GuardRefusal
-    from qlibero.filming import film_run
+    from qlibero.run.filming import film_run
     from qlibero.sim import provenance
 
     (tmp_path / "experiment.yaml").write_text(dump_resolved(load_experiment(tiny_experiment)))

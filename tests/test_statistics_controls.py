@@ -17,13 +17,13 @@ from scipy.stats import t as student
 from qlibero.episode_key import FRESH, EpisodeKey
 from qlibero.results.controls import NoiseFloor, excess_flips, pooled_steps
 from qlibero.results.execution import Shift
-from qlibero.results.judgement import PairTable
+from qlibero.results.paired_outcomes import PairTable
 from qlibero.results.pairing import Arm, Pair
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.sampling import sample
-from qlibero.results.scores import score_zs
 from qlibero.results.speed import speed
-from qlibero.results.statistics import tango, tango_z
+from qlibero.stats.proportions import tango, tango_z
+from qlibero.stats.sampling import sample
+from qlibero.stats.scores import score_zs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

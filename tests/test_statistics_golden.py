@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from qlibero.episode_key import EpisodeKey
-from qlibero.results import statistics as st
-from qlibero.results.evalues import margin_martingales
-from qlibero.results.judgement import plain_word
-from qlibero.results.sampling import Sample, sample
-from qlibero.results.shifts import mean_t_interval, sign_flip_p
+from qlibero.results.paired_outcomes import plain_word
+from qlibero.stats import proportions as st
+from qlibero.stats.evalues import margin_martingales
+from qlibero.stats.sampling import Sample, sample
+from qlibero.stats.shifts import mean_t_interval, sign_flip_p
 
 
 def in_points(interval, digits=2):

@@ -15,9 +15,9 @@ from hypothesis import strategies as hy
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.results.groupsequential import critical_values, declared_looks
-from qlibero.results.sequentialpower import pairs_needed, prospect
 from qlibero.results.stopping import decide_at_looks, declare, make_declaration, read_declaration
+from qlibero.stats.group_sequential import critical_values, declared_looks
+from qlibero.stats.sequential_power import pairs_needed, prospect
 
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]
 RULE = {"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "seed": 7, "method": "group_sequential", "futility": 0.1}
@@ -89,7 +89,7 @@ def trinomial_paths(looks, psi, runs, seed):
 def test_neither_wrong_verdict_is_more_frequent_than_alpha(pairs, psi):
     """Δ = −margin, the hardest truth, without futility, which only makes errors rarer. 200,000 runs each: a true rate
     of 2.5 % stays below the bound in 99.99 % of such simulations; Tango's own upper side has 3.6 % at ψ = 2.5 %."""
-    from qlibero.results.groupsequential import evidence
+    from qlibero.stats.group_sequential import evidence
 
     looks, runs = declared_looks(pairs, 20, 20), 200_000
     broken, repaired = trinomial_paths(looks, psi, runs, seed=pairs)

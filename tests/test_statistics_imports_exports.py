@@ -15,13 +15,13 @@ from synthetic_run import make_run
 from qlibero.cli import main
 from qlibero.errors import UserError
 from qlibero.reporting.terminal import print_comparison
-from qlibero.results import statistics as st
 from qlibero.results.compare import compare_paths, compare_runs
 from qlibero.results.export import export_episodes
-from qlibero.results.foreign import compare_foreign
+from qlibero.results.external_results import compare_foreign
 from qlibero.results.importers import read_foreign
-from qlibero.results.judgement import plain_word
-from qlibero.results.sampling import Sample
+from qlibero.results.paired_outcomes import plain_word
+from qlibero.stats import proportions as st
+from qlibero.stats.sampling import Sample
 
 
 def read_one(path):
@@ -338,7 +338,7 @@ def test_export_has_a_row_per_episode_and_arm(tmp_path):
     error = next(row for row in rows if row["outcome"] == "error")
     assert error["success"] == "" and error["error"] == "the simulator died"
     assert all(float(row["flow_ms_p50"]) > 0 and float(row["jerk"] or 1) > 0 for row in rows)
-    with pytest.raises(UserError, match="neither .csv nor .parquet"):
+    with pytest.raises(UserError, match="neither .csv nor .jsonl nor .parquet"):
         export_episodes([run], tmp_path / "episodes.xlsx")
 
 

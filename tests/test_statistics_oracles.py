@@ -13,8 +13,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from qlibero.results import statistics as st
-from qlibero.results.shifts import sign_flip_p
+from qlibero.stats import proportions as st
+from qlibero.stats.shifts import sign_flip_p
 
 proportions = hy.integers(1, 3000).flatmap(lambda n: hy.tuples(hy.integers(0, n), hy.just(n)))
 tables = hy.tuples(hy.integers(0, 300), hy.integers(0, 60), hy.integers(0, 60), hy.integers(0, 300)).filter(any)

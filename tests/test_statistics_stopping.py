@@ -13,7 +13,6 @@ from hypothesis import strategies as hy
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.results.comparison import SequentialTest
-from qlibero.results.phrases import sequential_text
 from qlibero.results.stopping import (
     decide_by_evalues,
     declare,
@@ -22,6 +21,7 @@ from qlibero.results.stopping import (
     pair_step,
     read_declaration,
 )
+from qlibero.results.wording import sequential_text
 
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]
 

@@ -20,20 +20,20 @@ from qlibero.config.schema import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
-from qlibero.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
 from qlibero.kernels import BACKENDS, load
 from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, local, ray, slurm
 from qlibero.launch import status as watch
-from qlibero.launch.capacity import Capacity
 from qlibero.launch.plan import plan, refuse_impossible, seconds
 from qlibero.launch.plan_tables import readable
 from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
+from qlibero.machine.capacity import Capacity
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.statistics import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
 from qlibero.results.stopping import read_declaration
+from qlibero.run.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
+from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
 
 REPOSITORY = Path(__file__).parents[1]
 GRID = """
@@ -364,7 +364,7 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
         for arm, key in missing:
             ledgers[arm].append(outcome_of(key, arm))
 
-    monkeypatch.setattr("qlibero.experiment._run", instead_of_simulators)
+    monkeypatch.setattr("qlibero.run.experiment._run", instead_of_simulators)
     assert plan(made, print, calibrate=True)["engines"] is not None
     assert [sorted(pairs) for pairs in ran] == [
         [(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]

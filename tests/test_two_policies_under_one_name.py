@@ -64,13 +64,13 @@ def demonstrations(place: Path, monkeypatch) -> None:
 
 
 def compiled(place: Path, monkeypatch) -> None:
-    from qlibero.policies.pi05 import cpu_flow
+    from qlibero.policies.pi05.fast import cpu_flow
 
     monkeypatch.setattr(cpu_flow.numba, "__version__", "0.0.1")
 
 
 def noise(place: Path, monkeypatch) -> None:
-    from qlibero import arms
+    from qlibero.run import arms
 
     monkeypatch.setattr(arms, "RECIPE", "another")
 

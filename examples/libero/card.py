@@ -13,8 +13,8 @@ from pathlib import Path
 
 from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import read_ledger
-from qlibero.results.statistics import wilson
 from qlibero.results.summary import percentiles, policy_calls
+from qlibero.stats.proportions import wilson
 
 LAYOUTS = ("llm", "llm+expert_mlp", "llm+expert")
 

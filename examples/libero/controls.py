@@ -22,9 +22,9 @@ from placements import RADIUS, displace
 from rollout import Pilot
 
 from qlibero.policies.pi05.weights import WEIGHTS, sha256
-from qlibero.results.statistics import wilson
 from qlibero.sim.scene import Scene
 from qlibero.sim.suites import SETTLE_ACTION, SUITES
+from qlibero.stats.proportions import wilson
 
 SEED = 7
 

@@ -17,7 +17,7 @@ from qlibero.config.schema import Pi05
 from qlibero.episode_key import EpisodeKey
 from qlibero.policies import load_policy
 from qlibero.policies.base import Observation
-from qlibero.rollout.noise import call_noise
+from qlibero.run.noise import call_noise
 from qlibero.sim.scene import Scene
 
 REPLAN = 5

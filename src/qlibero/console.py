@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from qlibero.places import pasteable
 from qlibero.quoting import visible
 
 if TYPE_CHECKING:
@@ -69,5 +70,5 @@ def _cell(value: Any) -> str:
         if isinstance(value, list | tuple)
         else f"{value:,}"
         if isinstance(value, int)
-        else str(value)
+        else pasteable(str(value))
     )

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import errno
 
+GL_CURE = (
+    "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 (./scripts/setup.sh does, as root); "
+    'without root: docs/clusters.md, "Without root"'
+)
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -37,6 +41,24 @@ class GuardRefusal(QliberoError):
     """A guard (kernel court, physics passport, artifact, run directory) refused a number it cannot vouch for."""
 
     exit_status = 3
+
+
+def import_cause(problem: ImportError) -> tuple[str, str]:
+    """What cannot be imported and why; and what to do. A library the loader does not find is no missing package."""
+    where, traceback = "", problem.__traceback__
+    while traceback is not None:
+        place = traceback.tb_frame.f_code.co_filename
+        where = place.rpartition("site-packages/")[2].partition("/")[0] if "site-packages/" in place else where
+        traceback = traceback.tb_next
+    library, _, rest = str(problem).partition(":")
+    if "cannot open shared object" in rest:
+        cure = f"install what has {library}, or put its directory into LD_LIBRARY_PATH"
+        if where == "cv2":
+            cure = "./scripts/setup.sh --repair puts the headless OpenCV there, which needs no desktop's libraries"
+        elif library.startswith(("libGL", "libEGL", "libOpenGL", "libOSMesa")):
+            cure = GL_CURE
+        return f"{where or problem.name or 'a package'} cannot be imported: the loader finds no {library}", cure
+    return f"{where or problem.name or 'a package'} cannot be imported: {problem}", "./scripts/setup.sh --repair"
 
 
 def cause(problem: OSError) -> str:

@@ -2,12 +2,16 @@
 
 In a checkout both lie in it. Installed from a wheel, the package carries its own copy of configs/ and of the embedded
 policy, and runs go below the current directory: nothing is ever written beside the installed code. `QLIBERO_HOME`
-moves logs/ in both cases, e.g. off a home directory with a quota.
+moves logs/ in both cases, e.g. off a home directory with a quota. And what a command is called by from here.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
+import sys
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,3 +62,43 @@ def experiment_file(text: str) -> Path:
     close = get_close_matches(text, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "`qlibero ls experiments` lists the names"
     raise UserError(f"{text}: neither a file nor an experiment that comes with qlibero; {hint}")
+
+
+COMMAND = re.compile(
+    r"(?<![\w./'\"-])(?:"
+    r"(?P<qlibero>qlibero)(?= (?:run|plan|sweep|status|compare|report|film|export|quantize|inspect|kernels|serve"
+    r"|checkpoint|config|dashboard|doctor|ls)\b|`)"
+    r"|(?P<tool>wandb(?= (?:sync|login)\b)|trackio(?= show\b)|pip(?= install\b)|python(?= -m qlibero\b))"
+    r"|(?P<script>(?:\./)?scripts/\w+\.sh)"
+    r")"
+)
+"""What messages call a command by, wherever they were written."""
+
+
+def pasteable(text: str) -> str:
+    """`text` with every command in it as it can be called from this shell and this directory.
+
+    Where `source .venv/bin/activate` was said, or qlibero was installed for everybody, that is the bare name.
+    """
+    return COMMAND.sub(lambda found: _called(**found.groupdict()), text)
+
+
+def _called(qlibero: str | None, tool: str | None, script: str | None) -> str:
+    if script:
+        return _from_here(CHECKOUT / script) if CHECKOUT else script
+    name = qlibero or tool or ""
+    program = Path(sys.executable).parent / name
+    on_path = shutil.which(name)
+    if on_path and program.exists() and Path(on_path).resolve() == program.resolve():
+        return name
+    if qlibero and CHECKOUT and (CHECKOUT / "qlibero").is_file():
+        return _from_here(CHECKOUT / "qlibero")
+    if program.exists():
+        return _from_here(program)
+    return f"{shlex.quote(sys.executable)} -m {name}"
+
+
+def _from_here(path: Path) -> str:
+    """`./qlibero` where that is it, else the whole path, quoted for a shell."""
+    here = Path.cwd()
+    return shlex.quote(f"./{path.relative_to(here)}" if path.is_relative_to(here) else str(path))

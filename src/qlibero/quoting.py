@@ -1,6 +1,7 @@
 """Values in the syntax of another program: one function for each, so that a name stays a name.
 
-The shell has `shlex`, HTML has `reporting.markup`, JSON has `json`. Here are those that the standard library lacks.
+The shell has `shlex`, HTML has `reporting.html.markup`, JSON has `json`. Here are those that the standard library
+lacks.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlibero.config.explain import dotted, explain, mark_of, walk
-from qlibero.config.fork_variables import fork_overrides
 from qlibero.config.labels import suffix_of_sets
+from qlibero.config.legacy_env import fork_overrides
 from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment
 from qlibero.config.vocabulary import backend_hint
 from qlibero.config.yaml_source import display, located, put, read

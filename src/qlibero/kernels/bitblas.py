@@ -23,8 +23,8 @@ from torch import Tensor
 
 from qlibero.errors import WorkFailed
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
-from qlibero.kernels.diagnoses import diagnose_shape, explain
-from qlibero.kernels.finish import finish
+from qlibero.kernels.epilogue_dispatch import finish
+from qlibero.kernels.known_errors import diagnose_shape, explain
 
 BACKEND_OF = {(8, 0): "tl", (8, 6): "tl", (8, 9): "tl", (9, 0): "tir"}
 
@@ -113,7 +113,15 @@ class BitBLAS(Kernel):
             return self.accumulate(torch.nn.functional.pad(codes_x, (0, 0, 0, 15)), packed)[:1]
         return _operator(m, packed.n, packed.k, backend)(codes_x.contiguous(), packed.packed)
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         return finish(self.accumulate(codes_x, packed), s_x, s_w, bias, out_dtype)
 
     @staticmethod

@@ -74,7 +74,15 @@ class CpuInt4(Kernel):
                 acc[g, :, start : start + height] = partial
         return acc if packed.group_size else acc[0]
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         x, height = self._left(codes_x), self._tile_height(packed)
         if height == packed.n and not packed.group_size:  # one tile, nothing to put together
             return epilogue(self._product(x, self._tile(packed, 0, height)), s_x, s_w, bias).to(out_dtype)

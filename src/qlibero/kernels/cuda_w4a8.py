@@ -64,16 +64,33 @@ class CudaW4A8(Kernel):
         return Support(True, f"wgmma, weights from registers, NVRTC {cuda_driver.nvrtc_version()}")
 
     def pack(self, codes: Tensor, weight_bits: int = 4, group_size: int | None = None) -> PackedWeight:
-        return PackedWeight(*codes.shape, weight_bits, group_size, packed=pack_fragments(codes))
+        n, k = codes.shape
+        return PackedWeight(n, k, weight_bits, group_size, packed=pack_fragments(codes))
 
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
         ones = torch.ones(max(codes_x.shape[0], packed.n), device=codes_x.device)
         return self._product(tile(codes_x), codes_x.shape[0], ones, packed, ones, None, torch.int32)
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         return self.matmul_tiles(tile(codes_x), s_x, packed, s_w, bias, out_dtype)
 
-    def matmul_tiles(self, image, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul_tiles(
+        self,
+        image: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         dtype = out_dtype if out_dtype in OUT else torch.float32
         return self._product(image, s_x.shape[0], s_x, packed, s_w, bias, dtype).to(out_dtype)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlibero.kernels.contract import FP32_EXACT, GemmShape, Kernel, PackedWeight, Support
-from qlibero.kernels.finish import finish
+from qlibero.kernels.epilogue_dispatch import finish
 
 _CAN_RETURN_FP32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # of bf16 operands, on CUDA
 WIDEST_ACTIVATION = 127  # a kernel sees int8 codes, not how many bits made them
@@ -46,7 +46,15 @@ class Fake(Kernel):
         groups = list(self._group_accumulators(codes_x, packed))
         return groups[0] if packed.group_size is None else torch.stack(groups)
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         groups = self._group_accumulators(codes_x, packed)  # one at a time: G·M·N fp32 would not fit for long prefixes
         acc = next(groups) if packed.group_size is None else groups
         return finish(acc, s_x, s_w, bias, out_dtype)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_overlap import INTERPRETED, begin, fetch, launch
+from qlibero.kernels.triton_pdl import INTERPRETED, begin, fetch, launch
 from qlibero.kernels.triton_tiles import Tile
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlibero.kernels import tiled
 from qlibero.kernels.contract import activation_limit
 from qlibero.kernels.hadamard import block
-from qlibero.kernels.triton_overlap import begin, launch
+from qlibero.kernels.triton_pdl import begin, launch
 from qlibero.kernels.triton_quantizer import codes_of, gelu_times, peak_of, scale_of, where_code
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from qlibero.kernels import tiled
 from qlibero.kernels.contract import activation_limit
-from qlibero.kernels.triton_overlap import INTERPRETED, begin, launch
+from qlibero.kernels.triton_pdl import INTERPRETED, begin, launch
 from qlibero.kernels.triton_quantizer import codes_of, peak_of, scale_of, where_code
 
 LITTLE = 1 << 15  # values: up to here one launch is the faster way at every K measured on an H100

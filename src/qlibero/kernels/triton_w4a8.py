@@ -74,7 +74,15 @@ class TritonW4A8(Kernel):
             return triton_gemm.grouped_gemm(x, w, packed.group_size, None, None, None, torch.int32, tile)
         return triton_gemm.accumulate(x, w, tile).sum(0, dtype=torch.int32)
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         from qlibero.kernels import triton_gemm
 
         tile = self._tile(codes_x, packed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.cpu_int4 import cpu_multiplies_int8_fast
-from qlibero.kernels.finish import finish
+from qlibero.kernels.epilogue_dispatch import finish
 
 CUDA_LEAST_ROWS = 32  # the op demands more than 16; a full tile costs the same
 
@@ -52,7 +52,15 @@ class W8A8(Kernel):
         groups = list(self._group_accumulators(codes_x, packed))
         return torch.stack(groups) if packed.group_size else groups[0]
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.float32) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         groups = self._group_accumulators(codes_x, packed)
         return finish(groups if packed.group_size else next(groups), s_x, s_w, bias, out_dtype)
 

@@ -26,10 +26,10 @@ from qlibero.config.schema import Experiment, Tracking
 from qlibero.config.sweep import Sweep
 from qlibero.documents import read_json
 from qlibero.errors import UserError, WorkFailed, cause
-from qlibero.experiment import episode_keys, missing_episodes, run_experiment, summary
 from qlibero.launch.manifest import SCHEMA, read_document
 from qlibero.places import RUNS
 from qlibero.results.meta import check
+from qlibero.run.experiment import episode_keys, missing_episodes, run_experiment, summary
 
 OURS = "sweep"  # the sub-directory of a sweep directory that is not a run directory
 

@@ -14,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from qlibero.launch.capacity import CORES, capacity
 from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
-from qlibero.launch.environment import find_gpus
+from qlibero.machine.capacity import CORES, capacity
+from qlibero.machine.environment import find_gpus
 
 RESTARTS = 3
 NO_ROOM = 1 << 16  # bytes of free disk with which nothing can be written that matters

@@ -15,7 +15,17 @@ from typing import Any
 from qlibero.config.schema import Arm, Experiment, Launch, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
-from qlibero.experiment import (
+from qlibero.launch.cells import Cell, Manifest, Shard
+from qlibero.machine.capacity import WORKER_GB, capacity, fitting
+from qlibero.machine.environment import find_gpus
+from qlibero.places import RUNS
+from qlibero.results.ledger import read_ledger
+from qlibero.results.paired_outcomes import power
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import REFERENCE, declared_margin, read_run
+from qlibero.results.stopping import BLOCK_PAIRS
+from qlibero.results.wording import detectable_line
+from qlibero.run.experiment import (
     episode_keys,
     finished_episodes,
     missing_episodes,
@@ -23,17 +33,7 @@ from qlibero.experiment import (
     run_experiment,
     stopping_rule,
 )
-from qlibero.launch.capacity import WORKER_GB, capacity, fitting
-from qlibero.launch.cells import Cell, Manifest, Shard
-from qlibero.launch.environment import find_gpus
-from qlibero.places import RUNS
-from qlibero.results.judgement import power
-from qlibero.results.ledger import read_ledger
-from qlibero.results.phrases import detectable_line
-from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import REFERENCE, declared_margin, read_run
-from qlibero.results.sequentialpower import pairs_needed, prospect
-from qlibero.results.stopping import BLOCK_PAIRS
+from qlibero.stats.sequential_power import pairs_needed, prospect
 
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 

@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Callable
 
 from qlibero.errors import UserError
-from qlibero.launch.capacity import CORES
 from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
+from qlibero.machine.capacity import CORES
 
 RETRIES = 3
 

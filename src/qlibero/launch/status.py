@@ -13,11 +13,11 @@ from typing import Any
 
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
-from qlibero.experiment import episode_keys, finished_episodes, missing_episodes
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
 from qlibero.results.ledger import is_locked, read_ledger
 from qlibero.results.machines import in_words, is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
+from qlibero.run.experiment import episode_keys, finished_episodes, missing_episodes
 
 RATE_WINDOW = timedelta(minutes=30)
 FOLLOW_S = 10.0

@@ -14,10 +14,10 @@ from qlibero.kernels import DEQUANTIZED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import Policy
+from qlibero.policies.surgery import exchange
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.layout import select
 from qlibero.quant.linear import QuantLinear, Weights, assemble
-from qlibero.quant.surgery import exchange
 from qlibero.quant.transform import InputTransform
 
 

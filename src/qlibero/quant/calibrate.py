@@ -21,10 +21,10 @@ from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import quantize_weights
 from qlibero.policies.base import Observation, Policy
 from qlibero.quant import methods
+from qlibero.quant.activation_stats import Seen, group_seed, observe
 from qlibero.quant.artifact import Artifact, LayerRecord, build, pack_nibbles
 from qlibero.quant.layout import Choice, select
 from qlibero.quant.linear import Weights, assemble
-from qlibero.quant.listen import Seen, group_seed, observe
 from qlibero.quant.measure import measure, outlier_ratio
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import InputTransform, Transform

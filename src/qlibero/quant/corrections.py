@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from qlibero.errors import WorkFailed
 from qlibero.policies.base import Observation, Policy
 from qlibero.policies.pi05 import model as pi05_model
+from qlibero.policies.surgery import exchange
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact, build
 from qlibero.quant.eager import sample_eagerly
 from qlibero.quant.layout import EXPERT, LLM
-from qlibero.quant.surgery import exchange
 
 ATM_CLIP, ATM_BAND = (0.8, 1.25), 0.05
 OHB_LOG_CLIP, OHB_LOG_BAND = 0.30, 0.03

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlibero.kernels.exactness import agrees
 from qlibero.kernels.int_ref import IntRef
-from qlibero.kernels.trial import agrees
 from qlibero.policies.base import Observation
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.linear import QuantLinear
-from qlibero.quant.witness import listen
+from qlibero.quant.policy_check import listen
 
 if TYPE_CHECKING:
     from qlibero.policies.pi05.policy import Pi05Policy

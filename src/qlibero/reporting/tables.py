@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlibero import quoting
-from qlibero.reporting.sections.standing import standing
+from qlibero.reporting.html.sections.standing import standing
 from qlibero.results.comparison import ArmComparison
-from qlibero.results.phrases import delta_text, interval_text
+from qlibero.results.wording import delta_text, interval_text
 
 
 @dataclass(frozen=True)

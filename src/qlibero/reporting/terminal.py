@@ -5,6 +5,7 @@ Verdict, difference and interval stand first and are never cut; what explains th
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from qlibero.console import console
-from qlibero.results.arithmetic import rechecks, same_arithmetic
+from qlibero.places import pasteable
+from qlibero.results.arm_equality import rechecks, same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.comparison import ArmComparison, Comparison, Row
 from qlibero.results.execution import MEASURES, Divergence, Shift
-from qlibero.results.foreign import ForeignComparison
-from qlibero.results.judgement import Word
-from qlibero.results.phrases import (
+from qlibero.results.external_results import ForeignComparison
+from qlibero.results.paired_outcomes import Word
+from qlibero.results.published import CountsComparison
+from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
+from qlibero.results.summary import calls, counts, summarize_arm
+from qlibero.results.wording import (
     band_text,
     copies_text,
     delta_text,
@@ -33,11 +38,8 @@ from qlibero.results.phrases import (
     sequential_text,
     speed_text,
 )
-from qlibero.results.published import CountsComparison
-from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
-from qlibero.results.sampling import population
-from qlibero.results.statistics import wilson
-from qlibero.results.summary import calls, counts, summarize_arm
+from qlibero.stats.proportions import wilson
+from qlibero.stats.sampling import population
 
 COLOURS = {Word.NON_INFERIOR: "green", Word.INFERIOR: "red", Word.WORSE: "red", Word.NOISE_FLOOR: "cyan"}
 OPEN = "yellow"
@@ -345,9 +347,9 @@ def _places(run: RunResults) -> Group:
         lines.append(f"videos   {run.run_dir}/<arm>/videos/ ({videos})")
     mirrors = sorted({path.parent for path in run.run_dir.glob("*/wandb/*run-*")})
     if mirrors:
-        lines.append(f"wandb    {run.run_dir}/<arm>/wandb/ (offline runs: `wandb sync` uploads them)")
-    lines.append(f"report   qlibero report {run.run_dir}")
-    return Group(*(Text(line) for line in lines))
+        lines.append(f"wandb    wandb sync {shlex.quote(str(run.run_dir))}/*/wandb/offline-run-*")
+    lines.append(f"report   qlibero report {shlex.quote(str(run.run_dir))}")
+    return Group(*(Text(pasteable(line)) for line in lines))
 
 
 def _shown(word: Word) -> Text:

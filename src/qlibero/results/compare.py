@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.errors import UserError
-from qlibero.results import statistics as st
-from qlibero.results.arithmetic import arithmetic, together
+from qlibero.results.arm_equality import arithmetic, together
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
     Adjusted,
@@ -29,8 +28,8 @@ from qlibero.results.comparison import (
 from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
 from qlibero.results.exported import is_export
-from qlibero.results.foreign import ForeignComparison, compare_foreign
-from qlibero.results.judgement import (
+from qlibero.results.external_results import ForeignComparison, compare_foreign
+from qlibero.results.paired_outcomes import (
     PairTable,
     Ruling,
     Word,
@@ -41,7 +40,6 @@ from qlibero.results.judgement import (
     worst_step,
 )
 from qlibero.results.pairing import Arm, Pair, Pairing, collect_arms, outcomes_of, pair_arms
-from qlibero.results.phrases import margin_text
 from qlibero.results.published import CountsComparison
 from qlibero.results.runs import (
     REFERENCE,
@@ -52,11 +50,13 @@ from qlibero.results.runs import (
     common_reference,
     read_runs,
 )
-from qlibero.results.sampling import Step, check_estimand, sample
 from qlibero.results.sequential import sequential_tests
 from qlibero.results.speed import speed
 from qlibero.results.stopping import Declaration, read_declaration
 from qlibero.results.summary import summarize_arm
+from qlibero.results.wording import margin_text
+from qlibero.stats import proportions as st
+from qlibero.stats.sampling import Step, check_estimand, sample
 
 ONE_SIDED_ALPHA = 0.025
 

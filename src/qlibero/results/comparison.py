@@ -10,17 +10,17 @@ from typing import Any
 
 from qlibero.results.controls import ExcessFlips, NoiseFloor
 from qlibero.results.execution import Divergence, Shift
-from qlibero.results.judgement import PairTable, Power, Verdict, Word, rounded, rounded_interval
-from qlibero.results.phrases import detectable_line, sentence
-from qlibero.results.sampling import Estimand, Sample
+from qlibero.results.paired_outcomes import PairTable, Power, Verdict, Word, rounded, rounded_interval
 from qlibero.results.speed import Speed
-from qlibero.results.statistics import Interval
 from qlibero.results.stopping import Decision
+from qlibero.results.wording import detectable_line, sentence
+from qlibero.stats.proportions import Interval
+from qlibero.stats.sampling import Estimand, Sample
 
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked before anything ran: the margin, what the answer is about (`sampling.py`), over what a claim is
+    """What was asked before anything ran: the margin, what the answer is about (`stats.sampling`), over what a claim is
     made (`primary`: pooled or per-suite), against what (`against`: baseline, or pooled with its A/A arms)."""
 
     margin: float

@@ -25,11 +25,11 @@ import numpy as np
 from scipy.special import gammaln, xlog1py, xlogy
 
 from qlibero.episode_key import EpisodeKey
-from qlibero.results.judgement import PairTable, rounded, rounded_interval
+from qlibero.results.paired_outcomes import PairTable, rounded, rounded_interval
 from qlibero.results.pairing import Arm, Pair, pair_arms
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.sampling import Step
-from qlibero.results.statistics import Interval, tango
+from qlibero.stats.proportions import Interval, tango
+from qlibero.stats.sampling import Step
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from qlibero.results.runs import RunResults
 def dataset_card(file: str, rows: Sequence[dict[str, Any]], header: dict[str, Any], runs: Sequence[RunResults]) -> str:
     """Markdown with the front matter of a Hugging Face dataset; `file` lies beside it."""
     size = next(name for most, name in _SIZES if len(rows) < most)
-    front = {
+    front: dict[str, Any] = {
         "pretty_name": f"LIBERO episodes: {', '.join(header['runs'])}",
         "tags": ["robotics", "LIBERO", "evaluation", "qlibero"],
         "size_categories": [size],

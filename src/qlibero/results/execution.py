@@ -21,7 +21,7 @@ from qlibero.results.ledger import read_trajectory
 from qlibero.results.pairing import Arm, Pair
 from qlibero.results.quality import first_apart, first_divergence, first_opposed_grip, jerk, motion_difference
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.shifts import mean_t_interval, sign_flip_p
+from qlibero.stats.shifts import mean_t_interval, sign_flip_p
 
 VISIBLE_M = 0.01  # grippers this far apart are apart to the eye
 

@@ -60,8 +60,8 @@ def export_episodes(
         for name, ledger in run.arms.items():
             if ledger.conflicts:
                 raise UserError(
-                    f"export: arm {name} of {run.run_dir} has {ledger.conflicts[0]} twice with different results, which "
-                    "no table of one row an episode can say; find out which is right, or write a .csv"
+                    f"export: arm {name} of {run.run_dir} has {ledger.conflicts[0]} twice with different results, "
+                    "which no table of one row an episode can say; find out which is right, or write a .csv"
                 )
     names = [run.name for run in runs]
     if len(set(names)) < len(names) and out.suffix != ".csv":
@@ -80,8 +80,8 @@ def export_episodes(
         "runs": {run.name: _files(run, arms, tasks) for run in runs},
     }
     columns = list(dict.fromkeys(column for row in rows for column in row)) if out.suffix == ".csv" else list(COLUMNS)
-    content = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[out.suffix](rows, columns, header)
-    replace(out, content, "Choose another -o")
+    write = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[out.suffix]
+    replace(out, write(rows, columns, header), "Choose another -o")
     if card:
         from qlibero.results.dataset_card import dataset_card
 
@@ -112,7 +112,10 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
         "success": None if record.outcome == "error" else int(record.succeeded),
         **{f"policy_ms_{p}": calls.get(p) for p in ("p50", "p95", "p99")},
     }
-    medians = {f"{p}_ms_p50": percentiles(by_phase[p])["p50"] if p in by_phase else None for p in phases}
+    medians = {}
+    for phase in phases:
+        found = percentiles(by_phase[phase]) if phase in by_phase else None
+        medians[f"{phase}_ms_p50"] = found["p50"] if found else None
     return {name: row[name] for name in COLUMNS} | medians
 
 
@@ -127,7 +130,7 @@ def _files(run: RunResults, arms: Sequence[str] | None, tasks: Sequence[int] | N
     for path in [*_documents(run.run_dir), *(path for arm in kept for path in _documents(run.run_dir / arm))]:
         if path.stat().st_size <= _MOST_BYTES:
             found[str(path.relative_to(run.run_dir))] = read_json(path)
-    return _public(found)
+    return {name: _public(document) for name, document in found.items()}
 
 
 def _documents(directory: Path) -> Iterator[Path]:
@@ -143,18 +146,18 @@ def _public(value: Any) -> Any:
     return _PATH.sub(r"…/\1", value) if isinstance(value, str) else value
 
 
-def _csv(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> str:
+def _csv(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> bytes:
     text = io.StringIO(newline="")
     flat = [column for column in columns if column in FLAT or column not in COLUMNS]
     writer = csv.DictWriter(text, flat, restval="", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode()
 
 
-def _jsonl(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> str:
+def _jsonl(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> bytes:
     whole = [header, *({column: row[column] for column in columns} for row in rows)]
-    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in whole)
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in whole).encode()
 
 
 def _parquet(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> bytes:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlibero.errors import UserError
-from qlibero.results.foreign import fisher_p
-from qlibero.results.judgement import ALPHA, Word, check_margin, plain_word, rounded, rounded_interval
-from qlibero.results.phrases import delta_text, interval_text, margin_text, p_text
+from qlibero.results.external_results import fisher_p
+from qlibero.results.paired_outcomes import ALPHA, Word, check_margin, plain_word, rounded, rounded_interval
 from qlibero.results.runs import DEFAULT_MARGIN
-from qlibero.results.sampling import Sample
-from qlibero.results.statistics import Interval, newcombe_independent
+from qlibero.results.wording import delta_text, interval_text, margin_text, p_text
+from qlibero.stats.proportions import Interval, newcombe_independent
+from qlibero.stats.sampling import Sample
 
 _COUNT = re.compile(r"(?P<name>[^=]+)=(?P<k>\d+)/(?P<n>\d+)")
 

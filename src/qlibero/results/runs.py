@@ -15,7 +15,7 @@ from qlibero.errors import UserError
 from qlibero.results.exported import is_export, unpacked
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.sampling import DEFAULT_ESTIMAND, Estimand, check_estimand
+from qlibero.stats.sampling import DEFAULT_ESTIMAND, Estimand, check_estimand
 
 REFERENCE = "baseline"  # the arm that others are compared with unless another is named
 PRIMARY = "pooled"

@@ -20,7 +20,7 @@ import numpy as np
 
 from qlibero.results.pairing import Arm, Pair
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.shifts import SEED
+from qlibero.stats.shifts import SEED
 
 RESAMPLES = 4_000
 FEWEST_SCENES = 5  # fewer are no interval

@@ -4,9 +4,9 @@ Pairs are taken in an order declared before the run (a seeded shuffle over all t
 `stopping.json` before the first episode), never in order of completion, and only as far as every earlier pair
 has run. One of two methods decides, each with α for a wrong "non-inferior" and α for a wrong "inferior" over the whole
 run; K arms share it, α/K each:
-  - `group_sequential`: looks at declared numbers of pairs (`groupsequential.py`). The fewest pairs; the most it may
+  - `group_sequential`: looks at declared numbers of pairs (`stats.group_sequential`). The fewest pairs; the most it may
     take are part of the design and cannot change.
-  - `evalues`: two supermartingales (`evalues.py`), looked at after every pair, for runs whose end is open. A
+  - `evalues`: two supermartingales (`stats.evalues`), looked at after every pair, for runs whose end is open. A
     `stopping.json` that names no method is of this one.
 
 A pair that ended in an error has an outcome that nobody knows. Skipping it would trust that errors have nothing
@@ -30,8 +30,9 @@ from qlibero import files
 from qlibero.documents import read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.results.evalues import confidence_sequence, margin_martingales
-from qlibero.results.groupsequential import (
+from qlibero.results.records import Outcome
+from qlibero.stats.evalues import confidence_sequence, margin_martingales
+from qlibero.stats.group_sequential import (
     counts_at,
     critical_values,
     declared_looks,
@@ -39,8 +40,7 @@ from qlibero.results.groupsequential import (
     hopeless,
     repeated_interval,
 )
-from qlibero.results.records import Outcome
-from qlibero.results.statistics import Interval
+from qlibero.stats.proportions import Interval
 
 # A settled pair's step; (lowest, highest) it can have been where a side is an error;
 # None: not finished in both arms yet.

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlibero.results.machines import is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.statistics import wilson
+from qlibero.stats.proportions import wilson
 
 PERCENTILES = (50, 95, 99)
 

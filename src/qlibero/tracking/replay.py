@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Protocol
 
 from qlibero.errors import WorkFailed
-from qlibero.results.arithmetic import SameArithmetic, arithmetic
+from qlibero.results.arm_equality import SameArithmetic, arithmetic
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
-from qlibero.results.statistics import wilson
 from qlibero.results.summary import counts, summarize_arm
+from qlibero.stats.proportions import wilson
 from qlibero.tracking.mirror import children
 
 BASELINE = "baseline"

@@ -14,7 +14,7 @@ from torch import nn
 
 from qlibero.policies.pi05.layers import GatedMLP
 from qlibero.policies.pi05.model import Pi05Model
-from qlibero.quant.surgery import exchange
+from qlibero.policies.surgery import exchange
 
 MLP = "paligemma_with_expert.gemma_expert.model.layers.0.mlp"
 

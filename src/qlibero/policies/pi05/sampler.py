@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlibero.policies.pi05.glue import choose_glue
-from qlibero.policies.pi05.graphs import Stopwatch, graphed
+from qlibero.policies.pi05.fast.fused_ops import choose_glue
+from qlibero.policies.pi05.fast.graphs import Stopwatch, graphed
 from qlibero.policies.pi05.layers import MASKED, fuse, rope_tables
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.vision import SiglipAttention
 
 if TYPE_CHECKING:
-    from qlibero.policies.pi05.cpu_flow import CpuFlow
+    from qlibero.policies.pi05.fast.cpu_flow import CpuFlow
 
 MAX_WORKSPACES = 8
 """Shapes kept warm (buffers, graphs); the least recently used one goes first."""
@@ -67,7 +67,7 @@ def _cpu_flow(model: Pi05Model, modulations: list) -> tuple[CpuFlow | None, str]
     if model.action_in_proj.weight.device.type != "cpu":
         return None, "the model is on a GPU"
     try:
-        from qlibero.policies.pi05.cpu_flow import CpuFlow
+        from qlibero.policies.pi05.fast.cpu_flow import CpuFlow
     except ImportError as error:  # the same in torch, slower
         return None, f"numba cannot be imported: {error}"
     unfit = CpuFlow.unfit(model)

@@ -18,7 +18,8 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.results.importers.file import ResultFile, number, outcome
-from qlibero.results.imports import ForeignArm
+from qlibero.results.imports import ForeignArm, Key
+from qlibero.results.records import Outcome
 
 FIELDS = ("suite", "task", "init", "seed", "success", "arm")
 _WORDS = {"yes": True, "success": True, "no": False, "failure": False, "fail": False}
@@ -45,7 +46,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def read_table(file: ResultFile, columns: Mapping[str, str]) -> list[ForeignArm]:
     """One arm, or one for each value of the column `arm`, in the order of their first rows."""
-    arms: dict[str, list] = defaultdict(list)
+    arms: dict[str, list[tuple[Key | None, Outcome]]] = defaultdict(list)
     cells = defaultdict(list)
     keyed = "init" in columns
     for where, row in _rows(file):
@@ -109,6 +110,7 @@ def parquet_rows(file: ResultFile) -> list[dict[str, Any]]:
     except ModuleNotFoundError:
         raise UserError(f"{file.path}: Parquet needs pyarrow (pip install 'qlibero[parquet]')") from None
     try:
-        return parquet.read_table(io.BytesIO(file.content)).to_pylist()
+        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(file.content)).to_pylist()
+        return rows
     except ArrowInvalid as problem:
         raise ValueError(f"no Parquet file ({problem})") from None

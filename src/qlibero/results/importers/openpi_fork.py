@@ -39,7 +39,8 @@ def read(file: ResultFile) -> ForeignArm | None:
 
 
 def _arm(file: ResultFile, suite: str, seed: int | None, rows: Iterable[tuple[str, dict[str, Any]]]) -> ForeignArm:
-    episodes, names, caps = [], {}, set()
+    episodes, names = [], {}
+    caps: set[Any] = set()
     for where, row in rows:
         task = str(number(row["task_id"], f"{where}: task_id"))
         key = (suite, task, number(row["episode_idx"], f"{where}: episode_idx"), seed)

@@ -10,6 +10,7 @@ import re
 
 from qlibero.results.importers.file import ResultFile
 from qlibero.results.imports import ForeignArm
+from qlibero.results.records import Outcome
 
 _VALUE = r"\b['\"]?\s*[:=]\s*(?:np\.\w+\(|array\()?"
 _RATE = re.compile(rf"\bsuccess_once{_VALUE}([0-9]*\.?[0-9]+(?:e-\d+)?)")
@@ -34,7 +35,8 @@ def read(file: ResultFile) -> ForeignArm | None:
         raise ValueError(f"success_once {said} is no rate of {episodes} trajectories")
     if "e" not in said and episodes >= 10**digits:
         raise ValueError(f"success_once {said} is too coarse to tell the successes of {episodes} trajectories")
-    outcomes = (((None, "success"),) * wins) + (((None, "failure"),) * (episodes - wins))
+    ended: tuple[tuple[None, Outcome], tuple[None, Outcome]] = ((None, "success"), (None, "failure"))
+    outcomes = (ended[0],) * wins + (ended[1],) * (episodes - wins)
     suites = sorted(set(_SUITE.findall(file.text)))
     caps = {suite: int(cap) for suite in suites for cap in _CAP.findall(file.text)[:1]} if len(suites) == 1 else {}
     return ForeignArm(

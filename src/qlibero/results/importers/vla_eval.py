@@ -39,9 +39,11 @@ def read(file: ResultFile) -> ForeignArm | None:
     return _arm(file, [(data["benchmark"], _parameters(data), seed, rows)])
 
 
-def _arm(
-    file: ResultFile, benchmarks: Iterable[tuple[str, dict[str, Any], Any, Iterable[tuple[str, dict]]]]
-) -> ForeignArm:
+Benchmark = tuple[str, dict[str, Any], Any, Iterable[tuple[str, dict[str, Any]]]]
+"""Its name, its parameters, its seed, and each episode with its task."""
+
+
+def _arm(file: ResultFile, benchmarks: Iterable[Benchmark]) -> ForeignArm:
     episodes: list[tuple[Key | None, Outcome]] = []
     names, caps = {}, {}
     for benchmark, parameters, seed, rows in benchmarks:
@@ -112,9 +114,7 @@ def _open(file: ResultFile) -> sqlite3.Connection:
         return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
 
 
-def _benchmark(
-    connection: sqlite3.Connection, eval_id: str, safe_name: str, metadata: str
-) -> tuple[str, dict, Any, list]:
+def _benchmark(connection: sqlite3.Connection, eval_id: str, safe_name: str, metadata: str) -> Benchmark:
     said = json.loads(metadata)
     rows = []
     for task, episode, status, metrics, context, reason in connection.execute(_EPISODES, (eval_id,)):

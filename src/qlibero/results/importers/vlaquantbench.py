@@ -10,6 +10,8 @@ CALVIN, SIMPLER and VLABench the number of the episode stands for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from qlibero.results.importers.file import ResultFile, number, outcome
 from qlibero.results.imports import ForeignArm, task_text
 
@@ -21,7 +23,8 @@ def read(file: ResultFile) -> ForeignArm | None:
     if not rows or rows[0][1].get("kind") not in ("header", "episode") or "schema" in rows[0][1]:
         return None
     header = next((row for _, row in rows if row["kind"] == "header"), {})
-    episodes, names, sizes, caps = [], {}, set(), {}
+    episodes, names, sizes = [], {}, set()
+    caps: dict[str, Any] = {}
     for where, row in rows:
         if row["kind"] != "episode":
             continue
@@ -38,7 +41,7 @@ def read(file: ResultFile) -> ForeignArm | None:
     return ForeignArm(_name(file, header), "VLAQuantBench", tuple(episodes), names=names, constants=constants)
 
 
-def _name(file: ResultFile, header: dict) -> str:
+def _name(file: ResultFile, header: dict[str, Any]) -> str:
     """The cell as its header names it, so that cells of one name in two folders stay apart; else the file's name."""
     parts = [str(header.get(key) or "") for key in ("suite", "model", "method", "preset", "scope")]
     return f"{parts[0]}/{parts[1]}/{file.path.stem}" if all(parts) else file.name

@@ -1,0 +1,190 @@
+"""What `qlibero ls` lists: suites, policies, backends and experiments, each as plain rows for a table and for JSON."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlibero.config.schema import Experiment
+from qlibero.config.yaml_text import short
+from qlibero.errors import QliberoError
+from qlibero.places import CHECKOUT, CONFIGS
+
+if TYPE_CHECKING:
+    from qlibero.kernels.contract import GemmShape
+
+Rows = list[dict[str, Any]]
+
+
+def suites() -> Rows:
+    """The LIBERO suites with the constants of their published protocol."""
+    from qlibero.sim.suites import SUITES
+
+    return [
+        {"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps}
+        for s in SUITES.values()
+    ]
+
+
+def policies() -> Rows:
+    """The policies under configs/policies, and whether their files are here."""
+    from qlibero.config.yaml_source import read
+
+    rows = []
+    for path in sorted((CONFIGS / "policies").glob("*.yaml")):
+        policy = read(path).data.get("policy", {})
+        untrained = policy.get("untrained") or {}
+        source = policy.get("url") or policy.get("checkpoint") or untrained.get("config") or ""
+        here = "://" in source or (path.parent / source).exists()
+        rows.append(
+            {"policy": path.stem, "type": policy.get("type"), "here": here, "about": about(path), "file": _shown(path)}
+        )
+    return rows
+
+
+def backends() -> Rows:
+    """Every arm an experiment can list, and whether this machine can run it as W4A8 (else W8A8), with the reason."""
+    from qlibero.kernels import BACKENDS
+
+    devices = "cpu, cuda" if has_cuda() else "cpu"
+    rows: Rows = [
+        {
+            "backend": "baseline",
+            "runs_on": devices,
+            "here": True,
+            "about": "the policy unquantized: bf16 on a GPU, float32 on a CPU",
+        },
+        {
+            "backend": "aa",
+            "runs_on": devices,
+            "here": True,
+            "about": "baseline again, its sums in another order: the noise floor of every difference",
+        },
+        {"backend": "auto", "runs_on": devices, "here": True, "about": "the fastest real kernel that passes the court"},
+    ]
+    return rows + [_backend(name) for name in BACKENDS]
+
+
+def _backend(name: str) -> dict[str, Any]:
+    from qlibero.kernels import load, validation
+    from qlibero.kernels.contract import GemmShape
+
+    try:
+        kernel = load(name)
+    except ImportError as error:
+        return {"backend": name, "runs_on": "", "here": False, "about": f"cannot be loaded: {error}"}
+    found = {
+        device: [kernel.supports(GemmShape(2048, 2048, bits, 8, None, device)) for bits in (4, 8)]
+        for device in ("cpu", "cuda")
+    }
+    runs_on = [device for device, supports in found.items() if any(s.ok for s in supports)]
+    says = (
+        (sys.modules[type(kernel).__module__].__doc__ or "")
+        .strip()
+        .partition("\n")[0]
+        .rstrip(".")
+        .removeprefix(f"`{name}`: ")
+    )
+    if not runs_on:
+        says += f" ({found['cuda'][0].reason or found['cpu'][0].reason})"
+    return {
+        "backend": name,
+        "runs_on": ", ".join(runs_on),
+        "here": bool(runs_on),
+        "court": validation.standing(name),
+        "about": says,
+    }
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every kernel, loadable here or not."""
+    from qlibero.kernels import BACKENDS
+
+    return tuple(BACKENDS)
+
+
+def supports(name: str, shape: GemmShape) -> bool:
+    """Whether the kernel can be loaded here and takes such a layer."""
+    from qlibero.kernels import load
+
+    try:
+        return load(name).supports(shape).ok
+    except ImportError:
+        return False
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def experiments() -> Rows:
+    """The experiments and sweeps under configs/, with their arms and number of episodes."""
+    from qlibero.config.sweep import load_sweep
+
+    rows: Rows = []
+    for path in sorted((CONFIGS / "experiments").glob("*.yaml")) + sorted((CONFIGS / "sweeps").glob("*.yaml")):
+        try:
+            cells = load_sweep(path, environ={}, announce=lambda line: None, check_files=False).cells
+        except QliberoError as error:
+            rows.append(
+                {"experiment": path.stem, "file": _shown(path), "about": f"does not load: {str(error).splitlines()[0]}"}
+            )
+            continue
+        first = cells[0].experiment
+        rows.append(
+            {
+                "experiment": path.stem,
+                "file": _shown(path),
+                "suites": sorted({cell.experiment.suite for cell in cells}),
+                "arms": [arm.name for arm in first.arms()],
+                "cells": len(cells),
+                "episodes": sum(episodes(cell.experiment) for cell in cells),
+                "about": about(path),
+            }
+        )
+    return rows
+
+
+def artifacts() -> Rows:
+    """The artifacts where `run` and `quantize` look for them."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    from qlibero.quant.prepare import artifact_places
+    from qlibero.quant.spec import QuantSpec
+
+    rows: Rows = []
+    for path in (path for place in artifact_places() for path in sorted(place.glob("*/artifact.safetensors"))):
+        row = {"artifact": path.parent.name[:12], "file": str(path), "MB": round(path.stat().st_size / 1e6, 1)}
+        try:
+            with safe_open(path, "numpy") as file:
+                meta = json.loads((file.metadata() or {})["qlibero"])
+            row["settings"] = QuantSpec.from_mapping(meta["spec"]).label
+        except (SafetensorError, QliberoError, OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+            row["settings"] = f"cannot be read: {short(problem)}"
+        rows.append(row)
+    return rows
+
+
+def episodes(experiment: Experiment) -> int:
+    """Episodes of all arms together."""
+    each = experiment.initial_states()[1] * len(experiment.all_seeds()) * len(experiment.arms())
+    return len(experiment.task_ids()) * each
+
+
+def about(path: Path) -> str:
+    """The first comment of a YAML file: every file of configs/ opens with what it is for."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# yaml-language-server"):
+            continue
+        return line.removeprefix("#").strip() if line.startswith("#") else ""
+    return ""
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(CHECKOUT) if CHECKOUT else path)

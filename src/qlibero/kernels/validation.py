@@ -1,0 +1,319 @@
+"""The court: every layer's kernel is tried on its own shape before the first episode; nothing falls back unsaid.
+
+    requested backend ── trial (exactness.py) ──▶  pass | fall back to X | refuse      with the reason, per layer
+
+`on_failure: refuse` (the default) stops the run; `fallback` goes to the next kernel that passes, and says so in every
+record. Passing trials are remembered per (package versions, processor, shape, tokens, source of this room): any change
+of those is a new trial. Failures are never remembered, so that a mended machine is believed at once; nor are passes
+under Triton's interpreter, which say nothing about a GPU.
+
+Layers with 16-bit activations multiply no integers: their codes are dequantized once and an ordinary linear runs. They
+are judged too, so that a record says what ran and nobody takes it for the kernel that was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlibero.activity import doing
+from qlibero.cache import cache_directory, keep
+from qlibero.errors import GuardRefusal, UserError
+from qlibero.kernels import BACKENDS, DEQUANTIZED, load
+from qlibero.kernels.benchmark import seconds
+from qlibero.kernels.contract import GemmShape, Kernel
+from qlibero.kernels.exactness import Finding, quantized_weight, try_kernel
+from qlibero.kernels.shapes import Layer
+from qlibero.kernels.tiled import tile
+
+FALLBACKS = {"cuda": ("triton_w4a8", "w8a8", "fake"), "cpu": ("cpu_int4", "fake")}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one layer. `executed` is None when it was refused."""
+
+    layer: str
+    shape: GemmShape
+    tokens: tuple[int, ...]
+    requested: str
+    executed: str | None
+    verdict: str  # "pass", "fall back to X" or "refuse"
+    reason: str
+    cached: bool
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", remember: bool = True) -> list[Verdict]:
+    """Try `backend`, which may be "auto", on each layer. Layers with the same shape share a trial.
+
+    Raises UserError for an unknown backend or policy, or when there is no layer to run it; a failing kernel is a
+    verdict, which `enforce` turns into a refusal.
+    """
+    if on_failure not in ("refuse", "fallback"):
+        raise UserError(f"on_failure is {on_failure!r}: write refuse or fallback")
+    if not layers:
+        raise UserError(f"backend {backend}: no selected layer is ever run, so there is nothing for a kernel to do")
+    kernel, note = backend, ""
+    if backend == "auto":
+        kernel, note = choose(layers)
+    elif kernel not in BACKENDS:
+        load(kernel)  # says which there are
+    trials = _Trials(remember)
+    verdicts = []
+    for index, layer in enumerate(layers):
+        doing(f"trying {kernel}", index, len(layers))
+        verdicts.append(_judge(layer, backend, kernel, note, on_failure, trials))
+    return verdicts
+
+
+def _judge(layer: Layer, requested: str, kernel: str, note: str, on_failure: str, trials: _Trials) -> Verdict:
+    if layer.shape.activation_bits == 16:
+        return _weight_only(layer, requested, on_failure)
+    finding, cached, took = trials.of(kernel, layer)
+    executed, verdict, reason = kernel, "pass", finding.reason
+    if not finding.ok:
+        executed, verdict = None, "refuse"
+        for other in FALLBACKS[layer.shape.device] if on_failure == "fallback" else ():
+            if other == kernel:
+                continue
+            second, cached, more = trials.of(other, layer)
+            took += more
+            if second.ok:
+                executed, verdict, reason = other, f"fall back to {other}", f"{kernel}: {reason}"
+                break
+            reason = f"{reason}; {other}: {second.reason}"
+    reason = f"{note}; {reason}" if note else reason
+    return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, cached, round(took, 3))
+
+
+def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
+    """`fake` and `auto` are satisfied with an ordinary linear; whoever names a kernel is told that it would not run."""
+    reason = (
+        "16-bit activations: the codes are dequantized into an ordinary linear, "
+        "no integers are multiplied and no memory is saved"
+    )
+    executed, verdict = DEQUANTIZED, "pass"
+    if requested not in ("fake", "auto"):
+        executed, verdict = (
+            (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
+        )
+        reason += f", so {requested} has nothing to do; write fake"
+    return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
+
+
+def enforce(verdicts: Sequence[Verdict]) -> None:
+    """Raises GuardRefusal naming the layers whose kernel was refused, with reasons and what an experiment can do."""
+    if refused := refusals(verdicts):
+        raise GuardRefusal(
+            f"{refused}\nChoose another backend, exclude these layers (quant.exclude), or accept other kernels with "
+            "`on_failure: fallback`"
+        )
+
+
+def refusals(verdicts: Sequence[Verdict]) -> str:
+    """What was refused and why, layers with one reason together; "" when nothing was."""
+    refused = [v for v in verdicts if v.executed is None]
+    if not refused:
+        return ""
+    reasons: dict[str, list[str]] = {}
+    for v in refused:
+        reasons.setdefault(f"{v.shape}: {v.reason}", []).append(v.layer)
+    names = ", ".join(dict.fromkeys(v.requested for v in refused))
+    return f"kernel {names} was refused in {len(refused)} of {len(verdicts)} layers:\n" + "\n".join(
+        f"  {reason}\n    ({len(names)} layers: {', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for reason, names in reasons.items()
+    )
+
+
+def choose(layers: Sequence[Layer]) -> tuple[str, str]:
+    """`auto`: the fastest real kernel that passes the court on all layers, and why. GuardRefusal when none does."""
+    times: dict[str, float] = {}
+    against: dict[str, str] = {}
+    trials = _Trials(remember=True)
+    distinct = {(x.shape, x.tokens): x for x in layers if x.shape.activation_bits < 16}.values()
+    if not distinct:
+        return DEQUANTIZED, ""
+    for name in BACKENDS:
+        kernel = load(name)
+        if not kernel.real:
+            continue
+        failed = next((f.reason for layer in distinct if not (f := trials.of(name, layer)[0]).ok), None)
+        if failed is None:
+            times[name] = sum(_seconds(kernel, layer) for layer in distinct)
+        else:
+            against[name] = failed
+    if not times:
+        raise GuardRefusal(
+            "backend auto: no real kernel passes here:\n"
+            + "\n".join(f"  {name}: {why}" for name, why in against.items())
+            + "\nWrite `fake` to simulate the same integers"
+        )
+    best = min(times, key=times.__getitem__)
+    ranking = ", ".join(f"{name} {took * 1e3:.2f} ms" for name, took in sorted(times.items(), key=lambda item: item[1]))
+    return best, f"auto: fastest of those that pass ({ranking})"
+
+
+def standing(name: str) -> str:
+    """What the court knows of a backend on this machine as it is now, for `ls backends`.
+
+    Files that another version or another program left in the cache, whatever they hold, are passed over.
+    """
+    kernel = load(name)
+    if not kernel.real:
+        return "reference"
+    passed: dict[str, set[str]] = {}
+    for path in cache_directory("court").glob(f"{name}-*.json"):
+        try:
+            known = json.loads(path.read_text())
+            if known["facts"] == _facts(kernel, known["device"]):
+                shape = str(known["shape"])
+                passed.setdefault(known["facts"]["processor"], set()).add(shape)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    if not passed:
+        return "unproven"
+    return "; ".join(f"passed {len(shapes)} shapes on {processor}" for processor, shapes in sorted(passed.items()))
+
+
+def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Rows for people: layers that share shape, kernel and verdict in one."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for v in verdicts:
+        key = (v.shape, v.tokens, v.requested, v.verdict, v.reason)
+        row = rows.setdefault(
+            key,
+            {
+                "layer": v.layer,
+                "layers": 0,
+                "shape": str(v.shape),
+                "tokens": v.tokens,
+                "backend": v.requested,
+                "executed": v.executed,
+                "verdict": v.verdict,
+                "cached": v.cached,
+                "seconds": v.seconds,
+                "reason": v.reason,
+            },
+        )
+        row["layers"] += 1
+    return list(rows.values())
+
+
+class _Trials:
+    """Trials of this call, each distinct one once, backed by the cache on disk."""
+
+    def __init__(self, remember: bool):
+        self._remember = remember
+        self._done: dict[tuple, Finding] = {}
+
+    def of(self, name: str, layer: Layer) -> tuple[Finding, bool, float]:
+        """(finding, whether it was known already, seconds it took)."""
+        key = (name, layer.shape, layer.tokens)
+        if key in self._done:
+            return self._done[key], True, 0.0
+        kernel = load(name)
+        start = time.perf_counter()
+        finding = _remembered(kernel, layer) if self._remember else None
+        cached = finding is not None
+        if finding is None:
+            finding = try_kernel(kernel, layer.shape, layer.tokens)
+            if finding.ok:
+                _keep(kernel, layer, finding)
+        self._done[key] = finding
+        return finding, cached, time.perf_counter() - start
+
+
+def _seconds(kernel: Kernel, layer: Layer) -> float:
+    """Seconds of one call at each token count, summed."""
+    shape, total = layer.shape, 0.0
+    codes, scales = quantized_weight(shape.n, shape.k, shape.weight_bits, shape.group_size)
+    packed, scales = kernel.pack(codes.to(shape.device), shape.weight_bits, shape.group_size), scales.to(shape.device)
+    for m in layer.tokens:
+        x = torch.randint(-127, 128, (m, shape.k), dtype=torch.int8, device=shape.device)
+        s_x = torch.ones(m, device=shape.device)
+        matmul, x = (kernel.matmul_tiles, tile(x)) if kernel.in_tiles else (kernel.matmul, x)
+        total += seconds(partial(matmul, x, s_x, packed, scales), shape.device, budget_s=0.05)
+    return total
+
+
+# --------------------------------------------------------------------------------------------- what is remembered
+def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
+    """What a verdict hangs on besides the layer."""
+    return {
+        "kernel": kernel.name,
+        "processor": _processor(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "package": _version(kernel.package),
+        "source": _source_hash(),
+        "core": getattr(kernel, "core", None),
+    }
+
+
+def _place(kernel: Kernel, layer: Layer) -> Path:
+    facts = {**_facts(kernel, layer.shape.device), "shape": asdict(layer.shape), "tokens": layer.tokens}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_directory("court") / f"{kernel.name}-{digest}.json"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _version(package: str | None) -> str | None:
+    try:
+        return metadata.version(package) if package else None
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor(device: str) -> str:
+    if device == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (SM{major}{minor}, CUDA {torch.version.cuda})"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _remembered(kernel: Kernel, layer: Layer) -> Finding | None:
+    try:
+        return None if _interpreted() else Finding(True, json.loads(_place(kernel, layer).read_text())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(kernel: Kernel, layer: Layer, finding: Finding) -> None:
+    if _interpreted():
+        return
+    device = layer.shape.device
+    known = {
+        "reason": finding.reason,
+        "shape": str(layer.shape),
+        "tokens": layer.tokens,
+        "device": device,
+        "facts": _facts(kernel, device),
+    }
+    keep(_place(kernel, layer), json.dumps(known))

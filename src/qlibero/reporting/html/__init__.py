@@ -1,0 +1,1 @@
+"""The HTML report: one file that opens from a disk, without a network."""

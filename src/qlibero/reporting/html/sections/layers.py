@@ -1,0 +1,141 @@
+"""Layer by layer: the court's verdict on each kernel, and the quantization error."""
+
+from __future__ import annotations
+
+import os
+
+from qlibero.reporting.html import charts
+from qlibero.reporting.html.markup import Markup, el
+from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.sections.parts import legend, named, numbers, section, table
+
+
+def kernels(m: Material) -> Markup | None:
+    parts = []
+    for name, arm in m.arms.items():
+        verdicts = arm.meta.get("kernels") or {}
+        if not verdicts:
+            continue
+        kinds: dict[str, int] = {}
+        shared = _shared_prefix(list(verdicts))
+        rows = []
+        for layer, v in verdicts.items():
+            kinds[v["verdict"]] = kinds.get(v["verdict"], 0) + 1
+            tone = {"pass": "good", "refuse": "bad"}.get(v["verdict"], "open")
+            word = el("span", v["verdict"], class_=f"word {tone}")
+            rows.append(
+                [
+                    layer.removeprefix(shared),
+                    v.get("shape", ""),
+                    v.get("kernel") or "none",
+                    word,
+                    v.get("reason", ""),
+                ]
+            )
+        title = named(m, name, ": ", ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        parts.append(
+            el(
+                "details",
+                el("summary", title),
+                table(
+                    ["layer", "N × K, bits, device", "kernel", "verdict", "reason"],
+                    rows,
+                    sortable=True,
+                    caption=_prefix_caption(shared),
+                ),
+                class_="numbers",
+            )
+        )
+    if not parts:
+        return None
+    return section(
+        "kernels",
+        "Kernel verdicts",
+        *parts,
+        lead="Before the first episode every layer's kernel is tried on its own shapes against the integer reference: "
+        "equal accumulators, or it does not run. Nothing falls back in silence.",
+    )
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """What all layer names begin with, up to a dot: said once instead of in every row."""
+    prefix = os.path.commonprefix(names)
+    return prefix[: prefix.rfind(".") + 1] if len(names) > 1 else ""
+
+
+def _prefix_caption(prefix: str) -> str:
+    return f"All below {prefix}" if prefix else ""
+
+
+def layers(m: Material) -> Markup | None:
+    series: dict[str, list[tuple[str, float]]] = {}
+    for name, arm in m.arms.items():
+        found = [
+            (str(x.get("name") or x.get("layer")), x.get("sqnr_db"))
+            for x in arm.meta.get("layers") or []
+            if isinstance(x, dict)
+        ]
+        if kept := [(layer, float(db)) for layer, db in found if db is not None]:
+            series[name] = kept
+    if not series:
+        return None
+    order = list(dict.fromkeys(layer for of_arm in series.values() for layer, _ in of_arm))
+    x = charts.Scale(-0.5, len(order) - 0.5)
+    y = charts.scale_over([db for of_arm in series.values() for _, db in of_arm])
+    marks = []
+    for name, of_arm in series.items():
+        for layer, db in of_arm:
+            marks.append(
+                el(
+                    "i",
+                    class_=f"dot small {m.colour(name)}",
+                    style=f"left:{x(order.index(layer))}%;bottom:{y(db)}%",
+                    title=f"{layer}: {db:.1f} dB",
+                )
+            )
+    chart = el(
+        "div",
+        el(
+            "div",
+            [el("span", f"{t:g} dB", style=f"top:{100 - y(t)}%") for t in y.ticks()],
+            class_="ylabels",
+            aria_hidden="true",
+        ),
+        el(
+            "div",
+            *[el("i", class_="hgrid", style=f"bottom:{y(t)}%") for t in y.ticks()],
+            *marks,
+            class_="canvas fixed",
+            role="img",
+            aria_label="Signal to quantization noise of every layer; the table below has the numbers",
+        ),
+        el(
+            "div",
+            el("div", "layers, from input to output", class_="axis-label"),
+            class_="axis",
+            aria_hidden="true",
+        ),
+        class_="xy",
+    )
+    shared = _shared_prefix(order)
+    rows = [
+        [
+            layer.removeprefix(shared),
+            *(next((f"{db:.2f}" for at, db in of_arm if at == layer), "–") for of_arm in series.values()),
+        ]
+        for layer in order
+    ]
+    return section(
+        "layers",
+        "Error by layer",
+        legend(m, list(series)),
+        chart,
+        numbers(
+            f"Every layer, dB ({_prefix_caption(shared).lower()})" if shared else "Every layer, dB",
+            ["layer", *(m.arms[name].label for name in series)],
+            rows,
+            sortable=True,
+        ),
+        lead="Signal to quantization noise of each quantized layer's output on calibration inputs; "
+        "higher is better, 6 dB is one bit.",
+    )

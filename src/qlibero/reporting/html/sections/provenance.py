@@ -1,0 +1,148 @@
+"""Tables to copy, and where every number comes from: environment, configuration, hashes, the ledger's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from qlibero.reporting.html.markup import Markup, el
+from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.sections.parts import numbers, section, table
+from qlibero.reporting.html.sections.tradeoff import is_unpacked, linear_bytes
+from qlibero.reporting.tables import Row, latex, markdown
+from qlibero.results.machines import mix_in_words
+from qlibero.results.summary import summarize_arm
+
+
+def copyable(m: Material) -> Markup:
+    rows = [
+        Row(arm.label, summarize_arm(m.records(name)), m.compared.get(name), _memory_text(arm.meta))
+        for name, arm in m.arms.items()
+    ]
+    caption = f"{m.name}: paired comparison, margin {m.margins}." if m.compared else m.name
+    blocks = [
+        el(
+            "figure",
+            el("figcaption", title, el("button", "Copy", type="button", data_copy=id_)),
+            el("pre", text, id=id_, tabindex="0"),
+        )
+        for title, id_, text in (
+            ("Markdown", "as-markdown", markdown(rows)),
+            ("LaTeX", "as-latex", latex(rows, caption)),
+        )
+    ]
+    return section("tables", "Tables to copy", el("div", blocks, class_="copyable"))
+
+
+def _memory_text(meta: dict[str, Any]) -> str:
+    """Megabytes of the quantized linears; not those of `fake`, which are no kernel's and would be quoted as if."""
+    if not meta.get("memory"):
+        return ""
+    return "unpacked (fake)" if is_unpacked(meta) else f"{linear_bytes(meta['memory']) / 1e6:.1f}"
+
+
+def provenance(m: Material) -> Markup:
+    parts = [table(["what", "value"], _software(m), caption="Software and hardware")]
+    for run in m.runs:
+        rows = _flat(run.environment)
+        if rows:
+            parts.append(numbers(f"Environment of {run.name}", ["what", "value"], rows))
+        if run.experiment:
+            text = yaml.safe_dump(run.experiment, sort_keys=False, allow_unicode=True)
+            parts.append(
+                el(
+                    "details",
+                    el("summary", f"Configuration of {run.name}"),
+                    el("pre", text, tabindex="0"),
+                    class_="numbers",
+                )
+            )
+    for arm in m.arms.values():
+        hidden = ("kernels", "layers", "memory", "label", "schema", "arm", "control", "warmup_ms")
+        rows = _flat({k: v for k, v in arm.meta.items() if k not in hidden})
+        if rows:
+            parts.append(numbers(f"Hashes and settings of {arm.label}", ["what", "value"], rows))
+    ledgers = [(run, a) for run in m.runs for a in run.arms.values()]
+    torn, repeated = sum(a.torn for _, a in ledgers), sum(a.repeated for _, a in ledgers)
+    conflicts = [f"{a.arm} {key}" for _, a in ledgers for key in a.conflicts]
+    episodes = sum(len(a.records) for _, a in ledgers)
+    state = f"{episodes:,} episodes in the ledger, {repeated} superseded lines, {torn} torn lines"
+    warning = (
+        el(
+            "p",
+            f"Ran twice with different results: {', '.join(conflicts)}. "
+            "Pure episodes never do; look for the cause first.",
+            class_="fine warn",
+        )
+        if conflicts
+        else None
+    )
+    return section(
+        "provenance",
+        "Environment and hashes",
+        warning,
+        *_mixes(m),
+        *parts,
+        lead=f"{state}. Everything on this page is computed from it.",
+    )
+
+
+def _mixes(m: Material) -> list[Markup]:
+    """A sentence for each arm whose episodes come from machines that answer differently."""
+    told = {arm.label: mix_in_words(m.records(name)) for name, arm in m.arms.items()}
+    return [
+        el("p", f"{label}: {mix}, which answer differently.", class_="fine warn") for label, mix in told.items() if mix
+    ]
+
+
+def _software(m: Material) -> list[list[Any]]:
+    """What a reader asks first. A version that differs between runs, or between episodes, is told as all of them."""
+    seen: dict[str, dict[str, None]] = {}
+    for run in m.runs:
+        of, git = run.environment, run.environment.get("git") or {}
+        host, gl = of.get("host") or {}, of.get("gl") or {}
+        changed = " with uncommitted changes" if git.get("modified") else ""
+        found = {
+            "git commit": git.get("commit", "") and f"{git['commit'][:12]}{changed}",
+            "processor": ", ".join(
+                str(x) for x in (host.get("cpu"), host.get("cores") and f"{host['cores']} cores") if x
+            ),
+            "GPU": ", ".join(f"{gpu.get('name')} (driver {gpu.get('driver')})" for gpu in of.get("gpus") or []),
+            "rendering": gl.get("renderer", ""),
+            **(of.get("versions") or {}),
+        }
+        for arm in run.arms.values():
+            found["policy"] = _policy(arm.meta.get("policy") or {})
+            for record in arm.records[:1]:
+                found |= record.versions
+        for what, value in found.items():
+            if value:
+                seen.setdefault(what, {})[str(value)] = None
+    first = ("policy", "git commit", "qlibero", "torch")
+    order = [what for what in first if what in seen] + [what for what in seen if what not in first]
+    missing = [[what, "not recorded by this run"] for what in ("git commit", "torch") if what not in seen]
+    return [[what, "; ".join(seen[what])] for what in order] + missing
+
+
+def _policy(policy: dict[str, Any]) -> str:
+    named = [policy.get("type"), policy.get("name"), policy.get("dtype"), policy.get("device")]
+    weights = str(policy.get("sha256") or "")[:12]
+    return ", ".join([*map(str, filter(None, named)), *([f"weights {weights}…"] if weights else [])])
+
+
+def _flat(data: Any, prefix: str = "") -> list[list[Any]]:
+    """Nested mappings as rows `a.b`, lists in one line."""
+    rows = []
+    for key, value in (data or {}).items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            rows += _flat(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):  # a GPU is a mapping of its own
+                rows += _flat(item, f"{name}.{i}.") if isinstance(item, dict) else []
+            if plain := [str(item) for item in value if not isinstance(item, dict)]:
+                rows.append([name, ", ".join(plain)])
+        elif value is not None and value != "":
+            rows.append([name, str(value)])
+    return rows

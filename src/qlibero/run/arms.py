@@ -1,0 +1,300 @@
+"""The policies behind an experiment's arms: loaded once, calibrated, quantized, every kernel tried, warmed up.
+
+What each arm really is goes into its meta.json: the checkpoint's and the artifact's hashes, the court's verdict for
+every layer, live bytes of its weights, the latency of the warm-up calls that no statistic counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlibero.activity import doing
+from qlibero.config.schema import Arm, Experiment
+from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
+from qlibero.identity import file_sha256
+from qlibero.kernels import DEQUANTIZED, validation
+from qlibero.kernels import load as load_kernel
+from qlibero.kernels.shapes import Layer
+from qlibero.machine.kind import machine_facts, machine_kind
+from qlibero.policies import files_of, load_policy, weights_sha256
+from qlibero.policies.base import Observation, Policy, grey
+from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
+from qlibero.quant.artifact import Artifact
+from qlibero.quant.layout import part_of
+from qlibero.quant.policy_check import hear_witness, room_for_twin
+from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, ready_artifact
+from qlibero.quant.recheck import Recheck
+from qlibero.run.noise import RECIPE, call_noise
+from qlibero.sim.suites import SUITES, task_language
+
+WARMUP_CALLS = 3
+
+Say = Callable[[str], None]
+
+
+def load_arms(
+    experiment: Experiment,
+    arms: Sequence[Arm],
+    say: Say,
+    before: Mapping[str, Mapping[str, Any]] | None = None,
+    run_dir: Path | None = None,
+    rechecks: dict[str, Recheck] | None = None,
+) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
+    """Policy and meta.json content by arm name. Arms share every tensor that they do not quantize.
+
+    `before` is the meta.json of arms that hold episodes already: `auto` keeps to the kernel it once chose by timing.
+    `run_dir` is where the run lies, beside which artifacts are made if that can be written. `rechecks` is filled with
+    what watches each arm's real kernel while it runs.
+
+    Raises GuardRefusal when a kernel is refused or an artifact does not belong to the checkpoint.
+    """
+    torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
+    places = artifact_places(run_dir)
+    doing("loading the policy")
+    full = load_policy(experiment.policy, replaced_in_all(experiment, arms, places))
+    say(f"policy {full.name}: {describe(full)}")
+    for remark in full.provenance().get("remarks", ()):
+        say(f"checkpoint: {remark}")
+    if full.model is not None:  # of a server it is known with its first answer
+        _require_replan(experiment, full.noise_shape[0])
+    policies: dict[str, Policy] = {}
+    twins: dict[str, Policy] = {}  # on `fake`, by artifact
+    meta: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        if arm.quant is None:
+            # A/A: the same policy in another arrangement is what rounding alone does to success
+            policy = full.rearranged(arm.replicate) if arm.backend == "aa" else full
+            found: dict[str, Any] = {"label": _label(full, arm)}
+        else:
+            settled = _settled(arm, (before or {}).get(arm.name, {}))
+            policy, found, recheck = _quantized(experiment, settled, full, places, twins, say)
+            if recheck is not None and rechecks is not None:
+                rechecks[arm.name] = recheck
+        doing(f"warming up {arm.name}")
+        warmup_ms = warm_up(policy, experiment)
+        policies[arm.name] = policy
+        meta[arm.name] = {
+            "backend": arm.backend,
+            "policy": policy.provenance(),
+            "identity": identity_parts(experiment, arm, policy, found),
+            **found,
+            **probe(policy, experiment),
+            "kernels_hash": digest(found.get("kernels", {})),
+            "warmup_ms": warmup_ms,
+        }
+    return policies, meta
+
+
+def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
+    """`auto` chooses by timing, which another day or machine may decide otherwise; what ran once runs again."""
+    ran = {said["kernel"] for said in before.get("kernels", {}).values() if said["kernel"] != DEQUANTIZED}
+    return replace(arm, backend=ran.pop()) if arm.backend == "auto" and len(ran) == 1 else arm
+
+
+def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapping[str, Any]) -> dict[str, str]:
+    """Everything of the policy that decides an action, by content: its files, its settings as they were resolved, the
+    artifact and the data it came from, a server's metadata, the noise, compiled code. No paths."""
+    about = policy.provenance()
+    parts = {"noise recipe": RECIPE}
+    for path in files_of(experiment.policy):
+        name = f"policy file {path.name}"
+        parts[name if name not in parts else f"{name} of {path.parent.name}"] = file_sha256(path)
+    for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim", "arrangement"):
+        if key in about:
+            parts[f"policy {key.replace('_', ' ')}"] = str(about[key])
+    if about["type"] == "remote":
+        parts["server's metadata"] = about["metadata_sha256"]
+        if not about["server"]:  # it says nothing of its policy: its address is all there is
+            parts["server"] = about["url"]
+    if about.get("execution", {}).get("flow") == "numba":
+        from qlibero.policies.pi05.fast.cpu_flow import code_version
+
+        parts["compiled flow"] = code_version()
+    if arm.quant is not None:
+        parts["artifact"] = found["artifact"]["sha256"]
+        if arm.quant.calibration is not None and arm.quant.calibration.path.is_file():
+            parts["calibration data"] = file_sha256(arm.quant.calibration.path)
+    return parts
+
+
+def probe(policy: Policy, experiment: Experiment) -> dict[str, Any]:
+    """{"probe": 16 hex digits over the actions of a call on a fixed observation and noise, "probes": {that: machine}}.
+
+    It differs where the arithmetic does, whatever the reason. A server that draws its own noise answers every call
+    differently: its probe is empty, and its metadata alone stands for it.
+    """
+    about = policy.provenance()
+    facts = machine_facts(about["device"]) if "device" in about else {}
+    kind = {"kind": machine_kind(facts) if facts else "a policy server", "facts": facts}
+    if not about.get("guarantees", {"noise": True})["noise"]:
+        return {"probe": "", "probes": {"": kind}}
+    seen = np.random.Generator(np.random.Philox(key=0x70726F6265))
+    images = seen.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    state = seen.standard_normal(8).astype(np.float32) * np.float32(0.1)
+    noise = call_noise(EpisodeKey("probe", 0, 0, 0), 0, policy.noise_shape)
+    # the first instruction of the suite that the policy's vocabulary knows: the same whatever tasks are run
+    for task in range(SUITES[experiment.suite].tasks):
+        observation = Observation(images[0], images[1], state, task_language(experiment.suite, task))
+        try:
+            actions = policy.infer([observation], noise[None]).actions
+            break
+        except UserError:
+            continue
+    else:
+        raise UserError(f"policy {policy.name} knows no instruction of {experiment.suite}")
+    found = hashlib.sha256(np.ascontiguousarray(actions, "<f4").tobytes()).hexdigest()[:16]
+    return {"probe": found, "probes": {found: kind}}
+
+
+def replaced_in_all(experiment: Experiment, arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozenset[str]:
+    """Weights that no arm needs in full precision, because each arm is quantized and its artifact is ready: they are
+    not even read, so that a full-size W4A8 policy fits where its bf16 language model would not."""
+    checkpoint = weights_sha256(experiment.policy)
+    if checkpoint is None or any(arm.quant is None for arm in arms):
+        return frozenset()
+    artifacts = [ready_artifact(checkpoint, arm.quant, places) for arm in arms]
+    if any(artifact is None for artifact in artifacts):
+        return frozenset()
+    names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
+    return frozenset(set.intersection(*names))
+
+
+def describe(policy: Policy) -> str:
+    """One line: size, device, dtype."""
+    about = policy.provenance()
+    size = f"{about['parameters'] / 1e6:.1f} M parameters, " if "parameters" in about else ""
+    return size + ", ".join(str(about[key]) for key in ("dtype", "device", "url") if about.get(key))
+
+
+def digest(verdicts: dict[str, Any]) -> str:
+    """16 hex digits over which kernel runs each layer, not over why: reasons name times. "" for an unquantized arm."""
+    ran = {layer: [said["kernel"], said["shape"]] for layer, said in verdicts.items()}
+    return hashlib.sha256(json.dumps(ran, sort_keys=True).encode()).hexdigest()[:16] if ran else ""
+
+
+def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:
+    """The court's list: every executed layer with the numbers of tokens that calls with these prompts give it."""
+    tokens = policy.token_counts(prompts)
+    device = policy.provenance()["device"]
+    return [Layer(name, shape, tokens[part_of(name)]) for name, shape in gemm_shapes(artifact, device).items()]
+
+
+def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
+    """What a run of the experiment would have the court try, all quantized arms together.
+
+    Calibrates where an artifact is not ready yet.
+    """
+    arms = [arm for arm in experiment.arms() if arm.quant is not None]
+    full = load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset())
+    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, (), say)]}
+    layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
+    found = [layer for layer in layers if layer.shape.activation_bits < 16]
+    if not found:
+        raise UserError(f"{experiment.name}: no arm has integer activations, so nothing is asked of a kernel")
+    return list(dict.fromkeys(found))
+
+
+def _quantized(
+    experiment: Experiment, arm: Arm, full: Policy, places: Sequence[Path], twins: dict[str, Policy], say: Say
+) -> tuple[Policy, dict[str, Any], Recheck | None]:
+    artifact = artifact_for(full, arm.quant, places, say)
+    verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
+    validation.enforce(verdicts)
+    executed = {verdict.layer: verdict.executed for verdict in verdicts}
+    # layers that never run are not tried: they follow the arm's first choice
+    default = next(iter(executed.values()))
+    kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
+    policy = quantize_policy(full, artifact, kernels)
+    testimony = recheck = None
+    real = sorted(set(kernels.values()) - {"fake", DEQUANTIZED})
+    exact = all(load_kernel(name).rounds_to is None for name in real)
+    if not real:
+        twins[artifact.sha256] = policy
+    else:
+        twin = twins.get(artifact.sha256)
+        if twin is None and room_for_twin(artifact, policy.device):
+            twin = twins[artifact.sha256] = quantize_policy(full, artifact, "fake")
+        why = "no memory for the same policy on fake" if twin is None else "" if exact else "its kernel rounds"
+        recheck = Recheck(policy, artifact, twin if exact else None, why)
+        noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
+        testimony = hear_witness(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
+    fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
+    kinds = ", ".join(sorted(set(executed.values())))
+    say(
+        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
+        + (f", {fallbacks} fell back" if fallbacks else "")
+    )
+    return (
+        policy,
+        {
+            "label": _label(full, arm),
+            "quant": artifact.spec.to_mapping(),
+            "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
+            "kernels": {
+                v.layer: {
+                    "kernel": v.executed,
+                    "requested": v.requested,
+                    "verdict": v.verdict,
+                    "reason": v.reason,
+                    "shape": str(v.shape),
+                }
+                for v in verdicts
+            },
+            "exact": exact,
+            "witness": testimony.to_json() if testimony else None,
+            "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
+            "memory": memory(policy.model, artifact).summary(),
+        },
+        recheck,
+    )
+
+
+def prompts(experiment: Experiment) -> list[str]:
+    """The instructions of the experiment's tasks."""
+    return [task_language(experiment.suite, task) for task in experiment.task_ids()]
+
+
+def _label(full: Policy, arm: Arm) -> str:
+    if arm.quant is None:
+        return f"{arm.name} ({full.provenance().get('dtype', 'remote')})"
+    return f"{arm.name} ({arm.quant.method} {arm.quant.precision} {arm.quant.layout or 'custom'})"
+
+
+def _seen(arm: Arm, prompt: str) -> Observation:
+    """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
+    found = demonstrations(arm.quant).observations
+    return replace(found[0], prompt=prompt) if found else grey(prompt)
+
+
+def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
+    """Milliseconds of the first calls (kernels compile, memory is taken, graphs captured); no episode pays for them."""
+    seen = policy.rehearsal(prompts(experiment))
+    times = []
+    for call in range(WARMUP_CALLS):
+        noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)
+        for observation in seen if call == 0 else seen[:1]:
+            started = time.perf_counter()
+            chunk = policy.infer([observation], noise[None])
+            _require_replan(experiment, chunk.actions.shape[1])
+            times.append(round((time.perf_counter() - started) * 1e3, 2))
+    return times
+
+
+def _require_replan(experiment: Experiment, horizon: int) -> None:
+    """Raise UserError where more actions of a chunk are to be executed than it has."""
+    wanted = experiment.policy.replan_steps
+    if wanted > horizon:
+        raise UserError(
+            f"policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} actions: "
+            f"write at most {horizon}"
+        )

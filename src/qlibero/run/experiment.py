@@ -1,0 +1,354 @@
+"""One experiment from its config to its ledger: the only place that knows all the parts.
+
+    run directory → what is missing → policies of the arms (calibrated, quantized, kernels tried), and beside them the
+    simulator's passport → simulators → ledger
+
+Running the same experiment again continues it: what the ledger holds is never run twice, and when nothing is missing
+the result is shown without loading a policy. A shard is the same thing over a part of the episodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlibero import files
+from qlibero.activity import doing
+from qlibero.config.config_hash import config_hash
+from qlibero.config.dump import dump_resolved
+from qlibero.config.schema import Experiment
+from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError, WorkFailed, cause
+from qlibero.machine.capacity import simulators
+from qlibero.places import RUNS
+from qlibero.results.arm_equality import RECHECK, arithmetic
+from qlibero.results.ledger import Ledger, read_arm, read_ledger
+from qlibero.results.machines import mix_in_words
+from qlibero.results.meta import check
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.stopping import Declaration
+from qlibero.results.summary import summarize_arm
+from qlibero.run.sequential import SequentialRun, declaration_of
+
+if TYPE_CHECKING:
+    from qlibero.quant.recheck import Recheck
+    from qlibero.sim.pool import SimulatorPool
+
+
+def run_directory(experiment: Experiment, out: Path | None) -> Path:
+    """Where the experiment's ledger lies: `out`, or logs/<name> (see `places.RUNS`)."""
+    return (out or RUNS / experiment.name).resolve()
+
+
+def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> list[EpisodeKey]:
+    """The episodes of shard `(index, count)`, in order; all arms of an episode belong to the same shard.
+
+    A shard is a contiguous piece, so that it has few tasks: building a task's scene costs as much as an episode.
+    """
+    kind, count = experiment.initial_states()
+    keys = [
+        EpisodeKey(experiment.suite, task, init, seed, kind)
+        for task in experiment.task_ids()
+        for init in range(count)
+        for seed in experiment.all_seeds()
+    ]
+    index, count = shard
+    return keys[index * len(keys) // count : (index + 1) * len(keys) // count]
+
+
+def planned_keys(experiment: Experiment) -> Sequence[EpisodeKey]:
+    """The most episodes an arm will run: all, or as many as `stop` may spend, in its declared order.
+
+    Raises UserError for a `stop` without two arms to compare.
+    """
+    keys = episode_keys(experiment)
+    return keys if experiment.stop is None else stopping_rule(experiment).spendable
+
+
+def stopping_rule(experiment: Experiment) -> Declaration:
+    """What an experiment with `stop` declares. Raises UserError without two arms to compare."""
+    return declaration_of(experiment, episode_keys(experiment))
+
+
+def missing_episodes(
+    experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
+) -> list[tuple[str, EpisodeKey]]:
+    """(arm, key) of everything the ledger does not hold yet. Episodes that ended in an error are missing: they get
+    another chance each time the experiment is run. Under `stop` nothing of an arm is missing once it is decided."""
+    done = finished_episodes(experiment, run_dir, shard)
+    arms = [arm.name for arm in experiment.arms()]
+    keys: Sequence[EpisodeKey] = episode_keys(experiment, shard)
+    if experiment.stop is not None:
+        if shard[1] > 1:
+            raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
+        sequential = SequentialRun(experiment, run_dir, keys)
+        keys, arms = sequential.order, [arm for arm in arms if sequential.needs(arm)]
+    return [(arm, key) for key in keys for arm in _rotated(arms, key) if (arm, key) not in done]
+
+
+def _rotated(arms: list[str], key: EpisodeKey) -> list[str]:
+    """The arms of a scene in an order of its own: what comes first on a scene or a host that drifts is no arm's lot."""
+    first = int.from_bytes(hashlib.sha256(f"arms/{key}".encode()).digest()[:4], "little") % max(1, len(arms))
+    return arms[first:] + arms[:first]
+
+
+def finished_episodes(
+    experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
+) -> set[tuple[str, EpisodeKey]]:
+    """(arm, key) of the experiment's episodes that are in the ledger with an outcome. With the missing ones these are
+    all it will run, as far as can be said now: under `stop` fewer than all keys."""
+    keys = set(episode_keys(experiment, shard))
+    return {
+        (arm.name, record.key)
+        for arm in experiment.arms()
+        for record in read_ledger(run_dir, arm.name)
+        if record.outcome != "error" and record.key in keys
+    }
+
+
+def run_experiment(
+    experiment: Experiment,
+    out: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    on_start: Callable[[int, int], None] = lambda missing, total: None,
+    on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
+    say: Callable[[str], None] = lambda text: None,
+    on_result: Callable[[Path], None] = lambda run_dir: None,
+    most_pairs: int | None = None,
+) -> dict[str, Any]:
+    """Run what is missing and return the summary that `qlibero run` prints as its last line.
+
+    `most_pairs`: run no more than so many of the missing pairs now, the first ones.
+    `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: films, mirrors.
+    "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
+    Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
+    simulator has other physics than the references (`sim/physics_check_cache.py`);
+    `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
+    """
+    run_dir = run_directory(experiment, out)
+    _make_directory(run_dir, say)
+    for arm in experiment.arms():
+        check(run_dir, arm.name, {"config_hash": config_hash(experiment, arm)})
+    mirrors: list[dict[str, Any]] = []
+    missing = missing_episodes(experiment, run_dir, shard)
+    if not missing or not (run_dir / "experiment.yaml").exists():
+        files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
+    if experiment.stop is not None:
+        SequentialRun(experiment, run_dir, episode_keys(experiment)).declare()
+    total = len(finished_episodes(experiment, run_dir, shard)) + len(missing)
+    if missing:
+        with ExitStack() as stack:
+            name = f"{shard[0]:03d}of{shard[1]:03d}"
+            ledgers = {
+                arm.name: stack.enter_context(Ledger(run_dir, arm.name, name, config_hash(experiment, arm)))
+                for arm in experiment.arms()
+            }
+            # again, now that the ledgers are locked: another process may just have finished some
+            missing = missing_episodes(experiment, run_dir, shard)
+            if most_pairs is not None:
+                first = list(dict.fromkeys(key for _, key in missing))[:most_pairs]
+                missing = [(arm, key) for arm, key in missing if key in first]
+            on_start(len(missing), total)
+            if missing:
+                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say, on_result)
+    else:
+        on_start(0, total)
+    if not missing:
+        on_result(run_dir)
+    for arm in experiment.arms():
+        if mix := mix_in_words(read_ledger(run_dir, arm.name)):
+            say(f"arm {arm.name}: {mix}")
+    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
+
+
+def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
+    """The experiment's state on disk, in the form design.md fixes for the last line of `qlibero run`."""
+    arms = {arm.name: read_arm(run_dir, arm.name) for arm in experiment.arms()}
+    document = {
+        "experiment": experiment.name,
+        "run_dir": str(run_dir),
+        "complete": not missing_episodes(experiment, run_dir),
+        "arms": {name: summarize_arm(arm.records) for name, arm in arms.items()},
+        "arithmetic": arithmetic(run_dir, arms),
+    }
+    if experiment.stop is not None:
+        keys = episode_keys(experiment)
+        sequential = SequentialRun(experiment, run_dir, keys)
+        spent = sum(len(read_ledger(run_dir, arm.name)) for arm in experiment.arms())
+        most = len(sequential.order) * len(experiment.arms())
+        document["stop"] = {
+            "arms": {arm: asdict(decision) for arm, decision in sequential.decisions().items()},
+            "episodes_spent": spent,
+            "episodes_saved": max(0, most - spent)
+            if document["complete"]
+            else 0,  # an open question has saved nothing yet
+        }
+    return document
+
+
+def _make_directory(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Make the run directory. Raises UserError when a file is in its place, WorkFailed when it cannot be made."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        owner = run_dir.stat().st_uid
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{run_dir} is a file, not a run directory: choose another --out") from None
+    except OSError as problem:
+        raise WorkFailed(f"cannot write to {run_dir}: {cause(problem)}; choose another --out") from problem
+    if owner != os.geteuid():
+        say(f"{run_dir} belongs to another user (id {owner}): who can write there can change these results")
+
+
+def _run(
+    experiment: Experiment,
+    run_dir: Path,
+    missing: list[tuple[str, EpisodeKey]],
+    ledgers: Mapping[str, Ledger],
+    on_episode: Callable[[EpisodeRecord], None],
+    say: Callable[[str], None],
+    on_result: Callable[[Path], None],
+) -> list[dict[str, Any]]:
+    """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
+    # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
+    from qlibero.machine.environment import describe, simulator_environment
+    from qlibero.run.arms import load_arms
+    from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.films import Films
+    from qlibero.run.replay import replay
+    from qlibero.run.rollout import RolloutSettings, run_episodes
+    from qlibero.sim.physics_check_cache import PassportGuard, in_words, on_record
+    from qlibero.sim.pool import worker_environment
+    from qlibero.sim.provenance import enforce, parts
+    from qlibero.sim.suites import SUITES
+    from qlibero.tracking.mirror import start_mirrors, trouble
+
+    arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
+    doing("looking at this machine")
+    simulator = enforce()
+    environment = {
+        **describe(),
+        "instructions": _instructions(experiment),
+        "imported": {name: asdict(one) for name, one in simulator.items()},
+    }
+    with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+        watched: dict[str, Recheck] = {}
+        before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
+        policies, meta = load_arms(experiment, arms, say, before, run_dir, watched)
+        simulated = parts(experiment.suite, simulator)
+        for arm in arms:
+            meta[arm.name]["identity"] |= simulated
+            wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
+            check(run_dir, arm.name, wanted, experiment.mixed_machines)
+        doing("simulator passport")
+        report = guard.enforce()
+    say(f"simulator passport: {in_words(report)}")
+    passport = {"passport": on_record(report)}
+    for arm in arms:
+        ledgers[arm.name].bind(meta[arm.name] | passport, experiment.mixed_machines)
+    files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
+    files.replace(run_dir / "environment.json", json.dumps(environment | passport, indent=2) + "\n")
+
+    sequential = None
+    if experiment.stop is not None:
+        sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
+
+    settings = RolloutSettings(
+        protocol=experiment.protocol,
+        max_steps=experiment.max_steps or SUITES[experiment.suite].max_steps,
+        replan_steps=experiment.policy.replan_steps,
+        retries=experiment.retries,
+    )
+
+    names = [arm.name for arm in experiment.arms()]
+    films = Films(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)], say)
+
+    def on_record(record: EpisodeRecord, trajectory) -> None:
+        record = replace(
+            record,
+            protocol=experiment.protocol,
+            kernels=meta[record.arm]["kernels_hash"],
+            versions=environment["versions"],
+            max_steps=settings.max_steps,
+            replan_steps=settings.replan_steps,
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        record = ledgers[record.arm].append(record, trajectory)
+        films.finished(record)
+        if sequential is not None:
+            sequential.add(record)
+        on_episode(record)
+
+    def on_call(arm: str, observations, noise, actions, seconds: float) -> None:
+        if arm in watched:
+            watched[arm].call(observations, noise, actions, seconds)
+
+    def needs(arm: str) -> bool:  # after a wrong kernel no further episode is begun
+        return not any(one.wrong for one in watched.values()) and (sequential is None or sequential.needs(arm))
+
+    with films, start_pool(experiment, len(missing), say) as pool:
+        settings = replace(settings, films=films.directory)
+        doing("episodes", pool.workers)
+        mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
+        try:
+            plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
+            run_episodes(plan, policies, pool, settings, on_record, needs, on_call)
+            films.fill()
+            right = _try_kernels_again(run_dir, watched, ledgers, say)
+            on_result(run_dir)  # a flip that an earlier call ran half of is still to be filmed: that can wait
+            if right:
+                replay(run_dir, films.lacking(), pool, experiment.protocol, say)
+        finally:
+            ended += mirrors.finish()
+            for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
+                say(said)
+    return ended
+
+
+def _try_kernels_again(
+    run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger], say: Callable[[str], None]
+) -> bool:
+    """Every watched arm's kernels once more, and on record what was found; whether all was right."""
+    for arm, recheck in watched.items():
+        doing(f"trying the kernels of {arm} again")
+        found = recheck.finish()
+        if found is not None:
+            name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
+            files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
+            say(f"arm {arm}: kernels tried again, {found['products']} products of {found['layers']} layers")
+    wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
+    for text in wrong:
+        say(text)
+    return not wrong
+
+
+def start_pool(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> SimulatorPool:
+    """As many simulators as are asked for and fit, for so many episodes; use it as a context."""
+    from qlibero.machine.environment import simulator_environment
+    from qlibero.sim.pool import SimulatorPool
+
+    workers = _workers(experiment, episodes, say)
+    doing("starting simulators")
+    return SimulatorPool(workers, environment=simulator_environment())
+
+
+def _workers(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> int:
+    """How many simulators to start for so many episodes; why, and what more than fits may cost, is said."""
+    fitting = simulators(experiment.workers, episodes)
+    say(f"simulators: {fitting.workers}, {fitting.why}")
+    if fitting.short:
+        say(f"simulators: {fitting.short}; one that is killed for it costs its episode")
+    return fitting.workers
+
+
+def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """{suite: {task: what the policy is told}}: part of what a run ran in, as reports are read where LIBERO is not."""
+    from qlibero.sim.suites import task_language
+
+    return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}

@@ -1,0 +1,99 @@
+"""Videos after the fact: an episode is pure, so its recorded actions replayed give the same episode, now filmed.
+
+For episodes that no run recorded (`run.films`): of other shards, of earlier calls, or asked for by name. It checks
+purity once more, because the replay's fingerprint and outcome must equal the record's. Frames are those that the policy
+was shown: rendering every step would cost several times the episode.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qlibero.activity import doing
+from qlibero.errors import WorkFailed
+from qlibero.results.ledger import read_trajectory
+from qlibero.results.records import EpisodeRecord
+from qlibero.results.runs import video_path
+from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
+
+REPLAN_STEPS = 5  # of records that do not say it
+
+
+def replay(
+    run_dir: Path,
+    records: Sequence[EpisodeRecord],
+    pool: SimulatorPool,
+    protocol: str,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
+    """`film` these episodes into their run directory, those whose actions are there; returns the videos."""
+    found = ((record, read_trajectory(run_dir, record), video_path(run_dir, record)) for record in records)
+    wanted = [(record, rows, path) for record, rows, path in found if rows is not None]
+    if not wanted:
+        return []
+    say(f"filming {len(wanted)} episodes by replaying their actions; Ctrl-C ends it and keeps everything")
+    doing("filming", 0, len(wanted))
+    return film(wanted, pool, protocol, lambda done: doing("filming", done, len(wanted)))
+
+
+def film(
+    episodes: Sequence[tuple[EpisodeRecord, np.ndarray, Path]],
+    pool: SimulatorPool,
+    protocol: str,
+    on_video: Callable[[int], None] = lambda done: None,
+) -> list[Path]:
+    """Replay `(record, trajectory (steps, 10), path.mp4)` and return the videos written; `on_video` hears how many.
+
+    Raises `WorkFailed` when a replay differs from its record: then the record, or the simulator, is not what it says;
+    and when a video cannot be written. A simulator that dies costs its video, nothing else.
+    """
+    waiting = deque(episodes)
+    filming: dict[int, tuple[EpisodeRecord, np.ndarray, Path]] = {}
+    written: list[Path] = []
+
+    def start(worker: int) -> None:
+        if not waiting:
+            return
+        record, trajectory, path = filming[worker] = waiting.popleft()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pool.start(worker, Assignment(record.key, protocol, record.steps, path))
+
+    for worker in range(pool.workers):
+        start(worker)
+    while filming:
+        for event in pool.wait(1.0):
+            record, trajectory, path = filming[event.worker]
+            if isinstance(event, Observed):
+                until = event.step + (record.replan_steps or REPLAN_STEPS)
+                pool.act(event.worker, trajectory[event.step : until, :7])
+                continue
+            del filming[event.worker]
+            if isinstance(event, Finished):
+                try:
+                    _same_episode(record, event)
+                except WorkFailed:
+                    path.unlink(missing_ok=True)  # of whatever it shows, it is not this record's
+                    raise
+                if not path.exists():
+                    raise WorkFailed(f"{path}: the video could not be written (is the disk full?)")
+                written.append(path)
+                on_video(len(written))
+            elif isinstance(event, Died):
+                path.unlink(missing_ok=True)
+            start(event.worker)
+    return written
+
+
+def _same_episode(record: EpisodeRecord, event: Finished) -> None:
+    replayed = ("success" if event.success else "failure", event.steps, event.fingerprint)
+    recorded = (record.outcome, record.steps, record.fingerprint)
+    if replayed != recorded:
+        raise WorkFailed(
+            f"replaying {record.key} of arm {record.arm} gave {replayed}, "
+            f"its record says {recorded}: the simulator here is not the one that produced the record "
+            "(`qlibero doctor` compares both with the shipped references)"
+        )

@@ -1,0 +1,154 @@
+"""Continuous batching over the episodes in flight.
+
+Simulators run in their own processes and ask for actions when they have executed the last ones; whoever waits is served
+next, in batches of one arm. Nothing runs in lock step, every planned episode is run to its end (taking "the first n to
+finish" would favour the short, successful ones), and the arms of one scene follow each other, each scene beginning with
+another, so that whatever drifts on the host hits all arms alike. What an episode computes depends on its key alone
+(contracts 1 and 2): order, worker and company decide only when it is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qlibero.policies.base import Observation, Policy
+from qlibero.results.records import EpisodeRecord
+from qlibero.run.episode import PlannedEpisode, RunningEpisode
+from qlibero.run.films import film_path
+from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
+
+OnRecord = Callable[[EpisodeRecord, np.ndarray | None], None]
+OnCall = Callable[[str, Sequence[Observation], np.ndarray, np.ndarray, float], None]
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What the episodes of a run have in common. `max_steps` is in control steps, without the settle steps.
+
+    `films`: a directory in which each finished episode leaves what it saw, at `film_path`.
+    """
+
+    protocol: str
+    max_steps: int
+    replan_steps: int
+    retries: int
+    films: Path | None = None
+
+
+class _Queue:
+    """Episodes waiting for a simulator, grouped by task: building a task's scene is dear, staying in it is free."""
+
+    def __init__(self, plan: Sequence[PlannedEpisode]):
+        self.groups: dict[tuple[int, str, int], deque[tuple[PlannedEpisode, int]]] = {}
+        for episode in plan:
+            self.put(episode, attempt=1)
+        self.current: dict[int, tuple[int, str, int]] = {}
+
+    def put(self, episode: PlannedEpisode, attempt: int) -> None:
+        group = (episode.block, episode.key.suite, episode.key.task)
+        self.groups.setdefault(group, deque()).append((episode, attempt))
+
+    def next_for(self, worker: int) -> tuple[PlannedEpisode, int] | None:
+        """The worker's own task first, then the largest group nobody works on, then the largest at all."""
+        waiting = [group for group, episodes in self.groups.items() if episodes]
+        if not waiting:
+            return None
+        block = min(group[0] for group in waiting)
+        waiting = [group for group in waiting if group[0] == block]
+        own = self.current.get(worker)
+        if own not in waiting:
+            taken = {group for other, group in self.current.items() if other != worker}
+            own = max(waiting, key=lambda group: (group not in taken, len(self.groups[group])))
+            self.current[worker] = own
+        return self.groups[own].popleft()
+
+
+def run_episodes(
+    plan: Sequence[PlannedEpisode],
+    policies: Mapping[str, Policy],
+    pool: SimulatorPool,
+    settings: RolloutSettings,
+    on_record: OnRecord,
+    needs: Callable[[str], bool] = lambda arm: True,
+    on_call: OnCall = lambda arm, observations, noise, actions, seconds: None,
+) -> None:
+    """Run every planned episode and hand each finished one to `on_record(record, trajectory)`.
+
+    Each policy call goes to `on_call(arm, observations, noise, actions, seconds)` before it is executed; no latency
+    counts what that takes. Observations are only valid until it returns.
+
+    `policies` maps arm to policy. An episode whose simulator dies or hangs is run again, `settings.retries` times, then
+    recorded as an error. An arm that `needs` says no to starts no further episode; those in flight are finished.
+    """
+    queue = _Queue(plan)
+    running: dict[int, RunningEpisode] = {}
+    waiting: deque[int] = deque()
+
+    def start(worker: int) -> None:
+        following = queue.next_for(worker)
+        while following is not None and not needs(following[0].arm):
+            following = queue.next_for(worker)
+        if following is None:
+            return
+        episode, attempt = following
+        running[worker] = RunningEpisode(episode, attempt)
+        film = settings.films and film_path(settings.films, episode.arm, episode.key)
+        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, film))
+
+    for worker in range(pool.workers):
+        start(worker)
+    while running:
+        for event in pool.wait(0.0 if waiting else 1.0):
+            episode = running[event.worker]
+            if isinstance(event, Observed):
+                seen = event.observation
+                episode.observation = Observation(seen.image, seen.wrist_image, seen.state, event.prompt)
+                waiting.append(event.worker)
+                continue
+            del running[event.worker]
+            if isinstance(event, Finished):
+                record = episode.record(
+                    event.success, event.steps, event.fingerprint, event.trajectory, event.sim_ms, event.render_ms
+                )
+                on_record(record, event.trajectory)
+            elif isinstance(event, Died):
+                if event.worker in waiting:
+                    waiting.remove(event.worker)
+                if episode.attempt <= settings.retries:
+                    queue.put(episode.planned, episode.attempt + 1)
+                else:
+                    on_record(episode.error_record(event.reason), None)
+            start(event.worker)
+        if waiting:
+            _serve(waiting, running, policies, pool, settings.replan_steps, on_call)
+
+
+def _serve(
+    waiting: deque[int],
+    running: Mapping[int, RunningEpisode],
+    policies: Mapping[str, Policy],
+    pool: SimulatorPool,
+    replan_steps: int,
+    on_call: OnCall,
+) -> None:
+    """One policy call for the arm that has waited longest, with as many of its waiting episodes as a batch holds."""
+    arm = running[waiting[0]].planned.arm
+    policy = policies[arm]
+    batch = [worker for worker in waiting if running[worker].planned.arm == arm][: policy.batch_size]
+    episodes = [running[worker] for worker in batch]
+    noise = np.stack([episode.noise(policy.noise_shape) for episode in episodes])
+    observations = [episode.observation for episode in episodes]
+    started = time.perf_counter()
+    chunk = policy.infer(observations, noise)
+    policy_ms = (time.perf_counter() - started) * 1e3
+    on_call(arm, observations, noise, chunk.actions, policy_ms / 1e3)
+    for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
+        waiting.remove(worker)
+        episode.answered(chunk, policy_ms, len(batch))
+        pool.act(worker, actions[:replan_steps])

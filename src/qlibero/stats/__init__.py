@@ -1,0 +1,1 @@
+"""Statistics of paired outcomes: pure functions of numbers, without a ledger."""

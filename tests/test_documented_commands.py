@@ -1,0 +1,171 @@
+"""Risk: a command of README or docs does not exist, or not in the shell that a newcomer has.
+
+Every command line of a code block is taken from the text and run in a fresh shell: the system's PATH, no variable of
+this process, at the top of a checkout, after the activation line that its page shows. The rule:
+
+- what only looks (`plan`, `config show`, `ls`) and `git clone` run as written, `doctor` too, but for its answer;
+- what submits (`sweep`, sweep_slurm.sh) runs with --dry-run;
+- what takes episodes, a GPU, a checkpoint or the network runs as --help, which must know every flag of the line.
+
+YAML blocks that name their file in their first line are written there, so that commands find what their page defined.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAM = re.compile(r"(?:\w+=\S+ )*(?:\./\S+|scripts/\S+|containers/\S+|qlibero|python|pip|wandb|trackio|git) ?")
+ACTIVATE = "source .venv/bin/activate"
+LOOKS = ("plan", "config show", "ls")
+
+
+@dataclass(frozen=True)
+class Line:
+    page: str
+    number: int
+    text: str
+
+
+def blocks(page: Path) -> list[tuple[str, list[tuple[int, str]]]]:
+    """(language, numbered lines) of each fenced or indented code block."""
+    found: list[tuple[str, list[tuple[int, str]]]] = []
+    fenced = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+            if fenced:
+                found.append((line[3:], []))
+        elif fenced:
+            found[-1][1].append((number, line))
+        elif line.startswith("    ") and not line.lstrip().startswith(("-", "*")):
+            found.append(("", [(number, line.strip())]))
+    return found
+
+
+def commands() -> list[Line]:
+    return [
+        Line(page.name, number, text.partition("  #")[0].strip())
+        for page in PAGES
+        for language, lines in blocks(page)
+        if language in ("", "sh", "bash")
+        for number, text in lines
+        if PROGRAM.match(text) and not re.match(r"\S+/ |wandb {2}|report {2}", text)
+    ]
+
+
+COMMANDS = commands()
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory) -> Path:
+    """A folder that is this checkout to whoever stands in it, with the files that the pages define beside its own."""
+    top = tmp_path_factory.mktemp("top")
+    for entry in ROOT.iterdir():
+        if entry.name not in (".git", "configs", "logs"):
+            (top / entry.name).symlink_to(entry)
+    subprocess.run(["cp", "-r", ROOT / "configs", top / "configs"], check=True)
+    for page in PAGES:
+        for language, lines in blocks(page):
+            named = re.match(r"# (configs/\S+\.yaml)", lines[0][1]) if language == "yaml" and lines else None
+            if named and not (top / named[1]).exists():
+                (top / named[1]).write_text("\n".join(line for _, line in lines) + "\n")
+    return top
+
+
+def fresh(top: Path, command: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: os.environ[key] for key in ("HOME", "LANG", "TMPDIR") if key in os.environ}
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=top,
+        env={**kept, "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
+def split(text: str) -> tuple[list[str], list[str]]:
+    """(words up to the first that is no program or subcommand, the flags of the rest)."""
+    words = shlex.split(text.replace("<cell>", "CELL"))
+    assignments = [word for word in words if re.match(r"[A-Z_]+=", word)]
+    words = words[len(assignments) :]
+    head = 1
+    if words[0] in ("python", "./.venv/bin/python"):
+        head = 3 if words[1] == "-m" else 2
+    elif Path(words[0]).name in ("qlibero", "wandb", "trackio", "git", "pip"):
+        head = 3 if words[1] in ("config", "kernels", "checkpoint", "ls") and words[1] != "ls" else 2
+    return words[:head], [word.partition("=")[0] for word in words[head:] if word.startswith("-")]
+
+
+@cache
+def help_of(top: Path, head: str, activate: bool) -> str:
+    done = fresh(top, f"{ACTIVATE} && {head} --help" if activate else f"{head} --help")
+    assert done.returncode == 0, f"{head} --help: {done.stderr[-2000:]}"
+    return done.stdout + done.stderr
+
+
+def test_there_are_commands_and_the_first_page_says_how_to_call_them() -> None:
+    assert len(COMMANDS) > 30 and {line.page for line in COMMANDS} >= {"README.md", "clusters.md", "checkpoints.md"}
+    assert "`./qlibero`" in (ROOT / "docs/quantization.md").read_text() and ACTIVATE in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: f"{line.page}:{line.number}")
+def test_it_runs_from_a_fresh_shell(line: Line, top: Path) -> None:
+    head, flags = split(line.text)
+    bare = head[0] in ("qlibero", "python", "wandb", "trackio", "pip")
+    if bare:
+        assert ACTIVATE in (ROOT / ("." if line.page == "README.md" else "docs") / line.page).read_text()
+    before = f"{ACTIVATE} && " if bare else ""
+    what = " ".join(head[1:])
+    if head[0] == "git":
+        done = fresh(top.parent, line.text.replace("REPOSITORY", f"-q {shlex.quote(str(ROOT))}"))
+    elif what.startswith(LOOKS) and "--calibrate" not in flags:
+        done = fresh(top, before + line.text)
+    elif what.startswith("sweep") or head[0].endswith("sweep_slurm.sh"):
+        dry = line.text if "--dry-run" in flags else f"{line.text} --dry-run"
+        done = fresh(top, before + dry)
+    else:
+        text = help_of(top, " ".join(map(shlex.quote, head)), bare)
+        unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]
+        assert unknown == [], text
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("place", ["the top", "elsewhere", "activated"])
+def test_a_hint_can_be_pasted_where_it_was_printed(place: str, tmp_path: Path) -> None:
+    """`run` of a sweep names two commands; both run where the message appeared, whatever the shell knows."""
+    at = tmp_path if place == "elsewhere" else ROOT
+    before = f"cd {shlex.quote(str(ROOT))} && {ACTIVATE} && " if place == "activated" else ""
+    sweep = shlex.quote(str(ROOT / "configs/sweeps/methods_and_layouts.yaml"))
+    own = "qlibero" if before else shlex.quote(str(ROOT / "qlibero"))
+    refused = fresh(at, f"{before}{own} run {sweep}")
+    hints = re.findall(r"`([^`]* (?:sweep|plan))`", refused.stderr)
+    assert refused.returncode == 2 and len(hints) == 2, refused.stderr
+    called = {"the top": "./qlibero", "elsewhere": shlex.quote(str(ROOT / "qlibero")), "activated": "qlibero"}[place]
+    assert [hint.rpartition(" ")[0] for hint in hints] == [called] * 2
+    for hint in hints:
+        pasted = fresh(at, f"{before}{hint} --help")
+        assert pasted.returncode == 0 and pasted.stdout.startswith("usage: qlibero"), pasted.stderr
+
+
+def test_words_in_the_text_name_subcommands_that_exist(top: Path) -> None:
+    known = set(re.findall(r"^    ([a-z-]+)\b", help_of(top, "qlibero", True), re.M))
+    said = {
+        (page.name, word)
+        for page in PAGES
+        for word in re.findall(r"`(?:\./)?qlibero ([a-z][a-z-]+)\b", page.read_text())
+    }
+    assert {word for _, word in said} - known == set(), said
+    assert len(said) > 10
