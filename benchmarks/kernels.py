@@ -1,7 +1,7 @@
 """Everything there is to know about the kernels on this machine: are they right, how fast, could they be faster.
 
     python benchmarks/kernels.py                          the stopwatch, on the GPU if there is one
-    python benchmarks/kernels.py --court --prologue       first the court on every pi0.5 layer, and the fused prologue
+    python benchmarks/kernels.py --check --prologue       first validation on every pi0.5 layer, and the fused prologue
     python benchmarks/kernels.py --tune 60                and 60 seconds of trying other tiles (says, changes nothing)
     python benchmarks/kernels.py --no-stopwatch --prologue --glue    only the parts that are named
 
@@ -35,14 +35,14 @@ def say(text: str) -> None:
 
 
 def judge(layers: list[Layer], backends: list[str]) -> dict[str, Any]:
-    """The court, at every token count, remembering nothing."""
+    """Validation, at every token count, without the cache."""
     verdicts: dict[str, Any] = {}
     for backend in backends:
         start = time.perf_counter()
         found = validation.check([replace(layer, tokens=TOKENS) for layer in layers], backend, remember=False)
         verdicts[backend] = [v.to_json() for v in found]
         passed = sum(v.verdict == "pass" for v in found)
-        say(f"court: {backend:<12} {passed} of {len(found)} layers pass, {time.perf_counter() - start:.1f} s")
+        say(f"check: {backend:<12} {passed} of {len(found)} layers pass, {time.perf_counter() - start:.1f} s")
         for reason in dict.fromkeys(f"{v.shape}: {v.reason}" for v in found if v.verdict != "pass"):
             say(f"    {reason}")
     return verdicts
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--backends", default=None, help="comma-separated; default: fake and every real kernel that runs here"
     )
-    parser.add_argument("--court", action="store_true", help="try every layer first")
+    parser.add_argument("--check", "--court", action="store_true", help="validate every layer first")
     parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
     parser.add_argument("--glue", action="store_true", help="CUDA: the pieces of a flow step")
     parser.add_argument("--no-stopwatch", action="store_true", help="leave the products' times out")
@@ -284,9 +284,9 @@ def main() -> None:
         say(markdown(timings))
         return {"markdown": markdown(timings), "timings": [asdict(t) for t in timings]}
 
-    if args.court:
+    if args.check:
         stage(
-            "court",
+            "check",
             lambda: judge(
                 layers, backends or (["fake", "cuda_w4a8", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])
             ),
@@ -300,11 +300,11 @@ def main() -> None:
     if args.tune and cuda:
         stage("tune", lambda: tune(args.tune))
     short = {
-        key: value for key, value in result.items() if key not in ("stopwatch", "court", "prologue", "glue", "tune")
+        key: value for key, value in result.items() if key not in ("stopwatch", "check", "prologue", "glue", "tune")
     }
     short["failed"] = [key for key, value in result.items() if isinstance(value, dict) and "failed" in value]
-    if args.court and "court" not in short["failed"]:
-        short["verdicts"] = {name: sorted({v["verdict"] for v in found}) for name, found in result["court"].items()}
+    if args.check and "check" not in short["failed"]:
+        short["verdicts"] = {name: sorted({v["verdict"] for v in found}) for name, found in result["check"].items()}
     print(json.dumps(short))
 
 

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture
 def load(checkpoint, tmp_path_factory, monkeypatch):
     """Arms of a tiny policy as a run loads them: (meta by arm, what was said)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "court"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "kernels"))
     monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path_factory.getbasetemp() / "artifacts")
     monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
 
@@ -74,10 +74,10 @@ def test_weight_only_arms_refuse_a_kernel_s_name(load):
     assert {kernel["verdict"] for kernel in meta["humming"]["kernels"].values()} == {"fall back to dequantized"}
 
 
-def test_a_real_kernel_s_memory_is_measured_beside_bf16_and_its_witness_is_heard(load, tmp_path, monkeypatch):
+def test_a_real_kernel_s_memory_is_measured_beside_bf16_and_the_policy_is_checked(load, tmp_path, monkeypatch):
     heard = []
-    hear = arms.hear_witness
-    monkeypatch.setattr(arms, "hear_witness", lambda *a: heard.append(a[3]) or hear(*a))
+    plain = arms.check_policy
+    monkeypatch.setattr(arms, "check_policy", lambda *a: heard.append(a[3]) or plain(*a))
     meta, _ = load(
         ["fake", "cpu_int4"],
         calibration=write_demonstrations(tmp_path / "seen.npz", observations(4), "random, for tests"),

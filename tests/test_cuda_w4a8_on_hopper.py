@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(cuda_w4a8.missing() is not None, reason=str(cuda
     [(128, 128), (384, 256), (2048, 128), (16384, 128), (16384, 512), (256, 1280), (128, 16384), (2560, 2048)],
     ids=str,
 )
-def test_the_court_passes_k_shorter_than_the_pipeline_one_token_and_many_tiles_a_cta(n, k):
+def test_validation_passes_k_shorter_than_the_pipeline_one_token_and_many_tiles_a_cta(n, k):
     finding = try_kernel(load("cuda_w4a8"), GemmShape(n, k, device="cuda"), (1, 7, 8, 9, 17, 50, 128, 257, 542, 1200))
     assert finding.ok, finding.reason
 

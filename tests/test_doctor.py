@@ -14,7 +14,7 @@ from qlibero.cli import doctor
 from qlibero.cli.doctor import PINS, Finding, diagnose
 from qlibero.machine.capacity import Capacity
 from qlibero.machine.cuda_toolkit import Agreement, Toolkit
-from qlibero.sim.physics_check import Finding as PassportFinding
+from qlibero.sim.physics_check import PhysicsFinding
 
 GPU = {
     "index": "0",
@@ -55,12 +55,12 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
             "pip install bddl==1.0.1",
         ),
         (
-            lambda: doctor.fork_variables({"OPENPI_DUQUANT_ABITS": "4"}),
+            lambda: doctor.legacy_variables({"OPENPI_DUQUANT_ABITS": "4"}),
             "warn",
             "will override quant",
             "unset OPENPI_DUQUANT_ABITS",
         ),
-        (lambda: doctor.fork_variables({"PATH": "/bin"}), "ok", "no OPENPI_DUQUANT_*", ""),
+        (lambda: doctor.legacy_variables({"PATH": "/bin"}), "ok", "no OPENPI_DUQUANT_*", ""),
         (lambda: doctor.ffmpeg(path="/nowhere"), "warn", "no ffmpeg", "--set videos=0"),
         (lambda: doctor.memory(Capacity(2, 2.0, 1.0, "")), "fail", "1.0 of 2.0 GB are free", "--mem"),
         (lambda: doctor.memory(Capacity(2, 4.0, 2.0, "")), "warn", "2.0 of 4.0 GB are free now", "ps aux"),
@@ -153,9 +153,9 @@ def test_wandb_is_never_a_failure_and_no_key_is_shown(monkeypatch: pytest.Monkey
 def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"backend": "baseline", "here": True},
-        {"backend": "fake", "here": True, "court": "reference", "runs_on": "cpu"},
-        {"backend": "cpu_int4", "here": True, "court": "unproven", "runs_on": "cpu"},
-        {"backend": "w8a8", "here": True, "court": "passed 3 shapes on x86", "runs_on": "cpu"},
+        {"backend": "fake", "here": True, "validation": "reference", "runs_on": "cpu"},
+        {"backend": "cpu_int4", "here": True, "validation": "unproven", "runs_on": "cpu"},
+        {"backend": "w8a8", "here": True, "validation": "passed 3 shapes on x86", "runs_on": "cpu"},
     ]
     monkeypatch.setattr("qlibero.cli.catalogue.backends", lambda: rows)
     untried, passed = doctor.kernels()
@@ -169,16 +169,16 @@ def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPat
     assert one(doctor.kernels()).status == "warn"
 
 
-def test_the_passports_verdict_becomes_findings() -> None:
+def test_the_physics_check_becomes_findings() -> None:
     refused = SimpleNamespace(
         findings=(
-            PassportFinding("refusal", "other physics", "setup"),
-            PassportFinding("warning", "other CPU", "nothing"),
+            PhysicsFinding("refusal", "other physics", "setup"),
+            PhysicsFinding("warning", "other CPU", "nothing"),
         ),
         renderer="r",
     )
-    assert [f.status for f in doctor.passport(refused)] == ["fail", "warn"]
-    assert one(doctor.passport(SimpleNamespace(findings=(), renderer="r"))).status == "ok"
+    assert [f.status for f in doctor.physics(refused)] == ["fail", "warn"]
+    assert one(doctor.physics(SimpleNamespace(findings=(), renderer="r"))).status == "ok"
 
 
 def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.Mo
 
 
 def test_this_machine_is_well_as_far_as_the_quick_checks_see() -> None:
-    quick = [check for check in doctor.CHECKS if check not in (doctor.passport, doctor.kernels, doctor.wandb)]
+    quick = [check for check in doctor.CHECKS if check not in (doctor.physics, doctor.kernels, doctor.wandb)]
     findings = diagnose(quick)
     assert not [f for f in findings if f.status == "fail"], findings
     assert len({f.name for f in findings}) == len(findings)

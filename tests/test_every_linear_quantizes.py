@@ -24,7 +24,7 @@ from qlibero.quant.calibrate import calibrate
 from qlibero.quant.inspect import hint
 from qlibero.quant.layout import QUANTIZABLE, part_of
 from qlibero.quant.linear import QuantLinear
-from qlibero.quant.policy_check import hear_witness
+from qlibero.quant.policy_check import check_policy
 from qlibero.quant.spec import LAYOUTS, QuantSpec
 
 CONFIGS = {"siglip": (siglip_config(), "openpi"), "conv": (conv_config(), "qlibero")}
@@ -107,8 +107,8 @@ def test_each_linear_alone(kind, dtype):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kinds_of_selection_with_the_court_and_the_witness(changes, dtype):
-    """As `arms.py` goes about it: shapes to the court, kernels by layer, then the witness on real activations."""
+def test_kinds_of_selection_are_validated_alone_and_end_to_end(changes, dtype):
+    """As `arms.py` goes about it: shapes to validation, kernels by layer, then the policy check on real activations."""
     policy = policy_of("siglip", dtype)
     artifact = made(policy, **changes)
     tokens = policy.token_counts(PROMPTS)
@@ -119,12 +119,12 @@ def test_kinds_of_selection_with_the_court_and_the_witness(changes, dtype):
     executed = {v.layer: v.executed for v in verdicts}
     kernels = {x.name: executed.get(x.name, next(iter(executed.values()))) for x in artifact.layers}
     quantized = quantize_policy(policy, artifact, kernels)
-    testimony = hear_witness(policy, quantized, artifact, observations(1)[0], noises(1, policy.noise_shape)[0])
-    assert testimony.action_difference == 0.0
+    found = check_policy(policy, quantized, artifact, observations(1)[0], noises(1, policy.noise_shape)[0])
+    assert found.action_difference == 0.0
     assert not np.array_equal(asked(quantized), asked(policy))
 
 
-def test_the_court_tries_vision_linears_on_the_rows_they_really_get():
+def test_vision_linears_are_validated_on_the_rows_they_really_get():
     policy = policy_of("siglip").with_batch_size(3)
     artifact = made(policy, layout=None, include=("vision_tower", "language_model", "gemma_expert"))
     quantized = quantize_policy(policy, artifact, "fake")

@@ -55,7 +55,7 @@ def chosen(tmp_path, **environment) -> tuple[str, str]:
     """The cache's directory in a fresh process, and what it said on stderr, its child included."""
     code = (
         "import os, subprocess, sys; from qlibero.cache import cache_directory\n"
-        "print(cache_directory('court'), cache_directory('content'))\n"
+        "print(cache_directory('kernels'), cache_directory('content'))\n"
         "sys.exit(subprocess.call([sys.executable, '-c', 'from qlibero.cache import *; cache_directory(\"x\")']))"
     )
     kept = {key: value for key, value in os.environ.items() if key not in ("QLIBERO_CACHE", "XDG_CACHE_HOME", "HOME")}
@@ -71,11 +71,11 @@ def chosen(tmp_path, **environment) -> tuple[str, str]:
 
 def test_one_rule_for_the_cache(tmp_path):
     (tmp_path / "tmp").mkdir()
-    assert chosen(tmp_path)[0].split()[0] == str(tmp_path / "home/.cache/qlibero/court")
+    assert chosen(tmp_path)[0].split()[0] == str(tmp_path / "home/.cache/qlibero/kernels")
     xdg = {"XDG_CACHE_HOME": str(tmp_path / "xdg")}
     assert chosen(tmp_path, **xdg)[0].split()[1] == str(tmp_path / "xdg/qlibero/content")
     ours = {"QLIBERO_CACHE": str(tmp_path / "ours")}
-    assert chosen(tmp_path, **xdg, **ours) == (f"{tmp_path}/ours/court {tmp_path}/ours/content", "")
+    assert chosen(tmp_path, **xdg, **ours) == (f"{tmp_path}/ours/kernels {tmp_path}/ours/content", "")
 
 
 @pytest.mark.parametrize("unwritable", ["/proc/nowhere", "a file"])
@@ -83,7 +83,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one_and_said_
     (tmp_path / "tmp").mkdir()
     (tmp_path / "a file").write_text("x")
     found, said = chosen(tmp_path, QLIBERO_CACHE=str(tmp_path / unwritable))
-    assert found.split() == [str(tmp_path / f"tmp/qlibero-{os.getuid()}" / part) for part in ("court", "content")]
+    assert found.split() == [str(tmp_path / f"tmp/qlibero-{os.getuid()}" / part) for part in ("kernels", "content")]
     assert said.count("the cache cannot be written") == 1
     assert stat.S_IMODE((tmp_path / f"tmp/qlibero-{os.getuid()}").stat().st_mode) == 0o700
 

@@ -133,7 +133,7 @@ def test_what_is_recorded_is_what_a_replay_shows_and_ctrl_c_keeps_it(tmp_path, s
                              "--set", "tasks=[0]").communicate(timeout=600)  # fmt: skip
     found = {(arm, r.init): r for arm in ("baseline", "fake") for r in read_ledger(run_dir, arm)}
     assert len(found) == 6, stderr
-    for said in ("loading the policy", "starting simulators", "simulator passport"):
+    for said in ("loading the policy", "starting simulators", "physics check"):
         assert said in stderr
     recorded = {at: video_path(run_dir, one).read_bytes() for at, one in found.items()}
     assert all(frames(video_path(run_dir, one)) == one.steps + 1 for one in found.values())

@@ -73,7 +73,7 @@ def humming(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_court_passes_the_adapter_and_a_weight_is_packed_once(humming, bits):
+def test_the_adapter_passes_validation_and_a_weight_is_packed_once(humming, bits):
     finding = try_kernel(humming, GemmShape(64, 192, bits), (1, 10, 33))
     assert finding.ok, finding.reason
     assert HummingLayer.made == 3  # one to read back and one for each kind of codes, however many scales came

@@ -101,7 +101,7 @@ def test_every_layer_s_depth_in_triton(triton_w4a8):
         assert_same([triton_w4a8], tokens_for(2, k, 8, k, "low"), codes_for(3, k, 4, k, "low"), 4, None)
 
 
-def test_the_court_can_try_it_whole(triton_w4a8):
+def test_it_passes_validation_whole(triton_w4a8):
     finding = try_kernel(triton_w4a8, GemmShape(24, 64), (1, 10, 17))
     assert finding.ok, finding.reason
 

@@ -168,7 +168,7 @@ class DigitTokenizer:
 @pytest.mark.parametrize("profile", ["openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6"])
 def test_every_text_length_of_a_run_was_tried_and_warmed_up_before(profile, batch_size):
     """Where the state is part of the text, its digits decide how many tokens a kernel sees: all of it in any
-    state must be among what the court is told, and among what the rehearsal asks for."""
+    state must be among what validation is told, and among what the rehearsal asks for."""
     p = Pi05Policy(
         "small",
         random_model(siglip_config()),

@@ -59,8 +59,8 @@ def test_a_log_file_gets_a_line_for_each_phase_and_no_more(capsys, monkeypatch):
         doing("loading the policy")
         for index in range(200):
             doing("trying cpu_int4", index, 200)
-        doing("simulator passport")
-    assert capsys.readouterr().err.splitlines() == ["loading the policy", "0/200 trying cpu_int4", "simulator passport"]
+        doing("physics check")
+    assert capsys.readouterr().err.splitlines() == ["loading the policy", "0/200 trying cpu_int4", "physics check"]
     doing("nobody listens")
     assert capsys.readouterr().err == ""
 

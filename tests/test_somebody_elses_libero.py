@@ -31,7 +31,7 @@ def test_a_tree_on_the_python_path_is_refused_even_if_it_claims_to_be_installed(
     (claim / "RECORD").write_text(f"{package}/__init__.py,,\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = enforce(PYTHONPATH=path)
-    assert done.returncode != 0 and "simulator passport refused" in done.stderr, done.stderr
+    assert done.returncode != 0 and "physics check refused" in done.stderr, done.stderr
     assert str(tmp_path / package) in done.stderr and "PYTHONPATH" in done.stderr
 
 
@@ -106,5 +106,5 @@ def test_a_film_is_not_made_with_another_simulator(tmp_path, tiny_experiment, mo
 
     (tmp_path / "experiment.yaml").write_text(dump_resolved(load_experiment(tiny_experiment)))
     monkeypatch.setattr(provenance, "PACKAGES", {"pytest": ("robosuite",)})
-    with pytest.raises(GuardRefusal, match="simulator passport refused: pytest is imported from"):
+    with pytest.raises(GuardRefusal, match="physics check refused: pytest is imported from"):
         film_run(tmp_path, 1)

@@ -144,7 +144,7 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
 
 
 def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
-    """The kernel's court sits on the node; here only what is true on every machine is refused."""
+    """The kernels are validated on the node; here only what is true on every machine is refused."""
     plain = (
         GRID.replace("quant.activation_bits: [8, 4]", "quant.activation_bits: [8]").partition("exclude:")[0]
         + GRID.partition("w4a16: {{quant.activation_bits: 16}}\n")[2]

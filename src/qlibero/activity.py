@@ -1,6 +1,6 @@
 """What the program is busy with, said by whoever is busy and shown by whoever watches.
 
-Start-up goes through rooms that know nothing of a terminal (calibration, the kernels' court, simulators), so there is
+Start-up goes through rooms that know nothing of a terminal (calibration, kernel validation, simulators), so there is
 one place to say "calibrating, 12 of 84" and one to listen. Without a listener nothing happens.
 """
 

@@ -38,7 +38,7 @@ class UserError(QliberoError):
 
 
 class GuardRefusal(QliberoError):
-    """A guard (kernel court, physics passport, artifact, run directory) refused a number it cannot vouch for."""
+    """A guard (kernel validation, physics check, artifact, run directory) refused a number it cannot vouch for."""
 
     exit_status = 3
 

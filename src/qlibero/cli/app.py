@@ -258,7 +258,7 @@ def build_parser() -> Parser:
         policy=True,
     )
     arguments.shapes(command)
-    command.add_argument("--forget", action="store_true", help="try again what is known from earlier trials")
+    command.add_argument("--forget", action="store_true", help="test again what has passed before")
 
     command = add(
         "bench",

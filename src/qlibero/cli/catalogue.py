@@ -61,7 +61,12 @@ def backends() -> Rows:
             "here": True,
             "about": "baseline again, its sums in another order: the noise floor of every difference",
         },
-        {"backend": "auto", "runs_on": devices, "here": True, "about": "the fastest real kernel that passes the court"},
+        {
+            "backend": "auto",
+            "runs_on": devices,
+            "here": True,
+            "about": "the fastest real kernel that passes validation",
+        },
     ]
     return rows + [_backend(name) for name in BACKENDS]
 
@@ -92,7 +97,7 @@ def _backend(name: str) -> dict[str, Any]:
         "backend": name,
         "runs_on": ", ".join(runs_on),
         "here": bool(runs_on),
-        "court": validation.standing(name),
+        "validation": validation.validation_status(name),
         "about": says,
     }
 

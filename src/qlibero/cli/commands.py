@@ -290,7 +290,7 @@ def kernels_check(args: argparse.Namespace) -> Document:
         "verdicts": [verdict.to_json() for verdict in verdicts],
     }
     rows = validation.table(verdicts)
-    title = f"court: {policy} shapes on {layers[0].shape.device}"
+    title = f"kernel check: {policy} shapes on {layers[0].shape.device}"
     table([_tried(name, [row for row in rows if row["backend"] == name]) for name in names], title=title)
     if refused := [row for row in rows if row["verdict"] != "pass"]:
         table(refused, title="not passed")
@@ -444,6 +444,9 @@ def ls(args: argparse.Namespace) -> Document:
 
     rows = getattr(catalogue, args.what)()
     table(rows, title=args.what)
+    for row in rows:
+        if "validation" in row:
+            row["court"] = row["validation"]  # the key's name before
     return {args.what: rows}
 
 

@@ -2,7 +2,7 @@
 
 One small function per question; each answers with Findings and never raises. `fail` means runs will not work or their
 numbers would not count, `warn` that something is slower, narrower or less comparable than it could be. Whoever adds a
-check adds it to CHECKS. The slow ones (the simulator's passport, about 30 s) come last.
+check adds it to CHECKS. The slow ones (the physics check, about 30 s) come last.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def lock(directory: Path = REPOSITORY) -> Finding:
     return Finding("pinned packages", "ok", f"{len(pinned)} as pinned")
 
 
-def fork_variables(environ: Mapping[str, str] | None = None) -> Finding:
+def legacy_variables(environ: Mapping[str, str] | None = None) -> Finding:
     """Variables of the fork that will override every experiment started from this shell."""
     present = sorted(name for name in (os.environ if environ is None else environ) if name.startswith(PREFIX))
     if present:
@@ -339,10 +339,10 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
 
 
 def kernels() -> list[Finding]:
-    """What the court knows of every real kernel that this machine can run."""
+    """What every real kernel that this machine can run has passed here."""
     from qlibero.cli.catalogue import backends
 
-    rows = [row for row in backends() if row.get("court") not in (None, "reference")]
+    rows = [row for row in backends() if row.get("validation") not in (None, "reference")]
     usable = [row for row in rows if row["here"]]
     findings = [
         Finding(
@@ -351,8 +351,8 @@ def kernels() -> list[Finding]:
             f"on {row['runs_on']}; unproven: never tried here (a run tries it before its first episode)",
             f"qlibero kernels check --backend {row['backend']}",
         )
-        if row["court"] == "unproven"
-        else Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; court: {row['court']}")
+        if row["validation"] == "unproven"
+        else Finding(f"kernel {row['backend']}", "ok", f"on {row['runs_on']}; {row['validation']}")
         for row in usable
     ]
     return findings or [
@@ -398,26 +398,22 @@ def simulator() -> Finding:
     return Finding("simulator's packages", "ok", f"{', '.join(PACKAGES)} are imported as they were published")
 
 
-def passport(report: Any = None) -> list[Finding]:
+def physics(report: Any = None) -> list[Finding]:
     """Settled states and golden frames of a few episodes against the shipped references."""
-    from qlibero.sim import physics_check as sim_passport
+    from qlibero.sim import physics_check
     from qlibero.sim.pool import worker_environment
 
-    report = sim_passport.check(worker_environment(environment.simulator_environment())) if report is None else report
+    report = physics_check.check(worker_environment(environment.simulator_environment())) if report is None else report
     if not report.findings:
-        return [
-            Finding(
-                "physics passport", "ok", f"states and frames equal the references to the last bit ({report.renderer})"
-            )
-        ]
+        return [Finding("physics", "ok", f"states and frames equal the references to the last bit ({report.renderer})")]
     status: dict[str, Literal["warn", "fail"]] = {"warning": "warn", "refusal": "fail"}
-    return [Finding("physics passport", status[f.level], f.what, f.cure) for f in report.findings]
+    return [Finding("physics", status[f.level], f.what, f.cure) for f in report.findings]
 
 
 CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     pins,
     lock,
-    fork_variables,
+    legacy_variables,
     libero_files,
     ffmpeg,
     cpus,
@@ -430,5 +426,5 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     kernels,
     wandb,
     simulator,
-    passport,
+    physics,
 )

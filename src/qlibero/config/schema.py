@@ -109,7 +109,7 @@ class Pi05(Frozen):
 
 
 class Remote(Frozen):
-    """Any server that speaks openpi's websocket protocol. It cannot be quantized or attested from here."""
+    """Any server that speaks openpi's websocket protocol. It can be neither quantized nor verified from here."""
 
     type: Literal["remote"]
     url: Address = Field(description="ws://host:port of the policy server")
@@ -333,7 +333,7 @@ class Experiment(Frozen):
         description="the arms, paired on the same episodes", json_schema_extra={"minItems": 1}
     )
     on_failure: Literal["refuse", "fallback"] = Field(
-        "refuse", description="when a kernel fails its trial: stop, or fall back with the reason on record"
+        "refuse", description="when a kernel fails validation: stop, or fall back with the reason on record"
     )
     workers: Literal["auto"] | Annotated[Int, Field(ge=1, le=MOST_PROCESSES)] = Field(
         "auto", description="simulator processes; auto: one per core this job may use, as far as its memory allows"

@@ -1,4 +1,4 @@
-"""Integer matrix products behind one small contract; `contract.py` is the law, `validation.py` enforces it.
+"""Integer matrix products behind one small contract; `contract.py` defines it, `validation.py` enforces it.
 
 Backends are named here and loaded on first use, because some of them cannot even be imported without a GPU.
 """

@@ -7,8 +7,8 @@ hide their cause; that is where this project began. Emulation of its generated c
 * SM90: backend "tir", no propagation. Exact, but no tensor cores in most shapes: expect it to be slow.
 * everywhere: int32 accumulator *and* output (fp16 overflows), K a multiple of 8, our epilogue.
 
-On an H100 the court passed it on every pi0.5 layer, and a whole policy acted as under `fake`, at nine times the time of
-a bf16 prefix (docs/h100.md); on other GPUs the court has yet to decide. It can only be imported on a machine with a GPU
+On an H100 it passed on every pi0.5 layer, and a whole policy acted as under `fake`, at nine times the time of
+a bf16 prefix (docs/h100.md); on other GPUs it is still to be validated. It can only be imported on a machine with a GPU
 and CUDA 12 libraries, and it brings its own `tvm` and `tilelang` modules into the process, so it is imported when first
 used and not before.
 """

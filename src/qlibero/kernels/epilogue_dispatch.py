@@ -1,7 +1,7 @@
 """The contract's epilogue for kernels without one of their own: one launch on CUDA where Triton is there, else torch.
 
 Torch takes four passes over an fp32 tensor that is larger than everything the product itself reads; at a prefix of 968
-tokens that costs more than the product. The bits are the same, which the court checks like everything else.
+tokens that costs more than the product. The bits are the same, which validation checks like everything else.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ READ_BACK_PRODUCTS = {"cpu": 1 << 32, "cuda": 1 << 42}  # beyond this only a sam
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a trial found; `reason` says what was proven, or what was wrong and where."""
+class ExactnessResult:
+    """What the tests of a kernel found; `reason` says what was proven, or what was wrong and where."""
 
     ok: bool
     reason: str
@@ -51,11 +51,11 @@ class _Wrong(Exception):
     """A comparison failed; the message is the finding."""
 
 
-def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], seed: int = 0) -> Finding:
+def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], seed: int = 0) -> ExactnessResult:
     """Try `kernel` on `shape` at each M in `tokens`. Never raises."""
     support = kernel.supports(shape)
     if not support.ok:
-        return Finding(False, support.reason)
+        return ExactnessResult(False, support.reason)
     try:
         with torch.inference_mode():
             generator = torch.Generator(shape.device).manual_seed(seed)
@@ -70,13 +70,13 @@ def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], seed: in
                     _compare_outputs(kernel, m, packed, reference, shape, generator)
     except _Wrong as wrong:
         suspect = diagnose_shape(shape.n, shape.k) if shape.weight_bits <= 4 else None
-        return Finding(False, f"{wrong}. {suspect}" if suspect else str(wrong))
+        return ExactnessResult(False, f"{wrong}. {suspect}" if suspect else str(wrong))
     except Exception as error:  # a kernel may die in any way; a verdict names it, the user decides
-        return Finding(False, explain(error))
-    return Finding(True, f"exact at M = {', '.join(map(str, tokens))}; {read}; {support.reason}")
+        return ExactnessResult(False, explain(error))
+    return ExactnessResult(True, f"exact at M = {', '.join(map(str, tokens))}; {read}; {support.reason}")
 
 
-def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
+def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> ExactnessResult:
     """A whole quantized linear on real input: did int8 activations really decide its output?
 
     layer: a forward and `prepare(x)` → .codes (M, K), .scales (M,); rows `start` to `stop` of its `product`, which has
@@ -95,10 +95,10 @@ def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> Finding:
     same, expected = agrees(kernel, found, acc, prepared.scales, product.scales[rows], bias)
     if not same:
         worst = (found.float() - expected.float()).abs().max().item()
-        return Finding(
+        return ExactnessResult(
             False, f"int8 activations are not what decides this layer's output: largest difference {worst:.3g}"
         )
-    return Finding(True, f"consumes int8 activations ({prepared.codes.shape[0]} tokens)")
+    return ExactnessResult(True, f"consumes int8 activations ({prepared.codes.shape[0]} tokens)")
 
 
 def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> str:

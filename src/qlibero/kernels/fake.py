@@ -6,7 +6,7 @@ order, so the accumulator is the integer kernel's bit for bit, at the price of o
 reaches 2^24 (8-bit weights beyond K = 1032) the product is cut along K into exact pieces that are added in int32.
 
 On CUDA the operands are bf16 (a code needs at most 8 significant bits) and the product accumulates and returns fp32;
-the court checks that a GPU's tensor cores keep all 24 bits before it is believed.
+validation checks that a GPU's tensor cores keep all 24 bits before it is believed.
 """
 
 from __future__ import annotations

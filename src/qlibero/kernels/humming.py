@@ -1,11 +1,11 @@
 """`humming`: an optional package (`pip install "humming-kernels[cu13]==0.1.19"`), JIT-compiled for SM75 and newer.
 
-On an H100 the court passed it on every pi0.5 layer (docs/h100.md); elsewhere the court has yet to decide. What it can
+It passed on every pi0.5 layer on an H100 (docs/h100.md); elsewhere it is still to be validated. What it can
 and cannot be:
 
 * It takes our int8 codes and per-token scales as they are, so its own quantizer never runs.
 * It has no integer output: only bf16 comes out, rounded twice on the way. bf16(fp32(acc)·s_x) is multiplied by the
-  weight scale in bf16 (ours are bf16-representable, so nothing is lost in storing them). So the court asks for
+  weight scale in bf16 (ours are bf16-representable, so nothing is lost in storing them). So validation asks for
   bf16(acc) bit for bit with unit scales, and for no more than those two roundings with real ones.
 * By itself it splits K over the processors and adds the parts *in bf16* in global memory, in whatever order they
   finish: neither exact nor repeatable. `use_batch_invariant` is its word for never doing that.
@@ -30,7 +30,7 @@ TILE = 64  # its repacking asserts whole tiles of this many rows and channels
 
 class _HummingWeight(PackedWeight):
     """The package's layer around one weight. Its codes are repacked once; the weight scales, which the layer holds in
-    an order of its own, are exchanged when others come: a run has one set for ever, the court brings several."""
+    an order of its own, are exchanged when others come: a run has one set for ever, validation brings several."""
 
     def __init__(self, codes: Tensor, weight_bits: int):
         super().__init__(*codes.shape, weight_bits, None)

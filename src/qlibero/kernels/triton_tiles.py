@@ -1,5 +1,6 @@
 """Which tile the Triton product uses for which number of tokens. Reasoned, not searched: a search at run time would
-make latency depend on luck, and its winner would have to be attested again. `qlibero kernels bench` tries `CANDIDATES`.
+make latency depend on luck, and its winner would have to be validated again. `qlibero kernels bench` tries
+`CANDIDATES`.
 
 Few tokens (an expert's step has 10): the product reads weights and little else, so the grid must fill the GPU; K is cut
 until it does. Many tokens (a prefix has some 540 or 968): arithmetic rules, tiles are large and K is whole.

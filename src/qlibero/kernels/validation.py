@@ -1,14 +1,14 @@
-"""The court: every layer's kernel is tried on its own shape before the first episode; nothing falls back unsaid.
+"""Kernel validation: every layer's kernel is tested on its own shape before the first episode; no fallback is silent.
 
-    requested backend ── trial (exactness.py) ──▶  pass | fall back to X | refuse      with the reason, per layer
+    requested backend ── exactness.py ──▶  pass | fall back to X | refuse      with the reason, per layer
 
 `on_failure: refuse` (the default) stops the run; `fallback` goes to the next kernel that passes, and says so in every
-record. Passing trials are remembered per (package versions, processor, shape, tokens, source of this room): any change
-of those is a new trial. Failures are never remembered, so that a mended machine is believed at once; nor are passes
-under Triton's interpreter, which say nothing about a GPU.
+record. Passes are cached per (package versions, processor, shape, tokens, source of this room): any change of those is
+a new test. Failures are never cached, so that a mended machine is believed at once; nor are passes under
+Triton's interpreter, which say nothing about a GPU.
 
 Layers with 16-bit activations multiply no integers: their codes are dequantized once and an ordinary linear runs. They
-are judged too, so that a record says what ran and nobody takes it for the kernel that was asked for.
+are listed too, so that a record says what ran and nobody takes it for the kernel that was asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import BACKENDS, DEQUANTIZED, load
 from qlibero.kernels.benchmark import seconds
 from qlibero.kernels.contract import GemmShape, Kernel
-from qlibero.kernels.exactness import Finding, quantized_weight, try_kernel
+from qlibero.kernels.exactness import ExactnessResult, quantized_weight, try_kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.kernels.tiled import tile
 
@@ -41,7 +41,7 @@ FALLBACKS = {"cuda": ("triton_w4a8", "w8a8", "fake"), "cpu": ("cpu_int4", "fake"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class KernelCheck:
     """What became of one layer. `executed` is None when it was refused."""
 
     layer: str
@@ -58,8 +58,10 @@ class Verdict:
         return asdict(self)
 
 
-def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", remember: bool = True) -> list[Verdict]:
-    """Try `backend`, which may be "auto", on each layer. Layers with the same shape share a trial.
+def check(
+    layers: Sequence[Layer], backend: str, on_failure: str = "refuse", remember: bool = True
+) -> list[KernelCheck]:
+    """Try `backend`, which may be "auto", on each layer. Layers with the same shape share a test.
 
     Raises UserError for an unknown backend or policy, or when there is no layer to run it; a failing kernel is a
     verdict, which `enforce` turns into a refusal.
@@ -73,35 +75,39 @@ def check(layers: Sequence[Layer], backend: str, on_failure: str = "refuse", rem
         kernel, note = choose(layers)
     elif kernel not in BACKENDS:
         load(kernel)  # says which there are
-    trials = _Trials(remember)
+    results = _Results(remember)
     verdicts = []
     for index, layer in enumerate(layers):
         doing(f"trying {kernel}", index, len(layers))
-        verdicts.append(_judge(layer, backend, kernel, note, on_failure, trials))
+        verdicts.append(_check_layer(layer, backend, kernel, note, on_failure, results))
     return verdicts
 
 
-def _judge(layer: Layer, requested: str, kernel: str, note: str, on_failure: str, trials: _Trials) -> Verdict:
+def _check_layer(
+    layer: Layer, requested: str, kernel: str, note: str, on_failure: str, results: _Results
+) -> KernelCheck:
     if layer.shape.activation_bits == 16:
         return _weight_only(layer, requested, on_failure)
-    finding, cached, took = trials.of(kernel, layer)
+    finding, cached, took = results.of(kernel, layer)
     executed, verdict, reason = kernel, "pass", finding.reason
     if not finding.ok:
         executed, verdict = None, "refuse"
         for other in FALLBACKS[layer.shape.device] if on_failure == "fallback" else ():
             if other == kernel:
                 continue
-            second, cached, more = trials.of(other, layer)
+            second, cached, more = results.of(other, layer)
             took += more
             if second.ok:
                 executed, verdict, reason = other, f"fall back to {other}", f"{kernel}: {reason}"
                 break
             reason = f"{reason}; {other}: {second.reason}"
     reason = f"{note}; {reason}" if note else reason
-    return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, cached, round(took, 3))
+    return KernelCheck(
+        layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, cached, round(took, 3)
+    )
 
 
-def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
+def _weight_only(layer: Layer, requested: str, on_failure: str) -> KernelCheck:
     """`fake` and `auto` are satisfied with an ordinary linear; whoever names a kernel is told that it would not run."""
     reason = (
         "16-bit activations: the codes are dequantized into an ordinary linear, "
@@ -113,10 +119,10 @@ def _weight_only(layer: Layer, requested: str, on_failure: str) -> Verdict:
             (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
         )
         reason += f", so {requested} has nothing to do; write fake"
-    return Verdict(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
+    return KernelCheck(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
 
 
-def enforce(verdicts: Sequence[Verdict]) -> None:
+def enforce(verdicts: Sequence[KernelCheck]) -> None:
     """Raises GuardRefusal naming the layers whose kernel was refused, with reasons and what an experiment can do."""
     if refused := refusals(verdicts):
         raise GuardRefusal(
@@ -125,7 +131,7 @@ def enforce(verdicts: Sequence[Verdict]) -> None:
         )
 
 
-def refusals(verdicts: Sequence[Verdict]) -> str:
+def refusals(verdicts: Sequence[KernelCheck]) -> str:
     """What was refused and why, layers with one reason together; "" when nothing was."""
     refused = [v for v in verdicts if v.executed is None]
     if not refused:
@@ -141,10 +147,10 @@ def refusals(verdicts: Sequence[Verdict]) -> str:
 
 
 def choose(layers: Sequence[Layer]) -> tuple[str, str]:
-    """`auto`: the fastest real kernel that passes the court on all layers, and why. GuardRefusal when none does."""
+    """`auto`: the fastest real kernel that passes on all layers, and why. GuardRefusal when none does."""
     times: dict[str, float] = {}
     against: dict[str, str] = {}
-    trials = _Trials(remember=True)
+    results = _Results(remember=True)
     distinct = {(x.shape, x.tokens): x for x in layers if x.shape.activation_bits < 16}.values()
     if not distinct:
         return DEQUANTIZED, ""
@@ -152,7 +158,7 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
         kernel = load(name)
         if not kernel.real:
             continue
-        failed = next((f.reason for layer in distinct if not (f := trials.of(name, layer)[0]).ok), None)
+        failed = next((f.reason for layer in distinct if not (f := results.of(name, layer)[0]).ok), None)
         if failed is None:
             times[name] = sum(_seconds(kernel, layer) for layer in distinct)
         else:
@@ -168,8 +174,8 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
     return best, f"auto: fastest of those that pass ({ranking})"
 
 
-def standing(name: str) -> str:
-    """What the court knows of a backend on this machine as it is now, for `ls backends`.
+def validation_status(name: str) -> str:
+    """Which shapes a backend has passed on this machine as it is now, for `ls backends`.
 
     Files that another version or another program left in the cache, whatever they hold, are passed over.
     """
@@ -177,7 +183,7 @@ def standing(name: str) -> str:
     if not kernel.real:
         return "reference"
     passed: dict[str, set[str]] = {}
-    for path in cache_directory("court").glob(f"{name}-*.json"):
+    for path in cache_directory("kernels").glob(f"{name}-*.json"):
         try:
             known = json.loads(path.read_text())
             if known["facts"] == _facts(kernel, known["device"]):
@@ -190,7 +196,7 @@ def standing(name: str) -> str:
     return "; ".join(f"passed {len(shapes)} shapes on {processor}" for processor, shapes in sorted(passed.items()))
 
 
-def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+def table(verdicts: Sequence[KernelCheck]) -> list[dict[str, Any]]:
     """Rows for people: layers that share shape, kernel and verdict in one."""
     rows: dict[tuple, dict[str, Any]] = {}
     for v in verdicts:
@@ -214,14 +220,14 @@ def table(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-class _Trials:
-    """Trials of this call, each distinct one once, backed by the cache on disk."""
+class _Results:
+    """Results of this call, each distinct one once, backed by the cache on disk."""
 
     def __init__(self, remember: bool):
         self._remember = remember
-        self._done: dict[tuple, Finding] = {}
+        self._done: dict[tuple, ExactnessResult] = {}
 
-    def of(self, name: str, layer: Layer) -> tuple[Finding, bool, float]:
+    def of(self, name: str, layer: Layer) -> tuple[ExactnessResult, bool, float]:
         """(finding, whether it was known already, seconds it took)."""
         key = (name, layer.shape, layer.tokens)
         if key in self._done:
@@ -253,7 +259,7 @@ def _seconds(kernel: Kernel, layer: Layer) -> float:
 
 # --------------------------------------------------------------------------------------------- what is remembered
 def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
-    """What a verdict hangs on besides the layer."""
+    """What a result depends on besides the layer."""
     return {
         "kernel": kernel.name,
         "processor": _processor(device),
@@ -268,7 +274,7 @@ def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
 def _place(kernel: Kernel, layer: Layer) -> Path:
     facts = {**_facts(kernel, layer.shape.device), "shape": asdict(layer.shape), "tokens": layer.tokens}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_directory("court") / f"{kernel.name}-{digest}.json"
+    return cache_directory("kernels") / f"{kernel.name}-{digest}.json"
 
 
 def _interpreted() -> bool:
@@ -298,14 +304,16 @@ def _processor(device: str) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _remembered(kernel: Kernel, layer: Layer) -> Finding | None:
+def _remembered(kernel: Kernel, layer: Layer) -> ExactnessResult | None:
     try:
-        return None if _interpreted() else Finding(True, json.loads(_place(kernel, layer).read_text())["reason"])
+        return (
+            None if _interpreted() else ExactnessResult(True, json.loads(_place(kernel, layer).read_text())["reason"])
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _keep(kernel: Kernel, layer: Layer, finding: Finding) -> None:
+def _keep(kernel: Kernel, layer: Layer, finding: ExactnessResult) -> None:
     if _interpreted():
         return
     device = layer.shape.device

@@ -129,7 +129,7 @@ def _shard_place(launch: Launch, engine: str) -> tuple[int, float | None]:
 
 
 def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
-    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. The court has the last word.
+    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. Validation has the last word.
 
     Of a cluster's nodes (not `here`) only what is true on any machine is said: a login node has no GPU and perhaps not
     the kernel's package, which says nothing about where the work will run.

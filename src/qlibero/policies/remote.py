@@ -2,7 +2,7 @@
 
 What a remote policy cannot give is said in its provenance instead of being pretended: unless the server
 advertises `noise`, its flow noise is its own, so runs are neither repeatable nor paired (contract 2), and no
-kernel can be attested from here (contract 4). Chunking stays on this side: the engine executes the first
+kernel can be verified from here (contract 4). Chunking stays on this side: the engine executes the first
 actions of each chunk.
 """
 
@@ -88,7 +88,7 @@ class RemotePolicy:
                 "noise": bool(self._ours),
                 "kernel_attestation": False,
                 "company": bool(self._ours),
-                "said": "the server takes our noise; its kernels cannot be attested from here"
+                "said": "the server takes our noise; its kernels cannot be verified from here"
                 if self._ours
                 else "the server draws its own noise: neither repeatable nor paired; its weights and kernels are "
                 "what it says they are",

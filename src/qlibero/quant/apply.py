@@ -62,7 +62,7 @@ def quantize_policy(
         if first.group not in transforms:
             transforms[first.group] = InputTransform(artifact.transform(first.group), first.in_features).to(device)
         names = {backend if isinstance(backend, str) else backend[layer.name] for layer in together}
-        for name in sorted(names):  # one, unless the court let neighbours fall back differently
+        for name in sorted(names):  # one, unless validation let neighbours fall back differently
             some = [layer for layer in together if isinstance(backend, str) or backend[layer.name] == name]
             modules |= _modules(policy.model, artifact, some, transforms[first.group], name, device)
     for transform in transforms.values():
@@ -83,7 +83,7 @@ def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[lis
 
 
 def gemm_shapes(artifact: Artifact, device: str = "cpu", *, executed_only: bool = True) -> dict[str, GemmShape]:
-    """What each linear asks of its kernel, by name: the court's list. Linears that are multiplied together
+    """What each linear asks of its kernel, by name: what validation goes through. Linears that are multiplied together
     have the shape of their common product; weight-only ones (16-bit activations) are multiplied by themselves.
     """
     shapes = {}

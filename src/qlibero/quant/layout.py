@@ -64,7 +64,7 @@ class Selection:
 
     @property
     def executed(self) -> tuple[Choice, ...]:
-        """Those whose kernel will really run, which is what attestation has to expect."""
+        """Those whose kernel will really run, which is what validation has to expect."""
         return tuple(choice for choice in self.choices if choice.executed)
 
     def groups(self) -> dict[str, list[Choice]]:

@@ -1,6 +1,6 @@
-"""The court's last instance: a quantized policy's kernels on its own activations, and what they do to its actions.
+"""End to end: a quantized policy's kernels on its own activations, and what they do to its actions.
 
-The court tries kernels on codes it makes up. Here one demonstration's observation goes through the finished
+Validation tests kernels on codes it makes up. Here one demonstration's observation goes through the finished
 policy; every linear's input is kept, and each layer must give, from that input, exactly what the integer
 reference gives from its codes: proof that int8 activations are consumed where the policy really runs, not
 merely where the kernel was tried. Then the same observation and noise are put to the policy and to the same
@@ -32,7 +32,7 @@ ROWS = 16  # tokens of a layer's input that are multiplied again as integers
 
 
 @dataclass(frozen=True)
-class Testimony:
+class PolicyCheck:
     """`action_difference`: largest |difference| of an action from the same policy on `fake`; None when there
     was no memory for that second policy."""
 
@@ -43,14 +43,14 @@ class Testimony:
         return asdict(self)
 
 
-def hear_witness(
+def check_policy(
     full: Pi05Policy,
     quantized: Pi05Policy,
     artifact: Artifact,
     observation: Observation,
     noise: np.ndarray,
     twin: Pi05Policy | None = None,
-) -> Testimony:
+) -> PolicyCheck:
     """full: the policy that `quantized` was made from. noise (H, D) float32. twin: the same policy on `fake`, made
     here (if there is room) when it is not given.
 
@@ -77,7 +77,7 @@ def hear_witness(
             raise GuardRefusal(
                 f"every layer's kernel is exact, yet actions differ from `fake` by up to {difference:.3g}"
             )
-    return Testimony(len(layers), difference)
+    return PolicyCheck(len(layers), difference)
 
 
 def listen(policy: Pi05Policy, observation: Observation, noise: np.ndarray) -> dict[int, Tensor]:

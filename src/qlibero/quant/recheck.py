@@ -1,9 +1,9 @@
 """Kernels held to the contract while they run and once more at the end.
 
-The court and the witness try kernels before the first episode. A kernel that is right for its first calls, or wrong
-once in thousands of products, passes both. So while an arm runs, every `EVERY`-th policy call is put to its twin too,
-the same policy on `fake`, with the same observations and noise: an exact kernel gives the very same actions. What is
-compared is what was executed, CUDA graphs and fused glue included; the twin shares all weights but the codes. At the
+Validation and the policy check test kernels before the first episode. A kernel that is right for its first calls, or
+wrong once in thousands of products, passes both. So while an arm runs, every `EVERY`-th policy call is put to its twin
+too, the same policy on `fake`, with the same observations and noise: an exact kernel gives the very same actions. What
+is compared is what was executed, CUDA graphs and fused glue included; the twin shares all weights but the codes. At the
 end each product is multiplied again on a real call's codes, `PRODUCTS` times in all, outside any graph, against the
 integer reference: a kernel that is wrong once in 2,000 products passes that with a probability below 1 %.
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from qlibero.policies.pi05.policy import Pi05Policy
 
 EVERY = 100  # policy calls; one of so many is asked twice, which costs about 1 %
-PRODUCTS = 10_000  # of an arm's end trial: (1 - 1/2000)^10000 is 0.7 %
-LEAST_BUDGET_S = 30.0  # for the end trial, or 1 % of the arm's policy time where that is more
+PRODUCTS = 10_000  # of an arm's end test: (1 - 1/2000)^10000 is 0.7 %
+LEAST_BUDGET_S = 30.0  # for the end test, or 1 % of the arm's policy time where that is more
 FEW_ROWS = 16  # every second product is one of few tokens: other tiles, and faster
 
 

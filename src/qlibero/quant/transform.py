@@ -201,14 +201,16 @@ def _prologue(transform: Transform, width: int, device: torch.device) -> Any:
     if kind.unfit(factors):
         return None
     fused = kind(factors, width)
-    attest(fused, transform, width, device)
+    verify_fused(fused, transform, width, device)
     return fused
 
 
 @torch.no_grad()
-def attest(fused: Callable[..., tuple[Tensor, Tensor]], transform: Transform, width: int, device: torch.device) -> None:
+def verify_fused(
+    fused: Callable[..., tuple[Tensor, Tensor]], transform: Transform, width: int, device: torch.device
+) -> None:
     """Hold a fused transform against torch's, on few rows and on many. Every backend, `fake` included, computes
-    its codes with it, so no court that compares backends could see it lie.
+    its codes with it, so no comparison of backends could see it err.
 
     A code on the edge of a step may fall to either side, and with a Hadamard transform none may; more than that
     raises GuardRefusal, as does an image (`kernels/tiled.py`) of other codes.

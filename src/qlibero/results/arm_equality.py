@@ -1,6 +1,6 @@
 """Contract 3 in whole runs: arms of one artifact compute one arithmetic, and a kernel stays what it was when tried.
 
-Two witnesses. Where several arms of one artifact ran, their actions must be equal, bit for bit. And each arm's kernels
+Two proofs. Where several arms of one artifact ran, their actions must be equal, bit for bit. And each arm's kernels
 were tried again while it ran and when it ended (`quant/recheck.py`); every process that ran episodes left what it found
 in <arm>/recheck-<shard>-<attempt>.json, which nothing overwrites: a directory that once held a wrong kernel's episodes
 says so for ever. `run` ends with exit status 3 then.

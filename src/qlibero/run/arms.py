@@ -1,6 +1,6 @@
 """The policies behind an experiment's arms: loaded once, calibrated, quantized, every kernel tried, warmed up.
 
-What each arm really is goes into its meta.json: the checkpoint's and the artifact's hashes, the court's verdict for
+What each arm really is goes into its meta.json: the checkpoint's and the artifact's hashes, what validation found for
 every layer, live bytes of its weights, the latency of the warm-up calls that no statistic counts.
 """
 
@@ -31,7 +31,7 @@ from qlibero.policies.base import Observation, Policy, grey
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.layout import part_of
-from qlibero.quant.policy_check import hear_witness, room_for_twin
+from qlibero.quant.policy_check import check_policy, room_for_twin
 from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, ready_artifact
 from qlibero.quant.recheck import Recheck
 from qlibero.run.noise import RECIPE, call_noise
@@ -183,14 +183,14 @@ def digest(verdicts: dict[str, Any]) -> str:
 
 
 def layers_of(policy: Policy, artifact: Artifact, prompts: Sequence[str]) -> list[Layer]:
-    """The court's list: every executed layer with the numbers of tokens that calls with these prompts give it."""
+    """What is validated: every executed layer with the numbers of tokens that calls with these prompts give it."""
     tokens = policy.token_counts(prompts)
     device = policy.provenance()["device"]
     return [Layer(name, shape, tokens[part_of(name)]) for name, shape in gemm_shapes(artifact, device).items()]
 
 
 def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
-    """What a run of the experiment would have the court try, all quantized arms together.
+    """What a run of the experiment would validate, all quantized arms together.
 
     Calibrates where an artifact is not ready yet.
     """
@@ -215,7 +215,7 @@ def _quantized(
     default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
     policy = quantize_policy(full, artifact, kernels)
-    testimony = recheck = None
+    policy_check = recheck = None
     real = sorted(set(kernels.values()) - {"fake", DEQUANTIZED})
     exact = all(load_kernel(name).rounds_to is None for name in real)
     if not real:
@@ -227,7 +227,7 @@ def _quantized(
         why = "no memory for the same policy on fake" if twin is None else "" if exact else "its kernel rounds"
         recheck = Recheck(policy, artifact, twin if exact else None, why)
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
-        testimony = hear_witness(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
+        policy_check = check_policy(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     say(
@@ -251,7 +251,7 @@ def _quantized(
                 for v in verdicts
             },
             "exact": exact,
-            "witness": testimony.to_json() if testimony else None,
+            "witness": policy_check.to_json() if policy_check else None,
             "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
             "memory": memory(policy.model, artifact).summary(),
         },

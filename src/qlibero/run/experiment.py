@@ -1,7 +1,7 @@
 """One experiment from its config to its ledger: the only place that knows all the parts.
 
     run directory → what is missing → policies of the arms (calibrated, quantized, kernels tried), and beside them the
-    simulator's passport → simulators → ledger
+    physics check → simulators → ledger
 
 Running the same experiment again continues it: what the ledger holds is never run twice, and when nothing is missing
 the result is shown without loading a policy. A shard is the same thing over a part of the episodes.
@@ -223,7 +223,7 @@ def _run(
     from qlibero.run.films import Films
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, run_episodes
-    from qlibero.sim.physics_check_cache import PassportGuard, in_words, on_record
+    from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
     from qlibero.sim.suites import SUITES
@@ -237,7 +237,7 @@ def _run(
         "instructions": _instructions(experiment),
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
-    with PassportGuard(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+    with PhysicsCheck(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, say, before, run_dir, watched)
@@ -246,14 +246,14 @@ def _run(
             meta[arm.name]["identity"] |= simulated
             wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
-        doing("simulator passport")
+        doing("physics check")
         report = guard.enforce()
-    say(f"simulator passport: {in_words(report)}")
-    passport = {"passport": on_record(report)}
+    say(f"physics check: {report.summary()}")
+    physics = {"passport": report.to_json()}
     for arm in arms:
-        ledgers[arm.name].bind(meta[arm.name] | passport, experiment.mixed_machines)
+        ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
-    files.replace(run_dir / "environment.json", json.dumps(environment | passport, indent=2) + "\n")
+    files.replace(run_dir / "environment.json", json.dumps(environment | physics, indent=2) + "\n")
 
     sequential = None
     if experiment.stop is not None:

@@ -53,7 +53,7 @@ _BLOCK = 8
 
 
 @dataclass(frozen=True)
-class Finding:
+class PhysicsFinding:
     """One thing that is not as in the references. `level` is "warning" or "refusal"; `cure` what to do about it."""
 
     level: str
@@ -62,31 +62,45 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class PassportReport:
+class PhysicsReport:
     """`verdict` is "valid" (equal to the last bit), "warning" or "refused"; `renderer` is OpenGL's name for itself."""
 
     verdict: str
-    findings: tuple[Finding, ...]
+    findings: tuple[PhysicsFinding, ...]
     renderer: str
     versions: dict[str, str]
 
-    def enforce(self) -> PassportReport:
+    def enforce(self) -> PhysicsReport:
         """Raise `GuardRefusal` when refused; returns itself otherwise."""
         if self.verdict == "refused":
             worst = next(finding for finding in self.findings if finding.level == "refusal")
-            raise GuardRefusal(f"simulator passport refused: {worst.what}; {worst.cure}")
+            raise GuardRefusal(f"physics check refused: {worst.what}; {worst.cure}")
         return self
 
+    def summary(self) -> str:
+        """One line for people."""
+        if self.findings:
+            return f"physics as in the references; {'; '.join(finding.what for finding in self.findings)}"
+        return f"states and frames equal the references to the last bit ({self.renderer})"
 
-def check(environment: Mapping[str, str]) -> PassportReport:
+    def to_json(self) -> dict[str, Any]:
+        """For environment.json and meta.json."""
+        return {
+            "verdict": self.verdict,
+            "renderer": self.renderer,
+            "findings": [finding.what for finding in self.findings],
+        }
+
+
+def check(environment: Mapping[str, str]) -> PhysicsReport:
     """Begin all reference episodes under the simulators' `environment` and compare (about 25 s, 2 GB).
 
     Raises `WorkFailed` when they cannot run.
     """
-    return Look(SUITES, environment).report()
+    return ReferenceRun(SUITES, environment).report()
 
 
-class Look:
+class ReferenceRun:
     """The reference episodes of some suites, being begun in a process that ends with this one."""
 
     def __init__(self, suites: Iterable[str], environment: Mapping[str, str]) -> None:
@@ -108,8 +122,8 @@ class Look:
             stderr=self._said,
         )
 
-    def report(self) -> PassportReport:
-        """Wait for the episodes and judge them."""
+    def report(self) -> PhysicsReport:
+        """Wait for the episodes and compare them."""
         status = self._process.wait()
         self._said.seek(0)
         self._seen.seek(0)
@@ -118,7 +132,7 @@ class Look:
         self.close()
         if status != 0 or not seen:
             raise WorkFailed(f"the simulator does not run here: {said[-1] if said else f'exit status {status}'}")
-        return judge(json.loads(seen[-1]), json.loads(REFERENCES.read_text()), self.suites)
+        return compare(json.loads(seen[-1]), json.loads(REFERENCES.read_text()), self.suites)
 
     def close(self) -> None:
         """End the process, whatever it is at. Safe to call twice."""
@@ -128,15 +142,15 @@ class Look:
         self._seen.close()
 
 
-def judge(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[str] = SUITES) -> PassportReport:
+def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[str] = SUITES) -> PhysicsReport:
     """Compare two observations (dicts as `observe` makes them) of these suites; no simulator needed."""
     findings, suites = [], tuple(suites)
     for package in PACKAGES[:3]:
         if here["versions"][package] != reference["versions"][package]:
             found, wanted = here["versions"][package], reference["versions"][package]
-            findings.append(Finding("warning", f"{package} {found}, references were made with {wanted}", CURE))
+            findings.append(PhysicsFinding("warning", f"{package} {found}, references were made with {wanted}", CURE))
     if "error" in here:
-        findings.append(Finding("refusal", f"the reference episodes do not run: {here['error']}", CURE))
+        findings.append(PhysicsFinding("refusal", f"the reference episodes do not run: {here['error']}", CURE))
     else:
         same_physics_code = not findings
         for name, expected in reference["episodes"].items():
@@ -146,24 +160,26 @@ def judge(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[str]
             findings += _frames(name, here["episodes"][name], expected, here["renderer"], reference["renderer"])
     levels = {finding.level for finding in findings}
     verdict = "refused" if "refusal" in levels else "warning" if levels else "valid"
-    return PassportReport(verdict, tuple(dict.fromkeys(findings)), here["renderer"], here["versions"])
+    return PhysicsReport(verdict, tuple(dict.fromkeys(findings)), here["renderer"], here["versions"])
 
 
-def _states(name: str, here: dict, expected: dict, same_versions: bool) -> list[Finding]:
+def _states(name: str, here: dict, expected: dict, same_versions: bool) -> list[PhysicsFinding]:
     found, wanted = (np.array(side["settled"] + side["moved"]) for side in (here, expected))
     if found.shape != wanted.shape:
-        return [Finding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", CURE)]
+        return [PhysicsFinding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", CURE)]
     off = float(np.abs(found - wanted).max())
     if not off <= STATE_TOLERANCE:  # written so that NaN fails too
-        return [Finding("refusal", f"{name}: other physics, states off by up to {off:.1e}", CURE)]
+        return [PhysicsFinding("refusal", f"{name}: other physics, states off by up to {off:.1e}", CURE)]
     if off > 0.0:
         whose = "another CPU's arithmetic" if same_versions else "other versions"
         what = f"states differ in their last bits ({whose}), so fingerprints will not match other machines'"
-        return [Finding("warning", what, "nothing to mend; keep all arms of a comparison on machines of one kind")]
+        return [
+            PhysicsFinding("warning", what, "nothing to mend; keep all arms of a comparison on machines of one kind")
+        ]
     return []
 
 
-def _frames(name: str, here: dict, expected: dict, renderer: str, reference_renderer: str) -> list[Finding]:
+def _frames(name: str, here: dict, expected: dict, renderer: str, reference_renderer: str) -> list[PhysicsFinding]:
     findings = []
     for camera, frame in here["frames"].items():
         golden = expected["frames"][camera]
@@ -174,11 +190,13 @@ def _frames(name: str, here: dict, expected: dict, renderer: str, reference_rend
         if grey > FRAME_TOLERANCE:
             shade = "darker" if found.mean() < wanted.mean() else "lighter"
             what = f"{name}: the {camera} frame differs by {grey:.1f} grey levels on average and is {shade} overall"
-            findings.append(Finding("refusal", what, CURE))
+            findings.append(PhysicsFinding("refusal", what, CURE))
         else:
             by = f"{renderer!r}" + ("" if renderer == reference_renderer else f" instead of {reference_renderer!r}")
             what = f"frames are not the references' to the last bit (rendered by {by}), so fingerprints will differ"
-            findings.append(Finding("warning", what, "nothing to mend; keep all arms of a comparison on one renderer"))
+            findings.append(
+                PhysicsFinding("warning", what, "nothing to mend; keep all arms of a comparison on one renderer")
+            )
     return findings
 
 

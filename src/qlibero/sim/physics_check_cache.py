@@ -1,4 +1,4 @@
-"""A run's passport: its suite's reference episode is begun here before the first real one, and other physics refused.
+"""A run's physics check: its suite's reference episode is begun before the first real one, other physics are refused.
 
 It takes about five seconds of one core, so it is begun while the policy loads, and what passed is remembered for as
 long as nothing it depends on changes: packages, MuJoCo's library, processor, renderer, references, and the source of
@@ -15,57 +15,40 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from qlibero.cache import cache_directory, keep
-from qlibero.sim.physics_check import PACKAGES, Finding, Look, PassportReport
+from qlibero.sim.physics_check import PACKAGES, PhysicsFinding, PhysicsReport, ReferenceRun
 
 
-class PassportGuard:
+class PhysicsCheck:
     """Begun on entry, ended on exit. `renderer` is OpenGL's own description of itself in `environment`."""
 
     def __init__(self, suite: str, environment: Mapping[str, str], renderer: Mapping[str, str]) -> None:
         self._suite, self._environment = suite, environment
-        self._memory = cache_directory("passport") / f"{_key(suite, environment, renderer)}.json"
+        self._memory = cache_directory("physics") / f"{_key(suite, environment, renderer)}.json"
         self._known = _recall(self._memory)
-        self._look: Look | None = None
+        self._run: ReferenceRun | None = None
 
-    def __enter__(self) -> PassportGuard:
+    def __enter__(self) -> PhysicsCheck:
         if self._known is None:
-            self._look = Look([self._suite], self._environment)
+            self._run = ReferenceRun([self._suite], self._environment)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._look is not None:
-            self._look.close()
+        if self._run is not None:
+            self._run.close()
 
-    def enforce(self) -> PassportReport:
+    def enforce(self) -> PhysicsReport:
         """The report, once it is there. Raises GuardRefusal for other physics or visibly other pictures, WorkFailed
         when the simulator does not run."""
         if self._known is not None:
             return self._known
-        assert self._look is not None, "enter first"
-        report = self._look.report().enforce()
+        assert self._run is not None, "enter first"
+        report = self._run.report().enforce()
         keep(self._memory, json.dumps(asdict(report)))
         return report
-
-
-def in_words(report: PassportReport) -> str:
-    """One line for people."""
-    if report.findings:
-        return f"physics as in the references; {'; '.join(finding.what for finding in report.findings)}"
-    return f"states and frames equal the references to the last bit ({report.renderer})"
-
-
-def on_record(report: PassportReport) -> dict[str, Any]:
-    """For environment.json and meta.json."""
-    return {
-        "verdict": report.verdict,
-        "renderer": report.renderer,
-        "findings": [finding.what for finding in report.findings],
-    }
 
 
 def _key(suite: str, environment: Mapping[str, str], renderer: Mapping[str, str]) -> str:
@@ -110,9 +93,9 @@ def _processor() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs if key.strip() in keys}
 
 
-def _recall(path: Path) -> PassportReport | None:
+def _recall(path: Path) -> PhysicsReport | None:
     try:
         known = json.loads(path.read_text())
-        return PassportReport(**{**known, "findings": tuple(Finding(**finding) for finding in known["findings"])})
+        return PhysicsReport(**{**known, "findings": tuple(PhysicsFinding(**finding) for finding in known["findings"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -75,7 +75,7 @@ def enforce() -> dict[str, Imported]:
     found = {package: imported(package) for package in PACKAGES}
     for one in found.values():
         if one.problem:
-            raise GuardRefusal(f"simulator passport refused: {one.problem}")
+            raise GuardRefusal(f"physics check refused: {one.problem}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Layer by layer: the court's verdict on each kernel, and the quantization error."""
+"""Layer by layer: what validation found of each kernel, and the quantization error."""
 
 from __future__ import annotations
 

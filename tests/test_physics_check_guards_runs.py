@@ -11,14 +11,14 @@ from qlibero import cli
 from qlibero.machine.environment import simulator_environment
 from qlibero.results.ledger import read_ledger
 from qlibero.sim import physics_check, physics_check_cache
-from qlibero.sim.physics_check import Finding, PassportReport
+from qlibero.sim.physics_check import PhysicsFinding, PhysicsReport
 from qlibero.sim.pool import worker_environment
 
 ONE_EPISODE = ("tasks=[0]", "episodes_per_task=1", "max_steps=5", "backends=[baseline]", "quant=null", "workers=1")
 LLVMPIPE = {"renderer": "llvmpipe"}
-ELSEWHERE = PassportReport(
+ELSEWHERE = PhysicsReport(
     "warning",
-    (Finding("warning", "frames rendered by 'NVIDIA H100'", "nothing to mend"),),
+    (PhysicsFinding("warning", "frames rendered by 'NVIDIA H100'", "nothing to mend"),),
     "NVIDIA H100",
     {"mujoco": "3.2.3"},
 )
@@ -30,7 +30,7 @@ def nothing_remembered(tmp_path, monkeypatch):
 
 
 def remembered(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache/qlibero/passport").glob("*.json"))
+    return sorted((tmp_path / "cache/qlibero/physics").glob("*.json"))
 
 
 def run(config: Path, out: Path, *sets: str) -> int:
@@ -62,25 +62,25 @@ class NotAgain:
         raise AssertionError("what passed is remembered")
 
 
-def look_that_finds(report: PassportReport):
-    class Look:
+def look_that_finds(report: PhysicsReport):
+    class ReferenceRun:
         def __init__(self, suites, environment):
             assert list(suites) == ["libero_object"] and "CUDA_VISIBLE_DEVICES" not in environment
             self.ended = False
 
-        def report(self) -> PassportReport:
+        def report(self) -> PhysicsReport:
             return report
 
         def close(self) -> None:
             self.ended = True
 
-    return Look
+    return ReferenceRun
 
 
 def test_another_renderer_is_shown_and_on_record_and_not_refused(tiny_experiment, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(physics_check_cache, "Look", look_that_finds(ELSEWHERE))
+    monkeypatch.setattr(physics_check_cache, "ReferenceRun", look_that_finds(ELSEWHERE))
     assert run(tiny_experiment, tmp_path / "out") == 0
-    assert "simulator passport: physics as in the references; frames rendered by 'NVIDIA H100'" in " ".join(
+    assert "physics check: physics as in the references; frames rendered by 'NVIDIA H100'" in " ".join(
         capfd.readouterr().err.split()
     )
     for file in ("environment.json", "baseline/meta.json"):
@@ -90,18 +90,18 @@ def test_another_renderer_is_shown_and_on_record_and_not_refused(tiny_experiment
             "renderer": "NVIDIA H100",
             "findings": ["frames rendered by 'NVIDIA H100'"],
         }, file
-    monkeypatch.setattr(physics_check_cache, "Look", NotAgain)
+    monkeypatch.setattr(physics_check_cache, "ReferenceRun", NotAgain)
     assert run(tiny_experiment, tmp_path / "out", "episodes_per_task=2") == 0  # the next run pays nothing
 
 
 @pytest.mark.parametrize("change", ["renderer", "library", "source", "suite"])
 def test_what_a_verdict_depends_on_makes_it_void_when_it_changes(tmp_path, monkeypatch, change):
     environment = worker_environment(simulator_environment())
-    monkeypatch.setattr(physics_check_cache, "Look", look_that_finds(ELSEWHERE))
-    with physics_check_cache.PassportGuard("libero_object", environment, LLVMPIPE) as first:
+    monkeypatch.setattr(physics_check_cache, "ReferenceRun", look_that_finds(ELSEWHERE))
+    with physics_check_cache.PhysicsCheck("libero_object", environment, LLVMPIPE) as first:
         first.enforce()
-    monkeypatch.setattr(physics_check_cache, "Look", NotAgain)
-    with physics_check_cache.PassportGuard("libero_object", environment, LLVMPIPE) as known:
+    monkeypatch.setattr(physics_check_cache, "ReferenceRun", NotAgain)
+    with physics_check_cache.PhysicsCheck("libero_object", environment, LLVMPIPE) as known:
         assert known.enforce() == ELSEWHERE
     suite, renderer = "libero_object", LLVMPIPE
     if change == "renderer":
@@ -114,7 +114,7 @@ def test_what_a_verdict_depends_on_makes_it_void_when_it_changes(tmp_path, monke
         suite = "libero_goal"
     with (
         pytest.raises(AssertionError, match="remembered"),
-        physics_check_cache.PassportGuard(suite, environment, renderer),
+        physics_check_cache.PhysicsCheck(suite, environment, renderer),
     ):
         pass
 
@@ -123,9 +123,9 @@ def test_a_run_that_fails_while_it_looks_leaves_no_process():
     environment = worker_environment(simulator_environment())
     with (
         pytest.raises(ZeroDivisionError),
-        physics_check_cache.PassportGuard("libero_object", environment, LLVMPIPE) as begun,
+        physics_check_cache.PhysicsCheck("libero_object", environment, LLVMPIPE) as begun,
     ):
-        process = begun._look._process
+        process = begun._run._process
         assert process.poll() is None
         raise ZeroDivisionError
     assert process.poll() is not None
@@ -136,7 +136,7 @@ def test_a_simulator_that_cannot_run_says_why(monkeypatch):
 
     monkeypatch.setattr(physics_check, "sys", type("sys", (), {"executable": "/bin/false"}))
     with pytest.raises(WorkFailed, match="the simulator does not run here: exit status 1"):
-        physics_check.Look(["libero_object"], {}).report()
+        physics_check.ReferenceRun(["libero_object"], {}).report()
 
 
 def test_every_suite_has_a_reference():

@@ -42,12 +42,12 @@ def test_this_machine_is_not_refused():
 
 
 def test_equal_to_the_last_bit_is_valid(reference, here):
-    assert physics_check.judge(here, reference).verdict == "valid"
+    assert physics_check.compare(here, reference).verdict == "valid"
 
 
 def test_a_darkened_floor_is_refused(reference, here):
     recolour(episode(here, "libero_object")["frames"]["agentview"], lambda grey: grey * 0.8)
-    report = physics_check.judge(here, reference)
+    report = physics_check.compare(here, reference)
     assert report.verdict == "refused"
     assert any("libero_object" in f.what and "darker" in f.what for f in report.findings)
     with pytest.raises(GuardRefusal, match="mujoco==3.2.3"):
@@ -57,7 +57,7 @@ def test_a_darkened_floor_is_refused(reference, here):
 @pytest.mark.parametrize("change", [1e-3, float("nan")])
 def test_other_physics_are_refused(reference, here, change):
     episode(here, "libero_spatial")["settled"][5] += change
-    report = physics_check.judge(here, reference)
+    report = physics_check.compare(here, reference)
     assert report.verdict == "refused" and any("other physics" in finding.what for finding in report.findings)
 
 
@@ -66,14 +66,14 @@ def test_another_renderer_is_a_warning_that_names_it(reference, here):
     for seen in here["episodes"].values():
         for frame in seen["frames"].values():
             recolour(frame, lambda grey: grey + 1)
-    report = physics_check.judge(here, reference)
+    report = physics_check.compare(here, reference)
     assert report.verdict == "warning" and len(report.findings) == 1  # said once, not once a frame
     assert "NVIDIA H100" in report.findings[0].what and "llvmpipe" in report.findings[0].what
 
 
 def test_another_cpu_is_a_warning(reference, here):
     episode(here, "libero_goal")["moved"][7] += 1e-13
-    report = physics_check.judge(here, reference)
+    report = physics_check.compare(here, reference)
     assert report.verdict == "warning" and "CPU" in report.findings[0].what
 
 
@@ -81,6 +81,6 @@ def test_a_mujoco_under_which_robosuite_raises_is_refused(reference, here):
     here["versions"]["mujoco"] = "3.4.0"
     del here["episodes"]
     here["error"] = "TypeError: mj_fullM(): incompatible function arguments"
-    report = physics_check.judge(here, reference)
+    report = physics_check.compare(here, reference)
     assert report.verdict == "refused"
     assert [finding.level for finding in report.findings] == ["warning", "refusal"]

@@ -11,7 +11,7 @@ from qlibero.errors import GuardRefusal
 from qlibero.kernels.cpu_int4 import CpuInt4
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.linear import QuantLinear
-from qlibero.quant.policy_check import hear_witness
+from qlibero.quant.policy_check import check_policy
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def policy():
 
 
 def ask(policy, quantized, artifact):
-    return hear_witness(policy, quantized, artifact, observations(1)[0], noises(1, policy.noise_shape)[0])
+    return check_policy(policy, quantized, artifact, observations(1)[0], noises(1, policy.noise_shape)[0])
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def ask(policy, quantized, artifact):
 def test_an_honest_policy_consumes_int8_in_every_layer_and_changes_no_action(policy, changes):
     artifact = made(policy, **changes)
     quantized = quantize_policy(policy, artifact, "cpu_int4")
-    testimony = ask(policy, quantized, artifact)
-    assert testimony.layers_consuming_int8 == sum(layer.executed for layer in artifact.layers)
-    assert testimony.action_difference == 0.0
+    found = ask(policy, quantized, artifact)
+    assert found.layers_consuming_int8 == sum(layer.executed for layer in artifact.layers)
+    assert found.action_difference == 0.0
     transforms = [m.transform for m in quantized.model.modules() if isinstance(m, QuantLinear)]
     assert not any("quantize" in t.__dict__ for t in transforms)  # nobody listens afterwards
 
@@ -74,7 +74,7 @@ def test_a_fused_transform_that_lies_is_refused():
     """All backends share its codes, so it is held against torch itself."""
     from qlibero.errors import GuardRefusal
     from qlibero.kernels.contract import quantize_activations
-    from qlibero.quant.transform import Transform, attest
+    from qlibero.quant.transform import Transform, verify_fused
 
     blocks = torch.linalg.qr(torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(3)))[0].bfloat16()
     transform = Transform(first=blocks, order=torch.randperm(64).int(), second=blocks.flip(0))
@@ -88,8 +88,8 @@ def test_a_fused_transform_that_lies_is_refused():
     def right_for_one_row(x):
         return honest(x if len(x) == 1 else x.roll(1, 0))
 
-    attest(honest, transform, 64, torch.device("cpu"))
-    attest(quantize_activations, Transform(), 64, torch.device("cpu"))  # rtn: nothing before the quantizer
+    verify_fused(honest, transform, 64, torch.device("cpu"))
+    verify_fused(quantize_activations, Transform(), 64, torch.device("cpu"))  # rtn: nothing before the quantizer
     for liar in (forgets_the_second_rotation, right_for_one_row):
         with pytest.raises(GuardRefusal, match="other codes than torch"):
-            attest(liar, transform, 64, torch.device("cpu"))
+            verify_fused(liar, transform, 64, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The risk: a kernel that is wrong, or that skips the arithmetic it claims, and a court that does not notice."""
+"""The risk: a kernel that is wrong, or that skips the arithmetic it claims, and a validation that does not notice."""
 
 from __future__ import annotations
 
@@ -267,19 +267,21 @@ def test_auto_refuses_when_nothing_real_passes(monkeypatch):
 def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch):
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
     assert validation.check(LAYERS, "cpu_int4")[0].cached
-    assert validation.standing("cpu_int4").startswith("passed 2 shapes on")
+    assert validation.validation_status("cpu_int4").startswith("passed 2 shapes on")
     monkeypatch.setattr(validation, "_source_hash", lambda: "another source")
-    assert validation.standing("cpu_int4") == "unproven"  # the kernel that passed is not the one that would run
+    assert (
+        validation.validation_status("cpu_int4") == "unproven"
+    )  # the kernel that passed is not the one that would run
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
     monkeypatch.setattr(validation.torch, "__version__", "9.9")
-    assert validation.standing("cpu_int4") == "unproven"
+    assert validation.validation_status("cpu_int4") == "unproven"
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
 
 
 def test_what_others_left_in_the_cache_is_passed_over():
     validation.check(LAYERS, "cpu_int4")
-    proven = validation.standing("cpu_int4")
-    ours = list(cache_directory("court").glob("cpu_int4-*.json"))
+    proven = validation.validation_status("cpu_int4")
+    ours = list(cache_directory("kernels").glob("cpu_int4-*.json"))
     known = json.loads(ours[0].read_text())
     old = {key: value for key, value in known["facts"].items() if key != "processor"}
     foreign = [
@@ -294,10 +296,13 @@ def test_what_others_left_in_the_cache_is_passed_over():
     for i, entry in enumerate(foreign):
         ours[0].with_name(f"cpu_int4-{i}.json").write_text(json.dumps(entry))
     ours[0].with_name("cpu_int4-torn.json").write_bytes(b"\xff{")
-    assert validation.standing("cpu_int4") == proven
+    assert validation.validation_status("cpu_int4") == proven
     for path in ours:
         path.write_text("null")
-    assert validation.standing("cpu_int4") == "unproven" and validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
+    assert (
+        validation.validation_status("cpu_int4") == "unproven"
+        and validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
+    )
 
 
 def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatch):
@@ -308,7 +313,7 @@ def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatc
                 validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
                 and not validation.check(LAYERS, "cpu_int4")[0].cached
             )
-    assert validation.standing("cpu_int4") == "unproven"
+    assert validation.validation_status("cpu_int4") == "unproven"
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
 
 
@@ -336,7 +341,7 @@ def test_16_bit_activations_are_never_credited_to_a_kernel():
 
 def test_failures_are_not_remembered(lying):
     validation.check(LAYERS, "liar")
-    assert validation.check(LAYERS, "liar")[0].cached is False and validation.standing("humming") == "unproven"
+    assert validation.check(LAYERS, "liar")[0].cached is False and validation.validation_status("humming") == "unproven"
 
 
 def test_what_a_machine_lacks_is_a_verdict_not_a_crash():
@@ -358,7 +363,7 @@ def test_unknown_names_are_the_users_error():
         pi05_layers(group_size=7)
 
 
-def test_the_court_passes_every_compact_shape_on_this_machine():
+def test_every_compact_shape_passes_on_this_machine():
     for backend in ("fake", "cpu_int4"):
         verdicts = validation.check(
             [layer for layer in compact_layers() if layer.name.startswith(("XS", "M"))], backend
