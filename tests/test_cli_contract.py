@@ -65,7 +65,7 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
         (["run", "x.yaml", "--out", "x.yaml"], "argument --out: 'x.yaml' is there and is no directory"),
         (["sweep", "x.yaml", "--out", "a" * 300], "a part of more than 255 bytes"),
         ([], "say what each costs in success"),
-        (["ls"], "suites, policies, backends, experiments, artifacts"),
+        (["ls"], "suites, protocols, policies, backends, experiments, artifacts"),
         (["film", "nowhere", "--task", "3", "--init", "7"], "nowhere: no run directory"),
         (["ls", "planets"], "invalid choice: 'planets'"),
         (["config", "show"], "name a CONFIG"),

@@ -140,6 +140,19 @@ def build_parser() -> Parser:
         help="exit with status 4 if an arm has one of these, e.g. inferior,worse",
     )
 
+    command = add(
+        "explain-gap",
+        do.explain_gap,
+        "say in which constants a run differs from a published protocol or another result, most likely cause first",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="a run's directory or an exported table")
+    command.add_argument(
+        "other",
+        metavar="OTHER",
+        help="a protocol that `ls protocols` lists, e.g. openpi; a result file of another tool; or another run",
+    )
+    command.add_argument("--arm", metavar="NAME", help="which arm (default: baseline)")
+
     command = add("export", do.export, "write the episodes of runs as one table, to analyse or to publish")
     arguments.runs(command)
     command.add_argument(
@@ -303,7 +316,7 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", do.ls, "list what there is to choose from")
-    lists = ("suites", "policies", "backends", "experiments", "artifacts")
+    lists = ("suites", "protocols", "policies", "backends", "experiments", "artifacts")
     command.add_argument("what", choices=lists, metavar="WHAT", help=", ".join(lists))
     return parser
 

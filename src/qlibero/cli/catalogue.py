@@ -27,6 +27,21 @@ def suites() -> Rows:
     ]
 
 
+def protocols() -> Rows:
+    """The published protocols that `explain-gap` knows."""
+    from qlibero.results.protocols import protocols as published
+
+    shown = ("replan_steps", "max_steps", "resolution", "mujoco", "seed")
+    return [
+        {
+            "protocol": p.name,
+            "of": p.about,
+            **{name: p.constants[name].value if name in p.constants else None for name in shown},
+        }
+        for p in published().values()
+    ]
+
+
 def policies() -> Rows:
     """The policies under configs/policies, and whether their files are here."""
     from qlibero.config.yaml_source import read

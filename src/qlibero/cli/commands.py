@@ -115,6 +115,22 @@ def export(args: argparse.Namespace) -> Document:
     return document
 
 
+def explain_gap(args: argparse.Namespace) -> Document:
+    from qlibero.results.explain_gap import explain_gap as explained
+
+    found = explained(args.run_dir, args.other, args.arm)
+    rows = [
+        {"": d.likely, "constant": d.constant, "here": d.here, "there": d.there, "known of it": d.known}
+        for d in found.differences
+    ]
+    rate = f", {found.other_rate[0]}/{found.other_rate[1]} there" if found.other_rate else ""
+    table(rows, title=f"{found.arm} ({found.rate[0]}/{found.rate[1]}{rate}) against {found.other}, likeliest first")
+    if found.unknown:
+        explain(f"not known of one side: {', '.join(found.unknown)}")
+    explain(f"equal: {', '.join(found.equal) or 'nothing that both say'}")
+    return found.to_json()
+
+
 def film(args: argparse.Namespace) -> Document:
     from qlibero.cli.progress import PhaseProgress
     from qlibero.run.filming import film_run
