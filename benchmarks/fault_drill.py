@@ -40,6 +40,7 @@ MARK = "QLIBERO_DRILL"  # in the environment of everything the drill starts: how
 DISK_MB = 96
 A_ROUND = 25  # faults at most, then it is left to finish
 HANG_S = 600  # without a new episode for so long, something hangs
+IDLE_ROUNDS = 4  # without a single fault: the kinds that are left never find their moment
 CONFIG = """
 extends: {repository}/configs/policies/untrained.yaml
 policy: {{flow_steps: 2, replan_steps: 10}}
@@ -161,6 +162,9 @@ class Drill:
             )
             self.rounds_path.write_text(json.dumps(self.rounds, indent=1))
             say(json.dumps(self.rounds[-1]))
+            if not any(r["faults"] for r in self.rounds[-IDLE_ROUNDS:]) and len(self.rounds) >= IDLE_ROUNDS:
+                left = [kind for kind in self.quota if self.quota[kind] > self.injected[kind]]
+                raise SystemExit(f"{IDLE_ROUNDS} rounds without an occasion for: {', '.join(left)}")
         self.report()
         return self.injected.total() >= self.quota.total()
 
@@ -188,7 +192,7 @@ class Drill:
                         break
                     self.flip_a_byte(out)
                     launcher = self.sweep(out, "local")
-                time.sleep(self.rng.uniform(2.0, 6.0))
+                self.wait_a_while()
                 self.watch(out)
                 victims = self.victims(launcher, out)
                 if kind := self.choose(victims):
@@ -234,6 +238,15 @@ class Drill:
         say(f"     Slurm's logs: {kept}")
 
     # ------------------------------------------------------------------------------------------------ the faults
+    def wait_a_while(self) -> None:
+        """2 to 6 s, or until wandb's service is there: where nothing disturbs it, it lives less than a second."""
+        until = time.monotonic() + self.rng.uniform(2.0, 6.0)
+        while time.monotonic() < until:
+            if self.remaining(SERVICE_KILLED) and self.processes(PROCESS[SERVICE_KILLED]):
+                time.sleep(self.rng.uniform(0.0, 0.3))
+                return
+            time.sleep(0.05)
+
     def victims(self, launcher: subprocess.Popen, out: Path) -> dict[str, list[int]]:
         """Per kind the processes that can be hit right now. Nothing that would end a stopped worker before the run
         has noticed that it hangs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 from qlibero import cli
-from qlibero.cli import app, commands
+from qlibero.cli import outcomes
+from qlibero.cli.commands import installation
+from qlibero.cli.parser import build_parser
 from qlibero.config.load import load_experiment
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
@@ -66,7 +69,8 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
         (["sweep", "x.yaml", "--out", "a" * 300], "a part of more than 255 bytes"),
         ([], "say what each costs in success"),
         (["ls"], "suites, protocols, policies, backends, experiments, artifacts"),
-        (["film", "nowhere", "--task", "3", "--init", "7"], "nowhere: no run directory"),
+        (["videos", "nowhere", "--task", "3", "--init", "7"], "nowhere: no run directory"),
+        (["film", "nowhere"], "nowhere: no run directory"),
         (["ls", "planets"], "invalid choice: 'planets'"),
         (["config", "show"], "name a CONFIG"),
         (["compare", "nowhere"], "nowhere: no such run directory"),
@@ -114,7 +118,7 @@ def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monke
         subprocess.run(["echo", "from a child"], check=True)
         return {"answer": 42}
 
-    monkeypatch.setattr(commands, "ls", chatty)
+    monkeypatch.setattr(installation, "ls", chatty)
     assert cli.main(["ls", "suites"]) == 0
     out, err = capfd.readouterr()
     assert out == '{"answer": 42}\n'
@@ -130,7 +134,7 @@ def test_no_library_can_speak_on_stdout(capfd: pytest.CaptureFixture[str], monke
         (KeyboardInterrupt(), 130),
         (OSError(28, "No space left on device", "/x"), 1),
         (ZeroDivisionError("defect"), 1),
-        (commands.Incomplete("errors", {"a": 1}), 1),
+        (outcomes.Incomplete("errors", {"a": 1}), 1),
     ],
 )
 def test_each_kind_of_failure_has_its_status(
@@ -139,11 +143,11 @@ def test_each_kind_of_failure_has_its_status(
     def failing(args: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(commands, "ls", failing)
+    monkeypatch.setattr(installation, "ls", failing)
     assert cli.main(["ls", "suites"]) == status
     out, err = capfd.readouterr()
     last = json.loads(out)
-    assert last == {"a": 1} if isinstance(raised, commands.Incomplete) else last["error"]["exit_status"] == status
+    assert last == {"a": 1} if isinstance(raised, outcomes.Incomplete) else last["error"]["exit_status"] == status
     assert ("Traceback" in err) == isinstance(raised, OSError | ZeroDivisionError)
 
 
@@ -151,14 +155,14 @@ def test_sigterm_ends_like_ctrl_c() -> None:
     sleeper = """
 import sys, time
 from qlibero import cli
-from qlibero.cli import commands
+from qlibero.cli.commands import installation
 from qlibero.config.load import load_experiment
 
 def wait(args):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(300)
 
-commands.ls = wait
+installation.ls = wait
 print(cli.main(["ls", "suites"]))
 """
     process = subprocess.Popen(
@@ -177,21 +181,21 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
         assert done.returncode == 0 and done.stdout.startswith(f"usage: qlibero {' '.join(path)}".rstrip()), done.stderr
         parser = parser_of(path)
         for action in parser._actions:
-            assert action.help or isinstance(action, app.argparse._SubParsersAction) or action.choices, (
+            assert action.help or isinstance(action, argparse._SubParsersAction) or action.choices, (
                 f"{path}: {action.dest}"
             )
 
     def parser_of(path: tuple[str, ...]) -> Any:
-        parser = app.build_parser()
+        parser = build_parser()
         for word in path:
-            parser = next(a for a in parser._actions if isinstance(a, app.argparse._SubParsersAction)).choices[word]
+            parser = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[word]
         return parser
 
     pages()
     for word, command in next(
-        a for a in app.build_parser()._actions if isinstance(a, app.argparse._SubParsersAction)
+        a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)
     ).choices.items():
-        if not any(isinstance(a, app.argparse._SubParsersAction) for a in command._actions):
+        if not any(isinstance(a, argparse._SubParsersAction) for a in command._actions):
             assert parser_of((word,)).description, word
     pages("run")
     imported = subprocess.run(

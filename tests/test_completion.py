@@ -29,9 +29,9 @@ def complete(line: str, directory) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered", "never"),
     [
-        ("qlibero ", ["run", "open", "film", "status"], ["runn"]),
+        ("qlibero ", ["run", "open", "videos", "film", "status"], ["runn"]),
         ("qlibero st", ["status"], ["run"]),
-        ("qlibero film run --a", ["--arm"], ["--task"]),
+        ("qlibero videos run --a", ["--arm"], ["--task"]),
         ("qlibero ls ", ["suites", "artifacts"], []),
         ("qlibero sweep baseline --engine s", ["slurm"], ["ray"]),
         ("qlibero run base", ["baseline"], []),

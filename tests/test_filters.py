@@ -1,4 +1,4 @@
-"""Risk: --arm, --task or --init shows, counts or films other episodes than were asked for, or none without a word."""
+"""Risk: --arm, --task or --init shows, counts or records other episodes than were asked for, or none without a word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlibero.errors import UserError
 from qlibero.launch.status import status
 from qlibero.results.export import export_episodes
 from qlibero.results.ledger import read_ledger
-from qlibero.run.filming import wanted_episodes
+from qlibero.run.record_videos import wanted_episodes
 
 FILTERS = [
     (dict(), 4, {(0, 0), (0, 1), (0, 2), (0, 3)}, {"baseline", "w4a8"}),
@@ -41,7 +41,7 @@ def synthetic(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("filters", "count", "episodes", "arms"), FILTERS)
-def test_film_takes_the_episodes_that_are_asked_for(synthetic, filters, count, episodes, arms):
+def test_videos_are_of_the_episodes_that_are_asked_for(synthetic, filters, count, episodes, arms):
     experiment = load_experiment(synthetic / "experiment.yaml", environ={}, check_files=False)
     found = wanted_episodes(experiment, synthetic, count, **filters)
     assert {(one.task, one.init) for one in found} == episodes and {one.arm for one in found} == arms
@@ -55,7 +55,7 @@ def test_film_takes_the_episodes_that_are_asked_for(synthetic, filters, count, e
         (dict(tasks=[1], inits=[1], arms=["w4a8"]), "fits --task 1 --init 1 --arm w4a8"),
     ],
 )
-def test_film_says_what_is_not_there(synthetic, filters, message):
+def test_videos_say_what_is_not_there(synthetic, filters, message):
     experiment = load_experiment(synthetic / "experiment.yaml", environ={}, check_files=False)
     with pytest.raises(UserError, match=message):
         wanted_episodes(experiment, synthetic, 4, **filters)

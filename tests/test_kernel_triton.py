@@ -161,10 +161,11 @@ def either_way(request, monkeypatch):
         monkeypatch.setattr(triton_prologue, "LITTLE", 0)
 
 
-@pytest.mark.parametrize("m", [3, 65])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kinds", ["sfor", "f", "For", "or", "R", "sF", "fo", "sr"])
-def test_rotations_are_the_transform_to_float_error_and_rounding_follows_the_contract(either_way, m, dtype, kinds):
+@pytest.mark.parametrize(
+    "kinds,m", [*((kinds, 3) for kinds in ("sfor", "f", "For", "or", "R", "sF", "fo", "sr")), ("sfor", 33)]
+)
+def test_rotations_are_the_transform_to_float_error_and_rounding_follows_the_contract(either_way, kinds, m, dtype):
     torch.manual_seed(0)
     made = factors(32, 16, kinds)
     x = (torch.randn(m, 32) * torch.exp(torch.randn(32))).to(dtype)
@@ -172,15 +173,25 @@ def test_rotations_are_the_transform_to_float_error_and_rounding_follows_the_con
     assert_the_transform(triton_prologue.Prologue(made, 32), made, x, 8, 0.9)
 
 
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("m", [1, 5, 130], ids=str)
-def test_every_block_size_and_ragged_tokens(either_way, block, m):
+def assert_the_transform_of_blocks(block, m):
     torch.manual_seed(block)
     k, made = 3 * block, factors(3 * block, block, "for")
     x = torch.randn(m, k) * torch.exp(3 * torch.randn(k))
     prologue = triton_prologue.Prologue(made, k)
     assert_the_transform(prologue, made, x)
     assert_the_transform(prologue, made, x.bfloat16())
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("m", [1, 5])
+def test_every_block_size_and_ragged_tokens(either_way, block, m):
+    assert_the_transform_of_blocks(block, m)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_every_block_size_at_more_tokens_than_a_tile_has(monkeypatch, block):
+    monkeypatch.setattr(triton_prologue, "LITTLE", 0)
+    assert_the_transform_of_blocks(block, 130)
 
 
 def test_three_bfloat16_pieces_are_an_fp32_number(monkeypatch):
@@ -194,9 +205,8 @@ def test_three_bfloat16_pieces_are_an_fp32_number(monkeypatch):
     assert torch.equal(codes, expected) and torch.equal(scales, s_x)
 
 
-@pytest.mark.parametrize("m", [2, 65])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_row_cannot_pass_unnoticed(either_way, m, bad):
+@pytest.mark.parametrize("bad,m", [(float("nan"), 2), (float("inf"), 2), (float("nan"), 33)])
+def test_a_non_finite_row_cannot_pass_unnoticed(either_way, bad, m):
     torch.manual_seed(0)
     x = torch.randn(m, 32)
     x[1, 5] = bad
@@ -246,7 +256,7 @@ def test_the_kernels_compile_from_ampere_to_hopper_without_spills_or_contraction
             sys.executable,
             "benchmarks/triton_resources.py",
             "--sm",
-            "80,86,89,90",
+            "86,90",  # the least shared memory and the most; 80, 89, 100 and 120 by hand
             "--only",
             "gemm 16,scale,little B=64,few",
         ],
@@ -257,7 +267,7 @@ def test_the_kernels_compile_from_ampere_to_hopper_without_spills_or_contraction
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["kernels"]
-    assert len(rows) == 28
+    assert len(rows) == 14
     for row in rows:
         assert row["spilled_bytes"] == 0 and row["fits"], row
         if row["kernel"].startswith(("gemm", "scale")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlibero import quoting
-from qlibero.cli.commands import explain
+from qlibero.cli.outcomes import explain
 from qlibero.console import console, table
 from qlibero.reporting.html.markup import el, join
 

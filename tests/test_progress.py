@@ -25,7 +25,7 @@ with PhaseProgress() as progress:
     progress.say("artifact found")
     progress.stop()
     print("THE VERDICT")
-    doing("filming", 0, 2); time.sleep(0.3)
+    doing("recording videos", 0, 2); time.sleep(0.3)
 """
 
 
@@ -48,7 +48,7 @@ def in_a_terminal(code: str) -> str:
 def test_every_phase_has_a_live_line_with_its_count_and_eta():
     text = in_a_terminal(SHOW)
     calibrating = "1/3 calibrating: input groups [cu13]"
-    said = ("loading the policy", calibrating, "artifact found", "THE VERDICT", "0/2 filming")
+    said = ("loading the policy", calibrating, "artifact found", "THE VERDICT", "0/2 recording videos")
     order = list(map(text.index, said))
     assert order == sorted(order)
     assert "about 0:00:0" in text

@@ -97,9 +97,9 @@ def test_a_complete_run_is_shown_without_running_anything(tmp_path, tiny_experim
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("episodes-*.jsonl")} == before
 
 
-def test_filming_afterwards_replays_the_very_episodes(undisturbed, reference):
-    for expected in (len(ARMS), 0):  # what is filmed already stays
-        process = qlibero("film", undisturbed, "--episodes", 1)
+def test_videos_afterwards_replay_the_very_episodes(undisturbed, reference):
+    for expected in (len(ARMS), 0):  # what has a video already stays
+        process = qlibero("videos", undisturbed, "--episodes", 1)
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert len(json.loads(stdout.splitlines()[-1])["videos"]) == expected

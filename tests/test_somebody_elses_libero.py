@@ -96,15 +96,15 @@ def test_a_file_changed_in_its_place_is_named(tmp_path):
     assert "macros_private.py" in look()["problem"]
 
 
-def test_a_film_is_not_made_with_another_simulator(tmp_path, tiny_experiment, monkeypatch):
+def test_a_video_is_not_made_with_another_simulator(tmp_path, tiny_experiment, monkeypatch):
     """A replay whose fingerprint happens to agree would still show other textures."""
     from qlibero.config.dump import dump_resolved
     from qlibero.config.load import load_experiment
     from qlibero.errors import GuardRefusal
-    from qlibero.run.filming import film_run
+    from qlibero.run.record_videos import record_videos
     from qlibero.sim import provenance
 
     (tmp_path / "experiment.yaml").write_text(dump_resolved(load_experiment(tiny_experiment)))
     monkeypatch.setattr(provenance, "PACKAGES", {"pytest": ("robosuite",)})
     with pytest.raises(GuardRefusal, match="physics check refused: pytest is imported from"):
-        film_run(tmp_path, 1)
+        record_videos(tmp_path, 1)

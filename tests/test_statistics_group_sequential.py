@@ -87,11 +87,11 @@ def trinomial_paths(looks, psi, runs, seed):
 @pytest.mark.parametrize("pairs", [100, 500, 2000])
 @pytest.mark.parametrize("psi", [0.02, 0.03, 0.05, 0.08, 0.22, 0.4])
 def test_neither_wrong_verdict_is_more_frequent_than_alpha(pairs, psi):
-    """Δ = −margin, the hardest truth, without futility, which only makes errors rarer. 200,000 runs each: a true rate
+    """Δ = −margin, the hardest truth, without futility, which only makes errors rarer. 50,000 runs each: a true rate
     of 2.5 % stays below the bound in 99.99 % of such simulations; Tango's own upper side has 3.6 % at ψ = 2.5 %."""
     from qlibero.stats.group_sequential import evidence
 
-    looks, runs = declared_looks(pairs, 20, 20), 200_000
+    looks, runs = declared_looks(pairs, 20, 20), 50_000
     broken, repaired = trinomial_paths(looks, psi, runs, seed=pairs)
     going, wrong = np.ones(runs, bool), [0, 0]
     for k, bar in enumerate(critical_values(looks, 0.025)):

@@ -32,7 +32,7 @@ RUNS = Path(os.environ.get("QLIBERO_HOME") or CHECKOUT or Path.cwd()).expanduser
 """Run directories without --out."""
 
 SCRATCH = "QLIBERO_SCRATCH"
-"""Variable that names a directory of the node's own for what only this process needs (a run's films until it ends)."""
+"""Variable that names a directory of the node's own for what only this process needs (a run's videos until it ends)."""
 
 
 def scratch() -> Path:
@@ -66,7 +66,7 @@ def experiment_file(text: str) -> Path:
 
 COMMAND = re.compile(
     r"(?<![\w./'\"-])(?:"
-    r"(?P<qlibero>qlibero)(?= (?:run|plan|sweep|status|compare|report|film|export|quantize|inspect|kernels|serve"
+    r"(?P<qlibero>qlibero)(?= (?:run|plan|sweep|status|compare|report|videos|film|export|quantize|inspect|kernels|serve"
     r"|checkpoint|config|dashboard|doctor|ls)\b|`)"
     r"|(?P<tool>wandb(?= (?:sync|login)\b)|trackio(?= show\b)|pip(?= install\b)|python(?= -m qlibero\b))"
     r"|(?P<script>(?:\./)?scripts/\w+\.sh)"

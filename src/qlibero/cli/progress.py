@@ -1,4 +1,4 @@
-"""What `qlibero run` and `film` show while they work: a line that lives, or plain lines when nobody watches.
+"""What `qlibero run` and `videos` show while they work: a line that lives, or plain lines when nobody watches.
 
 Every phase has its line: what is under way (`activity`), how far, how long it has taken and what is left of it. What is
 left of a run counts from its first episode on, so that start-up, which does not come again, makes no ETA longer.

@@ -160,7 +160,7 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
     """Run what one shard still lacks. `watchers` are run_experiment's on_start, on_episode and say.
 
     Returns {"cell", "shard": [index, count], "complete", "run_dir", "arithmetic"}. Mirrors
-    belong to whole runs, so a shard has none; a number of videos is filmed by the first shard.
+    belong to whole runs, so a shard has none; a number of videos is recorded by the first shard.
     """
     shard = manifest.shard(index)
     cell = manifest.cell(shard)

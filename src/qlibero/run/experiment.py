@@ -126,7 +126,7 @@ def run_experiment(
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
 
     `most_pairs`: run no more than so many of the missing pairs now, the first ones.
-    `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: films, mirrors.
+    `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: videos, mirrors.
     "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
     simulator has other physics than the references (`sim/physics_check_cache.py`);
@@ -220,9 +220,9 @@ def _run(
     from qlibero.machine.environment import describe, simulator_environment
     from qlibero.run.arms import load_arms
     from qlibero.run.episode import PlannedEpisode
-    from qlibero.run.films import Films
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, run_episodes
+    from qlibero.run.videos import Videos
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
@@ -267,7 +267,7 @@ def _run(
     )
 
     names = [arm.name for arm in experiment.arms()]
-    films = Films(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)], say)
+    videos = Videos(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)], say)
 
     def on_record(record: EpisodeRecord, trajectory) -> None:
         record = replace(
@@ -280,7 +280,7 @@ def _run(
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         record = ledgers[record.arm].append(record, trajectory)
-        films.finished(record)
+        videos.finished(record)
         if sequential is not None:
             sequential.add(record)
         on_episode(record)
@@ -292,18 +292,18 @@ def _run(
     def needs(arm: str) -> bool:  # after a wrong kernel no further episode is begun
         return not any(one.wrong for one in watched.values()) and (sequential is None or sequential.needs(arm))
 
-    with films, start_pool(experiment, len(missing), say) as pool:
-        settings = replace(settings, films=films.directory)
+    with videos, start_pool(experiment, len(missing), say) as pool:
+        settings = replace(settings, videos=videos.directory)
         doing("episodes", pool.workers)
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(plan, policies, pool, settings, on_record, needs, on_call)
-            films.fill()
+            videos.fill()
             right = _try_kernels_again(run_dir, watched, ledgers, say)
-            on_result(run_dir)  # a flip that an earlier call ran half of is still to be filmed: that can wait
+            on_result(run_dir)  # a flip that an earlier call ran half of is still to be recorded: that can wait
             if right:
-                replay(run_dir, films.lacking(), pool, experiment.protocol, say)
+                replay(run_dir, videos.lacking(), pool, experiment.protocol, say)
         finally:
             ended += mirrors.finish()
             for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):

@@ -1,6 +1,6 @@
-"""Videos after the fact: an episode is pure, so its recorded actions replayed give the same episode, now filmed.
+"""Videos after the fact: an episode is pure, so its recorded actions replayed give the same episode, now recorded.
 
-For episodes that no run recorded (`run.films`): of other shards, of earlier calls, or asked for by name. It checks
+For episodes that no run recorded (`run.videos`): of other shards, of earlier calls, or asked for by name. It checks
 purity once more, because the replay's fingerprint and outcome must equal the record's. Frames are those that the policy
 was shown: rendering every step would cost several times the episode.
 """
@@ -30,17 +30,17 @@ def replay(
     protocol: str,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """`film` these episodes into their run directory, those whose actions are there; returns the videos."""
+    """`record` these episodes into their run directory, those whose actions are there; returns the videos."""
     found = ((record, read_trajectory(run_dir, record), video_path(run_dir, record)) for record in records)
     wanted = [(record, rows, path) for record, rows, path in found if rows is not None]
     if not wanted:
         return []
-    say(f"filming {len(wanted)} episodes by replaying their actions; Ctrl-C ends it and keeps everything")
-    doing("filming", 0, len(wanted))
-    return film(wanted, pool, protocol, lambda done: doing("filming", done, len(wanted)))
+    say(f"recording videos of {len(wanted)} episodes by replaying their actions; Ctrl-C ends it and keeps everything")
+    doing("recording videos", 0, len(wanted))
+    return record_all(wanted, pool, protocol, lambda done: doing("recording videos", done, len(wanted)))
 
 
-def film(
+def record_all(
     episodes: Sequence[tuple[EpisodeRecord, np.ndarray, Path]],
     pool: SimulatorPool,
     protocol: str,
@@ -52,26 +52,26 @@ def film(
     and when a video cannot be written. A simulator that dies costs its video, nothing else.
     """
     waiting = deque(episodes)
-    filming: dict[int, tuple[EpisodeRecord, np.ndarray, Path]] = {}
+    running: dict[int, tuple[EpisodeRecord, np.ndarray, Path]] = {}
     written: list[Path] = []
 
     def start(worker: int) -> None:
         if not waiting:
             return
-        record, trajectory, path = filming[worker] = waiting.popleft()
+        record, trajectory, path = running[worker] = waiting.popleft()
         path.parent.mkdir(parents=True, exist_ok=True)
         pool.start(worker, Assignment(record.key, protocol, record.steps, path))
 
     for worker in range(pool.workers):
         start(worker)
-    while filming:
+    while running:
         for event in pool.wait(1.0):
-            record, trajectory, path = filming[event.worker]
+            record, trajectory, path = running[event.worker]
             if isinstance(event, Observed):
                 until = event.step + (record.replan_steps or REPLAN_STEPS)
                 pool.act(event.worker, trajectory[event.step : until, :7])
                 continue
-            del filming[event.worker]
+            del running[event.worker]
             if isinstance(event, Finished):
                 try:
                     _same_episode(record, event)

@@ -20,7 +20,7 @@ import numpy as np
 from qlibero.policies.base import Observation, Policy
 from qlibero.results.records import EpisodeRecord
 from qlibero.run.episode import PlannedEpisode, RunningEpisode
-from qlibero.run.films import film_path
+from qlibero.run.videos import scratch_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
 OnRecord = Callable[[EpisodeRecord, np.ndarray | None], None]
@@ -31,14 +31,14 @@ OnCall = Callable[[str, Sequence[Observation], np.ndarray, np.ndarray, float], N
 class RolloutSettings:
     """What the episodes of a run have in common. `max_steps` is in control steps, without the settle steps.
 
-    `films`: a directory in which each finished episode leaves what it saw, at `film_path`.
+    `videos`: a directory in which each finished episode leaves what it saw, at `scratch_path`.
     """
 
     protocol: str
     max_steps: int
     replan_steps: int
     retries: int
-    films: Path | None = None
+    videos: Path | None = None
 
 
 class _Queue:
@@ -98,8 +98,8 @@ def run_episodes(
             return
         episode, attempt = following
         running[worker] = RunningEpisode(episode, attempt)
-        film = settings.films and film_path(settings.films, episode.arm, episode.key)
-        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, film))
+        video = settings.videos and scratch_path(settings.videos, episode.arm, episode.key)
+        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video))
 
     for worker in range(pool.workers):
         start(worker)

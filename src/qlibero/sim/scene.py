@@ -126,7 +126,7 @@ class Scene:
         return bool(env._check_success())
 
     def look(self) -> SimObservation:
-        """What is to be seen now, for a film's last frame: rendering it leaves the solver where it is."""
+        """What is to be seen now, for a video's last frame: rendering it leaves the solver where it is."""
         return self._observe()
 
     def eef_position(self) -> np.ndarray:

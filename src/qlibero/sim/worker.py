@@ -127,18 +127,18 @@ class Worker:
         rows = np.array(self.trajectory, np.float32).reshape(-1, ROW)
         sim_ms, render_ms = self._times()  # the last frame is for the video only, so in nobody's times
         if self.video is not None:
-            self._film(scene.look())
-            self._film()
+            self._record(scene.look())
+            self._record()
         self.connection.send(("finished", success, self.steps, scene.fingerprint(), rows, sim_ms, render_ms))
 
     def _observed(self) -> None:
         seen = self.scene.observation
         self.image[...], self.wrist_image[...], self.state[...] = seen.image, seen.wrist_image, seen.state
         self.connection.send(("observed", self.steps, *self._times(), self.scene.language))
-        self._film(seen)  # while the policy thinks
+        self._record(seen)  # while the policy thinks
 
-    def _film(self, seen: Any = None) -> None:
-        """Add a frame to the video, or end it. One that cannot be written is dropped: no episode fails for its film."""
+    def _record(self, seen: Any = None) -> None:
+        """Add a frame to the video, or end it. One that cannot be written is dropped, not the episode."""
         if self.video is None:
             return
         try:

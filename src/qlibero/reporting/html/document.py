@@ -55,8 +55,8 @@ def write_report(
         raise UserError("report: name at least one run directory")
     runs = read_runs(paths)
     material = gather(runs, reference, None if margin is None else check_margin(margin))
-    filmed = flipped_videos(material)
-    page, chosen = fitting(material, filmed, megabytes * 1e6)
+    recorded = flipped_videos(material)
+    page, chosen = fitting(material, recorded, megabytes * 1e6)
     out = Path(out) if out is not None else runs[0].run_dir / "report.html"
     replace(out, page, "Choose another -o")
     return {
@@ -64,28 +64,28 @@ def write_report(
         "bytes": len(page),
         "video_bytes": sum(path.stat().st_size for path in {p for v in chosen for p in (v.reference_file, v.arm_file)}),
         "videos": len(chosen),
-        "videos_left_out": len(filmed) - len(chosen),
+        "videos_left_out": len(recorded) - len(chosen),
         "arms": list(material.arms),
         "verdicts": {name: str(r.verdict.word) for name, r in material.compared.items()},
     }
 
 
-def fitting(m: Material, filmed: list[Video], limit: float, state: str | None = None) -> tuple[bytes, list[Video]]:
+def fitting(m: Material, recorded: list[Video], limit: float, state: str | None = None) -> tuple[bytes, list[Video]]:
     """The page as bytes with as many of the videos as keep it within `limit`. Without videos it is as long as it is."""
-    page, chosen = render(m, [], len(filmed), state).encode(), []
-    wanted = _within(filmed, limit - len(page))
+    page, chosen = render(m, [], len(recorded), state).encode(), []
+    wanted = _within(recorded, limit - len(page))
     while wanted and not chosen:
-        full = render(m, wanted, len(filmed) - len(wanted), state).encode()
+        full = render(m, wanted, len(recorded) - len(wanted), state).encode()
         if len(full) <= limit:
             page, chosen = full, wanted
         wanted = wanted[:-1]  # what the page says about its videos takes room too
     return page, chosen
 
 
-def _within(filmed: list[Video], budget: float) -> list[Video]:
+def _within(recorded: list[Video], budget: float) -> list[Video]:
     """As many as fit, in order; a file shared by two entries counts once."""
     chosen, paid = [], set()
-    for video in filmed:
+    for video in recorded:
         new = {video.reference_file, video.arm_file} - paid
         cost = sum(path.stat().st_size for path in new) * 4 / 3
         if cost <= budget:
@@ -95,14 +95,14 @@ def _within(filmed: list[Video], budget: float) -> list[Video]:
     return chosen
 
 
-def render(m: Material, filmed: list[Video], left_out: int = 0, state: str | None = None) -> str:
+def render(m: Material, recorded: list[Video], left_out: int = 0, state: str | None = None) -> str:
     """The whole page as text. With a `state` it follows its server (`live`): that is what it shows."""
     parts = [
         verdicts(m),
         success(m),
         differences(m),
         flips(m),
-        videos(m, filmed, left_out),
+        videos(m, recorded, left_out),
         execution(m),
         latency(m),
         pareto(m),

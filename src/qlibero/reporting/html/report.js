@@ -73,8 +73,8 @@ function start() {
       const cursor = $(".cursor", map);
       cursor.setAttribute("x", 10 * x);
       cursor.setAttribute("y", 10 * y);
-      const film = player && player.has(map.dataset.arm, keyOf()) ? " Click or press Enter for the video." : "";
-      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${tasks[y]}, initial state ${columns[x][0]}: ${words[rows[y][x]]}.${film}`;
+      const hint = player && player.has(map.dataset.arm, keyOf()) ? " Click or press Enter for the video." : "";
+      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${tasks[y]}, initial state ${columns[x][0]}: ${words[rows[y][x]]}.${hint}`;
     };
     const play = () => { if (player) player.choose(map.dataset.arm, keyOf()); };
     const point = (event) => {

@@ -166,7 +166,7 @@ def planned_episodes(run: RunResults) -> int | None:
 
 
 def flipped_videos(m: Material) -> list[Video]:
-    """Filmed episodes that flipped, broken before repaired, one arm after the other so that each gets its share."""
+    """Flipped episodes with a video, broken before repaired, one arm after the other so that each gets its share."""
     queues = []
     for id_, result in m.compared.items():
         arm, base = m.arms[id_], m.reference_of(id_)

@@ -85,7 +85,7 @@ def videos(m: Material, chosen: list[Video], left_out: int) -> Markup | None:
         store,
         lead="Both videos share one clock and the same scene and policy noise, so they look the same until they part."
         + (
-            f" {left_out} more flipped episode{'s were' if left_out > 1 else ' was'} filmed "
+            f" {left_out} more flipped episode{'s were' if left_out > 1 else ' was'} recorded "
             "but left out to keep this file small."
             if left_out
             else ""

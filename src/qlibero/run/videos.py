@@ -1,4 +1,4 @@
-"""A run's films: every episode leaves what its policy saw in scratch, and those that are wanted move to their arm.
+"""A run's videos: every episode leaves what its policy saw in scratch, and those that are wanted move to their arm.
 
 Which episodes flip between arms is known only when all arms have run them, so all are recorded: frames that the policy
 was shown anyway, encoded while it thinks. What can no longer be wanted is deleted at once.
@@ -20,16 +20,16 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 
 
-def film_path(films: Path, arm: str, key: EpisodeKey) -> Path:
+def scratch_path(scratch: Path, arm: str, key: EpisodeKey) -> Path:
     """Where an episode is recorded until somebody wants it."""
-    return films / arm / f"{str(key).replace('/', '-')}.mp4"
+    return scratch / arm / f"{str(key).replace('/', '-')}.mp4"
 
 
-class Films:
+class Videos:
     """Keeps the videos of `wanted` initial states, the same in every arm: those that flip first.
 
-    A flip is kept as soon as it is one, so that whatever ends the run its film is there. `earlier` are the records that
-    the ledgers held before. Use it as a context: the end deletes what was recorded and not kept.
+    A flip is kept as soon as it is one, so that whatever ends the run its video is there. `earlier` are the records
+    that the ledgers held before. Use it as a context: the end deletes what was recorded and not kept.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Films:
         self.spare: list[EpisodeKey] = []
         self.directory: Path | None = None
 
-    def __enter__(self) -> Films:
+    def __enter__(self) -> Videos:
         """Raises UserError where scratch cannot be written."""
         if self.wanted != 0 and shutil.which("ffmpeg") is None:
             self.say("no videos: there is no ffmpeg on this machine (`qlibero doctor` says how to get it)")
@@ -57,10 +57,10 @@ class Films:
             place = scratch()
             try:
                 place.mkdir(parents=True, exist_ok=True)
-                self.directory = Path(tempfile.mkdtemp(prefix="qlibero-films-", dir=place))
+                self.directory = Path(tempfile.mkdtemp(prefix="qlibero-videos-", dir=place))
             except OSError as problem:
                 raise UserError(
-                    f"{place}: no place for films ({cause(problem)}); set {SCRATCH} to a directory, or videos to 0"
+                    f"{place}: no place for videos ({cause(problem)}); set {SCRATCH} to a directory, or videos to 0"
                 ) from None
         return self
 
@@ -69,7 +69,7 @@ class Films:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def finished(self, record: EpisodeRecord) -> None:
-        """An episode of this run is in the ledger, and its film in scratch."""
+        """An episode of this run is in the ledger, and its video in scratch."""
         if self.directory is None or record.outcome == "error":
             return
         self._add(record)
@@ -88,7 +88,7 @@ class Films:
             self._keep(self.spare.pop(0))
 
     def lacking(self) -> list[EpisodeRecord]:
-        """Episodes that flipped and are still to be filmed by a replay: an arm ran them in an earlier call."""
+        """Episodes that flipped and are still to be recorded by a replay: an arm ran them in an earlier call."""
         if self.directory is None:
             return []
         flips = [key for key in sorted(self.records) if self.wanted == "all" or self.flipped(key)]
@@ -113,7 +113,7 @@ class Films:
     def _keep(self, key: EpisodeKey) -> None:
         self.kept.add(key)
         for record in self.records[key].values():
-            recorded = film_path(self.directory, record.arm, key)
+            recorded = scratch_path(self.directory, record.arm, key)
             if recorded.exists():
                 try:  # scratch may be another disk
                     files.replace(video_path(self.run_dir, record), recorded.read_bytes())
@@ -123,4 +123,4 @@ class Films:
 
     def _forget(self, key: EpisodeKey) -> None:
         for arm in self.arms:
-            files.remove(film_path(self.directory, arm, key))
+            files.remove(scratch_path(self.directory, arm, key))

@@ -1,4 +1,4 @@
-"""Risk: filming costs the night, keeps the verdict waiting, shows another episode than the record's, or is lost."""
+"""Risk: a video costs the night, keeps the verdict waiting, shows another episode than the record's, or is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from synthetic_run import episode
 from qlibero.errors import UserError
 from qlibero.results.ledger import read_ledger
 from qlibero.results.runs import video_path
-from qlibero.run.films import Films, film_path
+from qlibero.run.videos import Videos, scratch_path
 
 ARMS = ("baseline", "w4a8")
 
@@ -29,12 +29,12 @@ def record(task: int, init: int, arm: str, outcome: str):
     return replace(found, outcome=outcome, success_step=found.steps if outcome == "success" else None)
 
 
-def ran(films: Films, *records) -> None:
+def ran(videos: Videos, *records) -> None:
     for one in records:
-        path = film_path(films.directory, one.arm, one.key)
+        path = scratch_path(videos.directory, one.arm, one.key)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(f"{one.arm} {one.key}".encode())
-        films.finished(one)
+        videos.finished(one)
 
 
 def videos(run_dir: Path) -> list[str]:
@@ -48,14 +48,14 @@ def scratch(tmp_path, monkeypatch):
 
 
 def test_flips_are_kept_at_once_others_fill_up_and_scratch_is_left_empty(tmp_path, scratch):
-    with Films(tmp_path, ARMS, 2) as films:
+    with Videos(tmp_path, ARMS, 2) as videos:
         for init in range(3):
-            ran(films, *(record(0, init, arm, "success") for arm in ARMS))
+            ran(videos, *(record(0, init, arm, "success") for arm in ARMS))
         assert videos(tmp_path) == []
         assert len(list(scratch.rglob("*.mp4"))) == 4, "at most so many spare ones as are wanted"
-        ran(films, record(1, 0, "baseline", "success"), record(1, 0, "w4a8", "failure"))
+        ran(videos, record(1, 0, "baseline", "success"), record(1, 0, "w4a8", "failure"))
         assert videos(tmp_path) == ["baseline libero_object-1-0-7", "w4a8 libero_object-1-0-7"], "before the run ends"
-        films.fill()
+        videos.fill()
     assert videos(tmp_path) == [f"{arm} libero_object-{at}-7" for arm in ARMS for at in ("0-0", "1-0")]
     text = (tmp_path / "w4a8/videos/libero_object-1-0-7.mp4").read_text()
     assert text == "w4a8 libero_object/1/0/7"
@@ -64,36 +64,36 @@ def test_flips_are_kept_at_once_others_fill_up_and_scratch_is_left_empty(tmp_pat
 
 @pytest.mark.parametrize(("wanted", "expected"), [(0, 0), (1, 2), ("all", 8)])
 def test_no_more_than_wanted(tmp_path, scratch, wanted, expected):
-    with Films(tmp_path, ARMS, wanted) as films:
+    with Videos(tmp_path, ARMS, wanted) as videos:
         if wanted == 0:
-            assert films.directory is None
-            films.finished(record(0, 0, "baseline", "success"))
+            assert videos.directory is None
+            videos.finished(record(0, 0, "baseline", "success"))
         else:
             for init in range(4):
-                ran(films, record(0, init, "baseline", "success"), record(0, init, "w4a8", "failure"))
-        films.fill()
-        assert films.lacking() == []
+                ran(videos, record(0, init, "baseline", "success"), record(0, init, "w4a8", "failure"))
+        videos.fill()
+        assert videos.lacking() == []
     assert len(videos(tmp_path)) == expected
 
 
 def test_a_flip_against_an_earlier_call_is_kept_and_its_other_half_is_asked_of_a_replay(tmp_path, scratch):
     earlier = [record(0, init, "baseline", "success") for init in range(2)]
-    with Films(tmp_path, ARMS, 2, earlier) as films:
-        ran(films, record(0, 0, "w4a8", "failure"), record(0, 1, "w4a8", "success"), record(0, 2, "w4a8", "error"))
-        films.fill()
-        assert [(one.arm, one.init) for one in films.lacking()] == [("baseline", 0)], "flips only are replayed"
+    with Videos(tmp_path, ARMS, 2, earlier) as videos:
+        ran(videos, record(0, 0, "w4a8", "failure"), record(0, 1, "w4a8", "success"), record(0, 2, "w4a8", "error"))
+        videos.fill()
+        assert [(one.arm, one.init) for one in videos.lacking()] == [("baseline", 0)], "flips only are replayed"
     assert videos(tmp_path) == ["w4a8 libero_object-0-0-7", "w4a8 libero_object-0-1-7"]
 
 
 def test_scratch_that_cannot_be_written_is_a_wrong_request_and_no_ffmpeg_is_a_word(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLIBERO_SCRATCH", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="set QLIBERO_SCRATCH to a directory"), Films(tmp_path, ARMS, 2):
+    with pytest.raises(UserError, match="set QLIBERO_SCRATCH to a directory"), Videos(tmp_path, ARMS, 2):
         pass
     monkeypatch.setenv("PATH", str(tmp_path))
     said: list[str] = []
-    with Films(tmp_path, ARMS, 2, say=said.append) as films:
-        assert films.directory is None
+    with Videos(tmp_path, ARMS, 2, say=said.append) as videos:
+        assert videos.directory is None
     assert said == ["no videos: there is no ffmpeg on this machine (`qlibero doctor` says how to get it)"]
 
 
@@ -140,7 +140,7 @@ def test_what_is_recorded_is_what_a_replay_shows_and_ctrl_c_keeps_it(tmp_path, s
 
     video_path(run_dir, found["fake", 1]).unlink()
     video_path(run_dir, found["baseline", 2]).unlink()
-    process = qlibero("film", run_dir, "--arm", "fake", "--init", 1)
+    process = qlibero("videos", run_dir, "--arm", "fake", "--init", 1)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     (again,) = json.loads(stdout.splitlines()[-1])["videos"]

@@ -1,4 +1,4 @@
-"""`qlibero film`: videos of episodes that are in a run's ledger, made by replaying their actions."""
+"""`qlibero videos`: videos of episodes that are in a run's ledger, made by replaying their actions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlibero.results.runs import video_path
 Say = Callable[[str], None]
 
 
-def film_run(
+def record_videos(
     run_dir: Path,
     episodes: int,
     say: Say = lambda text: None,
@@ -24,7 +24,7 @@ def film_run(
     inits: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Videos of a run's episodes, the same in every arm, flipped ones first; what is filmed already stays.
+    """Videos of a run's episodes, the same in every arm, flipped ones first; what has a video already stays.
 
     `tasks`, `inits`, `arms`: only these. Raises UserError where there are none, and `WorkFailed` for a replay that
     differs from its record: it needs the simulator and renderer that the records came from. GuardRefusal for packages
@@ -61,7 +61,7 @@ def wanted_episodes(
     inits: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
 ) -> list[EpisodeRecord]:
-    """Which records to film: so many initial states that any of `arms` (default: all) has finished, flipped first.
+    """Which records get a video: so many initial states that any of `arms` (default: all) has finished, flipped first.
 
     What flips is judged over all arms. Those that have a video are counted and left out. Raises UserError for an arm
     that the run does not have, and where nothing finished fits the filters.

@@ -1,0 +1,128 @@
+"""Commands that run episodes, here or on a cluster, and say how far they are."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from qlibero.cli.outcomes import Document, Incomplete, Refused, explain
+from qlibero.console import table
+
+
+def run(args: argparse.Namespace) -> Document:
+    from qlibero.cli.progress import RunProgress
+    from qlibero.config.load import load_experiment
+    from qlibero.run.experiment import run_experiment
+
+    experiment = load_experiment(args.config, args.set)
+    with RunProgress(experiment) as progress:
+
+        def verdict(run_dir: Path) -> None:
+            from qlibero.reporting.terminal import print_run  # SciPy takes a second; the simulators start without it
+
+            progress.stop()
+            print_run(run_dir)
+
+        document = run_experiment(
+            experiment,
+            args.out,
+            on_start=progress.start,
+            on_episode=progress.episode,
+            say=progress.say,
+            on_result=verdict,
+        )
+    _one_arithmetic(document, [document])
+    if not document["complete"]:
+        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
+    return document
+
+
+def _one_arithmetic(document: Document, cells: Iterable[Document]) -> None:
+    """Raises Refused, with the whole document, when an arm's kernels were found to compute something else."""
+    from qlibero.results.arm_equality import refusal
+
+    if said := "\n".join(filter(None, (refusal(cell["arithmetic"]) for cell in cells))):
+        raise Refused(said, document)
+
+
+def videos(args: argparse.Namespace) -> Document:
+    from qlibero.cli.progress import PhaseProgress
+    from qlibero.run.record_videos import record_videos
+
+    with PhaseProgress():
+        document = record_videos(args.run_dir, args.episodes, explain, args.task, args.init, args.arm)
+    explain(f"{len(document['videos'])} videos in {args.run_dir}/<arm>/videos")
+    return document
+
+
+def plan(args: argparse.Namespace) -> Document:
+    from qlibero.config.sweep import load_sweep
+    from qlibero.launch import cells
+    from qlibero.launch.plan import plan as make_plan
+    from qlibero.launch.plan_tables import readable
+
+    document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
+    for title, rows in readable(document):
+        table(rows, title)
+    if document["without_cost"]:
+        explain(
+            "no episode like these has been run yet, so no time can be told; "
+            "--calibrate runs one of each (and keeps it)"
+        )
+    return document
+
+
+def sweep(args: argparse.Namespace) -> Document:
+    from qlibero.config.sweep import load_sweep
+    from qlibero.launch.sweep import run_sweep
+
+    document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, explain)
+    if document["finished"] and not document["complete"] and not args.dry_run:
+        raise Incomplete("not everything is done; the same command runs what is missing", document)
+    if document["merge_status"] and not document["finished"]:
+        raise Incomplete("the shards are queued, the merge job after them is not: see above", document)
+    if document["merge_status"]:
+        raise Incomplete(
+            "every episode is there, but the merge after them failed; the same command does it again", document
+        )
+    return document
+
+
+def run_shard(args: argparse.Namespace) -> Document:
+    from qlibero.cli.progress import RunProgress
+    from qlibero.launch import cells
+
+    manifest = cells.read_manifest(args.manifest)
+    if args.merge:
+        document = cells.merge(manifest, explain)
+        _one_arithmetic(document, document["cells"].values())
+        return document
+    with RunProgress(manifest.experiment_of(args.index)) as progress:
+        document = cells.run_shard(
+            manifest, args.index, on_start=progress.start, on_episode=progress.episode, say=progress.say
+        )
+    _one_arithmetic(document, [document])
+    if not document["complete"]:
+        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
+    return document
+
+
+def status(args: argparse.Namespace) -> Document:
+    from qlibero.launch import status as watch
+
+    document = (
+        watch.follow(args.dir, lambda found: explain(watch.headline(found)), args.task, args.arm)
+        if args.follow
+        else watch.status(args.dir, args.task, args.arm)
+    )
+    cells = [{key: value for key, value in cell.items() if key != "machines"} for cell in document["cells"]]
+    table(cells, title=watch.headline(document))
+    for line in watch.mixes(document):
+        explain(line)
+    if args.follow and not document["complete"]:
+        raise Incomplete(
+            "nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing",
+            document,
+        )
+    return document

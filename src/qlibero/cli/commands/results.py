@@ -1,0 +1,109 @@
+"""Commands that read what runs left: verdicts, tables, reports."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from qlibero.cli.outcomes import Document, Unwanted, explain
+from qlibero.errors import UserError
+
+
+def compare(args: argparse.Namespace) -> Document:
+    from qlibero.reporting.terminal import print_comparison
+    from qlibero.results.compare import as_document, compare_paths
+
+    if bool(args.results) == bool(args.counts):
+        raise UserError("compare: name run directories or result files, or --counts NAME=K/N NAME=K/N, and not both")
+    if args.counts:
+        from qlibero.results.published import compare_counts
+
+        if args.reference or args.estimand or args.columns:
+            raise UserError(
+                "compare: --counts take the first as reference and know no estimand or column; leave those flags out"
+            )
+        cells = {"": compare_counts(args.counts, args.margin)}
+    else:
+        from qlibero.results.importers.columns import parse_columns
+
+        columns = parse_columns(args.columns) if args.columns else None
+        cells = compare_paths(args.results, args.reference, args.margin, args.estimand, columns)
+    print_comparison(cells)
+    document = as_document(cells)
+    found = set().union(*(cell.words() for cell in cells.values())) & set(args.fail_on)
+    if found:
+        raise Unwanted(f"--fail-on {','.join(args.fail_on)}: found {', '.join(sorted(found))}", document)
+    return document
+
+
+def export(args: argparse.Namespace) -> Document:
+    from qlibero.results.export import export_episodes
+
+    document = export_episodes(args.run_dirs, args.output, args.arm, args.task, args.card)
+    explain(f"{document['rows']} episodes: {document['file']}")
+    if document["card"]:
+        explain(f"dataset card: {document['card']}")
+    return document
+
+
+def explain_gap(args: argparse.Namespace) -> Document:
+    from qlibero.console import table
+    from qlibero.results.explain_gap import explain_gap as explained
+
+    found = explained(args.run_dir, args.other, args.arm)
+    rows = [
+        {"": d.likely, "constant": d.constant, "here": d.here, "there": d.there, "known of it": d.known}
+        for d in found.differences
+    ]
+    rate = f", {found.other_rate[0]}/{found.other_rate[1]} there" if found.other_rate else ""
+    table(rows, title=f"{found.arm} ({found.rate[0]}/{found.rate[1]}{rate}) against {found.other}, likeliest first")
+    if found.unknown:
+        explain(f"not known of one side: {', '.join(found.unknown)}")
+    explain(f"equal: {', '.join(found.equal) or 'nothing that both say'}")
+    return found.to_json()
+
+
+def report(args: argparse.Namespace) -> Document:
+    from qlibero.reporting.html.document import write_report
+
+    document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
+    left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
+    explain(
+        f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})"
+    )
+    return document
+
+
+def open_report(args: argparse.Namespace) -> Document:
+    import webbrowser
+    from contextlib import suppress
+
+    from qlibero.reporting.html.live import LiveReport, require_directories, serve
+
+    require_directories(args.run_dirs)
+    document: Document = {}
+
+    def ready(url: str) -> None:
+        document["url"] = url
+        explain(f"{url} shows {', '.join(map(str, args.run_dirs))} as it grows, to this machine only; Ctrl-C ends it")
+        if any(
+            map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+        ):  # else it might start one in the terminal
+            webbrowser.open(url)
+
+    with suppress(KeyboardInterrupt):
+        serve(LiveReport(args.run_dirs, args.reference, args.margin), ready)
+    return document
+
+
+def dashboard(args: argparse.Namespace) -> Document:
+    from qlibero.reporting import wandb_workspace
+    from qlibero.results.runs import read_runs
+
+    runs = read_runs(args.run_dirs)
+    tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
+    made = wandb_workspace.workspace(args.project, args.entity or "", [run.name for run in runs], tasks)
+    document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}
+    if args.offline:
+        return {**document, "spec": wandb_workspace.spec(made)}
+    return {**document, "workspace": wandb_workspace.push(made)}
