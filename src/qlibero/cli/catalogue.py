@@ -22,7 +22,14 @@ def suites() -> Rows:
     from qlibero.sim.suites import SUITES
 
     return [
-        {"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps}
+        {
+            "suite": s.name,
+            "tasks": s.tasks,
+            "initial_states": s.inits,
+            "max_steps": s.max_steps,
+            "perturbs": s.base or None,
+            "instructions": s.instructions,
+        }
         for s in SUITES.values()
     ]
 

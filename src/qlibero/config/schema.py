@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
@@ -32,13 +32,18 @@ from qlibero.config.inits import Inits
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import SUITE_ALIASES
 
-SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Profile = Literal["auto", "openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6", "qlibero"]
 TrackerName = Literal["wandb", "trackio"]
 
 UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 TASKS_OF_SUITE = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+PERTURBATIONS = ("swap", "object", "lan", "task")  # of LIBERO-PRO, of every suite but libero_90
+TASKS_OF_SUITE |= {f"{s}_{p}": n for s, n in TASKS_OF_SUITE.items() if s != "libero_90" for p in PERTURBATIONS}
+if TYPE_CHECKING:
+    SuiteName = str
+else:
+    SuiteName = Literal[tuple(TASKS_OF_SUITE)]
 MOST_REPLAN = 1_000  # actions; no policy's chunk is longer
 MOST_PROCESSES = 10_000
 # A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
@@ -315,7 +320,8 @@ class Experiment(Frozen):
     )
     inits: Inits = Field(
         "official",
-        description="official: the states LIBERO ships; fresh(N): N new ones a task, drawn from its placement regions",
+        description="official: the states the suite ships; base: those of the suite it perturbs (lan and task of "
+        "LIBERO-PRO), so that both pair by scene; fresh(N): N new ones a task, drawn from its placement regions",
     )
     seed: Seed = Field(7, description="seed of scenes and policy noise")
     seeds: tuple[Seed, ...] | None = Field(
@@ -388,7 +394,9 @@ class Experiment(Frozen):
                 raise Misplaced(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
             if self.seed != self.seeds[0]:
                 raise Misplaced(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
-        if self.inits != "official" and self.protocol != "pure":
+        if self.inits == "base" and not self.suite.endswith(("_lan", "_task")):
+            raise Misplaced(("inits",), f"{self.suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
+        if self.inits not in ("official", "base") and self.protocol != "pure":
             raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
             count = TASKS_OF_SUITE[self.suite]
@@ -445,7 +453,7 @@ class Experiment(Frozen):
 
     def initial_states(self) -> tuple[str, int]:
         """Kind and number of the initial states of each task, e.g. ("official", 50)."""
-        return ("official", self.episodes_per_task) if self.inits == "official" else ("fresh", self.inits.fresh)
+        return (self.inits, self.episodes_per_task) if isinstance(self.inits, str) else ("fresh", self.inits.fresh)
 
     def all_seeds(self) -> tuple[int, ...]:
         """`seeds`, or `seed` alone."""

@@ -18,6 +18,7 @@ from rich.text import Text
 from qlibero.console import console
 from qlibero.places import pasteable
 from qlibero.results.arm_equality import rechecks, same_arithmetic
+from qlibero.results.axes import UNPERTURBED
 from qlibero.results.compare import compare
 from qlibero.results.comparison import ArmComparison, Comparison, Row
 from qlibero.results.execution import MEASURES, Divergence, Shift
@@ -260,10 +261,11 @@ def _verdicts(found: Comparison) -> Table:
 
 
 def _rows(found: Comparison) -> list[tuple[str, Row]]:
-    """A line for every arm, and beneath it one for each of its suites where there are several."""
+    """A line for every arm, and beneath it one for each perturbation axis and suite where there are several."""
     rows: list[tuple[str, Row]] = []
     for arm in found.arms.values():
         rows.append((arm.label, arm))
+        rows += [(f"  by {axis}" if axis != UNPERTURBED else f"  {axis}", row) for axis, row in arm.axes.items()]
         if len(arm.suites) > 1:
             rows += [(f"  {suite}", row) for suite, row in arm.suites.items()]
     return rows

@@ -6,18 +6,21 @@ Fractions are fractions (0.02 is 2 pp); Δ is arm − reference, so a loss is ne
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.arm_equality import arithmetic, together
+from qlibero.results.axes import axis_of
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
     Adjusted,
     ArmComparison,
+    AxisComparison,
     Comparison,
     Errors,
     LedgerState,
@@ -184,6 +187,16 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
         for suite, evidence in by_suite.items()
         if evidence.pairs
     }
+    by_axis = everything.grouped(lambda key: axis_of(key.suite))
+    axes = {
+        axis: AxisComparison(
+            **_row(context, evidence, replicates, control, Ruling.undecidable() if tests else None),
+            axis=axis,
+            pairs_of_suite=dict(sorted(Counter(pair.key.suite for pair in evidence.pairs).items())),
+        )
+        for axis, evidence in by_axis.items()
+        if evidence.pairs and len(by_axis) > 1
+    }
     table: PairTable = row["table"]
     floor = None if control else context.floor
     pooled = replicates and table.pairs and sample(pooled_steps(pairing.pairs, replicates), question.estimand)
@@ -201,6 +214,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
         errors=_errors(pairing),
         unpaired={str(key): reason for key, reason in pairing.unpaired.items()},
         suites=suites,
+        axes=axes,
         tasks=_tasks(pairing.pairs),
         floor=floor,
         excess=excess_flips(pairing.pairs, paired) if replicates else None,
@@ -226,15 +240,18 @@ class _Evidence:
     conflicts: frozenset
 
     def by_suite(self) -> dict[str, _Evidence]:
-        keys = {p.key for p in (*self.pairs, *self.errors)} | self.missing
-        return {suite: self._of(suite) for suite in sorted({key.suite for key in keys})}
+        return self.grouped(lambda key: key.suite)
 
-    def _of(self, suite: str) -> _Evidence:
+    def grouped(self, by: Callable[[EpisodeKey], str]) -> dict[str, _Evidence]:
+        keys = {p.key for p in (*self.pairs, *self.errors)} | self.missing
+        return {group: self._of(group, by) for group in sorted({by(key) for key in keys})}
+
+    def _of(self, group: str, by: Callable[[EpisodeKey], str]) -> _Evidence:
         return _Evidence(
-            tuple(p for p in self.pairs if p.key.suite == suite),
-            tuple(p for p in self.errors if p.key.suite == suite),
-            frozenset(key for key in self.missing if key.suite == suite),
-            frozenset(key for key in self.conflicts if key.suite == suite),
+            tuple(p for p in self.pairs if by(p.key) == group),
+            tuple(p for p in self.errors if by(p.key) == group),
+            frozenset(key for key in self.missing if by(key) == group),
+            frozenset(key for key in self.conflicts if by(key) == group),
         )
 
 

