@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from qlibero.cli import doctor
-from qlibero.cli.doctor import PINS, Finding, diagnose
+from qlibero.cli.doctor import Finding, diagnose
+from qlibero.cli.doctor.software import PINS
+from qlibero.machine import environment
 from qlibero.machine.capacity import Capacity
 from qlibero.machine.cuda_toolkit import Agreement, Toolkit
 from qlibero.sim.physics_check import PhysicsFinding
@@ -106,14 +108,14 @@ def test_a_user_who_chose_another_egl_device_is_left_alone(monkeypatch: pytest.M
 
 
 def test_a_toolkit_that_disagrees_with_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.environment, "toolkit", lambda: Toolkit(Path("/cuda"), (), "pip packages"))
+    monkeypatch.setattr(environment, "toolkit", lambda: Toolkit(Path("/cuda"), (), "pip packages"))
     monkeypatch.setattr(
-        doctor.environment,
+        environment,
         "agreement",
         lambda: Agreement((13, 0), (11, 8), None, "nvcc is 13.0 but cuda.h 11.8", "use one toolkit"),
     )
     assert doctor.toolkit() == Finding("CUDA toolkit", "fail", "nvcc is 13.0 but cuda.h 11.8", "use one toolkit")
-    monkeypatch.setattr(doctor.environment, "agreement", lambda: Agreement((13, 0), (13, 0), None, None, None))
+    monkeypatch.setattr(environment, "agreement", lambda: Agreement((13, 0), (13, 0), None, None, None))
     assert doctor.toolkit().status == "ok" and "13.0" in doctor.toolkit().found
 
 
