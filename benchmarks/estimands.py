@@ -3,7 +3,7 @@
     python benchmarks/estimands.py            the tables of docs/statistics.md, in under a minute on one core
 
 Every truth is exact by construction. "Wrong" verdicts are at Δ = −margin, the hardest truth: `non-inferior` above it,
-`inferior` below it; `covered`: the 95 % interval holds the truth. Standard error at 2,000 runs: 0.35 points.
+`inferior` below it; `covered`: the 95 % interval holds the truth. Standard error at 8,000 runs: 0.17 points.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from qlibero.stats.proportions import tango_zs
-from qlibero.stats.sampling import design_effect
+from qlibero.stats.proportions import favoured, tango_zs
+from qlibero.stats.sampling import AGAINST, IN_FAVOUR, design_effect
 from qlibero.stats.scores import score_zs
 
 MARGIN = 0.02
-RUNS = 2_000
+RUNS = 8_000
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,12 @@ class Shares:
     naive: Shares | None = None
 
 
-def shares(at_margin: np.ndarray, at_truth: np.ndarray, quantile: float, naive: Shares | None = None) -> Shares:
-    covered = np.abs(at_truth) <= quantile
-    return Shares(*(float(np.mean(x)) for x in (at_margin > quantile, at_margin < -quantile, covered)), naive)
+Scores = tuple[np.ndarray, np.ndarray]  # at the lower and at the upper end of the interval
+
+
+def shares(at_margin: Scores, at_truth: Scores, quantile: float, naive: Shares | None = None) -> Shares:
+    covered = (at_truth[0] <= quantile) & (at_truth[1] >= -quantile)
+    return Shares(*(float(np.mean(x)) for x in (at_margin[0] > quantile, at_margin[1] < -quantile, covered)), naive)
 
 
 def clustered(broken: np.ndarray, repaired: np.ndarray, size: int, truth: float) -> Shares:
@@ -42,9 +45,15 @@ def clustered(broken: np.ndarray, repaired: np.ndarray, size: int, truth: float)
     clusters = broken.shape[1]
     b, r, n = broken.sum(axis=1).astype(float), repaired.sum(axis=1).astype(float), clusters * size
     d = design_effect((repaired - broken).astype(float), np.full(broken.shape, size), b + r)
-    at_margin, at_truth = tango_zs(b, r, n, -MARGIN), tango_zs(b, r, n, truth)
-    naive = shares(at_margin, at_truth, float(ndtri(0.975)))
-    return shares(at_margin / np.sqrt(d), at_truth / np.sqrt(d), float(stdtrit(clusters - 1, 0.975)), naive)
+
+    def scores(delta: float, design: np.ndarray | float, *corrections: float) -> Scores:
+        ends = (favoured(b / design, r / design, n / design, pairs) for pairs in corrections)
+        low, high = (tango_zs(*counts, n / design, delta) for counts in ends)
+        return low, high
+
+    naive = shares(scores(-MARGIN, 1.0, 0, 0), scores(truth, 1.0, 0, 0), float(ndtri(0.975)))
+    ends = [scores(delta, d, -AGAINST, IN_FAVOUR) for delta in (-MARGIN, truth)]
+    return shares(*ends, float(stdtrit(clusters - 1, 0.975)), naive)
 
 
 def several_seeds(
@@ -80,7 +89,7 @@ def pooled(
     values = np.concatenate([-of, 1 - of])
     counts = np.stack([(kind == k).sum(axis=1) for k in range(len(values))], axis=1).astype(float)
     at_margin, at_truth = score_zs(values, counts, -MARGIN), score_zs(values, counts, delta)
-    return shares(at_margin, at_truth, float(ndtri(0.975)))
+    return shares((at_margin, at_margin), (at_truth, at_truth), float(ndtri(0.975)))
 
 
 def row(*cells: object) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from scipy.special import gammaln, xlogy
 
 from qlibero.results.stopping import BLOCK_PAIRS
 from qlibero.stats.evalues import margin_martingales
 from qlibero.stats.group_sequential import declared_looks
+from qlibero.stats.proportions import normal_quantile, pairs_for_noninferiority, tango_zs
 from qlibero.stats.sequential_power import pairs_needed, prospect
 
 MARGIN, ALPHA, LOOKS, FUTILITY = 0.02, 0.025, 20, 0.1
@@ -34,6 +36,19 @@ def first_crossings(psi: float, delta: float, pairs: int, runs: int, seed: int) 
     return crossed[0], crossed[1]
 
 
+def fixed(pairs: int, psi: float, delta: float) -> tuple[float, float]:
+    """Exact chances of non-inferior and of inferior by Tango's interval on a fixed number of pairs."""
+    most = min(pairs, int(pairs * psi + 7 * np.sqrt(pairs * psi) + 7))
+    broken, repaired = (axis.astype(np.float64) for axis in np.indices((most + 1, most + 1)))
+    z = tango_zs(broken, repaired, pairs, -MARGIN)
+    logs = gammaln(pairs + 1) - gammaln(broken + 1) - gammaln(repaired + 1)
+    rest = pairs - broken - repaired
+    logs += xlogy(broken, (psi - delta) / 2) + xlogy(repaired, (psi + delta) / 2) + xlogy(rest, 1 - psi)
+    chance = np.where(rest >= 0, np.exp(logs - gammaln(np.maximum(rest, 0) + 1)), 0.0)
+    bar = normal_quantile()
+    return float(chance[z > bar].sum()), float(chance[z < -bar].sum())
+
+
 def row(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
@@ -44,7 +59,7 @@ def pairs_for_power(runs: int) -> None:
     row("--", "--", "--", "--", "--")
     for psi, horizon in HORIZON.items():
         design = {"margin": MARGIN, "discordance": psi, "block": BLOCK_PAIRS, "alpha": ALPHA}
-        fixed = pairs_needed(**design | {"block": 10}, looks=1, futility=None)
+        fixed = pairs_for_noninferiority(psi, MARGIN)
         above, _ = first_crossings(psi, 0.0, horizon, runs, seed=1)
         most = int(np.sort(above)[int(0.8 * runs)])
         average = np.minimum(above, most)
@@ -72,8 +87,9 @@ def chances(pairs: int, runs: int) -> None:
             passed, failed = above < np.minimum(below, pairs + 1), below < np.minimum(above, pairs + 1)
             spent = np.minimum(np.minimum(above, below), pairs).mean()
             cells = [f"{100 * passed.mean():.1f} / {100 * failed.mean():.1f} / – / {spent:,.0f}"]
-            for looks, futility in ((1, None), (LOOKS, None), (LOOKS, FUTILITY)):
-                declared = declared_looks(pairs, looks, BLOCK_PAIRS)
+            cells.append(" / ".join(f"{100 * share:.1f}" for share in fixed(pairs, psi, delta)) + f" / – / {pairs:,}")
+            for futility in (None, FUTILITY):
+                declared = declared_looks(pairs, LOOKS, BLOCK_PAIRS)
                 found = prospect(declared, margin=MARGIN, discordance=psi, delta=delta, futility=futility)
                 futile = f"{100 * found.futile:.1f}" if futility else "–"
                 verdicts = f"{100 * found.noninferior:.1f} / {100 * found.inferior:.1f}"

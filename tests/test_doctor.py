@@ -188,6 +188,7 @@ def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.Mo
     monkeypatch.setattr("qlibero.sim.provenance.PACKAGES", {"pytest": ("robosuite",)})
     found = doctor.simulator()
     assert found.status == "fail" and "pytest is imported from" in found.found
+    assert found.cure == "env -u PYTHONPATH qlibero doctor"
 
 
 def test_this_machine_is_well_as_far_as_the_quick_checks_see() -> None:

@@ -8,9 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from pi05_small import STATISTICS, conv_config, random_model
 
 from qlibero import cache, files
-from qlibero.errors import WorkFailed
+from qlibero.errors import GuardRefusal, WorkFailed
+from qlibero.launch.ray import _run as ray_task
+from qlibero.policies.pi05.checkpoint import write_checkpoint
+from qlibero.results.locks import lock
+from qlibero.tracking.mirror import Mirror, _spawn
+from qlibero.tracking.replay import Order, only_one
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
@@ -39,6 +45,58 @@ def test_a_planted_link_is_replaced_and_its_target_left_alone(tmp_path, name):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     files.replace(tmp_path / "dangling", "ours")
     assert not (tmp_path / "nowhere").exists()
+
+
+def mirror_log(path):
+    mirror = Mirror("wandb", path.parent, ())
+    _spawn(mirror)
+    if mirror.problem:
+        raise GuardRefusal(mirror.problem)
+
+
+def mirror_lock(path):
+    with only_one(path.parent, "wandb"):
+        pass
+
+
+LASTING = {
+    "shard-0.log": lambda path: files.open_log(path).close(),  # of the local engine
+    "shard-1.log": lambda path: ray_task(["true"], str(path), "1"),
+    "wandb-mirror.log": mirror_log,
+    ".wandb-mirror.lock": mirror_lock,
+    "order": lambda path: Order(path).append("libero_goal/0/0/7"),
+    ".lock-000of001": lambda path: os.close(lock(path.parent, "000of001")),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_stays_and_grows_follows_no_link_and_no_second_name(tmp_path, name):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    for plant in (lambda path: path.symlink_to(victim), lambda path: path.hardlink_to(victim), os.mkfifo):
+        plant(tmp_path / name)
+        with pytest.raises(GuardRefusal, match="no plain file of qlibero's; look who put it there"):
+            LASTING[name](tmp_path / name)
+        (tmp_path / name).unlink()
+    assert victim.read_text() == "precious"
+
+
+def test_a_checkpoint_that_is_written_replaces_a_link_to_somebody_elses(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious")
+    (tmp_path / "ck").mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / "ck" / name).symlink_to(theirs)
+    umask = os.umask(0o027)
+    try:
+        write_checkpoint(
+            tmp_path / "ck", random_model(conv_config()), name="small", statistics=STATISTICS, tokenizer="{}"
+        )
+    finally:
+        os.umask(umask)
+    written = [path for path in (tmp_path / "ck").rglob("*") if path.is_file()]
+    assert theirs.read_text() == "precious" and len(written) == 4
+    assert {stat.S_IMODE(path.lstat().st_mode) for path in written} == {0o640}
 
 
 def test_a_directory_or_a_device_is_not_replaced(tmp_path):

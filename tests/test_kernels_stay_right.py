@@ -199,7 +199,67 @@ def test_a_recheck_file_that_is_none_is_named(tmp_path):
     (tmp_path / "arm").mkdir()
     assert rechecks(tmp_path, "arm") is None
     path = tmp_path / "arm" / "recheck-000of001-1.json"
-    for text in ("", "[" * 10**5, '{"calls": "x"}', '{"calls": 1e999}', "null"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="recheck-000of001-1.json: not what a run writes"):
+    good = {"calls": 1, "repeated": 0, "not_repeated": "", "layers": 2, "products": 3, "wrong": []}
+    for key, value in (("calls", "x"), ("calls", -1), ("layers", 2.5), ("products", 10**30), ("wrong", None)):
+        path.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(UserError, match=f"recheck-000of001-1.json: {key}: "):
             rechecks(tmp_path, "arm")
+    for text in ("", "[" * 10**5, '{"calls": 1e999}', "null"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="recheck-000of001-1.json: "):
+            rechecks(tmp_path, "arm")
+    path.write_text(json.dumps(good))
+    assert rechecks(tmp_path, "arm")["products"] == 3
+
+
+@pytest.mark.parametrize("found", [{}, {"layers_consuming_int8": -1, "action_difference": 0.0}, [], "fine"], ids=str)
+def test_a_record_of_the_policy_check_that_is_none_is_named(tmp_path, found):
+    from qlibero.results.meta import read_meta, write_meta
+
+    write_meta(tmp_path, "arm", {"witness": {"layers_consuming_int8": 37, "action_difference": None}})
+    assert read_meta(tmp_path, "arm")["witness"]["layers_consuming_int8"] == 37
+    (tmp_path / "arm" / "meta.json").write_text(json.dumps({"schema": 1, "witness": found}))
+    with pytest.raises(UserError, match="meta.json: witness"):
+        read_meta(tmp_path, "arm")
+
+
+def test_a_served_kernel_that_changes_ends_the_server(policy, artifact, registered, monkeypatch):
+    """The client whose actions were wrong never gets them, nor does the next one, and `serve` ends with status 3."""
+    import threading
+
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    from qlibero.errors import GuardRefusal
+    from qlibero.policies.server import ServerSettings, serve
+    from qlibero.policies.wire import pack
+
+    monkeypatch.setattr("qlibero.quant.recheck.EVERY", 2)
+    quantized = quantize_policy(policy, artifact, registered(RightForItsFirstCalls))
+    watch = Recheck(quantized, artifact, quantize_policy(policy, artifact, "fake"))
+    ready, port, ended = threading.Event(), [], []
+
+    def serving():
+        try:
+            serve(quantized, ServerSettings(port=0), lambda found: (port.append(found), ready.set()), watch.guard)
+        except GuardRefusal as refusal:
+            ended.append(refusal)
+
+    server = threading.Thread(target=serving, daemon=True)
+    server.start()
+    assert ready.wait(20)
+    seen = observations(1)[0]
+    request = {"observation/image": seen.image, "observation/wrist_image": seen.wrist_image}
+    request |= {"observation/state": seen.state, "prompt": seen.prompt}
+    answers = []
+    with connect(f"ws://127.0.0.1:{port[0]}", max_size=None) as wire:
+        wire.recv()
+        try:
+            for _ in range(8):
+                wire.send(pack(request))
+                answers.append(wire.recv(timeout=30))
+        except ConnectionClosed:
+            pass
+    server.join(20)
+    assert not server.is_alive() and ended[0].exit_status == 3 and "actions differ from `fake`" in str(ended[0])
+    assert "actions differ from `fake`" in answers[-1] and all(isinstance(one, bytes) for one in answers[:-1])

@@ -393,7 +393,7 @@ def test_a_planted_lock_destroys_nobodys_file(tmp_path, plant):
     victim.write_text("chapter one")
     (tmp_path / "fake").mkdir()
     (os.symlink if plant == "symlink" else os.link)(victim, tmp_path / "fake" / ".lock-0")
-    with pytest.raises(GuardRefusal, match="not a lock file"):
+    with pytest.raises(GuardRefusal, match="no plain file of qlibero's"):
         Ledger(tmp_path, "fake", 0)
     assert victim.read_text() == "chapter one"
 

@@ -144,9 +144,9 @@ def test_real_sweep_on_slurm_equals_the_local_run(cluster, tmp_path):
     config.write_text(SMALL.format(untrained=repository / "configs/policies/untrained.yaml"))
     out = tmp_path / "out"
     first = qlibero("sweep", config, "--out", out, "--engine", "slurm")
-    assert first["submitted"] == [0, 1] and len(first["jobs"]) == 2 and not first["finished"]
+    assert first["submitted"] == {"count": 2, "shards": "0-1"} and len(first["jobs"]) == 2 and not first["finished"]
     second = qlibero("sweep", config, "--out", out, "--engine", "slurm")
-    assert second["submitted"] == [] and second["under_way"] == 2
+    assert second["submitted"]["count"] == 0 and second["under_way"] == 2
     assert sum(qlibero("status", out)["queue"].values()) == 2
     wait_for(lambda: not queue(), 400)
     log = "".join(path.read_text() for path in sorted((out / "sweep" / "submission-001" / "logs").iterdir()))
@@ -157,7 +157,7 @@ def test_real_sweep_on_slurm_equals_the_local_run(cluster, tmp_path):
     files = [path.name.split("-")[1] for path in (out / "baseline").glob("episodes-*.jsonl")]
     assert sorted(files) == ["000of002", "001of002"], log
     third = qlibero("sweep", config, "--out", out, "--engine", "slurm")
-    assert third["complete"] and third["submitted"] == []
+    assert third["complete"] and third["submitted"]["count"] == 0
 
     qlibero("run", config, "--out", tmp_path / "local")
     assert content(out) == content(tmp_path / "local")

@@ -195,17 +195,17 @@ def test_fresh_states_of_another_seed_are_other_states():
 RUNS, ALLOWED = 2_000, 0.025 + 3 * math.sqrt(0.025 * 0.975 / 2_000)
 
 
-@pytest.mark.parametrize("seeds, psi", [(2, 0.03), (5, 0.08), (10, 0.22)])
+@pytest.mark.parametrize("seeds, psi", [(2, 0.025), (2, 0.03), (5, 0.08), (10, 0.22)])
 def test_several_seeds_of_an_initial_state_are_no_independent_pairs(seeds, psi):
     found = estimands.several_seeds(np.random.default_rng(1), RUNS, 200, seeds, psi, -0.02)
-    assert found.noninferior <= ALLOWED and found.covered >= 0.935
+    assert max(found.noninferior, found.inferior) <= ALLOWED and found.covered >= 0.935
     assert found.naive.noninferior > (ALLOWED if seeds > 2 else 0)
 
 
 @pytest.mark.parametrize("tasks, psi, spread", [(10, 0.03, 0.03), (10, 0.08, 0.06), (10, 0.22, 0), (40, 0.08, 0.03)])
 def test_new_tasks_are_judged_by_tasks(tasks, psi, spread):
     found = estimands.new_tasks(np.random.default_rng(2), RUNS, tasks, 50, psi, -0.02, spread)
-    assert found.noninferior <= ALLOWED and found.covered >= 0.935
+    assert max(found.noninferior, found.inferior) <= ALLOWED and found.covered >= 0.935
     assert found.naive.noninferior > (ALLOWED if spread == 0.06 else 0)
 
 

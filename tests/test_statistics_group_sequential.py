@@ -84,11 +84,12 @@ def trinomial_paths(looks, psi, runs, seed):
     return np.stack(counts, axis=1).cumsum(axis=1)[..., :2].transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("pairs", [100, 500, 2000])
-@pytest.mark.parametrize("psi", [0.02, 0.03, 0.05, 0.08, 0.22, 0.4])
+@pytest.mark.parametrize("pairs", [20, 60, 100, 500, 2000])
+@pytest.mark.parametrize("psi", [0.02, 0.03, 0.05, 0.08, 0.12, 0.22, 0.4])
 def test_neither_wrong_verdict_is_more_frequent_than_alpha(pairs, psi):
     """Δ = −margin, the hardest truth, without futility, which only makes errors rarer. 50,000 runs each: a true rate
-    of 2.5 % stays below the bound in 99.99 % of such simulations; Tango's own upper side has 3.6 % at ψ = 2.5 %."""
+    of 2.5 % stays below the bound in 99.99 % of such simulations. Tango's own upper side has 3.6 % at ψ = 2.5 %, his
+    lower one 2.7 % in 60 pairs at ψ = 17 %."""
     from qlibero.stats.group_sequential import evidence
 
     looks, runs = declared_looks(pairs, 20, 20), 50_000
@@ -106,8 +107,8 @@ def test_neither_wrong_verdict_is_more_frequent_than_alpha(pairs, psi):
 
 def test_it_saves_what_it_is_for():
     """Margin 2 pp, 8 % flips, equal arms, 80 % power: a fixed number takes 1,610. 22 % flips, 500 pairs: hopeless."""
-    assert pairs_needed(margin=0.02, discordance=0.08, looks=20, block=20) == 1720
-    equal = prospect(declared_looks(1720, 20, 20), margin=0.02, discordance=0.08)
+    assert pairs_needed(margin=0.02, discordance=0.08, looks=20, block=20) == 1760
+    equal = prospect(declared_looks(1760, 20, 20), margin=0.02, discordance=0.08)
     assert equal.noninferior >= 0.8 and equal.expected_pairs <= 1300
     assert prospect(declared_looks(1720, 20, 20), margin=0.02, discordance=0.08, futility=None).expected_pairs <= 1300
     hopeless = prospect(declared_looks(500, 20, 20), margin=0.02, discordance=0.22)
@@ -117,8 +118,8 @@ def test_it_saves_what_it_is_for():
 
 
 def test_many_pairs_are_scaled_from_fewer():
-    """ψ = 22 % by enumeration: 4,640 pairs (eight seconds)."""
-    assert pairs_needed(margin=0.02, discordance=0.22, looks=20, block=20) == pytest.approx(4640, rel=0.02)
+    """ψ = 22 % by enumeration: 4,660 pairs (eight seconds)."""
+    assert pairs_needed(margin=0.02, discordance=0.22, looks=20, block=20) == pytest.approx(4660, rel=0.025)
 
 
 @settings(max_examples=80, deadline=None)

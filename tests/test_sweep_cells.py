@@ -118,7 +118,7 @@ def test_only_shards_that_lack_something_are_submitted(tmp_path):
     before = sorted((tmp_path / "out").rglob("*"))
     said: list[str] = []
     document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True, said.append)
-    assert document["submitted"] == [0, *range(2, 12)] and "--array=0,2-11\n" in document["dry_run"]
+    assert document["submitted"] == {"count": 11, "shards": "0,2-11"} and "--array=0,2-11\n" in document["dry_run"]
     assert sorted((tmp_path / "out").rglob("*")) == before  # a dry run writes nothing
 
 
@@ -284,7 +284,7 @@ def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypa
     made.cells[0].run_dir.mkdir(parents=True)
     document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True, print)
     assert (
-        document["submitted"] == [0] and not document["complete"]
+        document["submitted"] == {"count": 1, "shards": "0"} and not document["complete"]
     )  # 50 pairs, one shard: the test needs them together
     assert list((tmp_path / "out").rglob("*")) == []
     with pytest.raises(UserError, match="cannot run on engine local:\n .*stop: needs the arm baseline"):
@@ -449,7 +449,7 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
     said: list[str] = []
     assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
-    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["submitted"] == [] and len(said) == 1
+    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["submitted"]["count"] == 0 and len(said) == 1
 
 
 def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):

@@ -230,6 +230,17 @@ def test_a_directory_that_was_bound_without_an_identity_is_not_continued(tmp_pat
     assert len(read_ledger(tmp_path, "fake")) == 1
 
 
+def test_one_part_of_the_identity_that_differs_is_refused_and_the_same_one_is_not(tmp_path):
+    known = {"policy file model.safetensors": "a" * 64, "noise recipe": "qlibero-noise-1"}
+    with Ledger(tmp_path, "fake", 0, "h") as ledger:
+        ledger.bind({"identity": known})
+        ledger.append(record_of(0))
+    check(tmp_path, "fake", {"config_hash": "h", "identity": known})
+    for part, value in (("policy file model.safetensors", "b" * 64), ("policy file more.safetensors", "c" * 64)):
+        with pytest.raises(GuardRefusal, match=f"not the same any more: .*{part}"):
+            check(tmp_path, "fake", {"config_hash": "h", "identity": known | {part: value}})
+
+
 def test_whoever_records_first_binds_and_the_other_is_told(tmp_path):
     with Ledger(tmp_path, "fake", 0, "one") as first, Ledger(tmp_path, "fake", 1, "two") as second:
         first.bind({"label": "one"})

@@ -37,7 +37,7 @@ def ran(videos: Videos, *records) -> None:
         videos.finished(one)
 
 
-def videos(run_dir: Path) -> list[str]:
+def kept(run_dir: Path) -> list[str]:
     return sorted(f"{path.parent.parent.name} {path.stem}" for path in run_dir.glob("*/videos/*"))
 
 
@@ -51,12 +51,12 @@ def test_flips_are_kept_at_once_others_fill_up_and_scratch_is_left_empty(tmp_pat
     with Videos(tmp_path, ARMS, 2) as videos:
         for init in range(3):
             ran(videos, *(record(0, init, arm, "success") for arm in ARMS))
-        assert videos(tmp_path) == []
+        assert kept(tmp_path) == []
         assert len(list(scratch.rglob("*.mp4"))) == 4, "at most so many spare ones as are wanted"
         ran(videos, record(1, 0, "baseline", "success"), record(1, 0, "w4a8", "failure"))
-        assert videos(tmp_path) == ["baseline libero_object-1-0-7", "w4a8 libero_object-1-0-7"], "before the run ends"
+        assert kept(tmp_path) == ["baseline libero_object-1-0-7", "w4a8 libero_object-1-0-7"], "before the run ends"
         videos.fill()
-    assert videos(tmp_path) == [f"{arm} libero_object-{at}-7" for arm in ARMS for at in ("0-0", "1-0")]
+    assert kept(tmp_path) == [f"{arm} libero_object-{at}-7" for arm in ARMS for at in ("0-0", "1-0")]
     text = (tmp_path / "w4a8/videos/libero_object-1-0-7.mp4").read_text()
     assert text == "w4a8 libero_object/1/0/7"
     assert list(scratch.iterdir()) == []
@@ -73,7 +73,7 @@ def test_no_more_than_wanted(tmp_path, scratch, wanted, expected):
                 ran(videos, record(0, init, "baseline", "success"), record(0, init, "w4a8", "failure"))
         videos.fill()
         assert videos.lacking() == []
-    assert len(videos(tmp_path)) == expected
+    assert len(kept(tmp_path)) == expected
 
 
 def test_a_flip_against_an_earlier_call_is_kept_and_its_other_half_is_asked_of_a_replay(tmp_path, scratch):
@@ -82,7 +82,7 @@ def test_a_flip_against_an_earlier_call_is_kept_and_its_other_half_is_asked_of_a
         ran(videos, record(0, 0, "w4a8", "failure"), record(0, 1, "w4a8", "success"), record(0, 2, "w4a8", "error"))
         videos.fill()
         assert [(one.arm, one.init) for one in videos.lacking()] == [("baseline", 0)], "flips only are replayed"
-    assert videos(tmp_path) == ["w4a8 libero_object-0-0-7", "w4a8 libero_object-0-1-7"]
+    assert kept(tmp_path) == ["w4a8 libero_object-0-0-7", "w4a8 libero_object-0-1-7"]
 
 
 def test_scratch_that_cannot_be_written_is_a_wrong_request_and_no_ffmpeg_is_a_word(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_what_is_recorded_is_what_a_replay_shows_and_ctrl_c_keeps_it(tmp_path, s
     run_dir = tmp_path / "run"
     process = qlibero("run", tiny_experiment, "--out", run_dir, "--set", "videos=all", "--set", "tasks=[0]")
     until = time.monotonic() + 600
-    while len(videos(run_dir)) < 3 and process.poll() is None and time.monotonic() < until:
+    while len(kept(run_dir)) < 3 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.2)
     assert len(list(scratch.iterdir())) == 1, "recorded on the node"
     process.send_signal(signal.SIGINT)
@@ -127,7 +127,7 @@ def test_what_is_recorded_is_what_a_replay_shows_and_ctrl_c_keeps_it(tmp_path, s
     assert process.returncode == 130, stderr
     assert json.loads(stdout.splitlines()[-1])["error"]["kind"] == "Interrupted"
     assert list(scratch.iterdir()) == []
-    assert 3 <= len(videos(run_dir)) < 6, "all was over before Ctrl-C"
+    assert 3 <= len(kept(run_dir)) < 6, "all was over before Ctrl-C"
 
     stdout, stderr = qlibero("run", tiny_experiment, "--out", run_dir, "--set", "videos=all",
                              "--set", "tasks=[0]").communicate(timeout=600)  # fmt: skip

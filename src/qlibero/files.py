@@ -1,17 +1,21 @@
 """Files that a crash, a full disk or a planted link cannot turn into something else.
 
-Every file of qlibero that replaces another goes through `replace`, every file that grows through `create` and `append`.
+Every file of qlibero that replaces another goes through `replace`, every file that grows through `create` and `append`,
+what stays open, locks and logs, through `open_own`.
 Names of temporary files cannot be guessed, links are never followed, and nothing counts as written before it is on
 disk.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
-from qlibero.errors import WorkFailed, cause
+from qlibero.errors import GuardRefusal, WorkFailed, cause
 
 PART = ".part"
 KEPT = "Everything finished is kept; the same command continues"
@@ -82,6 +86,33 @@ def append(descriptor: int, data: bytes, path: Path) -> int:
         reason = cause(problem)
     os.ftruncate(descriptor, about.st_size)
     raise WorkFailed(f"{path}: {reason}. {KEPT}, once there is space")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file of this program's that stays, a lock or a log, made if need be. Raises OSError, and
+    GuardRefusal when a link, a pipe or a file of two names lies there: on a shared disk it may point at a file of the
+    person who runs this."""
+    refusal = GuardRefusal(f"{path} is no plain file of qlibero's; look who put it there, and remove it")
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.ENXIO):
+            raise refusal from None
+        raise
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(descriptor)
+        raise refusal
+    return descriptor
+
+
+def open_log(path: Path) -> BinaryIO:
+    """The file at `path` for a child process to append its output to. Raises what `open_own` does, WorkFailed for
+    OSError."""
+    try:
+        return open(open_own(path, os.O_WRONLY | os.O_APPEND), "ab")
+    except OSError as problem:
+        raise WorkFailed(f"cannot write {path}: {cause(problem)}. {KEPT}") from problem
 
 
 def sync_directory(directory: Path) -> None:

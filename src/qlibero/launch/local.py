@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from qlibero.files import open_log
 from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES, capacity
 from qlibero.machine.environment import find_gpus
@@ -70,7 +71,7 @@ def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> su
         environment[CORES] = str(max(1, capacity().cores // submission.launch.processes))
     if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    with open(submission.log(index), "ab") as log:
+    with open_log(submission.log(index)) as log:
         return subprocess.Popen(
             submission.shard_command(index),
             stdin=subprocess.DEVNULL,

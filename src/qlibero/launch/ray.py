@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 from qlibero.errors import UserError
+from qlibero.files import open_log
 from qlibero.launch.engine import Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES
 
@@ -82,7 +84,7 @@ def _reach(address: str) -> None:
 
 def _run(command: list[str], log: str, cores: str) -> int:
     """On a node: run the shard and wait. Ends with it when Ray kills this worker."""
-    with open(log, "ab") as file:
+    with open_log(Path(log)) as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

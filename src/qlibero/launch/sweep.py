@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Submit what the ledgers lack. Returns `cells.result` with what was submitted added.
 
-    That is {"engine", "submitted": indices, "jobs", "failed", "merge_status"}.
+    That is {"engine", "submitted": {"count", "shards"}, "jobs", "failed": {"count", "shards"}, "merge_status"}; shards
+    are written as Slurm writes them, "0,2-11".
 
     `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
     """
@@ -49,14 +50,18 @@ def run_sweep(
     return {
         **document,
         "engine": name,
-        "submitted": list(indices),
+        "submitted": _counted(indices),
         "under_way": len(missing) - len(indices),
-        "failed": list(submitted.failed),
+        "failed": _counted(submitted.failed),
         "merge_status": submitted.merge_status,
         "jobs": list(submitted.jobs),
         "finished": submitted.finished and not under_way,
         **({"dry_run": text} if dry_run else {}),
     }
+
+
+def _counted(indices: Sequence[int]) -> dict[str, Any]:
+    return {"count": len(indices), "shards": cells.spans(indices)}
 
 
 def _merge_was_lost(manifest: cells.Manifest) -> bool:

@@ -9,6 +9,7 @@ function of the request alone.
 openpi's own server computes inside its event loop, so that clients wait for each other and no ping is
 answered meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size,
 in one call. When that call fails, its requests are computed one by one, so that only the failing one is told.
+Where `on_call` refuses what a call gave, nothing more is answered and the server ends.
 Another thread reads the messages, small ones first; the event loop only carries bytes, and `limits` bounds what those
 may cost.
 """
@@ -42,7 +43,7 @@ from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
 
 from qlibero import files
-from qlibero.errors import QliberoError, UserError, WorkFailed
+from qlibero.errors import GuardRefusal, QliberoError, UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
 from qlibero.policies.limits import Crowd, Gone, LimitedConnection, Limits
 from qlibero.policies.request import read_noise, read_observation
@@ -114,11 +115,14 @@ class ServerSettings:
         )
 
 
+OnCall = Callable[[list[Observation], np.ndarray, np.ndarray, float], None]
+
+
 @dataclass
 class _Job:
     observation: Observation
     noise: np.ndarray
-    answer: asyncio.Future
+    answer: asyncio.Future[tuple[np.ndarray, float]]
 
     def fail(self, error: Exception) -> None:
         if not self.answer.done():
@@ -128,8 +132,10 @@ class _Job:
 class PolicyServer:
     """Serves one policy. `serve` is the blocking form; this class is for embedding in an event loop."""
 
-    def __init__(self, policy: Policy, settings: ServerSettings):
-        self.policy, self.settings = policy, settings
+    def __init__(self, policy: Policy, settings: ServerSettings, on_call: OnCall | None = None):
+        """`on_call` is told each call's observations, noise, actions and seconds before anybody gets the answer."""
+        self.policy, self.settings, self._on_call = policy, settings, on_call
+        self._refusal: GuardRefusal | None = None
         self.port: int | None = None
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._crowd = Crowd(settings.limits)
@@ -219,7 +225,7 @@ class PolicyServer:
         except ConnectionClosed:
             return
 
-    async def _answer(self, frame: str | bytes, work: asyncio.Future) -> dict[str, Any]:
+    async def _answer(self, frame: str | bytes, work: asyncio.Future[tuple[np.ndarray, float]]) -> dict[str, Any]:
         """The answer to a request; `work` is what the policy gives for it, and may fail with `Gone` meanwhile."""
         started = time.monotonic()
         read = asyncio.get_running_loop().create_future()
@@ -263,6 +269,10 @@ class PolicyServer:
             try:
                 await self._compute(thread, jobs)
             except Exception as error:
+                if error is self._refusal:
+                    for job in [*jobs, *(self._jobs.get_nowait() for _ in range(self._jobs.qsize()))]:
+                        job.fail(error)
+                    raise
                 if len(jobs) == 1:
                     jobs[0].fail(error)
                     continue
@@ -274,30 +284,43 @@ class PolicyServer:
                         job.fail(its_own)
 
     async def _compute(self, thread: ThreadPoolExecutor, jobs: list[_Job]) -> None:
-        started = time.monotonic()
-        chunk = await asyncio.get_running_loop().run_in_executor(
-            thread,
-            self.policy.infer,
-            [job.observation for job in jobs],
-            np.stack([job.noise for job in jobs]),
+        found, seconds = await asyncio.get_running_loop().run_in_executor(
+            thread, self._infer, [job.observation for job in jobs], np.stack([job.noise for job in jobs])
         )
-        infer_ms = (time.monotonic() - started) * 1e3
-        for job, actions in zip(jobs, chunk.actions, strict=True):
+        infer_ms = seconds * 1e3
+        for job, actions in zip(jobs, found, strict=True):
             if not np.isfinite(actions).all():
                 job.fail(WorkFailed(NOT_FINITE))  # never sent, as it may go to a robot
             elif not job.answer.done():
                 job.answer.set_result((actions, infer_ms))
 
+    def _infer(self, observations: list[Observation], noise: np.ndarray) -> tuple[np.ndarray, float]:
+        started = time.monotonic()
+        actions = self.policy.infer(observations, noise).actions
+        seconds = time.monotonic() - started
+        if self._on_call is not None:
+            try:
+                self._on_call(observations, noise, actions, seconds)
+            except GuardRefusal as refusal:
+                self._refusal = refusal
+                raise
+        return actions, seconds
 
-def serve(policy: Policy, settings: ServerSettings, ready: Callable[[int], None] = lambda port: None) -> None:
-    """Serve until SIGINT or SIGTERM. `WorkFailed` when the port cannot be had."""
+
+def serve(
+    policy: Policy,
+    settings: ServerSettings,
+    ready: Callable[[int], None] = lambda port: None,
+    on_call: OnCall | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM. `WorkFailed` when the port cannot be had, `GuardRefusal` from `on_call`."""
 
     async def main() -> None:
         stop = asyncio.Event()
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        await PolicyServer(policy, settings).run(ready, stop)
+        await PolicyServer(policy, settings, on_call).run(ready, stop)
 
     asyncio.run(main())
 

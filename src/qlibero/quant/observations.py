@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from qlibero import files
 from qlibero.errors import UserError, cause
 from qlibero.policies.base import Observation
 
@@ -60,15 +61,19 @@ class Demonstrations:
 def write_demonstrations(path: Path, observations: Sequence[Observation], source: str) -> Path:
     """Write the file; images are (H, W, 3) uint8 and lose a little to JPEG."""
     coded = [_encode(image) for o in observations for image in (o.image, o.wrist_image)]
-    np.savez(
-        path,
-        jpeg=np.frombuffer(b"".join(coded), np.uint8),
-        offsets=np.cumsum([0, *map(len, coded)], dtype=np.int64),
-        states=np.stack([np.asarray(o.state, np.float32) for o in observations]),
-        prompts=np.array([o.prompt for o in observations]),
-        source=np.array(source),
-    )
-    return Path(path)
+    path = Path(path)
+    partial = files.beside(path)
+    with open(partial, "wb") as file:
+        np.savez(
+            file,
+            jpeg=np.frombuffer(b"".join(coded), np.uint8),
+            offsets=np.cumsum([0, *map(len, coded)], dtype=np.int64),
+            states=np.stack([np.asarray(o.state, np.float32) for o in observations]),
+            prompts=np.array([o.prompt for o in observations]),
+            source=np.array(source),
+        )
+    files.settle(partial, path)
+    return path
 
 
 def read_demonstrations(path: Path) -> Demonstrations:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlibero.errors import GuardRefusal
 from qlibero.kernels.exactness import agrees
 from qlibero.kernels.int_ref import IntRef
 from qlibero.policies.base import Observation
@@ -62,6 +63,17 @@ class Recheck:
             if not np.array_equal(actions, expected, equal_nan=True):
                 apart = float(np.nanmax(np.abs(actions - expected), initial=0.0))
                 self.wrong.append(f"policy call {self.calls}: actions differ from `fake` by up to {apart:.3g}")
+
+    def guard(
+        self, observations: Sequence[Observation], noise: np.ndarray, actions: np.ndarray, seconds: float
+    ) -> None:
+        """`call`, and a GuardRefusal once a call was wrong: what is served may go to a robot, not to a ledger."""
+        self.call(observations, noise, actions, seconds)
+        if self.wrong:
+            raise GuardRefusal(
+                f"{self.wrong[-1]}: the kernels are not what they were when they were tried, so nothing more is "
+                "served. Choose another backend, and see `qlibero kernels check --forget`"
+            )
 
     def finish(self) -> dict[str, Any] | None:
         """Try every product again; the arm's result as it is kept, None when the arm was not asked at all."""

@@ -8,18 +8,29 @@ says so for ever. `run` ends with exit status 3 then.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qlibero.errors import UserError
+from pydantic import BaseModel, Field, Strict
+
+from qlibero.documents import checked, read_json
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import RunResults
 
 RECHECK = "recheck-{shard}-{attempt}.json"
-_COUNTS = ("calls", "repeated", "layers", "products")
+_Count = Annotated[int, Strict(), Field(ge=0, le=2**53)]
+
+
+class _Recheck(BaseModel):
+    """What `quant/recheck.py` writes, as far as it is read back."""
+
+    calls: _Count
+    repeated: _Count
+    layers: _Count
+    products: _Count
+    wrong: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,16 +81,14 @@ def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:
 
     Raises UserError for a file that is none of these.
     """
-    total: dict[str, Any] = {"processes": 0, **dict.fromkeys(_COUNTS, 0), "wrong": []}
+    total: dict[str, Any] = {"processes": 0, "calls": 0, "repeated": 0, "layers": 0, "products": 0, "wrong": []}
     for path in sorted((run_dir / arm).glob(RECHECK.format(shard="*", attempt="*"))):
-        try:
-            data = json.loads(path.read_text())
-            for count in _COUNTS:
-                value = int(data[count])
-                total[count] = max(total[count], value) if count == "layers" else total[count] + value
-            total["wrong"] += [str(text)[:500] for text in data["wrong"]]
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as problem:
-            raise UserError(f"{path}: not what a run writes about its kernels ({type(problem).__name__})") from None
+        found = checked(_Recheck, read_json(path), path)
+        total["calls"] += found.calls
+        total["repeated"] += found.repeated
+        total["layers"] = max(total["layers"], found.layers)
+        total["products"] += found.products
+        total["wrong"] += [text[:500] for text in found.wrong]
         total["processes"] += 1
     return total if total["processes"] else None
 

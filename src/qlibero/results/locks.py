@@ -5,28 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 from pathlib import Path
 
 from qlibero.errors import GuardRefusal
-
-
-def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, made if need be. GuardRefusal when a link or another kind of file lies there: on a
-    shared disk it may point at a file of the person who runs this. Raises OSError."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as problem:
-        if problem.errno in (errno.ELOOP, errno.ENXIO):
-            raise GuardRefusal(
-                f"{path} is not a lock file of qlibero's; look who put it there, and remove it"
-            ) from None
-        raise
-    about = os.fstat(descriptor)
-    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
-        os.close(descriptor)
-        raise GuardRefusal(f"{path} is not a lock file of qlibero's; look who put it there, and remove it")
-    return descriptor
+from qlibero.files import open_own
 
 
 def lock(directory: Path, shard: str) -> int:
@@ -34,7 +16,7 @@ def lock(directory: Path, shard: str) -> int:
 
     Raises GuardRefusal naming the process that holds it, OSError.
     """
-    descriptor = open_lock(directory / f".lock-{shard}")
+    descriptor = open_own(directory / f".lock-{shard}", os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

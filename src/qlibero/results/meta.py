@@ -20,9 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from qlibero.documents import checked, read_bytes, read_json
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.files import replace
+from qlibero.files import open_own, replace
 from qlibero.identity import Identity
-from qlibero.results.locks import open_lock
 
 META_SCHEMA = 1
 EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d{1,30})\.jsonl")
@@ -31,6 +30,11 @@ EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d{1,30})
 class _Machine(BaseModel):
     kind: str
     facts: dict[str, str] = {}
+
+
+class _PolicyCheck(BaseModel):
+    layers_consuming_int8: Annotated[int, Strict(), Field(ge=0)]
+    action_difference: Annotated[float, Field(ge=0)] | None
 
 
 class _Schema(BaseModel):
@@ -52,6 +56,7 @@ class _Schema(BaseModel):
     kernels: dict[str, dict[str, Any]] | None = None
     layers: list[dict[str, Any]] | None = None
     memory: dict[str, Any] | None = None
+    witness: _PolicyCheck | None = None
     passport: dict[str, Any] | None = None
     warmup_ms: list[float] | None = None
 
@@ -173,7 +178,7 @@ def _write(run_dir: Path | str, arm: str, meta: Mapping[str, Any]) -> dict[str, 
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Shards of one arm read and write its meta.json in turn."""
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = open_lock(directory / ".lock-meta")
+    descriptor = open_own(directory / ".lock-meta", os.O_RDWR)
     try:
         with contextlib.suppress(OSError):  # a filesystem without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)

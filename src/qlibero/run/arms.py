@@ -295,6 +295,6 @@ def _require_replan(experiment: Experiment, horizon: int) -> None:
     wanted = experiment.policy.replan_steps
     if wanted > horizon:
         raise UserError(
-            f"policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} actions: "
+            f"policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} action{'s' * (horizon > 1)}: "
             f"write at most {horizon}"
         )

@@ -77,15 +77,23 @@ def tango_zs(broken: np.ndarray, repaired: np.ndarray, n: float, delta: float) -
     return numerator / np.sqrt(variance)
 
 
-def tango(
-    broken: float, repaired: float, n: float, confidence: float = CONFIDENCE, quantile: float | None = None
-) -> Interval:
-    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant.
+def favoured(
+    broken: np.ndarray | float, repaired: np.ndarray | float, n: float, pairs: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(broken, repaired) with so many `pairs` more in the arm's favour, a continuity correction: concordant pairs
+    become repaired, where there are none broken ones concordant. A negative number counts against the arm."""
+    if pairs < 0:
+        repaired, broken = favoured(repaired, broken, n, -pairs)
+        return broken, repaired
+    b, r = np.asarray(broken, np.float64), np.asarray(repaired, np.float64)
+    room = b + r + pairs <= n
+    return np.where(room, b, np.maximum(b - pairs, 0)), np.where(room, r + pairs, r)
 
-    `quantile` replaces z where few clusters make it Student's; counts are effective ones then (`sampling.py`).
-    """
+
+def tango(broken: float, repaired: float, n: float, confidence: float = CONFIDENCE) -> Interval:
+    """Tango's score interval for Δ: the default. ±z²/(n + z²) when no pair is discordant."""
     _check_counts(broken + repaired, n)
-    z, estimate = normal_quantile(confidence) if quantile is None else quantile, (repaired - broken) / n
+    z, estimate = normal_quantile(confidence), (repaired - broken) / n
     return (
         bisect(lambda d: tango_z(broken, repaired, n, d) > z, -1.0, estimate),
         bisect(lambda d: tango_z(broken, repaired, n, d) > -z, estimate, 1.0),

@@ -8,8 +8,9 @@ Units of several pairs are clusters. Their design effect D, the variance of Δ b
 (Kish 1965; the ratio estimator's linearisation), turns counts into effective ones, b/D, r/D and n/D, which Tango's
 interval then takes with Student's quantile of clusters − 1 degrees of freedom (Rao and Scott, Biometrics 48 (1992)
 577, for proportions). D is never below 1, so a cluster interval is never narrower than that of independent pairs, and
-no luck makes its width zero. Against the mean of several references a pair's difference is a fraction, and
-`scores.py` takes the place of Tango's statistic.
+no luck makes its width zero. Flips come in clumps then, and few of them are skewed: at the lower end half an effective
+pair more counts against the arm, at the upper end one more in its favour. Against the mean of several references a
+pair's difference is a fraction, and `scores.py` takes the place of Tango's statistic.
 """
 
 from __future__ import annotations
@@ -26,9 +27,19 @@ from scipy.special import stdtr, stdtrit
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.stats.proportions import CONFIDENCE, Interval, bisect, mcnemar_exact, normal_quantile, tango, tango_z
+from qlibero.stats.proportions import (
+    CONFIDENCE,
+    Interval,
+    bisect,
+    favoured,
+    mcnemar_exact,
+    normal_quantile,
+    tango,
+    tango_z,
+)
 from qlibero.stats.scores import score_zs
 
+IN_FAVOUR, AGAINST = 1.0, 0.5  # effective pairs more that "inferior" and "non-inferior" of clusters must stand
 EDGE = 1e-9  # a mean of −1 or 1 leaves nothing to vary
 
 Estimand = Literal["these", "new_inits", "new_tasks"]
@@ -73,36 +84,39 @@ class Sample:
             return None
         if self.clusters == 1:
             return -1.0, 1.0
-        if not self.fractions:
-            return tango(*self._effective, quantile=self._quantile)
+        if self.clusters is None and not self.fractions:
+            return tango(self.broken, self.repaired, self.pairs)
         return (
-            bisect(lambda delta: self._z(delta) > self._quantile, -1 + EDGE, self.delta),
-            bisect(lambda delta: self._z(delta) > -self._quantile, self.delta, 1 - EDGE),
+            bisect(lambda delta: self._z(delta, -AGAINST) > self._quantile, -1 + EDGE, self.delta),
+            bisect(lambda delta: self._z(delta, IN_FAVOUR) > -self._quantile, self.delta, 1 - EDGE),
         )
 
     def noninferiority_p(self, margin: float) -> float | None:
         """One-sided p-value of H0: Δ ≤ −margin; it is below 0.025 exactly where the interval lies above −margin."""
-        return self._above(-margin)
+        return self._p(-margin, -AGAINST) if self.pairs else None
 
     @property
     def difference_p(self) -> float | None:
         """Two-sided p-value of Δ = 0: McNemar's exact test for whole flips of independent pairs, else the score's."""
         if self.clusters is None and not self.fractions:
             return mcnemar_exact(int(self.broken), int(self.repaired)) if self.pairs else None
-        p = self._above(0.0)
-        return None if p is None else 2 * min(p, 1 - p)
+        if not self.pairs or self.clusters == 1:
+            return 1.0 if self.pairs else None
+        return min(1.0, 2 * min(self._p(0.0, -AGAINST), 1 - self._p(0.0, IN_FAVOUR)))
 
-    def _above(self, delta: float) -> float | None:
-        if not self.pairs:
-            return None
+    def _p(self, delta: float, correction: float) -> float:
+        """One-sided, of H0: Δ ≤ `delta`."""
         if self.clusters == 1:
             return 1.0
-        z = self._z(delta)
+        z = self._z(delta, correction)
         return 1 - (NormalDist().cdf(z) if self.clusters is None else float(stdtr(self.clusters - 1, z)))
 
-    def _z(self, delta: float) -> float:
+    def _z(self, delta: float, correction: float) -> float:
+        """The statistic of H0: Δ = `delta`; of clusters with `correction` effective pairs more in the arm's favour."""
         if not self.fractions:
-            return tango_z(*self._effective, delta)
+            broken, repaired, n = self._effective
+            counts = (broken, repaired) if self.clusters is None else favoured(broken, repaired, n, correction)
+            return tango_z(*map(float, counts), n, delta)
         values, counts = np.array([(-1, 0), *self.fractions, (1, 0)]).T
         return float(score_zs(values, counts[None, :], delta)[0]) / math.sqrt(self.design_effect)
 

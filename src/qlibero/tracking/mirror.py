@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlibero import files
+from qlibero.errors import QliberoError
 from qlibero.tracking import wandb_environment
 
 if TYPE_CHECKING:
@@ -136,12 +137,12 @@ def _spawn(mirror: Mirror) -> None:
     environment = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", TRACKERS[mirror.tracker], str(mirror.run_dir), "--follow", *mirror.arguments]
     try:
-        with open(log_path(mirror.run_dir, mirror.tracker), "ab") as log:
+        with files.open_log(log_path(mirror.run_dir, mirror.tracker)) as log:
             # Its own session: Ctrl-C in the terminal ends the run, and the mirror still gets to drain.
             mirror.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-    except OSError as error:
+    except (OSError, QliberoError) as error:
         mirror.problem = f"could not be started: {error}"
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from qlibero import files
 from qlibero.errors import WorkFailed
 from qlibero.results.arm_equality import SameArithmetic, arithmetic
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
@@ -54,15 +55,14 @@ class Order:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        data = path.read_bytes()
+        self._path, self._file = path, files.open_own(path, os.O_RDWR | os.O_APPEND)
+        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
         end = data.rfind(b"\n") + 1
         os.ftruncate(self._file, end)  # an entry that was cut was not logged either
         self.entries = data[:end].decode().splitlines()
 
     def append(self, entry: str) -> None:
-        os.write(self._file, entry.encode() + b"\n")
-        os.fsync(self._file)
+        files.append(self._file, entry.encode() + b"\n", self._path)
         self.entries.append(entry)
 
 
@@ -164,7 +164,7 @@ def replay(
 @contextlib.contextmanager
 def only_one(run_dir: Path, tracker: str) -> Iterator[None]:
     """One mirror per run directory: two would delete each other's work. An older one is waited for, it drains."""
-    with open(run_dir / f".{tracker}-mirror.lock", "a") as lock:
+    with open(files.open_own(run_dir / f".{tracker}-mirror.lock", os.O_RDWR), "rb+") as lock:
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
             try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlibero.cli.outcomes import Document, Incomplete, Refused, explain
 from qlibero.console import table
 from qlibero.errors import UserError
+
+if TYPE_CHECKING:
+    from qlibero.quant.recheck import Recheck
 
 
 def quantize(args: argparse.Namespace) -> Document:
@@ -173,10 +176,13 @@ def serve(args: argparse.Namespace) -> Document:
 
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
     settings.require_possible()
-    policies, meta = load_arms(experiment, [arms[args.arm]], explain)
+    rechecks: dict[str, Recheck] = {}
+    policies, meta = load_arms(experiment, [arms[args.arm]], explain, rechecks=rechecks)
+    recheck = rechecks.get(args.arm)
     listen(
         policies[args.arm],
         settings,
         lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"),
+        recheck.guard if recheck else None,
     )
     return {"served": args.arm, "policy": meta[args.arm]["policy"]}

@@ -103,7 +103,13 @@ def simulator() -> Finding:
     from qlibero.sim.provenance import PACKAGES, imported
 
     if problems := [problem for package in PACKAGES if (problem := imported(package).problem)]:
-        return Finding("simulator's packages", "fail", "; ".join(problems), SETUP)
+        shadowed = any("PYTHONPATH" in problem for problem in problems)
+        return Finding(
+            "simulator's packages",
+            "fail",
+            "; ".join(problems),
+            "env -u PYTHONPATH qlibero doctor" if shadowed else SETUP,
+        )
     return Finding("simulator's packages", "ok", f"{', '.join(PACKAGES)} are imported as they were published")
 
 

@@ -25,6 +25,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qlibero import files
 from qlibero.errors import UserError
 from qlibero.policies.pi05.architecture import architecture
 from qlibero.policies.pi05.config import Pi05Config
@@ -256,9 +257,10 @@ def write_checkpoint(
     """
     path = Path(path)
     assets = path / "assets" / asset_id
-    assets.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().to("cpu", dtype).contiguous().clone() for key, value in model.state_dict().items()}
-    save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+    partial = files.beside(path / WEIGHTS)
+    save_file(state, partial, metadata={"format": "pt"})
+    files.settle(partial, path / WEIGHTS)
     content = {
         "format": FORMAT,
         "name": name,
@@ -267,9 +269,9 @@ def write_checkpoint(
         "asset_id": asset_id,
         "architecture": model.config.to_dict(),
     }
-    (path / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    (path / "tokenizer.json").write_text(tokenizer)
-    (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": statistics}, indent=2) + "\n")
+    files.replace(path / "config.json", json.dumps(content, indent=2) + "\n")
+    files.replace(path / "tokenizer.json", tokenizer)
+    files.replace(assets / "norm_stats.json", json.dumps({"norm_stats": statistics}, indent=2) + "\n")
     return sha256(path / WEIGHTS)
 
 
