@@ -1,4 +1,4 @@
-"""Risk: a verdict by perturbation axis counts other episodes than those of its suites, or hides that one weighs more."""
+"""Risk: a verdict by perturbation axis counts episodes of another axis, or hides that one of its suites weighs more."""
 
 from __future__ import annotations
 
