@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,12 @@ Rows = list[dict[str, Any]]
 
 
 def suites() -> Rows:
-    """The LIBERO suites with the constants of their published protocol."""
+    """The LIBERO suites with the constants of their published protocol, and what is installed under their names."""
+    from qlibero.sim.physics_check import references
+    from qlibero.sim.provenance import content
     from qlibero.sim.suites import SUITES
+
+    known = references()
 
     return [
         {
@@ -29,6 +34,8 @@ def suites() -> Rows:
             "max_steps": s.max_steps,
             "perturbs": s.base or None,
             "instructions": s.instructions,
+            "content": content(s.name) if find_spec("libero") else None,
+            "reference": s.name in known,
         }
         for s in SUITES.values()
     ]

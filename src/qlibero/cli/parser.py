@@ -310,6 +310,11 @@ def build_parser() -> Parser:
     )
     command.add_argument("checkpoint", type=Path, metavar="PATH", help="an openpi or LeRobot checkpoint directory")
 
+    command = add(
+        "lint", installation.lint, "say what is wrong with tasks of your own (BDDL files), before any simulator"
+    )
+    command.add_argument("tasks", nargs="+", type=Path, metavar="FILE", help=".bddl files, or directories of them")
+
     command = add("doctor", installation.doctor, "say what is wrong with this machine, and the command that mends it")
 
     config = commands.add_parser("config", help="look at a configuration").add_subparsers(

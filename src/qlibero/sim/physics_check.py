@@ -94,6 +94,11 @@ class PhysicsReport:
         }
 
 
+def references() -> set[str]:
+    """Suites that have a reference episode."""
+    return {name.partition("/")[0] for name in json.loads(REFERENCES.read_text())["episodes"]}
+
+
 def check(environment: Mapping[str, str]) -> PhysicsReport:
     """Begin all reference episodes under the simulators' `environment` and compare (about 25 s, 2 GB).
 

@@ -83,9 +83,19 @@ def enforce() -> dict[str, Imported]:
 def parts(suite: str, packages: Mapping[str, Imported], inits: str = OFFICIAL) -> dict[str, str]:
     """What of the simulator decides an episode of a suite: the packages that `enforce` found and, task by task, goal,
     initial states (those of its base suite for `inits` "base") and instruction."""
+    return {f"{package} as imported": one.sha256 for package, one in packages.items()} | _tasks(suite, inits)
+
+
+def content(suite: str) -> str:
+    """16 hex digits over the goals, initial states and instructions of a suite's tasks: distributions of one name
+    differ in these."""
+    return Identity(_tasks(suite, OFFICIAL)).digest
+
+
+def _tasks(suite: str, inits: str) -> dict[str, str]:
     from qlibero.sim.libero import task_files
 
-    tasks = {
+    return {
         f"task {task} of {suite} (goal, initial states, instruction)": Identity(
             {
                 "instruction": text_sha256(task_language(suite, task)),
@@ -95,7 +105,6 @@ def parts(suite: str, packages: Mapping[str, Imported], inits: str = OFFICIAL) -
         ).digest
         for task in range(SUITES[suite].tasks)
     }
-    return {f"{package} as imported": one.sha256 for package, one in packages.items()} | tasks
 
 
 def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.Distribution]) -> str:
