@@ -6,13 +6,15 @@ object without an init line stands wherever it was made, a region that nobody de
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.errors import UserError
+from qlibero.errors import UserError, WorkFailed
 
 _TOKEN = re.compile(r";[^\n]*|[()]|[^\s();]+")
 MOST_WORDS = 200  # characters of an instruction; the longest of LIBERO has 107
@@ -51,14 +53,21 @@ def lint_all(paths: Iterable[Path], vocabulary: Vocabulary) -> dict[str, list[st
 
 
 def installed() -> Vocabulary:
-    """The vocabulary of the installed LIBERO (a few seconds: it imports robosuite)."""
-    from qlibero.sim import libero
-
-    libero._import_environments()
-    from libero.libero.envs.bddl_base_domain import TASK_MAPPING
-    from libero.libero.envs.objects import OBJECTS_DICT
-
-    return Vocabulary(frozenset(OBJECTS_DICT) | WORKSPACES, frozenset(TASK_MAPPING), PREDICATES)
+    """The vocabulary of the installed LIBERO, read from the source of its environments: importing them would start
+    robosuite and a renderer. Raises WorkFailed where LIBERO is not installed."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None or not spec.submodule_search_locations:
+        raise WorkFailed("LIBERO is not installed: run ./scripts/setup.sh")
+    names: dict[str, set[str]] = {"register_object": set(), "register_problem": set()}
+    for file in sorted((Path(next(iter(spec.submodule_search_locations))) / "libero" / "envs").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for mark in node.decorator_list if isinstance(node, ast.ClassDef) else []:
+                if isinstance(mark, ast.Name) and mark.id in names:
+                    names[mark.id].add(node.name)
+    # LIBERO calls class WhiteBowl white_bowl and class Foo1 foo_1, and a problem by its class in lower case
+    classes = {"_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower() for name in names["register_object"]}
+    problems = frozenset(name.lower() for name in names["register_problem"])
+    return Vocabulary(frozenset(classes) | WORKSPACES, problems, PREDICATES)
 
 
 def lint(path: Path, vocabulary: Vocabulary) -> list[str]:
