@@ -72,7 +72,8 @@ ready() {
 }
 pip() {   # pip's own words go to a file; every ten seconds, how far it is
     local what=$1 total=$2 began=$SECONDS next=10 pid; shift 2
-    .venv/bin/python -m pip install --disable-pip-version-check --no-input "$@" >.venv/pip.log 2>&1 & pid=$!
+    # --use-pep517: pip before 23.1, as Debian 12 has it, would run setup.py itself and record no file's hash
+    .venv/bin/python -m pip install --disable-pip-version-check --no-input --use-pep517 "$@" >.venv/pip.log 2>&1 & pid=$!
     while kill -0 $pid 2>/dev/null; do
         sleep 0.5
         ((SECONDS - began >= next)) || continue
@@ -84,6 +85,9 @@ pip() {   # pip's own words go to a file; every ten seconds, how far it is
 }
 
 if ! ready; then
+    owner=$(cat $site/*qlibero*.pth 2>/dev/null || true)                  # linked from another checkout, which would run our code
+    [[ ! -L .venv || ! -d $owner || $owner -ef src ]] ||
+        stop ".venv is the environment of ${owner%/src}, linked here: run its scripts/setup.sh, or rm .venv for one of your own"
     lockfile=$(readlink -f .venv).lock
     exec 9<>"$lockfile"
     flock -n -E 75 9 || case $? in
@@ -106,6 +110,7 @@ if ! ready; then                                                        # the on
         .venv/bin/python -I scripts/damaged.py >&2
     fi
     echo installing >.venv/.unfinished
+    rm -rf $site/*.egg-info                                               # what was installed without such a record comes again
     if [[ -n ${TORCH_INDEX:-} ]]; then
         if [[ -d $TORCH_INDEX ]]; then from=(--no-index --find-links "$TORCH_INDEX"); else from=(--index-url "$TORCH_INDEX"); fi
         pip torch 1 --no-deps "${from[@]}" "$(grep '^torch==' requirements.txt)"

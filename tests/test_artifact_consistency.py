@@ -112,8 +112,9 @@ def test_a_tensor_that_quantize_cannot_have_written_is_refused(parts, tmp_path, 
         ("codes", lambda t: t.roll(1, 0)),
         ("scales", lambda t: t * 2),
         ("scales", lambda t: torch.cat([t[:1] * 1.5, t[1:]])),
+        ("scales", lambda t: torch.cat([t[:1], t[1:2] * 1.5, t[2:]])),
     ],
-    ids=["zeros", "each plus one", "rolled", "doubled", "one row"],
+    ids=["zeros", "each plus one", "rolled", "doubled", "one row", "a row between"],
 )
 def test_codes_and_scales_are_those_of_the_weights(parts, policy, tmp_path, method, suffix, change):
     meta, tensors = parts[method]

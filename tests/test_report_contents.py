@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import film, make_run
+from rich.console import Console
+from synthetic_run import episode, film, make_run
 
 from qlibero.cli import main
 from qlibero.config.load import load_experiment
@@ -20,12 +21,14 @@ from qlibero.places import REPOSITORY
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.document import write_report
 from qlibero.reporting.html.markup import Markup, el, join, script_json
+from qlibero.reporting.html.sections.flips import _heat, line_of
 from qlibero.reporting.html.sections.standing import standing
 from qlibero.reporting.tables import Row, latex, markdown
 from qlibero.reporting.terminal import console, print_comparison, print_run
 from qlibero.results.arm_equality import same_arithmetic
 from qlibero.results.cells import cells_of
 from qlibero.results.compare import compare, compare_paths, compare_runs
+from qlibero.results.ledger import Ledger
 from qlibero.results.runs import read_run
 from qlibero.results.speed import Speed
 from qlibero.results.stopping import declare, make_declaration
@@ -53,6 +56,43 @@ def test_says_what_the_comparison_says(tmp_path):
         open_question = result["verdict"].startswith("inconclusive")
         assert result["control"] or (result["detectable"]["line"] in page) == open_question
     assert "lost to errors" in page and "fall back to fake" in page
+
+
+@pytest.mark.parametrize(("few", "said"), [(8, "tasks have 8 to 24 pairs and weigh accordingly"), (20, "")])
+def test_tasks_of_unequal_weight_are_said_in_terminal_json_and_report(tmp_path, few, said):
+    run = make_run(tmp_path / "run", {"baseline": 0.0, "fake": 0.1}, tasks=1, inits=24, trajectories=False)
+    for arm in ("baseline", "fake"):
+        with Ledger(run, arm, 1, f"hash of {arm}") as ledger:
+            for init in range(few):
+                ledger.append(episode("libero_object", 1, init, arm, False, False, 0)[0])
+    with (tmp_path / "terminal.txt").open("w") as file:
+        print_comparison(compare_paths([run]), Console(file=file, width=400))
+    write_report([run])
+    views = {
+        "terminal": (tmp_path / "terminal.txt").read_text(),
+        "JSON": json.dumps(compare_runs([run])),
+        "report": text_of(run / "report.html"),
+    }
+    assert {name for name, text in views.items() if "weigh accordingly" in text} == (set(views) if said else set())
+    assert all(said in text for text in views.values())
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ([("official", 7, i) for i in range(50)], 50),
+        ([("official", s, i) for s in (7, 8, 9) for i in range(50)], 50),
+        ([("official", s, i) for s in (7, 8) for i in range(200)], 100),
+        ([("official", 7, i) for i in range(50)] + [("fresh-20", 7, i) for i in range(20)], 70),
+        ([("fresh-5000", 7, i) for i in range(5000)], 100),
+    ],
+    ids=["one seed", "seeds", "long seeds", "official and fresh", "five thousand"],
+)
+def test_a_map_of_many_episodes_is_folded_instead_of_drawn_as_a_bar_code(columns, line):
+    assert line_of(columns) == line
+    rows = ["s" * len(columns), "b" + "s" * (len(columns) - 1)]
+    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', str(_heat(rows, line, "", "arm"))).groups()
+    assert (int(width), int(height)) == (10 * line, 20 * -(-len(columns) // line))
 
 
 def test_two_thousand_pairs_stay_far_below_two_megabytes(tmp_path):

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import shutil
 import signal
 import subprocess
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES, FILES = 20, 60
+PACKAGES, FILES = 8, 60
+SITE = ".venv/lib/python3*/site-packages"
 PROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 BACKEND = """
 import zipfile
@@ -40,10 +41,11 @@ def content(package: str, number: int) -> str:
     return f"value = '{hashlib.sha256(f'{package}{number}'.encode()).hexdigest() * 40}'\n"
 
 
-@pytest.fixture
-def checkout(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
     """scripts/ and the shim as they are; a package of one line; a lock of PACKAGES wheels, each of FILES files."""
-    here, wheels = tmp_path / "check out", tmp_path / "wheels"
+    top = tmp_path_factory.mktemp("setup")
+    here, wheels = top / "check out", top / "wheels"
     (here / "src" / "qlibero" / "sim").mkdir(parents=True)
     wheels.mkdir()
     shutil.copytree(ROOT / "scripts", here / "scripts")
@@ -88,60 +90,96 @@ def setup(checkout: Path) -> subprocess.Popen[str]:
 
 def holes(checkout: Path) -> list[str]:
     """Files of the lock that are not there as their wheels have them; read by us, not by pip's records."""
-    (site,) = checkout.glob(".venv/lib/python3*/site-packages")
+    (site,) = checkout.glob(SITE)
     wanted = {f"part{p}/m{i}.py": content(f"part{p}", i) for p in range(PACKAGES) for i in range(FILES)}
     return [name for name, text in wanted.items() if not (site / name).is_file() or (site / name).read_text() != text]
 
 
-def test_killed_at_any_moment_and_started_again(checkout) -> None:
-    moments = random.Random(15)
-    began = time.monotonic()
-    whole = setup(checkout)
-    assert whole.wait(300) == 0, whole.stderr.read()
-    takes = time.monotonic() - began
-    assert holes(checkout) == []
-    reached = set()
-    for attempt in range(4):
-        if attempt % 2 == 0:
-            shutil.rmtree(checkout / ".venv")
-        (checkout / "requirements.txt").open("a").write(f"# {attempt}\n")
-        process = setup(checkout)
-        time.sleep(takes * moments.uniform(0.05, 0.95))
-        # all of it, as a node that loses power; or the script alone, whose pip then goes on
-        os.killpg(process.pid, signal.SIGKILL) if attempt < 2 else process.kill()
-        process.wait()
-        mark = checkout / ".venv" / ".unfinished"
-        reached.add(mark.read_text().strip() if mark.exists() else "other")
-    last = setup(checkout)
-    said = last.communicate(timeout=300)[1]
-    assert last.returncode == 0, said
-    assert reached & {"creating", "installing"}, reached
-    assert holes(checkout) == [] and not (checkout / ".venv" / ".unfinished").exists()
-    ran = subprocess.run([checkout / "qlibero"], env=clean(), capture_output=True, text=True)
-    assert ran.stdout == "it runs\n", ran.stderr
+def until(seen: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    while not seen():
+        assert process.poll() is None, "it ended before the moment came"
+        time.sleep(0.005)
 
 
-def test_a_package_with_metadata_and_without_files_is_brought_again(checkout) -> None:
-    assert setup(checkout).wait(300) == 0
-    (site,) = checkout.glob(".venv/lib/python3*/site-packages")
-    (site / "part3" / "m7.py").write_text("")
-    (site / "part4-1.dist-info" / "RECORD").unlink()
-    shutil.rmtree(site / "part5")
-    (checkout / ".venv" / ".unfinished").write_text("installing\n")
-    again = setup(checkout)
-    said = again.communicate(timeout=300)[1]
-    assert again.returncode == 0 and "looking at every file" in said
-    assert all(f"part{i}-1 is not whole" in said for i in (3, 4, 5)) and "part6-1 is" not in said
-    assert holes(checkout) == []
-
-
-def test_started_twice_at_once_the_second_waits_and_says_for_what(checkout) -> None:
+@pytest.fixture(scope="module")
+def made(checkout) -> Path:
+    """Set up from nothing by two launchers that start at once, as the first shards of an array do."""
     both = [setup(checkout), setup(checkout)]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     waited = [text for text in said if "waiting for another setup of this checkout: process " in text]
     assert len(waited) == 1 and f"on {os.uname().nodename} since" in waited[0], said
     assert sum("creating .venv" in text for text in said) == 1
-    assert holes(checkout) == []
-    quiet = setup(checkout)
+    return checkout
+
+
+def test_started_twice_at_once_the_second_waits_and_says_for_what(made) -> None:
+    assert holes(made) == []
+    quiet = setup(made)
     assert (quiet.wait(60), quiet.stderr.read()) == (0, "")
+
+
+def test_a_package_with_metadata_and_without_files_is_brought_again(made) -> None:
+    (site,) = made.glob(SITE)
+    (site / "part3" / "m7.py").write_text("")
+    (site / "part4-1.dist-info" / "RECORD").unlink()
+    shutil.rmtree(site / "part5")
+    (made / ".venv" / ".unfinished").write_text("installing\n")
+    again = setup(made)
+    said = again.communicate(timeout=300)[1]
+    assert again.returncode == 0 and "looking at every file" in said
+    assert all(f"part{i}-1 is not whole" in said for i in (3, 4, 5)) and "part6-1 is" not in said
+    assert holes(made) == []
+
+
+@pytest.mark.parametrize(
+    ("moment", "dies"),
+    [
+        ("creating", "all of it, as a node that loses power"),
+        ("unpacking", "all of it, as a node that loses power"),
+        ("nearly done", "the script alone, whose pip goes on"),
+    ],
+)
+def test_killed_at_any_moment_and_started_again(made, moment, dies) -> None:
+    venv = made / ".venv"
+    (made / "requirements.txt").open("a").write(f"# {moment}, {dies}\n")
+    if moment == "creating":
+        (venv / ".unfinished").write_text("creating\n")
+    else:
+        shutil.rmtree(next(made.glob(SITE)) / "part0")  # with its metadata: pip believes that it is there
+        for info in made.glob(f"{SITE}/part?-1.dist-info"):
+            shutil.rmtree(info)
+    seen = {
+        "creating": lambda: list(made.glob(f"{SITE}/pip/__init__.py")),
+        "unpacking": lambda: list(made.glob(f"{SITE}/part1-1.dist-info")),
+        "nearly done": lambda: (
+            (venv / ".installing-requirements.txt").exists()
+            and "# nearly" in (venv / ".installing-requirements.txt").read_text()
+            and list(made.glob(f"{SITE}/part{PACKAGES - 1}-1.dist-info/RECORD"))
+        ),
+    }[moment]
+    process = setup(made)
+    if moment == "creating":
+        until(lambda: not seen(), process)
+    until(seen, process)
+    os.killpg(process.pid, signal.SIGKILL) if dies.startswith("all") else process.kill()
+    process.communicate()
+    assert (venv / ".unfinished").read_text() == ("creating\n" if moment == "creating" else "installing\n")
+    last = setup(made)
+    said = last.communicate(timeout=300)[1]
+    assert last.returncode == 0, said
+    assert holes(made) == [] and not (venv / ".unfinished").exists()
+    ran = subprocess.run([made / "qlibero"], env=clean(), capture_output=True, text=True)
+    assert ran.stdout == "it runs\n", ran.stderr
+
+
+def test_a_link_to_another_checkouts_environment_is_left_alone(made, tmp_path) -> None:
+    """Installing there would make the other checkout run this one's code."""
+    here = tmp_path / "here"
+    shutil.copytree(made, here, ignore=shutil.ignore_patterns(".venv*"))
+    (here / ".venv").symlink_to(made / ".venv")
+    (here / "requirements.txt").open("a").write("# newer\n")
+    tried = setup(here)
+    said = tried.communicate(timeout=60)[1]
+    assert tried.returncode == 1 and f".venv is the environment of {made}" in said
+    assert subprocess.run([made / "qlibero"], env=clean(), capture_output=True, text=True).stdout == "it runs\n"

@@ -13,8 +13,10 @@ from slurm_cluster import queue, wait_for
 from test_slurm_sweeps import SMALL, assert_all_once, content, light, qlibero
 
 from qlibero.config.schema import Launch
+from qlibero.config.sweep import load_sweep
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch import cells, engine, slurm
+from qlibero.launch.plan import plan
 from qlibero.quoting import sbatch_option, slurm_file, visible
 
 LIMITS = """MaxArraySize=4
@@ -48,6 +50,29 @@ def test_more_shards_than_an_array_holds_are_several_arrays(cluster, quick, tmp_
     assert_all_once(submission)
     assert (submission.directory / "merged").exists()
     assert "shard 9 on" in (submission.directory / "logs" / "shard-8+1.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "asked", "arrays", "said"),
+    [
+        ("slurm", True, 3, "on Slurm: 10 tasks in 3 job arrays (MaxArraySize 4), and a merge job after them"),
+        ("local", True, 3, "on Slurm: 10 tasks in 3 job arrays (MaxArraySize 4), and a merge job after them"),
+        ("slurm", False, 1, "on Slurm: 10 tasks in 1 job array (MaxArraySize 1001, Slurm's default, for there is no"),
+        ("local", False, None, ""),
+    ],
+)
+def test_plan_says_how_many_arrays_a_sweep_becomes(cluster, tmp_path, monkeypatch, chosen, asked, arrays, said):
+    config = tmp_path / "ten.yaml"
+    untrained = Path(__file__).parents[1] / "configs/policies/untrained.yaml"
+    config.write_text(SMALL.format(untrained=untrained).replace("episodes_per_task: 2", "episodes_per_task: 10"))
+    manifest = cells.make_manifest(load_sweep(config, [f"launch.engine={chosen}"]), tmp_path / "out")
+    if not asked:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    lines: list[str] = []
+    jobs = plan(manifest, lines.append)["slurm"]
+    assert "\n".join(lines).startswith(said) and len(lines) == bool(said)
+    assert (jobs or {}).get("arrays") == arrays
+    assert jobs is None or (jobs["tasks"], jobs["max_array_size"]) == (10, 4 if asked else 1001)
 
 
 def test_what_is_queued_of_a_later_array_is_known_by_its_shard(cluster, tmp_path, monkeypatch):

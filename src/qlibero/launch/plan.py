@@ -7,6 +7,7 @@ one episode of each arm *into the ledger*, so that nothing of it is wasted.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,6 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
     """The plan as a document; see `_cell` and `_engines` for its parts. Raises UserError for cells that cannot work."""
     refuse_impossible(manifest, None)
     known = costs(manifest)
-    _say_if_split(manifest, say)
     if calibrate:
         for cell in manifest.cells:
             unknown = [arm for arm in cell.experiment.arms() if _kind(cell.experiment, arm.name) not in known]
@@ -61,25 +61,37 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
                 known = costs(manifest)
     cells = [_cell(cell, known) for cell in manifest.cells]
     unknown = sum(cell["missing"] for cell in cells if cell["seconds_each"] is None)
+    missing = manifest.missing()
     return {
         "sweep": manifest.name,
         "directory": str(manifest.directory),
         "cells": cells,
         "shards": len(manifest.shards),
-        "shards_missing": len(manifest.missing()),
+        "shards_missing": len(missing),
         "episodes": sum(cell["episodes"] for cell in cells),
         "done": sum(cell["done"] for cell in cells),
         "without_cost": unknown,
         "engines": None if unknown else _engines(manifest, known),
+        "slurm": _slurm_jobs(manifest, missing, say),
     }
 
 
-def _say_if_split(manifest: Manifest, say: Callable[[str], None]) -> None:
-    from qlibero.launch.slurm import max_array_size
+def _slurm_jobs(manifest: Manifest, missing: tuple[int, ...], say: Callable[[str], None]) -> dict[str, int] | None:
+    """What a sweep on Slurm would submit for the `missing` shards; None where neither engine nor number asks for it."""
+    from qlibero.launch.slurm import array_offsets, max_array_size
 
-    if len(manifest.shards) > (size := max_array_size()):
-        count = -(-len(manifest.shards) // size)
-        say(f"{len(manifest.shards):,} shards are {count} arrays on Slurm (MaxArraySize {size})")
+    chosen = any(cell.experiment.launch.engine == "slurm" for cell in manifest.cells)
+    if not missing or not chosen and not shutil.which("scontrol"):
+        return None
+    size = max_array_size()
+    arrays = len(array_offsets(missing, size))
+    if chosen or arrays > 1:
+        asked = "" if shutil.which("scontrol") else ", Slurm's default, for there is no scontrol here to ask"
+        say(
+            f"on Slurm: {len(missing):,} tasks in {arrays} job array{'s' * (arrays > 1)} "
+            f"(MaxArraySize {size}{asked}), and a merge job after them"
+        )
+    return {"tasks": len(missing), "arrays": arrays, "merge_jobs": 1, "max_array_size": size}
 
 
 def refuse_impossible(manifest: Manifest, engine: str | None) -> None:

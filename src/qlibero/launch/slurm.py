@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,15 @@ class Array:
 def arrays(submission: Submission) -> list[Array]:
     """The submission's shards in as many arrays as the cluster's MaxArraySize makes of them."""
     size = max_array_size()
-    offsets = sorted({index // size * size for index in submission.indices})
     return [
         Array(number, offset, tuple(i - offset for i in submission.indices if offset <= i < offset + size))
-        for number, offset in enumerate(offsets)
+        for number, offset in enumerate(array_offsets(submission.indices, size))
     ]
+
+
+def array_offsets(indices: Iterable[int], size: int) -> list[int]:
+    """The shard that each array of at most `size` tasks begins at."""
+    return sorted({index // size * size for index in indices})
 
 
 def max_array_size() -> int:

@@ -14,8 +14,10 @@ from qlibero.errors import GuardRefusal
 from qlibero.kernels.contract import quantize_weights
 from qlibero.quant.artifact import CURE, Artifact, LayerRecord
 
+ALL = 1 << 25
+"""Weights of an artifact up to which every code is made again; all would take a full-size policy minutes."""
 ROWS = 32
-"""Output channels of a linear that are made again, spread over it: all would take a full-size policy minutes."""
+"""Output channels of a larger artifact's linears that are made again, spread over each."""
 MOVED = 0.1
 """Share of a layer's codes that may differ, by one."""
 SCALES_WITHIN = 0.016
@@ -28,11 +30,12 @@ def require_of_weights(model: nn.Module, artifact: Artifact) -> None:
 
     Linears on the meta device are passed over: their weights were not read, because the artifact replaces them.
     """
+    every = sum(layer.out_features * layer.in_features for layer in artifact.layers) <= ALL
     for layer in artifact.layers:
         weight = model.get_submodule(layer.name).weight
         if weight.device.type == "meta" or tuple(weight.shape) != (layer.out_features, layer.in_features):
             continue  # another model's shape has an error of its own, see `apply`
-        rows = _sample(layer, artifact)
+        rows = _rows(layer, artifact, every)
         codes, scales = _made_again(weight, artifact, layer, rows)
         apart = (codes.cpu().int() - artifact.codes(layer.name)[rows].int()).abs()
         moved = float((apart > 0).float().mean())
@@ -45,10 +48,10 @@ def require_of_weights(model: nn.Module, artifact: Artifact) -> None:
             )
 
 
-def _sample(layer: LayerRecord, artifact: Artifact) -> Tensor:
+def _rows(layer: LayerRecord, artifact: Artifact, every: bool) -> Tensor:
     """Indices of the rows to make again; all of them where a rotation of the outputs mixes rows."""
     n = layer.out_features
-    if n <= ROWS or artifact.tensor(f"{layer.name}.output_rotation") is not None:
+    if every or n <= ROWS or artifact.tensor(f"{layer.name}.output_rotation") is not None:
         return torch.arange(n)
     return torch.linspace(0, n - 1, ROWS).long()
 

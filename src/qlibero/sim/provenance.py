@@ -133,7 +133,7 @@ def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.
         if other:
             problem = (
                 f"{root} is not {version} as it was published: {len(other)} files differ ({', '.join(other[:4])}"
-                f"{', …' if len(other) > 4 else ''}); install it again (./scripts/setup.sh) or restore them"
+                f"{', …' if len(other) > 4 else ''}); install it again (./scripts/setup.sh --repair) or restore them"
             )
     return json.dumps({"sha256": Identity(contents).digest, "problem": problem})
 

@@ -108,7 +108,7 @@ def simulator() -> Finding:
             "simulator's packages",
             "fail",
             "; ".join(problems),
-            "env -u PYTHONPATH qlibero doctor" if shadowed else SETUP,
+            "env -u PYTHONPATH qlibero doctor" if shadowed else f"{SETUP} --repair",
         )
     return Finding("simulator's packages", "ok", f"{', '.join(PACKAGES)} are imported as they were published")
 

@@ -65,23 +65,29 @@ function start() {
   const words = { s: "both succeed", f: "both fail", b: "broken: the reference succeeds, this arm fails", r: "repaired: the reference fails, this arm succeeds", e: "error", u: "unpaired", "·": "not run" };
   const player = setUpPlayer();
   for (const map of $$(".heatmap")) {
-    const { cell, rows } = data.flips.arms[map.dataset.arm], { tasks, keys, columns } = data.flips.cells[cell];
-    const width = Math.max(...rows.map((r) => r.length));
+    const { cell, rows } = data.flips.arms[map.dataset.arm], { tasks, keys, columns, line } = data.flips.cells[cell];
+    // a task's row is folded into lines: (x, y) is an episode, (across, down) where it is drawn
+    const folds = Math.ceil(columns.length / line);
     let x = 0, y = 0;
+    const go = (across, down) => {
+      const inside = (value, count) => Math.min(count - 1, Math.max(0, value));
+      down = inside(down, rows.length * folds);
+      y = Math.floor(down / folds);
+      x = inside(down % folds * line + inside(across, line), columns.length);
+      show();
+    };
     const keyOf = () => [...keys[y], ...columns[x]].join("/");
     const show = () => {
       const cursor = $(".cursor", map);
-      cursor.setAttribute("x", 10 * x);
-      cursor.setAttribute("y", 10 * y);
+      cursor.setAttribute("x", 10 * (x % line));
+      cursor.setAttribute("y", 10 * (y * folds + Math.floor(x / line)));
       const hint = player && player.has(map.dataset.arm, keyOf()) ? " Click or press Enter for the video." : "";
-      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${tasks[y]}, initial state ${columns[x][0]}: ${words[rows[y][x]]}.${hint}`;
+      $("#flip-readout").textContent = `${data.labels[map.dataset.arm]}, ${tasks[y]}, initial state ${columns[x][0]}${folds > 1 ? `, seed ${columns[x][1]}` : ""}: ${words[rows[y][x]]}.${hint}`;
     };
     const play = () => { if (player) player.choose(map.dataset.arm, keyOf()); };
     const point = (event) => {
       const box = map.getBoundingClientRect();
-      x = Math.min(width - 1, Math.max(0, Math.floor(width * (event.clientX - box.left) / box.width)));
-      y = Math.min(rows.length - 1, Math.max(0, Math.floor(rows.length * (event.clientY - box.top) / box.height)));
-      show();
+      go(Math.floor(line * (event.clientX - box.left) / box.width), Math.floor(rows.length * folds * (event.clientY - box.top) / box.height));
     };
     map.addEventListener("pointermove", point);
     map.addEventListener("click", (event) => { point(event); play(); });
@@ -91,9 +97,7 @@ function start() {
       if (event.key === "Enter") return play();
       if (!move) return;
       event.preventDefault();
-      x = Math.min(width - 1, Math.max(0, x + move[0]));
-      y = Math.min(rows.length - 1, Math.max(0, y + move[1]));
-      show();
+      go(x % line + move[0], y * folds + Math.floor(x / line) + move[1]);
     });
   }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from qlibero.reporting.execution_text import QUALITY, shift_text
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import Material
 from qlibero.reporting.html.sections.parts import legend, named, section, table
-from qlibero.reporting.terminal import QUALITY, shift_text
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.execution import Divergence, Shift
 

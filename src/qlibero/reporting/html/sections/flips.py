@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from qlibero.episode_key import OFFICIAL, EpisodeKey
@@ -16,11 +17,15 @@ CODES = {
     ("failure", "success"): "r",
 }
 
+LONGEST_LINE = 100
+"""Cells in a line of a map: what has more is folded, a line for each seed where that fits."""
+
 
 def flip_data(m: Material) -> dict[str, Any]:
     """What the page's script knows of the maps.
 
-    {"cells": [{"tasks": […], "keys": […], "columns": […]}], "arms": {id: {"cell": index, "rows": […]}}}
+    {"cells": [{"tasks": […], "keys": […], "columns": […], "line": number of cells in a line}],
+     "arms": {id: {"cell": index, "rows": […]}}}
     """
     shown = [part for part in m.parts if part.compared]
     return {
@@ -32,6 +37,7 @@ def flip_data(m: Material) -> dict[str, Any]:
                     (EpisodeKey("", 0, init, seed, inits).init_name, seed)
                     for inits, seed, init in flip_columns(m, part)
                 ],
+                "line": line_of(flip_columns(m, part)),
             }
             for part in shown
         ],
@@ -75,13 +81,21 @@ def flip_columns(m: Material, part: Part) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda column: (column[0] != OFFICIAL, *column))
 
 
-def _columns_text(m: Material, part: Part) -> str:
+def line_of(columns: list[tuple[str, int, int]]) -> int:
+    """Cells in a line: those of one seed where every seed has as many, else as many as fit."""
+    seeds = Counter(column[:2] for column in columns)
+    each = set(seeds.values())
+    fits = len(seeds) > 1 and len(each) == 1 and max(each) <= LONGEST_LINE
+    return each.pop() if fits else min(len(columns), LONGEST_LINE)
+
+
+def _columns_text(columns: list[tuple[str, int, int]]) -> str:
     """What the columns are, left to right: `initial state 0 … 49, then fresh 0 … 19`."""
-    columns = flip_columns(m, part)
     kinds = list(dict.fromkeys(inits for inits, _, _ in columns))
     spans = [f"0 … {max(init for inits, _, init in columns if inits == kind)}" for kind in kinds]
     named = [span if kind == OFFICIAL else f"{kind} {span}" for kind, span in zip(kinds, spans, strict=True)]
-    return f"initial state {', then '.join(named)}"
+    folded = ", folded" if line_of(columns) < len(columns) else ""
+    return f"initial state {', then '.join(named)}{folded}"
 
 
 def flips(m: Material) -> Markup | None:
@@ -94,13 +108,16 @@ def flips(m: Material) -> Markup | None:
             f"Flips of {r.label}: {r.table.broken} broken, {r.table.repaired} repaired of {r.table.pairs} pairs. "
             "Arrow keys move, Enter plays a video."
         )
-        labels = [el("span", str(task)) for _, task in m.tasks_of(part.arms)]
+        columns = flip_columns(m, part)
+        line = line_of(columns)
+        lines = -(-len(columns) // line)
+        labels = [el("span", str(task), style=f"--lines:{lines}") for _, task in m.tasks_of(part.arms)]
         grid = el(
             "div",
             el("div", labels, class_="rowlabels", aria_hidden="true"),
-            _heat(flip_rows(m, part, name), text, name),
-            el("div", _columns_text(m, part), class_="axis-label"),
-            class_="heat",
+            _heat(flip_rows(m, part, name), line, text, name),
+            el("div", _columns_text(columns), class_="axis-label"),
+            class_="heat many" if lines > 3 else "heat",
         )
         floor = "noise floor: " if r.control else ""
         counts = el("small", f"{floor}{r.table.broken} broken ▼ {r.table.repaired} repaired ▲")
@@ -135,9 +152,11 @@ def flips(m: Material) -> Markup | None:
     )
 
 
-def _heat(rows: list[str], label: str, arm: str) -> Markup:
-    """All cells of a kind in one path, so that 2,000 episodes are a few kilobytes."""
-    width, height = max(map(len, rows)), len(rows)
+def _heat(tasks: list[str], line: int, label: str, arm: str) -> Markup:
+    """All cells of a kind in one path, so that 2,000 episodes are a few kilobytes. A task takes as many lines as it
+    has cells for."""
+    rows = [task[i : i + line] for task in tasks for i in range(0, len(task), line)]
+    width, height = line, len(rows)
     cells: dict[str, list[str]] = {}
     for y, row in enumerate(rows):
         for x, code in enumerate(row):
