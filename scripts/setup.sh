@@ -12,6 +12,8 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf 'setup: %s\n' "$@" >&2; }
 stop() { say "$@"; exit 1; }
 has() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null; }
+[[ $(uname -s) == Linux ]] ||
+    stop "needs Linux, and this is $(uname -s): there, in a container (containers/build.sh makes the image; it has no GPU on a Mac), or in WSL 2"
 locks=(requirements.txt)
 case "${1:-}" in
     --test) locks+=(requirements-test.txt) ;;

@@ -8,6 +8,8 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
+builder=$(command -v podman || command -v buildah || command -v docker || true)
+echo "test: the container image is not built here, for it takes minutes; containers/build.sh does, with ${builder:-docker, podman or buildah: none is here}"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python scripts/check_types.py

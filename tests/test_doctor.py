@@ -183,6 +183,16 @@ def test_the_physics_check_becomes_findings() -> None:
     assert one(doctor.physics(SimpleNamespace(findings=(), renderer="r"))).status == "ok"
 
 
+def test_without_a_driver_that_renders_both_checks_say_so_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real EGL, real MuJoCo, no driver: neither a bug of ours nor a damaged installation."""
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nonexistent")
+    rendering, physics = diagnose([doctor.graphics.rendering, doctor.physics])
+    assert (rendering.status, physics.status) == ("fail", "fail")
+    assert "knows no device" in rendering.found and "renders without a screen" in physics.found
+    for finding in (rendering, physics):
+        assert "libegl1" in finding.cure and "Without root" in finding.cure and "--repair" not in finding.cure
+
+
 def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.simulator().status == "ok"
     monkeypatch.setattr("qlibero.sim.provenance.PACKAGES", {"pytest": ("robosuite",)})

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 
 GL_CURE = (
-    "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 (./scripts/setup.sh does, as root); "
-    'without root: docs/clusters.md, "Without root"'
+    "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 (./scripts/setup.sh does, as root), or "
+    'without root, docs/clusters.md, "Without root"'
 )
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -58,6 +58,8 @@ def import_cause(problem: ImportError) -> tuple[str, str]:
         elif library.startswith(("libGL", "libEGL", "libOpenGL", "libOSMesa")):
             cure = GL_CURE
         return f"{where or problem.name or 'a package'} cannot be imported: the loader finds no {library}", cure
+    if "EGL" in str(problem) or "OpenGL" in str(problem):  # MuJoCo's, of a driver that is missing or does not start
+        return f"nothing here renders without a screen ({str(problem).partition('. ')[0]})", GL_CURE
     return f"{where or problem.name or 'a package'} cannot be imported: {problem}", "./scripts/setup.sh --repair"
 
 

@@ -44,7 +44,8 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
         try:
             answer = check()
         except QliberoError as error:
-            answer = Finding(check.__name__, "fail", str(error), f"{SETUP} --repair")
+            found, _, cure = str(error).partition("; ")  # a process of ours hands the cure on with what it found
+            answer = Finding(check.__name__, "fail", found, cure or f"{SETUP} --repair")
         except ImportError as error:
             answer = Finding(check.__name__, "fail", *import_cause(error))
         except Exception as error:  # one broken check must not hide the others
