@@ -61,9 +61,10 @@ def installed() -> Vocabulary:
     names: dict[str, set[str]] = {"register_object": set(), "register_problem": set()}
     for file in sorted((Path(next(iter(spec.submodule_search_locations))) / "libero" / "envs").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            for mark in node.decorator_list if isinstance(node, ast.ClassDef) else []:
-                if isinstance(mark, ast.Name) and mark.id in names:
-                    names[mark.id].add(node.name)
+            if isinstance(node, ast.ClassDef):
+                for mark in node.decorator_list:
+                    if isinstance(mark, ast.Name) and mark.id in names:
+                        names[mark.id].add(node.name)
     # LIBERO calls class WhiteBowl white_bowl and class Foo1 foo_1, and a problem by its class in lower case
     classes = {"_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower() for name in names["register_object"]}
     problems = frozenset(name.lower() for name in names["register_problem"])
@@ -141,9 +142,9 @@ def _complaints(tree: list[Any], vocabulary: Vocabulary) -> Iterator[tuple[int, 
         yield from _fact(fact, declared, regions, vocabulary, "init")
         if isinstance(fact, list) and len(fact) > 1 and isinstance(fact[1], Word):
             placed.add(fact[1].text)
-    for name in _names(blocks.get(":objects", [])[1:]):
-        if name.text not in placed:
-            yield name.line, f"object {name} has no line in (:init …): where it stands is nobody's choice"
+    for thing in _names(blocks.get(":objects", [])[1:]):
+        if thing.text not in placed:
+            yield thing.line, f"object {thing} has no line in (:init …): where it stands is nobody's choice"
     if ":goal" in blocks:
         yield from _goal(blocks[":goal"], declared, regions, vocabulary)
 

@@ -33,7 +33,7 @@ from qlibero.errors import GuardRefusal, QliberoError, WorkFailed, import_cause
 from qlibero.sim.suites import SUITES as ALL_SUITES
 
 REFERENCES = Path(__file__).with_name("physics_references.json")
-EPISODES = (
+EPISODES: tuple[tuple[str, int, int, int], ...] = (
     ("libero_object", 0, 0, 7),
     ("libero_spatial", 5, 0, 7),
     ("libero_goal", 0, 0, 7),
