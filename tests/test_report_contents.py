@@ -35,6 +35,8 @@ from qlibero.results.stopping import declare, make_declaration
 from qlibero.results.wording import points, speed_text
 from qlibero.run.experiment import _instructions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):

@@ -66,9 +66,9 @@ class ForeignArm:
     def has_seeds(self) -> bool:
         return all(key is not None and key[3] is not None for key, _ in self.episodes)
 
-    def keyed(self, with_seed: bool = False) -> dict[tuple[Any, ...], Outcome] | None:
+    def keyed(self, with_seed: bool = False) -> dict[tuple[str | int | None, ...], Outcome] | None:
         """Outcomes by key, without its seed unless asked for; None if any episode has no key or shares one."""
-        found: dict[tuple[Any, ...], Outcome] = {}
+        found: dict[tuple[str | int | None, ...], Outcome] = {}
         for key, outcome in self.episodes:
             if key is None:
                 return None
