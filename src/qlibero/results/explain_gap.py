@@ -122,7 +122,7 @@ def _constants(run: RunResults, arm: str) -> dict[str, Any]:
     asked = said.get("policy") or {}
     records = run.arms[arm].records
     caps = {r.suite: r.max_steps for r in records if r.max_steps is not None}
-    replan = {r.replan_steps for r in records if r.replan_steps is not None} or {asked.get("replan_steps")}
+    replan: set[Any] = {r.replan_steps for r in records if r.replan_steps is not None} or {asked.get("replan_steps")}
     stream = _STREAM.get(str(said.get("protocol")))
     fresh = isinstance(said.get("inits"), dict)
     return OURS | {
