@@ -20,6 +20,8 @@ from qlibero.cli.parser import build_parser
 from qlibero.config.load import load_experiment
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
+pytestmark = pytest.mark.slow
+
 GOOD = "suite: libero_object\npolicy: {type: pi05, checkpoint: weights}\nbackends: [baseline]\n"
 
 

@@ -31,6 +31,8 @@ from qlibero.config.sweep import load_sweep
 from qlibero.launch.cells import make_manifest, write_manifest
 from qlibero.places import COMMAND
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAM = re.compile(r"(?:\w+=\S+ )*(?:\./\S+|scripts/\S+|containers/\S+|qlibero|python|pip|wandb|trackio|git) ?")

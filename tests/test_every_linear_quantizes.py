@@ -27,6 +27,8 @@ from qlibero.quant.linear import QuantLinear
 from qlibero.quant.policy_check import check_policy
 from qlibero.quant.spec import LAYOUTS, QuantSpec
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {"siglip": (siglip_config(), "openpi"), "conv": (conv_config(), "qlibero")}
 
 

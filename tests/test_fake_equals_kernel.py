@@ -18,6 +18,8 @@ from qlibero.quant.calibrate import calibrate
 from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.spec import METHODS, QuantSpec
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ("fake", "int_ref", "cpu_int4")
 
 

@@ -14,6 +14,8 @@ from qlibero.sim import physics_check, physics_check_cache
 from qlibero.sim.physics_check import PhysicsFinding, PhysicsReport
 from qlibero.sim.pool import worker_environment
 
+pytestmark = pytest.mark.libero
+
 ONE_EPISODE = ("tasks=[0]", "episodes_per_task=1", "max_steps=5", "backends=[baseline]", "quant=null", "workers=1")
 LLVMPIPE = {"renderer": "llvmpipe"}
 ELSEWHERE = PhysicsReport(

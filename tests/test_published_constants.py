@@ -71,6 +71,7 @@ class Resting:
         return {"type": "resting"}
 
 
+@pytest.mark.libero
 def test_an_episode_of_libero_under_the_default_protocol():
     """A real episode: simulated time after settling, plans of 5 actions, and each call's own noise."""
     from qlibero.machine.environment import simulator_environment
@@ -92,6 +93,7 @@ def test_an_episode_of_libero_under_the_default_protocol():
     assert len(set(policy.noise)) == 5
 
 
+@pytest.mark.libero
 def test_a_scene_settles_for_half_a_second():
     """Ten control steps of 1/20 s lie between the official initial state and the policy's first frame."""
     code = (
@@ -229,6 +231,7 @@ def test_the_epilogue_s_order_on_a_cpu(name):
     check_epilogue(name)
 
 
+@pytest.mark.slow
 def test_the_epilogue_s_order_in_triton():
     """In a process of its own: whether Triton interprets is decided when its kernels are imported."""
     pytest.importorskip("triton")

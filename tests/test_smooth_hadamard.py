@@ -21,6 +21,8 @@ from qlibero.quant.methods import GroupData, fit
 from qlibero.quant.spec import QuantSpec
 from qlibero.quant.transform import Transform
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

@@ -78,7 +78,9 @@ def build_parser() -> Parser:
         aliases: Sequence[str] = (),
     ) -> Parser:
         """`policy`: it may load a policy, so it runs in the policy process's environment."""
-        command = parent.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", aliases=aliases)
+        command: Parser = parent.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", aliases=aliases
+        )
         command.set_defaults(call=call, policy=policy)
         command.add_argument("--json", action="store_true", help="print the JSON line in a terminal too")
         return command

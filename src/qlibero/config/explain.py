@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -77,7 +77,7 @@ def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:
         return location, what, got, f"; write e.g. {' or '.join(examples)}"
     if kind == "literal_error":
         if location == ("suite",):
-            return location, what, got, suite_hint(item["input"], SuiteName.__args__)
+            return location, what, got, suite_hint(item["input"], get_args(SuiteName))
         return (
             location,
             what,
@@ -100,9 +100,11 @@ def walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
     rest: list[str | int] = []
     for step in loc:
         index = int(step) if isinstance(data, list) and str(step).isdecimal() else step
-        if (isinstance(data, dict) and index in data) or (
-            isinstance(data, list) and isinstance(index, int) and index < len(data)
-        ):
+        if isinstance(data, dict) and index in data:
+            data = data[index]
+            here.append(index)
+            rest.clear()
+        elif isinstance(data, list) and isinstance(index, int) and index < len(data):
             data = data[index]
             here.append(index)
             rest.clear()

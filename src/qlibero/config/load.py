@@ -183,7 +183,7 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
             visit(source.data[room], (room,))
 
 
-def _resolve(source: Source, around: dict[str, Any], here: Location, check_files: bool) -> None:
+def _resolve(source: Source, around: dict[str | int, Any], here: Location, check_files: bool) -> None:
     """Make the path at `here` absolute. Variables are not expanded: a file means the same whoever reads it."""
     mark, written = mark_of(source, here), around[here[-1]]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, Regex, Seed
 
@@ -105,7 +105,7 @@ class QuantOverrides(Quant):
         return self  # only the merged Quant has to be whole
 
     @model_serializer(mode="wrap")
-    def _only_what_is_said(self, handler) -> dict[str, Any]:
+    def _only_what_is_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 

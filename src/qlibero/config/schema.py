@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qlibero.config.fields import (
     MOST,
@@ -147,7 +154,7 @@ class Backend(Frozen):
     )
 
     @model_serializer(mode="wrap")
-    def _short_when_plain(self, handler) -> Any:
+    def _short_when_plain(self, handler: SerializerFunctionWrapHandler) -> Any:
         plain = self.name == self.backend and self.quant is None and self.replicates is None
         return self.backend if plain else handler(self)
 
@@ -430,7 +437,7 @@ class Experiment(Frozen):
                 raise Misplaced(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
             try:
                 quant_of_arm(self.quant, entry.quant)
-            except ValueError as error:
+            except ValidationError as error:
                 message = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
                 raise Misplaced((*where, "quant"), message) from None
         return self

@@ -33,4 +33,5 @@ def load(name: str) -> Kernel:
     if name not in BACKENDS:
         raise UserError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     module, cls = BACKENDS[name].split(":")
-    return getattr(import_module(module), cls)()
+    kernel: Kernel = getattr(import_module(module), cls)()
+    return kernel

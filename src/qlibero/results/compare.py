@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.arm_equality import arithmetic, together
 from qlibero.results.cells import cells_of
@@ -58,6 +59,8 @@ from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Step, check_estimand, sample
 
 ONE_SIDED_ALPHA = 0.025
+Cells = Mapping[str, Comparison | ForeignComparison | CountsComparison]
+"""What is compared, by the label of the cell; "" where there is one."""
 
 
 def compare_runs(
@@ -70,7 +73,7 @@ def compare_runs(
     return as_document(compare_paths(paths, reference, margin, estimand))
 
 
-def as_document(cells: Mapping[str, Comparison | ForeignComparison | CountsComparison]) -> dict[str, Any]:
+def as_document(cells: Cells) -> dict[str, Any]:
     """The JSON line of one cell, or of several by their labels."""
     documents = {label: cell.to_json() for label, cell in cells.items()}
     return {"cells": documents} if len(documents) > 1 else next(iter(documents.values()))
@@ -186,7 +189,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
     paired = [{pair.key: pair for pair in context.control_pairings[c.name].pairs} for c in replicates]
     found = measured(pairing.pairs, base, arm)
     floors = [measured(context.control_pairings[c.name].pairs, base, c) for c in replicates]
-    psi = planning_discordance(table, floor and floor.discordance)
+    psi = planning_discordance(table, floor.discordance if floor else None)
     return ArmComparison(
         **row,
         name=arm.name,
@@ -218,8 +221,8 @@ class _Evidence:
 
     pairs: tuple[Pair, ...]
     errors: tuple[Pair, ...]
-    missing: frozenset
-    conflicts: frozenset
+    missing: frozenset[EpisodeKey]
+    conflicts: frozenset[EpisodeKey]
 
     def by_suite(self) -> dict[str, _Evidence]:
         keys = {p.key for p in (*self.pairs, *self.errors)} | self.missing
@@ -267,7 +270,7 @@ def _row(
     }
 
 
-def _missing(base: Arm, arm: Arm) -> frozenset:
+def _missing(base: Arm, arm: Arm) -> frozenset[EpisodeKey]:
     """Planned pairs of which a side has not run. An episode that ended in an error has run."""
     return frozenset(key for key in base.planned & arm.planned if key not in base.records or key not in arm.records)
 
@@ -303,7 +306,7 @@ def _adjusted(arms: dict[str, ArmComparison], question: Question) -> tuple[dict[
     per_suite = question.primary == "per-suite"
     rows = [row for arm in tested for row in (arm.suites.values() if per_suite else [arm]) if row.table.pairs]
     noninferiority = st.holm([1.0 if row.noninferiority_p is None else row.noninferiority_p for row in rows])
-    difference = st.holm([row.seen.difference_p for row in rows])
+    difference = st.holm([1.0 if row.seen.difference_p is None else row.seen.difference_p for row in rows])
     found = {}
     for row, ni, different in zip(rows, noninferiority, difference, strict=True):
         n, passed = row.table.pairs, row.verdict.word == Word.NON_INFERIOR and ni <= ONE_SIDED_ALPHA

@@ -188,7 +188,8 @@ class ArmComparison(Row):
     def passed_holm(self) -> bool | None:
         """Whether the arm is non-inferior in its whole claim after Holm; None where nothing is adjusted."""
         rows = [self.adjusted] if self.adjusted else [suite.adjusted for suite in self.suites.values()]
-        return None if not rows or None in rows else all(row.passed for row in rows)
+        passed = [row.passed for row in rows if row is not None]
+        return all(passed) if passed and len(passed) == len(rows) else None
 
     @property
     def family(self) -> int:

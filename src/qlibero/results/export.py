@@ -64,7 +64,10 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
         **{name: getattr(record, name) for name in PLAIN},
         "success": None if record.outcome == "error" else int(record.succeeded),
         **{f"policy_ms_{p}": calls.get(p) for p in ("p50", "p95", "p99")},
-        **{f"{phase}_ms_p50": percentiles(by_phase[phase])["p50"] if phase in by_phase else None for phase in phases},
+        **{
+            f"{phase}_ms_p50": (percentiles(by_phase[phase]) or {}).get("p50") if phase in by_phase else None
+            for phase in phases
+        },
     }
 
 

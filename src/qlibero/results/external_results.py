@@ -161,9 +161,9 @@ def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult |
     else:
         with_seed = base.has_seeds and arm.has_seeds
         left, right = base.keyed(with_seed), arm.keyed(with_seed)
-        common = sorted(left.keys() & right.keys()) if left and right else []
-        if not common:
+        if not left or not right or not left.keys() & right.keys():
             return None
+        common = sorted(left.keys() & right.keys())
         both: list[Outcomes] = [(left[key], right[key]) for key in common]
         finished, lost = ([pair for pair in both if ("error" in pair) is error] for error in (False, True))
         unpaired = {
@@ -306,7 +306,7 @@ def _sentence(r: ForeignResult) -> str:
     lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
     lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []
     arm, base, margin = r.name, r.reference, r.verdict.margin
-    if r.delta is None:
+    if r.delta is None or r.interval is None:
         return f"{arm} and {base}: no finished episodes to compare" + (f" ({', '.join(lost)})." if lost else ".")
     assert r.p is not None  # there is one wherever there is a difference
     opening = {

@@ -66,11 +66,13 @@ class ForeignArm:
     def has_seeds(self) -> bool:
         return all(key is not None and key[3] is not None for key, _ in self.episodes)
 
-    def keyed(self, with_seed: bool = False) -> dict[tuple, Outcome] | None:
+    def keyed(self, with_seed: bool = False) -> dict[tuple[str | int | None, ...], Outcome] | None:
         """Outcomes by key, without its seed unless asked for; None if any episode has no key or shares one."""
-        if any(key is None for key, _ in self.episodes):
-            return None
-        found = {key if with_seed else key[:3]: outcome for key, outcome in self.episodes}
+        found: dict[tuple[str | int | None, ...], Outcome] = {}
+        for key, outcome in self.episodes:
+            if key is None:
+                return None
+            found[key if with_seed else key[:3]] = outcome
         return found if len(found) == len(self.episodes) else None
 
     @property

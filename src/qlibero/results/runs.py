@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,7 @@ from qlibero.stats.sampling import DEFAULT_ESTIMAND, Estimand, check_estimand
 
 REFERENCE = "baseline"  # the arm that others are compared with unless another is named
 PRIMARY = "pooled"
+T = TypeVar("T")
 DEFAULT_MARGIN = 0.02  # 2 points, the schema's default: for directories whose experiment says nothing
 
 
@@ -89,7 +90,7 @@ def read_run(run_dir: Path | str) -> RunResults:
 
 def declared_margin(experiment: dict[str, Any]) -> float:
     """The non-inferiority margin an experiment (resolved, as in experiment.yaml) was declared with, as a fraction."""
-    return (experiment.get("stop") or {}).get("margin") or experiment.get("margin") or DEFAULT_MARGIN
+    return float((experiment.get("stop") or {}).get("margin") or experiment.get("margin") or DEFAULT_MARGIN)
 
 
 def common_margin(runs: Sequence[RunResults]) -> float:
@@ -114,7 +115,7 @@ def common_reference(runs: Sequence[RunResults]) -> str:
     return _common(runs, "compare_with", lambda said: said.get("compare_with") or REFERENCE, REFERENCE)
 
 
-def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str, Any]], Any], default: Any) -> Any:
+def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str, Any]], T], default: T) -> T:
     found = {run.run_dir: declared(run.experiment) for run in runs}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{run_dir} {value}" for run_dir, value in found.items())

@@ -11,7 +11,7 @@ from qlibero.errors import UserError
 
 def compare(args: argparse.Namespace) -> Document:
     from qlibero.reporting.terminal import print_comparison
-    from qlibero.results.compare import as_document, compare_paths
+    from qlibero.results.compare import Cells, as_document, compare_paths
 
     if bool(args.results) == bool(args.counts):
         raise UserError("compare: name run directories or result files, or --counts NAME=K/N NAME=K/N, and not both")
@@ -20,7 +20,7 @@ def compare(args: argparse.Namespace) -> Document:
 
         if args.reference or args.estimand:
             raise UserError("compare: --counts take the first as reference and know no estimand; leave those flags out")
-        cells = {"": compare_counts(args.counts, args.margin)}
+        cells: Cells = {"": compare_counts(args.counts, args.margin)}
     else:
         cells = compare_paths(args.results, args.reference, args.margin, args.estimand)
     print_comparison(cells)
