@@ -115,6 +115,7 @@ def test_a_suite_without_a_reference_is_not_called_checked():
     assert report.verdict == "warning" and "libero_goal_swap has no reference" in report.findings[0].what
 
 
+@pytest.mark.libero
 def test_lan_and_task_from_the_states_of_their_base_are_its_scenes_to_the_last_bit():
     base, task = Scene("libero_goal", 1), Scene("libero_goal_task", 1)
     base.reset(3, 7)
