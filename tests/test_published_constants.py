@@ -28,7 +28,7 @@ from qlibero.sim import suites
 # ---------------------------------------------------------------------------------------------- openpi's protocol
 def test_the_suites_are_the_published_ones():
     """openpi, examples/libero/main.py: caps from the longest demonstration; LIBERO: 10 (90) tasks × 50 states."""
-    assert {s.name: (s.tasks, s.inits, s.max_steps) for s in suites.SUITES.values()} == {
+    assert {s.name: (s.tasks, s.inits, s.max_steps) for s in suites.BASE_SUITES} == {
         "libero_spatial": (10, 50, 220),
         "libero_object": (10, 50, 280),
         "libero_goal": (10, 50, 300),

@@ -245,7 +245,8 @@ class Experiment(Frozen):
     )
     inits: Inits = Field(
         "official",
-        description="official: the states LIBERO ships; fresh(N): N new ones a task, drawn from its placement regions",
+        description="official: the states the suite ships; base: those of the suite it perturbs (lan and task of "
+        "LIBERO-PRO), so that both pair by scene; fresh(N): N new ones a task, drawn from its placement regions",
     )
     seed: Seed = Field(7, description="seed of scenes and policy noise")
     seeds: tuple[Seed, ...] | None = Field(
@@ -318,7 +319,9 @@ class Experiment(Frozen):
                 raise Misplaced(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
             if self.seed != self.seeds[0]:
                 raise Misplaced(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
-        if self.inits != "official" and self.protocol != "pure":
+        if self.inits == "base" and not self.suite.endswith(("_lan", "_task")):
+            raise Misplaced(("inits",), f"{self.suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
+        if self.inits not in ("official", "base") and self.protocol != "pure":
             raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
             count = get(SuitePlugin, self.suite).tasks
@@ -383,7 +386,7 @@ class Experiment(Frozen):
 
     def initial_states(self) -> tuple[str, int]:
         """Kind and number of the initial states of each task, e.g. ("official", 50)."""
-        return ("official", self.episodes_per_task) if self.inits == "official" else ("fresh", self.inits.fresh)
+        return (self.inits, self.episodes_per_task) if isinstance(self.inits, str) else ("fresh", self.inits.fresh)
 
     def all_seeds(self) -> tuple[int, ...]:
         """`seeds`, or `seed` alone."""

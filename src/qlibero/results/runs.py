@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import yaml
 
 from qlibero.documents import read_json
-from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
+from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.exported import is_export, unpacked
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
 from qlibero.stats.sampling import DEFAULT_ESTIMAND, Estimand, check_estimand
@@ -44,6 +45,8 @@ class RunResults:
         inits, kind = said.get("inits"), OFFICIAL
         if isinstance(inits, dict):
             kind, each = FRESH, inits["fresh"]
+        elif inits == BASE:
+            kind = BASE
         return frozenset(
             EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
         )
@@ -54,12 +57,13 @@ class RunResults:
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[RunResults]:
-    """`read_run` of each; a sweep's directory stands for its cells.
+    """`read_run` of each; a sweep's directory stands for its cells, an exported table for its runs.
 
     What a sweep keeps for itself (`sweep/`) is passed over, so that a shell's `logs/<sweep>/*/` works too.
     """
     runs = []
-    for path in map(Path, paths):
+    places = [place for given in map(Path, paths) for place in (unpacked(given) if is_export(given) else [given])]
+    for path in places:
         if (path / "experiments").is_dir() and any(path.glob("submission-*")):
             continue
         cells = [] if arms_of(path) else sorted(found.parent for found in path.glob("*/experiment.yaml"))

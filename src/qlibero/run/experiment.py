@@ -225,6 +225,7 @@ def _run(
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
     from qlibero.run.videos import Videos
+    from qlibero.sim.libero_pro import FLAWS
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
@@ -243,13 +244,15 @@ def _run(
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, say, before, run_dir, watched)
-        simulated = parts(experiment.suite, simulator)
+        simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
             wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
         report = guard.enforce()
+    for task in sorted(set(experiment.task_ids()) & FLAWS.get(experiment.suite, {}).keys()):
+        say(f"{experiment.suite} task {task} contradicts itself: {FLAWS[experiment.suite][task]}")
     say(f"physics check: {report.summary()}")
     physics = {"passport": report.to_json()}
     for arm in arms:
