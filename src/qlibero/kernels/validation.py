@@ -89,7 +89,8 @@ def _check_layer(
     if without_kernel(layer.shape):
         return _without_kernel(layer, requested, on_failure)
     finding, cached, took = results.of(kernel, layer)
-    executed, verdict, reason = kernel, "pass", finding.reason
+    executed: str | None = kernel
+    verdict, reason = "pass", finding.reason
     if not finding.ok:
         executed, verdict = None, "refuse"
         for other in FALLBACKS[layer.shape.device] if on_failure == "fallback" else ():
@@ -115,23 +116,19 @@ def without_kernel(shape: GemmShape) -> bool:
 def _without_kernel(layer: Layer, requested: str, on_failure: str) -> KernelCheck:
     """`fake` and `auto` are satisfied with what runs instead; whoever names a kernel is told that it would not run."""
     if layer.shape.activation_bits == 16:
-        instead, reason = (
-            DEQUANTIZED,
-            (
-                "16-bit activations: the codes are dequantized into an ordinary linear, "
-                "no integers are multiplied and no memory is saved"
-            ),
+        instead = DEQUANTIZED
+        reason = (
+            "16-bit activations: the codes are dequantized into an ordinary linear, "
+            "no integers are multiplied and no memory is saved"
         )
     else:
-        instead, reason = (
-            SIMULATED,
-            (
-                f"{layer.shape.number_format} is computed as it is defined, in float64: no hardware multiplies "
-                f"it here and no "
-                "memory is saved"
-            ),
+        instead = SIMULATED
+        reason = (
+            f"{layer.shape.number_format} is computed as it is defined, in float64: no hardware multiplies it here and "
+            "no memory is saved"
         )
-    executed, verdict = instead, "pass"
+    executed: str | None = instead
+    verdict = "pass"
     if requested not in ("fake", "auto"):
         executed, verdict = (instead, f"fall back to {instead}") if on_failure == "fallback" else (None, "refuse")
         reason += f", so {requested} has nothing to do; write fake"
@@ -218,7 +215,7 @@ def validation_status(name: str) -> str:
 
 def table(verdicts: Sequence[KernelCheck]) -> list[dict[str, Any]]:
     """Rows for people: layers that share shape, kernel and verdict in one."""
-    rows: dict[tuple, dict[str, Any]] = {}
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for v in verdicts:
         key = (v.shape, v.tokens, v.requested, v.verdict, v.reason)
         row = rows.setdefault(
@@ -245,7 +242,7 @@ class _Results:
 
     def __init__(self, remember: bool):
         self._remember = remember
-        self._done: dict[tuple, ExactnessResult] = {}
+        self._done: dict[tuple[object, ...], ExactnessResult] = {}
 
     def of(self, name: str, layer: Layer) -> tuple[ExactnessResult, bool, float]:
         """(finding, whether it was known already, seconds it took)."""
