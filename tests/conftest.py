@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
+from qlibero.sim.pool import SimulatorPool
+
 TINY_ARCHITECTURE = {
     "llm": {"width": 64, "depth": 2, "mlp_dim": 128, "head_dim": 16},
     "expert": {"width": 64, "depth": 2, "mlp_dim": 128, "head_dim": 16},
@@ -76,3 +78,23 @@ def tiny_experiment(tmp_path_factory, calibration_file: Path) -> Path:
         )
     )
     return config
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A tiny experiment is there to be run in real simulators; other tests that start some carry `libero` by hand."""
+    for item in items:
+        if "tiny_experiment" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.libero)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without the marker no simulator starts in this process, so that the fast tier stays one."""
+
+    def start(pool: SimulatorPool, *args: object, **kwargs: object) -> None:
+        assert item.get_closest_marker("libero"), f"{item.nodeid} starts simulators: mark it with pytest.mark.libero"
+        _start(pool, *args, **kwargs)
+
+    SimulatorPool.__init__ = start
+
+
+_start = SimulatorPool.__init__

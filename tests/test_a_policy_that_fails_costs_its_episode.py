@@ -44,6 +44,7 @@ class Diverging:
         return {"type": "diverging"}
 
 
+@pytest.mark.libero
 @pytest.mark.parametrize(
     ("call", "row", "what", "steps"), [(0, 0, np.nan, 0), (1, 2, np.inf, 7), (2, 4, -np.inf, 14)], ids=str
 )

@@ -35,6 +35,7 @@ def test_the_committed_data_say_what_the_documentation_says(name, scenes, shift,
     assert scenes in said and shift in said and p_of(said, "steps") == pytest.approx(p, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_baseline_that_is_favoured_is_found_and_copies_do_not_help(tmp_path):
     """Two steps less in every scene; and a copied arm changes nothing, for it is no further draw."""
     with (DATA / "aa_fresh.csv").open(newline="") as file:

@@ -129,6 +129,7 @@ def test_replicates_that_mean_nothing_are_named(tmp_path, backends, says):
         experiment(tmp_path, backends)
 
 
+@pytest.mark.slow
 def test_replicates_are_the_same_policy_up_to_rounding_and_not_copies_of_it():
     """The embedded policy in five arrangements, on frames of noise: other bits every time, equal to 1e-4. What makes
     them differ must not be the library's doing: it holds at one batch size and padding too."""

@@ -20,6 +20,8 @@ from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import content_hash, load, save
 from qlibero.quant.calibrate import calibrate
 
+pytestmark = pytest.mark.slow
+
 LAYER = "paligemma_with_expert.paligemma.model.language_model.layers.0.self_attn."
 
 

@@ -29,6 +29,7 @@ def shard(path: Path, parts: int) -> None:
     (path / "model.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_shards_and_prefixes_are_the_same_policy(tmp_path):
     (tmp_path / "a").mkdir()
     path = openpi(tmp_path / "a" / "c")

@@ -34,6 +34,8 @@ from qlibero.policies.server import PolicyServer, ServerSettings
 from qlibero.policies.wire import pack, unpack
 from qlibero.run import arms
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-for-tests"
 
 

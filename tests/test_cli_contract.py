@@ -20,6 +20,8 @@ from qlibero.cli.parser import build_parser
 from qlibero.config.load import load_experiment
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 
+pytestmark = pytest.mark.slow
+
 GOOD = "suite: libero_object\npolicy: {type: pi05, checkpoint: weights}\nbackends: [baseline]\n"
 
 
@@ -77,7 +79,7 @@ def test_config_show_resolves_and_its_json_is_itself_a_config(tmp_path: Path) ->
             ["serve", "x.yaml", "--set", "policy.checkpoint=.", "--arm", "fake"],
             "--arm fake: x.yaml has the arms baseline",
         ),
-        (["export", "nowhere", "-o", "x.txt"], "ends in neither .csv nor .parquet"),
+        (["export", "nowhere", "-o", "x.txt"], "ends in neither .csv nor .jsonl nor .parquet"),
     ],
 )
 def test_a_wrong_request_is_status_2_with_its_cure(tmp_path: Path, arguments: list[str], says: str) -> None:

@@ -11,6 +11,8 @@ import pytest
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.config.sweep import load_sweep
 
+pytestmark = pytest.mark.slow
+
 GOOD = """\
 suite: libero_object
 policy: {type: pi05, checkpoint: weights}

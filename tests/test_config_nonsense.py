@@ -173,9 +173,8 @@ def test_an_arm_is_called_after_what_computes_it(tmp_path: Path, word: str) -> N
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("libero_object_swap", "LIBERO-PRO"),
-        ("libero_object_lan", "LIBERO-PRO"),
-        ("libero_goal_task", "not supported yet"),
+        ("libero_90_swap", "LIBERO-PRO"),
+        ("libero_object_with_red_box", "LIBERO-PRO"),
         ("libero_10_env", "not supported yet"),
         ("libero_pro", "not supported yet"),
         ("LIBERO-plus", "not supported yet"),

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples/libero"))
 import demonstrations  # noqa: E402
 import export  # noqa: E402
 
+pytestmark = pytest.mark.libero
+
 TASKS = [("libero_object", 1), ("libero_spatial", 4), ("libero_goal", 0)]
 
 

@@ -29,6 +29,9 @@ from synthetic_run import make_run
 
 from qlibero.config.sweep import load_sweep
 from qlibero.launch.cells import make_manifest, write_manifest
+from qlibero.places import COMMAND
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -209,6 +212,7 @@ def test_a_hint_can_be_pasted_where_it_was_printed(place: str, top: Path, tmp_pa
 
 def test_words_in_the_text_name_subcommands_that_exist(top: Path) -> None:
     known = set(re.findall(r"^    ([a-z-]+)\b", help_of(top, "qlibero", True), re.M))
+    assert {name for name in known if not COMMAND.match(f"qlibero {name} X")} == set()  # each can be pasted from a hint
     said = {
         (page.name, word)
         for page in PAGES

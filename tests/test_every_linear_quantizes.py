@@ -28,6 +28,8 @@ from qlibero.quant.inspect import hint
 from qlibero.quant.linear import QuantLinear
 from qlibero.quant.policy_check import check_policy
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {"siglip": (siglip_config(), "openpi"), "conv": (conv_config(), "qlibero")}
 
 

@@ -19,6 +19,8 @@ from qlibero.quant.calibrate import calibrate
 from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.registry import MethodPlugin, built_in
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ("fake", "int_ref", "cpu_int4")
 
 

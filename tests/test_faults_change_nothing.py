@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fault_drill  # noqa: E402
+
+pytestmark = pytest.mark.libero
 
 
 def test_a_local_sweep_that_is_hurt_ends_equal_to_one_that_is_not(tmp_path):

@@ -23,6 +23,8 @@ from qlibero.sim.pool import Assignment, Finished, Observed, SimulatorPool
 from qlibero.sim.scene import Scene
 from qlibero.sim.suites import init_states
 
+pytestmark = pytest.mark.libero
+
 KEYS = [
     EpisodeKey(suite, task, init, seed, FRESH)
     for suite, task in (("libero_spatial", 4), ("libero_goal", 0))

@@ -34,6 +34,8 @@ from qlibero.results.meta import check, read_meta
 from qlibero.run import arms
 from qlibero.sim import provenance
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:

@@ -28,7 +28,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting": {"results", "stats"},
     },
     {"quant": {"policies", "kernels", "config"}},
-    {"run": {"config", "machine", "policies", "quant", "kernels", "sim", "results", "tracking"}},
+    {"run": {"config", "machine", "policies", "quant", "kernels", "sim", "results", "stats", "tracking"}},
     {"launch": {"config", "run", "machine", "results", "stats", "kernels", "tracking"}},
     {"cli": {"config", "run", "launch", "machine", "policies", "quant", "kernels", "sim", "results", "reporting"}},
     {"__main__": {"cli"}},

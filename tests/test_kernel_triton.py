@@ -39,6 +39,8 @@ from qlibero.kernels.shapes import compact_layers, pi05_layers
 from qlibero.kernels.triton_tiles import choose_tile
 from qlibero.quant.transform import InputTransform, Transform
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parent.parent
 
 

@@ -18,6 +18,8 @@ from qlibero.quant.apply import quantize_policy
 from qlibero.quant.recheck import EVERY, PRODUCTS, Recheck
 from qlibero.registry import KernelPlugin
 
+pytestmark = pytest.mark.slow
+
 
 class Lying(CpuInt4):
     """An int4 kernel that is right, but for the products that a subclass says. Counts all its products."""

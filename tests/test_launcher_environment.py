@@ -224,6 +224,7 @@ print(json.dumps([*(os.environ[name] for name in names), sys.argv[2:]]))
     assert done.stderr.count("CU_TENSOR_MAP_SWIZZLE_128B") == 1, "the toolkit's disagreement is named at start, once"
 
 
+@pytest.mark.slow
 def test_a_command_that_starts_again_still_speaks_on_its_stdout(tmp_path: Path) -> None:
     """The whole command line, with a torch built for CUDA on the path: one JSON line on stdout, after one new start."""
     site = tmp_path / "site-packages"

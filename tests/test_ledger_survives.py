@@ -267,6 +267,7 @@ with Ledger({directory!r}, "fake", int(sys.argv[1]), "h") as ledger:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_loses_nothing_that_was_acknowledged(tmp_path):
     """Two writers SIGKILLed at random moments, restarted, killed again: every acknowledged episode is there, once."""
     random.seed(4)

@@ -36,6 +36,8 @@ from qlibero.run.experiment import planned_keys, stopping_rule
 from qlibero.tracking.mirror import start_mirrors
 from qlibero.tracking.replay import versus_baseline
 
+pytestmark = pytest.mark.slow
+
 POLICY = Path(__file__).parents[1] / "configs/policies/untrained.yaml"
 
 

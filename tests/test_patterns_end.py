@@ -10,6 +10,8 @@ import pytest
 from qlibero.errors import UserError
 from qlibero.quant.patterns import matching
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"paligemma_with_expert.paligemma.language_model.layers.{i}.self_attn.q_proj" for i in range(18)]
 ENDLESS = [
     "(.*.*)*Z$",

@@ -35,6 +35,7 @@ def recolour(frame: dict, change) -> None:
     frame["sha256"] = "0" * 64
 
 
+@pytest.mark.libero
 def test_this_machine_is_not_refused():
     report = physics_check.check(worker_environment(simulator_environment())).enforce()
     assert report.verdict in ("valid", "warning") and report.versions["mujoco"] == "3.2.3"

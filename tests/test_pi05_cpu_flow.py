@@ -16,6 +16,8 @@ from qlibero.policies.pi05.fast import cpu_flow
 from qlibero.policies.pi05.model import cast
 from qlibero.policies.pi05.sampler import Sampler
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

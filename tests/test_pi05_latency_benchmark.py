@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 BACKENDS = ("int_ref", "cpu_int4")
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "policy_latency.py"
 

@@ -13,6 +13,8 @@ from qlibero.quant.apply import quantize_policy
 from qlibero.quant.linear import QuantLinear
 from qlibero.quant.policy_check import check_policy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def policy():

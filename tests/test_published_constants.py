@@ -28,7 +28,7 @@ from qlibero.sim import suites
 # ---------------------------------------------------------------------------------------------- openpi's protocol
 def test_the_suites_are_the_published_ones():
     """openpi, examples/libero/main.py: caps from the longest demonstration; LIBERO: 10 (90) tasks × 50 states."""
-    assert {s.name: (s.tasks, s.inits, s.max_steps) for s in suites.SUITES.values()} == {
+    assert {s.name: (s.tasks, s.inits, s.max_steps) for s in suites.BASE_SUITES} == {
         "libero_spatial": (10, 50, 220),
         "libero_object": (10, 50, 280),
         "libero_goal": (10, 50, 300),
@@ -72,6 +72,7 @@ class Resting:
         return {"type": "resting"}
 
 
+@pytest.mark.libero
 def test_an_episode_of_libero_under_the_default_protocol():
     """A real episode: simulated time after settling, plans of 5 actions, and each call's own noise."""
     from qlibero.machine.environment import simulator_environment
@@ -93,6 +94,7 @@ def test_an_episode_of_libero_under_the_default_protocol():
     assert len(set(policy.noise)) == 5
 
 
+@pytest.mark.libero
 def test_a_scene_settles_for_half_a_second():
     """Ten control steps of 1/20 s lie between the official initial state and the policy's first frame."""
     code = (
@@ -230,6 +232,7 @@ def test_the_epilogue_s_order_on_a_cpu(name):
     check_epilogue(name)
 
 
+@pytest.mark.slow
 def test_the_epilogue_s_order_in_triton():
     """In a process of its own: whether Triton interprets is decided when its kernels are imported."""
     pytest.importorskip("triton")

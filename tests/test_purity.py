@@ -20,6 +20,8 @@ from qlibero.sim import suites
 from qlibero.sim.pool import worker_environment
 from qlibero.sim.scene import Scene, axis_angle
 
+pytestmark = pytest.mark.libero
+
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PROBE = Path(__file__).with_name("purity_probe.py")
 

@@ -18,6 +18,8 @@ from qlibero.errors import UserError
 from qlibero.launch import engine
 from qlibero.launch import ray as ray_engine
 
+pytestmark = pytest.mark.libero
+
 SHARDS = 4
 
 

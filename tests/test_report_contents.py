@@ -32,8 +32,10 @@ from qlibero.results.ledger import Ledger
 from qlibero.results.runs import read_run
 from qlibero.results.speed import Speed
 from qlibero.results.stopping import declare, make_declaration
-from qlibero.results.wording import points, speed_text
+from qlibero.results.wording import interval_text, points, speed_text
 from qlibero.run.experiment import _instructions
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,15 @@ def test_a_map_of_many_episodes_is_folded_instead_of_drawn_as_a_bar_code(columns
     rows = ["s" * len(columns), "b" + "s" * (len(columns) - 1)]
     width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', str(_heat(rows, line, "", "arm"))).groups()
     assert (int(width), int(height)) == (10 * line, 20 * -(-len(columns) // line))
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [((-0.0123, 0.0151), "[−1.2, +1.5]"), ((-0.0198, 0.0151), "[−1.98, +1.51]"), ((-0.025, -0.0004), "[−2.50, −0.04]")],
+    ids=["apart", "at the margin", "at zero"],
+)
+def test_digits_never_hide_on_which_side_an_interval_ends(interval, text):
+    assert interval_text(interval, 0.02) == text
 
 
 def test_two_thousand_pairs_stay_far_below_two_megabytes(tmp_path):

@@ -12,7 +12,10 @@ from synthetic_run import film, make_run
 
 from qlibero.reporting.html.document import write_report
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install -y chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install -y chromium"),
+]
 HOSTILE = '</script><img src=x onerror="throw 1"> & <b>bold</b>'
 
 

@@ -18,6 +18,8 @@ from synthetic_run import arm_meta, episode, film
 
 from qlibero.results.ledger import Ledger, write_meta
 
+pytestmark = pytest.mark.slow
+
 ARMS = ("baseline", "w4a8")
 
 

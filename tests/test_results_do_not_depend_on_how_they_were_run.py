@@ -18,6 +18,8 @@ import pytest
 
 from qlibero.results.ledger import read_ledger
 
+pytestmark = pytest.mark.libero
+
 ARMS = ("baseline", "fake")
 
 

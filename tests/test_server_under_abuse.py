@@ -25,6 +25,8 @@ from qlibero.policies.request import read_observation
 from qlibero.policies.server import PolicyServer, ServerSettings, _told
 from qlibero.policies.wire import pack, unpack
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 SERVER = """
 import sys, time
@@ -255,6 +257,41 @@ def test_where_it_failed_is_told_on_this_machine_only(server):
         for address in (("192.0.2.7", 4711), ("2001:db8::1", 4711, 0, 0)):
             assert _told(raised, address) == "ValueError: bad request"
         assert "Traceback" in _told(raised, ("::1", 4711, 0, 0)) and __file__ in _told(raised, ("127.0.0.1", 1))
+
+
+def test_a_full_house_tells_its_health_and_that_it_is_full():
+    """Clients that hold every place must not look like a server that died, which its watchdog would start again."""
+    import asyncio
+    import urllib.request
+
+    class Never:
+        noise_shape, batch_size = (10, 7), 1
+
+        def provenance(self):
+            return {}
+
+    async def main():
+        stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+        settings = ServerSettings(port=0, limits=Limits(connections=2))
+        task = asyncio.create_task(PolicyServer(Never(), settings).run(ready.set_result, stop))
+        await asyncio.to_thread(full, await ready)
+        stop.set()
+        await task
+
+    def full(port):
+        url = f"ws://127.0.0.1:{port}"
+        with connect(url) as first, connect(url) as second:
+            first.recv(), second.recv()
+            for _ in range(3):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
+                    assert answer.status == 200
+                with pytest.raises(InvalidStatus) as refused:
+                    connect(url)
+                assert refused.value.response.status_code == 503
+                assert refused.value.response.body == b"all 2 connections are in use\n"
+            first.ping().wait(5), second.ping().wait(5)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("slow", [b"\x82\xff" + BIG.to_bytes(8, "big") + b"\0\0\0\0" + b"\0" * 100_000], ids=["half"])

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES, FILES = 8, 60
 SITE = ".venv/lib/python3*/site-packages"
@@ -124,12 +126,16 @@ def test_a_package_with_metadata_and_without_files_is_brought_again(made) -> Non
     (site / "part3" / "m7.py").write_text("")
     (site / "part4-1.dist-info" / "RECORD").unlink()
     shutil.rmtree(site / "part5")
+    # as a pip before 23.1 leaves a package that has a setup.py: installed, without a record of its files
+    (site / "part6-1.dist-info").rename(site / "part6-1.egg-info")
+    (site / "part6-1.egg-info" / "METADATA").rename(site / "part6-1.egg-info" / "PKG-INFO")
     (made / ".venv" / ".unfinished").write_text("installing\n")
     again = setup(made)
     said = again.communicate(timeout=300)[1]
     assert again.returncode == 0 and "looking at every file" in said
-    assert all(f"part{i}-1 is not whole" in said for i in (3, 4, 5)) and "part6-1 is" not in said
+    assert all(f"part{i}-1 is not whole" in said for i in (3, 4, 5)) and "part7-1 is" not in said
     assert holes(made) == []
+    assert (site / "part6-1.dist-info" / "RECORD").exists() and not (site / "part6-1.egg-info").exists()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,15 @@ def test_killed_at_any_moment_and_started_again(made, moment, dies) -> None:
     assert holes(made) == [] and not (venv / ".unfinished").exists()
     ran = subprocess.run([made / "qlibero"], env=clean(), capture_output=True, text=True)
     assert ran.stdout == "it runs\n", ran.stderr
+
+
+def test_another_system_is_told_what_runs_there(checkout, tmp_path) -> None:
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Darwin\n")
+    (tmp_path / "uname").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ran = subprocess.run([checkout / "scripts/setup.sh"], env=clean() | {"PATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 1 and "needs Linux, and this is Darwin" in ran.stderr and "container" in ran.stderr
+    assert "No such file" not in ran.stderr
 
 
 def test_a_link_to_another_checkouts_environment_is_left_alone(made, tmp_path) -> None:

@@ -19,6 +19,8 @@ from qlibero.launch import cells, engine, slurm
 from qlibero.launch.plan import plan
 from qlibero.quoting import sbatch_option, slurm_file, visible
 
+pytestmark = pytest.mark.slow
+
 LIMITS = """MaxArraySize=4
 EnforcePartLimits=ALL
 PartitionName=short Nodes=n[1-2] MaxTime=10 State=UP PriorityTier=1

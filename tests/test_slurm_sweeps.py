@@ -21,6 +21,8 @@ from qlibero.launch import cells, engine, slurm
 from qlibero.places import REPOSITORY
 from qlibero.results.ledger import read_ledger
 
+pytestmark = pytest.mark.libero
+
 SMALL = """
 extends: {untrained}
 suite: libero_object

@@ -22,6 +22,8 @@ from qlibero.kernels.tiled import tile, untile
 from qlibero.quant.methods import GroupData, fit
 from qlibero.quant.transform import Transform
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

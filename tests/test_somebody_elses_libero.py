@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.libero
+
 ASK = "from qlibero.sim.provenance import enforce\nfor one in enforce().values(): print(one.package, one.sha256)"
 
 

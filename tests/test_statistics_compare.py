@@ -284,6 +284,7 @@ def test_runs_that_stopped_on_what_they_saw_are_not_judged_together(tmp_path):
     assert against_itself["verdict"] == "inconclusive" and "judge each run by that" in against_itself["sentence"]
 
 
+@pytest.mark.slow
 def test_every_reader_of_a_run_uses_the_margin_it_declares(tmp_path, capsys):
     reference, arm = grid(broken=10, repaired=10, n=100)
     write(tmp_path, "baseline", reference)
@@ -303,6 +304,7 @@ def test_every_reader_of_a_run_uses_the_margin_it_declares(tmp_path, capsys):
         compare_runs([tmp_path, tmp_path / "other"])
 
 
+@pytest.mark.slow
 def test_non_inferiority_that_does_not_survive_holm_is_said_with_it(tmp_path):
     """Five arms, of which one is non-inferior at p = 0.0185 by itself and none after Holm."""
     reference, close = grid(broken=11, repaired=11, n=600)
@@ -464,6 +466,7 @@ def test_the_label_and_control_mark_of_meta_are_honoured(tmp_path):
     assert result["noise_floor"]["arm"] == "again" and result["arms"]["again"]["label"] == "A/A"
 
 
+@pytest.mark.slow
 def test_copies_among_aa_arms_count_once_and_are_named(tmp_path):
     """aa-2 is aa-1 to the bit, aa-3 is the baseline: what rounding does was measured once, not three times."""
     reference, flipped = grid(broken=4, repaired=4, n=100)

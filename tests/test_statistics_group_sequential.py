@@ -19,6 +19,8 @@ from qlibero.results.stopping import decide_at_looks, declare, make_declaration,
 from qlibero.stats.group_sequential import critical_values, declared_looks
 from qlibero.stats.sequential_power import pairs_needed, prospect
 
+pytestmark = pytest.mark.slow
+
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]
 RULE = {"margin": 0.02, "alpha": 0.025, "arms": ["fake"], "seed": 7, "method": "group_sequential", "futility": 0.1}
 TWENTY_LOOKS = tuple(range(25, 501, 25))

@@ -18,10 +18,15 @@ from qlibero.reporting.terminal import print_comparison
 from qlibero.results.compare import compare_paths, compare_runs
 from qlibero.results.export import export_episodes
 from qlibero.results.external_results import compare_foreign
-from qlibero.results.imports import read_foreign
+from qlibero.results.importers import read_foreign
 from qlibero.results.paired_outcomes import plain_word
 from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Sample
+
+
+def read_one(path):
+    (arm,) = read_foreign(path)
+    return arm
 
 
 def fork(path, failures=(), episodes=20, suite="libero_object", as_csv=False):
@@ -150,13 +155,13 @@ def test_lerobot_before_multi_task(tmp_path):
             }
         )
     )
-    assert read_foreign(path).counts == (8, 10, 0) and read_foreign(path).keyed() is None
+    assert read_one(path).counts == (8, 10, 0) and read_one(path).keyed() is None
 
 
 def test_vla_eval_old_and_new_schema_and_its_errors(tmp_path):
     old, new = (
-        read_foreign(vla_eval(tmp_path / "old.json")),
-        read_foreign(vla_eval(tmp_path / "new.json", new=True)),
+        read_one(vla_eval(tmp_path / "old.json")),
+        read_one(vla_eval(tmp_path / "new.json", new=True)),
     )
     assert old.counts == (49, 50, 0) and new.counts == (48, 49, 1)
     assert old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
@@ -172,10 +177,10 @@ def test_an_episode_that_does_not_say_how_it_ended_is_no_failure(tmp_path):
     del data["tasks"][0]["episodes"][7]["metrics"]
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"new.json: .*episode 7 of task 'pick up the soup' says neither success"):
-        read_foreign(path)
+        read_one(path)
     path.write_text(json.dumps({"per_episode": [{"episode_ix": 0, "success": None}]}))
     with pytest.raises(UserError, match="success is None"):
-        read_foreign(path)
+        read_one(path)
 
 
 def test_errors_of_a_file_can_only_cost_certainty(tmp_path):
@@ -275,7 +280,7 @@ def test_foreign_files_that_are_something_else(tmp_path, content, message):
     path = tmp_path / "file.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message) as refusal:
-        read_foreign(path)
+        read_one(path)
     assert str(path) in str(refusal.value)
 
 
@@ -314,7 +319,7 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, name, content, where):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError) as refusal:
-        read_foreign(path)
+        read_one(path)
     assert where in str(refusal.value) and str(path) in str(refusal.value)
 
 
@@ -333,7 +338,7 @@ def test_export_has_a_row_per_episode_and_arm(tmp_path):
     error = next(row for row in rows if row["outcome"] == "error")
     assert error["success"] == "" and error["error"] == "the simulator died"
     assert all(float(row["flow_ms_p50"]) > 0 and float(row["jerk"] or 1) > 0 for row in rows)
-    with pytest.raises(UserError, match="neither .csv nor .parquet"):
+    with pytest.raises(UserError, match="neither .csv nor .jsonl nor .parquet"):
         export_episodes([run], tmp_path / "episodes.xlsx")
 
 
@@ -409,15 +414,15 @@ def test_tables_as_spreadsheets_write_them(tmp_path, bom, delimiter, newline):
     lines = [delimiter.join(row) for row in [("task_id", "episode_idx", "success"), *ROWS]]
     path = tmp_path / "libero_object_results.csv"
     path.write_bytes((bom + newline.join(lines) + newline * 2).encode())
-    assert read_foreign(path).counts == (3, 5, 0)
-    assert read_foreign(path).keyed()[("libero_object", "3", 2)] == "success"
+    assert read_one(path).counts == (3, 5, 0)
+    assert read_one(path).keyed()[("libero_object", "3", 2)] == "success"
 
 
 def test_lines_of_json_are_read(tmp_path):
     rows = [{"task_id": int(t), "episode_idx": int(i), "success": s} for t, i, s in ROWS]
     path = tmp_path / "libero_spatial.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert read_foreign(path).keyed()[("libero_spatial", "0", 1)] == "failure"
+    assert read_one(path).keyed()[("libero_spatial", "0", 1)] == "failure"
 
 
 OPENVLA = """Task suite: libero_object
@@ -443,7 +448,7 @@ Current task success rate: 1.0
 def test_openvlas_log_is_read(tmp_path):
     path = tmp_path / "EVAL-libero_object.txt"
     path.write_text(OPENVLA)
-    found = read_foreign(path)
+    found = read_one(path)
     assert found.tool == "OpenVLA" and found.keyed() == {
         ("libero_object", "pick up the milk", 0): "success",
         ("libero_object", "pick up the milk", 1): "failure",
@@ -462,18 +467,18 @@ def csv_of(*rows):
         ("libero_object.csv", csv_of("0,0,1", "1,0,0", "0,0,0", "1,0,1"), "and 1 more; which one counts"),
         ("libero_object.csv", csv_of(), "without a single episode"),
         ("libero_object.csv", "", "without a single episode"),
-        ("libero_object.csv", "task,episode\n0,0\n", "lacks 'task_id'"),
+        ("libero_object.csv", "task,episode\n0,0\n", "say what its columns are with --columns"),
         ("libero_object.jsonl", "", "without a single episode"),
-        ("libero_object.jsonl", "[1]\n", "lacks"),
+        ("libero_object.jsonl", "[1]\n", "is no JSON object"),
         ("a.json", json.dumps({"per_task": [], "overall": {}}), "without a single episode"),
         ("a.json", json.dumps({"per_task": [{"task_id": 1, "metrics": {"successes": [True]}}]}), "lacks 'task_group'"),
         ("a.json", json.dumps({"per_episode": []}), "without a single episode"),
         ("a.json", json.dumps({"task_suite": "libero_goal", "results": []}), "without a single episode"),
         ("a.json", json.dumps({"benchmark": "libero_goal", "tasks": []}), "without a single episode"),
-        ("a.json", json.dumps({"libero_object": {"success_rate": 0.98}}), "totals alone are not enough"),
+        ("a.json", json.dumps({"libero_object": {"success_rate": 0.98}}), "totals alone are for --counts"),
         ("a.json", "[" * 100_000, "cannot be read"),
         ("log.txt", "Task suite: libero_object\nnothing began\n", "without a single episode"),
-        ("log.txt", "Hello\n", "cannot be read"),
+        ("log.txt", "Hello\n", "not a result file"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path, name, content, says):

@@ -16,6 +16,8 @@ from statsmodels.stats.proportion import proportion_confint
 from qlibero.stats import proportions as st
 from qlibero.stats.shifts import sign_flip_p
 
+pytestmark = pytest.mark.slow
+
 proportions = hy.integers(1, 3000).flatmap(lambda n: hy.tuples(hy.integers(0, n), hy.just(n)))
 tables = hy.tuples(hy.integers(0, 300), hy.integers(0, 60), hy.integers(0, 60), hy.integers(0, 300)).filter(any)
 

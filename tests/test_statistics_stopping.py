@@ -37,6 +37,7 @@ def simulate(delta: float, psi: float, n: int, runs: int, seed: int, margin: flo
     return {v: verdicts.count(v) / runs for v in ("non-inferior", "inferior", "undecided")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("psi", [0.02, 0.05, 0.2])
 def test_at_the_margin_either_verdict_is_wrong_at_most_alpha_of_the_time(psi):
     """Δ = −margin is the hardest truth for both directions. 800 runs: the Monte-Carlo error at 2.5 % is 0.55 %."""

@@ -36,6 +36,8 @@ from qlibero.results.stopping import read_declaration
 from qlibero.run.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
 from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 GRID = """
 extends: {policy}

@@ -12,6 +12,8 @@ from test_wandb_mirror import assert_equal_to_ledger, wait_until, write
 from qlibero.config.schema import Tracking
 from qlibero.tracking.mirror import log_path, read_state, start_mirrors
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trackio", reason="needs trackio: pip install 'qlibero[trackio]'")
 
 

@@ -14,6 +14,8 @@ from qlibero.policies.pi05.checkpoint import open_checkpoint
 from qlibero.policies.pi05.tensor_table import tensor_table
 from qlibero.quant.observations import read_demonstrations
 
+pytestmark = pytest.mark.libero
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -23,6 +23,8 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.summary import summarize_arm
 from qlibero.tracking.mirror import children, log_path, read_state, start_mirrors
 
+pytestmark = pytest.mark.slow
+
 
 def start_mirror(run_dir: Path, mode: str = "offline"):
     (mirror,) = start_mirrors(run_dir, Tracking(mode=mode)).mirrors

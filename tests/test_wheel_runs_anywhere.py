@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.libero
+
 ROOT = Path(__file__).parents[1]
 HASH = (
     "from qlibero.config.load import load_experiment; from qlibero.config.config_hash import config_hash; "

@@ -16,6 +16,8 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import WorkFailed
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool, worker_environment
 
+pytestmark = pytest.mark.libero
+
 EPISODE = Assignment(EpisodeKey("libero_object", 0, 3, 7), "pure", 7)
 ACTIONS = np.random.RandomState(0).uniform(-0.5, 0.5, (5, 7)).astype(np.float32)
 

@@ -34,7 +34,7 @@ class _Visible:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(visible(text, colours=True))
+        return int(self._stream.write(visible(text, colours=True)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

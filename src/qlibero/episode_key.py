@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OFFICIAL, FRESH = "official", "fresh"
+OFFICIAL, FRESH, BASE = "official", "fresh", "base"
 
 
 @dataclass(frozen=True, order=True)
 class EpisodeKey:
     """`suite` is a LIBERO suite name, `task` its index, `seed` any integer.
 
-    `init` counts the initial states of the kind `inits`: "official" ones come with LIBERO, "fresh" ones are drawn from
-    its placement regions by the whole key. They are other scenes under other names: `fresh-3` is not `3`.
+    `init` counts the initial states of the kind `inits`: "official" ones come with the suite, "fresh" ones are drawn
+    from its placement regions by the whole key, "base" ones are those of the suite that it perturbs. They are other
+    scenes under other names: `fresh-3` is not `3`.
     """
 
     suite: str
@@ -33,7 +34,7 @@ class EpisodeKey:
     def initial_state(self) -> tuple[str | int, ...]:
         """What episodes in the same initial state share: a fresh one is another with every seed."""
         state = (self.suite, self.task, self.inits, self.init)
-        return state if self.inits == OFFICIAL else (*state, self.seed)
+        return (*state, self.seed) if self.inits == FRESH else state
 
     @classmethod
     def parse(cls, text: str) -> EpisodeKey:
@@ -41,7 +42,7 @@ class EpisodeKey:
         try:
             suite, task, init, seed = text.split("/")
             kind, dash, number = init.rpartition("-")
-            if (kind, dash) not in ((FRESH, "-"), ("", "")):
+            if (kind, dash) not in ((FRESH, "-"), (BASE, "-"), ("", "")):
                 raise ValueError
             return cls(suite, int(task), int(number), int(seed), kind or OFFICIAL)
         except ValueError:

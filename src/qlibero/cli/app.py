@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 if wrong:
                     raise wrong
+                assert args is not None, "parsed or wrong"
                 emit(args.call(args))
                 return 0
             except Incomplete as error:

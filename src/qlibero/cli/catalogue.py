@@ -3,6 +3,7 @@ closely, each as plain rows for a table and for JSON."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from qlibero.config.schema import Experiment
 from qlibero.config.yaml_text import short
 from qlibero.errors import QliberoError
 from qlibero.places import CHECKOUT, CONFIGS
-from qlibero.registry import KINDS, KernelPlugin, SuitePlugin, every, problems
+from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, problems
 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
@@ -39,10 +40,45 @@ def of_kind(kinds: str) -> Rows:
 
 
 def suites() -> Rows:
-    """The LIBERO suites with the constants of their published protocol."""
+    """The LIBERO suites with the constants of their published protocol, and what is installed under their names."""
+    from qlibero.sim.physics_check import references
+    from qlibero.sim.provenance import content
+    from qlibero.sim.suites import SUITES
+
+    known = references()
+
     return [
+        {
+            "suite": s.name,
+            "tasks": s.tasks,
+            "initial_states": s.inits,
+            "max_steps": s.max_steps,
+            "perturbs": s.base or None,
+            "instructions": s.instructions,
+            "content": content(s.name) if find_spec("libero") else None,
+            "reference": s.name in known,
+            "from": "built in",
+        }
+        for s in SUITES.values()
+    ] + [
         {"suite": s.name, "tasks": s.tasks, "initial_states": s.inits, "max_steps": s.max_steps, "from": s.origin}
         for s in every(SuitePlugin)
+        if s.origin != BUILT_IN
+    ]
+
+
+def protocols() -> Rows:
+    """The published protocols that `explain-gap` knows."""
+    from qlibero.results.protocols import protocols as published
+
+    shown = ("replan_steps", "max_steps", "resolution", "mujoco", "seed")
+    return [
+        {
+            "protocol": p.name,
+            "of": p.about,
+            **{name: p.constants[name].value if name in p.constants else None for name in shown},
+        }
+        for p in published().values()
     ]
 
 

@@ -78,7 +78,9 @@ def build_parser() -> Parser:
         aliases: Sequence[str] = (),
     ) -> Parser:
         """`policy`: it may load a policy, so it runs in the policy process's environment."""
-        command = parent.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", aliases=aliases)
+        command: Parser = parent.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", aliases=aliases
+        )
         command.set_defaults(call=call, policy=policy)
         command.add_argument("--json", action="store_true", help="print the JSON line in a terminal too")
         return command
@@ -95,7 +97,8 @@ def build_parser() -> Parser:
         nargs="*",
         type=Path,
         metavar="RESULT",
-        help="run directories; or a result file of LeRobot, openpi's fork or vla-eval, and what to compare it with",
+        help="run directories, exported tables, or result files of LeRobot, VLAQuantBench, vla-eval, RLinf, OpenVLA, "
+        "openpi and its fork (docs/other_tools.md)",
     )
     command.add_argument(
         "--reference", metavar="ARM", help="the arm to compare with (default: baseline; among files the first)"
@@ -111,6 +114,11 @@ def build_parser() -> Parser:
         help="what verdicts are about: these, new_inits or new_tasks (default: what the runs declare)",
     )
     command.add_argument(
+        "--columns",
+        metavar="FIELD=COLUMN,…",
+        help="what the columns of a .csv, .tsv, .jsonl or .parquet are: task, success; init, seed, suite, arm if there",
+    )
+    command.add_argument(
         "--counts",
         nargs="+",
         metavar="NAME=K/N",
@@ -124,7 +132,20 @@ def build_parser() -> Parser:
         help="exit with status 4 if an arm has one of these, e.g. inferior,worse",
     )
 
-    command = add("export", results.export, "write the episodes of runs as one table for notebooks")
+    command = add(
+        "explain-gap",
+        results.explain_gap,
+        "say in which constants a run differs from a published protocol or another result, most likely cause first",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="a run's directory or an exported table")
+    command.add_argument(
+        "other",
+        metavar="OTHER",
+        help="a protocol that `ls protocols` lists, e.g. openpi; a result file of another tool; or another run",
+    )
+    command.add_argument("--arm", metavar="NAME", help="which arm (default: baseline)")
+
+    command = add("export", results.export, "write the episodes of runs as one table, to analyse or to publish")
     arguments.runs(command)
     command.add_argument(
         "-o",
@@ -132,7 +153,10 @@ def build_parser() -> Parser:
         type=Path,
         default=Path("episodes.csv"),
         metavar="FILE",
-        help=".csv or .parquet (default: episodes.csv)",
+        help=".jsonl or .parquet (everything; compare and report read it), or .csv (default: episodes.csv)",
+    )
+    command.add_argument(
+        "--card", type=Path, metavar="FILE", help="write a dataset card too, e.g. README.md beside the table"
     )
     arguments.filters(command)
 
@@ -288,6 +312,11 @@ def build_parser() -> Parser:
     )
     command.add_argument("checkpoint", type=Path, metavar="PATH", help="an openpi or LeRobot checkpoint directory")
 
+    command = add(
+        "lint", installation.lint, "say what is wrong with tasks of your own (BDDL files), before any simulator"
+    )
+    command.add_argument("tasks", nargs="+", type=Path, metavar="FILE", help=".bddl files, or directories of them")
+
     command = add("doctor", installation.doctor, "say what is wrong with this machine, and the command that mends it")
 
     config = commands.add_parser("config", help="look at a configuration").add_subparsers(
@@ -303,7 +332,8 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", installation.ls, "list what there is to choose from")
-    lists = ("suites", "policies", "backends", "methods", "engines", "trackers", "sections", "experiments", "artifacts")
+    lists = ("suites", "protocols", "policies", "backends", "methods", "engines", "trackers", "sections")
+    lists += ("experiments", "artifacts")
     command.add_argument(
         "what",
         nargs="?",

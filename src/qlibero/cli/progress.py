@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -35,7 +35,7 @@ class PhaseProgress:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
-    def __enter__(self) -> PhaseProgress:
+    def __enter__(self) -> Self:
         self._heard = heard_by(self.doing)
         self._heard.__enter__()
         return self

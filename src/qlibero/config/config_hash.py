@@ -33,7 +33,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
         "on_failure": experiment.on_failure if arm.quant else None,
     }
     if experiment.inits != "official":  # official ones were there before the key was
-        decides["inits"] = "fresh"
+        decides["inits"] = experiment.initial_states()[0]
     text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -98,9 +98,11 @@ def walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
     rest: list[str | int] = []
     for step in loc:
         index = int(step) if isinstance(data, list) and str(step).isdecimal() else step
-        if (isinstance(data, dict) and index in data) or (
-            isinstance(data, list) and isinstance(index, int) and index < len(data)
-        ):
+        if isinstance(data, dict) and index in data:
+            data = data[index]
+            here.append(index)
+            rest.clear()
+        elif isinstance(data, list) and isinstance(index, int) and index < len(data):
             data = data[index]
             here.append(index)
             rest.clear()

@@ -1,4 +1,5 @@
-"""Which initial states an experiment begins its episodes in: those LIBERO ships, or fresh ones."""
+"""Which initial states an experiment begins its episodes in: those the suite ships, those of the suite it perturbs, or
+fresh ones."""
 
 from __future__ import annotations
 
@@ -22,6 +23,6 @@ def _inits_in_words(value: Any) -> Any:
 
 
 Inits = Annotated[
-    Literal["official"] | FreshInits,
-    BeforeValidator(_inits_in_words, json_schema_input_type=Literal["official"] | FreshInits | str),
+    Literal["official", "base"] | FreshInits,
+    BeforeValidator(_inits_in_words, json_schema_input_type=Literal["official", "base"] | FreshInits | str),
 ]

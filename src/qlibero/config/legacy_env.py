@@ -85,8 +85,8 @@ def fork_overrides(environ: Mapping[str, str]) -> tuple[list[Override], list[str
     ):
         if short in given:
             number = _number(short, given[short])
-            value = 16 if number == 0 and key.endswith("_bits") else number  # the fork's 0 meant "leave as it is"
-            overrides.append(Override(PREFIX + short, given[short], key, value))
+            number = 16 if number == 0 and key.endswith("_bits") else number  # the fork's 0 meant "leave as it is"
+            overrides.append(Override(PREFIX + short, given[short], key, number))
     if "ROW_ROT" in given:
         if given["ROW_ROT"] not in ("0", "restore"):  # the fork rotated for any other word and never rotated back
             raise ValueError(f"{PREFIX}ROW_ROT should be 0 or restore (got {shown(given['ROW_ROT'])})")
@@ -119,8 +119,8 @@ def _layers(given: dict[str, str]) -> list[Override]:
     if asked == ["EXCLUDE"]:
         return [_exclude("EXCLUDE", given["EXCLUDE"], [given["EXCLUDE"]] if given["EXCLUDE"] else [])]
     source = "INCLUDE" if "INCLUDE" in given else "SCOPE"
-    include, scope = given.get("INCLUDE", FORK_INCLUDE), given.get("SCOPE", "")
-    pattern = f"^(?={re.escape(scope)}).*?(?:{include})" if scope else include
+    searched, scope = given.get("INCLUDE", FORK_INCLUDE), given.get("SCOPE", "")
+    pattern = f"^(?={re.escape(scope)}).*?(?:{searched})" if scope else searched
     exclude = given.get("EXCLUDE", FORK_EXCLUDE)
     last = "EXCLUDE" if "EXCLUDE" in given else source
     return [

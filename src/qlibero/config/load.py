@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def at(data: Any, location: Location) -> Any:
 
 # ------------------------------------------------------------------------------------------------ paths, backends
 def _resolve_paths(source: Source, check_files: bool) -> None:
-    def visit(value: Any, at: Location, paths: Iterable[str]) -> None:
+    def visit(value: Any, at: Location, paths: Collection[Any]) -> None:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             here = (*at, key)
             if isinstance(inner, dict | list):
@@ -187,7 +187,7 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
             visit(source.data[room], (room,), paths)
 
 
-def _resolve(source: Source, around: dict[str, Any], here: Location, check_files: bool) -> None:
+def _resolve(source: Source, around: dict[str | int, Any], here: Location, check_files: bool) -> None:
     """Make the path at `here` absolute. Variables are not expanded: a file means the same whoever reads it."""
     mark, written = mark_of(source, here), around[here[-1]]
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, PluginName, Regex, Seed, Word
 from qlibero.errors import UserError
@@ -162,7 +162,7 @@ class QuantOverrides(Quant):
         return self  # only the merged Quant has to be whole
 
     @model_serializer(mode="wrap")
-    def _only_what_is_said(self, handler) -> dict[str, Any]:
+    def _only_what_is_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 

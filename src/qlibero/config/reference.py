@@ -67,7 +67,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
 def tables() -> str:
     """All sections as Markdown."""
     return "\n".join(
-        f"### {title}\n\n{' '.join(model.__doc__.split())}\n\n{table(model)}" for title, model in SECTIONS.items()
+        f"### {title}\n\n{' '.join((model.__doc__ or '').split())}\n\n{table(model)}"
+        for title, model in SECTIONS.items()
     )
 
 

@@ -12,7 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qlibero.config.fields import (
     MOST,
@@ -67,7 +74,7 @@ class Backend(Frozen):
     )
 
     @model_serializer(mode="wrap")
-    def _short_when_plain(self, handler) -> Any:
+    def _short_when_plain(self, handler: SerializerFunctionWrapHandler) -> Any:
         plain = self.name == self.backend and self.quant is None and self.replicates is None
         return self.backend if plain else handler(self)
 
@@ -238,7 +245,8 @@ class Experiment(Frozen):
     )
     inits: Inits = Field(
         "official",
-        description="official: the states LIBERO ships; fresh(N): N new ones a task, drawn from its placement regions",
+        description="official: the states the suite ships; base: those of the suite it perturbs (lan and task of "
+        "LIBERO-PRO), so that both pair by scene; fresh(N): N new ones a task, drawn from its placement regions",
     )
     seed: Seed = Field(7, description="seed of scenes and policy noise")
     seeds: tuple[Seed, ...] | None = Field(
@@ -311,7 +319,9 @@ class Experiment(Frozen):
                 raise Misplaced(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
             if self.seed != self.seeds[0]:
                 raise Misplaced(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
-        if self.inits != "official" and self.protocol != "pure":
+        if self.inits == "base" and not self.suite.endswith(("_lan", "_task")):
+            raise Misplaced(("inits",), f"{self.suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
+        if self.inits not in ("official", "base") and self.protocol != "pure":
             raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
             count = get(SuitePlugin, self.suite).tasks
@@ -353,7 +363,7 @@ class Experiment(Frozen):
                 raise Misplaced(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
             try:
                 quant = quant_of_arm(self.quant, entry.quant)
-            except ValueError as error:
+            except ValidationError as error:
                 message = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
                 raise Misplaced((*where, "quant"), message) from None
             at = ("quant",) if entry.quant is None else (*where, "quant")
@@ -376,7 +386,7 @@ class Experiment(Frozen):
 
     def initial_states(self) -> tuple[str, int]:
         """Kind and number of the initial states of each task, e.g. ("official", 50)."""
-        return ("official", self.episodes_per_task) if self.inits == "official" else ("fresh", self.inits.fresh)
+        return (self.inits, self.episodes_per_task) if isinstance(self.inits, str) else ("fresh", self.inits.fresh)
 
     def all_seeds(self) -> tuple[int, ...]:
         """`seeds`, or `seed` alone."""

@@ -38,7 +38,10 @@ def suite_hint(word: Any, known: Iterable[str]) -> str:
     if SUITE_ALIASES.get(name, name) in known:
         return f"; did you mean {SUITE_ALIASES.get(name, name)}?"
     if PERTURBED.match(name):
-        return "; the perturbed suites of LIBERO-PRO and LIBERO-plus are not supported yet"
+        return (
+            "; of LIBERO-PRO there are libero_{spatial,object,goal,10}_{swap,object,lan,task}; its other variants, of "
+            "which assets are missing, and LIBERO-plus are not supported yet"
+        )
     return did_you_mean(name, known, cutoff=0.85)
 
 

@@ -186,7 +186,7 @@ def put(data: dict[str, Any], keys: Iterable[str], value: Any) -> None:
         here[last] = value
 
 
-def _index(text: str, items: list) -> int | None:
+def _index(text: str, items: list[Any]) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 9 and int(text) < len(items) else None
 
 

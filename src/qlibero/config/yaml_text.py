@@ -80,7 +80,7 @@ class _TooMuch(Exception):
 class CoreLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the implicit types of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: dict[str | None, list] = {}
+    yaml_implicit_resolvers: dict[str | None, list[Any]] = {}
     composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -161,9 +161,11 @@ def convert_text(text: str, name: str, directory: Path) -> Source:
     except _TooMuch as error:
         _complain(source, name, directory, error.mark, str(error))
     except RecursionError:
-        _complain(source, name, directory, loader and loader.get_mark(), "nested too deeply")
+        _complain(source, name, directory, loader.get_mark() if loader else None, "nested too deeply")
     except (ValueError, OverflowError) as error:  # PyYAML's own, for numbers in escapes and directives
-        _complain(source, name, directory, loader and loader.get_mark(), f"not valid YAML: {short(error, 200)}")
+        _complain(
+            source, name, directory, loader.get_mark() if loader else None, f"not valid YAML: {short(error, 200)}"
+        )
     if source.problems and source.data is None:
         source.marks.setdefault((), source.problems[0].mark)
     return source

@@ -134,7 +134,7 @@ def markdown(timings: Sequence[Timing]) -> str:
 
 def seconds(call: Callable[[], Any], device: str, budget_s: float = 0.25) -> float:
     """Seconds of one call, waiting for the device: the median on CUDA, the least on the CPU, of 9 to 200 calls."""
-    times = []
+    times: list[float] = []
     while len(times) < 11 or (sum(times) < budget_s and len(times) < 200):
         _wait(device)
         start = time.perf_counter()
@@ -160,7 +160,7 @@ def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for _ in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -177,10 +177,10 @@ def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callabl
     dtype = torch.bfloat16 if cuda else torch.float32
     if name == "unquantized":
         w = torch.randn((shape.n, shape.k), device=shape.device, dtype=dtype)
-        inputs = cache(lambda m: torch.randn((m, shape.k), device=shape.device, dtype=dtype))
+        floats = cache(lambda m: torch.randn((m, shape.k), device=shape.device, dtype=dtype))
 
-        def product(weight: Tensor):
-            return lambda m: partial(torch.nn.functional.linear, inputs(m), weight)
+        def product(weight: Tensor) -> Callable[[int], Callable[[], Tensor]]:
+            return lambda m: partial(torch.nn.functional.linear, floats(m), weight)
 
         copies = _copies(w.nbytes) if cuda else 1
         return [product(w)] + [product(w.clone()) for _ in range(copies - 1)], w.nbytes
@@ -197,9 +197,14 @@ def _products(name: str, shape: GemmShape) -> tuple[list[Callable[[int], Callabl
         s_x = torch.rand(m, device=shape.device) + 0.01
         return (tile(codes_x) if kernel.in_tiles else codes_x), s_x  # as a quantizer leaves them
 
-    def packed_product(packed: PackedWeight):
+    def packed_product(packed: PackedWeight) -> Callable[[int], Callable[[], Tensor]]:
         matmul = kernel.matmul_tiles if kernel.in_tiles else kernel.matmul
-        return lambda m: partial(matmul, *inputs(m), packed, scales, None, dtype)
+
+        def at(m: int) -> Callable[[], Tensor]:
+            codes_x, s_x = inputs(m)
+            return partial(matmul, codes_x, s_x, packed, scales, None, dtype)
+
+        return at
 
     first = kernel.pack(codes, shape.weight_bits, shape.group_size)
     copies = _copies(first.nbytes) if cuda else 1

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module, metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ BACKEND_OF = {(8, 0): "tl", (8, 6): "tl", (8, 9): "tl", (9, 0): "tir"}
 
 
 @cache
-def _package():
+def _package() -> Any:
     """The module, or the reason (a string) why it cannot be had."""
     try:
         return import_module("bitblas")
@@ -48,7 +49,7 @@ def _package():
 
 
 @cache
-def _operator(m: int, n: int, k: int, backend: str):
+def _operator(m: int, n: int, k: int, backend: str) -> Any:
     """The compiled product for one shape. WorkFailed when the build failed, which the package conceals."""
     bitblas = _package()
     major, minor = torch.cuda.get_device_capability()
@@ -120,7 +121,8 @@ class BitBLAS(Kernel):
             m == 1 and backend == "tl" and (packed.k < 512 or packed.n < 8)
         ):  # its kernel for one token has no bounds checks
             return self.accumulate(torch.nn.functional.pad(codes_x, (0, 0, 0, 15)), packed)[:1]
-        return _operator(m, packed.n, packed.k, backend)(codes_x.contiguous(), packed.packed)
+        acc: Tensor = _operator(m, packed.n, packed.k, backend)(codes_x.contiguous(), packed.packed)
+        return acc
 
     def matmul(
         self,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def activation_limit(bits: int) -> int:
     """Largest activation code: symmetric, so 127 for 8 bits (-128 is never produced) and 7 for 4."""
     if not 2 <= bits <= 8:
         raise UserError(f"activation_bits is {bits}: integer activations have 2 to 8 bits (16 means not quantized)")
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def weight_range(bits: int) -> tuple[int, int]:
@@ -120,11 +121,10 @@ def epilogue(acc: Tensor | Iterable[Tensor], s_x: Tensor, s_w: Tensor, bias: Ten
         assert isinstance(acc, Tensor)
         y = (acc.float() * s_x.unsqueeze(1)).mul_(s_w)
     else:
-        y = None
-        for g, partial in enumerate(acc):
-            term = partial.float() * s_w[:, g]
-            y = term if y is None else y.add_(term)
-        assert y is not None
+        groups = iter(acc)
+        y = next(groups).float() * s_w[:, 0]
+        for g, partial in enumerate(groups, start=1):
+            y.add_(partial.float() * s_w[:, g])
         y.mul_(s_x.unsqueeze(1))
     return y if bias is None else y.add_(bias.float())
 
@@ -166,6 +166,10 @@ class PackedWeight(nn.Module):
         self.n, self.k, self.weight_bits, self.group_size = n, k, weight_bits, group_size
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    if TYPE_CHECKING:  # each kernel has buffers of its own
+
+        def __getattr__(self, name: str) -> Tensor: ...
 
     @property
     def nbytes(self) -> int:

@@ -129,12 +129,13 @@ class CpuInt4(Kernel):
 
 def _scratch_views(height: int, k: int) -> tuple[Tensor, Tensor]:
     """(int8, fp32) scratch of one tile's size, kept between calls, one pair per thread; the largest tile fits."""
-    views = getattr(_scratch, "views", None)
+    views: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = getattr(_scratch, "views", None)
     if views is None:
         views = _scratch.views = {}
         with torch.inference_mode(False):  # inference tensors could not be written by a later call outside that mode
             _scratch.buffers = torch.empty(TILE_CODES, dtype=torch.int8), torch.empty(TILE_CODES)
     if (height, k) not in views:
         with torch.inference_mode(False):
-            views[height, k] = tuple(buffer[: height * k].view(height, k) for buffer in _scratch.buffers)
+            codes, wide = (buffer[: height * k].view(height, k) for buffer in _scratch.buffers)
+            views[height, k] = codes, wide
     return views[height, k]

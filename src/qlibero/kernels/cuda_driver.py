@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ def compile_source(source: str, architecture: str, name: str = "kernel.cu") -> b
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _fetch(size_of, read, program: ctypes.c_void_p) -> bytes:
+def _fetch(size_of: Callable[..., int], read: Callable[..., int], program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     _ask(size_of, program, ctypes.byref(size))
     content = ctypes.create_string_buffer(size.value)
@@ -100,7 +101,7 @@ def _fetch(size_of, read, program: ctypes.c_void_p) -> bytes:
     return content.raw
 
 
-def _ask(function, *arguments) -> None:
+def _ask(function: Callable[..., int], *arguments: Any) -> None:
     if status := function(*arguments):
         raise WorkFailed(f"NVRTC: {function.__name__}: {nvrtc().nvrtcGetErrorString(status).decode()}")
 
@@ -138,7 +139,7 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _call(name: str, *arguments) -> None:
+def _call(name: str, *arguments: Any) -> None:
     if status := getattr(_driver(), name)(*arguments):
         said = ctypes.c_char_p()
         _driver().cuGetErrorName(status, ctypes.byref(said))

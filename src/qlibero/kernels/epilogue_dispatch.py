@@ -26,6 +26,7 @@ def finish(
 ) -> Tensor:
     """`epilogue(...)` in out_dtype; see there for the shapes."""
     if s_x.is_cuda and s_w.dim() == 1 and _triton_is_here():
+        assert isinstance(acc, Tensor)
         from qlibero.kernels.triton_gemm import scale
 
         return scale(acc.unsqueeze(0), s_x, s_w, bias, out_dtype)

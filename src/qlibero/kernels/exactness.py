@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlibero.kernels.contract import (
     GemmShape,
@@ -45,6 +46,43 @@ class ExactnessResult:
 
     ok: bool
     reason: str
+
+
+class QuantizedInput(Protocol):
+    """Codes int8 (M, K) and scales (M,) of a layer's input."""
+
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor: ...
+
+
+class QuantizedProduct(Protocol):
+    """The packed weight that linears with a common input share, with its scales and bias."""
+
+    @property
+    def kernel(self) -> Kernel: ...
+    @property
+    def packed(self) -> PackedWeight: ...
+    @property
+    def scales(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+class QuantizedLayer(Protocol):
+    """What `try_layer` takes: rows `start` to `stop` of a product."""
+
+    @property
+    def product(self) -> QuantizedProduct: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def output_rotation(self) -> Tensor | None: ...
+    def prepare(self, x: Tensor) -> QuantizedInput: ...
+    def forward(self, x: Tensor) -> Tensor: ...
 
 
 class _Wrong(Exception):
@@ -76,12 +114,11 @@ def try_kernel(kernel: Kernel, shape: GemmShape, tokens: Sequence[int], seed: in
     return ExactnessResult(True, f"exact at M = {', '.join(map(str, tokens))}; {read}; {support.reason}")
 
 
-def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> ExactnessResult:
+def try_layer(layer: QuantizedLayer, x: Tensor, codes: Tensor) -> ExactnessResult:
     """A whole quantized linear on real input: did int8 activations really decide its output?
 
-    layer: a forward and `prepare(x)` → .codes (M, K), .scales (M,); rows `start` to `stop` of its `product`, which has
-    a `kernel`, scales and a bias; linears with a rotated output are tried before that rotation. x (..., K), codes: the
-    layer's own weight codes int8 (N, K), from the artifact, not from the kernel.
+    Linears with a rotated output are tried before that rotation. x (..., K), codes: the layer's own weight codes int8
+    (N, K), from the artifact, not from the kernel.
     """
     prepared, product = layer.prepare(x), layer.product
     rows, kernel = slice(layer.start, layer.stop), product.kernel
@@ -89,7 +126,7 @@ def try_layer(layer: nn.Module, x: Tensor, codes: Tensor) -> ExactnessResult:
     acc = IntRef().accumulate(prepared.codes, reference)
     bias = None if product.bias is None else product.bias[rows]
     if layer.output_rotation is None:
-        found = layer(x).reshape(acc.shape[-2:])
+        found = layer.forward(x).reshape(acc.shape[-2:])
     else:
         found = kernel.matmul(prepared.codes, prepared.scales, product.packed, product.scales, product.bias)[:, rows]
     same, expected = agrees(kernel, found, acc, prepared.scales, product.scales[rows], bias)
@@ -105,9 +142,7 @@ def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> 
     codes = _weight_codes(shape, generator, extreme=False)
     packed = kernel.pack(codes, shape.weight_bits, shape.group_size)
     wanted = max(1, min(shape.k, READ_BACK_PRODUCTS[shape.device] // (shape.k * shape.n)))
-    columns = (
-        torch.randperm(shape.k, generator=generator, device=shape.device)[:wanted].sort().values
-    )  # all, if they are few
+    columns = torch.randperm(shape.k, generator=generator, device=shape.device)[:wanted].sort().values
     found = _one_hot_codes(kernel, packed, columns)
     wrong = (found != codes[:, columns]).nonzero()
     if len(wrong):
@@ -153,7 +188,14 @@ def _compare_integers(kernel: Kernel, x: Tensor, packed: PackedWeight, reference
         raise _Wrong(_describe(found, total, f"{where}, as a run calls it"))
 
 
-def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape, generator: torch.Generator) -> None:
+def _compare_outputs(
+    kernel: Kernel,
+    m: int,
+    packed: PackedWeight,
+    reference: PackedWeight,
+    shape: GemmShape,
+    generator: torch.Generator,
+) -> None:
     """The epilogue, on off-grid activations: their quantized answer, bit for bit, and not their float one."""
     x = torch.randn((m, shape.k), generator=generator, device=shape.device)
     codes_x, s_x = quantize_activations(x, shape.activation_bits)
@@ -173,7 +215,7 @@ def _compare_outputs(kernel: Kernel, m: int, packed, reference, shape: GemmShape
 def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[Tensor]:
     """As many (M, K) inputs as it takes for every kind of row to occur."""
     limit, k = activation_limit(shape.activation_bits), shape.k
-    here = {"dtype": torch.int8, "device": shape.device}
+    here: dict[str, Any] = {"dtype": torch.int8, "device": shape.device}
     outlier = torch.zeros(k, **here)
     outlier[torch.randint(k, (1,), generator=generator, device=shape.device)] = limit
     rows = [
@@ -186,10 +228,8 @@ def _token_codes(m: int, shape: GemmShape, generator: torch.Generator) -> list[T
     ]
     if m >= len(rows):
         random = torch.randint(-limit, limit + 1, (m, k), generator=generator, **here)
-        places = torch.randperm(m, generator=generator, device=shape.device)[
-            : len(rows)
-        ]  # never always in the same tile
-        random[places] = torch.stack(rows)
+        places = torch.randperm(m, generator=generator, device=shape.device)  # never always in the same tile
+        random[places[: len(rows)]] = torch.stack(rows)
         return [random]
     return [torch.stack([rows[(start + i) % len(rows)] for i in range(m)]) for start in range(0, len(rows), m)]
 

@@ -28,7 +28,7 @@ WIDEST_ACTIVATION = 127  # a kernel sees int8 codes, not how many bits made them
 
 def exact_width(weight_bits: int) -> int:
     """How many products can be summed in fp32 before a partial sum could reach 2^24: 16513 for 4 bits, 1032 for 8."""
-    return (FP32_EXACT - 1) // (WIDEST_ACTIVATION * 2 ** (weight_bits - 1))
+    return (FP32_EXACT - 1) // (WIDEST_ACTIVATION << (weight_bits - 1))
 
 
 class Fake(Kernel):
@@ -63,7 +63,7 @@ class Fake(Kernel):
         return finish(acc, s_x, s_w, bias, out_dtype)
 
     def _group_accumulators(self, codes_x: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
-        weight: Tensor = packed.codes
+        weight = packed.codes
         x = codes_x.to(weight.dtype)
         step = exact_width(packed.weight_bits)
         group = packed.group_size or packed.k

@@ -38,7 +38,8 @@ class _HummingWeight(PackedWeight):
     an order of its own, are exchanged when others come: a run has one set for ever, validation brings several."""
 
     def __init__(self, codes: Tensor, weight_bits: int):
-        super().__init__(*codes.shape, weight_bits, None)
+        n, k = codes.shape
+        super().__init__(n, k, weight_bits, None)
         from humming import ops
         from humming.layer import HummingLayer
 
@@ -65,7 +66,8 @@ class _HummingWeight(PackedWeight):
             ordered = transform_humming_weight_scale(s_w.unsqueeze(1).bfloat16(), to_apply_on_c=on_output)
             self.layer.weight_scale = nn.Parameter(ordered, requires_grad=False)
             self._scales = s_w
-        return self.layer
+        layer: nn.Module = self.layer
+        return layer
 
 
 class Humming(Kernel):
@@ -99,9 +101,20 @@ class Humming(Kernel):
     def accumulate(self, codes_x: Tensor, packed: PackedWeight) -> Tensor:
         raise WorkFailed("humming has no integer output")
 
-    def matmul(self, codes_x, s_x, packed, s_w, bias=None, out_dtype=torch.bfloat16) -> Tensor:
+    def matmul(
+        self,
+        codes_x: Tensor,
+        s_x: Tensor,
+        packed: PackedWeight,
+        s_w: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        assert isinstance(packed, _HummingWeight)
         layer = packed.scaled_by(s_w)
-        y = layer(codes_x.contiguous(), input_scale=s_x.float().unsqueeze(1).contiguous(), compute_config=COMPUTE)
+        y: Tensor = layer(
+            codes_x.contiguous(), input_scale=s_x.float().unsqueeze(1).contiguous(), compute_config=COMPUTE
+        )
         if bias is not None:  # in fp32, as the contract has it; its own bias would be a bf16 one
             y = y.float() + bias.float()
         return y.to(out_dtype)

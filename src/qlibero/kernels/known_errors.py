@@ -86,9 +86,11 @@ def explain(error: BaseException) -> str:
 def _chain(error: BaseException | str) -> list[str]:
     if isinstance(error, str):
         return [error]
-    texts, seen = [], set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        texts.append(f"{type(error).__name__}: {error}")
-        error = error.__cause__ or error.__context__
+    texts: list[str] = []
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        texts.append(f"{type(link).__name__}: {link}")
+        link = link.__cause__ or link.__context__
     return texts

@@ -51,7 +51,16 @@ def compact_layers(
     ]
 
 
-def _layers(policy, stacks, prefix, suffix, weight_bits, activation_bits, device, group_size) -> list[Layer]:
+def _layers(
+    policy: str,
+    stacks: dict[str, tuple[int, int, int]],
+    prefix: tuple[int, ...],
+    suffix: tuple[int, ...],
+    weight_bits: int,
+    activation_bits: int,
+    device: str,
+    group_size: int | None,
+) -> list[Layer]:
     layers = []
     for stack, (width, head_dim, mlp) in stacks.items():
         queries = QUERY_HEADS * head_dim

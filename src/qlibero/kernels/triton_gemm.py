@@ -15,6 +15,9 @@ fp contraction is switched off at launch: an FMA in the epilogue would round onc
 Imports triton at the top, so import this module only when `triton_w4a8.missing()` says there is one.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch
@@ -252,7 +255,15 @@ def accumulate(codes_x: Tensor, packed: Tensor, tile: Tile) -> Tensor:
     return out
 
 
-def _launch_gemm(codes_x, packed, s_x, s_w, bias, out, tile: Tile) -> None:
+def _launch_gemm(
+    codes_x: Tensor,
+    packed: Tensor,
+    s_x: Tensor | None,
+    s_w: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile,
+) -> None:
     (m, k), n = codes_x.shape, packed.shape[0]
     grid = (triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), tile.split_k)
     steps, scale = triton.cdiv(k // 2, tile.depth * tile.split_k), s_x is not None

@@ -8,6 +8,9 @@ for all of its own. Elsewhere, and under the interpreter, these are nothing.
 Imports triton at the top, as `triton_gemm.py` does.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import os

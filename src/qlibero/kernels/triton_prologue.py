@@ -21,6 +21,9 @@ A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pas
 GPU to find out.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -37,6 +40,8 @@ from qlibero.kernels.triton_quantizer import codes_of, peak_of, scale_of, where_
 
 LITTLE = 1 << 15  # values: up to here one launch is the faster way at every K measured on an H100
 TILE_ROWS = 64  # tokens of one program where there is much
+
+Written = tuple[Tensor, Tensor, int, int, float, float]  # codes, scales, K, groups of tokens, clip, limit
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -299,8 +304,8 @@ class Prologue:
         self.k = k
         self.scale, self.order = factors.get("scale"), factors.get("order")
         first, second = factors.get("first"), factors.get("second")
-        blocks = [f.shape[-1] for f in (first, second) if f is not None]
-        self.block = blocks[0] if blocks else None
+        blocks = [f for f in (first, second) if f is not None]
+        self.block: int | None = blocks[0].shape[-1] if blocks else None
         self.inverse = None
         if self.order is not None:
             self.order = self.order.to(torch.int32).contiguous()
@@ -310,12 +315,12 @@ class Prologue:
         )
         self.first = self.second = None
         if first is not None:  # row p: what makes the channel that ends at place p after the permutation
-            rows = first.transpose(1, 2).reshape(-1, self.block)
+            rows = first.transpose(1, 2).reshape(-1, first.shape[-1])
             self.first = (rows if self.first_shared or self.order is None else rows[self.order.long()]).contiguous()
         if second is not None:
             self.second = second.contiguous()
-        if self.block is not None:
-            device = (first if first is not None else second).device
+        if blocks:
+            device = blocks[0].device
             self._peak, self._arrived = (torch.zeros(LITTLE // k, dtype=torch.int32, device=device) for _ in range(2))
 
     @staticmethod
@@ -354,15 +359,15 @@ class Prologue:
                 **options,
             )
         elif m * k <= LITTLE:
-            self._little(x, to, options)
+            self._little(x, self.block, to, options)
         else:
-            self._much(x, to, options)
+            self._much(x, self.block, to, options)
         return codes, scales
 
-    def _little(self, x: Tensor, to: tuple, options: dict[str, bool]) -> None:
+    def _little(self, x: Tensor, block: int, to: Written, options: dict[str, bool]) -> None:
         m, k = x.shape
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
-        little_kernel[(m, k // self.block)](
+        little_kernel[(m, k // block)](
             x,
             _or(self.scale, x),
             _or(self.first, x),
@@ -378,22 +383,22 @@ class Prologue:
             HAS_ORDER=self.order is not None,
             HAS_SECOND=self.second is not None,
             SECOND_SHARED=self.second_shared,
-            B=self.block,
+            B=block,
             CHUNK=min(triton.next_power_of_2(k), 4096),
-            num_warps=4 if self.block <= 64 else 8,
+            num_warps=4 if block <= 64 else 8,
             **options,
         )
 
-    def _much(self, x: Tensor, to: tuple, last: dict[str, bool]) -> None:
+    def _much(self, x: Tensor, block: int, to: Written, last: dict[str, bool]) -> None:
         (m, k), tiles = x.shape, triton.cdiv(x.shape[0], TILE_ROWS)
-        grid, padded = (tiles, k // self.block), tiles * TILE_ROWS
+        grid, padded = (tiles, k // block), tiles * TILE_ROWS
         # No multiply-add may skip the rounding of a scaled input: its pieces must add up to what was rounded.
         # A block of 128 is taken in by quarters: whole, its pieces would not fit in Ampere's registers.
         options = dict(
             BM=TILE_ROWS,
-            B=self.block,
-            DEPTH=min(self.block, 4096 // self.block),
-            num_warps=4 if self.block <= 64 else 8,
+            B=block,
+            DEPTH=min(block, 4096 // block),
+            num_warps=4 if block <= 64 else 8,
             enable_fp_fusion=False,
             **launch(x.device, m),
         )
@@ -419,7 +424,7 @@ class Prologue:
         else:
             peak = torch.zeros(padded, dtype=torch.int32, device=x.device)
         if self.second is None:
-            options["DEPTH"] = self.block
+            options["DEPTH"] = block
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
         second_kernel[grid](
             z,

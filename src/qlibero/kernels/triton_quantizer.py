@@ -4,6 +4,9 @@ which may come before.
 Imports triton at the top, as `triton_gemm.py` does.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import triton

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlibero.kernels.contract import GemmShape, Kernel, PackedWeight, Support
 from qlibero.kernels.packing import pack_khalf
-from qlibero.kernels.triton_tiles import choose_tile
+from qlibero.kernels.triton_tiles import Tile, choose_tile
 from qlibero.registry import KernelPlugin
 
 PLUGIN = KernelPlugin(
@@ -89,18 +89,19 @@ class TritonW4A8(Kernel):
         out_dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         from qlibero.kernels import triton_gemm
+        from qlibero.kernels.triton_pdl import INTERPRETED
 
         tile = self._tile(codes_x, packed)
         x, w = codes_x.contiguous(), packed.packed
         # Triton's interpreter truncates to bf16 where the GPU rounds to nearest even, so there torch does the last
         # cast.
-        dtype = torch.float32 if triton_gemm.INTERPRETED else out_dtype
+        dtype = torch.float32 if INTERPRETED else out_dtype
         if packed.group_size:
             y = triton_gemm.grouped_gemm(x, w, packed.group_size, s_x, s_w.contiguous(), bias, dtype, tile)
         else:
             y = triton_gemm.gemm(x, w, s_x, s_w, bias, dtype, tile)
         return y.to(out_dtype)
 
-    def _tile(self, codes_x: Tensor, packed: PackedWeight):
+    def _tile(self, codes_x: Tensor, packed: PackedWeight) -> Tile:
         processors = _processors(codes_x.device.index if codes_x.is_cuda else None)
         return choose_tile(codes_x.shape[0], packed.n, packed.k, processors, packed.group_size)

@@ -89,7 +89,8 @@ def _check_layer(
     if layer.shape.activation_bits == 16:
         return _weight_only(layer, requested, on_failure)
     finding, cached, took = results.of(kernel, layer)
-    executed, verdict, reason = kernel, "pass", finding.reason
+    executed: str | None = kernel
+    verdict, reason = "pass", finding.reason
     if not finding.ok:
         executed, verdict = None, "refuse"
         for other in FALLBACKS[layer.shape.device] if on_failure == "fallback" else ():
@@ -113,7 +114,8 @@ def _weight_only(layer: Layer, requested: str, on_failure: str) -> KernelCheck:
         "16-bit activations: the codes are dequantized into an ordinary linear, "
         "no integers are multiplied and no memory is saved"
     )
-    executed, verdict = DEQUANTIZED, "pass"
+    executed: str | None = DEQUANTIZED
+    verdict = "pass"
     if requested not in ("fake", "auto"):
         executed, verdict = (
             (DEQUANTIZED, f"fall back to {DEQUANTIZED}") if on_failure == "fallback" else (None, "refuse")
@@ -202,7 +204,7 @@ def validation_status(name: str) -> str:
 
 def table(verdicts: Sequence[KernelCheck]) -> list[dict[str, Any]]:
     """Rows for people: layers that share shape, kernel and verdict in one."""
-    rows: dict[tuple, dict[str, Any]] = {}
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for v in verdicts:
         key = (v.shape, v.tokens, v.requested, v.verdict, v.reason)
         row = rows.setdefault(
@@ -229,7 +231,7 @@ class _Results:
 
     def __init__(self, remember: bool):
         self._remember = remember
-        self._done: dict[tuple, ExactnessResult] = {}
+        self._done: dict[tuple[object, ...], ExactnessResult] = {}
 
     def of(self, name: str, layer: Layer) -> tuple[ExactnessResult, bool, float]:
         """(finding, whether it was known already, seconds it took)."""

@@ -67,7 +67,8 @@ def capacity(environ: Mapping[str, str] | None = None, root: Path = Path("/"), a
     machine_cores = len(os.sched_getaffinity(0)) if affinity is None else affinity
     cores = {"the affinity": float(machine_cores)}
     total, available = _machine_memory(root)
-    memory, free = {"the machine": total}, [available]
+    memory: dict[str, float] = {"the machine": total}
+    free = [available]
     for group in _cgroups(root, "cpu"):
         if (quota := _quota(group)) is not None:
             cores["a cgroup quota"] = min(quota, cores.get("a cgroup quota", quota))

@@ -215,7 +215,8 @@ def gl_renderer(environ: Mapping[str, str]) -> dict[str, str]:
         asked = subprocess.run([sys.executable, "-I", str(EGL)], capture_output=True, text=True, env=dict(environ))
         lines = (asked.stderr if asked.returncode else done.stderr).strip().splitlines()
         return {"problem": (lines or ["no OpenGL context"])[-1]}
-    return json.loads(lines[-1])
+    found: dict[str, str] = json.loads(lines[-1])
+    return found
 
 
 def cpu_model() -> str:

@@ -61,14 +61,14 @@ class Crowd:
                     member.cut(f"a message was not complete after {self.limits.message_s:g} s")
 
     def enter(self, new: LimitedConnection) -> None:
-        """Take a connection in, in the place of the most idle one where all are taken."""
+        """Take a connection in, in the place of the most idle one where all are taken; else as a spare one, which may
+        ask for the server's health and nothing more."""
         if len(self.members) >= self.limits.connections:
             now = time.monotonic()
             idle = [m for m in self.members if not m.busy and (not m.open or now - m.heard > self.limits.idle_s)]
-            if not idle:
-                new.cut(f"all {self.limits.connections} connections are in use")
-                return
-            min(idle, key=lambda member: (member.open, member.heard)).cut("silent, and its place was needed")
+            if idle:
+                min(idle, key=lambda member: (member.open, member.heard)).cut("silent, and its place was needed")
+        new.spare = len(self.members) >= self.limits.connections
         self.members.add(new)
 
     def leave(self, one: LimitedConnection) -> None:
@@ -81,13 +81,14 @@ class Crowd:
 
 
 class LimitedConnection(ServerConnection):
-    """A connection that knows what it costs. `open` once it may send requests, `busy` while one is answered."""
+    """A connection that knows what it costs. `spare` where all places are taken, `open` once it may send requests,
+    `busy` while one is answered."""
 
     def __init__(self, crowd: Crowd, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.crowd = crowd
         self.held, self.began, self.heard = 0, None, time.monotonic()
-        self.open = self.busy = False
+        self.open = self.busy = self.spare = False
         self._request_bytes = 0
         self.work: asyncio.Future | None = None
 

@@ -191,6 +191,9 @@ class PolicyServer:
     def _admit(self, connection: LimitedConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if connection.spare:
+            taken = f"all {self.settings.limits.connections} connections are in use\n"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, taken)
         if self.settings.token is not None:
             given = "\0".join(request.headers.get_all("Authorization"))  # two are none: who would know which counts?
             wanted = f"Api-Key {self.settings.token}"

@@ -36,6 +36,9 @@ class Weights:
 class Product(nn.Module):
     """Packed codes of the linears that share an input, one kernel call for all of them."""
 
+    scales: Tensor
+    bias: Tensor | None
+
     def __init__(self, kernel: Kernel, packed: PackedWeight, scales: Tensor, bias: Tensor | None):
         super().__init__()
         self.kernel, self.packed = kernel, packed
@@ -86,6 +89,9 @@ class QuantLinear(nn.Module):
         transform: the input's change of basis; the same object in every linear that shares the input.
         product: the same object in every linear that is multiplied together with this one.
     """
+
+    output_rotation: Tensor | None
+    late_bias: Tensor | None
 
     def __init__(
         self,

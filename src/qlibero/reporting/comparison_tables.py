@@ -8,6 +8,7 @@ from rich.text import Text
 
 from qlibero.reporting.execution_text import QUALITY, shift_text
 from qlibero.reporting.rich_tables import COLOURS, OPEN, bare_p, fixed_column, titled_table, word_text
+from qlibero.results.axes import UNPERTURBED
 from qlibero.results.comparison import ArmComparison, Comparison, Row
 from qlibero.results.execution import Divergence, Shift
 from qlibero.results.external_results import ForeignComparison
@@ -90,10 +91,11 @@ def _verdicts(found: Comparison) -> Table:
 
 
 def _rows(found: Comparison) -> list[tuple[str, Row]]:
-    """A line for every arm, and beneath it one for each of its suites where there are several."""
+    """A line for every arm, and beneath it one for each perturbation axis and suite where there are several."""
     rows: list[tuple[str, Row]] = []
     for arm in found.arms.values():
         rows.append((arm.label, arm))
+        rows += [(f"  by {axis}" if axis != UNPERTURBED else f"  {axis}", row) for axis, row in arm.axes.items()]
         if len(arm.suites) > 1:
             rows += [(f"  {suite}", row) for suite, row in arm.suites.items()]
     return rows

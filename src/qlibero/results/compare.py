@@ -6,18 +6,21 @@ Fractions are fractions (0.02 is 2 pp); Δ is arm − reference, so a loss is ne
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.arm_equality import arithmetic, together
+from qlibero.results.axes import axis_of
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
     Adjusted,
     ArmComparison,
+    AxisComparison,
     Comparison,
     Errors,
     LedgerState,
@@ -27,6 +30,7 @@ from qlibero.results.comparison import (
 )
 from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
+from qlibero.results.exported import is_export
 from qlibero.results.external_results import ForeignComparison, compare_foreign
 from qlibero.results.paired_outcomes import (
     PairTable,
@@ -58,6 +62,8 @@ from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Step, check_estimand, sample
 
 ONE_SIDED_ALPHA = 0.025
+Cells = Mapping[str, Comparison | ForeignComparison | CountsComparison]
+"""What is compared, by the label of the cell; "" where there is one."""
 
 
 def compare_runs(
@@ -70,7 +76,7 @@ def compare_runs(
     return as_document(compare_paths(paths, reference, margin, estimand))
 
 
-def as_document(cells: Mapping[str, Comparison | ForeignComparison | CountsComparison]) -> dict[str, Any]:
+def as_document(cells: Cells) -> dict[str, Any]:
     """The JSON line of one cell, or of several by their labels."""
     documents = {label: cell.to_json() for label, cell in cells.items()}
     return {"cells": documents} if len(documents) > 1 else next(iter(documents.values()))
@@ -81,6 +87,7 @@ def compare_paths(
     reference: str | None = None,
     margin: float | None = None,
     estimand: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Comparison | ForeignComparison]:
     """Read run directories and compare, by the label of the cell ("" when there is one). With result files of other
     tools among them see `foreign.compare_foreign`.
@@ -89,8 +96,10 @@ def compare_paths(
     baseline (among files the first); `margin` and `estimand` None are what the runs declare. Raises UserError for a bad
     margin, estimand, reference, directory or file.
     """
-    if any(Path(path).is_file() for path in paths):
-        return {"": compare_foreign(paths, reference, margin)}
+    if any(Path(path).is_file() and not is_export(path) for path in paths):
+        return {"": compare_foreign(paths, reference, margin, columns)}
+    if columns:
+        raise UserError("--columns: no table among the results; it says what the columns of a .csv or .jsonl are")
     cells = cells_of(read_runs(paths), reference or REFERENCE)
     return {cell.label: compare(cell.runs, reference or REFERENCE, margin, estimand) for cell in cells}
 
@@ -180,13 +189,23 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
         for suite, evidence in by_suite.items()
         if evidence.pairs
     }
+    by_axis = everything.grouped(lambda key: axis_of(key.suite))
+    axes = {
+        axis: AxisComparison(
+            **_row(context, evidence, replicates, control, Ruling.undecidable() if tests else None),
+            axis=axis,
+            pairs_of_suite=dict(sorted(Counter(pair.key.suite for pair in evidence.pairs).items())),
+        )
+        for axis, evidence in by_axis.items()
+        if evidence.pairs and len(by_axis) > 1
+    }
     table: PairTable = row["table"]
     floor = None if control else context.floor
     pooled = replicates and table.pairs and sample(pooled_steps(pairing.pairs, replicates), question.estimand)
     paired = [{pair.key: pair for pair in context.control_pairings[c.name].pairs} for c in replicates]
     found = measured(pairing.pairs, base, arm)
     floors = [measured(context.control_pairings[c.name].pairs, base, c) for c in replicates]
-    psi = planning_discordance(table, floor and floor.discordance)
+    psi = planning_discordance(table, floor.discordance if floor else None)
     return ArmComparison(
         **row,
         name=arm.name,
@@ -197,6 +216,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
         errors=_errors(pairing),
         unpaired={str(key): reason for key, reason in pairing.unpaired.items()},
         suites=suites,
+        axes=axes,
         tasks=_tasks(pairing.pairs),
         floor=floor,
         excess=excess_flips(pairing.pairs, paired) if replicates else None,
@@ -218,19 +238,22 @@ class _Evidence:
 
     pairs: tuple[Pair, ...]
     errors: tuple[Pair, ...]
-    missing: frozenset
-    conflicts: frozenset
+    missing: frozenset[EpisodeKey]
+    conflicts: frozenset[EpisodeKey]
 
     def by_suite(self) -> dict[str, _Evidence]:
-        keys = {p.key for p in (*self.pairs, *self.errors)} | self.missing
-        return {suite: self._of(suite) for suite in sorted({key.suite for key in keys})}
+        return self.grouped(lambda key: key.suite)
 
-    def _of(self, suite: str) -> _Evidence:
+    def grouped(self, by: Callable[[EpisodeKey], str]) -> dict[str, _Evidence]:
+        keys = {p.key for p in (*self.pairs, *self.errors)} | self.missing
+        return {group: self._of(group, by) for group in sorted({by(key) for key in keys})}
+
+    def _of(self, group: str, by: Callable[[EpisodeKey], str]) -> _Evidence:
         return _Evidence(
-            tuple(p for p in self.pairs if p.key.suite == suite),
-            tuple(p for p in self.errors if p.key.suite == suite),
-            frozenset(key for key in self.missing if key.suite == suite),
-            frozenset(key for key in self.conflicts if key.suite == suite),
+            tuple(p for p in self.pairs if by(p.key) == group),
+            tuple(p for p in self.errors if by(p.key) == group),
+            frozenset(key for key in self.missing if by(key) == group),
+            frozenset(key for key in self.conflicts if by(key) == group),
         )
 
 
@@ -267,7 +290,7 @@ def _row(
     }
 
 
-def _missing(base: Arm, arm: Arm) -> frozenset:
+def _missing(base: Arm, arm: Arm) -> frozenset[EpisodeKey]:
     """Planned pairs of which a side has not run. An episode that ended in an error has run."""
     return frozenset(key for key in base.planned & arm.planned if key not in base.records or key not in arm.records)
 
@@ -303,7 +326,7 @@ def _adjusted(arms: dict[str, ArmComparison], question: Question) -> tuple[dict[
     per_suite = question.primary == "per-suite"
     rows = [row for arm in tested for row in (arm.suites.values() if per_suite else [arm]) if row.table.pairs]
     noninferiority = st.holm([1.0 if row.noninferiority_p is None else row.noninferiority_p for row in rows])
-    difference = st.holm([row.seen.difference_p for row in rows])
+    difference = st.holm([1.0 if row.seen.difference_p is None else row.seen.difference_p for row in rows])
     found = {}
     for row, ni, different in zip(rows, noninferiority, difference, strict=True):
         n, passed = row.table.pairs, row.verdict.word == Word.NON_INFERIOR and ni <= ONE_SIDED_ALPHA

@@ -119,6 +119,21 @@ class SuiteComparison(Row):
         return self.row_json()
 
 
+@dataclass(frozen=True, kw_only=True)
+class AxisComparison(Row):
+    """The suites of one perturbation axis together. Each counts by its pairs, so equally where these are equal."""
+
+    axis: str
+    pairs_of_suite: dict[str, int]
+
+    @property
+    def equal_weights(self) -> bool:
+        return len(set(self.pairs_of_suite.values())) == 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.row_json(), "pairs_of_suite": self.pairs_of_suite, "equal_weights": self.equal_weights}
+
+
 @dataclass(frozen=True)
 class Errors:
     """Pairs that ended in an error: of the arm, of the reference, in all."""
@@ -171,6 +186,7 @@ class ArmComparison(Row):
     errors: Errors
     unpaired: dict[str, str]
     suites: dict[str, SuiteComparison]
+    axes: dict[str, AxisComparison]  # {} where the suites are of one axis
     tasks: tuple[TaskTable, ...]
     floor: NoiseFloor | None
     excess: ExcessFlips | None
@@ -188,7 +204,8 @@ class ArmComparison(Row):
     def passed_holm(self) -> bool | None:
         """Whether the arm is non-inferior in its whole claim after Holm; None where nothing is adjusted."""
         rows = [self.adjusted] if self.adjusted else [suite.adjusted for suite in self.suites.values()]
-        return None if not rows or None in rows else all(row.passed for row in rows)
+        passed = [row.passed for row in rows if row is not None]
+        return all(passed) if passed and len(passed) == len(rows) else None
 
     @property
     def family(self) -> int:
@@ -236,6 +253,7 @@ class ArmComparison(Row):
             "errors": errors,
             "unpaired": [{"key": key, "reason": reason} for key, reason in self.unpaired.items()],
             "suites": {name: suite.to_json() for name, suite in self.suites.items()},
+            "axes": {name: axis.to_json() for name, axis in self.axes.items()},
             "tasks": [task.to_json() for task in self.tasks],
             "noise_floor": self.floor.to_json() if self.floor else None,
             "band95": rounded_interval(self.band),

@@ -34,14 +34,14 @@ from qlibero.stats.sampling import Step
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The A/A replicates against the reference, counted together."""
+    """The A/A replicates against the reference, counted together: at least one pair."""
 
     arms: tuple[str, ...]
     table: PairTable
 
     @property
     def discordance(self) -> float:
-        return self.table.discordance
+        return (self.table.broken + self.table.repaired) / self.table.pairs
 
     def band(self, pairs: int) -> Interval:
         """Where Δ of that many pairs lies in 95 % of reruns when nothing but rounding differs."""
@@ -119,7 +119,7 @@ def excess_flips(pairs: Sequence[Pair], replicates: Sequence[Mapping[EpisodeKey,
 
 def _binomial(n: int, p: float) -> np.ndarray:
     k = np.arange(n + 1)
-    return np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + xlogy(k, p) + xlog1py(n - k, -p))
+    return np.asarray(np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + xlogy(k, p) + xlog1py(n - k, -p)))
 
 
 def pooled_steps(pairs: Sequence[Pair], replicates: Sequence[Arm]) -> list[Step]:

@@ -92,17 +92,19 @@ def execution_quality(found: dict[str, Values], floors: Sequence[dict[str, Value
 
 
 def _jerks(pairs: Sequence[Pair], reference: Arm, other: Arm) -> Values:
-    jerks = {}
+    jerks: Values = {}
     for pair in pairs:
         left, right = _trajectories(pair, reference, other)
         if left is not None and right is not None:
             end = min(len(left), len(right))
             if end >= 4:
-                jerks[pair.key] = jerk(left[:end]), jerk(right[:end])
+                x, y = jerk(left[:end]), jerk(right[:end])
+                if x is not None and y is not None:
+                    jerks[pair.key] = x, y
     return jerks
 
 
-def _values(pairs: Sequence[Pair], value: Callable) -> Values:
+def _values(pairs: Sequence[Pair], value: Callable[[EpisodeRecord], float | None]) -> Values:
     values = {p.key: (value(p.reference), value(p.other)) for p in pairs}
     return {key: (x, y) for key, (x, y) in values.items() if x is not None and y is not None}
 
@@ -113,7 +115,7 @@ def _shift(found: Values, floors: Sequence[Values]) -> Shift | None:
     left, right = np.array(list(found.values()), dtype=np.float64).T
     shared = [key for key in found if floors and all(key in floor for floor in floors)]
     # both differences are taken from the reference's own value, so that jerk is cut at the pair's own end in each
-    beyond = [found[k][1] - found[k][0] - np.mean([f[k][1] - f[k][0] for f in floors]) for k in shared]
+    beyond = [float(found[k][1] - found[k][0] - np.mean([f[k][1] - f[k][0] for f in floors])) for k in shared]
     return Shift(
         pairs=len(found),
         reference=float(left.mean()),

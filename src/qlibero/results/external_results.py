@@ -8,14 +8,16 @@ are compared. Every result says which of the three it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.results.imports import Cell, ForeignArm, from_run, read_foreign
+from qlibero.results.exported import is_export
+from qlibero.results.importers import read_foreign
+from qlibero.results.imports import Cell, ForeignArm, from_run, task_numbers
 from qlibero.results.paired_outcomes import (
     Outcomes,
     PairTable,
@@ -31,7 +33,7 @@ from qlibero.results.paired_outcomes import (
     worst_step,
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
-from qlibero.results.runs import RunResults, common_margin, read_run
+from qlibero.results.runs import RunResults, common_margin, read_runs
 from qlibero.results.wording import count_text, delta_text, detectable_line, interval_text, margin_text, p_text
 from qlibero.stats import proportions as st
 from qlibero.stats.proportions import Interval
@@ -112,17 +114,26 @@ class ForeignComparison:
 
 
 def compare_foreign(
-    paths: Sequence[Path | str], reference: str | None = None, margin: float | None = None
+    paths: Sequence[Path | str],
+    reference: str | None = None,
+    margin: float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> ForeignComparison:
     """Compare result files, and run directories beside them.
 
-    The reference is the first file unless named; the margin what the runs declare. Raises UserError for a bad margin,
-    reference or file.
+    The reference is the first file unless named; the margin what the runs declare; `columns` says what the
+    columns of a table are (`importers.columns`). Raises UserError for a bad margin, reference or file.
     """
-    inputs = [read_run(path) if Path(path).is_dir() else read_foreign(path) for path in paths]
-    runs = [one for one in inputs if isinstance(one, RunResults)]
-    margin = check_margin(common_margin(runs) if margin is None else margin)
-    arms = [arm for one in inputs for arm in (_arms_of(one) if isinstance(one, RunResults) else [one])]
+    inputs = [Path(path) for path in paths]
+    runs = {path: read_runs([path]) for path in inputs if path.is_dir() or is_export(path)}
+    margin = check_margin(common_margin([run for of in runs.values() for run in of]) if margin is None else margin)
+    found = [
+        [arm for run in runs[path] for arm in _arms_of(run)] if path in runs else read_foreign(path, columns)
+        for path in inputs
+    ]
+    arms = [arm for one in found for arm in one]
+    numbers = task_numbers(arms)
+    arms = [arm.numbered(numbers) for arm in arms]
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise UserError(
@@ -137,7 +148,8 @@ def compare_foreign(
 
 
 def _arms_of(run: RunResults) -> list[ForeignArm]:
-    return [from_run(arm, run.name) for arm in collect_arms([run]).values()]
+    instructions = run.environment.get("instructions") or {}
+    return [from_run(arm, run.name, instructions) for arm in collect_arms([run]).values()]
 
 
 def _reference(names: Sequence[str], asked: str | None) -> str:
@@ -161,9 +173,9 @@ def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult |
     else:
         with_seed = base.has_seeds and arm.has_seeds
         left, right = base.keyed(with_seed), arm.keyed(with_seed)
-        common = sorted(left.keys() & right.keys()) if left and right else []
-        if not common:
+        if not left or not right or not left.keys() & right.keys():
             return None
+        common = sorted(left.keys() & right.keys())
         both: list[Outcomes] = [(left[key], right[key]) for key in common]
         finished, lost = ([pair for pair in both if ("error" in pair) is error] for error in (False, True))
         unpaired = {
@@ -213,6 +225,10 @@ def _same_tasks(base: ForeignArm, arm: ForeignArm) -> tuple[ForeignArm, ForeignA
     Raises UserError where they share none: two suites are two questions, not two samples.
     """
     places, theirs = ({place for place in one.places if place} for one in (base, arm))
+    ran = [one.suites or {suite for suite, _ in found} for one, found in ((base, places), (arm, theirs))]
+    if (base.suites or arm.suites) and all(ran) and ran[0].isdisjoint(ran[1]):
+        left, right = (", ".join(sorted(suites)) for suites in ran)
+        raise UserError(f"{base.name} has {left}, {arm.name} has {right}: no suite in common")
     if not places or not theirs:
         silent = " and ".join(one.name for one, found in ((base, places), (arm, theirs)) if not found)
         return base, arm, f"; {silent} says neither suite nor task, that they are the same is taken on trust"
@@ -306,7 +322,7 @@ def _sentence(r: ForeignResult) -> str:
     lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
     lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []
     arm, base, margin = r.name, r.reference, r.verdict.margin
-    if r.delta is None:
+    if r.delta is None or r.interval is None:
         return f"{arm} and {base}: no finished episodes to compare" + (f" ({', '.join(lost)})." if lost else ".")
     assert r.p is not None  # there is one wherever there is a difference
     opening = {

@@ -38,6 +38,7 @@ __all__ = ["ArmLedger", "Ledger", "arms_of", "is_locked", "read_arm", "read_ledg
 
 ROW = 10  # 7 action values + 3 end-effector coordinates
 ROW_BYTES = 4 * ROW
+CLOSED = -1  # no file descriptor: the system refuses it
 MOST_LINE_BYTES = 16 << 20
 _ATTEMPT = re.compile(r"(?:episodes|trajectory)-[A-Za-z0-9_.]+-(\d{1,30})\.(?:jsonl|f32)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -77,7 +78,8 @@ class Ledger:
         self.directory = Path(run_dir) / arm
         self._meta: dict[str, Any] = {"config_hash": config_hash}
         self._mixed_machines = self._bound = False
-        self._lock = self._episodes = self._trajectory = None
+        self._lock: int | None = None
+        self._episodes = self._trajectory = CLOSED
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.directory, self.shard)
@@ -145,9 +147,9 @@ class Ledger:
 
     def close(self) -> None:
         for descriptor in (self._episodes, self._trajectory, self._lock):
-            if descriptor is not None:
+            if descriptor is not None and descriptor != CLOSED:
                 os.close(descriptor)
-        self._episodes = self._trajectory = self._lock = None
+        self._lock, self._episodes, self._trajectory = None, CLOSED, CLOSED
 
     def __enter__(self) -> Ledger:
         return self

@@ -129,7 +129,7 @@ def _same_configuration(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
             "that an earlier qlibero recorded, which did not record by content what decided their actions. They are "
             "read and compared as they are, but not continued: choose another --out"
         )
-    if None in (before, now) or before == now:
+    if before is None or now is None or before == now:
         return ""
     return (
         f"of another configuration ({before[:12]}, this experiment is {now[:12]}); its experiment.yaml says which. "

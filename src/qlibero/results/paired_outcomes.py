@@ -122,8 +122,8 @@ def judge(
         )
     if ruling is not None and word != worst_word:
         return said(Word.ERRORS)
-    if ruling is not None and word is None:
-        return said(Word.INTERIM, ruling.because)
+    if word is None:
+        return said(Word.INTERIM, ruling.because if ruling else "")
     if ruling is None and missing:
         return said(Word.INTERIM, f"{missing:,} planned pair{'s have' if missing > 1 else ' has'} not run yet")
     if {word, worst_word} == {Word.WORSE, Word.INFERIOR}:
@@ -135,7 +135,7 @@ def judge(
 
 def plain_word(seen: Sample, margin: float) -> Word:
     """The word on a fixed number of pairs, from its interval: "no significant difference" is never equality."""
-    if not seen.pairs:
+    if seen.interval is None:
         return Word.NO_PAIRS
     if seen.pairs < FEWEST_PAIRS:
         return Word.FEW
@@ -144,11 +144,15 @@ def plain_word(seen: Sample, margin: float) -> Word:
         return Word.NON_INFERIOR
     if high < -margin:
         return Word.INFERIOR
-    return Word.WORSE if high < 0 and seen.difference_p <= ALPHA else Word.INCONCLUSIVE
+    return Word.WORSE if high < 0 and _differs(seen) else Word.INCONCLUSIVE
+
+
+def _differs(seen: Sample) -> bool:
+    return seen.difference_p is not None and seen.difference_p <= ALPHA
 
 
 def _qualifier(word: Word, seen: Sample) -> str | None:
-    if word != Word.NON_INFERIOR or seen.difference_p > ALPHA:
+    if word != Word.NON_INFERIOR or seen.interval is None or not _differs(seen):
         return None
     low, high = seen.interval
     return "better" if low > 0 else "worse within the margin" if high < 0 else None
@@ -277,5 +281,5 @@ def rounded(x: float | None) -> float | None:
     return None if x is None else float(f"{x:.6g}")
 
 
-def rounded_interval(interval: st.Interval | None) -> list[float] | None:
+def rounded_interval(interval: st.Interval | None) -> list[float | None] | None:
     return None if interval is None else [rounded(x) for x in interval]

@@ -107,9 +107,10 @@ def _run_unlike(left: EpisodeRecord, right: EpisodeRecord, *declared: Settings |
     for name, what in RUN_ALIKE.items():
         x, y = getattr(left, name), getattr(right, name)
         if None in (x, y):
-            if None in declared:
+            known = [said[name == "replan_steps"] for said in declared if said is not None]
+            if len(known) < 2:
                 continue
-            x, y = (said[name == "replan_steps"] for said in declared)
+            x, y = known
         if x != y:
             return f"different {what}: {'the default' if x is None else x} and {'the default' if y is None else y}"
     return ""

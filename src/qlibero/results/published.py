@@ -148,16 +148,18 @@ def bounds(reference: Counts, arm: Counts, margin: float) -> Bounds:
     delta = k1 / arm.episodes - k0 / n
     if n != arm.episodes:
         interval = newcombe_independent(k1, arm.episodes, k0, n)
-        p = fisher_p(k1, arm.episodes, k0, n)
+        independent = fisher_p(k1, arm.episodes, k0, n)
         word = Word.NON_INFERIOR if interval[0] > -margin else Word.INFERIOR if interval[1] < -margin else None
-        word = word or (Word.WORSE if interval[1] < 0 and p <= ALPHA else Word.INCONCLUSIVE)
-        return Bounds(reference, arm, margin, delta, (word,), (p, p), interval, interval, False)
+        word = word or (Word.WORSE if interval[1] < 0 and independent <= ALPHA else Word.INCONCLUSIVE)
+        return Bounds(reference, arm, margin, delta, (word,), (independent, independent), interval, interval, False)
     fewest, most = max(0, k0 - k1), min(k0, n - k1)
     ends = [Sample(n, broken, broken + k1 - k0) for broken in (fewest, most)]
     found = _words(n, k1 - k0, margin, fewest, most)
     words = tuple(word for word in Word if word in found)
-    p = sorted(one.difference_p for one in ends)
-    return Bounds(reference, arm, margin, delta, words, (p[0], p[1]), ends[0].interval, ends[1].interval, True)
+    p = sorted(one.difference_p for one in ends if one.difference_p is not None)
+    narrowest, widest = (one.interval for one in ends)
+    assert narrowest and widest, "results have at least one episode"
+    return Bounds(reference, arm, margin, delta, words, (p[0], p[-1]), narrowest, widest, True)
 
 
 def _words(n: int, gained: int, margin: float, fewest: int, most: int) -> set[Word]:

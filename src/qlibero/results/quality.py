@@ -66,7 +66,8 @@ def first_apart(reference: np.ndarray, other: np.ndarray, metres: float) -> int 
 def motion_difference(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Maximum norm of the difference of the arm's six action values, per common step."""
     steps = min(len(reference), len(other))
-    return np.abs(reference[:steps, MOTION] - other[:steps, MOTION]).max(axis=1, initial=0.0)
+    largest: np.ndarray = np.abs(reference[:steps, MOTION] - other[:steps, MOTION]).max(axis=1, initial=0.0)
+    return largest
 
 
 def first_true(found: np.ndarray) -> int | None:

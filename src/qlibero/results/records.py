@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from qlibero.documents import complaint, parse_json
-from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
+from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 
 SCHEMA = 1
@@ -104,8 +104,8 @@ class EpisodeRecord:
 
         if self.outcome not in OUTCOMES:
             refuse(f"outcome {self.outcome!r} is none of {', '.join(OUTCOMES)}")
-        if self.inits not in (OFFICIAL, FRESH):
-            refuse(f"inits {self.inits!r} is neither {OFFICIAL} nor {FRESH}")
+        if self.inits not in (OFFICIAL, FRESH, BASE):
+            refuse(f"inits {self.inits!r} is neither {OFFICIAL} nor {FRESH} nor {BASE}")
         if (self.outcome == "error") != (self.error is not None):
             refuse("`error` holds a text exactly when the outcome is 'error'")
         if (self.outcome == "success") != (self.success_step is not None):

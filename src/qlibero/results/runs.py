@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from qlibero.documents import read_json
-from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
+from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.exported import is_export, unpacked
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
 from qlibero.stats.sampling import DEFAULT_ESTIMAND, Estimand, check_estimand
 
 REFERENCE = "baseline"  # the arm that others are compared with unless another is named
 PRIMARY = "pooled"
+T = TypeVar("T")
 DEFAULT_MARGIN = 0.02  # 2 points, the schema's default: for directories whose experiment says nothing
 
 
@@ -43,6 +45,8 @@ class RunResults:
         inits, kind = said.get("inits"), OFFICIAL
         if isinstance(inits, dict):
             kind, each = FRESH, inits["fresh"]
+        elif inits == BASE:
+            kind = BASE
         return frozenset(
             EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
         )
@@ -53,12 +57,13 @@ class RunResults:
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[RunResults]:
-    """`read_run` of each; a sweep's directory stands for its cells.
+    """`read_run` of each; a sweep's directory stands for its cells, an exported table for its runs.
 
     What a sweep keeps for itself (`sweep/`) is passed over, so that a shell's `logs/<sweep>/*/` works too.
     """
     runs = []
-    for path in map(Path, paths):
+    places = [place for given in map(Path, paths) for place in (unpacked(given) if is_export(given) else [given])]
+    for path in places:
         if (path / "experiments").is_dir() and any(path.glob("submission-*")):
             continue
         cells = [] if arms_of(path) else sorted(found.parent for found in path.glob("*/experiment.yaml"))
@@ -89,7 +94,7 @@ def read_run(run_dir: Path | str) -> RunResults:
 
 def declared_margin(experiment: dict[str, Any]) -> float:
     """The non-inferiority margin an experiment (resolved, as in experiment.yaml) was declared with, as a fraction."""
-    return (experiment.get("stop") or {}).get("margin") or experiment.get("margin") or DEFAULT_MARGIN
+    return float((experiment.get("stop") or {}).get("margin") or experiment.get("margin") or DEFAULT_MARGIN)
 
 
 def common_margin(runs: Sequence[RunResults]) -> float:
@@ -114,7 +119,7 @@ def common_reference(runs: Sequence[RunResults]) -> str:
     return _common(runs, "compare_with", lambda said: said.get("compare_with") or REFERENCE, REFERENCE)
 
 
-def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str, Any]], Any], default: Any) -> Any:
+def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str, Any]], T], default: T) -> T:
     found = {run.run_dir: declared(run.experiment) for run in runs}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{run_dir} {value}" for run_dir, value in found.items())

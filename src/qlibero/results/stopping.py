@@ -117,13 +117,16 @@ class Declaration:
         return decide_at_looks(spent, looks=self.looks, margin=self.margin, alpha=share, futility=self.futility)
 
 
+_SETTLED: dict[int, Literal[-1, 0, 1]] = {-1: -1, 0: 0, 1: 1}
+
+
 def pair_step(reference: Outcome | None, other: Outcome | None) -> PairStep:
     """What a pair of outcomes says: −1 broken, +1 repaired, 0 concordant; its bounds with an error; None unfinished."""
     if reference is None or other is None:
         return None
     lowest = int(other == "success") - int(reference != "failure")
     highest = int(other != "failure") - int(reference == "success")
-    return lowest if lowest == highest else (lowest, highest)
+    return _SETTLED[lowest] if lowest == highest else (lowest, highest)
 
 
 def declared_order(keys: Iterable[EpisodeKey], seed: int) -> tuple[EpisodeKey, ...]:
@@ -232,10 +235,12 @@ def decide_at_looks(
     critical = critical_values(tuple(looks), alpha)
     reached = [n for n in looks if n <= len(prefix)]
     low, high = (counts_at(bound, reached) for bound in _bounds(prefix))
-    verdict, used, z = None, len(prefix), (0.0, 0.0)
+    verdict: Verdict | None = None
+    used, z = len(prefix), (0.0, 0.0)
     look = len(reached)
     for k, n in enumerate(reached):
-        z = tuple(float(value) for value in evidence(low[k], high[k], n, margin))
+        up, down = evidence(low[k], high[k], n, margin)
+        z = float(up), float(down)
         if max(z) >= critical[k]:
             verdict = "non-inferior" if z[0] >= critical[k] else "inferior"
         elif futility and n < looks[-1] and hopeless(low[k], high[k], n, looks[-1], margin, critical[-1], futility):
@@ -274,7 +279,7 @@ def _without_errors(
 ) -> Verdict | None:
     """What the settled pairs alone say at the same looks."""
     for n, bar in zip(looks, critical, strict=True):
-        settled = [step for step in prefix[:n] if not isinstance(step, tuple)]
+        settled = [step for step in prefix[:n] if step is not None and not isinstance(step, tuple)]
         if n > len(prefix) or not settled:
             continue
         (counts,) = counts_at(settled, [len(settled)])
@@ -332,7 +337,8 @@ def _finished(steps: Sequence[PairStep]) -> list[PairStep]:
 
 def _bounds(steps: Sequence[PairStep]) -> tuple[list[int], list[int]]:
     """The steps at worst and at best for the arm."""
-    return tuple([step[side] if isinstance(step, tuple) else step for step in steps] for side in (0, 1))
+    both = [step if isinstance(step, tuple) else (step, step) for step in steps if step is not None]
+    return [low for low, _ in both], [high for _, high in both]
 
 
 def _table(steps: Sequence[PairStep]) -> dict[str, int]:

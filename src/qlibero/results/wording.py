@@ -84,7 +84,7 @@ def sentence(arm: ArmComparison) -> str:
     if arm.unpaired:
         lost.append(f"{len(arm.unpaired):,} unpaired")
     label, reference = arm.label, arm.reference_label
-    if not arm.table.pairs:
+    if arm.delta is None or arm.interval is None:
         why = f" ({', '.join(lost)})" if lost else ""
         return f"{label} and {reference} share no finished pair, so nothing can be said{why}."
     margin = arm.question.margin
@@ -94,7 +94,7 @@ def sentence(arm: ArmComparison) -> str:
         *lost,
     ]
     if arm.control:
-        flips = f"{percent(arm.table.discordance)} flip"
+        flips = f"{percent((arm.table.broken + arm.table.repaired) / arm.table.pairs)} flip"
         return f"{label} is {reference} against itself, the noise floor: {', '.join([*pieces, flips])}."
     if arm.question.against == "pooled" and arm.references > 1:
         reference = f"the mean of {reference} and {count_text(arm.references - 1, 'A/A arm')}"
@@ -124,7 +124,9 @@ def _opening(arm: ArmComparison, reference: str) -> str:
         return f"{label} is inferior to {reference} by more than {100 * margin:g} pp {on}"
     if v.word == Word.WORSE:
         holm = arm.adjusted.mcnemar_p if arm.adjusted and arm.family > 1 else None
-        p = p_text(arm.seen.difference_p) + (f", after Holm {p_text(holm)}" if holm is not None else "")
+        seen = arm.seen.difference_p
+        assert seen is not None, "a difference was found"
+        p = p_text(seen) + (f", after Holm {p_text(holm)}" if holm is not None else "")
         return f"{label} is worse than {reference} {on} ({p}); whether by more than {100 * margin:g} pp is open"
     if v.word == Word.INTERIM:
         return f"{label} against {reference} has no verdict yet (interim{': ' * bool(v.because)}{v.because})"
@@ -141,7 +143,7 @@ def after_holm(arm: ArmComparison) -> str:
     if arm.adjusted:
         impossible = "" if arm.adjusted.possible else "; with so few pairs not even an arm without a flip could pass"
         return f"but not after {over} ({p_text(arm.adjusted.noninferiority_p)} > 0.025{impossible})"
-    passed = sum(suite.adjusted.passed for suite in arm.suites.values())
+    passed = sum(bool(suite.adjusted and suite.adjusted.passed) for suite in arm.suites.values())
     return f"but after {over} in {passed} of {len(arm.suites)} suites"
 
 
@@ -200,6 +202,8 @@ def pooled_text(arm: ArmComparison) -> str:
     if arm.pooled is None or arm.question.against == "pooled":
         return ""
     found, margin = arm.pooled, arm.question.margin
+    if found.delta is None or found.interval is None:
+        return ""
     return (
         f"against the mean of {arm.reference_label} and {count_text(arm.references - 1, 'A/A arm')}: "
         f"Δ {delta_text(found.delta, found.interval, margin)} pp {interval_text(found.interval, margin)}"

@@ -87,7 +87,7 @@ def load_arms(
             "policy": policy.provenance(),
             "identity": identity_parts(experiment, arm, policy, found),
             **found,
-            **probe(policy, experiment),
+            **probe(policy, experiment.suite),
             "kernels_hash": digest(found.get("kernels", {})),
             "warmup_ms": warmup_ms,
         }
@@ -132,7 +132,7 @@ def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapp
     return parts
 
 
-def probe(policy: Policy, experiment: Experiment) -> dict[str, Any]:
+def probe(policy: Policy, suite: str) -> dict[str, Any]:
     """{"probe": 16 hex digits over the actions of a call on a fixed observation and noise, "probes": {that: machine}}.
 
     It differs where the arithmetic does, whatever the reason. A server that draws its own noise answers every call
@@ -148,15 +148,15 @@ def probe(policy: Policy, experiment: Experiment) -> dict[str, Any]:
     state = seen.standard_normal(8).astype(np.float32) * np.float32(0.1)
     noise = call_noise(EpisodeKey("probe", 0, 0, 0), 0, policy.noise_shape)
     # the first instruction of the suite that the policy's vocabulary knows: the same whatever tasks are run
-    for task in range(get_suite(experiment.suite).tasks):
-        observation = Observation(images[0], images[1], state, task_language(experiment.suite, task))
+    for task in range(get_suite(suite).tasks):
+        observation = Observation(images[0], images[1], state, task_language(suite, task))
         try:
             actions = policy.infer([observation], noise[None]).actions
             break
         except UserError:
             continue
     else:
-        raise UserError(f"policy {policy.name} knows no instruction of {experiment.suite}")
+        raise UserError(f"policy {policy.name} knows no instruction of {suite}")
     found = hashlib.sha256(np.ascontiguousarray(actions, "<f4").tobytes()).hexdigest()[:16]
     return {"probe": found, "probes": {found: kind}}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class RunningEpisode:
         """The ledger line of an episode no attempt could finish: a third outcome, neither success nor failure."""
         return self._record(outcome="error", error=reason, steps=0, fingerprint="", action_digest="")
 
-    def _record(self, **outcome) -> EpisodeRecord:
+    def _record(self, **outcome: Any) -> EpisodeRecord:
         key = self.planned.key
         return EpisodeRecord(
             suite=key.suite,

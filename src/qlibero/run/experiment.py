@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,9 @@ from qlibero.results.summary import summarize_arm
 from qlibero.run.sequential import SequentialRun, declaration_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from qlibero.policies.base import Observation
     from qlibero.quant.recheck import Recheck
     from qlibero.sim.pool import SimulatorPool
 
@@ -221,8 +223,9 @@ def _run(
     from qlibero.run.arms import load_arms
     from qlibero.run.episode import PlannedEpisode
     from qlibero.run.replay import replay
-    from qlibero.run.rollout import RolloutSettings, run_episodes
+    from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
     from qlibero.run.videos import Videos
+    from qlibero.sim.libero_pro import FLAWS
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
@@ -241,13 +244,15 @@ def _run(
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, say, before, run_dir, watched)
-        simulated = parts(experiment.suite, simulator)
+        simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
             wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
         report = guard.enforce()
+    for task in sorted(set(experiment.task_ids()) & FLAWS.get(experiment.suite, {}).keys()):
+        say(f"{experiment.suite} task {task} contradicts itself: {FLAWS[experiment.suite][task]}")
     say(f"physics check: {report.summary()}")
     physics = {"passport": report.to_json()}
     for arm in arms:
@@ -269,23 +274,17 @@ def _run(
     names = [arm.name for arm in experiment.arms()]
     videos = Videos(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)], say)
 
-    def on_record(record: EpisodeRecord, trajectory) -> None:
-        record = replace(
-            record,
-            protocol=experiment.protocol,
-            kernels=meta[record.arm]["kernels_hash"],
-            versions=environment["versions"],
-            max_steps=settings.max_steps,
-            replan_steps=settings.replan_steps,
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+    def finished(record: EpisodeRecord, trajectory: np.ndarray | None) -> None:
+        record = as_run(record, settings, meta[record.arm]["kernels_hash"], environment["versions"])
         record = ledgers[record.arm].append(record, trajectory)
         videos.finished(record)
         if sequential is not None:
             sequential.add(record)
         on_episode(record)
 
-    def on_call(arm: str, observations, noise, actions, seconds: float) -> None:
+    def on_call(
+        arm: str, observations: Sequence[Observation], noise: np.ndarray, actions: np.ndarray, seconds: float
+    ) -> None:
         if arm in watched:
             watched[arm].call(observations, noise, actions, seconds)
 
@@ -298,7 +297,7 @@ def _run(
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
         try:
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
-            run_episodes(plan, policies, pool, settings, on_record, needs, on_call)
+            run_episodes(plan, policies, pool, settings, finished, needs, on_call)
             videos.fill()
             right = _try_kernels_again(run_dir, watched, ledgers, say)
             on_result(run_dir)  # a flip that an earlier call ran half of is still to be recorded: that can wait

@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,19 @@ class RolloutSettings:
     replan_steps: int
     retries: int
     videos: Path | None = None
+
+
+def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versions: dict[str, str]) -> EpisodeRecord:
+    """The record of an episode that ends now, with what was in force."""
+    return replace(
+        record,
+        protocol=settings.protocol,
+        kernels=kernels,
+        versions=versions,
+        max_steps=settings.max_steps,
+        replan_steps=settings.replan_steps,
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 class _Queue:
@@ -143,7 +157,7 @@ def _serve(
     batch = [worker for worker in waiting if running[worker].planned.arm == arm][: policy.batch_size]
     episodes = [running[worker] for worker in batch]
     noise = np.stack([episode.noise(policy.noise_shape) for episode in episodes])
-    observations = [episode.observation for episode in episodes]
+    observations = [episode.observation for episode in episodes if episode.observation is not None]
     started = time.perf_counter()
     chunk = policy.infer(observations, noise)
     policy_ms = (time.perf_counter() - started) * 1e3

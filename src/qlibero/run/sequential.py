@@ -30,6 +30,8 @@ from qlibero.results.stopping import (
 
 def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declaration:
     """The stopping rule of an experiment over `keys`, all of its episodes. Raises UserError without arms to compare."""
+    stop = experiment.stop
+    assert stop is not None, "declares no test"
     arms = [arm.name for arm in experiment.arms()]
     if REFERENCE not in arms or len(arms) < 2:
         raise UserError(
@@ -38,7 +40,6 @@ def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declar
     others = [arm for arm in experiment.arms() if arm.name != REFERENCE]
     # the A/A arm is the noise floor, not a hypothesis: it takes no share of alpha and holds nothing up
     tested = [arm.name for arm in others if arm.backend != "aa"] or [arm.name for arm in others]
-    stop = experiment.stop
     return make_declaration(
         keys,
         margin=declared_margin(experiment.model_dump(mode="json")),

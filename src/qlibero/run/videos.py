@@ -112,6 +112,7 @@ class Videos:
 
     def _keep(self, key: EpisodeKey) -> None:
         self.kept.add(key)
+        assert self.directory is not None, "nothing was recorded"
         for record in self.records[key].values():
             recorded = scratch_path(self.directory, record.arm, key)
             if recorded.exists():
@@ -122,5 +123,6 @@ class Videos:
                 files.remove(recorded)
 
     def _forget(self, key: EpisodeKey) -> None:
+        assert self.directory is not None, "nothing was recorded"
         for arm in self.arms:
             files.remove(scratch_path(self.directory, arm, key))

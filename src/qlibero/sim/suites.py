@@ -1,4 +1,4 @@
-"""The five LIBERO suites and the constants of their published evaluation protocol.
+"""The five LIBERO suites, the sixteen of LIBERO-PRO, and the constants of their published evaluation protocol.
 
 The constants are those of openpi's `examples/libero/main.py` (step caps from the longest demonstration of each suite,
 ten settle steps that do not count against the cap). Importing this module is cheap: LIBERO itself is touched only by
@@ -8,10 +8,13 @@ provides an object with `language(task)` and `task_files(task)`: {"goal": BDDL f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from qlibero.errors import UserError
-from qlibero.registry import SuitePlugin, built_in, get
+from qlibero.registry import BUILT_IN, SuitePlugin, get
+from qlibero.sim.libero_pro import AXES, SCENES_OF_BASE, language_in
 
 SETTLE_STEPS = 10
 """Steps of `SETTLE_ACTION` before the policy sees its first frame: objects fall to rest. Not counted in the cap."""
@@ -25,13 +28,51 @@ STATE_DIM = 8
 PROTOCOLS = ("pure", "openpi")
 
 
-SUITES = {name: get(SuitePlugin, name) for name in built_in(SuitePlugin)}
-"""LIBERO's own, in the order of its paper."""
+@dataclass(frozen=True)
+class Suite:
+    """`tasks` tasks with `inits` official initial states each; an episode is cut after `max_steps` policy steps."""
+
+    name: str
+    tasks: int
+    inits: int
+    max_steps: int
+    base: str = ""
+    """Of LIBERO-PRO: the suite of which it is a perturbation; task k perturbs its task k."""
+    axis: str = ""
+    """Of LIBERO-PRO: what was changed, see `libero_pro`."""
+
+    @property
+    def instructions(self) -> str:
+        """Where its tasks' words come from: the `name` of the task's file, or the `bddl` file itself."""
+        return AXES.get(self.axis, "name")
+
+    @property
+    def has_scenes_of_base(self) -> bool:
+        """Whether its tasks can start from the base suite's initial states (`inits: base`)."""
+        return self.axis in SCENES_OF_BASE
 
 
-def get_suite(name: str) -> SuitePlugin:
+BASE_SUITES = (
+    Suite("libero_spatial", 10, 50, 220),
+    Suite("libero_object", 10, 50, 280),
+    Suite("libero_goal", 10, 50, 300),
+    Suite("libero_10", 10, 50, 520),
+    Suite("libero_90", 90, 50, 400),
+)
+SUITES: dict[str, Suite] = {suite.name: suite for suite in BASE_SUITES} | {
+    f"{base.name}_{axis}": Suite(f"{base.name}_{axis}", base.tasks, base.inits, base.max_steps, base.name, axis)
+    for base in BASE_SUITES
+    if base.name != "libero_90"
+    for axis in AXES
+}
+
+
+def get_suite(name: str) -> Suite:
     """The suite of that name, LIBERO's own or a plug-in's; `UserError` with the nearest name otherwise."""
-    return get(SuitePlugin, name)
+    if name in SUITES:
+        return SUITES[name]
+    plugin = get(SuitePlugin, name)
+    return Suite(name, plugin.tasks, plugin.inits, plugin.max_steps)
 
 
 def check_task(suite: str, task: int) -> None:
@@ -42,9 +83,17 @@ def check_task(suite: str, task: int) -> None:
 
 
 def task_language(suite: str, task: int) -> str:
-    """The instruction as LIBERO's benchmark gives it to policies (`task.language`), e.g. "pick up the milk and …"."""
+    """What a policy is told, e.g. "pick up the milk and …": by the task's name, as LIBERO's benchmark gives it
+    (`task.language`), or by its file where the suite's `instructions` stand there."""
     check_task(suite, task)
-    return str(get_suite(suite).load().language(task))
+    from qlibero.sim import libero
+
+    plugin = get(SuitePlugin, suite)
+    if plugin.origin != BUILT_IN:
+        return str(plugin.load().language(task))
+    if SUITES[suite].instructions == "bddl":
+        return language_in(libero.task_files(suite, task)["goal"])
+    return str(libero.task_record(suite, task).language)
 
 
 def init_states(suite: str, task: int) -> np.ndarray:

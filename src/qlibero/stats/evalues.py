@@ -53,4 +53,5 @@ def confidence_sequence(low: Sequence[int], high: Sequence[int], threshold: floa
 
 def _log_mean_exp(logs: np.ndarray) -> np.ndarray:
     peak = logs.max(axis=1, initial=-np.inf)
-    return peak + np.log(np.exp(logs - peak[:, None]).mean(axis=1)) if len(logs) else peak
+    mean: np.ndarray = peak + np.log(np.exp(logs - peak[:, None]).mean(axis=1)) if len(logs) else peak
+    return mean

@@ -65,7 +65,8 @@ def _crossing(nodes: np.ndarray, weighted: np.ndarray, step: float, share: float
 
 
 def _normal(x: np.ndarray, sd: float) -> np.ndarray:
-    return np.exp(-0.5 * (x / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
+    density: np.ndarray = np.exp(-0.5 * (x / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
+    return density
 
 
 def evidence(low: Counts, high: Counts, n: int, margin: float) -> tuple[np.ndarray, np.ndarray]:
@@ -93,8 +94,8 @@ def repeated_interval(low: Counts, high: Counts, n: int, critical: float) -> Int
     """
     estimate = [(int(repaired) - int(broken)) / n for broken, repaired in (low, high)]
     return (
-        bisect(lambda d: _above(low, n, d) >= critical, -1.0, estimate[0]),
-        bisect(lambda d: _below(high, n, d) < critical, min(1.0, estimate[1]), 1.0),
+        bisect(lambda d: bool(_above(low, n, d) >= critical), -1.0, estimate[0]),
+        bisect(lambda d: bool(_below(high, n, d) < critical), min(1.0, estimate[1]), 1.0),
     )
 
 
@@ -111,7 +112,8 @@ def hopeless(low: Counts, high: Counts, n: int, last: int, margin: float, critic
         broken, repaired = map(np.asarray, counts)
         now = sign * tango_zs(broken, repaired, n, -margin) * np.sqrt(time)
         drift = margin * np.sqrt(last * (n + 2) / (broken + repaired + 1))
-        return ndtr((now + drift * (1 - time) - critical) / np.sqrt(1 - time))
+        reached: np.ndarray = ndtr((now + drift * (1 - time) - critical) / np.sqrt(1 - time))
+        return reached
 
     return (power(high, 1) < chance) & (power(low, -1) < chance)
 

@@ -119,7 +119,7 @@ def newcombe(both_succeed: int, broken: int, repaired: int, both_fail: int, conf
     other_low, other_high = wilson(a + r, n, confidence)
     reference_low, reference_high = wilson(a + b, n, confidence)
     margins = (a + r) * (b + d) * (a + b) * (r + d)
-    agreement = a * d - b * r
+    agreement: float = a * d - b * r
     if agreement > 0:
         agreement = max(agreement - n / 2, 0)
     phi = agreement / math.sqrt(margins) if margins else 0.0
@@ -242,9 +242,9 @@ def _plausible(n: int, discordance: float) -> np.ndarray:
 
 # scipy.stats has these two as well, and takes seconds to import, which every `qlibero run` would pay
 def _binomial_cdf(k: np.ndarray, n: np.ndarray | int, p: float) -> np.ndarray:
-    return np.where(k < 0, 0.0, bdtr(np.maximum(k, 0), n, p))
+    return np.asarray(np.where(k < 0, 0.0, bdtr(np.maximum(k, 0), n, p)))
 
 
 def _binomial_pmf(k: np.ndarray, n: np.ndarray | int, p: float) -> np.ndarray:
     n = np.asarray(n, dtype=float)
-    return np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + xlogy(k, p) + xlog1py(n - k, -p))
+    return np.asarray(np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + xlogy(k, p) + xlog1py(n - k, -p)))

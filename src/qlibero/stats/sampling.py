@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -55,9 +55,10 @@ UNIT: dict[Estimand, Callable[[EpisodeKey], object]] = {
 
 def check_estimand(estimand: str) -> Estimand:
     """The estimand itself, or a UserError that lists them."""
-    if estimand not in get_args(Estimand):
-        raise UserError(f"estimand {estimand}: write one of {', '.join(get_args(Estimand))}")
-    return estimand
+    for known in UNIT:
+        if estimand == known:
+            return known
+    raise UserError(f"estimand {estimand}: write one of {', '.join(UNIT)}")
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,16 @@ class Sample:
     @property
     def interval(self) -> Interval | None:
         """95 %, for Δ; None without pairs, (−1, 1) from a single cluster, which says nothing about others."""
-        if not self.pairs:
+        delta = self.delta
+        if delta is None:
             return None
         if self.clusters == 1:
             return -1.0, 1.0
         if self.clusters is None and not self.fractions:
             return tango(self.broken, self.repaired, self.pairs)
         return (
-            bisect(lambda delta: self._z(delta, -AGAINST) > self._quantile, -1 + EDGE, self.delta),
-            bisect(lambda delta: self._z(delta, IN_FAVOUR) > -self._quantile, self.delta, 1 - EDGE),
+            bisect(lambda d: self._z(d, -AGAINST) > self._quantile, -1 + EDGE, delta),
+            bisect(lambda d: self._z(d, IN_FAVOUR) > -self._quantile, delta, 1 - EDGE),
         )
 
     def noninferiority_p(self, margin: float) -> float | None:
@@ -115,8 +117,9 @@ class Sample:
         """The statistic of H0: Δ = `delta`; of clusters with `correction` effective pairs more in the arm's favour."""
         if not self.fractions:
             broken, repaired, n = self._effective
-            counts = (broken, repaired) if self.clusters is None else favoured(broken, repaired, n, correction)
-            return tango_z(*map(float, counts), n, delta)
+            if self.clusters is not None:
+                broken, repaired = map(float, favoured(broken, repaired, n, correction))
+            return tango_z(float(broken), float(repaired), n, delta)
         values, counts = np.array([(-1, 0), *self.fractions, (1, 0)]).T
         return float(score_zs(values, counts[None, :], delta)[0]) / math.sqrt(self.design_effect)
 

@@ -39,4 +39,5 @@ def score_zs(values: np.ndarray, counts: np.ndarray, delta: float) -> np.ndarray
     variance = np.maximum((p * e**2).sum(axis=1), TINY)
     z = (counts * e).sum(axis=1) / np.sqrt(n * variance)
     skewness = (p * e**3).sum(axis=1) / variance**1.5 / np.sqrt(n)
-    return z - skewness * (z**2 - 1) / 6 + skewness**2 * z**3 / 108
+    corrected: np.ndarray = z - skewness * (z**2 - 1) / 6 + skewness**2 * z**3 / 108
+    return corrected

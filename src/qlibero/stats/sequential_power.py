@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.special import gammaln, ndtri, xlogy
@@ -83,12 +84,12 @@ def pairs_needed(
     Too many flips to enumerate in a second are scaled from fewer: how much more looks take than one look at the end
     hardly depends on ψ.
     """
-    goal = ndtri(power) - ndtri(alpha)
+    goal = float(ndtri(power) - ndtri(alpha))
     fixed = goal**2 * discordance / margin**2
     if fixed * discordance > _MOST_FLIPS:
         smaller = 0.99 * margin * math.sqrt(_MOST_FLIPS) / goal
-        design = {"margin": margin, "discordance": smaller, "block": block, "alpha": alpha, "power": power}
-        cost = pairs_needed(**design, looks=looks, futility=futility) / pairs_needed(**design, looks=1, futility=None)
+        needed = partial(pairs_needed, margin=margin, discordance=smaller, block=block, alpha=alpha, power=power)
+        cost = needed(looks=looks, futility=futility) / needed(looks=1, futility=None)
         return block * math.ceil(cost * fixed / block)
 
     def found(blocks: int) -> float:
@@ -97,12 +98,12 @@ def pairs_needed(
         return chances.noninferior
 
     # power ≈ Φ(a·√n − z_α), so each guess gives the next; then to the smallest that does
-    spent = -ndtri(alpha)
-    blocks, tried = math.ceil(1.06 * fixed / block), set()
+    spent = -float(ndtri(alpha))
+    blocks, tried = math.ceil(1.06 * fixed / block), set[int]()
     while blocks not in tried:
         tried.add(blocks)
         now = min(max(found(blocks), 1e-3), 1 - 1e-9)
-        blocks = max(1, math.ceil(blocks * (goal / (ndtri(now) + spent)) ** 2))
+        blocks = max(1, math.ceil(blocks * (goal / (float(ndtri(now)) + spent)) ** 2))
     while found(blocks) < power:
         blocks += 1
     while blocks > 1 and found(blocks - 1) >= power:

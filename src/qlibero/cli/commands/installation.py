@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qlibero.cli.outcomes import Document, Incomplete
+from qlibero.cli.outcomes import Document, Incomplete, explain
 from qlibero.console import table
 from qlibero.errors import UserError
 
@@ -19,6 +19,20 @@ def doctor(args: argparse.Namespace) -> Document:
     document = {"ok": all(f["status"] != "fail" for f in findings), "findings": findings}
     if not document["ok"]:
         raise Incomplete("something here will not work; each finding names the command that mends it", document)
+    return document
+
+
+def lint(args: argparse.Namespace) -> Document:
+    from qlibero.sim import bddl
+
+    found = bddl.lint_all(args.tasks, bddl.installed())
+    complaints = [complaint for of in found.values() for complaint in of]
+    for complaint in complaints:
+        explain(complaint)
+    document = {"files": len(found), "complaints": complaints}
+    if complaints:
+        raise Incomplete(f"{len(complaints)} complaints about {len(found)} files, see above", document)
+    explain(f"{len(found)} files, nothing to complain about")
     return document
 
 

@@ -11,18 +11,23 @@ from qlibero.errors import UserError
 
 def compare(args: argparse.Namespace) -> Document:
     from qlibero.reporting.terminal import print_comparison
-    from qlibero.results.compare import as_document, compare_paths
+    from qlibero.results.compare import Cells, as_document, compare_paths
 
     if bool(args.results) == bool(args.counts):
         raise UserError("compare: name run directories or result files, or --counts NAME=K/N NAME=K/N, and not both")
     if args.counts:
         from qlibero.results.published import compare_counts
 
-        if args.reference or args.estimand:
-            raise UserError("compare: --counts take the first as reference and know no estimand; leave those flags out")
-        cells = {"": compare_counts(args.counts, args.margin)}
+        if args.reference or args.estimand or args.columns:
+            raise UserError(
+                "compare: --counts take the first as reference and know no estimand or column; leave those flags out"
+            )
+        cells: Cells = {"": compare_counts(args.counts, args.margin)}
     else:
-        cells = compare_paths(args.results, args.reference, args.margin, args.estimand)
+        from qlibero.results.importers.columns import parse_columns
+
+        columns = parse_columns(args.columns) if args.columns else None
+        cells = compare_paths(args.results, args.reference, args.margin, args.estimand, columns)
     print_comparison(cells)
     document = as_document(cells)
     found = set().union(*(cell.words() for cell in cells.values())) & set(args.fail_on)
@@ -34,9 +39,28 @@ def compare(args: argparse.Namespace) -> Document:
 def export(args: argparse.Namespace) -> Document:
     from qlibero.results.export import export_episodes
 
-    document = export_episodes(args.run_dirs, args.output, args.arm, args.task)
+    document = export_episodes(args.run_dirs, args.output, args.arm, args.task, args.card)
     explain(f"{document['rows']} episodes: {document['file']}")
+    if document["card"]:
+        explain(f"dataset card: {document['card']}")
     return document
+
+
+def explain_gap(args: argparse.Namespace) -> Document:
+    from qlibero.console import table
+    from qlibero.results.explain_gap import explain_gap as explained
+
+    found = explained(args.run_dir, args.other, args.arm)
+    rows = [
+        {"": d.likely, "constant": d.constant, "here": d.here, "there": d.there, "known of it": d.known}
+        for d in found.differences
+    ]
+    rate = f", {found.other_rate[0]}/{found.other_rate[1]} there" if found.other_rate else ""
+    table(rows, title=f"{found.arm} ({found.rate[0]}/{found.rate[1]}{rate}) against {found.other}, likeliest first")
+    if found.unknown:
+        explain(f"not known of one side: {', '.join(found.unknown)}")
+    explain(f"equal: {', '.join(found.equal) or 'nothing that both say'}")
+    return found.to_json()
 
 
 def report(args: argparse.Namespace) -> Document:

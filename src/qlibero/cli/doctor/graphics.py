@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from qlibero.cli.doctor.finding import Finding
 from qlibero.errors import GL_CURE
 from qlibero.machine import environment
+from qlibero.machine.cuda_toolkit import site_packages, torch_cuda
 
 CUDA_TORCH = "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's minimum driver for each CUDA major
@@ -16,7 +17,7 @@ DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's minimum driver for each
 def driver(gpus: list[dict[str, str]] | None = None, cuda: str | None = None) -> list[Finding]:
     """Driver against torch's CUDA. `gpus`, `cuda`: as `find_gpus` and `torch_cuda` say."""
     if gpus is None:
-        gpus, cuda = environment.find_gpus(), environment.torch_cuda(environment.site_packages())
+        gpus, cuda = environment.find_gpus(), torch_cuda(site_packages())
     if not gpus:
         wanted = f", though torch is built for CUDA {cuda}" if cuda else ""
         return [
@@ -49,7 +50,7 @@ def toolkit() -> Finding:
         return Finding("CUDA toolkit", "fail", agreed.problem, agreed.cure or "")
     if chosen.home is None:
         return Finding("CUDA toolkit", "ok", chosen.why)
-    cuda = environment.torch_cuda(environment.site_packages())
+    cuda = torch_cuda(site_packages())
     if agreed.nvcc and cuda and agreed.nvcc[0] != int(cuda.split(".")[0]):
         return Finding(
             "CUDA toolkit",

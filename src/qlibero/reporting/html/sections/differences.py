@@ -54,7 +54,7 @@ def differences(m: Material) -> Markup | None:
         if not r.table.pairs:
             continue
         suites = r.suites if len(r.suites) > 1 else {}
-        for title, row in (("noise floor" if r.control else "", r), *suites.items()):
+        for title, row in (("noise floor" if r.control else "", r), *r.axes.items(), *suites.items()):
             margin = m.margin_of(name)
             text = f"{delta_text(row.delta, row.interval, margin)} {interval_text(row.interval, margin)}"
             strip = parts.lane(difference(m, name, row, scale), text)

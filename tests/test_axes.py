@@ -1,0 +1,63 @@
+"""Risk: a verdict by perturbation axis counts episodes of another axis, or hides that one of its suites weighs more."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from synthetic_run import make_run
+
+from qlibero.reporting.terminal import print_comparison
+from qlibero.results.axes import axis_of
+from qlibero.results.compare import compare_paths
+from qlibero.results.runs import read_run
+
+SUITES = ("libero_goal", "libero_goal_swap", "libero_10_swap")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("axes")
+    return [
+        make_run(root / s, arms={"baseline": 0.0, "w4a4": 0.3}, suite=s, name=s, trajectories=False, seed=i)
+        for i, s in enumerate(SUITES)
+    ]
+
+
+def test_every_axis_has_the_pairs_of_its_suites(runs, capsys):
+    (found,) = compare_paths(runs).values()
+    axes = found.arms["w4a4"].axes
+    assert set(axes) == {"unperturbed", "position"}
+    losses = 0
+    for run in runs[1:]:
+        arms = {
+            name: {(r.suite, r.task, r.init): r.succeeded for r in a.records} for name, a in read_run(run).arms.items()
+        }
+        losses += sum(arms["w4a4"][key] - won for key, won in arms["baseline"].items())
+    position = axes["position"].to_json()
+    assert position["pairs"] == 60 and position["delta"] == pytest.approx(losses / 60, abs=1e-6)
+    assert position["pairs_of_suite"] == {"libero_10_swap": 30, "libero_goal_swap": 30} and position["equal_weights"]
+    print_comparison({"": found})
+    assert "by position" in capsys.readouterr().err
+    assert json.dumps(found.to_json())
+
+
+def test_one_axis_alone_is_no_axis(runs):
+    (found,) = compare_paths(runs[1:]).values()
+    assert found.arms["w4a4"].axes == {}
+
+
+@pytest.mark.parametrize(
+    "suite, axis",
+    [
+        ("libero_spatial_swap", "position"),
+        ("libero_object_object", "object"),
+        ("libero_10_lan", "instruction"),
+        ("libero_goal_task", "task"),
+        ("libero_object", "unperturbed"),
+        ("libero_90", "unperturbed"),
+        ("my_own_task", "unperturbed"),
+    ],
+)
+def test_what_a_suites_name_says_it_perturbs(suite, axis):
+    assert axis_of(suite) == axis

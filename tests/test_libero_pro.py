@@ -1,0 +1,126 @@
+"""Risk: a perturbed suite is not what its name says: the old words or goal, another suite's scenes under its name, a
+scene that is not the base suite's where it is said to be, or a check that looked at nothing and calls it good."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qlibero.config.load import load_experiment
+from qlibero.episode_key import EpisodeKey
+from qlibero.errors import UserError
+from qlibero.sim import libero, libero_pro, physics_check, suites
+from qlibero.sim.scene import Scene
+
+PRO = [name for name, suite in suites.SUITES.items() if suite.base]
+WORDS = set(
+    json.loads(Path(__file__).parents[1].joinpath("examples/libero/embedded/tokenizer.json").read_text())["words"]
+)
+
+
+def test_the_sixteen_suites_are_there_with_the_constants_of_their_base():
+    assert len(PRO) == 16 and {suites.SUITES[name].inits for name in PRO} == {50}
+    assert {s.base: s.max_steps for s in map(suites.get_suite, PRO)} == {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+    }
+    for name in PRO:
+        states = [suites.init_states(name, task).shape for task in range(10)]
+        base = [suites.init_states(suites.SUITES[name].base, task).shape for task in range(10)]
+        assert all(shape[0] == 50 for shape in states)
+        assert states == base or name.endswith("_object")  # other models, other joints
+
+
+@pytest.mark.parametrize("name", PRO)
+def test_words_come_from_the_files_name_or_from_the_file_by_the_axis(name):
+    """Read wrongly, lan changes nothing and task asks for the old goal; swap and object would speak untrained words."""
+    suite = suites.SUITES[name]
+    told = [suites.task_language(name, task) for task in range(10)]
+    base = [suites.task_language(suite.base, task) for task in range(10)]
+    if suite.axis in ("swap", "object"):
+        assert told == base
+    else:
+        assert all(t != b for t, b in zip(told, base, strict=True))
+        for task, text in enumerate(told):
+            # the file read with another pattern than the tool's
+            line = next(x for x in libero.task_files(name, task)["goal"].read_text().splitlines() if ":language" in x)
+            assert text == line.split(":language")[1].strip().rstrip(")").strip().lower()
+
+
+def test_which_instructions_the_embedded_policys_words_cover():
+    """Counted by hand when the suites were first looked at."""
+    unknown = {}
+    for name in PRO:
+        told = [re.findall("[a-z0-9]+", suites.task_language(name, task)) for task in range(10)]
+        unknown[name] = sum(not set(words) <= WORDS for words in told)
+    assert {name: count for name, count in unknown.items() if count} == {
+        "libero_spatial_task": 10,
+        "libero_spatial_lan": 10,
+        "libero_object_lan": 9,
+        "libero_goal_lan": 4,
+        "libero_10_lan": 4,
+        "libero_goal_task": 1,
+        "libero_10_task": 1,
+    }
+
+
+def test_tasks_that_contradict_themselves_are_those_the_files_say():
+    assert "left moka pot" in suites.task_language("libero_10_task", 8)
+    assert "turn off the stove" == suites.task_language("libero_goal_task", 7)
+    assert "moka_pot_1" in libero.task_files("libero_10_task", 8)["goal"].read_text().split("(:goal")[1]
+    assert "between the plate" in suites.task_language("libero_spatial_swap", 0)
+    assert "next to the plate" in suites.task_language("libero_spatial_swap", 8)
+    assert {s: set(tasks) for s, tasks in libero_pro.FLAWS.items()} == {
+        "libero_10_task": {8},
+        "libero_goal_task": {7},
+        "libero_spatial_swap": {0, 8},
+    }
+
+
+def test_a_file_without_words_is_named(tmp_path):
+    path = tmp_path / "x.bddl"
+    path.write_text("(define (problem X)\n  (:language )\n)")
+    with pytest.raises(ValueError, match=r"x.bddl: no \(:language"):
+        libero_pro.language_in(path)
+    path.write_text("(define (problem X)\n  (:language\n   Put  the PAN away)\n)")
+    assert libero_pro.language_in(path) == "put the pan away"
+
+
+def experiment(tmp_path, suite, **more):
+    path = tmp_path / "x.yaml"
+    lines = {"suite": suite, "backends": "[baseline]", "policy": "{type: remote, url: ws://localhost:1}", **more}
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return load_experiment(path, [])
+
+
+def test_states_of_the_base_suite_are_asked_for_by_name_and_only_where_they_fit(tmp_path):
+    assert experiment(tmp_path, "libero_goal_lan", inits="base").initial_states() == ("base", 50)
+    for suite in ("libero_goal_swap", "libero_goal_object", "libero_goal"):
+        with pytest.raises(UserError, match="x.yaml:.*inits.*has no scenes of another suite"):
+            experiment(tmp_path, suite, inits="base")
+    key = EpisodeKey("libero_goal_lan", 0, 3, 7, "base")
+    assert str(key) == "libero_goal_lan/0/base-3/7" and EpisodeKey.parse(str(key)) == key
+    assert key.initial_state == EpisodeKey("libero_goal_lan", 0, 3, 8, "base").initial_state
+
+
+def test_a_suite_without_a_reference_is_not_called_checked():
+    reference = json.loads(physics_check.REFERENCES.read_text())
+    here = {"versions": reference["versions"], "renderer": reference["renderer"], "episodes": {}}
+    report = physics_check.compare(here, {**reference, "episodes": {}}, ["libero_goal_swap"])
+    assert report.verdict == "warning" and "libero_goal_swap has no reference" in report.findings[0].what
+
+
+@pytest.mark.libero
+def test_lan_and_task_from_the_states_of_their_base_are_its_scenes_to_the_last_bit():
+    base, task = Scene("libero_goal", 1), Scene("libero_goal_task", 1)
+    base.reset(3, 7)
+    task.reset(3, 7, "base")
+    assert task.fingerprint() == base.fingerprint() and task.language == "put the plate on the stove"
+    task.reset(3, 7)
+    assert task.fingerprint() != base.fingerprint()
+    base.close(), task.close()
