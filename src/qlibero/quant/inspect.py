@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.quant.artifact import Artifact, LayerRecord, load
+from qlibero.quant.patterns import short_name
 
 if TYPE_CHECKING:
     from qlibero.policies.base import Observation, QuantizablePolicy
@@ -25,7 +25,6 @@ SORTS = {
     "bytes": True,
 }
 HINTS = 5
-_LONG = re.compile(r"^.*?([^.]+)(?:\.(?:model|encoder))?\.layers\.(\d+)\.")
 
 
 def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
@@ -187,7 +186,7 @@ def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def cell(key: str, value: Any) -> Any:
         if key == "layer":
-            return _LONG.sub(r"\1.\2.", value).replace("self_attn.", "")
+            return short_name(value)
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     return [{key: cell(key, value) for key, value in r.items()} for r in rows]
