@@ -15,6 +15,7 @@ from qlibero.policies.pi05 import PLUGIN
 from qlibero.policies.pi05.config import PI05_FULL
 from qlibero.policies.pi05.linears import EXPERT, LLM, Network
 from qlibero.policies.pi05.model import Pi05Model
+from qlibero.quant.inspect import readable
 from qlibero.quant.layout import select
 
 
@@ -72,6 +73,15 @@ def test_selected_linears_that_no_action_depends_on_really_do_not_matter():
         policy.model.get_submodule(choice.name).weight.data.add_(1.0)
     policy = policy.with_model(policy.model)
     assert (policy.infer(observations(1), noises(1, policy.noise_shape)).actions == before).all()
+
+
+def test_every_name_that_inspect_prints_can_be_written_where_the_docs_say(full_size):
+    every = select(Network(full_size), quant_of(layout="llm+expert")).choices
+    printed = [row["layer"] for row in readable([{"layer": choice.name} for choice in every])]
+    assert len(set(printed)) == 252 and {"language_model.1.v_proj", "gemma_expert.17.mlp.up_proj"} <= set(printed)
+    for choice, name in list(zip(every, printed, strict=True))[7:252:49]:  # layer 1 is not also 10 to 17
+        chosen = select(Network(full_size), quant_of(layout="llm+expert", per_layer_bits={name: 16}))
+        assert chosen.kept == (choice.name,)
 
 
 def test_include_exclude_and_per_layer_bits(full_size):

@@ -296,6 +296,7 @@ def test_it_is_served_and_answers_as_it_does_here(checkpoints):
 
 
 # ------------------------------------------------------------------------------------------------------- a real run
+@pytest.mark.libero
 def test_a_checkpoint_runs_in_libero_paired_under_two_backends(checkpoints, calibration_file, tmp_path, monkeypatch):
     from qlibero.config.load import load_experiment
     from qlibero.quant import prepare

@@ -230,6 +230,7 @@ def test_the_kernel_is_checked_and_gives_what_fake_gives(installed, tiny_experim
     assert (on_loops == on_fake).all()
 
 
+@pytest.mark.libero
 def test_policy_suite_engine_tracker_and_section_share_one_sweep(installed, tmp_path, monkeypatch):
     """A real episode in LIBERO's simulator."""
     from qlibero.config.sweep import load_sweep

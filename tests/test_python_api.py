@@ -168,7 +168,7 @@ class Still:
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"suite": "libero_objects"}, "did you mean 'libero_object'"),
+        ({"suite": "libero_objects"}, "did you mean libero_object"),
         ({"tasks": [10]}, "tasks 0 to 9, not 10"),
         ({"episodes": 51}, "episodes is 51: write an integer from 1 to 50"),
         ({"episodes": 2.0}, "episodes is 2.0"),

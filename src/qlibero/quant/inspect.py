@@ -11,7 +11,7 @@ import numpy as np
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.quant.action_error import action_error, arm_error
 from qlibero.quant.artifact import Artifact, LayerRecord, load
-from qlibero.quant.layout import short_name
+from qlibero.quant.patterns import short_name
 
 if TYPE_CHECKING:
     from qlibero.policies.base import Observation, QuantizablePolicy

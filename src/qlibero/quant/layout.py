@@ -7,7 +7,6 @@ they are called, only the policy knows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -81,16 +80,8 @@ def select(network: Quantizable, spec: Quant) -> Selection:
     return Selection(tuple(choices), tuple(kept))
 
 
-_LONG = re.compile(r"^.*?([^.]+)(?:\.(?:model|encoder))?\.layers\.(\d+)\.")
-
-
-def short_name(name: str) -> str:
-    """`language_model.3.mlp.up_proj`: a linear as `inspect` names it in a terminal, and as patterns may, too."""
-    return _LONG.sub(r"\1.\2.", name).replace("self_attn.", "")
-
-
 def _matching(pattern: str, names: Iterable[str], key: str, where: str) -> list[str]:
-    found = [name for name in names if short_name(name) == pattern] or matching(pattern, names, key)
+    found = matching(pattern, names, key)
     if not found:
         raise UserError(
             f"quant.{key}: {pattern!r} does not match {where}; names look like {next(iter(names), '(none)')}"

@@ -26,13 +26,22 @@ json.dump([re.search(pattern, name) is not None for name in names], sys.stdout)
 """
 
 
+_STACK = re.compile(r"^.*?([^.]+)(?:\.(?:model|encoder))?\.layers\.(\d+)\.")
+
+
+def short_name(name: str) -> str:
+    """`language_model.3.v_proj`, as `inspect` prints a layer, for a name as wide as a screen."""
+    return _STACK.sub(r"\1.\2.", name).replace("self_attn.", "")
+
+
 def matching(pattern: str, names: Iterable[str], key: str) -> list[str]:
-    """The names in which `pattern` is found, in order. `key`: the config's, for the message.
+    """The names in which `pattern` is found, in order; or the one whose short name it is. `key`: for the message.
 
     Raises UserError for a pattern that has not answered after two seconds of CPU time.
     """
     names = tuple(names)
-    return [name for name, found in zip(names, _search(pattern, names, key), strict=True) if found]
+    listed = [name for name in names if short_name(name) == pattern]
+    return listed or [name for name, found in zip(names, _search(pattern, names, key), strict=True) if found]
 
 
 @lru_cache(maxsize=64)
