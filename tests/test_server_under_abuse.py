@@ -152,10 +152,12 @@ def under_attack(server, message: bytes) -> tuple[float, int, list[str]]:
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_ten_hostile_requests_cost_a_healthy_client_less_than_a_second(server, what):
+    server.ask(pack(request()))  # what a first request loads is not the attack's
     for last in (False, False, True):
         quiet, logged = server.memory(), server.log.stat().st_size
         slowest, peak, answers = under_attack(server, HOSTILE[what])
-        assert peak - quiet < 3 * Limits().held_bytes, f"{(peak - quiet) / MB:.0f} MB"
+        # what unanswered messages may take while they are read, and what the allocator keeps of it
+        assert peak - quiet < 3 * Limits().held_bytes + 16 * MB, f"{(peak - quiet) / MB:.0f} MB"
         assert len(answers) == 10 and all(isinstance(text, str) and len(text) < 5000 for text in answers), answers[0]
         assert server.log.stat().st_size - logged < 10 * 400
         if slowest < 1.1 + 0.1:  # 0.1 s are the policy's own
