@@ -239,7 +239,7 @@ class Drill:
 
     # ------------------------------------------------------------------------------------------------ the faults
     def wait_a_while(self) -> None:
-        """2 to 6 s, or until wandb's service is there: where nothing disturbs it, it lives less than a second."""
+        """2 to 6 s, or until wandb's service is there: where nothing disturbs it, it lives less than two seconds."""
         until = time.monotonic() + self.rng.uniform(2.0, 6.0)
         while time.monotonic() < until:
             if self.remaining(SERVICE_KILLED) and self.processes(PROCESS[SERVICE_KILLED]):

@@ -222,7 +222,7 @@ def test_every_help_reads_well_and_answers_at_once() -> None:
 @pytest.mark.parametrize(("flags", "lines"), [([], 0), (["--json"], 1)])
 def test_a_terminal_gets_no_json_unless_it_asks(flags: list[str], lines: int) -> None:
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "qlibero", "ls", "suites", *flags]
+    command = [sys.executable, "-m", "qlibero", "ls", "trackers", *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, text=True)
     os.close(theirs)
     try:
@@ -230,5 +230,5 @@ def test_a_terminal_gets_no_json_unless_it_asks(flags: list[str], lines: int) ->
     except OSError:  # how a pseudo-terminal says that nothing was written
         shown = ""
     os.close(ours)
-    assert done.returncode == 0 and "libero_goal" in done.stderr
-    assert shown.count("\n") == lines and shown.startswith('{"suites"' * lines)
+    assert done.returncode == 0 and "wandb" in done.stderr
+    assert shown.count("\n") == lines and shown.startswith('{"trackers"' * lines)

@@ -48,7 +48,7 @@ def test_a_planted_link_is_replaced_and_its_target_left_alone(tmp_path, name):
 
 
 def mirror_log(path):
-    mirror = Mirror("wandb", path.parent, ())
+    mirror = Mirror("wandb", "qlibero.tracking.wandb_mirror", path.parent, ())
     _spawn(mirror)
     if mirror.problem:
         raise GuardRefusal(mirror.problem)

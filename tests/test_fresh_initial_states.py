@@ -140,7 +140,7 @@ def test_ledger_pairing_export_and_videos_keep_fresh_and_official_apart(tmp_path
     rows = (tmp_path / "episodes.csv").read_text().splitlines()
     where = rows[0].split(",").index("inits")
     assert sorted(row.split(",")[where] for row in rows[1:]) == ["fresh", "fresh", "official", "official"]
-    assert len({key for key, _ in from_run(arms["fake"], "run").episodes}) == 2
+    assert len({key for key, _ in from_run(arms["fake"], "run", {}).episodes}) == 2
     line = json.loads(found[1].to_json())
     del line["inits"]
     assert record_from_dict(line).key == found[1].key

@@ -200,7 +200,7 @@ def test_the_callers_random_stream_is_left_alone():
 
 
 def test_wrong_requests_name_the_cure():
-    with pytest.raises(UserError, match="did you mean 'libero_object'"):
+    with pytest.raises(UserError, match=r"did you mean libero_object\?"):
         Scene("libero_objct", 0)
     with pytest.raises(UserError, match="tasks 0 to 9"):
         Scene("libero_goal", 10)

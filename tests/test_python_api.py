@@ -192,3 +192,15 @@ def test_what_is_no_policy_is_told_what_it_lacks(tmp_path):
 def test_importing_qlibero_imports_nothing_heavy():
     seen = "import sys, qlibero; print([m for m in ('torch', 'numpy', 'pydantic', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [["status"], ["videos"], ["run"]])
+def test_commands_that_would_have_to_load_the_policy_say_that_only_evaluate_can(command, tmp_path, capsys):
+    (tmp_path / "experiment.yaml").write_text("suite: libero_object\npolicy: {type: python, name: mine}\n")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "episodes-000of001-1.jsonl").write_text("")
+    place = tmp_path / "experiment.yaml" if command == ["run"] else tmp_path
+    from qlibero.cli import main
+
+    assert main([*command, str(place)]) == 2
+    assert "was run by qlibero.evaluate" in capsys.readouterr().err

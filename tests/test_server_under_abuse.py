@@ -119,16 +119,16 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_ten_hostile_requests_cost_a_healthy_client_less_than_a_second(server, what):
-    quiet, logged = server.memory(), server.log.stat().st_size
+def under_attack(server, message: bytes) -> tuple[float, int, list[str]]:
+    """The longest wait of a healthy client (s) and the peak of the server's memory while ten send `message`, and
+    what they were told."""
     answers: list[str] = []
 
     def hostile():
         with server.wire() as wire:
             wire.recv()
             try:
-                wire.send(HOSTILE[what])
+                wire.send(message)
                 answers.append(wire.recv(timeout=60))
             except (ConnectionClosed, OSError):
                 answers.append("cut off: together they exceed what the server holds")
@@ -147,10 +147,22 @@ def test_ten_hostile_requests_cost_a_healthy_client_less_than_a_second(server, w
             peak = max(peak, server.memory())
     for thread in threads:
         thread.join()
-    assert slowest < 1.1 + 0.1, f"{slowest:.2f} s"  # 0.1 s are the policy's own
-    assert peak - quiet < 3 * Limits().held_bytes, f"{(peak - quiet) / MB:.0f} MB"
-    assert len(answers) == 10 and all(isinstance(text, str) and len(text) < 5000 for text in answers), answers[0][:300]
-    assert server.log.stat().st_size - logged < 10 * 400
+    return slowest, peak, answers
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_ten_hostile_requests_cost_a_healthy_client_less_than_a_second(server, what):
+    server.ask(pack(request()))  # what a first request loads is not the attack's
+    for last in (False, False, True):
+        quiet, logged = server.memory(), server.log.stat().st_size
+        slowest, peak, answers = under_attack(server, HOSTILE[what])
+        # what unanswered messages may take while they are read, and what the allocator keeps of it
+        assert peak - quiet < 3 * Limits().held_bytes + 16 * MB, f"{(peak - quiet) / MB:.0f} MB"
+        assert len(answers) == 10 and all(isinstance(text, str) and len(text) < 5000 for text in answers), answers[0]
+        assert server.log.stat().st_size - logged < 10 * 400
+        if slowest < 1.1 + 0.1:  # 0.1 s are the policy's own
+            break
+        assert not last, f"{slowest:.2f} s, the third time"  # once, the machine may have been busy with something else
 
 
 def test_what_nobody_waits_for_is_not_computed(server):

@@ -85,7 +85,8 @@ def mirrored(run_dir: Path, arm: str) -> int:
     return read_state(run_dir, "wandb").get("rows", {}).get(arm, 0)
 
 
-def test_offline_view_equals_the_ledger(tmp_path):
+def test_offline_view_equals_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", "2-1-tcp-localhost-9")  # of a launcher that uses wandb itself, and is gone
     run = tmp_path / "run"
     write(run, "baseline", range(3))
     write_meta(
@@ -107,6 +108,7 @@ def test_offline_view_equals_the_ledger(tmp_path):
     said = mirror.finish(300)
     assert said["complete"] and said["mode"] == "offline", (said, log_path(run, "wandb").read_text())
     assert said["rows"] == {"baseline": 4, "fake": 4}
+    assert read_state(run, "wandb")["attempt"] == 1
 
     for arm in ("baseline", "fake"):
         (view,) = offline_runs(run, arm)

@@ -19,7 +19,7 @@ from qlibero.config.labels import suffix_of_sets
 from qlibero.config.legacy_env import fork_overrides
 from qlibero.config.policies import path_keys
 from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment
-from qlibero.config.vocabulary import backend_hint
+from qlibero.config.vocabulary import OF_PYTHON, backend_hint
 from qlibero.config.yaml_source import display, located, put, read
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, parse, short, shown
 from qlibero.errors import UserError
@@ -62,6 +62,12 @@ def load_experiment(
     source = read(Path(path))
     if source.problems:
         raise ConfigError(source.problems)
+    if isinstance(policy := source.data.get("policy"), dict) and policy.get("type") == OF_PYTHON:
+        message = (
+            "policy: was run by qlibero.evaluate, so only that can go on with it; "
+            "`qlibero report`, `export` and `explain-gap` read its directory"
+        )
+        raise ConfigError([Problem(mark_of(source, ("policy",)), message)])
     for key in SWEEP_KEYS:
         if key in source.data:
             message = f"{key}: makes this a sweep of many experiments; use `qlibero sweep` or `qlibero plan`"

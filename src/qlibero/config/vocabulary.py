@@ -13,6 +13,7 @@ from typing import Any
 
 from qlibero.config.yaml_text import short
 
+OF_PYTHON = "python"  # policy.type of what `qlibero.evaluate` ran: no file says how such a policy is loaded
 SUITE_ALIASES = {"libero_long": "libero_10"}  # LIBERO's paper and most policies' pages call it LIBERO-Long
 UNQUANTIZED_WORDS = re.compile(
     r"(none|null|no|off|fp|bf16|fp16|fp32|f16|f32|float|float16|float32|bfloat16|half|full|full_precision|original|"

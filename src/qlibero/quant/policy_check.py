@@ -10,6 +10,7 @@ difference between the two action chunks is put on record. It is 0 for every ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,10 +83,10 @@ def listen(policy: QuantizablePolicy, observation: Observation, noise: np.ndarra
     heard: dict[int, Tensor] = {}
     transforms = {id(m.transform): m.transform for m in policy.model.modules() if isinstance(m, QuantLinear)}
 
-    def listening(key: int, transform: nn.Module):
+    def listening(key: int, transform: nn.Module) -> Callable[..., Any]:
         plain = transform.quantize
 
-        def quantize(x: Tensor, *how, **layout):
+        def quantize(x: Tensor, *how: Any, **layout: Any) -> Any:
             heard.setdefault(key, x.clone())
             return plain(x, *how, **layout)
 

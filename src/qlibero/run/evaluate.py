@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from qlibero import files
+from qlibero.config.vocabulary import OF_PYTHON
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.identity import text_sha256
@@ -46,7 +47,6 @@ from qlibero.stats.proportions import Interval, wilson
 log = logging.getLogger(__name__)
 
 ARM = "policy"  # evaluated directories have this one arm
-KIND = "python"  # policy.type in their experiment.yaml: no file says how such a policy is loaded
 RETRIES = 2
 
 
@@ -103,7 +103,7 @@ def evaluate(
         policy: any object with `policies.base.Policy`'s members. Its network is in eval mode meanwhile, without
             gradients.
         suite: a LIBERO suite, see `qlibero ls suites`.
-        out: the run directory. `qlibero report`, `compare` and `export` read it. Calling again continues it.
+        out: the run directory. `qlibero report` and `export` read it. Calling again continues it.
         tasks: task indices; None is all of the suite.
         seed: of scenes and policy noise; two evaluations are pairs only under the same.
         replan_steps: actions executed of each chunk.
@@ -138,7 +138,7 @@ def evaluate(
         "seed": seed,
         "protocol": settings.protocol,
         "max_steps": max_steps,
-        "policy": {"type": KIND, "name": str(policy.name), "replan_steps": replan_steps},
+        "policy": {"type": OF_PYTHON, "name": str(policy.name), "replan_steps": replan_steps},
         "backends": [ARM],
     }
     _refuse_other_runs(run_dir)
@@ -182,7 +182,7 @@ def _run_missing(
     simulator = enforce()
     meta: dict[str, Any] = {
         "config_hash": _settings_hash(said),
-        "backend": KIND,
+        "backend": OF_PYTHON,
         "label": said["policy"]["name"],
         "policy": policy.provenance(),
         "identity": {**_identity(policy), **parts(suite, simulator)},
@@ -197,9 +197,10 @@ def _run_missing(
     if not missing():
         files.replace(run_dir / "experiment.yaml", yaml.safe_dump(said, sort_keys=False))
         return
+    tasks = sorted({*said["tasks"], *(record.key.task for record in read_ledger(run_dir, ARM))})
     environment = {
         **describe(),
-        "instructions": {suite: {str(task): task_language(suite, task) for task in said["tasks"]}},
+        "instructions": {suite: {str(task): task_language(suite, task) for task in tasks}},
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
     with ExitStack() as stack:
@@ -249,7 +250,7 @@ def _check(policy: Policy, suite: str, **numbers: Any) -> None:
 def _refuse_other_runs(run_dir: Path) -> None:
     """GuardRefusal for a directory of `qlibero run`: its experiment.yaml says how to continue it."""
     path = run_dir / "experiment.yaml"
-    if path.exists() and (yaml.safe_load(path.read_text()) or {}).get("policy", {}).get("type") != KIND:
+    if path.exists() and (yaml.safe_load(path.read_text()) or {}).get("policy", {}).get("type") != OF_PYTHON:
         raise GuardRefusal(f"{run_dir} holds a run of `qlibero run`: choose another out")
 
 

@@ -2,8 +2,9 @@
 
 The constants are those of openpi's `examples/libero/main.py` (step caps from the longest demonstration of each suite,
 ten settle steps that do not count against the cap). Importing this module is cheap: LIBERO itself is touched only by
-`task_language` and `init_states`. A suite that is a plug-in
-provides an object with `language(task)` and `task_files(task)`: {"goal": BDDL file, "states": .npz of initial states}.
+`task_language` and `init_states`; what `libero.py` and `libero_pro.py` declare is read, not run. A suite that is a
+plug-in provides an object with `language(task)` and `task_files(task)`: {"goal": BDDL file, "states": .npz of initial
+states}.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlibero.errors import UserError
-from qlibero.registry import BUILT_IN, SuitePlugin, get
+from qlibero.registry import BUILT_IN, SuitePlugin, built_in, get
 from qlibero.sim.libero_pro import AXES, SCENES_OF_BASE, language_in
 
 SETTLE_STEPS = 10
@@ -52,19 +53,15 @@ class Suite:
         return self.axis in SCENES_OF_BASE
 
 
-BASE_SUITES = (
-    Suite("libero_spatial", 10, 50, 220),
-    Suite("libero_object", 10, 50, 280),
-    Suite("libero_goal", 10, 50, 300),
-    Suite("libero_10", 10, 50, 520),
-    Suite("libero_90", 90, 50, 400),
-)
-SUITES: dict[str, Suite] = {suite.name: suite for suite in BASE_SUITES} | {
-    f"{base.name}_{axis}": Suite(f"{base.name}_{axis}", base.tasks, base.inits, base.max_steps, base.name, axis)
-    for base in BASE_SUITES
-    if base.name != "libero_90"
-    for axis in AXES
-}
+def _as_declared(name: str) -> Suite:
+    """A built-in suite; those of LIBERO-PRO are called BASE_AXIS."""
+    plugin, (base, _, axis) = get(SuitePlugin, name), name.rpartition("_")
+    perturbed = (base, axis) if axis in AXES and base in built_in(SuitePlugin) else ()
+    return Suite(name, plugin.tasks, plugin.inits, plugin.max_steps, *perturbed)
+
+
+SUITES = {name: _as_declared(name) for name in built_in(SuitePlugin)}
+BASE_SUITES = tuple(suite for suite in SUITES.values() if not suite.base)
 
 
 def get_suite(name: str) -> Suite:

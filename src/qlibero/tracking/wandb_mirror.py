@@ -239,6 +239,7 @@ def main() -> int:
         os.setpriority(os.PRIO_PROCESS, 0, 10)  # never in the way of an episode
     for name in wandb_environment.TAKEN:  # start_mirrors has read them
         os.environ.pop(name, None)
+    os.environ.pop("WANDB_SERVICE", None)  # of a launcher that uses wandb itself: its service may end before this does
     home = options.run_dir.resolve() / ".wandb"
     for name in ("data", "cache", "artifact"):
         os.environ.setdefault(f"WANDB_{name.upper()}_DIR", str(home / name))
@@ -276,7 +277,6 @@ def main() -> int:
 def _restart(options: argparse.Namespace) -> None:
     """Become a fresh mirror: same process id and standard input, none of wandb's state, service or exit handlers."""
     replay.end_children()
-    os.environ.pop("WANDB_SERVICE", None)
     command = [sys.executable, "-m", "qlibero.tracking.wandb_mirror", str(options.run_dir)]
     command += [f"--mode={options.mode}", f"--project={options.project}", f"--attempt={options.attempt}"]
     command += [f"--job-type={options.job_type}"] + [f"--tag={tag}" for tag in options.tag]
