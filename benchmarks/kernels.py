@@ -1,9 +1,9 @@
 """Everything there is to know about the kernels on this machine: are they right, how fast, could they be faster.
 
-    python benchmarks/kernels.py                          the stopwatch, on the GPU if there is one
+    python benchmarks/kernels.py                          the times, on the GPU if there is one
     python benchmarks/kernels.py --check --prologue       first validation on every pi0.5 layer, and the fused prologue
     python benchmarks/kernels.py --tune 60                and 60 seconds of trying other tiles (says, changes nothing)
-    python benchmarks/kernels.py --no-stopwatch --prologue --glue    only the parts that are named
+    python benchmarks/kernels.py --no-timing --prologue --layer-ops    only the parts that are named
 
 Needs torch and triton, nothing else. Results as Markdown on the way, as JSON in --out and, shortened, in the last line.
 """
@@ -114,13 +114,13 @@ def try_prologue(repeats: int = 50) -> list[dict[str, Any]]:
     return rows
 
 
-def time_glue() -> list[dict[str, Any]]:
+def time_layer_ops() -> list[dict[str, Any]]:
     """The pieces of a flow step of full-size pi0.5 (10 tokens a row), fused and in torch; weights of more layers than
     the cache holds, in turn."""
     from torch import nn
 
-    from qlibero.policies.pi05.fast.fused_ops import TorchGlue
-    from qlibero.policies.pi05.fast.triton_fused_ops import TritonGlue
+    from qlibero.policies.pi05.fast.fused_ops import EagerOps
+    from qlibero.policies.pi05.fast.triton_fused_ops import TritonOps
     from qlibero.policies.pi05.layers import fuse
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -142,13 +142,13 @@ def time_glue() -> list[dict[str, Any]]:
         k, v, mask = random(batch, keys, 256), random(batch, keys, 256), torch.zeros_like(random(batch, 1, keys))
         own, there = (k.clone()[:, -10:], v.clone()[:, -10:]), (k[:, :-10], v[:, :-10], mask[..., :-10])
         return {
-            "residual_norm": lambda glue, _: glue.residual_norm(h, delta, gate, scale, shift)[1],
-            "rotated q, k, v": lambda glue, layer: glue.rotated(h, layer[0], cos, sin, *own),
-            "attend, flow": lambda glue, _: glue.attend(q, k, v, mask),
-            "attend, prefix": lambda glue, _: glue.attend(long, *there),
-            "o": lambda glue, layer: glue.parts(q.flatten(2), *layer[1]),
-            "gated": lambda glue, layer: glue.gated(h, *layer[2]),
-            "down": lambda glue, layer: glue.parts(wide, *layer[3]),
+            "residual_norm": lambda ops, _: ops.residual_norm(h, delta, gate, scale, shift)[1],
+            "rotated q, k, v": lambda ops, layer: ops.rotated(h, layer[0], cos, sin, *own),
+            "attend, flow": lambda ops, _: ops.attend(q, k, v, mask),
+            "attend, prefix": lambda ops, _: ops.attend(long, *there),
+            "o": lambda ops, layer: ops.parts(q.flatten(2), *layer[1]),
+            "gated": lambda ops, layer: ops.gated(h, *layer[2]),
+            "down": lambda ops, layer: ops.parts(wide, *layer[3]),
         }
 
     layers = [
@@ -158,8 +158,8 @@ def time_glue() -> list[dict[str, Any]]:
     rows = []
     for batch, keys in ((1, 298), (1, 554), (1, 810), (8, 554)):
         for name, call in pieces(batch, keys).items():
-            both = (TorchGlue(), TritonGlue())
-            expected, found = (call(glue, layers[0]).float() for glue in both)
+            both = (EagerOps(), TritonOps())
+            expected, found = (call(ops, layers[0]).float() for ops in both)
             found = found.sum(0) if found.dim() > expected.dim() else found
             rows.append(
                 {
@@ -168,13 +168,13 @@ def time_glue() -> list[dict[str, Any]]:
                     "function": name,
                     "worst": float((expected - found).abs().max() / expected.abs().max()),
                     **{
-                        f"{glue.name}_us": graph_seconds([lambda g=glue, c=call, x=x: c(g, x) for x in layers]) * 1e6
-                        for glue in both
+                        f"{ops.name}_us": graph_seconds([lambda g=ops, c=call, x=x: c(g, x) for x in layers]) * 1e6
+                        for ops in both
                     },
                 }
             )
             say(
-                "glue: "
+                "layer ops: "
                 + "  ".join(
                     f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                     for key, value in rows[-1].items()
@@ -243,8 +243,8 @@ def main() -> None:
     )
     parser.add_argument("--check", "--court", action="store_true", help="validate every layer first")
     parser.add_argument("--prologue", action="store_true", help="CUDA: the fused transform and quantizer")
-    parser.add_argument("--glue", action="store_true", help="CUDA: the pieces of a flow step")
-    parser.add_argument("--no-stopwatch", action="store_true", help="leave the products' times out")
+    parser.add_argument("--layer-ops", "--glue", action="store_true", help="CUDA: the pieces of a flow step")
+    parser.add_argument("--no-timing", "--no-stopwatch", action="store_true", help="leave the products' times out")
     parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="CUDA: try other tiles that long")
     parser.add_argument("--out", type=Path, default=None, help="where the whole JSON goes")
     args = parser.parse_args()
@@ -279,7 +279,7 @@ def main() -> None:
         if args.out is not None:
             args.out.write_text(json.dumps(result, indent=1))
 
-    def stopwatch() -> dict[str, Any]:
+    def timing() -> dict[str, Any]:
         timings = bench(layers, TOKENS if cuda else None, backends)
         say(markdown(timings))
         return {"markdown": markdown(timings), "timings": [asdict(t) for t in timings]}
@@ -291,16 +291,16 @@ def main() -> None:
                 layers, backends or (["fake", "cuda_w4a8", "triton_w4a8", "w8a8"] if cuda else ["fake", "cpu_int4"])
             ),
         )
-    if not args.no_stopwatch:
-        stage("stopwatch", stopwatch)
+    if not args.no_timing:
+        stage("timing", timing)
     if args.prologue and cuda:
         stage("prologue", try_prologue)
-    if args.glue and cuda:
-        stage("glue", time_glue)
+    if args.layer_ops and cuda:
+        stage("layer_ops", time_layer_ops)
     if args.tune and cuda:
         stage("tune", lambda: tune(args.tune))
     short = {
-        key: value for key, value in result.items() if key not in ("stopwatch", "check", "prologue", "glue", "tune")
+        key: value for key, value in result.items() if key not in ("timing", "check", "prologue", "layer_ops", "tune")
     }
     short["failed"] = [key for key, value in result.items() if isinstance(value, dict) and "failed" in value]
     if args.check and "check" not in short["failed"]:

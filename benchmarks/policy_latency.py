@@ -42,7 +42,7 @@ import torch
 from qlibero.config.quantization import Quant
 from qlibero.kernels.hadamard import fold
 from qlibero.policies.pi05.config import PI05_FULL, GemmaConfig, Pi05Config, SiglipConfig
-from qlibero.policies.pi05.fast.fused_ops import TorchGlue
+from qlibero.policies.pi05.fast.fused_ops import EagerOps
 from qlibero.policies.pi05.linears import Network
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
 from qlibero.policies.pi05.policy import Pi05Policy
@@ -199,7 +199,7 @@ def quantized_sampler(model: Pi05Model, artifact: Artifact, backend: str, graphs
 
 def compiled(sampler: Sampler) -> Sampler:
     """The sampler with its phases through torch.compile, which fuses by itself; the flow one Euler step at a time."""
-    sampler.glue, sampler.glue_reason = TorchGlue(), "torch glue, fused by the compiler"
+    sampler.layer_ops, sampler.layer_ops_reason = EagerOps(), "torch ops, fused by the compiler"
     sampler._vision = torch.compile(sampler._vision)
     sampler._prefix = torch.compile(sampler._prefix)
     sampler.step = torch.compile(sampler.step)
@@ -366,7 +366,7 @@ class Bench:
             for cameras, batch in shapes:
                 row, out = measure(name, sampler, self.config, cameras, batch, self.device, self.repeats, bits, kernels)
                 row.loading_gib = loading
-                row.notes.append(sampler.glue_reason)
+                row.notes.append(sampler.layer_ops_reason)
                 if not bool(torch.isfinite(out).all()):
                     row.notes.append("ANSWER NOT FINITE")
                 self.answers[name, cameras, batch] = out

@@ -168,25 +168,25 @@ def cases() -> Iterator[Case]:
     for block in (64, 128):
         warps = 4 if block <= 64 else 8
         yield Case(
-            f"little B={block}",
-            triton_prologue.little_kernel,
+            f"small_m B={block}",
+            triton_prologue.fused_small_m_kernel,
             floats,
             flags | dict(B=block, CHUNK=2048),
             aligned,
             warps,
         )
-        much = flags | dict(BM=triton_prologue.TILE_ROWS, B=block, DEPTH=4096 // block, STRIDE_M=1, WHOLE=True)
+        large_m = flags | dict(BM=triton_prologue.TILE_ROWS, B=block, DEPTH=4096 // block, STRIDE_M=1, WHOLE=True)
         for name, dtype in (("first", "*bf16"), ("first of fp32", "*fp32")):
             yield Case(
                 f"{name} B={block}",
                 triton_prologue.first_kernel,
                 floats | {"x_ptr": dtype},
-                much,
+                large_m,
                 aligned,
                 warps,
                 contract=False,
             )
-        yield Case(f"second B={block}", triton_prologue.second_kernel, floats, much, aligned, warps, contract=False)
+        yield Case(f"second B={block}", triton_prologue.second_kernel, floats, large_m, aligned, warps, contract=False)
     few = dict(
         x_ptr="*bf16",
         w_ptr="*bf16",
@@ -210,7 +210,7 @@ def cases() -> Iterator[Case]:
         sizes = dict(
             SPAN=1024, ROWS=16, OUTPUTS=shape.outputs, STEP=shape.step, LANES=shape.warps, GATED=pair, HALF=128
         )
-        kernel = triton_skinny_gemm.rotated_kernel if name == "rotated" else triton_skinny_gemm.few_kernel
+        kernel = triton_skinny_gemm.rotated_kernel if name == "rotated" else triton_skinny_gemm.skinny_gemm_kernel
         yield Case(
             f"few {name}",
             kernel,

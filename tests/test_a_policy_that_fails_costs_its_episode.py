@@ -13,7 +13,7 @@ from test_fake_equals_kernel import made, small_policy
 from qlibero.episode_key import EpisodeKey
 from qlibero.kernels.contract import quantize_activations
 from qlibero.machine.environment import simulator_environment
-from qlibero.policies.base import Chunk, grey
+from qlibero.policies.base import Chunk, blank_observation
 from qlibero.quant.apply import quantize_policy
 from qlibero.results.ledger import Ledger, read_ledger
 from qlibero.run.episode import PlannedEpisode
@@ -37,8 +37,8 @@ class Diverging:
                 actions[i, self.row :, 2] = self.what
         return Chunk(actions)
 
-    def rehearsal(self, prompts):
-        return [grey(prompt) for prompt in prompts]
+    def warmup_observations(self, prompts):
+        return [blank_observation(prompt) for prompt in prompts]
 
     def provenance(self):
         return {"type": "diverging"}

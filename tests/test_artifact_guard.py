@@ -177,7 +177,7 @@ def test_a_backend_that_cannot_do_a_layer_says_which(policy, quant, tmp_path):
 
 def test_quantizing_nothing_is_noticed(policy, monkeypatch):
     """A quantized arm whose actions equal the baseline's bit for bit has not been quantized."""
-    monkeypatch.setattr("qlibero.quant.apply.exchange", lambda model, modules: model)
+    monkeypatch.setattr("qlibero.quant.apply.swap_modules", lambda model, modules: model)
     with pytest.raises(WorkFailed, match="nothing was quantized"):
         calibrate(
             policy,

@@ -1,4 +1,4 @@
-"""Risk: weights that are not there, not whole or another policy's are loaded, or refused without the cure."""
+"""Risk: weights that are not there, not whole or another policy's are loaded, or refused without the hint."""
 
 from __future__ import annotations
 

@@ -463,7 +463,7 @@ def test_the_reference_page_is_what_the_schema_says() -> None:
         for m in (*vars(schema).values(), *vars(quantization).values(), *vars(inits).values())
         if isinstance(m, type) and issubclass(m, BaseModel)
     }
-    assert models - {BaseModel, schema.Frozen, schema.QuantOverrides} <= set(SECTIONS.values())
+    assert models - {BaseModel, schema.StrictModel, schema.QuantOverrides} <= set(SECTIONS.values())
     for variable in HONOURED:
         assert f"`OPENPI_DUQUANT_{variable}`" in page or f"`_{variable}`" in page, variable
 

@@ -126,11 +126,11 @@ def test_gelu_times_up_on_the_way_is_torch_s_for_every_gate(k):
 
 
 def test_triton_s_gelu_alone_is_torch_s_for_every_bfloat16():
-    from qlibero.policies.pi05.fast.triton_fused_ops import TritonGlue
+    from qlibero.policies.pi05.fast.triton_fused_ops import TritonOps
 
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).cuda().view(1, 64, 1024)
     one = torch.ones_like(every)
-    found, expected = TritonGlue()._gelu_gate(every, one), F.gelu(every, approximate="tanh") * one
+    found, expected = TritonOps()._gelu_gate(every, one), F.gelu(every, approximate="tanh") * one
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found[~found.isnan()], expected[~found.isnan()])
 

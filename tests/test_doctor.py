@@ -46,7 +46,7 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "status", "found", "cure"),
+    ("answer", "status", "found", "hint"),
     [
         (lambda: doctor.pins(PINS), "ok", "mujoco 3.2.3", ""),
         (lambda: doctor.pins(PINS | {"mujoco": "3.8.1"}), "fail", "3.8.1", "pip install mujoco==3.2.3"),
@@ -93,13 +93,13 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
     ],
 )
 def test_each_state_of_the_machine_has_its_answer(
-    answer: Any, status: str, found: str, cure: str, monkeypatch: pytest.MonkeyPatch
+    answer: Any, status: str, found: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     finding = one(answer())
-    assert finding.status == status and found in finding.found and cure in finding.cure
-    assert bool(finding.cure) == (status != "ok"), "what is wrong has a cure, what is well has none"
+    assert finding.status == status and found in finding.found and hint in finding.hint
+    assert bool(finding.hint) == (status != "ok"), "what is wrong has a hint, what is well has none"
 
 
 def test_a_user_who_chose_another_egl_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_wandb_is_never_a_failure_and_no_key_is_shown(monkeypatch: pytest.Monkey
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         answers = doctor.wandb({"WANDB_BASE_URL": url, "WANDB_API_KEY": "s" * 40})
         assert answers.status == "ok" and "answers" in answers.found and "sss" not in json.dumps(answers.to_json())
-        assert "wandb login" in doctor.wandb({"WANDB_BASE_URL": url}).cure
+        assert "wandb login" in doctor.wandb({"WANDB_BASE_URL": url}).hint
     gone = doctor.wandb({"WANDB_BASE_URL": url}, timeout_s=1)
     assert gone.status == "ok" and "cannot be reached" in gone.found and "offline" in gone.found
 
@@ -161,12 +161,12 @@ def test_a_kernel_that_was_never_tried_is_not_well(monkeypatch: pytest.MonkeyPat
     ]
     monkeypatch.setattr("qlibero.cli.catalogue.backends", lambda: rows)
     untried, passed = doctor.kernels()
-    assert (untried.name, untried.status, untried.cure) == (
+    assert (untried.name, untried.status, untried.hint) == (
         "kernel cpu_int4",
         "warn",
         "qlibero kernels check --backend cpu_int4",
     )
-    assert (passed.status, passed.cure) == ("ok", "")
+    assert (passed.status, passed.hint) == ("ok", "")
     monkeypatch.setattr("qlibero.cli.catalogue.backends", lambda: rows[:2])
     assert one(doctor.kernels()).status == "warn"
 
@@ -190,7 +190,7 @@ def test_without_a_driver_that_renders_both_checks_say_so_and_what_to_install(mo
     assert (rendering.status, physics.status) == ("fail", "fail")
     assert "knows no device" in rendering.found and "renders without a screen" in physics.found
     for finding in (rendering, physics):
-        assert "libegl1" in finding.cure and "Without root" in finding.cure and "--repair" not in finding.cure
+        assert "libegl1" in finding.hint and "Without root" in finding.hint and "--repair" not in finding.hint
 
 
 def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_a_simulator_that_was_edited_or_shadowed_is_found(monkeypatch: pytest.Mo
     monkeypatch.setattr("qlibero.sim.provenance.PACKAGES", {"pytest": ("robosuite",)})
     found = doctor.simulator()
     assert found.status == "fail" and "pytest is imported from" in found.found
-    assert found.cure == "env -u PYTHONPATH qlibero doctor"
+    assert found.hint == "env -u PYTHONPATH qlibero doctor"
 
 
 def test_this_machine_is_well_as_far_as_the_quick_checks_see() -> None:

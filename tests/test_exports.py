@@ -15,7 +15,7 @@ from qlibero.errors import UserError
 from qlibero.results.compare import compare_runs
 from qlibero.results.episode_table import COLUMNS, VERSION
 from qlibero.results.export import export_episodes
-from qlibero.results.external_results import compare_foreign
+from qlibero.results.external_results import compare_external
 from qlibero.results.ledger import write_meta
 from qlibero.results.runs import read_runs
 
@@ -55,7 +55,7 @@ def test_a_table_stands_beside_results_of_other_tools(run, tmp_path):
     export_episodes([run], tmp_path / "x.jsonl", arms=["baseline"])
     other = tmp_path / "libero_object.csv"
     other.write_text("task_id,episode_idx,success\n" + "".join(f"{t},{i},1\n" for t in range(3) for i in range(6)))
-    found = compare_foreign([tmp_path / "x.jsonl", other]).to_json()
+    found = compare_external([tmp_path / "x.jsonl", other]).to_json()
     (result,) = found["arms"].values()
     assert found["reference"] == "synthetic/baseline" and result["pairs"] == 18
 

@@ -10,8 +10,8 @@ import pytest
 from synthetic_run import make_run
 
 from qlibero.errors import UserError
-from qlibero.results.external_results import compare_foreign
-from qlibero.results.importers import read_foreign
+from qlibero.results.external_results import compare_external
+from qlibero.results.importers import read_external
 from qlibero.results.importers.columns import parse_columns
 
 SPATIAL = (
@@ -22,7 +22,7 @@ WORDS = [name.replace("_", " ") for name in SPATIAL]
 
 
 def one(path):
-    (arm,) = read_foreign(path)
+    (arm,) = read_external(path)
     return arm
 
 
@@ -74,7 +74,7 @@ def test_cells_of_vlaquantbench_pair_by_task_state_and_seed(tmp_path):
     folder = tmp_path / "libero_spatial" / "pi05"
     base = quantbench(folder / "rtn-BASELINE-e2e.jsonl", failures={(0, 3)})
     arm = quantbench(folder / "rtn-W4A8-e2e.jsonl", "W4A8", failures={(1, 2), (1, 5)})
-    found = compare_foreign([base, arm]).to_json()
+    found = compare_external([base, arm]).to_json()
     assert found["reference"] == "libero_spatial/pi05/rtn-BASELINE-e2e"
     result = found["arms"]["libero_spatial/pi05/rtn-W4A8-e2e"]
     assert (result["pairs"], result["broken"], result["repaired"], result["delta"]) == (40, 2, 1, -0.025)
@@ -84,7 +84,7 @@ def test_cells_of_vlaquantbench_pair_by_task_state_and_seed(tmp_path):
 
 def test_another_seed_of_vlaquantbench_is_no_pair(tmp_path):
     files = [quantbench(tmp_path / "a" / "x.jsonl"), quantbench(tmp_path / "b" / "seed1-x.jsonl", seed=100_000)]
-    (result,) = compare_foreign(files).to_json()["arms"].values()
+    (result,) = compare_external(files).to_json()["arms"].values()
     assert result["paired"] is False and "share no episode key" in result["caveat"]
 
 
@@ -104,7 +104,7 @@ def test_a_wrong_line_of_vlaquantbench_is_named(tmp_path, change, says):
     path = quantbench(tmp_path / "x.jsonl")
     path.write_text("\n".join(change(path.read_text().splitlines())))
     with pytest.raises(UserError) as refused:
-        read_foreign(path)
+        read_external(path)
     assert says in str(refused.value) and str(path) in str(refused.value)
 
 
@@ -203,7 +203,7 @@ def test_two_recordings_of_several_suites_pair(tmp_path):
         recording(tmp_path / "a" / "recording-1.sqlite", suites=both),
         recording(tmp_path / "b" / "recording-2.sqlite", suites=both, failures={(0, 0)}),
     ]
-    (result,) = compare_foreign(files).to_json()["arms"].values()
+    (result,) = compare_external(files).to_json()["arms"].values()
     assert (result["pairs"], result["broken"]) == (20, 2)
 
 
@@ -221,10 +221,10 @@ def test_another_database_and_a_broken_one(tmp_path):
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE notes (text TEXT)")
     with pytest.raises(UserError, match="not a result file"):
-        read_foreign(path)
+        read_external(path)
     path.write_bytes(path.read_bytes()[:100] + b"\xff" * 900)
     with pytest.raises(UserError, match="SQLite file that cannot be read"):
-        read_foreign(path)
+        read_external(path)
 
 
 # --------------------------------------------------------------------------------------- logs of OpenVLA and openpi
@@ -258,14 +258,14 @@ def test_a_log_with_an_exception_counts_it_as_an_error(tmp_path, prefix):
 
 def test_own_initial_states_of_openvla_oft_cannot_be_paired(tmp_path):
     files = [log(tmp_path / "a" / "x.txt"), log(tmp_path / "b" / "x.txt", own_states=True)]
-    (result,) = compare_foreign(files).to_json()["arms"].values()
+    (result,) = compare_external(files).to_json()["arms"].values()
     assert result["paired"] is False and "not LIBERO's own" in result["caveat"]
 
 
 def test_tasks_by_their_words_pair_with_tasks_by_number_where_a_file_says_both(tmp_path):
     text = log(tmp_path / "oft" / "EVAL.txt", ended=("True",) * 5)
     number = recording(tmp_path / "v" / "recording-1.sqlite", failures={(1, 2)})
-    (result,) = compare_foreign([text, number]).to_json()["arms"].values()
+    (result,) = compare_external([text, number]).to_json()["arms"].values()
     assert (result["pairs"], result["broken"]) == (10, 1) and "and so are the seeds" in result["caveat"]
 
 
@@ -277,7 +277,7 @@ def test_tasks_by_their_words_pair_with_a_run_of_ours(tmp_path):
             lines += [f"Task: put object {task} away", f"Starting episode {i + 1}...", "Success: True"]
     path = tmp_path / "EVAL.txt"
     path.write_text("\n".join(lines))
-    (result,) = compare_foreign([run, path]).to_json()["arms"].values()
+    (result,) = compare_external([run, path]).to_json()["arms"].values()
     assert result["pairs"] == 9 and result["broken"] == 0
 
 
@@ -298,13 +298,13 @@ def rlinf(path, rate="0.9740", count=500, before=CONFIG):
 
 def test_rlinf_gives_counts_of_one_suite(tmp_path):
     files = [rlinf(tmp_path / "a" / "eval_embodiment.log"), rlinf(tmp_path / "b" / "eval_embodiment.log", "0.9300")]
-    (result,) = compare_foreign(files).to_json()["arms"].values()
+    (result,) = compare_external(files).to_json()["arms"].values()
     assert result["counts"] == [465, 500] and result["reference_counts"] == [487, 500] and result["paired"] is False
     assert "RLinf logs totals only" in result["caveat"]
     assert one(files[0]).constants == {"max_steps": {"libero_spatial": 240}}
     other = quantbench(tmp_path / "c" / "x.jsonl", suite="libero_goal")
     with pytest.raises(UserError, match="libero_spatial, .* has libero_goal: no suite in common"):
-        compare_foreign([files[0], other])
+        compare_external([files[0], other])
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_rate_that_is_no_count_is_refused(tmp_path, rate, count, says):
     path = rlinf(tmp_path / "eval.log", rate, count)
     path.write_text(path.read_text().replace("success_once=0.974", ""))
     with pytest.raises(UserError, match=says):
-        read_foreign(path)
+        read_external(path)
 
 
 # ------------------------------------------------------------------------------------------------- anybody's table
@@ -346,14 +346,14 @@ def table(path, delimiter=","):
 @pytest.mark.parametrize("name, delimiter", [("x.csv", ";"), ("x.tsv", "\t"), ("x.jsonl", ""), ("x.parquet", "")])
 def test_a_table_of_two_methods_is_two_results(tmp_path, name, delimiter):
     path = table(tmp_path / name, delimiter)
-    first, second = read_foreign(path, parse_columns("task=t,init=k,success=ok,suite=bench,arm=method"))
+    first, second = read_external(path, parse_columns("task=t,init=k,success=ok,suite=bench,arm=method"))
     assert first.name.endswith("x/bf16") and first.counts == (12, 12, 0) and second.counts == (9, 12, 0)
     assert {key for key, of in second.keyed().items() if of == "failure"} == {("libero_goal", t, 1) for t in "012"}
 
 
 def test_a_table_without_initial_states_is_counts_and_a_fixed_value_stands_for_a_column(tmp_path):
     path = table(tmp_path / "x.csv")
-    (arm, _) = read_foreign(path, parse_columns("task=t,success=ok,suite=@libero_10,arm=method"))
+    (arm, _) = read_external(path, parse_columns("task=t,success=ok,suite=@libero_10,arm=method"))
     assert arm.keyed() is None and arm.counts == (12, 12, 0) and arm.places[0] == ("libero_10", "0")
 
 
@@ -376,9 +376,9 @@ def test_a_column_that_is_not_there_is_named_beside_those_that_are(tmp_path):
     with pytest.raises(
         UserError, match=r"libero_goal.csv: line 2: no column 'okay'; there are method, bench, .* mean ok\?"
     ):
-        read_foreign(path, parse_columns("task=t,success=okay"))
+        read_external(path, parse_columns("task=t,success=okay"))
     path.write_text("t,ok\n1,\n")
     with pytest.raises(UserError, match="line 2: ok is empty"):
-        read_foreign(path, parse_columns("task=t,success=ok"))
+        read_external(path, parse_columns("task=t,success=ok"))
     with pytest.raises(UserError, match="--columns task=…"):
-        read_foreign(path)
+        read_external(path)

@@ -86,7 +86,7 @@ def test_every_plan_can_be_launched_and_covers_its_product():
         for m in [*range(1, 40), 50, 128, 256, 512, 541, 542, 544, 968, 4336, 8672, 20000]:
             for processors in (78, PROCESSORS):
                 plan = choose(m, n, k, processors)
-                assert 2 <= plan.stages <= cuda_plan.MOST_STAGES and plan.shared <= 227 * 1024, (m, n, k, plan)
+                assert 2 <= plan.stages <= cuda_plan.MAX_STAGES and plan.shared <= 227 * 1024, (m, n, k, plan)
                 assert n % plan.outputs == 0 and plan.tokens in cuda_plan.WIDTHS
                 assert plan.tiles(m, n) * plan.tokens * plan.outputs >= m * n
                 if plan.cluster > 1:  # one tile a cluster, each CTA a part of K, and room for the exchanged sums

@@ -156,10 +156,10 @@ def assert_the_transform(prologue, made, x, bits=8, clip=1.0):
     assert ((steps - steps.floor() - 0.5).abs()[apart] < 2**-20 * 128).all()
 
 
-@pytest.fixture(params=["little", "much"])
+@pytest.fixture(params=["small_m", "large_m"])
 def either_way(request, monkeypatch):
     """Both ways at sizes that the interpreter can do."""
-    if request.param == "much":
+    if request.param == "large_m":
         monkeypatch.setattr(triton_prologue, "LITTLE", 0)
 
 
@@ -239,7 +239,7 @@ def test_a_settled_transform_counts_what_it_keeps_and_keeps_nothing_twice(monkey
     transform._fused = (x.device, prologue)
     both = transform.nbytes
     expected = transform.quantize(x, 8, 1.0)
-    transform.settle()
+    transform.finalize()
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in vars(prologue).values()
@@ -260,7 +260,7 @@ def test_the_kernels_compile_from_ampere_to_hopper_without_spills_or_contraction
             "--sm",
             "86,90",  # the least shared memory and the most; 80, 89, 100 and 120 by hand
             "--only",
-            "gemm 16,scale,little B=64,few",
+            "gemm 16,scale,small_m B=64,few",
         ],
         cwd=REPOSITORY,
         capture_output=True,

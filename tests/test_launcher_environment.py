@@ -150,7 +150,7 @@ def test_an_older_header_in_front_is_named_with_the_error_it_would_cause(tmp_pat
     found = check_agreement(tmp_path, os.environ)
     assert found.problem and "nvcc is 13.0 but the cuda.h it includes is 11.8 (/usr/include/cuda.h)" in found.problem
     assert "CU_TENSOR_MAP_SWIZZLE_128B" in found.problem
-    assert found.cure and "NVCC_PREPEND_FLAGS" in found.cure and "CUDA_HOME" in found.cure
+    assert found.hint and "NVCC_PREPEND_FLAGS" in found.hint and "CUDA_HOME" in found.hint
 
 
 def test_headers_of_one_toolkit_under_the_compiler_of_another_are_found(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_toolkits_own_compiler_comes_first_on_path(tmp_path: Path) -> None:
 def test_without_a_host_compiler_the_toolkits_own_header_is_read(tmp_path: Path) -> None:
     fake_nvcc(tmp_path, "12.4", None)
     found = check_agreement(tmp_path, os.environ)
-    assert found.problem == "nvcc 12.4 finds no cuda.h" and found.cure
+    assert found.problem == "nvcc 12.4 finds no cuda.h" and found.hint
     header(tmp_path / "include" / "cuda.h", 12040)
     assert check_agreement(tmp_path, os.environ).problem is None
     header(tmp_path / "include" / "cuda.h", 12060)

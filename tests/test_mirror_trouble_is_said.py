@@ -11,7 +11,7 @@ import pytest
 from qlibero import cli
 from qlibero.config.schema import Tracking
 from qlibero.tracking import mirror
-from qlibero.tracking.mirror import trouble
+from qlibero.tracking.mirror import mirror_problem
 
 WELL = {
     "tracker": "wandb",
@@ -71,5 +71,5 @@ def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_suc
     ],
 )
 def test_what_is_said_of_a_mirror(said, mode, words):
-    found = trouble(said, Tracking(mode=mode))
+    found = mirror_problem(said, Tracking(mode=mode))
     assert found is None if words is None else words in found

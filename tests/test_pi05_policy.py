@@ -168,7 +168,7 @@ class DigitTokenizer:
 @pytest.mark.parametrize("profile", ["openpi", "openpi-state", "lerobot-0.4", "lerobot-0.6"])
 def test_every_text_length_of_a_run_was_tried_and_warmed_up_before(profile, batch_size):
     """Where the state is part of the text, its digits decide how many tokens a kernel sees: all of it in any
-    state must be among what validation is told, and among what the rehearsal asks for."""
+    state must be among what validation is told, and among what the warm-up asks for."""
     p = Pi05Policy(
         "small",
         random_model(siglip_config()),
@@ -197,7 +197,7 @@ def test_every_text_length_of_a_run_was_tried_and_warmed_up_before(profile, batc
     ran = set()
     plain = p._run
     p._run = lambda rows, length, z: ran.add(length or len(rows[0][1])) or plain(rows, length, z)
-    for observation in p.rehearsal(prompts):
+    for observation in p.warmup_observations(prompts):
         p.infer([observation], noises(1, p.noise_shape))
     assert ran == told
 

@@ -33,7 +33,7 @@ from qlibero.config.policies import PolicySettings
 from qlibero.kernels.contract import Kernel, PackedWeight, Support
 from qlibero.launch import cells
 from qlibero.launch.engine import Engine, Submitted
-from qlibero.policies.base import Chunk, grey
+from qlibero.policies.base import Chunk, blank_observation
 from qlibero.quant.transform import Transform
 from qlibero.registry import (
     EnginePlugin, KernelPlugin, MethodPlugin, PolicyPlugin, SectionPlugin, SuitePlugin, TrackerPlugin
@@ -83,8 +83,8 @@ class StillPolicy:
     def infer(self, observations, noise):
         return Chunk(np.zeros((len(observations), *self.noise_shape), np.float32))
 
-    def rehearsal(self, prompts):
-        return [grey(prompts[0])]
+    def warmup_observations(self, prompts):
+        return [blank_observation(prompts[0])]
 
     def provenance(self):
         return {"type": "still", "name": self.name, "action_horizon": 5}

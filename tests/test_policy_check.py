@@ -52,7 +52,7 @@ def test_a_layer_that_multiplies_in_bf16_is_named(policy, monkeypatch):
 
 
 def test_what_a_run_does_beyond_the_plain_network_is_compared_too(policy):
-    """Batches, the compiled flow, fused glue and graphs belong to the sampler, which only `infer` goes through."""
+    """Batches, the compiled flow, fused ops and graphs belong to the sampler, which only `infer` goes through."""
     artifact = made(policy)
     quantized = quantize_policy(policy, artifact, "cpu_int4")
     sampler = quantized.sampler

@@ -18,7 +18,7 @@ import torch
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.kernels import load
-from qlibero.policies.base import Chunk, Observation, grey
+from qlibero.policies.base import Chunk, Observation, blank_observation
 from qlibero.policies.pi05 import Pi05
 from qlibero.policies.remote_family import Remote
 from qlibero.run.noise import call_noise
@@ -65,8 +65,8 @@ class Resting:
         actions[..., 6] = -1.0
         return Chunk(actions)
 
-    def rehearsal(self, prompts) -> list[Observation]:
-        return [grey(prompt) for prompt in prompts]
+    def warmup_observations(self, prompts) -> list[Observation]:
+        return [blank_observation(prompt) for prompt in prompts]
 
     def provenance(self):
         return {"type": "resting"}

@@ -133,7 +133,7 @@ def test_kernels_that_overlap_change_no_bit(monkeypatch):
             policy.with_model(policy.model),
             *(quantize_policy(policy, artifact, name) for name in ("fake", "triton_w4a8")),
         )
-        assert all(twin.sampler.glue.name == "triton" for twin in twins)
+        assert all(twin.sampler.layer_ops.name == "triton" for twin in twins)
         return [twin.infer(seen, noise).actions for twin in twins]
 
     overlapped = answers()

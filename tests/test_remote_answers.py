@@ -14,7 +14,7 @@ from websockets.sync.server import serve
 
 from qlibero import cli
 from qlibero.errors import GuardRefusal, WorkFailed
-from qlibero.policies.base import grey
+from qlibero.policies.base import blank_observation
 from qlibero.policies.remote import RemotePolicy
 
 
@@ -51,7 +51,9 @@ def ask(url, calls=1):
     policy = RemotePolicy(url, timeout_s=5.0)
     try:
         for _ in range(calls):
-            chunk = policy.infer([grey("pick up the milk")], np.zeros((1, *policy.noise_shape), np.float32))
+            chunk = policy.infer(
+                [blank_observation("pick up the milk")], np.zeros((1, *policy.noise_shape), np.float32)
+            )
         return chunk
     finally:
         policy.close()

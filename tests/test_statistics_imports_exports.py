@@ -17,15 +17,15 @@ from qlibero.errors import UserError
 from qlibero.reporting.terminal import print_comparison
 from qlibero.results.compare import compare_paths, compare_runs
 from qlibero.results.export import export_episodes
-from qlibero.results.external_results import compare_foreign
-from qlibero.results.importers import read_foreign
+from qlibero.results.external_results import compare_external
+from qlibero.results.importers import read_external
 from qlibero.results.paired_outcomes import plain_word
 from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Sample
 
 
 def read_one(path):
-    (arm,) = read_foreign(path)
+    (arm,) = read_external(path)
     return arm
 
 
@@ -133,7 +133,7 @@ def test_openpi_fork_json_and_csv_are_the_same_arm_and_pair(tmp_path):
 
 def test_lerobot_is_unpaired_and_says_so(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    result = compare_foreign(
+    result = compare_external(
         [lerobot(tmp_path / "a" / "eval_info.json", 97), lerobot(tmp_path / "b" / "eval_info.json", 90)]
     ).to_json()
     arm = result["arms"]["b/eval_info"]
@@ -165,7 +165,7 @@ def test_vla_eval_old_and_new_schema_and_its_errors(tmp_path):
     )
     assert old.counts == (49, 50, 0) and new.counts == (48, 49, 1)
     assert old.keyed().keys() == new.keyed().keys() and ("libero_object", "pick up the soup", 3) in old.keyed()
-    result = compare_foreign([tmp_path / "old.json", tmp_path / "new.json"]).to_json()
+    result = compare_external([tmp_path / "old.json", tmp_path / "new.json"]).to_json()
     (arm,) = result["arms"].values()
     assert arm["pairs"] == 49 and arm["broken"] == arm["repaired"] == 0
     assert arm["errors"]["removed_pairs"] == arm["errors"]["arm"] == 1 and "1 error in" in arm["sentence"]
@@ -192,7 +192,7 @@ def test_errors_of_a_file_can_only_cost_certainty(tmp_path):
         ]
         data = {"benchmark": "libero_goal", "tasks": [{"task": "0", "episodes": episodes}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    (arm,) = compare_foreign([tmp_path / "a.json", tmp_path / "b.json"], margin=0.1).to_json()["arms"].values()
+    (arm,) = compare_external([tmp_path / "a.json", tmp_path / "b.json"], margin=0.1).to_json()["arms"].values()
     assert plain_word(Sample(50, 0, 0), 0.1) == "non-inferior" and arm["errors"]["worst_case_verdict"] == "inferior"
     assert arm["verdict"] == "inconclusive (errors)" and "50 errors in" in arm["sentence"]
 
@@ -217,11 +217,11 @@ def test_two_arms_of_ours_among_files_are_paired_by_scene_as_always(tmp_path):
 def test_seeds_belong_to_the_key_where_both_files_say_them(tmp_path):
     one, two = (fork(tmp_path / name / "libero_object_results.json") for name in "ab")
     two.write_text(json.dumps({**json.loads(two.read_text()), "seed": 8}))
-    (arm,) = compare_foreign([one, two]).to_json()["arms"].values()
+    (arm,) = compare_external([one, two]).to_json()["arms"].values()
     assert arm["paired"] is False and "share no episode key" in arm["caveat"]
     assert "smallest drop found with 80 % power" in arm["detectable"]["line"]
     rows = fork(tmp_path / "c" / "libero_object_results.csv", as_csv=True)
-    (arm,) = compare_foreign([one, rows]).to_json()["arms"].values()
+    (arm,) = compare_external([one, rows]).to_json()["arms"].values()
     assert arm["paired"] is True and "and so are the seeds" in arm["caveat"]  # the .csv does not say
 
 
@@ -325,7 +325,7 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, name, content, where):
 
 def test_csv_without_a_suite_in_its_name(tmp_path):
     with pytest.raises(UserError, match="file's name"):
-        read_foreign(fork(tmp_path / "results.csv", as_csv=True))
+        read_external(fork(tmp_path / "results.csv", as_csv=True))
 
 
 def test_export_has_a_row_per_episode_and_arm(tmp_path):
@@ -379,21 +379,21 @@ def lerobot_tasks(path, tasks, suite="libero_object", episodes=10):
 def test_other_suites_or_tasks_are_no_second_sample(tmp_path, left, right, says):
     files = [lerobot_tasks(tmp_path / name / "eval_info.json", **of) for name, of in (("a", left), ("b", right))]
     with pytest.raises(UserError, match=says) as refused:
-        compare_foreign(files)
+        compare_external(files)
     assert "no task in common" in str(refused.value)
 
 
 def test_only_the_common_tasks_are_compared_and_the_rest_is_named(tmp_path):
     one = lerobot_tasks(tmp_path / "a" / "eval_info.json", range(10))
     two = lerobot_tasks(tmp_path / "b" / "eval_info.json", [8, 9, 10, 11])
-    (arm,) = compare_foreign([one, two]).to_json()["arms"].values()
+    (arm,) = compare_external([one, two]).to_json()["arms"].values()
     assert arm["counts"] == arm["reference_counts"] == [18, 20]
     assert "only what both have, libero_object tasks 8, 9; left out is libero_object tasks 0, 1" in arm["caveat"]
     more = lerobot_tasks(tmp_path / "c" / "eval_info.json", range(10))
     data = json.loads(more.read_text())
     data["per_task"][0]["metrics"]["successes"] = [False] * 30
     more.write_text(json.dumps(data))
-    (arm,) = compare_foreign([one, more]).to_json()["arms"].values()
+    (arm,) = compare_external([one, more]).to_json()["arms"].values()
     assert "different shares of the episodes" in arm["caveat"]
 
 
@@ -401,7 +401,7 @@ def test_a_file_of_other_tasks_beside_our_run_is_refused(tmp_path):
     run = make_run(tmp_path / "run", arms={"baseline": 0.0}, trajectories=False)
     other = fork(tmp_path / "fork" / "libero_goal_results.json", suite="libero_goal")
     with pytest.raises(UserError, match="libero_goal tasks 0, 1"):
-        compare_foreign([run, other])
+        compare_external([run, other])
 
 
 ROWS = [("0", "0", "1"), ("0", "1", "0"), ("3", "0", "True"), ("3", "1", "false"), ("3", "2", "1.0")]
@@ -484,5 +484,5 @@ def csv_of(*rows):
 def test_what_is_wrong_with_a_file_is_named(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=says) as refused:
-        read_foreign(tmp_path / name)
+        read_external(tmp_path / name)
     assert str(tmp_path / name) in str(refused.value)

@@ -126,7 +126,7 @@ def test_a_policy_that_was_moved_is_still_itself(begun, tmp_path):
 
 
 def test_a_failed_start_binds_nothing(tmp_path, tiny_experiment):
-    """The cure that an error names must be accepted by the directory that the error left behind."""
+    """The hint that an error names must be accepted by the directory that the error left behind."""
     out = tmp_path / "out"
     server = ("policy={type: remote, url: 'ws://localhost:1', timeout_s: 1}", "backends=[baseline]", "quant=null")
     for again in (server, tuple(s.replace("localhost", "127.0.0.1") for s in server)):

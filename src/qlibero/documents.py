@@ -16,12 +16,12 @@ from pydantic_core import from_json
 
 from qlibero.errors import UserError, WorkFailed, cause
 
-MOST_BYTES = 2 << 30
+MAX_BYTES = 2 << 30
 _SHOWN = 80
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     """A regular file's content. Raises FileNotFoundError, UserError for anything but a file of at most `most` bytes,
     WorkFailed when it cannot be read."""
     try:

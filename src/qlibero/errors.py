@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 
-GL_CURE = (
+GL_HINT = (
     "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 (./scripts/setup.sh does, as root), or "
     'without root, docs/clusters.md, "Without root"'
 )
@@ -52,14 +52,14 @@ def import_cause(problem: ImportError) -> tuple[str, str]:
         traceback = traceback.tb_next
     library, _, rest = str(problem).partition(":")
     if "cannot open shared object" in rest:
-        cure = f"install what has {library}, or put its directory into LD_LIBRARY_PATH"
+        hint = f"install what has {library}, or put its directory into LD_LIBRARY_PATH"
         if where == "cv2":
-            cure = "./scripts/setup.sh --repair puts the headless OpenCV there, which needs no desktop's libraries"
+            hint = "./scripts/setup.sh --repair puts the headless OpenCV there, which needs no desktop's libraries"
         elif library.startswith(("libGL", "libEGL", "libOpenGL", "libOSMesa")):
-            cure = GL_CURE
-        return f"{where or problem.name or 'a package'} cannot be imported: the loader finds no {library}", cure
+            hint = GL_HINT
+        return f"{where or problem.name or 'a package'} cannot be imported: the loader finds no {library}", hint
     if "EGL" in str(problem) or "OpenGL" in str(problem):  # MuJoCo's, of a driver that is missing or does not start
-        return f"nothing here renders without a screen ({str(problem).partition('. ')[0]})", GL_CURE
+        return f"nothing here renders without a screen ({str(problem).partition('. ')[0]})", GL_HINT
     return f"{where or problem.name or 'a package'} cannot be imported: {problem}", "./scripts/setup.sh --repair"
 
 

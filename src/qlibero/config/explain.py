@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlibero.config.fields import Misplaced
+from qlibero.config.fields import FieldError
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean, suite_hint
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, shown
 
-MOST_TOLD = 30  # nobody reads more; each costs a search for the nearest key
+MAX_TOLD = 30  # nobody reads more; each costs a search for the nearest key
 PLAIN_WORDS = {
     "int_type": "should be a whole number",
     "int_parsing": "should be a whole number",
@@ -38,7 +38,7 @@ def explain(error: ValidationError, source: Source) -> list[Problem]:
     told: dict[Location, list[str]] = {}
     tails: dict[Location, str] = {}
     items = error.errors()
-    for item in items[:MOST_TOLD]:
+    for item in items[:MAX_TOLD]:
         location, what, got, hint = _told(item, source)
         told.setdefault(location, []).append(what)
         tails[location] = got + (hint or tails.get(location, "").partition(")")[2])
@@ -47,8 +47,8 @@ def explain(error: ValidationError, source: Source) -> list[Problem]:
         first, *others = dict.fromkeys(words)
         text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
         problems.append(Problem(mark_of(source, at), f"{dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
-    if len(items) > MOST_TOLD:
-        problems.append(Problem(mark_of(source, ()), f"and {len(items) - MOST_TOLD:,} mistakes more"))
+    if len(items) > MAX_TOLD:
+        problems.append(Problem(mark_of(source, ()), f"and {len(items) - MAX_TOLD:,} mistakes more"))
     return problems
 
 
@@ -58,7 +58,7 @@ def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:
     kind, context = item["type"], item.get("ctx", {})
     blame = context.get("error")
     location = (*location, *getattr(blame, "path", ()))
-    got = "" if isinstance(blame, Misplaced) else f" (got {shown(item['input'])})"
+    got = "" if isinstance(blame, FieldError) else f" (got {shown(item['input'])})"
     if kind == "missing":
         location = (*location, *beyond[-1:])
         about = _property(location).get("description")

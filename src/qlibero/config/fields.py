@@ -13,11 +13,11 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from qlibero.registry import BrokenPlugin, Plugin, UnknownPlugin, get, names
 
 MOST = 1_000_000  # of anything that is counted, where nothing else bounds it
-MOST_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 1
 LONGEST_PATTERN = 2_000
 
 
-class Misplaced(ValueError):
+class FieldError(ValueError):
     """A cross-field error that knows which key is to blame; `path` is relative to the model that raises it."""
 
     def __init__(self, path: tuple[str | int, ...], message: str):
@@ -25,7 +25,7 @@ class Misplaced(ValueError):
         self.path = path
 
 
-class Frozen(BaseModel):
+class StrictModel(BaseModel):
     """Unknown keys are refused, values never change after validation, NaN and infinity are no numbers here."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
@@ -69,7 +69,7 @@ def _address(url: str) -> str:
     except ValueError:
         parts, port = None, 0
     if parts and (parts.username or parts.password):
-        raise Misplaced((), "holds a password, which every record would repeat; give it by api_key_env instead")
+        raise FieldError((), "holds a password, which every record would repeat; give it by api_key_env instead")
     printable = url.isprintable() and not any(c.isspace() for c in url)
     if not parts or not printable or parts.scheme not in ("ws", "wss") or not parts.hostname or not port:
         raise ValueError("does not look right; write e.g. ws://127.0.0.1:8000 or wss://host/path")
@@ -112,7 +112,7 @@ def one_of(known: Iterable[str]) -> str:
 Int = Annotated[int, Strict()]  # lax integers would take `true` for 1
 Float = Annotated[float, Strict()]
 Count = Annotated[Int, Field(ge=1, le=MOST)]
-Seed = Annotated[Int, Field(ge=0, le=MOST_SEED)]
+Seed = Annotated[Int, Field(ge=0, le=MAX_SEED)]
 Slug = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120, examples=["pi05_w4a8", "my-arm.2"])
 ]

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from qlibero.config.fields import Frozen, Int
+from qlibero.config.fields import Int, StrictModel
 
 
-class FreshInits(Frozen):
+class FreshInits(StrictModel):
     """Initial states nobody has been evaluated on: `fresh(20)`, or `{fresh: 20}`."""
 
     fresh: Int = Field(ge=1, le=100_000, description="how many a task")

@@ -1,4 +1,4 @@
-"""YAML file + `--set` + environment → a frozen `Experiment`, or every problem at once with its place and cure.
+"""YAML file + `--set` + environment → a frozen `Experiment`, or every problem at once with its place and hint.
 
 Precedence, lowest first: files named by `extends:`, the file itself, OPENPI_DUQUANT_* variables, `--set`.
 One rule for paths: a relative path belongs to the file that wrote it; in `--set`, to the current directory.
@@ -28,7 +28,7 @@ from qlibero.registry import KernelPlugin, UnknownPlugin, get, names
 SWEEP_KEYS = ("grid", "exclude", "cells")
 # every Path of the schema but the policy's, which its family says; a test compares
 PATH_KEYS = ("path", "artifact", "artifact_dir")
-MOST_SHOWN = 40  # problems in one message
+MAX_SHOWN = 40  # problems in one message
 
 
 class ConfigError(UserError):
@@ -36,9 +36,9 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(dict.fromkeys(problems))
-        lines = [str(problem) for problem in self.problems[:MOST_SHOWN]]
-        if len(self.problems) > MOST_SHOWN:
-            lines.append(f"and {len(self.problems) - MOST_SHOWN:,} problems more")
+        lines = [str(problem) for problem in self.problems[:MAX_SHOWN]]
+        if len(self.problems) > MAX_SHOWN:
+            lines.append(f"and {len(self.problems) - MAX_SHOWN:,} problems more")
         super().__init__("\n".join(lines))
 
 
@@ -203,9 +203,9 @@ def _resolve(source: Source, around: dict[str | int, Any], here: Location, check
         return
     around[here[-1]] = str(path)
     if (written.startswith("$") or check_files) and not os.path.exists(path):
-        cure = f" (variables are not expanded here; on the command line the shell does: --set {dotted(here)}=…)"
+        hint = f" (variables are not expanded here; on the command line the shell does: --set {dotted(here)}=…)"
         missing = f"no such file or directory: {short(display(path), 300)}"
-        source.problems.append(Problem(mark, f"{dotted(here)}: {missing}{cure if '$' in written else ''}"))
+        source.problems.append(Problem(mark, f"{dotted(here)}: {missing}{hint if '$' in written else ''}"))
 
 
 def known_backends() -> tuple[str, ...]:

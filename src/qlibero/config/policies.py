@@ -12,19 +12,19 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from qlibero.config.fields import Frozen, Int, one_of
+from qlibero.config.fields import Int, StrictModel, one_of
 from qlibero.errors import UserError
 from qlibero.registry import BrokenPlugin, PolicyPlugin, UnknownPlugin, every, get, names
 
-MOST_REPLAN = 1_000  # actions; no policy's chunk is longer
+MAX_REPLAN = 1_000  # actions; no policy's chunk is longer
 
 
-class PolicySettings(Frozen):
+class PolicySettings(StrictModel):
     """What is said of any policy."""
 
     type: str = Field(description="the family; `qlibero ls policies` lists them")
     replan_steps: Int = Field(
-        5, ge=1, le=MOST_REPLAN, description="actions executed of every chunk before the policy is asked again"
+        5, ge=1, le=MAX_REPLAN, description="actions executed of every chunk before the policy is asked again"
     )
     batch_size: Any = Field(1, description="rows of a policy call")
 

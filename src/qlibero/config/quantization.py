@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from qlibero.config.fields import Count, Float, Frozen, Int, Misplaced, PluginName, Regex, Seed, Word
+from qlibero.config.fields import Count, FieldError, Float, Int, PluginName, Regex, Seed, StrictModel, Word
 from qlibero.config.number_formats import SCALE_GROUP, NumberFormat, require_of_format
 from qlibero.errors import UserError
 from qlibero.registry import MethodPlugin, get
@@ -18,11 +18,11 @@ from qlibero.registry import MethodPlugin, get
 Rounding = Literal["nearest", "search", "gptq"]
 ROUNDINGS = get_args(Rounding)  # each tries those before it, too
 Smoothing = Literal["max", "rms", "mean", "none"]
-MOST_PATTERNS = 1_000  # of a list; the largest model here has 400 linears
+MAX_PATTERNS = 1_000  # of a list; the largest model here has 400 linears
 WIDEST = 65_536  # channels; no model's linear is wider
 
 
-class Calibration(Frozen):
+class Calibration(StrictModel):
     """Demonstration observations that fit the transforms. Never evaluation episodes."""
 
     path: Path | None = Field(description="calibration.npz: observations, prompts and states from demonstrations")
@@ -30,16 +30,16 @@ class Calibration(Frozen):
     seed: Seed = Field(0, description="which observations, which noise, and the random rotations")
 
 
-class Quant(Frozen):
+class Quant(StrictModel):
     """How the weights and activations become integers. The arithmetic is fixed; this chooses what goes into it."""
 
     method: Annotated[str, PluginName(MethodPlugin)] = Field("duquant", description="the transform before rounding")
     layout: Word | None = Field(None, description="which linears, by one of the policy's names; or give include")
     include: tuple[Regex, ...] = Field(
-        (), max_length=MOST_PATTERNS, description="regexes over openpi layer names, instead of layout"
+        (), max_length=MAX_PATTERNS, description="regexes over openpi layer names, instead of layout"
     )
     exclude: tuple[Regex, ...] = Field(
-        (), max_length=MOST_PATTERNS, description="regexes of layers to leave alone, applied after layout or include"
+        (), max_length=MAX_PATTERNS, description="regexes of layers to leave alone, applied after layout or include"
     )
     number_format: NumberFormat = Field(
         "int", description="what a code is: an integer, e4m3 (fp8), or e2m1 with scales by the block (nvfp4, mxfp4)"
@@ -50,7 +50,7 @@ class Quant(Frozen):
     )
     per_layer_bits: dict[Regex, Literal[2, 3, 4, 5, 6, 8, 16]] = Field(
         default_factory=dict,
-        max_length=MOST_PATTERNS,
+        max_length=MAX_PATTERNS,
         description="regex → weight bits of those layers, later ones win; 16 leaves them unquantized",
     )
     group_size: Int | None = Field(
@@ -99,24 +99,26 @@ class Quant(Frozen):
     def _knows_its_older_words(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and "weight_search" in values:
             now = "search" if values["weight_search"] is True else "nearest"
-            raise Misplaced(("weight_search",), f"is a choice of roundings now: write rounding: {now}")
+            raise FieldError(("weight_search",), f"is a choice of roundings now: write rounding: {now}")
         return values
 
     @model_validator(mode="after")
     def _says_which_layers(self) -> Quant:
         if (self.layout is None) == (not self.include):
             if self.include:
-                raise Misplaced(
+                raise FieldError(
                     ("include",), "give layout or include, not both; `layout: null` clears an inherited one"
                 )
-            raise Misplaced(
+            raise FieldError(
                 ("layout",), "say which layers: layout: llm (`qlibero ls policies` has the names), or include"
             )
         require_of_format(self)
         if self.smoothing == "none" and self.transform.factors == ("scale",):
-            raise Misplaced(("smoothing",), f"none leaves nothing of {self.method}; write method: rtn")
+            raise FieldError(("smoothing",), f"none leaves nothing of {self.method}; write method: rtn")
         if self.row_rotation and not self.transform.rotates_outputs:
-            raise Misplaced(("row_rotation",), f"{self.method} does not rotate outputs (weight_pca does); leave it out")
+            raise FieldError(
+                ("row_rotation",), f"{self.method} does not rotate outputs (weight_pca does); leave it out"
+            )
         return self
 
     @property

@@ -24,14 +24,14 @@ from pydantic import (
 from qlibero.config.fields import (
     MOST,
     Count,
+    FieldError,
     Float,
-    Frozen,
     Int,
     Line,
-    Misplaced,
     PluginName,
     Seed,
     Slug,
+    StrictModel,
     Word,
     one_of_pattern,
 )
@@ -45,7 +45,7 @@ TrackerName = Annotated[str, PluginName(TrackerPlugin)]
 
 UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
-MOST_PROCESSES = 10_000
+MAX_PROCESSES = 10_000
 # A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
 FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".md", ".parquet", ".tmp", ".yaml", ".yml")
 DIRECTORIES = ("sweep", "trackio", "videos", "wandb")
@@ -60,7 +60,7 @@ def _spell_out(entry: Any) -> Any:
     return entry
 
 
-class Backend(Frozen):
+class Backend(StrictModel):
     """One arm: a backend, under a name of its own when one backend appears several times."""
 
     name: Slug = Field(description="the arm's name in tables and directories; by default the backend's")
@@ -97,7 +97,7 @@ class Arm:
 
 
 # ------------------------------------------------------------------------------------------ around the episodes
-class Stop(Frozen):
+class Stop(StrictModel):
     """Sequential stopping: spend episodes on an arm's pairs only until its verdict is clear.
 
     A sweep runs such a cell as one shard.
@@ -128,7 +128,7 @@ class Stop(Frozen):
     )
 
 
-class Tracking(Frozen):
+class Tracking(StrictModel):
     """Mirrors of the ledger. They can be rebuilt from it and never delay an episode."""
 
     trackers: tuple[TrackerName, ...] = Field(("wandb",), description="wandb, trackio, both, or [] for none")
@@ -153,7 +153,7 @@ class Tracking(Frozen):
 
 def _trackers_alone(value: Any) -> Any:
     if value is None or value is False:
-        raise Misplaced((), "write [] for no tracker (this one is neither a list nor a mapping)")
+        raise FieldError((), "write [] for no tracker (this one is neither a list nor a mapping)")
     if isinstance(value, str):
         return {"trackers": [value]}
     return {"trackers": value} if isinstance(value, list | tuple) else value
@@ -165,7 +165,7 @@ SlurmTime = Annotated[
 SlurmMemory = Annotated[str, one_of_pattern(r"^[0-9]{1,9}[KMGT]?$", "48G")]
 
 
-class SlurmMerge(Frozen):
+class SlurmMerge(StrictModel):
     """The job after the shards: what is not said here is the array's (partition, account, qos) or not asked for."""
 
     partition: Word | None = Field(None, description="--partition; null: the array's")
@@ -173,12 +173,12 @@ class SlurmMerge(Frozen):
     qos: Word | None = Field(None, description="--qos; null: the array's")
     gres: Word | None = Field(None, description="--gres, where the partition refuses jobs without one")
     time: SlurmTime = Field("01:00:00", description="--time")
-    cpus_per_task: Int | None = Field(None, ge=1, le=MOST_PROCESSES, description="--cpus-per-task")
+    cpus_per_task: Int | None = Field(None, ge=1, le=MAX_PROCESSES, description="--cpus-per-task")
     mem: SlurmMemory | None = Field(None, description="--mem")
     extra: tuple[Line, ...] = Field((), description="further #SBATCH options")
 
 
-class Slurm(Frozen):
+class Slurm(StrictModel):
     """What `sweep --engine slurm` writes into submit.sbatch."""
 
     partition: Word | None = Field(None, description="--partition")
@@ -190,7 +190,7 @@ class Slurm(Frozen):
     )
     nodelist: Word | None = Field(None, description="--nodelist")
     time: SlurmTime = Field("04:00:00", description="--time of one array task")
-    cpus_per_task: Int = Field(8, ge=1, le=MOST_PROCESSES, description="--cpus-per-task; simulator workers share them")
+    cpus_per_task: Int = Field(8, ge=1, le=MAX_PROCESSES, description="--cpus-per-task; simulator workers share them")
     mem: SlurmMemory | None = Field(None, description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own")
     array_limit: Int | None = Field(None, ge=1, le=MOST, description="most array tasks at once (`--array=0-99%N`)")
     chdir: Annotated[str, one_of_pattern("^/", "/shared/me/qlibero")] | None = Field(
@@ -206,20 +206,20 @@ class Slurm(Frozen):
     merge: SlurmMerge = Field(default_factory=SlurmMerge, description="options of the job after the shards")
 
 
-class Ray(Frozen):
+class Ray(StrictModel):
     """Where `sweep --engine ray` finds its cluster."""
 
     address: Word = Field("auto", description="address of a running cluster, or `local` to start one here")
-    cpus: Float = Field(2, ge=0.01, le=MOST_PROCESSES, description="CPUs reserved per shard")
-    gpus: Float = Field(0, ge=0, le=MOST_PROCESSES, description="GPUs reserved per shard")
+    cpus: Float = Field(2, ge=0.01, le=MAX_PROCESSES, description="CPUs reserved per shard")
+    gpus: Float = Field(0, ge=0, le=MAX_PROCESSES, description="GPUs reserved per shard")
 
 
-class Launch(Frozen):
+class Launch(StrictModel):
     """How a sweep is spread over machines. Changes nothing in the results."""
 
     engine: Annotated[str, PluginName(EnginePlugin)] = Field("local", description="default of `sweep --engine`")
     shard_episodes: Count = Field(100, description="episodes per shard and arm; aim at ten minutes or more")
-    processes: Int = Field(1, ge=1, le=MOST_PROCESSES, description="local: shards at once")
+    processes: Int = Field(1, ge=1, le=MAX_PROCESSES, description="local: shards at once")
     slurm: Slurm = Field(default_factory=Slurm, description="Slurm's options")
     ray: Ray = Field(default_factory=Ray, description="Ray's options")
     options: dict[Word, Any] = Field(
@@ -232,7 +232,7 @@ def _suite(name: Any) -> Any:
     return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
-class Experiment(Frozen):
+class Experiment(StrictModel):
     """One cell: a policy on a suite, the same episodes under every backend."""
 
     name: Slug = Field(description="names the run directory; by default the file's name")
@@ -266,7 +266,7 @@ class Experiment(Frozen):
     on_failure: Literal["refuse", "fallback"] = Field(
         "refuse", description="when a kernel fails validation: stop, or fall back with the reason on record"
     )
-    workers: Literal["auto"] | Annotated[Int, Field(ge=1, le=MOST_PROCESSES)] = Field(
+    workers: Literal["auto"] | Annotated[Int, Field(ge=1, le=MAX_PROCESSES)] = Field(
         "auto", description="simulator processes; auto: one per core this job may use, as far as its memory allows"
     )
     retries: Int = Field(
@@ -314,66 +314,72 @@ class Experiment(Frozen):
     def _fits_together(self) -> Experiment:
         if self.seeds is not None:
             if not self.seeds:
-                raise Misplaced(("seeds",), "no seed is listed; write e.g. [7, 8, 9], or seed: 7")
+                raise FieldError(("seeds",), "no seed is listed; write e.g. [7, 8, 9], or seed: 7")
             if len(set(self.seeds)) < len(self.seeds):
-                raise Misplaced(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
+                raise FieldError(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
             if self.seed != self.seeds[0]:
-                raise Misplaced(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
+                raise FieldError(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
         if self.inits == "base" and not self.suite.endswith(("_lan", "_task")):
-            raise Misplaced(("inits",), f"{self.suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
+            raise FieldError(
+                ("inits",), f"{self.suite} has no scenes of another suite; lan and task of LIBERO-PRO have"
+            )
         if self.inits not in ("official", "base") and self.protocol != "pure":
-            raise Misplaced(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
+            raise FieldError(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
             count = get(SuitePlugin, self.suite).tasks
             for i, task in enumerate(self.tasks):
                 if not 0 <= task < count:
-                    raise Misplaced(("tasks", i), f"{self.suite} has tasks 0 to {count - 1}")
+                    raise FieldError(("tasks", i), f"{self.suite} has tasks 0 to {count - 1}")
                 if task in self.tasks[:i]:
-                    raise Misplaced(("tasks", i), f"task {task} is listed twice")
+                    raise FieldError(("tasks", i), f"task {task} is listed twice")
             if not self.tasks:
-                raise Misplaced(("tasks",), "no task is listed; write all, or some numbers")
+                raise FieldError(("tasks",), "no task is listed; write all, or some numbers")
         if not self.backends:
-            raise Misplaced(("backends",), "no arm is listed; write e.g. [baseline, fake]")
+            raise FieldError(("backends",), "no arm is listed; write e.g. [baseline, fake]")
         seen: dict[str, str] = {}
         for i, entry in enumerate(self.backends):
             where = ("backends", i)
             if entry.replicates is not None and entry.backend != "aa":
-                raise Misplaced((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
+                raise FieldError((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
             for name in entry.names():
                 directory = name.casefold()
                 if directory.endswith(FILE_ENDINGS) or directory in DIRECTORIES:
-                    raise Misplaced((*where, "name"), f"{name} is what a file of the run may be called; rename the arm")
+                    raise FieldError(
+                        (*where, "name"), f"{name} is what a file of the run may be called; rename the arm"
+                    )
                 if seen.get(directory) == name:
-                    raise Misplaced((*where, "name"), f"two arms are called {name}; give one of them another name:")
+                    raise FieldError((*where, "name"), f"two arms are called {name}; give one of them another name:")
                 if directory in seen:
-                    raise Misplaced(
+                    raise FieldError(
                         (*where, "name"),
                         f"{seen[directory]} and {name} differ by case only, which not every disk tells apart",
                     )
                 seen[directory] = name
             if entry.backend in UNQUANTIZED_BACKENDS:
                 if entry.quant is not None:
-                    raise Misplaced((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
+                    raise FieldError((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
                 continue
             if not (layouts := self.policy.family.layouts):
-                raise Misplaced(
+                raise FieldError(
                     where, f"a {self.policy.type} policy runs as it is, and only baseline and aa can be its arms"
                 )
             if self.quant is None and entry.quant is None:
-                raise Misplaced(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
+                raise FieldError(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
             try:
                 quant = quant_of_arm(self.quant, entry.quant)
             except ValidationError as error:
                 message = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-                raise Misplaced((*where, "quant"), message) from None
+                raise FieldError((*where, "quant"), message) from None
             at = ("quant",) if entry.quant is None else (*where, "quant")
             if quant.lacks_data:
-                raise Misplaced(
+                raise FieldError(
                     (*at, "calibration"), f"{quant.method} is fitted on data: give calibration.path, or artifact"
                 )
             if quant.layout is not None and quant.layout not in layouts:
                 known = f"a {self.policy.type} policy has the layouts {', '.join(layouts)}, or give include"
-                raise Misplaced((*at, "layout"), f"{known} (got {quant.layout!r}){did_you_mean(quant.layout, layouts)}")
+                raise FieldError(
+                    (*at, "layout"), f"{known} (got {quant.layout!r}){did_you_mean(quant.layout, layouts)}"
+                )
         return self
 
     def arms(self) -> tuple[Arm, ...]:

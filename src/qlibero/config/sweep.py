@@ -18,13 +18,13 @@ from typing import Any
 
 from qlibero.config.explain import mark_of
 from qlibero.config.labels import axes_id, setting_label
-from qlibero.config.load import MOST_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace, say
+from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace, say
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import extended, overlay, read
 from qlibero.config.yaml_text import Location, Problem, Source, locations, short, shown
 
-MOST_CELLS = 10_000
+MAX_CELLS = 10_000
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load_sweep(
             experiment = finish(source, sets, environ, announce_once, check_files)
         except ConfigError as error:
             problems.update(dict.fromkeys(error.problems))
-            if len(problems) > MOST_SHOWN:
+            if len(problems) > MAX_SHOWN:
                 break
             continue
         cells.append(SweepCell(cell_id or experiment.name, tuple((c.key, c.label) for c in choices), experiment))
@@ -143,8 +143,8 @@ def _product(grid: dict[str, Any], file: Source) -> list[tuple[_Choice, ...]]:
         if not isinstance(values, list) or not values:
             raise _fail(file, ("grid", key), f"grid.{short(key)}: should be a list of values (got {shown(values)})")
         total *= len(values)
-    if total > MOST_CELLS:
-        raise _fail(file, ("grid",), f"grid: {total:,} cells; the most is {MOST_CELLS:,}")
+    if total > MAX_CELLS:
+        raise _fail(file, ("grid",), f"grid: {total:,} cells; the most is {MAX_CELLS:,}")
     axes = [[_Choice(key, value, ("grid", key, i)) for i, value in enumerate(values)] for key, values in grid.items()]
     return list(product(*axes)) if axes else []
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.yaml_text import MOST_DEPTH, Mark, Problem, Source, convert_text, locations, short, shown
+from qlibero.config.yaml_text import MAX_DEPTH, Mark, Problem, Source, convert_text, locations, short, shown
 from qlibero.errors import cause
 
 LARGEST = 500_000  # bytes of one file: far beyond any experiment, and a second's work
@@ -54,8 +54,8 @@ def _read(path: Path, chain: tuple[Path, ...], named_at: Mark, known: dict[Path,
     if path in chain:
         cycle = " → ".join(display(p) for p in (*chain[chain.index(path) :], path))
         return Source({}, {}, [Problem(named_at, f"extends: goes round in a circle: {short(cycle, 400)}")])
-    if len(chain) > MOST_DEPTH:
-        return Source({}, {}, [Problem(named_at, f"extends: more than {MOST_DEPTH} files, one below the other")])
+    if len(chain) > MAX_DEPTH:
+        return Source({}, {}, [Problem(named_at, f"extends: more than {MAX_DEPTH} files, one below the other")])
     own = _own(path, named_at)
     if not isinstance(own.data, dict):
         if not own.problems:
@@ -165,8 +165,8 @@ def left_behind(key: str, newer: dict[str, Any]) -> bool:
 def put(data: dict[str, Any], keys: Iterable[str], value: Any) -> None:
     """`--set a.b=value` into `data`. Raises ValueError when the way leads below a value that is no mapping."""
     *path, last = keys
-    if len(path) > MOST_DEPTH:
-        raise ValueError(f"a key of {len(path) + 1:,} words; no key lies more than {MOST_DEPTH} deep")
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"a key of {len(path) + 1:,} words; no key lies more than {MAX_DEPTH} deep")
     here: Any = data
     for i, key in enumerate(path):
         inner = here.get(key) if isinstance(here, dict) else here[int(key)]

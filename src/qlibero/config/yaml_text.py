@@ -23,8 +23,8 @@ import yaml
 
 Location = tuple[str | int, ...]
 
-MOST_NODES = 20_000  # far beyond any experiment; stops alias and merge bombs
-MOST_DEPTH = 24  # an experiment nests six deep
+MAX_NODES = 20_000  # far beyond any experiment; stops alias and merge bombs
+MAX_DEPTH = 24  # an experiment nests six deep
 LONGEST_NUMBER = 100  # characters; the longest exact float64 that people write has about 60
 LONGEST_ECHO = 80  # characters of a value in a message
 CORE = "tag:yaml.org,2002:"
@@ -85,8 +85,8 @@ class CoreLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.composed += 1
-        if self.composed > MOST_NODES:  # a long file is refused after a second, not after a minute
-            raise _TooMuch(self.get_mark(), f"more than {MOST_NODES:,} keys and values")
+        if self.composed > MAX_NODES:  # a long file is refused after a second, not after a minute
+            raise _TooMuch(self.get_mark(), f"more than {MAX_NODES:,} keys and values")
         return super().compose_node(parent, index)
 
 
@@ -188,10 +188,10 @@ class _Converter:
 
     def count(self, node: yaml.Node, depth: int) -> None:
         self.nodes += 1
-        if self.nodes > MOST_NODES:
-            raise _TooMuch(node.start_mark, f"more than {MOST_NODES:,} values, counted wherever an alias repeats them")
-        if depth > MOST_DEPTH:
-            raise _TooMuch(node.start_mark, f"nested more than {MOST_DEPTH} levels deep")
+        if self.nodes > MAX_NODES:
+            raise _TooMuch(node.start_mark, f"more than {MAX_NODES:,} values, counted wherever an alias repeats them")
+        if depth > MAX_DEPTH:
+            raise _TooMuch(node.start_mark, f"nested more than {MAX_DEPTH} levels deep")
 
     def convert(self, node: yaml.Node, at: Location, ancestors: tuple[int, ...]) -> Any:
         if id(node) in ancestors:

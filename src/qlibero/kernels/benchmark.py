@@ -27,7 +27,7 @@ from qlibero.kernels.shapes import Layer
 from qlibero.kernels.tiled import tile
 
 COLD_BYTES = 160 << 20  # of weights in rotation: three times the L2 of an H100
-MOST_COPIES = 96
+MAX_COPIES = 96
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _time(products: Sequence[Callable[[int], Callable[[], Tensor]]], m: int, sha
 
 
 def _copies(weight_bytes: int) -> int:
-    return min(MOST_COPIES, max(4, COLD_BYTES // weight_bytes))
+    return min(MAX_COPIES, max(4, COLD_BYTES // weight_bytes))
 
 
 def _limit(ceilings: Ceilings, shape: GemmShape, m: int, weight_bytes: int, backend: str) -> float:

@@ -12,7 +12,7 @@ from functools import cache
 
 WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176)  # of tokens, that integer wgmma and the registers allow
 SHARED = 232_448  # bytes of shared memory that one CTA may have
-MOST_STAGES = 10
+MAX_STAGES = 10
 OUTPUTS, DEPTH = 128, 128  # N and K are multiples of these
 
 
@@ -41,7 +41,7 @@ class Plan:
     @property
     def stages(self) -> int:
         """As many as fit beside scales and barriers."""
-        return min(MOST_STAGES, (SHARED - self.scales - 16 - 16 * MOST_STAGES) // self.stage)
+        return min(MAX_STAGES, (SHARED - self.scales - 16 - 16 * MAX_STAGES) // self.stage)
 
     @property
     def shared(self) -> int:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_pdl import INTERPRETED, begin, fetch, launch
+from qlibero.kernels.triton_pdl import INTERPRETED, launch, pdl_wait, prefetch
 from qlibero.kernels.triton_tiles import Tile
 
 
@@ -99,8 +99,8 @@ def gemm_kernel(
     x_ptrs = x_ptr + rm_safe[None, :].to(tl.int64) * (K2 * 2) + (k + rk)[:, None]
     if EVEN_K:  # packed bytes, so a line is 128 of them
         for line in range(0, STEPS * BK, 128):
-            fetch(w_ptr + rn_safe.to(tl.int64) * K2 + k + line, OVERLAP)
-    begin(OVERLAP)
+            prefetch(w_ptr + rn_safe.to(tl.int64) * K2 + k + line, OVERLAP)
+    pdl_wait(OVERLAP)
     acc = tl.zeros((BN, BM), dtype=tl.int32)
     for step in range(0, STEPS):
         if EVEN_K:
@@ -164,7 +164,7 @@ def grouped_gemm_kernel(
     inside = (rm[None, :] < M) & (rn[:, None] < N)
     place = rm[None, :].to(tl.int64) * N + rn[:, None]
     y = tl.zeros((BN, BM), dtype=tl.float32)
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     for g in range(0, groups):
         acc = tl.zeros((BN, BM), dtype=tl.int32)
         for k in tl.static_range(0, HALF, BK):
@@ -198,7 +198,7 @@ def scale_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Adds the integer partial sums of split-K and applies the epilogue. Grid: (M, N / BLOCK)."""
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     m = tl.program_id(0)
     rn = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = rn < N

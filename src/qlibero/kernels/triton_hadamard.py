@@ -19,7 +19,7 @@ from torch import Tensor
 from qlibero.kernels import tiled
 from qlibero.kernels.contract import activation_limit
 from qlibero.kernels.hadamard import block
-from qlibero.kernels.triton_pdl import begin, launch
+from qlibero.kernels.triton_pdl import launch, pdl_wait
 from qlibero.kernels.triton_quantizer import codes_of, gelu_times, peak_of, scale_of, where_code
 
 
@@ -54,7 +54,7 @@ def hadamard_kernel(
     k = tl.arange(0, WIDTH)
     inside = k < K
     s = tl.load(s_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     x = tl.load(x_ptr + m.to(tl.int64) * x_stride + k, mask=inside, other=0.0)
     if GATED:
         up = tl.load(up_ptr + m.to(tl.int64) * up_stride + k, mask=inside, other=0.0)

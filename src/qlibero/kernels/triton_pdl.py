@@ -1,9 +1,9 @@
 """Kernels that start before their predecessor ends: programmatic dependent launch, on Hopper and later.
 
 A launch costs the GPU about a microsecond of doing nothing, and a layer of a policy is some ten launches. A kernel that
-calls `begin`, launched with the options of `launch`, is set up while the kernel before it still works, asks for what it
-will read (`fetch`), and waits inside. Its numbers are the same: it waits for all of its predecessor, which has waited
-for all of its own. Elsewhere, and under the interpreter, these are nothing.
+calls `pdl_wait`, launched with the options of `launch`, is set up while the kernel before it still works, asks for what
+it will read (`prefetch`), and waits inside. Its numbers are the same: it waits for all of its predecessor, which has
+waited for all of its own. Elsewhere, and under the interpreter, these are nothing.
 
 Imports triton at the top, as `triton_gemm.py` does.
 """
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-MOST_ROWS = 16
+MAX_ROWS = 16
 """Rows up to which overlapping pays: with more, waiting programs take registers and shared memory from working ones."""
 
 
@@ -31,14 +31,14 @@ def _can_overlap(device: torch.device) -> bool:
 
 
 def launch(device: torch.device, rows: int) -> dict[str, bool]:
-    """What a kernel that calls `begin` must be launched with to work on so many rows."""
-    if rows <= MOST_ROWS and _can_overlap(device):
+    """What a kernel that calls `pdl_wait` must be launched with to work on so many rows."""
+    if rows <= MAX_ROWS and _can_overlap(device):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
 
 @triton.jit
-def begin(OVERLAP: tl.constexpr):
+def pdl_wait(OVERLAP: tl.constexpr):
     """Let the next kernel start, and wait for the one before this.
 
     Everything a chunk changes may be read and written only after it; weights may be read, and anything fetched, before.
@@ -49,7 +49,7 @@ def begin(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def fetch(ptrs, OVERLAP: tl.constexpr):
+def prefetch(ptrs, OVERLAP: tl.constexpr):
     """Ask for the cache lines at `ptrs`, without waiting; kernels that do not overlap have no time for it."""
     if OVERLAP:
         tl.inline_asm_elementwise(

@@ -5,17 +5,17 @@ group of linears and each launch costs as much as a small product. One computati
 included, so that codes are equal because they are the same. Three ways, by what there is to do:
 
 * no rotation: one program per row, one launch. Bit for bit what `contract.quantize_activations` gives.
-* little (an expert's 10 rows of 1024): one launch. A program computes one block of one row. Every rotated channel is
+* few rows (an expert's 10 of 1024): one launch. A program computes one block of one row. Every rotated channel is
   needed by exactly one output block, so each program rotates just the channels that its permutation gathers, and
   nothing is computed twice. The program that finishes a row last quantizes it.
-* much: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
+* many rows: three launches, each parallel over rows and blocks. The first rotation is stored transposed, so that the
   permutation reads whole runs of tokens; the second stores its result and the row maxima; the third rounds.
 
-Rotations are fp32-grade. The stored blocks are bfloat16, so where there is much they run on tensor cores: a bfloat16
+Rotations are fp32-grade. The stored blocks are bfloat16, so many rows run on tensor cores: a bfloat16
 input as it is, an fp32 one as three bfloat16 pieces that add up to it exactly (8 of its 24 bits each). Products of
 bfloat16 are exact in fp32; what remains is the order of the sums and that tensor cores cut aligned terms off where fp32
 additions would round: some 2^-22 of a row's largest value, a 30,000th of an int8 step. Neither depends on anything but
-the shapes, so codes repeat from run to run. Where there is little, rotations are plain fp32 multiply-adds.
+the shapes, so codes repeat from run to run. For few rows, rotations are plain fp32 multiply-adds.
 
 A non-finite row gets an infinite scale, hence non-finite outputs: it cannot pass unnoticed, and nobody waits for the
 GPU to find out.
@@ -35,11 +35,11 @@ from torch import Tensor
 
 from qlibero.kernels import tiled
 from qlibero.kernels.contract import activation_limit
-from qlibero.kernels.triton_pdl import INTERPRETED, begin, launch
+from qlibero.kernels.triton_pdl import INTERPRETED, launch, pdl_wait
 from qlibero.kernels.triton_quantizer import codes_of, peak_of, scale_of, where_code
 
 LITTLE = 1 << 15  # values: up to here one launch is the faster way at every K measured on an H100
-TILE_ROWS = 64  # tokens of one program where there is much
+TILE_ROWS = 64  # tokens of one program where rows are many
 
 Written = tuple[Tensor, Tensor, int, int, float, float]  # codes, scales, K, groups of tokens, clip, limit
 
@@ -64,7 +64,7 @@ def plain_kernel(
     OVERLAP: tl.constexpr,
 ):
     """No rotation. Grid: one program per row."""
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     inside = k < K
@@ -80,7 +80,7 @@ def plain_kernel(
 
 
 @triton.jit
-def little_kernel(
+def fused_small_m_kernel(
     x_ptr,
     scale_ptr,
     first_ptr,
@@ -121,7 +121,7 @@ def little_kernel(
     if HAS_FIRST:
         row = source % B if FIRST_SHARED else place
         first = tl.load(first_ptr + row[:, None] * B + j[None, :]).to(tl.float32)
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     if HAS_FIRST:
         channel = (source // B * B)[:, None] + j[None, :]  # the input block that each gathered channel is made of
         x = tl.load(x_ptr + m * K + channel).to(tl.float32)
@@ -200,7 +200,7 @@ def first_kernel(
         row = g * B + j
         if HAS_ORDER:
             row = tl.load(inverse_ptr + row)
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     z = tl.zeros((BM, B), tl.float32)
     for start in tl.static_range(0, B, DEPTH):
         i = start + tl.arange(0, DEPTH)
@@ -242,7 +242,7 @@ def second_kernel(
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     g = tl.program_id(1)
     j = tl.arange(0, B)
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     y = tl.zeros((BM, B), tl.float32)
     for start in tl.static_range(0, B, DEPTH):
         i = start + tl.arange(0, DEPTH)
@@ -282,7 +282,7 @@ def quantize_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Rounds transformed rows whose maxima are known. Grid: (rows, K / CHUNK)."""
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     s = scale_of(tl.load(peak_ptr + m).to(tl.float32, bitcast=True), clip, limit)
@@ -367,7 +367,7 @@ class Prologue:
     def _little(self, x: Tensor, block: int, to: Written, options: dict[str, bool]) -> None:
         m, k = x.shape
         y = torch.empty((m, k), dtype=torch.float32, device=x.device)
-        little_kernel[(m, k // block)](
+        fused_small_m_kernel[(m, k // block)](
             x,
             _or(self.scale, x),
             _or(self.first, x),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-MOST_SPLITS = 16
+MAX_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ def with_split(tile: Tile, tokens: int, n: int, k: int, processors: int, group_s
     steps = -(-(k // 2) // tile.depth)
     split = 1
     while (
-        split < MOST_SPLITS
-        and tiles * split <= 0.75 * processors
-        and split * 2 <= steps
-        and split * 2 * 8 * tokens <= k
+        split < MAX_SPLITS and tiles * split <= 0.75 * processors and split * 2 <= steps and split * 2 * 8 * tokens <= k
     ):
         split *= 2
     return replace(tile, split_k=split)

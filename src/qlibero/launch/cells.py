@@ -184,7 +184,7 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
 
     Returns `result`; the file has also {"mirrors": {cell: {tracker: problem or None}}}.
     """
-    from qlibero.tracking.mirror import start_mirrors, trouble
+    from qlibero.tracking.mirror import mirror_problem, start_mirrors
 
     document = result(manifest)
     mirrors: dict[str, dict[str, str | None]] = {}
@@ -192,7 +192,7 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
         if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
             for said in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
                 well = f"{said['tracker']}: {said['mode'] or 'mirrored'}"
-                say(f"{cell.id}: {trouble(said, cell.experiment.tracking) or well}")
+                say(f"{cell.id}: {mirror_problem(said, cell.experiment.tracking) or well}")
                 mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
     files.replace(
         manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n"

@@ -42,7 +42,7 @@ class Agreement:
     header: Version | None
     header_path: Path | None
     problem: str | None
-    cure: str | None
+    hint: str | None
 
 
 def site_packages() -> list[Path]:
@@ -145,11 +145,11 @@ def check_agreement(home: Path | None, environ: Mapping[str, str], timeout_s: fl
         problem += "; BitBLAS and CUTLASS will fail with `CU_TENSOR_MAP_SWIZZLE_128B is undefined`"
     elif header[0] == nvcc[0]:
         problem += "; usually harmless within one major version"
-    cure = (
+    hint = (
         "use one toolkit: set CUDA_HOME to the directory above nvcc's bin, "
         "and take -I options out of NVCC_PREPEND_FLAGS"
     )
-    return Agreement(nvcc, header, header_path, problem, cure)
+    return Agreement(nvcc, header, header_path, problem, hint)
 
 
 def compiler(home: Path | None, environ: Mapping[str, str]) -> Path | None:

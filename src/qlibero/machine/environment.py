@@ -86,7 +86,7 @@ def enter_policy_environment() -> None:
             _start_again(wanted)
         os.environ.update(wanted)
     if problem := agreement().problem:
-        print(f"CUDA toolkit: {problem}. Cure: {agreement().cure}", file=sys.stderr)
+        print(f"CUDA toolkit: {problem}. Hint: {agreement().hint}", file=sys.stderr)
 
 
 def _start_again(wanted: dict[str, str]) -> None:

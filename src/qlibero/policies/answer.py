@@ -14,7 +14,7 @@ from qlibero.errors import GuardRefusal
 from qlibero.policies.wire import short
 
 ACTION_NUMBERS = 7
-MOST_ACTION = 20.0
+MAX_ACTION = 20.0
 """LIBERO's controller clips actions to ±1; normalised actions of a policy that overshoots stay within a few."""
 
 
@@ -89,7 +89,7 @@ def read_actions(answer: Any, url: str, horizon: int | None, first: bool) -> np.
             f"{url}: actions of shape {actions.shape} holds NaN or infinity in the server's first answer"
         )
     largest = np.abs(actions[np.isfinite(actions)]).max(initial=0.0)
-    if largest > MOST_ACTION:
+    if largest > MAX_ACTION:
         raise GuardRefusal(
             f"{url}: actions holds {largest:g}; LIBERO's controller takes −1…1: are these joint angles, "
             "or normalised wrongly?"

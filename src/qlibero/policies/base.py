@@ -33,7 +33,7 @@ class Observation:
     """The task's language instruction."""
 
 
-def grey(prompt: str, state: np.ndarray | None = None) -> Observation:
+def blank_observation(prompt: str, state: np.ndarray | None = None) -> Observation:
     """An observation of nothing, for calls before the first episode."""
     image = np.full((256, 256, 3), 127, np.uint8)
     return Observation(image, image, np.zeros(8, np.float32) if state is None else state, prompt)
@@ -66,7 +66,7 @@ class Policy(Protocol):
         """
         ...
 
-    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
+    def warmup_observations(self, prompts: Sequence[str]) -> list[Observation]:
         """Observations that together need all a call with these prompts can need (shapes, kernels, graphs)."""
         ...
 
@@ -135,7 +135,7 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
         ...
 
     def with_model(self, model: torch.nn.Module) -> Self:
-        """The same policy around a twin of its network (`surgery.exchange`)."""
+        """The same policy around a twin of its network (`surgery.swap_modules`)."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.policies.answer import declared_horizon, read_actions, read_metadata
-from qlibero.policies.base import Chunk, Observation, grey
+from qlibero.policies.base import Chunk, Observation, blank_observation
 from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.wire import NOT_FINITE, pack, short, unpack
 
@@ -95,9 +95,9 @@ class RemotePolicy:
             },
         }
 
-    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
-        """See `Policy.rehearsal`; what the server prepares, nobody knows here."""
-        return [grey(prompt) for prompt in prompts]
+    def warmup_observations(self, prompts: Sequence[str]) -> list[Observation]:
+        """See `Policy.warmup_observations`; what the server prepares, nobody knows here."""
+        return [blank_observation(prompt) for prompt in prompts]
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`.

@@ -14,7 +14,7 @@ from qlibero.policies.base import Observation
 
 IMAGES = ("observation/image", "observation/wrist_image")
 STATE, PROMPT = "observation/state", "prompt"
-MOST_CHARACTERS = 4096
+MAX_CHARACTERS = 4096
 """Of a prompt; LIBERO's longest instruction has 104."""
 
 
@@ -40,8 +40,8 @@ def _prompt(value: Any) -> str:
         value = value.item()
     if not isinstance(value, str):
         raise ValueError(f"{PROMPT} is {type(value).__name__}, expected text")
-    if len(value) > MOST_CHARACTERS:
-        raise ValueError(f"{PROMPT} has {len(value):,} characters, at most {MOST_CHARACTERS:,} are read")
+    if len(value) > MAX_CHARACTERS:
+        raise ValueError(f"{PROMPT} has {len(value):,} characters, at most {MAX_CHARACTERS:,} are read")
     return value
 
 

@@ -104,7 +104,7 @@ class ServerSettings:
                 raise self.cannot_listen(error) from None
 
     def cannot_listen(self, error: OSError) -> QliberoError:
-        """The system's refusal, as an error with its cure."""
+        """The system's refusal, as an error with its hint."""
         if error.errno == errno.EADDRNOTAVAIL:
             return UserError(
                 f"--host {self.host}: this is no address of this machine; 127.0.0.1 is one, and 0.0.0.0 is all of them"

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qlibero.config.fields import Frozen, Int, Misplaced, Seed, Word, one_of_pattern
+from qlibero.config.fields import FieldError, Int, Seed, StrictModel, Word, one_of_pattern
 from qlibero.config.policies import PolicySettings
 
 
-class Untrained(Frozen):
+class Untrained(StrictModel):
     """Seeded random weights: for tests and timings. Its name says so wherever a number of it is shown."""
 
     config: Path = Field(description="config.json of the architecture (widths, depths, vision tower)")
@@ -57,7 +57,7 @@ class CheckpointSettings(PolicySettings):
     def _one_source(self) -> CheckpointSettings:
         if (self.checkpoint is None) == (self.untrained is None):
             both = self.checkpoint is not None
-            raise Misplaced(
+            raise FieldError(
                 ("untrained",) if both else ("checkpoint",),
                 "give either checkpoint or untrained, not both"
                 if both

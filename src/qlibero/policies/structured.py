@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from qlibero.documents import read_bytes
 from qlibero.errors import UserError
 
-MOST_BYTES = 64 * 2**20
-MOST_DEPTH = 32
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 32
 _LFS = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 60
 """Characters of a found value in a message."""
@@ -38,7 +38,7 @@ class Open(Strict):
     model_config = ConfigDict(extra="allow")
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a regular file of at most `most_bytes`. UserError when it is anything else, WorkFailed when it
     cannot be read."""
     try:
@@ -59,8 +59,8 @@ def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} cannot be read as JSON: {why}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where} holds no JSON object but {short(content)}")
-    if _deeper_than(content, MOST_DEPTH):
-        raise UserError(f"{where} cannot be read as JSON: it nests too deep, more than {MOST_DEPTH} levels")
+    if _deeper_than(content, MAX_DEPTH):
+        raise UserError(f"{where} cannot be read as JSON: it nests too deep, more than {MAX_DEPTH} levels")
     return content
 
 

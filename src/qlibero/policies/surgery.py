@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 
-def exchange(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """A shallow twin of `model` in which each dotted name is the given module. Parameters, buffers and every
     untouched submodule are the same objects in both."""
     by_child: dict[str, dict[str, nn.Module]] = {}
@@ -24,5 +24,5 @@ def exchange(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Modu
     for child, inner in by_child.items():
         if child not in twin._modules:
             raise KeyError(f"{type(model).__name__} has no submodule {child!r}")
-        twin._modules[child] = inner[""] if "" in inner else exchange(twin._modules[child], inner)
+        twin._modules[child] = inner[""] if "" in inner else swap_modules(twin._modules[child], inner)
     return twin

@@ -19,8 +19,8 @@ NOT_FINITE = "the policy answered with actions that are not finite"
 """What our server says instead of sending them; to a `RemotePolicy` it is the failure of that one episode."""
 _KINDS = "biuf"
 """Boolean, signed, unsigned, floating point: neither objects nor anything with structure."""
-MOST_DIMENSIONS = 32
-MOST_ITEMS = 420_000
+MAX_DIMENSIONS = 32
+MAX_ITEMS = 420_000
 """In all lists and mappings of a message: two frames of 224 px as nested lists have 401,856."""
 
 
@@ -39,8 +39,8 @@ def unpack(frame: bytes) -> Any:
     def count(found: list | dict) -> list | dict:
         nonlocal items
         items += len(found) + 1
-        if items > MOST_ITEMS:
-            raise ValueError(f"more than {MOST_ITEMS:,} items")
+        if items > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS:,} items")
         return found
 
     try:
@@ -49,8 +49,8 @@ def unpack(frame: bytes) -> Any:
             object_hook=lambda found: _decode(count(found)),
             list_hook=count,
             strict_map_key=False,
-            max_array_len=MOST_ITEMS,
-            max_map_len=MOST_ITEMS,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
         )
     except (msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"not a message of openpi's protocol: {short(str(error) or type(error).__name__)}") from None
@@ -90,8 +90,8 @@ def _decode(value: dict) -> Any:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or len(value) > MOST_DIMENSIONS:
-        raise ValueError(f"a shape of at most {MOST_DIMENSIONS} numbers is expected")
+    if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
+        raise ValueError(f"a shape of at most {MAX_DIMENSIONS} numbers is expected")
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
         raise ValueError("a shape consists of whole numbers")
     return tuple(value)

@@ -19,11 +19,11 @@ from qlibero.quant.layout import Selection
 
 #: tokens kept of each input: random samples, of those that fit and of those that measure, and the loudest, which
 #: rotations must tame
-RANDOM_TOKENS, LOUD_TOKENS = 384, 64
+RANDOM_TOKENS, OUTLIER_TOKENS = 384, 64
 
 
 @dataclass
-class Seen:
+class ActivationStats:
     """What calibration saw of one input of K channels.
 
     peak, mean, rms (K,): greatest, mean and root mean square |x|; sample, loud (T, K): random and loudest tokens; held
@@ -35,7 +35,7 @@ class Seen:
     mean: Tensor
     rms: Tensor
     sample: Tensor
-    loud: Tensor
+    outlier_tokens: Tensor
     held: Tensor
     second: Tensor | None
     tokens: int
@@ -57,7 +57,7 @@ def observe(
     *,
     second_moments: bool = False,
     model: nn.Module | None = None,
-) -> dict[str, Seen]:
+) -> dict[str, ActivationStats]:
     """Run the policy in full precision and collect inputs, over all flow steps. groups: input -> a linear that reads
     it.
 
@@ -67,7 +67,7 @@ def observe(
     if not observations or not groups:
         return {}
     model = policy.model if model is None else model
-    listeners = {group: Listener(seed, group, second_moments) for group in groups}
+    listeners = {group: ActivationObserver(seed, group, second_moments) for group in groups}
     with ExitStack() as stack:
         for group, name in groups.items():
             stack.enter_context(_listen(model.get_submodule(name), listeners[group]))
@@ -91,7 +91,7 @@ def executed_groups(selection: Selection) -> dict[str, str]:
     return {group: names[0] for group, names in groups.items() if names}
 
 
-class Listener:
+class ActivationObserver:
     """Of the tokens that pass: random samples and the loudest, each channel's loudness, and second moments if asked."""
 
     def __init__(self, seed: int, name: str, second_moments: bool):
@@ -100,7 +100,7 @@ class Listener:
         self._peak: Tensor | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
         self._second: Tensor | None = None
-        self._loud: Tensor | None = None
+        self._outlier_tokens: Tensor | None = None
         self._second_moments = second_moments
         self.held = False
         self.tokens = 0
@@ -121,22 +121,27 @@ class Listener:
             if self._second is None:
                 self._second = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self._second.addmm_(rows.t(), rows)
-        pool = rows if self._loud is None else torch.cat([self._loud, rows])
-        self._loud = pool[pool.abs().amax(1).topk(min(LOUD_TOKENS, len(pool))).indices].clone()
+        pool = rows if self._outlier_tokens is None else torch.cat([self._outlier_tokens, rows])
+        self._outlier_tokens = pool[pool.abs().amax(1).topk(min(OUTLIER_TOKENS, len(pool))).indices].clone()
         self.tokens += len(rows)
 
-    def result(self) -> Seen:
+    def result(self) -> ActivationStats:
         """What was heard; at least one token must have been."""
         sample, held = self._sample.rows(), self._held.rows()
-        assert sample is not None and self._peak is not None and self._sums is not None and self._loud is not None
+        assert (
+            sample is not None
+            and self._peak is not None
+            and self._sums is not None
+            and self._outlier_tokens is not None
+        )
         mean, square = (total / self.tokens for total in self._sums)
         second = None if self._second is None else self._second.div_(self.tokens)
-        return Seen(
+        return ActivationStats(
             self._peak,
             mean.float(),
             square.sqrt().float(),
             sample,
-            self._loud,
+            self._outlier_tokens,
             sample if held is None else held,
             second,
             self.tokens,
@@ -165,7 +170,7 @@ class _Sample:
 
 
 @contextmanager
-def _listen(linear: nn.Module, listener: Listener) -> Iterator[None]:
+def _listen(linear: nn.Module, listener: ActivationObserver) -> Iterator[None]:
     handle = linear.register_forward_pre_hook(lambda _, inputs: listener.hear(inputs[0].flatten(0, -2)))
     try:
         yield

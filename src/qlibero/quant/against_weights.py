@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.errors import GuardRefusal
-from qlibero.quant.artifact import CURE, Artifact, LayerRecord
+from qlibero.quant.artifact import HINT, Artifact, LayerRecord
 from qlibero.quant.number_formats import Grid, grid_of
 from qlibero.quant.rounding import astray, values_of
 
@@ -51,7 +51,7 @@ def require_of_weights(model: nn.Module, artifact: Artifact) -> None:
         if fault := _fault(artifact, layer, rows, transformed, importance, grid):
             raise GuardRefusal(
                 f"{artifact.path or 'the artifact'}: {layer.name} is not made from this policy's weights "
-                f"({fault}): {CURE}"
+                f"({fault}): {HINT}"
             )
 
 

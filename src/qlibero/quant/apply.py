@@ -14,7 +14,7 @@ from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import QuantizablePolicy
-from qlibero.policies.surgery import exchange
+from qlibero.policies.surgery import swap_modules
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.float_linear import FloatLinear, assemble_floats
 from qlibero.quant.layout import select
@@ -68,10 +68,10 @@ def quantize_policy(
             some = [layer for layer in together if isinstance(backend, str) or backend[layer.name] == name]
             modules |= _modules(policy.model, artifact, some, transforms[first.group], name, device)
     for transform in transforms.values():
-        transform.settle()
+        transform.finalize()
     if only is None:
         modules |= _corrected(policy.model, artifact)
-    return policy.with_model(exchange(policy.model, modules))
+    return policy.with_model(swap_modules(policy.model, modules))
 
 
 def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[list[LayerRecord]]:

@@ -35,7 +35,7 @@ from qlibero.quant.transform import FACTORS, Transform
 
 #: raised whenever the meaning of a stored number changes, including through a change of the quantizing code
 FORMAT = 2
-CURE = "make it again with `qlibero quantize CONFIG`"
+HINT = "make it again with `qlibero quantize CONFIG`"
 
 
 @dataclass(frozen=True)
@@ -171,32 +171,32 @@ def load(path: Path) -> Artifact:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no artifact at {path}: {CURE}")
+        raise UserError(f"no artifact at {path}: {HINT}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if "qlibero" not in header or "sha256" not in header:
-                raise GuardRefusal(f"{path} is a safetensors file but not a quantization artifact: {CURE}")
+                raise GuardRefusal(f"{path} is a safetensors file but not a quantization artifact: {HINT}")
             try:
                 meta = parse_json(header["qlibero"], f"{path}: its metadata")
             except UserError as error:
-                raise GuardRefusal(f"{error}: delete it and {CURE}") from None
+                raise GuardRefusal(f"{error}: delete it and {HINT}") from None
             if meta.get("format") != FORMAT or meta["format"] is True:
                 raise GuardRefusal(
-                    f"{path} has artifact format {short(meta.get('format'))}, this version reads {FORMAT}: {CURE}"
+                    f"{path} has artifact format {short(meta.get('format'))}, this version reads {FORMAT}: {HINT}"
                 )
             found = content_hash(meta, file.keys(), file.get_tensor)
     except (SafetensorError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        raise GuardRefusal(f"{path} is damaged or truncated ({error}): delete it and {CURE}") from None
+        raise GuardRefusal(f"{path} is damaged or truncated ({error}): delete it and {HINT}") from None
     if found != header["sha256"]:
         raise GuardRefusal(
             f"{path} was altered after it was written (content {found[:12]}…, "
-            f"recorded {header['sha256'][:12]}…): delete it and {CURE}"
+            f"recorded {header['sha256'][:12]}…): delete it and {HINT}"
         )
-    spec = require_schema(meta, str(path), CURE)
+    spec = require_schema(meta, str(path), HINT)
     layers = tuple(LayerRecord(**layer) for layer in meta["layers"])
     with safe_open(path, framework="pt") as file:
-        require_consistent(spec, layers, meta["corrections"], file.keys(), file.get_tensor, str(path), CURE)
+        require_consistent(spec, layers, meta["corrections"], file.keys(), file.get_tensor, str(path), HINT)
     return Artifact(
         spec=spec,
         checkpoint_sha256=meta["checkpoint_sha256"],
@@ -212,17 +212,17 @@ def require(artifact: Artifact, spec: Quant | None, checkpoint_sha256: str) -> N
     """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the checkpoint only.
 
     Raises:
-        GuardRefusal: what differs, value by value, and the cure.
+        GuardRefusal: what differs, value by value, and the hint.
     """
     where = artifact.path or "the artifact"
     if spec is not None and artifact.spec.hash != spec.hash:
         have, want = artifact.spec.identity(), spec.identity()
         different = ", ".join(f"{k}: {have[k]!r} there, {want[k]!r} asked" for k in want if have[k] != want[k])
-        raise GuardRefusal(f"{where} is stale: {different}. {CURE[0].upper()}{CURE[1:]}, or ask for its settings")
+        raise GuardRefusal(f"{where} is stale: {different}. {HINT[0].upper()}{HINT[1:]}, or ask for its settings")
     if artifact.checkpoint_sha256 != checkpoint_sha256:
         raise GuardRefusal(
             f"{where} is foreign: made for checkpoint {artifact.checkpoint_sha256[:12]}…, this policy is "
-            f"{checkpoint_sha256[:12]}…. {CURE[0].upper()}{CURE[1:]}, or load that checkpoint"
+            f"{checkpoint_sha256[:12]}…. {HINT[0].upper()}{HINT[1:]}, or load that checkpoint"
         )
 
 

@@ -71,15 +71,15 @@ class Meta(Strict):
     corrections: dict[_Name, Annotated[list[float], Field(min_length=1, max_length=1024)]] = Field(max_length=4096)
 
 
-def require_schema(content: dict[str, Any], where: str, cure: str) -> Quant:
+def require_schema(content: dict[str, Any], where: str, hint: str) -> Quant:
     """The settings in an artifact's metadata. GuardRefusal for metadata that is none, or contradicts itself."""
     try:
         fit(Meta, content, where)
         spec = Quant.of_identity(content["spec"])
     except UserError as error:
-        raise GuardRefusal(f"{where} holds no artifact of this version ({short(str(error))}): {cure}") from None
+        raise GuardRefusal(f"{where} holds no artifact of this version ({short(str(error))}): {hint}") from None
     if spec.hash != content["spec_hash"]:
-        raise GuardRefusal(f"{where}: spec_hash is not the hash of its settings; they were edited: {cure}")
+        raise GuardRefusal(f"{where}: spec_hash is not the hash of its settings; they were edited: {hint}")
     return spec
 
 
@@ -90,7 +90,7 @@ def require_consistent(
     names: Collection[str],
     tensor: Callable[[str], Tensor],
     where: str,
-    cure: str,
+    hint: str,
 ) -> None:
     """GuardRefusal where the tensors are not those that `spec` and the layers' records ask for.
 
@@ -98,7 +98,7 @@ def require_consistent(
     """
 
     def refuse(what: str) -> None:
-        raise GuardRefusal(f"{where}: {what}: {cure}")
+        raise GuardRefusal(f"{where}: {what}: {hint}")
 
     expected: set[str] = set()
     if len({layer.name for layer in layers}) < len(layers):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qlibero.errors import WorkFailed
 from qlibero.policies.base import Observation, QuantizablePolicy
-from qlibero.policies.surgery import exchange
+from qlibero.policies.surgery import swap_modules
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact, build
 
@@ -48,7 +48,7 @@ class Heard:
     calls: dict[str, int] = field(default_factory=dict)
 
 
-class Loudspeaker(nn.Module):
+class OutputRmsProbe(nn.Module):
     """An o_proj that reports the RMS of what it returns. It has no `prepare`, so it is always called as a whole."""
 
     def __init__(self, linear: nn.Module, stem: str, heard: Heard):
@@ -109,10 +109,10 @@ def _listen(policy: QuantizablePolicy, observations: Sequence[Observation], nois
     """Run the policy's plain model on every observation and hear every attention."""
     heard = Heard()
     speakers: dict[str, nn.Module] = {
-        each.output: Loudspeaker(policy.model.get_submodule(each.output), each.name, heard)
+        each.output: OutputRmsProbe(policy.model.get_submodule(each.output), each.name, heard)
         for each in policy.attentions()
     }
-    twin = exchange(policy.model, speakers)
+    twin = swap_modules(policy.model, speakers)
     for observation, z in zip(observations, noise, strict=True):
         policy.sample_eagerly(observation, z, twin, partial(_hear_logits, heard))
     return heard

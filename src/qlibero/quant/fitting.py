@@ -21,9 +21,9 @@ from qlibero.activity import doing
 from qlibero.config.quantization import Quant
 from qlibero.kernels import load as load_kernel
 from qlibero.policies.base import Observation, Policy
-from qlibero.policies.surgery import exchange
+from qlibero.policies.surgery import swap_modules
 from qlibero.quant import methods
-from qlibero.quant.activation_stats import Seen, executed_groups, group_seed, observe
+from qlibero.quant.activation_stats import ActivationStats, executed_groups, group_seed, observe
 from qlibero.quant.artifact import LayerRecord
 from qlibero.quant.float_linear import assemble_floats
 from qlibero.quant.layout import Choice, Selection
@@ -45,7 +45,7 @@ class Basis:
     came."""
 
     shared: InputTransform
-    seen: Seen | None
+    seen: ActivationStats | None
     importance: Tensor | None
     """(K,) float32 mean of x'^2"""
     second: Tensor | None
@@ -90,7 +90,7 @@ class Fitting:
                 {group: alive[group] for group in together if group in alive},
                 self.spec.calibration_seed,
                 second_moments=self.spec.rounding == "gptq",
-                model=exchange(model, modules) if modules else None,
+                model=swap_modules(model, modules) if modules else None,
             )
             for group in together:
                 doing("calibrating: input groups", done, len(groups))
@@ -127,7 +127,7 @@ class Fitting:
             size, layer = size + more, own
         yield together
 
-    def _quantize(self, group: str, choices: list[Choice], seen: Seen | None) -> dict[str, nn.Module]:
+    def _quantize(self, group: str, choices: list[Choice], seen: ActivationStats | None) -> dict[str, nn.Module]:
         """Fit one input and its linears, by the one method or by the best of several."""
         if seen is not None:
             self.account["tokens"][group] = seen.tokens
@@ -154,7 +154,7 @@ class Fitting:
             self._bases[group] = basis
         return modules
 
-    def _note(self, group: str, seen: Seen) -> None:
+    def _note(self, group: str, seen: ActivationStats) -> None:
         width, notes = len(seen.peak), self.account["notes"]
         if seen.dead:
             notes.append(
@@ -168,7 +168,7 @@ class Fitting:
             )
 
     def _by_method(
-        self, group: str, choices: list[Choice], seen: Seen | None, spec: Quant
+        self, group: str, choices: list[Choice], seen: ActivationStats | None, spec: Quant
     ) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, nn.Module], Basis]:
         linears = {choice.name: self.policy.model.get_submodule(choice.name) for choice in choices}
         transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
@@ -217,7 +217,7 @@ def together_db(decibels: Sequence[float]) -> float:
     return -10 * math.log10(max(sum(10 ** (-db / 10) for db in decibels) / max(len(decibels), 1), 1e-20))
 
 
-def basis_of(transform: Transform, linear: nn.Linear, seen: Seen | None) -> Basis:
+def basis_of(transform: Transform, linear: nn.Linear, seen: ActivationStats | None) -> Basis:
     """What the linears of an input see behind its transform."""
     shared = InputTransform(transform, linear.in_features).to(linear.weight.device)
     if seen is None:
@@ -241,14 +241,14 @@ def on_disk(stored: dict[str, Tensor], choice: Choice, spec: Quant) -> dict[str,
     return {key: value.cpu().contiguous() for key, value in kept.items()}
 
 
-def fit_transform(weights: list[Tensor], group: str, seen: Seen | None, spec: Quant) -> Transform:
+def fit_transform(weights: list[Tensor], group: str, seen: ActivationStats | None, spec: Quant) -> Transform:
     """The method's transform; the identity for an input that no action depends on, since nothing was seen of it."""
     if seen is None and not spec.transform.data_free:
         return Transform()
     width, device = weights[0].shape[1], weights[0].device
     nothing = torch.zeros(width, device=device)
     peak, mean, rms = (nothing,) * 3 if seen is None else (seen.peak, seen.mean, seen.rms)
-    tokens = torch.zeros(0, width, device=device) if seen is None else torch.cat([seen.loud, seen.sample])
+    tokens = torch.zeros(0, width, device=device) if seen is None else torch.cat([seen.outlier_tokens, seen.sample])
     data = methods.GroupData(tuple(weights), peak, mean, rms, tokens, group_seed(spec.calibration_seed, group))
     return methods.fit(data, spec)
 

@@ -4,7 +4,7 @@ Validation tests kernels on codes it makes up. Here one demonstration's observat
 policy; every linear's input is kept, and each layer must give, from that input, exactly what the integer
 reference gives from its codes: proof that int8 activations are consumed where the policy really runs, not
 merely where the kernel was tried. Then the same observation and noise are put to the policy and to the same
-policy on `fake` *as a run asks them*, with its batches, compiled flow, fused glue and CUDA graphs; the largest
+policy on `fake` *as a run asks them*, with its batches, compiled flow, fused ops and CUDA graphs; the largest
 difference between the two action chunks is put on record. It is 0 for every kernel with an exact output.
 """
 

@@ -3,7 +3,7 @@
 Validation and the policy check test kernels before the first episode. A kernel that is right for its first calls, or
 wrong once in thousands of products, passes both. So while an arm runs, every `EVERY`-th policy call is put to its twin
 too, the same policy on `fake`, with the same observations and noise: an exact kernel gives the very same actions. What
-is compared is what was executed, CUDA graphs and fused glue included; the twin shares all weights but the codes. At the
+is compared is what was executed, CUDA graphs and fused ops included; the twin shares all weights but the codes. At the
 end each product is multiplied again on a real call's codes, `PRODUCTS` times in all, outside any graph, against the
 integer reference: a kernel that is wrong once in 2,000 products passes that with a probability below 1 %.
 

@@ -137,7 +137,7 @@ class InputTransform(nn.Module):
         self._fused: Any = None
 
     def factors(self) -> Transform:
-        """The same factors as plain data; not after `settle`."""
+        """The same factors as plain data; not after `finalize`."""
         return Transform(self.scale, self.first, self.order, self.second, self.hadamard)
 
     @property
@@ -145,7 +145,7 @@ class InputTransform(nn.Module):
         """Bytes that the online transform occupies: factors, and the fused kernel's own arrangement of them."""
         return live_bytes([*self.buffers(), *_tensors(self._fused)])
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Get ready to run: nothing is fitted any more. On CUDA the fused kernel arranges the factors its own
         way; what it does not read itself is let go of, instead of being kept twice."""
         device = next((buffer.device for buffer in self.buffers()), None)

@@ -11,7 +11,7 @@ from qlibero.reporting.rich_tables import COLOURS, OPEN, bare_p, fixed_column, t
 from qlibero.results.axes import UNPERTURBED
 from qlibero.results.comparison import ArmComparison, Comparison, Row
 from qlibero.results.execution import Divergence, Shift
-from qlibero.results.external_results import ForeignComparison
+from qlibero.results.external_results import ExternalComparison
 from qlibero.results.paired_outcomes import Word
 from qlibero.results.wording import (
     band_text,
@@ -161,7 +161,7 @@ def _diverged(d: Divergence) -> str:
     return f"step {d.median_step:.0f} ({d.diverged}/{d.compared})"
 
 
-def external_table(found: ForeignComparison) -> Group:
+def external_table(found: ExternalComparison) -> Group:
     """Results of other tools: what was compared how, and one sentence each."""
     table = titled_table(f"against {found.reference}, margin {margin_text(found.margin)}", "result")
     for title in ("verdict", "Δ pp", "95 % interval", "successes", "p"):

@@ -22,7 +22,7 @@ from qlibero.reporting.rich_tables import fixed_column, titled_table
 from qlibero.results.arm_equality import rechecks, same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.comparison import Comparison
-from qlibero.results.external_results import ForeignComparison
+from qlibero.results.external_results import ExternalComparison
 from qlibero.results.published import CountsComparison
 from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
 from qlibero.results.summary import calls, counts, summarize_arm
@@ -66,7 +66,7 @@ def _tried_again(name: str, found: dict[str, Any]) -> str:
 
 
 def print_comparison(
-    cells: Mapping[str, Comparison | ForeignComparison | CountsComparison], to: Console | None = None
+    cells: Mapping[str, Comparison | ExternalComparison | CountsComparison], to: Console | None = None
 ) -> None:
     """What `qlibero compare` shows for people, cell by cell."""
     to = to or console()
@@ -76,7 +76,7 @@ def print_comparison(
         if isinstance(cell, CountsComparison):
             to.print(Group(*(Text(arm.sentence) for arm in cell.arms.values())))
         else:
-            to.print(external_table(cell) if isinstance(cell, ForeignComparison) else comparison_tables(cell))
+            to.print(external_table(cell) if isinstance(cell, ExternalComparison) else comparison_tables(cell))
 
 
 def success_tables(run: RunResults, width: int) -> list[Table]:

@@ -18,7 +18,7 @@ from qlibero.results.runs import RunResults
 
 # Settings that change no episode, or that the arms themselves show: no axis of a sweep is told by them.
 NO_AXIS = ("name", "backends", "workers", "retries", "videos", "tracking", "launch")
-MOST_AXES = 3  # more than this is no label; the directory's name is
+MAX_AXES = 3  # more than this is no label; the directory's name is
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _labels(runs: list[RunResults]) -> list[str]:
         key for key in dict.fromkeys(k for of_run in flat for k in of_run) if len({repr(f.get(key)) for f in flat}) > 1
     ]
     labels = [" ".join(_value(key, of_run.get(key)) for key in axes) for of_run in flat]
-    if not 0 < len(axes) <= MOST_AXES or len(set(labels)) < len(labels):
+    if not 0 < len(axes) <= MAX_AXES or len(set(labels)) < len(labels):
         return _names(runs)
     return labels
 

@@ -31,7 +31,7 @@ from qlibero.results.comparison import (
 from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
 from qlibero.results.exported import is_export
-from qlibero.results.external_results import ForeignComparison, compare_foreign
+from qlibero.results.external_results import ExternalComparison, compare_external
 from qlibero.results.paired_outcomes import (
     PairTable,
     Ruling,
@@ -62,7 +62,7 @@ from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Step, check_estimand, sample
 
 ONE_SIDED_ALPHA = 0.025
-Cells = Mapping[str, Comparison | ForeignComparison | CountsComparison]
+Cells = Mapping[str, Comparison | ExternalComparison | CountsComparison]
 """What is compared, by the label of the cell; "" where there is one."""
 
 
@@ -88,16 +88,16 @@ def compare_paths(
     margin: float | None = None,
     estimand: str | None = None,
     columns: Mapping[str, str] | None = None,
-) -> dict[str, Comparison | ForeignComparison]:
+) -> dict[str, Comparison | ExternalComparison]:
     """Read run directories and compare, by the label of the cell ("" when there is one). With result files of other
-    tools among them see `foreign.compare_foreign`.
+    tools among them see `external_results.compare_external`.
 
     A sweep's directory stands for its cells, and each cell is compared with its own reference. `reference` None is the
     baseline (among files the first); `margin` and `estimand` None are what the runs declare. Raises UserError for a bad
     margin, estimand, reference, directory or file.
     """
     if any(Path(path).is_file() and not is_export(path) for path in paths):
-        return {"": compare_foreign(paths, reference, margin, columns)}
+        return {"": compare_external(paths, reference, margin, columns)}
     if columns:
         raise UserError("--columns: no table among the results; it says what the columns of a .csv or .jsonl are")
     cells = cells_of(read_runs(paths), reference or REFERENCE)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export
-from qlibero.results.importers import read_foreign
+from qlibero.results.importers import read_external
 from qlibero.results.protocols import OF_TOOL, effects, protocol, protocols
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, RunResults, read_runs
@@ -142,7 +142,7 @@ def _constants(run: RunResults, arm: str) -> dict[str, Any]:
 
 def _of_file(path: Path | str) -> tuple[dict[str, Any], dict[str, str], str, tuple[int, int]]:
     """The protocol of the file's tool, and what the file itself says."""
-    (arm, *_) = read_foreign(path)
+    (arm, *_) = read_external(path)
     usual = protocols()[OF_TOOL[arm.tool]].constants if arm.tool in OF_TOOL else {}
     there = {key: constant.value for key, constant in usual.items()}
     sources = {key: constant.source for key, constant in usual.items()}

@@ -16,8 +16,8 @@ from typing import Any
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export
-from qlibero.results.importers import read_foreign
-from qlibero.results.imports import Cell, ForeignArm, from_run, task_numbers
+from qlibero.results.importers import read_external
+from qlibero.results.imports import Cell, ExternalArm, from_run, task_numbers
 from qlibero.results.paired_outcomes import (
     Outcomes,
     PairTable,
@@ -41,7 +41,7 @@ from qlibero.stats.sampling import sample
 
 
 @dataclass(frozen=True)
-class ForeignResult:
+class ExternalResult:
     """One result against the reference. `table` is None where the two could not be paired; `caveat` says what the
     comparison rests on, `counts` are (successes, finished episodes)."""
 
@@ -98,12 +98,12 @@ class ForeignResult:
 
 
 @dataclass(frozen=True)
-class ForeignComparison:
+class ExternalComparison:
     """Results of other tools, and runs of qlibero beside them, against one of them."""
 
     reference: str
     margin: float
-    arms: dict[str, ForeignResult]
+    arms: dict[str, ExternalResult]
 
     def words(self) -> set[Word]:
         return {arm.verdict.word for arm in self.arms.values()}
@@ -113,12 +113,12 @@ class ForeignComparison:
         return {"reference": self.reference, "margin": self.margin, "foreign": True, "arms": arms}
 
 
-def compare_foreign(
+def compare_external(
     paths: Sequence[Path | str],
     reference: str | None = None,
     margin: float | None = None,
     columns: Mapping[str, str] | None = None,
-) -> ForeignComparison:
+) -> ExternalComparison:
     """Compare result files, and run directories beside them.
 
     The reference is the first file unless named; the margin what the runs declare; `columns` says what the
@@ -128,7 +128,7 @@ def compare_foreign(
     runs = {path: read_runs([path]) for path in inputs if path.is_dir() or is_export(path)}
     margin = check_margin(common_margin([run for of in runs.values() for run in of]) if margin is None else margin)
     found = [
-        [arm for run in runs[path] for arm in _arms_of(run)] if path in runs else read_foreign(path, columns)
+        [arm for run in runs[path] for arm in _arms_of(run)] if path in runs else read_external(path, columns)
         for path in inputs
     ]
     arms = [arm for one in found for arm in one]
@@ -144,10 +144,10 @@ def compare_foreign(
     if not others:
         raise UserError("only one result here: nothing to compare. Name a second file or run directory")
     results = {arm.name: _paired(base, arm, margin) or _independent(base, arm, margin) for arm in others}
-    return ForeignComparison(base.name, margin, results)
+    return ExternalComparison(base.name, margin, results)
 
 
-def _arms_of(run: RunResults) -> list[ForeignArm]:
+def _arms_of(run: RunResults) -> list[ExternalArm]:
     instructions = run.environment.get("instructions") or {}
     return [from_run(arm, run.name, instructions) for arm in collect_arms([run]).values()]
 
@@ -163,7 +163,7 @@ def _reference(names: Sequence[str], asked: str | None) -> str:
     return found[0]
 
 
-def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult | None:
+def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResult | None:
     """None where no key is common to both."""
     if base.arm and arm.arm:
         pairing = pair_arms(base.arm, arm.arm)
@@ -191,7 +191,7 @@ def _paired(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult |
     seen, worst = sample(_steps(finished)), sample(_steps(finished) + _steps(lost))
     table = PairTable.of(finished)
     found = power(table.pairs, *planning_discordance(table), margin) if table.pairs else None
-    return ForeignResult(
+    return ExternalResult(
         **_both(base, arm),
         delta=seen.delta,
         interval=seen.interval,
@@ -214,12 +214,12 @@ def _steps(pairs: Sequence[Outcomes]) -> list[tuple[EpisodeKey, float]]:
     return [(EpisodeKey("", 0, i, 0), float(worst_step(pair))) for i, pair in enumerate(pairs)]
 
 
-def _both(base: ForeignArm, arm: ForeignArm) -> dict[str, Any]:
+def _both(base: ExternalArm, arm: ExternalArm) -> dict[str, Any]:
     counts = {"counts": arm.counts[:2], "reference_counts": base.counts[:2]}
     return {"name": arm.name, "reference": base.name, "tool": arm.tool, **counts}
 
 
-def _same_tasks(base: ForeignArm, arm: ForeignArm) -> tuple[ForeignArm, ForeignArm, str]:
+def _same_tasks(base: ExternalArm, arm: ExternalArm) -> tuple[ExternalArm, ExternalArm, str]:
     """Both reduced to the suites and tasks that they share, and what has to be said about it.
 
     Raises UserError where they share none: two suites are two questions, not two samples.
@@ -248,7 +248,7 @@ def _same_tasks(base: ForeignArm, arm: ForeignArm) -> tuple[ForeignArm, ForeignA
     return ours, others, f"; only what both have, {_said(common)}; left out is {left}{_shares(ours, others)}"
 
 
-def _shares(base: ForeignArm, arm: ForeignArm) -> str:
+def _shares(base: ExternalArm, arm: ExternalArm) -> str:
     """Says where one has more of its episodes in some task than the other: that alone moves a success rate."""
     first, second = (Counter(one.places) for one in (base, arm))
     if all(first[place] * len(arm.episodes) == second[place] * len(base.episodes) for place in first):
@@ -269,7 +269,7 @@ def _said(places: set[Cell]) -> str:
     )
 
 
-def _independent(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignResult:
+def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResult:
     base, arm, about = _same_tasks(base, arm)
     (k0, n0, e0), (k1, n1, e1) = base.counts, arm.counts
     finished = bool(n0 and n1)
@@ -284,7 +284,7 @@ def _independent(base: ForeignArm, arm: ForeignArm, margin: float) -> ForeignRes
         )
         line = f"With {n1} against {n0} independent episodes, {found}; paired episodes would find a smaller one."
     why = arm.reason or base.reason or "the two share no episode key"
-    return ForeignResult(
+    return ExternalResult(
         **_both(base, arm),
         delta=k1 / n1 - k0 / n0 if finished else None,
         interval=st.newcombe_independent(k1, n1, k0, n0) if finished else None,
@@ -317,7 +317,7 @@ def fisher_p(k1: int, n1: int, k0: int, n0: int) -> float:
     return float(fisher_exact([[k1, n1 - k1], [k0, n0 - k0]]).pvalue)
 
 
-def _sentence(r: ForeignResult) -> str:
+def _sentence(r: ExternalResult) -> str:
     in_arm, in_base = r.errors
     lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
     lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []

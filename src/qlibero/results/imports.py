@@ -20,7 +20,7 @@ Key = tuple[str, str, int, int | None]  # suite, task (index or its text), initi
 
 
 @dataclass(frozen=True)
-class ForeignArm:
+class ExternalArm:
     """`episodes`: (key or None, outcome). Without keys the arm can only be compared unpaired; `reason` says
     why. `arm` is the thing itself when it is one of qlibero's, with fingerprints.
     """
@@ -46,13 +46,13 @@ class ForeignArm:
             return list(self.cells)
         return [key and key[:2] for key, _ in self.episodes]
 
-    def only(self, wanted: set[Cell]) -> ForeignArm:
+    def only(self, wanted: set[Cell]) -> ExternalArm:
         """The episodes of these suites and tasks."""
         kept = [i for i, place in enumerate(self.places) if place in wanted]
         cells = tuple(self.cells[i] for i in kept) if self.cells else ()
         return replace(self, episodes=tuple(self.episodes[i] for i in kept), cells=cells)
 
-    def numbered(self, numbers: Mapping[Cell, str]) -> ForeignArm:
+    def numbered(self, numbers: Mapping[Cell, str]) -> ExternalArm:
         """With the tasks that it calls by their instruction under the number they have in `numbers`."""
 
         def task_of(suite: str, task: str) -> str:
@@ -81,7 +81,7 @@ class ForeignArm:
         return outcomes.count("success"), len(outcomes) - outcomes.count("error"), outcomes.count("error")
 
 
-def task_numbers(arms: Iterable[ForeignArm]) -> dict[Cell, str]:
+def task_numbers(arms: Iterable[ExternalArm]) -> dict[Cell, str]:
     """{(suite, instruction): number} from the results that say both; an instruction of two tasks has no number."""
     found: dict[Cell, set[str]] = {}
     for arm in arms:
@@ -96,7 +96,7 @@ def task_text(text: str) -> str:
     return _SCENE.sub("", " ".join(text.lower().replace("_", " ").split()))
 
 
-def from_run(arm: Arm, run: str, instructions: Mapping[str, Mapping[str, str]]) -> ForeignArm:
+def from_run(arm: Arm, run: str, instructions: Mapping[str, Mapping[str, str]]) -> ExternalArm:
     """An arm of qlibero as one among the others. `instructions` are the run's, by suite and task."""
     # other tools know official initial states only: a fresh one has no number that could be taken for one of theirs
     episodes = tuple(
@@ -104,4 +104,4 @@ def from_run(arm: Arm, run: str, instructions: Mapping[str, Mapping[str, str]]) 
         for key, record in sorted(arm.records.items())
     )
     names = {(suite, task): task_text(text) for suite, tasks in instructions.items() for task, text in tasks.items()}
-    return ForeignArm(f"{run}/{arm.name}", "qlibero", episodes, arm=arm, names=names)
+    return ExternalArm(f"{run}/{arm.name}", "qlibero", episodes, arm=arm, names=names)

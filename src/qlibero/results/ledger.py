@@ -39,7 +39,7 @@ __all__ = ["ArmLedger", "Ledger", "arms_of", "is_locked", "read_arm", "read_ledg
 ROW = 10  # 7 action values + 3 end-effector coordinates
 ROW_BYTES = 4 * ROW
 CLOSED = -1  # no file descriptor: the system refuses it
-MOST_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 16 << 20
 _ATTEMPT = re.compile(r"(?:episodes|trajectory)-[A-Za-z0-9_.]+-(\d{1,30})\.(?:jsonl|f32)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
@@ -201,7 +201,7 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
                 torn += 1
                 continue
             where = f"{directory / name}:{number}"
-            if len(line) > MOST_LINE_BYTES:
+            if len(line) > MAX_LINE_BYTES:
                 raise UserError(f"{where}: a line of {len(line)} bytes is no episode record")
             record = record_from_json(line, where)
             if record.arm != arm:

@@ -297,7 +297,7 @@ def decide_by_evalues(
 ) -> Decision:
     """The anytime-valid decision from all pairs that may be spent, in declared order (`pair_step` of each).
 
-    Without `interval`, the dear part, it has none.
+    Without `interval`, the expensive part, it has none.
     """
     prefix = _finished(steps)
     low, high = _bounds(prefix)

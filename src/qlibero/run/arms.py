@@ -27,7 +27,14 @@ from qlibero.kernels import load as load_kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.machine.kind import machine_facts, machine_kind
 from qlibero.policies import files_of, load_policy, weights_sha256
-from qlibero.policies.base import Observation, Policy, QuantizablePolicy, RearrangeablePolicy, grey, quantizable
+from qlibero.policies.base import (
+    Observation,
+    Policy,
+    QuantizablePolicy,
+    RearrangeablePolicy,
+    blank_observation,
+    quantizable,
+)
 from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.policy_check import check_policy, room_for_twin
@@ -283,12 +290,12 @@ def _label(full: Policy, arm: Arm) -> str:
 def _seen(arm: Arm, prompt: str) -> Observation:
     """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
     found = demonstrations(arm.quant).observations
-    return replace(found[0], prompt=prompt) if found else grey(prompt)
+    return replace(found[0], prompt=prompt) if found else blank_observation(prompt)
 
 
 def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
     """Milliseconds of the first calls (kernels compile, memory is taken, graphs captured); no episode pays for them."""
-    seen = policy.rehearsal(prompts(experiment))
+    seen = policy.warmup_observations(prompts(experiment))
     times = []
     for call in range(WARMUP_CALLS):
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), call, policy.noise_shape)

@@ -42,7 +42,7 @@ class RunningEpisode:
     def noise(self, shape: tuple[int, int]) -> np.ndarray:
         return call_noise(self.planned.key, self.calls, shape)
 
-    def answered(self, chunk: Chunk, policy_ms: float, batch_size: int) -> None:
+    def record_call(self, chunk: Chunk, policy_ms: float, batch_size: int) -> None:
         """Book one policy call; `policy_ms` is the latency of its batch of `batch_size` episodes."""
         self.calls += 1
         self.observation = None

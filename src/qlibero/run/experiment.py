@@ -230,7 +230,7 @@ def _run(
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
     from qlibero.sim.suites import get_suite
-    from qlibero.tracking.mirror import start_mirrors, trouble
+    from qlibero.tracking.mirror import mirror_problem, start_mirrors
 
     arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
     doing("looking at this machine")
@@ -305,7 +305,7 @@ def _run(
                 replay(run_dir, videos.lacking(), pool, experiment.protocol, say)
         finally:
             ended += mirrors.finish()
-            for said in filter(None, (trouble(one, experiment.tracking) for one in ended)):
+            for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
                 say(said)
     return ended
 

@@ -56,7 +56,7 @@ def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versi
 
 
 class _Queue:
-    """Episodes waiting for a simulator, grouped by task: building a task's scene is dear, staying in it is free."""
+    """Episodes waiting for a simulator, grouped by task: building a task's scene is slow, staying in it free."""
 
     def __init__(self, plan: Sequence[PlannedEpisode]):
         self.groups: dict[tuple[int, str, int], deque[tuple[PlannedEpisode, int]]] = {}
@@ -164,5 +164,5 @@ def _serve(
     on_call(arm, observations, noise, chunk.actions, policy_ms / 1e3)
     for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
         waiting.remove(worker)
-        episode.answered(chunk, policy_ms, len(batch))
+        episode.record_call(chunk, policy_ms, len(batch))
         pool.act(worker, actions[:replan_steps])

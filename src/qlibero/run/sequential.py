@@ -2,7 +2,7 @@
 
 The rule itself and why it may be looked at while a run goes on are in `results/stopping.py`; here it meets the engine.
 Pairs count in the declared random order over all tasks. They are *run* in blocks of that order, grouped by task within
-a block, because changing a simulator's task is dear. An arm ends when it is decided; the reference, and an A/A arm that
+a block, because changing a simulator's task is slow. An arm ends when it is decided; the reference, and an A/A arm that
 is no hypothesis, end with the last of them.
 """
 

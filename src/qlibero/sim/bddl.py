@@ -17,7 +17,7 @@ from typing import Any
 from qlibero.errors import UserError, WorkFailed
 
 _TOKEN = re.compile(r";[^\n]*|[()]|[^\s();]+")
-MOST_WORDS = 200  # characters of an instruction; the longest of LIBERO has 107
+MAX_WORDS = 200  # characters of an instruction; the longest of LIBERO has 107
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _complaints(tree: list[Any], vocabulary: Vocabulary) -> Iterator[tuple[int, 
     language = blocks.get(":language")
     if language is not None:
         words = " ".join(map(str, language[1:]))
-        if not words or len(words) > MOST_WORDS:
+        if not words or len(words) > MAX_WORDS:
             yield _line(language), f"an instruction of {len(words)} characters; it says what a policy is told"
     declared: dict[str, Word] = {}
     for block in (":fixtures", ":objects"):

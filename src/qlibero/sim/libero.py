@@ -131,11 +131,11 @@ def ensure_renderer() -> str:
     backend = os.environ.setdefault("MUJOCO_GL", "egl").lower()
     if backend in _APT:
         os.environ.setdefault("PYOPENGL_PLATFORM", backend)
-        library, cure = _APT[backend]
+        library, hint = _APT[backend]
         try:
             ctypes.CDLL(library)
         except OSError as error:
-            raise WorkFailed(f"no {backend.upper()} library to render with ({library}: {error}); {cure}") from None
+            raise WorkFailed(f"no {backend.upper()} library to render with ({library}: {error}); {hint}") from None
     return backend
 
 
@@ -235,8 +235,8 @@ def make_environment(suite: str, task: int, resolution: int) -> Any:
         except (ImportError, RuntimeError) as error:
             if "EGL" in str(error) or "OSMesa" in str(error) or "GL context" in str(error):
                 backend = os.environ["MUJOCO_GL"].lower()
-                cure = _APT.get(backend, _APT["egl"])[1]
-                raise WorkFailed(f"{backend} cannot render here ({error}); {cure}") from error
+                hint = _APT.get(backend, _APT["egl"])[1]
+                raise WorkFailed(f"{backend} cannot render here ({error}); {hint}") from error
             raise
 
 

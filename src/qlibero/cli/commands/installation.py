@@ -15,7 +15,7 @@ def doctor(args: argparse.Namespace) -> Document:
 
     findings = [finding.to_json() for finding in diagnose()]
     if not args.json:
-        table(findings, title="doctor")
+        table([{k: v for k, v in finding.items() if k != "cure"} for finding in findings], title="doctor")
     document = {"ok": all(f["status"] != "fail" for f in findings), "findings": findings}
     if not document["ok"]:
         raise Incomplete("something here will not work; each finding names the command that mends it", document)

@@ -134,7 +134,7 @@ def kernels_bench(args: argparse.Namespace) -> Document:
     ]
     table(
         rows,
-        title=f"stopwatch: {policy} shapes on {layers[0].shape.device}, "
+        title=f"benchmark: {policy} shapes on {layers[0].shape.device}, "
         "against the unquantized product and the hardware's limit",
     )
     if impossible:

@@ -44,8 +44,8 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
         try:
             answer = check()
         except QliberoError as error:
-            found, _, cure = str(error).partition("; ")  # a process of ours hands the cure on with what it found
-            answer = Finding(check.__name__, "fail", found, cure or f"{SETUP} --repair")
+            found, _, hint = str(error).partition("; ")  # a process of ours hands the hint on with what it found
+            answer = Finding(check.__name__, "fail", found, hint or f"{SETUP} --repair")
         except ImportError as error:
             answer = Finding(check.__name__, "fail", *import_cause(error))
         except Exception as error:  # one broken check must not hide the others
@@ -56,4 +56,4 @@ def diagnose(checks: Iterable[Callable[[], Finding | list[Finding]]] | None = No
                 f"please report this line; {SETUP} --repair mends a damaged installation",
             )
         findings += answer if isinstance(answer, list) else [answer]
-    return [replace(finding, cure=pasteable(finding.cure)) for finding in findings]
+    return [replace(finding, hint=pasteable(finding.hint)) for finding in findings]

@@ -10,12 +10,12 @@ SETUP = "./scripts/setup.sh"
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer. `cure` is a command or an action, empty when nothing is to be done."""
+    """One answer. `hint` is a command or an action, empty when nothing is to be done."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
     found: str
-    cure: str = ""
+    hint: str = ""
 
     def to_json(self) -> dict[str, str]:
-        return asdict(self)
+        return asdict(self) | {"cure": self.hint}  # the key's name before

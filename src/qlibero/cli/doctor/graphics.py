@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from qlibero.cli.doctor.finding import Finding
-from qlibero.errors import GL_CURE
+from qlibero.errors import GL_HINT
 from qlibero.machine import environment
 from qlibero.machine.cuda_toolkit import site_packages, torch_cuda
 
@@ -47,7 +47,7 @@ def toolkit() -> Finding:
     """nvcc and the cuda.h it includes."""
     chosen, agreed = environment.toolkit(), environment.agreement()
     if agreed.problem:
-        return Finding("CUDA toolkit", "fail", agreed.problem, agreed.cure or "")
+        return Finding("CUDA toolkit", "fail", agreed.problem, agreed.hint or "")
     if chosen.home is None:
         return Finding("CUDA toolkit", "ok", chosen.why)
     cuda = torch_cuda(site_packages())
@@ -75,7 +75,7 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
                 "rendering",
                 "fail",
                 f"{own['MUJOCO_GL']}: {gl['problem']}",
-                f"{GL_CURE}; or MUJOCO_GL=osmesa, where that is installed",
+                f"{GL_HINT}; or MUJOCO_GL=osmesa, where that is installed",
             )
         ]
     where = f"EGL device {own['MUJOCO_EGL_DEVICE_ID']}, " if "MUJOCO_EGL_DEVICE_ID" in own else ""

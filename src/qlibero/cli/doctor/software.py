@@ -122,4 +122,4 @@ def physics(report: Any = None) -> list[Finding]:
     if not report.findings:
         return [Finding("physics", "ok", f"states and frames equal the references to the last bit ({report.renderer})")]
     status: dict[str, Literal["warn", "fail"]] = {"warning": "warn", "refusal": "fail"}
-    return [Finding("physics", status[f.level], f.what, f.cure) for f in report.findings]
+    return [Finding("physics", status[f.level], f.what, f.hint) for f in report.findings]

@@ -25,7 +25,7 @@ from qlibero.policies.settings import CheckpointSettings
 from qlibero.policies.structured import Open, fit, read_json
 
 GPU_BATCH = 4
-MOST_UNTRAINED = 8_000_000_000
+MAX_UNTRAINED = 8_000_000_000
 """Parameters of a network of random weights: the published pi0.5 has 3.35 billion."""
 
 
@@ -156,7 +156,7 @@ def untrained_policy(path: Path, seed: int, config: CheckpointSettings, family: 
     architecture = family.config.from_dict(content.architecture, str(path))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in family.model(architecture).parameters())
-    if parameters > MOST_UNTRAINED:
+    if parameters > MAX_UNTRAINED:
         raise UserError(f"policy.untrained.config: {path} makes a network of {parameters / 1e9:.0f} G parameters")
     device, dtype = _place(config)
     model = initialize(family.model(architecture), seed)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.errors import UserError
-from qlibero.policies.base import Attention, Chunk, Linear, Observation, grey
+from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST
 from qlibero.policies.pi05.images import to_network
@@ -30,7 +30,7 @@ from qlibero.policies.pi05.profiles import STATE_NUMBERS, Profile
 from qlibero.policies.pi05.rearrange import MLP, rearranged
 from qlibero.policies.pi05.sampler import Sampler
 from qlibero.policies.pi05.tokenizer import Tokenizer
-from qlibero.policies.surgery import exchange
+from qlibero.policies.surgery import swap_modules
 
 ACTION_NUMBERS = 7
 CAMERAS = 2
@@ -204,7 +204,7 @@ class Pi05Policy:
         asked = cast(Pi05Model, model or self.model)
         if hear is not None:
             order = iter(self._attentions_in_order())
-            asked = cast(Pi05Model, exchange(asked, {}))
+            asked = cast(Pi05Model, swap_modules(asked, {}))
 
             def attend_and_tell(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 hear(next(order), q, k)
@@ -220,8 +220,8 @@ class Pi05Policy:
             x = x - asked.velocity(prefix, x, t) / self.flow_steps
         return x[0]
 
-    def rehearsal(self, prompts: Sequence[str]) -> list[Observation]:
-        """See `Policy.rehearsal`."""
+    def warmup_observations(self, prompts: Sequence[str]) -> list[Observation]:
+        """See `Policy.warmup_observations`."""
         return list(self._observations_by_length(prompts).values())
 
     def _observations_by_length(self, prompts: Sequence[str]) -> dict[int, Observation]:
@@ -239,7 +239,9 @@ class Pi05Policy:
             for exchanged in range(len(short) + 1):
                 state = np.concatenate([long[:exchanged], short[exchanged:]])
                 tokens = len(self._tokens(prompt, state))
-                found[self._bucket(tokens) or tokens] = grey(prompt, self._statistics["state"].denormalize(state))
+                found[self._bucket(tokens) or tokens] = blank_observation(
+                    prompt, self._statistics["state"].denormalize(state)
+                )
         return dict(sorted(found.items()))
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:

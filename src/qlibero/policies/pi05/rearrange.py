@@ -14,7 +14,7 @@ from torch import nn
 
 from qlibero.policies.pi05.layers import GatedMLP
 from qlibero.policies.pi05.model import Pi05Model
-from qlibero.policies.surgery import exchange
+from qlibero.policies.surgery import swap_modules
 
 MLP = "paligemma_with_expert.gemma_expert.model.layers.0.mlp"
 
@@ -29,7 +29,7 @@ def rearranged(model: Pi05Model, seed: int) -> Pi05Model:
     nn.Module.__init__(twin)
     for name, dimension in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         setattr(twin, name, _linear(getattr(mlp, name).weight.index_select(dimension, order)))
-    return exchange(model, {MLP: twin}).eval()
+    return swap_modules(model, {MLP: twin}).eval()
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

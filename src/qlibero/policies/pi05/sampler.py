@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlibero.policies.pi05.fast.fused_ops import choose_glue
+from qlibero.policies.pi05.fast.fused_ops import choose_layer_ops
 from qlibero.policies.pi05.fast.graphs import Stopwatch, graphed
 from qlibero.policies.pi05.layers import MASKED, fuse, rope_tables
 from qlibero.policies.pi05.model import Pi05Model, Prefix
@@ -102,7 +102,9 @@ class Sampler:
         for attention in model.vision.modules():
             if isinstance(attention, SiglipAttention):
                 fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.glue, self.glue_reason = choose_glue(self.device, model.stream_dtype, model.config.llm.head_dim)
+        self.layer_ops, self.layer_ops_reason = choose_layer_ops(
+            self.device, model.stream_dtype, model.config.llm.head_dim
+        )
         self.conditions = [
             model.time_condition(torch.full((1,), 1.0 - step / self.steps, device=self.device))
             for step in range(self.steps)
@@ -138,8 +140,8 @@ class Sampler:
             "flow": flow,
             **({} if self.cpu_flow is None else {"flow_code": self.cpu_flow.code}),
             "flow_reason": self.cpu_flow_reason,
-            "glue": self.glue.name,
-            "glue_reason": self.glue_reason,
+            "glue": self.layer_ops.name,
+            "glue_reason": self.layer_ops_reason,
         }
 
     def workspace(self, batch: int, cameras: int, text: int, masked: bool) -> Workspace:
@@ -228,8 +230,8 @@ class Sampler:
         self._prepare_flow(w, prefix.length)
 
     def _prefix(self, w: Workspace) -> None:
-        """`model.run_llm` with fused glue, writing keys and values where the flow reads them."""
-        model, glue = self.model, self.glue
+        """`model.run_llm` with fused ops, writing keys and values where the flow reads them."""
+        model, ops = self.model, self.layer_ops
         x = model.embed_prefix(w.image_tokens, w.tokens, w.state)
         batch, count, _ = x.shape
         if w.live is None:
@@ -243,14 +245,14 @@ class Sampler:
         for i, layer in enumerate(layers):
             a, m = layer.self_attn, layer.mlp
             keys, values = w.keys[i][:, :count], w.values[i][:, :count]
-            x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i], None)
+            x, y = ops.residual_norm(x, delta, None, self.llm_scales[2 * i], None)
             if i == len(layers) - 1:
-                glue.rotated(y, (a.k_proj, a.v_proj), cos, sin, keys, values)
+                ops.rotated(y, (a.k_proj, a.v_proj), cos, sin, keys, values)
                 break
-            q = glue.rotated(y, (a.q_proj, a.k_proj, a.v_proj), cos, sin, keys, values)
-            delta = glue.parts(glue.attend(q, keys, values, mask), a.o_proj)
-            x, y = glue.residual_norm(x, delta, None, self.llm_scales[2 * i + 1], None)
-            delta = glue.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
+            q = ops.rotated(y, (a.q_proj, a.k_proj, a.v_proj), cos, sin, keys, values)
+            delta = ops.parts(ops.attend(q, keys, values, mask), a.o_proj)
+            x, y = ops.residual_norm(x, delta, None, self.llm_scales[2 * i + 1], None)
+            delta = ops.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
         if model.config.suffix_state_tokens:
             kv = [(keys[:, :count], values[:, :count]) for keys, values in zip(w.keys, w.values, strict=True)]
             with_state = model.add_state(Prefix(kv, mask, length, None, None), w.state)
@@ -278,18 +280,18 @@ class Sampler:
 
     def step(self, w: Workspace, condition: Tensor, modulations: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """One Euler step of `w.x`, in place."""
-        model, glue, horizon, out = self.model, self.glue, w.x.shape[1], self.model.action_out_proj
+        model, ops, horizon, out = self.model, self.layer_ops, w.x.shape[1], self.model.action_out_proj
         h, delta, gate = model.embed_actions(w.x, condition), None, None
         for i, layer in enumerate(model.expert.layers):
             a, m = layer.self_attn, layer.mlp
             scale, shift, next_gate = modulations[2 * i]
-            h, y = glue.residual_norm(h, delta, gate, scale, shift)
+            h, y = ops.residual_norm(h, delta, gate, scale, shift)
             own = w.keys[i][:, -horizon:], w.values[i][:, -horizon:]
-            q = glue.rotated(y, (a.q_proj, a.k_proj, a.v_proj), w.cos, w.sin, *own)
-            delta = glue.parts(glue.attend(q, w.keys[i], w.values[i], w.mask), a.o_proj)
+            q = ops.rotated(y, (a.q_proj, a.k_proj, a.v_proj), w.cos, w.sin, *own)
+            delta = ops.parts(ops.attend(q, w.keys[i], w.values[i], w.mask), a.o_proj)
             scale, shift, gate = modulations[2 * i + 1]
-            h, y = glue.residual_norm(h, delta, next_gate, scale, shift)
-            delta = glue.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
+            h, y = ops.residual_norm(h, delta, next_gate, scale, shift)
+            delta = ops.mlp(y, m.gate_proj, m.up_proj, m.down_proj)
         scale, shift, _ = modulations[-1]
-        _, y = glue.residual_norm(h, delta, gate, scale, shift)
+        _, y = ops.residual_norm(h, delta, gate, scale, shift)
         w.x.sub_(out(y.to(out.weight.dtype)).float(), alpha=1.0 / self.steps)

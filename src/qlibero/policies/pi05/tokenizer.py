@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 from qlibero.errors import UserError
-from qlibero.policies.structured import MOST_BYTES, Strict, fit, read_json, short
+from qlibero.policies.structured import MAX_BYTES, Strict, fit, read_json, short
 
 PINS = {"sentencepiece": "sentencepiece==0.2.2", "tokenizers": "tokenizers==0.23.2"}
 _WORD = re.compile(r"[a-z0-9]+")
@@ -107,7 +107,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             "of a tokenizer.json (checkpoints do not contain it)"
         )
     if path.suffix == ".model":
-        if path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MAX_BYTES:
             raise UserError(f"tokenizer {path} has {path.stat().st_size} bytes; PaliGemma's has 4 million")
         with open(path, "rb") as file:
             if file.read(len(_LFS)) == _LFS:

@@ -30,7 +30,7 @@ OTHER_TYPES = {
     "gr00t": ("GR00T", _SERVER),
     "openvla": ("OpenVLA", _SERVER),
 }
-"""How other policies call themselves in `type` or `model_type` of config.json (by its beginning): (name, cure)."""
+"""How other policies call themselves in `type` or `model_type` of config.json (by its beginning): (name, hint)."""
 _OTHER_TENSORS = (
     ("action_time_mlp_in.weight", *OTHER_TYPES["pi0"]),
     ("time_mlp_in.weight", *OTHER_TYPES["pi05"]),
@@ -72,10 +72,10 @@ def require_type(raw: dict[str, Any], where: Path, family: str, title: str) -> N
         if said is None or said == family:
             continue
         text = said.lower() if isinstance(said, str) else ""
-        name, cure = next((OTHER_TYPES[t] for t in sorted(OTHER_TYPES, reverse=True) if text.startswith(t)), (None, ""))
+        name, hint = next((OTHER_TYPES[t] for t in sorted(OTHER_TYPES, reverse=True) if text.startswith(t)), (None, ""))
         this = f"this is a {name} policy" if name else "this is a policy that qlibero does not know"
         raise UserError(
-            f"{where}: {key} is {short(said)!r}: {this}, and policy.type says {family} ({title}); {cure or _SERVER}"
+            f"{where}: {key} is {short(said)!r}: {this}, and policy.type says {family} ({title}); {hint or _SERVER}"
         )
 
 
@@ -94,7 +94,7 @@ def declared_type(path: Path) -> str | None:
 
 
 def other_network(names: Iterable[str], family: str) -> str | None:
-    """What network tensors of these (stripped) names make, if it is known and not the `family`'s; with its cure."""
+    """What network tensors of these (stripped) names make, if it is known and not the `family`'s; with its hint."""
     names = list(names)
     if any("lora_" in name or ".base_layer." in name for name in names):
         return (
@@ -107,9 +107,9 @@ def other_network(names: Iterable[str], family: str) -> str | None:
             "migrate_policy_normalization.py and a newer save_pretrained()"
         )
     own = OTHER_TYPES[family][0]
-    for stem, name, cure in _OTHER_TENSORS:
+    for stem, name, hint in _OTHER_TENSORS:
         if name != own and any(found.startswith(stem) for found in names):
-            return f"its tensors ({stem}…) are those of a {name} policy: {cure}"
+            return f"its tensors ({stem}…) are those of a {name} policy: {hint}"
     return None
 
 

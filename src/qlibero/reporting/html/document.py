@@ -20,7 +20,7 @@ from qlibero.errors import UserError
 from qlibero.files import replace
 from qlibero.registry import BUILT_IN, SectionPlugin, every
 from qlibero.reporting.html.markup import Markup, breakable, el, join, script_json
-from qlibero.reporting.html.report_data import Material, Video, flipped_videos, gather, planned_episodes
+from qlibero.reporting.html.report_data import ReportData, Video, flipped_videos, gather, planned_episodes
 from qlibero.reporting.html.sections.flips import flip_data
 from qlibero.reporting.html.sections.parts import section
 from qlibero.results.arm_equality import arithmetic, refusal
@@ -63,7 +63,7 @@ def write_report(
     }
 
 
-def fitting(m: Material, recorded: list[Video], limit: float, state: str | None = None) -> tuple[bytes, list[Video]]:
+def fitting(m: ReportData, recorded: list[Video], limit: float, state: str | None = None) -> tuple[bytes, list[Video]]:
     """The page as bytes with as many of the videos as keep it within `limit`. Without videos it is as long as it is."""
     page, chosen = render(m, [], len(recorded), state).encode(), []
     wanted = _within(recorded, limit - len(page))
@@ -88,7 +88,7 @@ def _within(recorded: list[Video], budget: float) -> list[Video]:
     return chosen
 
 
-def render(m: Material, recorded: list[Video], left_out: int = 0, state: str | None = None) -> str:
+def render(m: ReportData, recorded: list[Video], left_out: int = 0, state: str | None = None) -> str:
     """The whole page as text. With a `state` it follows its server (`live`): that is what it shows."""
     m = dataclasses.replace(m, recorded=tuple(recorded), left_out=left_out)
     parts = [_section(plugin, m) for plugin in every(SectionPlugin)]
@@ -108,7 +108,7 @@ def render(m: Material, recorded: list[Video], left_out: int = 0, state: str | N
     return document(m.name, body, data, state)
 
 
-def _section(plugin: SectionPlugin, m: Material) -> Markup | None:
+def _section(plugin: SectionPlugin, m: ReportData) -> Markup | None:
     """Markup of one part. A plug-in's that fails says so in its place: the page is not its to lose."""
     try:
         part: Markup | None = plugin.load()(m)
@@ -160,7 +160,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _header(m: Material) -> Markup:
+def _header(m: ReportData) -> Markup:
     suites = list(dict.fromkeys(suite for suite, _ in m.tasks))
     steps = sum(r.steps for arm in m.arms.values() for r in arm.records.values())
     facts = [
@@ -182,7 +182,7 @@ def _header(m: Material) -> Markup:
     )
 
 
-def _not_one_arithmetic(m: Material) -> Markup | None:
+def _not_one_arithmetic(m: ReportData) -> Markup | None:
     """At the top: a page whose kernels were found wrong must not be read without it."""
     found = [refusal(arithmetic(run.run_dir, run.arms)) for run in m.runs]
     return el("pre", "\n".join(filter(None, found)), class_="refused", role="alert") if any(found) else None
@@ -192,7 +192,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def _episodes(m: Material) -> str:
+def _episodes(m: ReportData) -> str:
     """Finished of planned, so that a run that is not done, or lost an episode, cannot pass for a whole one."""
     done = [key in arm.planned for arm in m.arms.values() for key, r in arm.records.items() if r.outcome != "error"]
     planned = [(planned_episodes(run) or 0) * len(run.arms) for run in m.runs]

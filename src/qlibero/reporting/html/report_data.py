@@ -69,7 +69,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportData:
     runs: Sequence[RunResults]
     parts: tuple[Part, ...]
     arms: dict[str, Arm]
@@ -140,7 +140,7 @@ class Material:
         return next(iter(texts)) if len(texts) == 1 else f"its margin ({', '.join(texts)})"
 
 
-def gather(runs: Sequence[RunResults], reference: str | None, margin: float | None) -> Material:
+def gather(runs: Sequence[RunResults], reference: str | None, margin: float | None) -> ReportData:
     """Every cell compared at `margin`, or the one its experiment declared. A cell without the reference arm, or with
     one arm alone, has no comparison and the report says what there is.
 
@@ -161,7 +161,7 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
         ids = Part(cell, (), None, None)
         parts.append(Part(cell, tuple(map(ids.id, order)), present and ids.id(present), comparison))
         arms |= {ids.id(name): found[name] for name in order}
-    return Material(runs, tuple(parts), arms)
+    return ReportData(runs, tuple(parts), arms)
 
 
 def planned_episodes(run: RunResults) -> int | None:
@@ -169,7 +169,7 @@ def planned_episodes(run: RunResults) -> int | None:
     return None if run.planned is None else len(run.planned)
 
 
-def flipped_videos(m: Material) -> list[Video]:
+def flipped_videos(m: ReportData) -> list[Video]:
     """Flipped episodes with a video, broken before repaired, one arm after the other so that each gets its share."""
     queues = []
     for id_, result in m.compared.items():

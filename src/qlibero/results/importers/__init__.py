@@ -1,7 +1,7 @@
 """Result files of other tools, recognised and read as far as they go: one reader a tool, asked in turn.
 
 None of them records what the scene was, and LeRobot not even which initial state an episode started from. So what is
-read is a `ForeignArm`: outcomes under the best key that the file has.
+read is a `ExternalArm`: outcomes under the best key that the file has.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from qlibero.errors import UserError
 from qlibero.results.importers import lerobot, openpi_fork, openvla, rlinf, vla_eval, vlaquantbench
 from qlibero.results.importers.columns import TABLES, read_table
 from qlibero.results.importers.file import ResultFile
-from qlibero.results.imports import ForeignArm
+from qlibero.results.imports import ExternalArm
 
 READERS = (vla_eval.read, vlaquantbench.read, lerobot.read, openpi_fork.read, openvla.read, rlinf.read)
 """Each answers None for a file that is not its tool's; the first one that knows it reads it."""
 
 
-def read_foreign(path: Path | str, columns: Mapping[str, str] | None = None) -> list[ForeignArm]:
+def read_external(path: Path | str, columns: Mapping[str, str] | None = None) -> list[ExternalArm]:
     """The results in a file of another tool: one, or several where `columns` (see `columns.py`) name an arm.
 
     Raises UserError naming the file, and the line or key, for anything else, for one without episodes, and for one in
@@ -46,7 +46,7 @@ def read_foreign(path: Path | str, columns: Mapping[str, str] | None = None) -> 
     return arms
 
 
-def _recognised(file: ResultFile) -> list[ForeignArm]:
+def _recognised(file: ResultFile) -> list[ExternalArm]:
     if not file.head.strip():
         return []
     with suppress(UnicodeDecodeError):  # no text: none of theirs
@@ -62,7 +62,7 @@ def _recognised(file: ResultFile) -> list[ForeignArm]:
     )
 
 
-def _check(arm: ForeignArm) -> None:
+def _check(arm: ExternalArm) -> None:
     if not arm.episodes:
         raise UserError(f"a result file of {arm.tool} without a single episode: nothing to compare")
     counts = Counter(key for key, _ in arm.episodes if key is not None)

@@ -18,7 +18,7 @@ from typing import Any
 
 from qlibero.errors import UserError
 from qlibero.results.importers.file import ResultFile, number, outcome
-from qlibero.results.imports import ForeignArm, Key
+from qlibero.results.imports import ExternalArm, Key
 from qlibero.results.records import Outcome
 
 FIELDS = ("suite", "task", "init", "seed", "success", "arm")
@@ -44,7 +44,7 @@ def parse_columns(text: str) -> dict[str, str]:
     return found
 
 
-def read_table(file: ResultFile, columns: Mapping[str, str]) -> list[ForeignArm]:
+def read_table(file: ResultFile, columns: Mapping[str, str]) -> list[ExternalArm]:
     """One arm, or one for each value of the column `arm`, in the order of their first rows."""
     arms: dict[str, list[tuple[Key | None, Outcome]]] = defaultdict(list)
     cells = defaultdict(list)
@@ -60,7 +60,7 @@ def read_table(file: ResultFile, columns: Mapping[str, str]) -> list[ForeignArm]
         cells[arm].append((suite, task))
     reason = "" if keyed else "the table has no column of initial states"
     return [
-        ForeignArm(
+        ExternalArm(
             f"{file.name}/{arm}" if arm else file.name,
             "table",
             tuple(episodes),

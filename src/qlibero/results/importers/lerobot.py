@@ -10,7 +10,7 @@ lerobot #4152). From 0.6.1 on episode k of a task starts from state k, but the f
 from __future__ import annotations
 
 from qlibero.results.importers.file import ResultFile, outcome
-from qlibero.results.imports import ForeignArm
+from qlibero.results.imports import ExternalArm
 
 TOOL = "LeRobot"
 REASON = (
@@ -19,7 +19,7 @@ REASON = (
 )
 
 
-def read(file: ResultFile) -> ForeignArm | None:
+def read(file: ResultFile) -> ExternalArm | None:
     data = file.data
     if not isinstance(data, dict):
         return None
@@ -32,10 +32,10 @@ def read(file: ResultFile) -> ForeignArm | None:
             for t, task in enumerate(data["per_task"])
             for i, success in enumerate(task["metrics"]["successes"])
         ]
-        return ForeignArm(file.name, TOOL, tuple(o for _, o in found), REASON, cells=tuple(cell for cell, _ in found))
+        return ExternalArm(file.name, TOOL, tuple(o for _, o in found), REASON, cells=tuple(cell for cell, _ in found))
     if "per_episode" in data:
         episodes = [
             (None, outcome(e["success"], f"per_episode[{i}].success")) for i, e in enumerate(data["per_episode"])
         ]
-        return ForeignArm(file.name, TOOL, tuple(episodes), "LeRobot records no initial state")
+        return ExternalArm(file.name, TOOL, tuple(episodes), "LeRobot records no initial state")
     return None

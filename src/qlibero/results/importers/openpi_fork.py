@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from qlibero.results.importers.file import ResultFile, number, outcome
-from qlibero.results.imports import ForeignArm, task_text
+from qlibero.results.imports import ExternalArm, task_text
 
 TOOL = "openpi fork"
 NEEDED = {"task_id", "episode_idx", "success"}
 
 
-def read(file: ResultFile) -> ForeignArm | None:
+def read(file: ResultFile) -> ExternalArm | None:
     if file.path.suffix == ".csv":
         header = file.text.partition("\n")[0]
         delimiter = max(",;\t", key=header.count)
@@ -38,7 +38,7 @@ def read(file: ResultFile) -> ForeignArm | None:
     return None
 
 
-def _arm(file: ResultFile, suite: str, seed: int | None, rows: Iterable[tuple[str, dict[str, Any]]]) -> ForeignArm:
+def _arm(file: ResultFile, suite: str, seed: int | None, rows: Iterable[tuple[str, dict[str, Any]]]) -> ExternalArm:
     episodes, names = [], {}
     caps: set[Any] = set()
     for where, row in rows:
@@ -48,7 +48,7 @@ def _arm(file: ResultFile, suite: str, seed: int | None, rows: Iterable[tuple[st
         names[suite, task] = task_text(row.get("task_name") or "")
         caps.add(row.get("max_steps"))
     cap = int(caps.pop()) if len(caps) == 1 and caps != {None} else None
-    return ForeignArm(
+    return ExternalArm(
         file.name,
         TOOL,
         tuple(episodes),

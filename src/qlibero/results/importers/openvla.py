@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 
 from qlibero.results.importers.file import ResultFile, outcome
-from qlibero.results.imports import ForeignArm, Key
+from qlibero.results.imports import ExternalArm, Key
 from qlibero.results.records import Outcome
 
 _PREFIX = r"(?:[A-Z]+:[\w.]*:|\S+ \S+ \[[A-Z]+\] )?"
@@ -27,7 +27,7 @@ _LINE = re.compile(
 )
 
 
-def read(file: ResultFile) -> ForeignArm | None:
+def read(file: ResultFile) -> ExternalArm | None:
     if file.path.suffix in (".csv", ".json", ".jsonl"):
         return None
     found = _LINE.findall(file.text)
@@ -54,4 +54,4 @@ def read(file: ResultFile) -> ForeignArm | None:
             cells.append((suite, task))
             init = None
     reason = "the log's initial states are not LIBERO's own, and it does not number them" if own_states else ""
-    return ForeignArm(file.name, "OpenVLA", tuple(episodes), reason, cells=tuple(cells) if own_states else ())
+    return ExternalArm(file.name, "OpenVLA", tuple(episodes), reason, cells=tuple(cells) if own_states else ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from qlibero.results.importers.file import ResultFile
-from qlibero.results.imports import ForeignArm
+from qlibero.results.imports import ExternalArm
 from qlibero.results.records import Outcome
 
 _VALUE = r"\b['\"]?\s*[:=]\s*(?:np\.\w+\(|array\()?"
@@ -19,7 +19,7 @@ _SUITE = re.compile(r"\btask_suite_name\b[\"']?\s*[:=]\s*[\"']?(\w+)")
 _CAP = re.compile(r"\bmax_episode_steps\b[\"']?\s*[:=]\s*(\d+)")
 
 
-def read(file: ResultFile) -> ForeignArm | None:
+def read(file: ResultFile) -> ExternalArm | None:
     if file.path.suffix in (".csv", ".json", ".jsonl"):
         return None
     rates, counts = _RATE.findall(file.text), _COUNT.findall(file.text)
@@ -39,6 +39,6 @@ def read(file: ResultFile) -> ForeignArm | None:
     outcomes = (ended[0],) * wins + (ended[1],) * (episodes - wins)
     suites = sorted(set(_SUITE.findall(file.text)))
     caps = {suite: int(cap) for suite in suites for cap in _CAP.findall(file.text)[:1]} if len(suites) == 1 else {}
-    return ForeignArm(
+    return ExternalArm(
         file.name, "RLinf", outcomes, "RLinf logs totals only", suites=frozenset(suites), constants={"max_steps": caps}
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qlibero.results.importers.file import SUITE, ResultFile, number, outcome
-from qlibero.results.imports import ForeignArm, Key, task_text
+from qlibero.results.imports import ExternalArm, Key, task_text
 from qlibero.results.records import Outcome
 
 TOOL = "vla-eval"
@@ -28,7 +28,7 @@ _EPISODES = (
 )
 
 
-def read(file: ResultFile) -> ForeignArm | None:
+def read(file: ResultFile) -> ExternalArm | None:
     if file.head == MAGIC:
         return _from_sqlite(file)
     data = file.data if file.path.suffix == ".json" else None
@@ -43,7 +43,7 @@ Benchmark = tuple[str, dict[str, Any], Any, Iterable[tuple[str, dict[str, Any]]]
 """Its name, its parameters, its seed, and each episode with its task."""
 
 
-def _arm(file: ResultFile, benchmarks: Iterable[Benchmark]) -> ForeignArm:
+def _arm(file: ResultFile, benchmarks: Iterable[Benchmark]) -> ExternalArm:
     episodes: list[tuple[Key | None, Outcome]] = []
     names, caps = {}, {}
     for benchmark, parameters, seed, rows in benchmarks:
@@ -58,7 +58,7 @@ def _arm(file: ResultFile, benchmarks: Iterable[Benchmark]) -> ForeignArm:
             names[suite, task] = task_text(str(name))
             caps[suite] = parameters.get("max_steps")
     constants = {"seed": seed, "max_steps": {s: cap for s, cap in caps.items() if cap}}
-    return ForeignArm(file.name, TOOL, tuple(episodes), names=names, constants=constants)
+    return ExternalArm(file.name, TOOL, tuple(episodes), names=names, constants=constants)
 
 
 def _ended(episode: dict[str, Any], task: str) -> Outcome:
@@ -75,7 +75,7 @@ def _parameters(said: dict[str, Any]) -> dict[str, Any]:
     return (said.get("config") or {}).get("params") or {}
 
 
-def _from_sqlite(file: ResultFile) -> ForeignArm | None:
+def _from_sqlite(file: ResultFile) -> ExternalArm | None:
     try:
         connection = _open(file)
         try:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from qlibero.results.importers.file import ResultFile, number, outcome
-from qlibero.results.imports import ForeignArm, task_text
+from qlibero.results.imports import ExternalArm, task_text
 
 
-def read(file: ResultFile) -> ForeignArm | None:
+def read(file: ResultFile) -> ExternalArm | None:
     if file.path.suffix != ".jsonl":
         return None
     rows = list(file.rows())
@@ -38,7 +38,7 @@ def read(file: ResultFile) -> ForeignArm | None:
         sizes.add(extra.get("camera_size"))
         caps[suite] = extra.get("max_steps", caps.get(suite))
     constants = {"max_steps": caps, "resolution": sizes.pop() if len(sizes) == 1 else None}
-    return ForeignArm(_name(file, header), "VLAQuantBench", tuple(episodes), names=names, constants=constants)
+    return ExternalArm(_name(file, header), "VLAQuantBench", tuple(episodes), names=names, constants=constants)
 
 
 def _name(file: ResultFile, header: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlibero.policies.pi05.layers import attend, fuse, modulated, project, project_joined, rotate
 
 
-class Glue(Protocol):
+class LayerOps(Protocol):
     """One implementation. All tensors are on one device; h, x, … have the stream's dtype."""
 
     name: str
@@ -57,7 +57,7 @@ class Glue(Protocol):
         ...
 
 
-class TorchGlue:
+class EagerOps:
     """Plain torch, any device."""
 
     name = "torch"
@@ -92,23 +92,23 @@ class TorchGlue:
         return attend(q, k, v, mask)
 
 
-def choose_glue(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Glue, str]:
-    """The glue for a model and why. Triton's is tried against torch's on random data first; a mismatch or an
+def choose_layer_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[LayerOps, str]:
+    """The ops for a model and why. Triton's is tried against torch's on random data first; a mismatch or an
     error means torch's, with the reason."""
     if device.type != "cuda":
-        return TorchGlue(), "no GPU"
+        return EagerOps(), "no GPU"
     try:
-        from qlibero.policies.pi05.fast.triton_fused_ops import TritonGlue
+        from qlibero.policies.pi05.fast.triton_fused_ops import TritonOps
 
-        worst = _compare(TritonGlue(), TorchGlue(), device, dtype, head_dim)
+        worst = _compare(TritonOps(), EagerOps(), device, dtype, head_dim)
     except Exception as error:
-        return TorchGlue(), f"triton glue failed: {type(error).__name__}: {error}"[:300]
+        return EagerOps(), f"triton ops failed: {type(error).__name__}: {error}"[:300]
     if not worst < 0.02:
-        return TorchGlue(), f"triton glue differs from torch by {worst:.3g} of the largest value"
-    return TritonGlue(), f"triton glue agrees with torch within {worst:.2g} of the largest value"
+        return EagerOps(), f"triton ops differs from torch by {worst:.3g} of the largest value"
+    return TritonOps(), f"triton ops agrees with torch within {worst:.2g} of the largest value"
 
 
-def _compare(one: Glue, other: Glue, device: torch.device, dtype: torch.dtype, dim: int) -> float:
+def _compare(one: LayerOps, other: LayerOps, device: torch.device, dtype: torch.dtype, dim: int) -> float:
     """Largest difference of the two on random data, relative to the largest value, over every function."""
     g = torch.Generator(device).manual_seed(0)
 
@@ -136,24 +136,24 @@ def _compare(one: Glue, other: Glue, device: torch.device, dtype: torch.dtype, d
 
     qkv, mlp, (o,) = linears(heads * dim, dim, dim), linears(512, 512), linears(width)
 
-    def everything(glue: Glue) -> list[Tensor]:
+    def everything(ops: LayerOps) -> list[Tensor]:
         keys, values = torch.zeros_like(k), torch.zeros_like(v)
         own = slice(total - length, None)
         few, many = (
-            glue.rotated(x, tuple(qkv), cos[: len(x)], sin[: len(x)], keys[: len(x), own], values[: len(x), own])
+            ops.rotated(x, tuple(qkv), cos[: len(x)], sin[: len(x)], keys[: len(x), own], values[: len(x), own])
             for x in (h, h.repeat(2, 1, 1))
         )
         return [
-            *glue.residual_norm(h, delta, gate, scale, shift),
-            *glue.residual_norm(h, None, None, scale, None),
-            *glue.residual_norm(h, glue.parts(delta, o), gate, scale, shift),
-            glue.gated(h, *mlp),
-            glue.gated(h.repeat(2, 1, 1), *mlp),
+            *ops.residual_norm(h, delta, gate, scale, shift),
+            *ops.residual_norm(h, None, None, scale, None),
+            *ops.residual_norm(h, ops.parts(delta, o), gate, scale, shift),
+            ops.gated(h, *mlp),
+            ops.gated(h.repeat(2, 1, 1), *mlp),
             few.contiguous(),
             many.contiguous(),
             keys,
             values,
-            *(glue.attend(x, k, v, hidden) for x in (q, long) for hidden in (mask, None)),
+            *(ops.attend(x, k, v, hidden) for x in (q, long) for hidden in (mask, None)),
         ]
 
     pairs = zip(everything(one), everything(other), strict=True)

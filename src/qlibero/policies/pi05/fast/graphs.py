@@ -1,4 +1,4 @@
-"""CUDA graphs of the sampler's phases, and a stopwatch that is right on both kinds of device.
+"""CUDA graphs of the sampler's phases, and a timer that is right on both kinds of device.
 
 A policy call at full size is some two thousand kernel launches; replayed as graphs they cost the GPU's time
 only.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_pdl import begin, fetch, launch
+from qlibero.kernels.triton_pdl import launch, pdl_wait, prefetch
 
 FEW_QUERIES = 512
 """Rows of the query matrix (heads · positions) up to which keys are cut."""
@@ -130,7 +130,7 @@ def _attend(
     OVERLAP: tl.constexpr,
 ):
     """Some query rows against all keys, some at a time (Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1)."""
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
     r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     place = (batch * rows + r)[:, None] * DIM + d[None, :]
@@ -188,9 +188,9 @@ def _attend_part(
     v_ptrs = v_ptr + batch * vb + n[:, None] * vt + d[None, :]
     # Nearly all keys and values have been there since the prefix; that the last may not yet be does no harm.
     near, lines = tl.minimum(n, keys - 1)[:, None], tl.arange(0, max(DIM // 64, 1))[None, :] * 64
-    fetch(k_ptr + batch * kb + near * kt + lines, OVERLAP)
-    fetch(v_ptr + batch * vb + near * vt + lines, OVERLAP)
-    begin(OVERLAP)
+    prefetch(k_ptr + batch * kb + near * kt + lines, OVERLAP)
+    prefetch(v_ptr + batch * vb + near * vt + lines, OVERLAP)
+    pdl_wait(OVERLAP)
     q = tl.load(q_ptr + (batch * rows + r)[:, None] * DIM + d[None, :], mask=live[:, None], other=0.0)
     k, v = tl.load(k_ptrs, mask=there[:, None], other=0.0), tl.load(v_ptrs, mask=there[:, None], other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -211,7 +211,7 @@ def _attend_join(
     parts_ptr, sums_ptr, out_ptr, rows, splits, DIM: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """Adds the parts of one query row, each faded to the largest score of all."""
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
     there = s < splits

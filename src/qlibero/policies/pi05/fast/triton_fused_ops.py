@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from qlibero.kernels.triton_pdl import begin, launch
+from qlibero.kernels.triton_pdl import launch, pdl_wait
 from qlibero.kernels.triton_quantizer import gelu_times
 from qlibero.policies.pi05.fast import triton_attention, triton_skinny_gemm
 from qlibero.policies.pi05.fast.triton_skinny_gemm import DEEP, GATED, TURNED, fits, turn
 from qlibero.policies.pi05.layers import plain, project, project_joined
 
 
-class TritonGlue:
-    """See `glue.Glue`. Rows must be contiguous in their last dimension."""
+class TritonOps:
+    """See `fused_ops.LayerOps`. Rows must be contiguous in their last dimension."""
 
     name = "triton"
 
@@ -138,7 +138,7 @@ def _residual_norm(
     SHIFT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * width
     i = tl.arange(0, BLOCK)
     here = i < width
@@ -182,7 +182,7 @@ def _rotate_split(
     HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     batch, t, part = tl.program_id(0) // length, tl.program_id(0) % length, tl.program_id(1)
     i = tl.arange(0, HALF)
     source = joined_ptr + batch.to(tl.int64) * jb + t * jt + part * 2 * HALF
@@ -202,7 +202,7 @@ def _rotate_split(
 
 @triton.jit
 def _gelu_gate(gate_ptr, up_ptr, out_ptr, width, gs, us, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    begin(OVERLAP)
+    pdl_wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = i < width

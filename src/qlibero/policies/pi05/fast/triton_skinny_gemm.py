@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlibero.kernels.triton_pdl import INTERPRETED, begin, fetch, launch
+from qlibero.kernels.triton_pdl import INTERPRETED, launch, pdl_wait, prefetch
 from qlibero.kernels.triton_quantizer import gelu_times
 
-MOST_ROWS = 16  # one tile of the tensor cores
+MAX_ROWS = 16  # one tile of the tensor cores
 
 
 class Shape(NamedTuple):
@@ -46,7 +46,7 @@ DEEP = Shape(16, 64, parts=2, stages=6)
 
 def _options(shape: Shape, x: Tensor) -> dict[str, int]:
     return {
-        "ROWS": MOST_ROWS,
+        "ROWS": MAX_ROWS,
         "OUTPUTS": shape.outputs,
         "STEP": shape.step,
         "LANES": shape.warps,
@@ -61,7 +61,7 @@ def fits(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     rows, (n, k) = x.numel() // x.shape[-1], weight.shape
     span = k // shape.parts
     return (
-        rows <= MOST_ROWS
+        rows <= MAX_ROWS
         and bias is None
         and x.dtype == weight.dtype
         and (x.element_size() == 2 or INTERPRETED)
@@ -74,7 +74,7 @@ def fits(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """See `glue.Glue.rotated`; weight ((heads + 2)·d, K), d a multiple of twice TURNED's outputs."""
+    """See `fused_ops.LayerOps.rotated`; weight ((heads + 2)·d, K), d a multiple of twice TURNED's outputs."""
     (batch, length, k), dim = x.shape, cos.shape[-1]
     heads = len(weight) // dim - 2
     q = torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device)
@@ -110,7 +110,7 @@ def parts(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K), weight (N, K) -> float32 (S, ..., N) whose sum over S is the product."""
     rows, (n, k) = x.numel() // x.shape[-1], weight.shape
     out = torch.empty(DEEP.parts, *x.shape[:-1], n, dtype=torch.float32, device=x.device)
-    few_kernel[(n // DEEP.outputs, DEEP.parts)](
+    skinny_gemm_kernel[(n // DEEP.outputs, DEEP.parts)](
         x.contiguous(), weight, out, rows, n, k, SPAN=k // DEEP.parts, GATED=False, **_options(DEEP, x)
     )
     return out
@@ -120,7 +120,7 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K), weight (2F, K), gate above up -> gelu_tanh(gate)·up, (..., F) in x's dtype."""
     rows, width, k = x.numel() // x.shape[-1], len(weight) // 2, weight.shape[1]
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-    few_kernel[(width // GATED.outputs, 1)](
+    skinny_gemm_kernel[(width // GATED.outputs, 1)](
         x.contiguous(), weight, out, rows, width, k, SPAN=k, GATED=True, **_options(GATED, x)
     )
     return out
@@ -160,10 +160,10 @@ def _products(
     """
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * k + start
     lines = tl.arange(0, SPAN // 64)[None, :] * 64  # of 128 bytes
-    fetch(w_ptrs + lines, OVERLAP)
+    prefetch(w_ptrs + lines, OVERLAP)
     if PAIR:
-        fetch(w_ptrs + apart * k + lines, OVERLAP)
-    begin(OVERLAP)
+        prefetch(w_ptrs + apart * k + lines, OVERLAP)
+    pdl_wait(OVERLAP)
     m = tl.arange(0, ROWS)
     place = start + tl.arange(0, LANES)[:, None] * (SPAN // LANES) + tl.arange(0, STEP)[None, :]
     w_ptrs = w_ptr + n.to(tl.int64)[None, :, None] * k + place[:, None, :]
@@ -180,7 +180,7 @@ def _products(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def few_kernel(
+def skinny_gemm_kernel(
     x_ptr,
     w_ptr,
     out_ptr,

@@ -7,7 +7,7 @@ from typing import Any
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import named, numbers, section
 from qlibero.reporting.html.sections.standing import standing
@@ -19,13 +19,13 @@ from qlibero.stats.sampling import population
 PLUGIN = SectionPlugin("differences", "paired differences", provides="differences", order=30)
 
 
-def difference_scale(m: Material) -> charts.Scale:
+def difference_scale(m: ReportData) -> charts.Scale:
     ends = [x for r in m.compared.values() if r.table.pairs for x in r.interval]
     margins = [m.margin_of(name) for name in m.compared]
     return charts.scale_over(ends or [0.0], include=(-max(margins), 0.0, max(margins)))
 
 
-def difference(m: Material, name: str, row: Row, scale: charts.Scale) -> Markup:
+def difference(m: ReportData, name: str, row: Row, scale: charts.Scale) -> Markup:
     """One arm's difference (or that of one suite, `row`) on its strip, with its cell's margin and noise band."""
     low, high = row.interval
     t95 = row.new_tasks.interval if row.new_tasks.clusters != 1 else None
@@ -45,7 +45,7 @@ def difference(m: Material, name: str, row: Row, scale: charts.Scale) -> Markup:
     )
 
 
-def differences(m: Material) -> Markup | None:
+def differences(m: ReportData) -> Markup | None:
     if not m.compared:
         return None
     drawn, figures = [], []
@@ -117,14 +117,14 @@ FIGURES = [
 ]
 
 
-def _asked(m: Material) -> str:
+def _asked(m: ReportData) -> str:
     found = {
         population(part.comparison.question.estimand, len(m.tasks_of(part.arms))) for part in m.parts if part.comparison
     }
     return next(iter(found)) if len(found) == 1 else "the question of their cell"
 
 
-def _figures(m: Material, name: str, suite: str, row: Row) -> list[Any]:
+def _figures(m: ReportData, name: str, suite: str, row: Row) -> list[Any]:
     """A line of the table, in the order of FIGURES. A control is no hypothesis, so it has no verdict and no Holm."""
     arm, t, adjusted = m.compared[name], row.table, row.adjusted
     word = standing(arm).word if arm.control or len(arm.suites) == 1 else row.verdict.text

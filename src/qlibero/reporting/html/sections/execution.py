@@ -6,7 +6,7 @@ from qlibero.registry import SectionPlugin
 from qlibero.reporting.execution_text import QUALITY, shift_text
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import legend, named, section, table
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.execution import Divergence, Shift
@@ -14,7 +14,7 @@ from qlibero.results.execution import Divergence, Shift
 PLUGIN = SectionPlugin("execution", "what ran: flow, fused operations, machines", provides="execution", order=60)
 
 
-def execution(m: Material) -> Markup | None:
+def execution(m: ReportData) -> Markup | None:
     horizon = max((r.steps for name in m.arms for r in m.records(name)), default=0)
     if not horizon:
         return None
@@ -54,7 +54,7 @@ def execution(m: Material) -> Markup | None:
     )
 
 
-def _quality(m: Material) -> Markup | None:
+def _quality(m: ReportData) -> Markup | None:
     rows = [
         [named(m, name), title, *_shifted(r, r.quality[measure])]
         for name, r in m.compared.items()
@@ -77,7 +77,7 @@ def _shifted(arm: ArmComparison, shift: Shift) -> list[str | int | Markup]:
     return [shift.pairs, between, el("span", shift_text(shift), class_="nobr"), beyond]
 
 
-def _parting(m: Material) -> Markup | None:
+def _parting(m: ReportData) -> Markup | None:
     """Where the two robots of a pair stop doing the same. The control shows how soon rounding alone gets there."""
     rows = [[named(m, name), *_parted(r.divergence)] for name, r in m.compared.items() if r.divergence.compared]
     if not rows:

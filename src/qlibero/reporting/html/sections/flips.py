@@ -8,7 +8,7 @@ from typing import Any
 from qlibero.episode_key import OFFICIAL, EpisodeKey
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
-from qlibero.reporting.html.report_data import Material, Part
+from qlibero.reporting.html.report_data import Part, ReportData
 from qlibero.reporting.html.sections.parts import named, section
 
 PLUGIN = SectionPlugin("flips", "which episodes flipped", provides="flips", order=40)
@@ -24,7 +24,7 @@ LONGEST_LINE = 100
 """Cells in a line of a map: what has more is folded, a line for each seed where that fits."""
 
 
-def flip_data(m: Material) -> dict[str, Any]:
+def flip_data(m: ReportData) -> dict[str, Any]:
     """What the page's script knows of the maps.
 
     {"cells": [{"tasks": […], "keys": […], "columns": […], "line": number of cells in a line}],
@@ -52,12 +52,12 @@ def flip_data(m: Material) -> dict[str, Any]:
     }
 
 
-def _task(m: Material, suite: str, task: int) -> str:
+def _task(m: ReportData, suite: str, task: int) -> str:
     told = m.instruction(suite, task)
     return f"{suite} task {task}" + (f" “{told}”" if told else "")
 
 
-def flip_rows(m: Material, part: Part, arm: str) -> list[str]:
+def flip_rows(m: ReportData, part: Part, arm: str) -> list[str]:
     """Per task a string with one letter per initial state: s both succeed, f both fail, b broken, r repaired,
     e error, u unpaired, · not run."""
     unpaired = m.compared[arm].unpaired
@@ -78,7 +78,7 @@ def flip_rows(m: Material, part: Part, arm: str) -> list[str]:
     return rows
 
 
-def flip_columns(m: Material, part: Part) -> list[tuple[str, int, int]]:
+def flip_columns(m: ReportData, part: Part) -> list[tuple[str, int, int]]:
     """(kind of initial states, seed, initial state): official ones first."""
     found = {(key.inits, key.seed, key.init) for name in part.arms for key in m.arms[name].records}
     return sorted(found, key=lambda column: (column[0] != OFFICIAL, *column))
@@ -101,7 +101,7 @@ def _columns_text(columns: list[tuple[str, int, int]]) -> str:
     return f"initial state {', then '.join(named)}{folded}"
 
 
-def flips(m: Material) -> Markup | None:
+def flips(m: ReportData) -> Markup | None:
     if not m.compared:
         return None
     maps = []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el, join
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import section
 
 PLUGIN = SectionPlugin("reading", "how to read the page", provides="reading", order=900)
 
 
-def reading(m: Material) -> Markup:
+def reading(m: ReportData) -> Markup:
     at = f"{m.margins}, the margin" if m.compared else "the margin"
     terms = [
         (

@@ -7,7 +7,7 @@ import numpy as np
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section
 from qlibero.results.summary import percentiles, phase_calls, policy_calls
@@ -15,7 +15,7 @@ from qlibero.results.summary import percentiles, phase_calls, policy_calls
 PLUGIN = SectionPlugin("latency", "latency of policy calls", provides="latency", order=70)
 
 
-def latency(m: Material) -> Markup | None:
+def latency(m: ReportData) -> Markup | None:
     calls = {name: policy_calls(m.records(name)) for name in m.arms}
     calls = {name: found for name, found in calls.items() if len(found)}
     if not calls:
@@ -56,7 +56,7 @@ def latency(m: Material) -> Markup | None:
     )
 
 
-def _control_note(m: Material) -> str:
+def _control_note(m: ReportData) -> str:
     if not any(arm.is_control for arm in m.arms.values()):
         return ""
     return " The A/A arm runs in batches of another size, on purpose: its latency is not a backend's."
@@ -66,7 +66,7 @@ def _ms(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def _warmup(m: Material) -> Markup | None:
+def _warmup(m: ReportData) -> Markup | None:
     shown = [
         [named(m, name), ", ".join(f"{ms:.0f}" for ms in arm.meta["warmup_ms"][:8])]
         for name, arm in m.arms.items()
@@ -75,7 +75,7 @@ def _warmup(m: Material) -> Markup | None:
     return numbers("First calls, warm-up that no statistic counts", ["arm", "ms"], shown) if shown else None
 
 
-def _phases(m: Material, names: list[str]) -> Markup | None:
+def _phases(m: ReportData, names: list[str]) -> Markup | None:
     phases = {name: phase_calls(m.records(name)) for name in names}
     titles = list(dict.fromkeys(phase for of_arm in phases.values() for phase in of_arm))
     every = [v.ms[v.ms > 0] for of_arm in phases.values() for v in of_arm.values() if np.any(v.ms > 0)]
@@ -122,7 +122,7 @@ def _phases(m: Material, names: list[str]) -> Markup | None:
     )
 
 
-def _simulator(m: Material) -> Markup:
+def _simulator(m: ReportData) -> Markup:
     rows = []
     for name in m.arms:
         done = [r for r in m.records(name) if r.outcome != "error"]

@@ -7,7 +7,7 @@ import os
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section, table
 
 PLUGINS = (
@@ -16,7 +16,7 @@ PLUGINS = (
 )
 
 
-def kernels(m: Material) -> Markup | None:
+def kernels(m: ReportData) -> Markup | None:
     parts = []
     for name, arm in m.arms.items():
         verdicts = arm.meta.get("kernels") or {}
@@ -73,7 +73,7 @@ def _prefix_caption(prefix: str) -> str:
     return f"All below {prefix}" if prefix else ""
 
 
-def layers(m: Material) -> Markup | None:
+def layers(m: ReportData) -> Markup | None:
     series: dict[str, list[tuple[str, float]]] = {}
     for name, arm in m.arms.items():
         found = [

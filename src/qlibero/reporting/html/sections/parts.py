@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from qlibero.reporting.html.markup import Markup, el, join
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 
 NBSP = "\u00a0"
 
@@ -77,15 +77,15 @@ def lane(strip: Markup, count: Any, title: str | None = None) -> Markup:
     return el("div", strip, el("span", count, class_="count", title=title), class_="lane")
 
 
-def swatch(m: Material, arm: str) -> Markup:
+def swatch(m: ReportData, arm: str) -> Markup:
     return el("span", class_=f"swatch {m.colour(arm)}", aria_hidden="true")
 
 
-def named(m: Material, arm: str, *more: Any) -> Markup:
+def named(m: ReportData, arm: str, *more: Any) -> Markup:
     return join(swatch(m, arm), m.arms[arm].label, *more)
 
 
-def legend(m: Material, arms: list[str] | None = None, class_: str = "legend") -> Markup:
+def legend(m: ReportData, arms: list[str] | None = None, class_: str = "legend") -> Markup:
     names = list(m.arms) if arms is None else arms
     return el("ul", [el("li", named(m, n)) for n in names], class_=class_)
 

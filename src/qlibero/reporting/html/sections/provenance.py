@@ -8,7 +8,7 @@ import yaml
 
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import numbers, section, table
 from qlibero.reporting.html.sections.tradeoff import is_unpacked, linear_bytes
 from qlibero.reporting.tables import Row, latex, markdown
@@ -21,7 +21,7 @@ PLUGINS = (
 )
 
 
-def copyable(m: Material) -> Markup:
+def copyable(m: ReportData) -> Markup:
     rows = [
         Row(arm.label, summarize_arm(m.records(name)), m.compared.get(name), _memory_text(arm.meta))
         for name, arm in m.arms.items()
@@ -48,7 +48,7 @@ def _memory_text(meta: dict[str, Any]) -> str:
     return "unpacked (fake)" if is_unpacked(meta) else f"{linear_bytes(meta['memory']) / 1e6:.1f}"
 
 
-def provenance(m: Material) -> Markup:
+def provenance(m: ReportData) -> Markup:
     parts = [table(["what", "value"], _software(m), caption="Software and hardware")]
     for run in m.runs:
         rows = _flat(run.environment)
@@ -94,7 +94,7 @@ def provenance(m: Material) -> Markup:
     )
 
 
-def _mixes(m: Material) -> list[Markup]:
+def _mixes(m: ReportData) -> list[Markup]:
     """A sentence for each arm whose episodes come from machines that answer differently."""
     told = {arm.label: mix_in_words(m.records(name)) for name, arm in m.arms.items()}
     return [
@@ -102,7 +102,7 @@ def _mixes(m: Material) -> list[Markup]:
     ]
 
 
-def _software(m: Material) -> list[list[Any]]:
+def _software(m: ReportData) -> list[list[Any]]:
     """What a reader asks first. A version that differs between runs, or between episodes, is told as all of them."""
     seen: dict[str, dict[str, None]] = {}
     for run in m.runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import legend, numbers, section
 from qlibero.results.records import EpisodeRecord
@@ -15,7 +15,7 @@ from qlibero.stats.proportions import wilson
 PLUGIN = SectionPlugin("success", "success by task and arm", provides="success", order=20)
 
 
-def success(m: Material) -> Markup:
+def success(m: ReportData) -> Markup:
     by_task: dict[str, dict[tuple[str, int], list[EpisodeRecord]]] = {}
     for name in m.arms:
         for record in m.records(name):
@@ -62,7 +62,7 @@ def _figure(records: list[EpisodeRecord]) -> str:
     return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} e" if errors else "")
 
 
-def _lane(m: Material, title: str, name: str, records: list[EpisodeRecord], scale: charts.Scale) -> Markup:
+def _lane(m: ReportData, title: str, name: str, records: list[EpisodeRecord], scale: charts.Scale) -> Markup:
     k, n, errors = counts(records)
     label = f"{title}, {m.arms[name].label}: {_figure(records)}"
     if not n:

@@ -8,7 +8,7 @@ from typing import Any
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
-from qlibero.reporting.html.report_data import Material
+from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section
 from qlibero.results.speed import is_simulation
@@ -20,7 +20,7 @@ PLUGINS = (
 )
 
 
-def memory(m: Material) -> Markup | None:
+def memory(m: ReportData) -> Markup | None:
     """The quantized linears of each arm (codes, scales, online transforms) against the same linears in bf16."""
     found = {
         name: arm.meta["memory"] for name, arm in m.arms.items() if (arm.meta.get("memory") or {}).get("bf16_bytes")
@@ -120,7 +120,7 @@ def linear_bytes(of: dict[str, Any]) -> int:
     return sum(of.get(kind, 0) for kind in KINDS)
 
 
-def pareto(m: Material) -> Markup | None:
+def pareto(m: ReportData) -> Markup | None:
     """Success against latency of everything but the A/A controls: their latency is that of other batches, and what they
     say, the noise floor, is drawn as a band around the reference."""
     dots = []
@@ -157,7 +157,7 @@ def pareto(m: Material) -> Markup | None:
             )
         )
         marks.append(el("i", class_=f"dot {colour}", style=f"left:{left}%;bottom:{y(rate)}%"))
-    tagged = len(dots) <= MOST_TAGS and max(len(m.arms[name].label) for name, *_ in dots) <= LONGEST_TAG
+    tagged = len(dots) <= MAX_TAGS and max(len(m.arms[name].label) for name, *_ in dots) <= LONGEST_TAG
     if tagged:
         marks += _tags(m, [(name, x(ms), y(rate)) for name, ms, rate, *_ in dots])
     text = "; ".join(f"{m.arms[d[0]].label}: {100 * d[2]:.1f} % at {d[1]:.1f} ms" for d in dots)
@@ -204,7 +204,7 @@ def pareto(m: Material) -> Markup | None:
     )
 
 
-def _tags(m: Material, places: list[tuple[str, float, float]]) -> list[Markup]:
+def _tags(m: ReportData, places: list[tuple[str, float, float]]) -> list[Markup]:
     """Names beside their dots, on the side with room, moved down where two would lie upon each other."""
     tags, taken = [], {"left": [], "right": []}
     for name, left, bottom in sorted(places, key=lambda place: -place[2]):
@@ -222,11 +222,11 @@ def _tags(m: Material, places: list[tuple[str, float, float]]) -> list[Markup]:
 
 
 LINE, NAME = 7.5, 22  # height and width of a name in percent of the chart
-MOST_TAGS = 6  # more names than this on the chart lie upon each other; the legend below has them
+MAX_TAGS = 6  # more names than this on the chart lie upon each other; the legend below has them
 LONGEST_TAG = 18  # so do longer ones
 
 
-def _floor_band(m: Material, y: charts.Scale) -> Markup | None:
+def _floor_band(m: ReportData, y: charts.Scale) -> Markup | None:
     """What rounding alone moves around the reference's success; only for a single cell, whose reference is one dot."""
     part = m.parts[0]
     if (

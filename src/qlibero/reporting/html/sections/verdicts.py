@@ -7,7 +7,7 @@ from collections import Counter
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
-from qlibero.reporting.html.report_data import Material, Part, planned_episodes
+from qlibero.reporting.html.report_data import Part, ReportData, planned_episodes
 from qlibero.reporting.html.sections.differences import difference, difference_scale
 from qlibero.reporting.html.sections.parts import named, numbers, section, unbroken
 from qlibero.reporting.html.sections.standing import holm_text, standing
@@ -35,7 +35,7 @@ FEW = 2  # cells of so few arms share one grid of cards
 MANY = 6  # more tested arms than this are read in the table; their cards fold their fine print away
 
 
-def verdicts(m: Material) -> Markup:
+def verdicts(m: ReportData) -> Markup:
     if not m.compared:
         return section("verdicts", "Result", el("div", [_single(m, name) for name in m.arms], class_="cards"))
     scale = difference_scale(m)
@@ -55,7 +55,7 @@ def verdicts(m: Material) -> Markup:
     )
 
 
-def _headline(m: Material) -> str:
+def _headline(m: ReportData) -> str:
     """How many arms are what, and how many of the non-inferior stay so when all of them are counted."""
     tested = {name: m.compared[name] for part in m.parts for name in part.tested}
     if not tested:
@@ -78,7 +78,7 @@ def _headline(m: Material) -> str:
     return unbroken(text)
 
 
-def _lead(m: Material) -> Markup:
+def _lead(m: ReportData) -> Markup:
     alone = m.parts[0] if len(m.parts) == 1 else None
     opening = "Every arm is compared with the reference of its own cell, on the same episodes"
     if alone:
@@ -112,7 +112,7 @@ def _band_text(floor: NoiseFloor) -> str:
     )
 
 
-def _part(m: Material, part: Part, scale: charts.Scale, many: bool) -> Markup:
+def _part(m: ReportData, part: Part, scale: charts.Scale, many: bool) -> Markup:
     cards = [_card(m, name, scale, many) for name in part.compared] or [_single(m, name) for name in part.arms]
     grid = el("div", cards, class_="cards pairs" if len(part.tested) in (2, 4) else "cards")
     if not part.cell.label:
@@ -121,7 +121,7 @@ def _part(m: Material, part: Part, scale: charts.Scale, many: bool) -> Markup:
     return join(el("h3", part.cell.label, el("small", aside), class_="cell-title"), grid)
 
 
-def _card(m: Material, name: str, scale: charts.Scale, folded: bool) -> Markup:
+def _card(m: ReportData, name: str, scale: charts.Scale, folded: bool) -> Markup:
     r = m.compared[name]
     found = standing(r)
     head = el(
@@ -206,7 +206,7 @@ def _error_text(r: ArmComparison) -> Markup | None:
     return el("p", " ".join(parts), class_="fine warn" if changed else "fine") if parts else None
 
 
-def _table(m: Material, open_: bool) -> Markup:
+def _table(m: ReportData, open_: bool) -> Markup:
     """Best first, and sortable by any column."""
     rows = []
     for name, r in sorted(m.compared.items(), key=lambda item: -(item[1].delta if item[1].delta is not None else -2)):
@@ -251,7 +251,7 @@ def _claimed_ratio(r: ArmComparison) -> float | None:
     return None if r.speed.claim == "simulation" or r.speed.interval is None else r.speed.ratio
 
 
-def _single(m: Material, name: str) -> Markup:
+def _single(m: ReportData, name: str) -> Markup:
     s = summarize_arm(m.records(name))
     low, high = s["wilson95"] or (0, 1)
     return el(

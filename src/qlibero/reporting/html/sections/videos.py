@@ -7,13 +7,13 @@ from pathlib import Path
 
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
-from qlibero.reporting.html.report_data import Material, Video
+from qlibero.reporting.html.report_data import ReportData, Video
 from qlibero.reporting.html.sections.parts import section
 
 PLUGIN = SectionPlugin("videos", "videos of flipped episodes, side by side", provides="videos", order=50)
 
 
-def videos(m: Material) -> Markup | None:
+def videos(m: ReportData) -> Markup | None:
     chosen, left_out = m.recorded, m.left_out
     if not chosen:
         return None
