@@ -118,19 +118,27 @@ def test_one_mistake_one_line_with_its_place(tmp_path: Path, text: str, expected
         ({"quant": {"method": "rtn", "include": ["q_proj", "("]}}, "quant.include.1", "not a regular expression"),
         ({"quant": {"method": "duquant", "layout": "llm"}}, "quant", "give calibration.path"),
         (
-            {"quant": {"method": "rtn", "layout": "llm", "weight_bits": 8, "activation_bits": 4}},
+            {
+                "quant": {
+                    "method": "rtn",
+                    "layout": "llm",
+                    "number_format": "mxfp4",
+                    "weight_bits": 4,
+                    "activation_bits": 8,
+                }
+            },
             "quant.activation_bits",
-            "W8A4",
+            "mxfp4 has activation_bits 4 or 16, not 8",
         ),
         (
-            {"quant": {"method": "rtn", "layout": "llm", "weight_bits": 3}},
+            {"quant": {"method": "rtn", "layout": "llm", "weight_bits": 7}},
             "quant.weight_bits",
-            "should be 4 or 8 (got 3)",
+            "should be 2, 3, 4, 5, 6 or 8 (got 7)",
         ),
         (
-            {"quant": {"method": "rtn", "layout": "llm", "per_layer_bits": {"down": 5}}},
+            {"quant": {"method": "rtn", "layout": "llm", "per_layer_bits": {"down": 7}}},
             "quant.per_layer_bits.down",
-            "4, 8 or 16",
+            "2, 3, 4, 5, 6, 8 or 16",
         ),
         ({"quant": None}, "backends.1", "needs a quant section"),
         ({"backends": []}, "backends", "no arm is listed"),
@@ -160,7 +168,7 @@ def test_everything_wrong_is_told_at_once_through_extends_and_set(tmp_path: Path
     path = write(tmp_path, "extends: base.yaml\n" + GOOD_TEXT + "sede: 3\n")
     lines = complaints(path, "seed=abc", "policy.checkpoint.x=3", "backends.7=fake", "nonsense")
     text = "\n".join(lines)
-    assert "base.yaml:2:3: quant.weight_bits: should be 4 or 8 (got 'four')" in text
+    assert "base.yaml:2:3: quant.weight_bits: should be 2, 3, 4, 5, 6 or 8 (got 'four')" in text
     assert "8:1: sede: unknown key; did you mean seed?" in text
     assert "--set seed=abc: seed: should be a whole number (got 'abc')" in text
     assert "--set policy.checkpoint.x=3: policy.checkpoint is 'weights', which has no keys of its own" in text
@@ -445,9 +453,9 @@ def test_every_path_of_the_schema_is_resolved_against_its_file() -> None:
 
 
 def test_settings_have_the_hash_under_which_artifacts_on_disk_lie(tmp_path: Path) -> None:
-    """Of configs/quant/duquant_w4a8.yaml, as it was while an artifact's settings were a class of their own."""
+    """Of configs/quant/duquant_w4a8.yaml, since weights are rounded by the weighted search unless asked otherwise."""
     duquant = Quant(method="duquant", layout="llm", calibration={"path": tmp_path / "any.npz"})
-    assert duquant.hash == "bfa66cba55bccaede532f062bd3878e84c378919b65ccdceb573d8ea4aad94ab"
+    assert duquant.hash == "df55b46b49a9c4ca275d6062df85b916c59978cf3241bf28b3aa7419f08737c4"
     elsewhere = Quant.model_validate(duquant.model_dump() | {"artifact_dir": tmp_path, "artifact": tmp_path / "a"})
     assert elsewhere.hash == duquant.hash
 

@@ -13,7 +13,7 @@ from test_fake_equals_kernel import small_policy
 from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed
 from qlibero.kernels.contract import quantize_weights, weight_grid
-from qlibero.quant.activation_stats import Listener
+from qlibero.quant.activation_stats import ActivationObserver
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.fitting import Basis, basis_of, fit_transform, quantize_linear
 from qlibero.quant.gptq import gptq
@@ -85,7 +85,7 @@ def test_second_moments_that_are_none_are_refused_by_name():
 
 
 def basis(x: torch.Tensor, held: torch.Tensor, linear: torch.nn.Linear, spec: Quant, moments: bool = True) -> Basis:
-    listener = Listener(0, "here", moments)
+    listener = ActivationObserver(0, "here", moments)
     listener.hear(x)
     listener.held = True
     listener.hear(held)
@@ -138,7 +138,7 @@ def test_smoothing_follows_the_loudness_it_is_told_to():
     factors = {}
     for smoothing in ("max", "rms", "mean", "none"):
         spec = Quant(layout="llm", method="smooth_hadamard", smoothing=smoothing)
-        listener = Listener(0, "here", False)
+        listener = ActivationObserver(0, "here", False)
         listener.hear(x)
         t = fit_transform([w], "here", listener.result(), spec)
         factors[smoothing] = (t.hadamard.float().abs() / t.hadamard.float().abs()[0]).tolist()
