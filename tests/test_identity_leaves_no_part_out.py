@@ -228,7 +228,7 @@ def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     begin(place / "out", {"kernels": {"q": {"kernel": "w8a8"}}}, config_hash(asked, arm))
     seen: list[dict] = []
 
-    def capture(experiment, arms, say, before, *_):
+    def capture(experiment, arms, before, *_):
         seen.append(before)
         raise WorkFailed("far enough")
 
