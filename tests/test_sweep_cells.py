@@ -162,7 +162,7 @@ def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
     for kernel in ("triton_w4a8", "humming", "bitblas", "w8a8", "fake"):
         assert problems("slurm", f"backends=[baseline, {kernel}]") == "", kernel
         assert problems("ray", f"backends=[baseline, {kernel}]", "launch.ray.gpus=1") == "", kernel
-    assert "triton_w4a8 on cuda: packs weights of 4 bits, not 8" in problems(
+    assert "triton_w4a8 on cuda: packs weights of 2 or 3 or 4 bits, not 8" in problems(
         "slurm", "backends=[triton_w4a8]", "quant.weight_bits=8"
     )
     assert "humming on cuda: takes one weight scale per row" in problems(

@@ -114,8 +114,8 @@ def finish(
     try:
         experiment = Experiment.model_validate(source.data)
     except ValidationError as error:
-        told = explain(error, source)
-        source.problems.extend(p for p in told if not (p.mark in unknown and "needs a quant section" in p.message))
+        found = explain(error, source)
+        source.problems.extend(p for p in found if not (p.mark in unknown and "needs a quant section" in p.message))
     if source.problems or experiment is None:
         raise ConfigError(sorted(source.problems, key=lambda p: (p.mark.source, p.mark.line, p.mark.column)))
     return experiment
@@ -129,7 +129,6 @@ def _apply_environment(source: Source, environ: Mapping[str, str]) -> list[str]:
     except ValueError as error:
         source.problems.append(Problem(Mark("environment"), str(error)))
         return []
-    notes = list(notes)
     quant = source.data.get("quant")
     for override in overrides:
         if not isinstance(quant, dict):
