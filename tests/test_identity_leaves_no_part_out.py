@@ -54,7 +54,7 @@ def experiment(backend: str, **policy) -> Experiment:
 
 def meta_of(asked: Experiment, before: dict | None = None) -> dict:
     (arm,) = asked.arms()
-    return arms.load_arms(asked, [arm], lambda text: None, {arm.name: before} if before else None)[1][arm.name]
+    return arms.load_arms(asked, [arm], {arm.name: before} if before else None)[1][arm.name]
 
 
 def begin(directory: Path, meta: dict, hash_: str = "h") -> None:
