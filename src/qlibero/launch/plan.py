@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.config.policies import GPU_BATCH
 from qlibero.config.schema import Arm, Experiment, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.engine import Engine, engines, load_engine
-from qlibero.machine.capacity import WORKER_GB, fitting
+from qlibero.machine.capacity import WORKER_GB, fitting, wanted
 from qlibero.places import RUNS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
@@ -144,6 +145,12 @@ def _device(experiment: Experiment, engine: Engine) -> str:
     if wanted != "auto":
         return wanted.partition(":")[0]
     return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
+
+
+def _gpu_batch(experiment: Experiment, engine: Engine) -> int | None:
+    """Rows of a policy call where it runs on a GPU."""
+    batch = experiment.policy.batch_size
+    return (GPU_BATCH if batch == "auto" else batch) if _device(experiment, engine) == "cuda" else None
 
 
 def costs(manifest: Manifest) -> dict[tuple, Cost]:
@@ -288,7 +295,8 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     by_engine = {}
     for name, engine in engines(launch.engine).items():
         place = engine.place(launch)
-        workers = place.cores if place.memory_gb is None else fitting(place.cores, place.memory_gb)
+        most = wanted(place.cores, _gpu_batch(manifest.cells[0].experiment, engine))
+        workers = most if place.memory_gb is None else fitting(most, place.memory_gb)
         shards = [
             s
             for shard in manifest.shards
