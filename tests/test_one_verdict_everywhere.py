@@ -259,7 +259,6 @@ def test_cells_of_a_sweep_each_keep_their_verdict(tmp_path):
     [
         ({"protocol": "openpi"}, "different protocols: pure and openpi"),
         ({"max_steps": 600}, "different step caps: 280 and 600"),
-        ({"replan_steps": 10}, "different numbers of executed steps per call: 5 and 10"),
     ],
 )
 def test_episodes_that_were_run_unlike_are_no_pair(tmp_path, more, reason):

@@ -7,7 +7,7 @@ arm's entry holds whole settings; `differences_only` undoes it for people.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ from qlibero.config.policies import Policy, PolicySettings, as_settings
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import OLDER_WORDS, laid_over
+from qlibero.config.yaml_text import short, shown
 from qlibero.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,6 +153,28 @@ def resolved(entries: Iterable[ArmEntry], policy: PolicySettings, quant: Quant |
         for entry in entries
         for k, name in enumerate(entry.names(), start=1)
     )
+
+
+def overrides_of(experiment: Experiment, arm: Arm) -> list[str]:
+    """In what the arm's policy is not the experiment's, as short words: `flow_steps 1`."""
+    base, own = experiment.policy.model_dump(mode="json"), arm.policy.model_dump(mode="json")
+    if own["type"] != base["type"]:
+        return [f"{own['type']} policy"]
+    return [f"{key} {_brief(value)}" for key, value in _different(own, base) if key != "sha256"]
+
+
+def _different(own: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in own.items():
+        if base.get(key) == value:
+            continue
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            yield from ((f"{key}.{inner}", said) for inner, said in _different(value, base[key]))
+        else:
+            yield key, value
+
+
+def _brief(value: Any) -> str:
+    return short(value.rpartition("/")[2] if isinstance(value, str) else shown(value), 40)
 
 
 def check_arms(experiment: Experiment) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 from qlibero.policies.base import Observation, Policy
 from qlibero.results.records import EpisodeRecord
 from qlibero.run.episode import PlannedEpisode, RunningEpisode
+from qlibero.run.pace import Chunks, Pace
 from qlibero.run.videos import scratch_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
@@ -40,6 +41,11 @@ class RolloutSettings:
     replan_steps: int
     retries: int
     videos: Path | None = None
+    paces: Mapping[str, Pace] = field(default_factory=dict)
+    """Of arms that act at a pace of their own."""
+
+    def pace(self, arm: str) -> Pace:
+        return self.paces.get(arm) or Pace(self.replan_steps)
 
 
 def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versions: dict[str, str]) -> EpisodeRecord:
@@ -50,7 +56,7 @@ def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versi
         kernels=kernels,
         versions=versions,
         max_steps=settings.max_steps,
-        replan_steps=settings.replan_steps,
+        replan_steps=settings.pace(record.arm).replan_steps,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -111,7 +117,7 @@ def run_episodes(
         if following is None:
             return
         episode, attempt = following
-        running[worker] = RunningEpisode(episode, attempt)
+        running[worker] = RunningEpisode(episode, attempt, Chunks(settings.pace(episode.arm)))
         video = settings.videos and scratch_path(settings.videos, episode.arm, episode.key)
         pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video))
 
@@ -140,7 +146,7 @@ def run_episodes(
                     on_record(episode.error_record(event.reason), None)
             start(event.worker)
         if waiting:
-            _serve(waiting, running, policies, pool, settings.replan_steps, on_call)
+            _serve(waiting, running, policies, pool, on_call)
 
 
 def _serve(
@@ -148,7 +154,6 @@ def _serve(
     running: Mapping[int, RunningEpisode],
     policies: Mapping[str, Policy],
     pool: SimulatorPool,
-    replan_steps: int,
     on_call: OnCall,
 ) -> None:
     """One policy call for the arm that has waited longest, with as many of its waiting episodes as a batch holds."""
@@ -165,4 +170,4 @@ def _serve(
     for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
         waiting.remove(worker)
         episode.record_call(chunk, policy_ms, len(batch))
-        pool.act(worker, actions[:replan_steps])
+        pool.act(worker, episode.chunks.next(actions))
