@@ -86,6 +86,9 @@ def test_a_real_kernel_s_memory_is_measured_beside_bf16_and_the_policy_is_checke
     assert memory["cpu_int4"]["weight_bytes"] * 4 == memory["cpu_int4"]["bf16_bytes"] == memory["fake"]["bf16_bytes"]
     assert memory["fake"]["ratio"] > 2 and memory["cpu_int4"]["ratio"] < 0.36
     assert meta["fake"]["witness"] is None and meta["cpu_int4"]["witness"]["action_difference"] == 0.0
+    # a run says what its arms do to actions, on the one demonstration of four that fitted nothing
+    assert meta["fake"]["action_error"] == meta["cpu_int4"]["action_error"]
+    assert meta["fake"]["action_error"]["observations"] == 1 and meta["fake"]["action_error"]["arm"] > 0
     (observation,) = heard  # a demonstration's, under an instruction of this experiment
     assert observation.prompt == PROMPTS[0] and observation.image.std() > 0
 

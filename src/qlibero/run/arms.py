@@ -261,6 +261,7 @@ def _quantized(
             "exact": exact,
             "witness": policy_check.to_json() if policy_check else None,
             "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
+            "action_error": artifact.calibration.get("action_error"),
             "memory": memory(policy.model, artifact).summary(),
         },
         recheck,
