@@ -92,7 +92,7 @@ def test_what_an_arm_cannot_be_is_told_where_it_was_written(study):
         "{name: x, policy: {checkpoint: gone}}": "arms.1.policy.checkpoint: no such file or directory",
         "{backend: fake, policy: {type: remote, url: 'ws://h:1'}}": "arms.1: a remote policy runs as it is",
         "{name: x, grid: {policy.flow_steps: 3}}": "arms.1.grid.policy.flow_steps: should be a list of values (got 3)",
-        "{name: x, grid: {policy.flow_steps: [1, no]}}": "arms.2.policy.flow_steps: should be a whole number (got 'no')",
+        "{name: x, grid: {policy.flow_steps: [1, no]}}": "arms.2.policy.flow_steps: should be a whole number",
         "{name: x, grid: {name: [a, b]}}": "arms.1.grid.name: an arm of a grid is named after its values",
         "{name: x, grid: {policy.flow_steps: [1, 1]}}": "two arms are called x.flow_steps-1",
     }.items():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -203,7 +203,7 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     policies = full_policies(arms)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        result = ensure_artifact(policies[arm.name], arm.quant, [root] if root else ())
+        result = ensure_artifact(policies[arm.name], cast("Quant", arm.quant), [root] if root else ())
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
         row["arms"].append(arm.name)
     return {"experiment": experiment.name, "artifacts": list(found.values())}
@@ -233,7 +233,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
             f"experiment {experiment.name} names no calibration data, which the measurement needs: "
             "give quant.calibration.path"
         )
-    data, _, _ = unseen([arm.quant])
+    data, _, _ = unseen([cast("Quant", arm.quant)])
     policy = quantizable(load_policy(arm.policy))
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)

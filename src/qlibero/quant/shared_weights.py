@@ -53,14 +53,14 @@ def replaced_in_all(arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozens
     """Weights that none of these arms of one checkpoint needs in full precision, because each is quantized and its
     artifact is ready: they are not even read, so that a full-size W4A8 policy fits where its bf16 language model would
     not."""
-    quants = [arm.quant for arm in arms]
-    if not quants or any(quant is None for quant in quants):
+    quants = [arm.quant for arm in arms if arm.quant is not None]
+    if not quants or len(quants) < len(arms):
         return frozenset()
     checkpoint = weights_sha256(arms[0].policy)
     if checkpoint is None:
         return frozenset()
-    artifacts = [ready_artifact(checkpoint, quant, places) for quant in quants]
-    if any(artifact is None for artifact in artifacts):
+    artifacts = [found for quant in quants if (found := ready_artifact(checkpoint, quant, places)) is not None]
+    if len(artifacts) < len(quants):
         return frozenset()
     names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
     return frozenset(set.intersection(*names))
