@@ -36,7 +36,7 @@ ONE = "w4.flow_steps-1"
 def study(tiny_experiment: Path, tmp_path: Path) -> Path:
     """The tiny experiment with arms that differ in steps, replanning, weights and quantization."""
     path = tmp_path / "study.yaml"
-    path.write_text(f"extends: {tiny_experiment}\ntasks: [0]\nepisodes_per_task: 2\n{ARMS}")
+    path.write_text(f"extends: {tiny_experiment}\ntasks: [0]\nepisodes_per_task: 2\nmax_steps: 10\n{ARMS}")
     return path
 
 
@@ -83,7 +83,7 @@ def test_an_arm_is_the_experiment_s_policy_but_for_what_it_says(study, tmp_path)
 def test_what_an_arm_cannot_be_is_told_where_it_was_written(study):
     for word in ("arms", "backends"):
         said = refused(study, f"{word}:\n  - baseline\n  - {{name: x, policy: {{flow_step: 1}}}}\n")
-        assert f"study.yaml:6:24: {word}.1.policy.flow_step: unknown key; did you mean flow_steps?" in said
+        assert f"study.yaml:7:24: {word}.1.policy.flow_step: unknown key; did you mean flow_steps?" in said
     for entry, told in {
         "{name: x}": "arms.1.backend: is missing, and x differs in nothing else; write e.g. fake",
         "{name: x, flow_steps: 1}": "arms.1.flow_steps: unknown key; write policy: {flow_steps: …}",
@@ -98,7 +98,7 @@ def test_what_an_arm_cannot_be_is_told_where_it_was_written(study):
     }.items():
         assert told in refused(study, f"arms:\n  - baseline\n  - {entry}\n"), entry
     both = refused(study, "arms: [baseline]\nbackends: [fake]\n")
-    assert "study.yaml:5:1: backends: is the older word for arms, and both are written" in both
+    assert "study.yaml:6:1: backends: is the older word for arms, and both are written" in both
     # of a policy that is wrong itself nothing is told twice
     assert refused(study, ARMS, "policy.dtype=f3").count("\n") == 0
 
@@ -110,7 +110,7 @@ def test_grids_of_cells_and_of_arms_multiply_and_a_set_reaches_into_an_arm(study
     assert [cell.experiment.arms()[1].policy.flow_steps for cell in found] == [1, 2, 1, 2]
     assert all(len(cell.experiment.arms()) == 6 for cell in found)
     manifest = cells.make_manifest(load_sweep(study, ["arms.0.policy.flow_steps=4"]), study.parent / "out")
-    document = plan(manifest, print)
+    document = plan(manifest)
     assert document["cells"][0]["overrides"]["baseline"] == ["flow_steps 4"]
     assert document["cells"][0]["overrides"]["long"] == ["replan_steps 10"]
 
@@ -121,7 +121,7 @@ def test_weights_that_arms_have_in_common_are_loaded_once(study, tmp_path, monke
     plain = loading.initialize
     monkeypatch.setattr(loading, "initialize", lambda model, seed: made.append(seed) or plain(model, seed))
     experiment = load_experiment(study)
-    policies, meta = arms.load_arms(experiment, experiment.arms(), print, run_dir=tmp_path / "run")
+    policies, meta = arms.load_arms(experiment, experiment.arms(), run_dir=tmp_path / "run")
     assert made == [0, 1]
     networks = {name: policy.model for name, policy in policies.items()}
     assert networks["baseline"] is networks["one"] is networks["long"] is not networks["other"]
@@ -133,7 +133,7 @@ def test_weights_that_arms_have_in_common_are_loaded_once(study, tmp_path, monke
     # together or alone, an arm is the same
     for name in ("one", ONE):
         alone = next(arm for arm in experiment.arms() if arm.name == name)
-        again = arms.load_arms(experiment, [alone], print, run_dir=tmp_path / "run")[1][name]
+        again = arms.load_arms(experiment, [alone], run_dir=tmp_path / "run")[1][name]
         assert (again["probe"], again["identity"]) == (meta[name]["probe"], meta[name]["identity"])
 
 
@@ -157,7 +157,7 @@ def test_a_run_of_unlike_arms_is_paired_resumed_and_told(study, tmp_path, capsys
     }
     assert all(found["pairs"] == 2 for found in document.values())
     assert "replan_steps 10 instead of 5 (another protocol of the policy)" in document["long"]["sentence"]
-    assert [record.replans for record in after["long"]] == [2, 2] and after["one"][0].replans == 3
+    assert [record.replans for record in after["long"]] == [1, 1] and after["one"][0].replans == 2
     alone = tmp_path / "alone"
     own = ["policy.flow_steps=1", "arms=[baseline]", "episodes_per_task=1", "videos=0"]
     assert cli.main(["run", str(study), "--out", str(alone), *(word for set_ in own for word in ("--set", set_))]) == 0

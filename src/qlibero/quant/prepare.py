@@ -7,10 +7,11 @@ and made in the first that can be written, so a checkout mounted read-only runs 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,18 +19,23 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from qlibero.cache import cache_directory
+from qlibero.config.arms import Arm
 from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
+from qlibero.policies import weights_sha256
 from qlibero.policies.base import QuantizablePolicy, quantizable
 from qlibero.quant.action_error import between
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
+from qlibero.quant.shared_weights import full_policies
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
     from qlibero.policies.base import Policy
+
+log = logging.getLogger(__name__)
 
 #: where the artifacts of all runs lie, if it can be written
 ARTIFACTS = RUNS / "artifacts"
@@ -176,13 +182,28 @@ def ready_artifact(checkpoint: str, quant: Quant, places: Sequence[Path] = ()) -
     return load(Path(path)) if path and Path(path).is_file() else None
 
 
-def artifact_for(
-    policy: Policy, quant: Quant, places: Sequence[Path] = (), say: Callable[[str], None] = lambda text: None
-) -> Artifact:
-    """`ensure_artifact` for a run: the artifact itself, and one line for people about where it came from."""
+def replaced_in_all(arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozenset[str]:
+    """Weights that none of these arms of one checkpoint needs in full precision, because each is quantized and its
+    artifact is ready: they are not even read, so that a full-size W4A8 policy fits where its bf16 language model would
+    not."""
+    quants = [arm.quant for arm in arms if arm.quant is not None]
+    if not quants or len(quants) < len(arms):
+        return frozenset()
+    checkpoint = weights_sha256(arms[0].policy)
+    if checkpoint is None:
+        return frozenset()
+    artifacts = [found for quant in quants if (found := ready_artifact(checkpoint, quant, places)) is not None]
+    if len(artifacts) < len(quants):
+        return frozenset()
+    names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
+    return frozenset(set.intersection(*names))
+
+
+def artifact_for(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -> Artifact:
+    """`ensure_artifact` for a run: the artifact itself; where it came from is logged."""
     found = ensure_artifact(policy, quant, places)
     how = f"calibrated in {found.seconds:.0f} s" if found.made else "found"
-    say(f"artifact {found.artifact.spec.label}: {how}, {found.path}")
+    log.info(f"artifact {found.artifact.spec.label}: {how}, {found.path}")
     return found.artifact
 
 
@@ -193,8 +214,6 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     settings share one.
     """
     import torch
-
-    from qlibero.quant.shared_weights import full_policies
 
     torch.set_num_threads(1)  # as a run has it: the same sums, so the same artifact
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
@@ -217,7 +236,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
     """
     import torch
 
-    from qlibero.policies import load_policy, weights_sha256
+    from qlibero.policies import load_policy
     from qlibero.quant.held_out import unseen
     from qlibero.quant.inspect import sensitivity
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 from qlibero.config.arms import Arm
 from qlibero.config.policies import PolicySettings
-from qlibero.policies import load_policy, shares_weights, weights_sha256, with_weights_of
+from qlibero.policies import load_policy, shares_weights, with_weights_of
 from qlibero.policies.base import Policy, QuantizablePolicy
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.policy_check import room_for_twin
-from qlibero.quant.prepare import ready_artifact
 
 
-def full_policies(arms: Sequence[Arm], places: Sequence[Path] | None = None) -> dict[str, Policy]:
+def full_policies(
+    arms: Sequence[Arm], unread: Callable[[Sequence[Arm]], frozenset[str]] = lambda sharing: frozenset()
+) -> dict[str, Policy]:
     """The unquantized policy of each arm, by the arm's name. Arms with equal settings have the same object; arms that
     differ in no weight have policies around one network.
 
-    `places`: where artifacts are looked for, to leave unread what they replace (`replaced_in_all`); None: read all.
+    `unread(arms of one checkpoint)`: weights that are not read (`prepare.replaced_in_all`).
     Raises as `policies.load_policy`.
     """
     found: dict[str, Policy] = {}
@@ -31,7 +31,7 @@ def full_policies(arms: Sequence[Arm], places: Sequence[Path] | None = None) -> 
                 if loaded:
                     policy = with_weights_of(loaded[0][1], arm.policy)
                 else:
-                    policy = load_policy(arm.policy, frozenset() if places is None else replaced_in_all(group, places))
+                    policy = load_policy(arm.policy, unread(group))
                 loaded.append((arm.policy, policy))
             found[arm.name] = policy
     return found
@@ -47,23 +47,6 @@ def sharing(arms: Sequence[Arm]) -> list[list[Arm]]:
         else:
             home.append(arm)
     return groups
-
-
-def replaced_in_all(arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozenset[str]:
-    """Weights that none of these arms of one checkpoint needs in full precision, because each is quantized and its
-    artifact is ready: they are not even read, so that a full-size W4A8 policy fits where its bf16 language model would
-    not."""
-    quants = [arm.quant for arm in arms if arm.quant is not None]
-    if not quants or len(quants) < len(arms):
-        return frozenset()
-    checkpoint = weights_sha256(arms[0].policy)
-    if checkpoint is None:
-        return frozenset()
-    artifacts = [found for quant in quants if (found := ready_artifact(checkpoint, quant, places)) is not None]
-    if len(artifacts) < len(quants):
-        return frozenset()
-    names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
-    return frozenset(set.intersection(*names))
 
 
 class QuantizedNetworks:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -39,21 +40,20 @@ from qlibero.policies.base import (
 from qlibero.quant.apply import gemm_shapes, memory
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.policy_check import check_policy
-from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations
+from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, replaced_in_all
 from qlibero.quant.recheck import Recheck
 from qlibero.quant.shared_weights import QuantizedNetworks, full_policies, sharing
 from qlibero.run.noise import RECIPE, call_noise
 from qlibero.sim.suites import get_suite, task_language
 
-WARMUP_CALLS = 3
+log = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
+WARMUP_CALLS = 3
 
 
 def load_arms(
     experiment: Experiment,
     arms: Sequence[Arm],
-    say: Say,
     before: Mapping[str, Mapping[str, Any]] | None = None,
     run_dir: Path | None = None,
     rechecks: dict[str, Recheck] | None = None,
@@ -69,9 +69,9 @@ def load_arms(
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
     places = artifact_places(run_dir)
     doing("loading the policy")
-    unquantized = full_policies(arms, places)
+    unquantized = full_policies(arms, lambda group: replaced_in_all(group, places))
     for line in _introductions(arms, unquantized):
-        say(line)
+        log.info(line)
     for arm in arms:
         if (
             horizon := unquantized[arm.name].provenance().get("action_horizon")
@@ -88,7 +88,7 @@ def load_arms(
             found: dict[str, Any] = {"label": _label(experiment, full, arm)}
         else:
             settled = _settled(arm, (before or {}).get(arm.name, {}))
-            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, quantized, say)
+            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, quantized)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
@@ -193,17 +193,17 @@ def layers_of(policy: QuantizablePolicy, artifact: Artifact, prompts: Sequence[s
     return [Layer(name, shape, tokens[linears[name].rows]) for name, shape in shapes.items()]
 
 
-def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
+def layers_of_arms(experiment: Experiment) -> list[Layer]:
     """What a run of the experiment would validate, all quantized arms together.
 
     Calibrates where an artifact is not ready yet.
     """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
-    full = {name: quantizable(policy) for name, policy in full_policies(arms, ()).items()}
+    full = {name: quantizable(policy) for name, policy in full_policies(arms, replaced_in_all).items()}
     layers = [
         layer
         for arm in arms
-        for layer in layers_of(full[arm.name], artifact_for(full[arm.name], arm.quant, (), say), prompts(experiment))
+        for layer in layers_of(full[arm.name], artifact_for(full[arm.name], arm.quant), prompts(experiment))
     ]
     found = [layer for layer in layers if not validation.without_kernel(layer.shape)]
     if not found:
@@ -217,12 +217,11 @@ def _quantized(
     full: QuantizablePolicy,
     places: Sequence[Path],
     networks: QuantizedNetworks,
-    say: Say,
 ) -> tuple[Policy, dict[str, Any], Recheck | None]:
-    artifact = artifact_for(full, arm.quant, places, say)
+    artifact = artifact_for(full, arm.quant, places)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
     validation.enforce(verdicts)
-    executed = {verdict.layer: verdict.executed for verdict in verdicts}
+    executed = {verdict.layer: str(verdict.executed) for verdict in verdicts}  # none is None any more
     # layers that never run are not tried: they follow the arm's first choice
     default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
@@ -238,7 +237,7 @@ def _quantized(
         policy_check = check_policy(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
-    say(
+    log.info(
         f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
@@ -291,7 +290,7 @@ def _introductions(arms: Sequence[Arm], unquantized: Mapping[str, Policy]) -> It
 
 def _seen(arm: Arm, prompt: str) -> Observation:
     """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
-    found = demonstrations(arm.quant).observations
+    found = demonstrations(arm.quant).observations if arm.quant else ()
     return replace(found[0], prompt=prompt) if found else blank_observation(prompt)
 
 
