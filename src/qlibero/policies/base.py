@@ -50,11 +50,25 @@ class Chunk:
     """Wall time of each phase of this call, device-synchronised: preprocess, vision, prefix, flow (ms)."""
 
 
+class Begun(Protocol):
+    """A policy call under way."""
+
+    def ready(self) -> bool:
+        """Whether `chunk` would not wait."""
+        ...
+
+    def chunk(self) -> Chunk:
+        """The answer; waits for it."""
+        ...
+
+
 class Policy(Protocol):
     """Anything that turns observations and noise into action chunks: all that a run asks of one.
 
     It may also have `frame_format` (`frames.FrameFormat`): simulators then bring their frames to that form, so that the
-    thread that calls `infer` need not; what is called without a simulator still gives (S, S, 3) uint8.
+    thread that calls `infer` need not; what is called without a simulator still gives (S, S, 3) uint8. And
+    `begin(observations, noise) -> Begun`: `infer` without waiting for the device, for a second call to be prepared
+    behind the first.
     """
 
     name: str
