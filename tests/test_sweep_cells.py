@@ -195,11 +195,11 @@ def test_what_no_machine_can_do_this_one_cannot_either():
 
 def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
-    with pytest.raises(UserError, match="1 simulators need 2.5 GB, a shard on engine slurm has 2.1 GB"):
+    with pytest.raises(UserError, match="1 simulators need 1.9 GB, a shard on engine slurm has 1.6 GB"):
         refuse_impossible(
-            cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm"
+            cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=1500M"), tmp_path / "out"), "slurm"
         )
-    made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=6G"), tmp_path / "out")
+    made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=4G"), tmp_path / "out")
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
     slurm_cost = plan(made)["engines"]["slurm"]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
     assert (

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.policies import GPU_BATCH
-from qlibero.config.schema import Arm, Experiment, Tracking
+from qlibero.config.schema import Experiment, Tracking
+from qlibero.config.yaml_source import laid_over
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
@@ -24,7 +26,7 @@ from qlibero.places import RUNS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import REFERENCE, declared_margin, read_run
+from qlibero.results.runs import REFERENCE, declared_margin, listed_arms, read_run
 from qlibero.results.stopping import BLOCK_PAIRS
 from qlibero.results.wording import detectable_line
 from qlibero.run.experiment import (
@@ -112,8 +114,8 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
             f"a shard on engine {name} has {memory_gb:.1f} GB; {engine.more_memory}"
         )
     yield from engine.problems(experiment.launch)
-    device = _device(experiment, engine)
     for arm in experiment.arms():
+        device = _device(experiment, arm, engine)
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
             if reason := _unsupported(arm, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
@@ -140,17 +142,24 @@ def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
     return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
 
 
-def _device(experiment: Experiment, engine: Engine) -> str:
-    wanted = getattr(experiment.policy, "device", "cpu")
+def _device(experiment: Experiment, arm: Arm, engine: Engine) -> str:
+    wanted = getattr(arm.policy, "device", "cpu")
     if wanted != "auto":
         return wanted.partition(":")[0]
     return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
 
 
 def _gpu_batch(experiment: Experiment, engine: Engine) -> int | None:
-    """Rows of a policy call where it runs on a GPU."""
-    batch = experiment.policy.batch_size
-    return (GPU_BATCH if batch == "auto" else batch) if _device(experiment, engine) == "cuda" else None
+    """The most rows of a call of an arm that is on a GPU."""
+    on_gpu = (arm for arm in experiment.arms() if _device(experiment, arm, engine) == "cuda")
+    return max((_batch(experiment, arm, engine) for arm in on_gpu), default=None)
+
+
+def _batch(experiment: Experiment, arm: Arm, engine: Engine) -> int:
+    """Rows of a policy call of the arm."""
+    if arm.policy.batch_size != "auto":
+        return int(arm.policy.batch_size)
+    return GPU_BATCH if _device(experiment, arm, engine) == "cuda" else 1
 
 
 def costs(manifest: Manifest) -> dict[tuple, Cost]:
@@ -181,14 +190,13 @@ def _kind(experiment: Experiment, arm: str) -> tuple:
 
 def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
-    entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
     replicated = arm.rpartition("-")[0]
-    backend = next(
-        (e["backend"] for e in entries if e["name"] == (replicated if e.get("replicates") else arm)),
-        arm,
+    entry = next(
+        (e for e in listed_arms(experiment) if e["name"] == (replicated if e.get("replicates") else arm)),
+        {"backend": arm},
     )
-    backend = "baseline" if backend == "aa" else backend
-    policy = json.dumps(experiment.get("policy"), sort_keys=True)
+    backend = "baseline" if entry["backend"] == "aa" else entry["backend"]
+    policy = json.dumps(laid_over(experiment.get("policy"), entry.get("policy") or {}), sort_keys=True)
     return experiment.get("suite"), experiment.get("max_steps"), policy, backend
 
 
@@ -222,6 +230,7 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
         "done": done,
         "missing": missing,
         "shards": cell.shards,
+        "overrides": {arm.name: said for arm in experiment.arms() if (said := overrides_of(experiment, arm))},
         "seconds_each": each if len(each) == len(arms) else None,
         "pairs": pairs,
         **(_detectable(cell, pairs) if len(arms) > 1 else {}),
@@ -300,7 +309,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
         shards = [
             s
             for shard in manifest.shards
-            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))
+            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, engine, known))
         ]
         # the longest shard is a bound of its own; below it the slots share the sum
         wall = max(max(shards, default=0.0), sum(shards) / min(place.at_once or 10**9, len(shards) or 1))
@@ -315,15 +324,19 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
 
 
 def _shard_seconds(
-    manifest: Manifest, shard: Shard, missing: list[tuple[str, EpisodeKey]], workers: int, known: dict[tuple, Cost]
+    manifest: Manifest,
+    shard: Shard,
+    missing: list[tuple[str, EpisodeKey]],
+    workers: int,
+    engine: Engine,
+    known: dict[tuple, Cost],
 ) -> float:
-    """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
+    """Simulators run beside each other, as many at once as there are cores; the policy serves batches of the episodes
+    that wait, one batch at a time."""
     experiment = manifest.cell(shard).experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
-    batch = experiment.policy.batch_size
-    together = (
-        min(workers, batch) if batch != "auto" else 1
-    )  # auto: one at a time on a CPU; on a GPU this is pessimistic
+    together = {arm.name: min(workers, _batch(experiment, arm, engine)) for arm in experiment.arms()}
+    stepping = min(workers, engine.place(experiment.launch).cores)
     each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     keys = set(episode_keys(experiment, (shard.index, shard.count)))
-    return sum(each[arm].sim_s / workers + each[arm].policy_s / together for arm, key in missing if key in keys)
+    return sum(each[arm].sim_s / stepping + each[arm].policy_s / together[arm] for arm, key in missing if key in keys)

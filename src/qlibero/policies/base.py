@@ -192,7 +192,9 @@ class PolicyFamily(Protocol):
 
     It may also have `files(settings)`: every file that is read, in a fixed order; `weights_sha256(settings)`: what the
     policy's provenance will name, without loading it; and `claims(path)` with `verify(path)`: whether a checkpoint is
-    of this family, and a report on it (see `pi05/verify.py`).
+    of this family, and a report on it (see `pi05/verify.py`). So that arms share what they have in common:
+    `shares_weights(one, other)`, whether one loaded network serves both settings, and `with_weights_of(loaded,
+    settings)`, the policy of `settings` around the network of another policy.
     """
 
     Settings: type[PolicySettings]

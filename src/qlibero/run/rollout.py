@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from qlibero.policies.base import Observation, Policy
 from qlibero.results.records import EpisodeRecord
 from qlibero.run.calls import MAX_CALLS, POLL_S, PolicyCall
 from qlibero.run.episode import PlannedEpisode, RunningEpisode
+from qlibero.run.pace import Chunks, Pace
 from qlibero.run.videos import scratch_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
@@ -40,6 +41,11 @@ class RolloutSettings:
     replan_steps: int
     retries: int
     videos: Path | None = None
+    paces: Mapping[str, Pace] = field(default_factory=dict)
+    """Of arms that act at a pace of their own."""
+
+    def pace(self, arm: str) -> Pace:
+        return self.paces.get(arm) or Pace(self.replan_steps)
 
 
 def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versions: dict[str, str]) -> EpisodeRecord:
@@ -50,7 +56,7 @@ def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versi
         kernels=kernels,
         versions=versions,
         max_steps=settings.max_steps,
-        replan_steps=settings.replan_steps,
+        replan_steps=settings.pace(record.arm).replan_steps,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -114,7 +120,7 @@ def run_episodes(
         if following is None:
             return
         episode, attempt = following
-        running[worker] = RunningEpisode(episode, attempt)
+        running[worker] = RunningEpisode(episode, attempt, Chunks(settings.pace(episode.arm)))
         video = settings.videos and scratch_path(settings.videos, episode.arm, episode.key)
         wanted = getattr(policies[episode.arm], "frame_format", None)
         pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video, wanted))
@@ -155,7 +161,7 @@ def run_episodes(
             if calls[0].ready():
                 break
         while calls and calls[0].ready():
-            _finish(calls.popleft(), calls, running, pool, settings.replan_steps, on_call)
+            _finish(calls.popleft(), calls, running, pool, on_call)
 
 
 def _finish(
@@ -163,7 +169,6 @@ def _finish(
     behind: Sequence[PolicyCall],
     running: Mapping[int, RunningEpisode],
     pool: SimulatorPool,
-    replan_steps: int,
     on_call: OnCall,
 ) -> None:
     """Act on an answer. An episode whose simulator died meanwhile has no use for it."""
@@ -174,4 +179,4 @@ def _finish(
     for (worker, episode), actions in zip(call.episodes.items(), chunk.actions, strict=True):
         if running.get(worker) is episode:
             episode.record_call(chunk, call.ms, len(call.episodes))
-            pool.act(worker, actions[:replan_steps])
+            pool.act(worker, episode.chunks.next(actions))

@@ -36,6 +36,8 @@ from qlibero.policies.surgery import swap_modules
 
 ACTION_NUMBERS = 7
 CAMERAS = 2
+CALIBRATION_STEPS = 10
+"""Flow steps at which activations are recorded, however many an arm takes."""
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
 
@@ -124,6 +126,14 @@ class Pi05Policy:
         """The same preprocessing around another network (the quantized arms)."""
         twin = copy(self)
         twin.model, twin._sampler = model, None
+        return twin
+
+    def for_calibration(self) -> Pi05Policy:
+        """The same policy at `CALIBRATION_STEPS` flow steps."""
+        if self.flow_steps == CALIBRATION_STEPS:
+            return self
+        twin = self.with_model(self.model)
+        twin.flow_steps = CALIBRATION_STEPS
         return twin
 
     def with_batch_size(self, batch_size: int) -> Pi05Policy:
