@@ -133,7 +133,7 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
         UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"
     ):
         refuse_impossible(manifest("backends=[baseline, triton_w4a8]", "policy.device=cpu"), "local")
-    with pytest.raises(UserError, match="2000 simulators need 5000 GB"):
+    with pytest.raises(UserError, match="2000 simulators need 3800 GB"):
         refuse_impossible(manifest("workers=2000"), "local")
     with pytest.raises(UserError, match="launch.slurm.time 2 is not longer than launch.slurm.signal_s 120"):
         refuse_impossible(manifest("launch.slurm.time='2'"), "slurm")
