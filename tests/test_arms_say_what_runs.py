@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def load(checkpoint, tmp_path_factory, monkeypatch):
+def load(checkpoint, tmp_path_factory, monkeypatch, said):
     """Arms of a tiny policy as a run loads them: (meta by arm, what was said)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "kernels"))
     monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path_factory.getbasetemp() / "artifacts")
@@ -49,8 +49,7 @@ def load(checkpoint, tmp_path_factory, monkeypatch):
                 "on_failure": on_failure,
             }
         )
-        said: list[str] = []
-        return arms.load_arms(experiment, experiment.arms(), said.append)[1], said
+        return arms.load_arms(experiment, experiment.arms())[1], said
 
     return loading
 

@@ -230,8 +230,11 @@ def divergences(
         first_chunks.append(float(motion_difference(left, right)[: _first_chunk(pair)].max(initial=0.0)))
         flipped.append(pair.step != 0)
     chunk = float(f"{np.median(first_chunks):.6g}") if first_chunks else None
-    told = auc(*([x for x, flip in zip(first_chunks, flipped, strict=True) if flip == one] for one in (True, False)))
-    return Divergence(threshold, threshold_from, chunk, *(told or (None, None)), steps, visible, gripper)
+    of_flipped, of_others = (
+        [x for x, flip in zip(first_chunks, flipped, strict=True) if flip == which] for which in (True, False)
+    )
+    area, area95 = auc(of_flipped, of_others) or (None, None)
+    return Divergence(threshold, threshold_from, chunk, area, area95, steps, visible, gripper)
 
 
 def _first_chunk(pair: Pair) -> int:

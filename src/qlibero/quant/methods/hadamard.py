@@ -38,7 +38,8 @@ def normalized(spec: Quant) -> Tensor:
     size = spec.block_size
     if size & (size - 1):
         raise UserError(f"quant.block_size is {size}; {spec.method} needs a power of two such as 64")
-    return hadamard(size) / size**0.5
+    orthogonal: Tensor = hadamard(size) / size**0.5
+    return orthogonal
 
 
 def hadamard(size: int) -> Tensor:

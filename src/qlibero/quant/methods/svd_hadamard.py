@@ -29,6 +29,6 @@ output_rotation = weight_pca.output_rotation
 
 def fit(data: GroupData, spec: Quant) -> Transform:
     """`weight_pca`'s permutation, and its axes times H."""
+    axes = weight_pca.fit(data, spec).tensors()
     mixing = normalized(spec).to(data.peak.device)
-    pca = weight_pca.fit(data, spec)
-    return Transform(order=pca.order, second=(pca.second.double() @ mixing).float())
+    return Transform(order=axes["order"], second=(axes["second"].double() @ mixing).float())
