@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.sweep import Sweep
+from qlibero.console import count_text
 from qlibero.launch import cells
 from qlibero.launch.engine import Submission, Submitted, engines, load_engine
 from qlibero.launch.plan import refuse_impossible
@@ -29,7 +30,10 @@ def run_sweep(
     under_way = _under_way(manifest) if missing else {}
     indices = tuple(i for i in missing if manifest.shards[i] not in under_way)
     if under_way:
-        say(f"{len(missing) - len(indices)} of {len(missing)} missing shards are already queued or running: left alone")
+        say(
+            f"{len(missing) - len(indices)} of {count_text(len(missing), 'missing shard')} already queued "
+            "or running: left alone"
+        )
     submitted = Submitted(finished=True)
     text = ""
     if indices:
@@ -41,7 +45,7 @@ def run_sweep(
             text = chosen.describe(submission)
             say(text)
         else:
-            say(f"{len(indices)} of {len(manifest.shards)} shards, engine {name}, {directory}")
+            say(f"{len(indices)} of {count_text(len(manifest.shards), 'shard')}, engine {name}, {directory}")
             submitted = chosen.submit(submission, say)
     elif not missing and not dry_run and _merge_was_lost(manifest):
         say("every episode is there, but the merge after them was not finished: doing it here")

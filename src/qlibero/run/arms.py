@@ -19,6 +19,7 @@ import torch
 
 from qlibero.activity import doing
 from qlibero.config.schema import Arm, Experiment
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.identity import file_sha256
@@ -248,7 +249,7 @@ def _quantized(
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     say(
-        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
+        f"arm {arm.name}: {artifact.spec.label}, {count_text(len(artifact.layers), 'linear')} on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
     return (
@@ -312,6 +313,6 @@ def _require_replan(experiment: Experiment, horizon: int) -> None:
     wanted = experiment.policy.replan_steps
     if wanted > horizon:
         raise UserError(
-            f"policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} action{'s' * (horizon > 1)}: "
+            f"policy.replan_steps is {wanted}, but a chunk of this policy has {count_text(horizon, 'action')}: "
             f"write at most {horizon}"
         )

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from qlibero.cli.outcomes import Document, Incomplete, explain
-from qlibero.console import table
+from qlibero.console import count_text, table
 from qlibero.errors import UserError
 
 
@@ -31,8 +31,10 @@ def lint(args: argparse.Namespace) -> Document:
         explain(complaint)
     document = {"files": len(found), "complaints": complaints}
     if complaints:
-        raise Incomplete(f"{len(complaints)} complaints about {len(found)} files, see above", document)
-    explain(f"{len(found)} files, nothing to complain about")
+        raise Incomplete(
+            f"{count_text(len(complaints), 'complaint')} about {count_text(len(found), 'file')}, see above", document
+        )
+    explain(f"{count_text(len(found), 'file')}, nothing to complain about")
     return document
 
 

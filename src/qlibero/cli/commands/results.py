@@ -6,6 +6,7 @@ import argparse
 import os
 
 from qlibero.cli.outcomes import Document, Unwanted, explain
+from qlibero.console import count_text
 from qlibero.errors import UserError
 
 
@@ -40,7 +41,7 @@ def export(args: argparse.Namespace) -> Document:
     from qlibero.results.export import export_episodes
 
     document = export_episodes(args.run_dirs, args.output, args.arm, args.task, args.card)
-    explain(f"{document['rows']} episodes: {document['file']}")
+    explain(f"{count_text(document['rows'], 'episode')}: {document['file']}")
     if document["card"]:
         explain(f"dataset card: {document['card']}")
     return document
@@ -69,7 +70,8 @@ def report(args: argparse.Namespace) -> Document:
     document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
     left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
     explain(
-        f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})"
+        f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, "
+        f"{count_text(document['videos'], 'video pair')}{left})"
     )
     return document
 
