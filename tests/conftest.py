@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from qlibero.console import log_to
 from qlibero.sim.pool import SimulatorPool
 
 TINY_ARCHITECTURE = {
@@ -27,6 +28,14 @@ TINY_ARCHITECTURE = {
     "max_token_len": 24,
     "state_dim": 8,
 }
+
+
+@pytest.fixture
+def said():
+    """What the package logs from here on, line by line."""
+    lines: list[str] = []
+    with log_to(lines.append):
+        yield lines
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def load(checkpoint, tmp_path_factory, monkeypatch):
+def load(checkpoint, tmp_path_factory, monkeypatch, said):
     """Arms of a tiny policy as a run loads them: (meta by arm, what was said)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "kernels"))
     monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path_factory.getbasetemp() / "artifacts")
@@ -49,8 +49,7 @@ def load(checkpoint, tmp_path_factory, monkeypatch):
                 "on_failure": on_failure,
             }
         )
-        said: list[str] = []
-        return arms.load_arms(experiment, experiment.arms(), said.append)[1], said
+        return arms.load_arms(experiment, experiment.arms())[1], said
 
     return loading
 
@@ -86,6 +85,9 @@ def test_a_real_kernel_s_memory_is_measured_beside_bf16_and_the_policy_is_checke
     assert memory["cpu_int4"]["weight_bytes"] * 4 == memory["cpu_int4"]["bf16_bytes"] == memory["fake"]["bf16_bytes"]
     assert memory["fake"]["ratio"] > 2 and memory["cpu_int4"]["ratio"] < 0.36
     assert meta["fake"]["witness"] is None and meta["cpu_int4"]["witness"]["action_difference"] == 0.0
+    # a run says what its arms do to actions, on the one demonstration of four that fitted nothing
+    assert meta["fake"]["action_error"] == meta["cpu_int4"]["action_error"]
+    assert meta["fake"]["action_error"]["observations"] == 1 and meta["fake"]["action_error"]["arm"] > 0
     (observation,) = heard  # a demonstration's, under an instruction of this experiment
     assert observation.prompt == PROMPTS[0] and observation.image.std() > 0
 

@@ -69,9 +69,9 @@ def test_what_is_read_back_is_what_was_made(policy, quant, path):
     assert artifact.calibration["action_error"]["arm"] > 0
 
 
-def test_made_once_and_found_again(policy, quant, path):
-    root, said = path.parents[1], []
-    assert artifact_for(policy, quant, [root], said.append).path == path and "found" in said[0]
+def test_made_once_and_found_again(policy, quant, path, said):
+    root = path.parents[1]
+    assert artifact_for(policy, quant, [root]).path == path and "found" in said[0]
     other = ensure_artifact(policy, quant.model_copy(update={"method": "rtn"}), [root])
     assert other.made and other.path != path
     named = ensure_artifact(policy, quant.model_copy(update={"artifact": path}), [root])

@@ -85,7 +85,7 @@ def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_pat
     monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
     answers = []
     for each in (experiment, experiment, with_baseline):
-        policies, _ = arms.load_arms(each, each.arms(), lambda text: None)
+        policies, _ = arms.load_arms(each, each.arms())
         answers.append(policies["fake"].infer(observations(1), noises(1, (10, 7))).actions)
     assert asked[0] == frozenset() == asked[2] and len(asked[1]) == 7 * conv_config().llm.depth
     assert np.array_equal(answers[0], answers[1]) and np.array_equal(answers[0], answers[2])

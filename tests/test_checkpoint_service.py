@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 
 from qlibero import cli
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
-from qlibero.policies.pi05.images import resize_pil
+from qlibero.frames import resize_pil
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES

@@ -36,9 +36,8 @@ def write(directory: Path, text: str | dict[str, Any], name: str = "x.yaml") -> 
     return path
 
 
-def load(path: Path, *sets: str, environ: dict[str, str] | None = None, heard: list[str] | None = None) -> Experiment:
-    heard = [] if heard is None else heard
-    return load_experiment(path, sets, environ or {}, announce=heard.append, check_files=False)
+def load(path: Path, *sets: str, environ: dict[str, str] | None = None) -> Experiment:
+    return load_experiment(path, sets, environ or {}, check_files=False)
 
 
 def complaints(path: Path, *sets: str, environ: dict[str, str] | None = None) -> list[str]:
@@ -394,8 +393,7 @@ def test_the_hash_covers_what_decides_an_episode_and_nothing_else(tmp_path: Path
 
 
 # ------------------------------------------------------------------------------------ the fork's variables, the files
-def test_the_forks_variables_override_and_are_announced(tmp_path: Path) -> None:
-    heard: list[str] = []
+def test_the_forks_variables_override_and_are_announced(tmp_path: Path, said: list[str]) -> None:
     environ = {
         "OPENPI_DUQUANT_WBITS_DEFAULT": "8",
         "OPENPI_DUQUANT_ABITS": "0",
@@ -406,11 +404,11 @@ def test_the_forks_variables_override_and_are_announced(tmp_path: Path) -> None:
         "OPENPI_DUQUANT_ABIT": "8",
         "OPENPI_DUQUANT_PACKDIR": "/p",
     }
-    quant = load(write(tmp_path, GOOD), "quant.block_size=32", environ=environ, heard=heard).quant
+    quant = load(write(tmp_path, GOOD), "quant.block_size=32", environ=environ).quant
     assert (quant.weight_bits, quant.activation_bits, quant.layout) == (8, 16, None)
     assert quant.block_size == 32, "--set wins over the environment"
     assert quant.per_layer_bits == {r"^a\.b\.q_proj$": 8, r"^a\.b\.k_proj$": 16}
-    text = "\n".join(heard)
+    text = "\n".join(said)
     for variable in environ:
         assert variable in text, f"{variable} was not announced"
     assert "OPENPI_DUQUANT_ABIT is not known and ignored; did you mean OPENPI_DUQUANT_ABITS?" in text

@@ -27,9 +27,7 @@ def refused(path: Path, *sets: str, environ: dict[str, str] | None = None, sweep
     """The message of an error that came soon enough, with exit status 2 and of bearable length."""
     began = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        (load_sweep if sweep else load_experiment)(
-            path, sets, environ or {}, announce=lambda line: None, check_files=False
-        )
+        (load_sweep if sweep else load_experiment)(path, sets, environ or {}, check_files=False)
     assert time.process_time() - began < LIMIT_S
     message = str(caught.value)
     assert caught.value.exit_status == 2 and 0 < len(message) < LONGEST

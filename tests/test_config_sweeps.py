@@ -28,7 +28,7 @@ backends: [baseline, fake]
 def load(directory: Path, text: str, *sets: str) -> Sweep:
     (directory / "base.yaml").write_text(BASE)
     (directory / "sweep.yaml").write_text("extends: base.yaml\n" + text)
-    return load_sweep(directory / "sweep.yaml", sets, {}, announce=lambda line: None, check_files=False)
+    return load_sweep(directory / "sweep.yaml", sets, {}, check_files=False)
 
 
 def complaint(directory: Path, text: str) -> str:
@@ -101,9 +101,7 @@ def test_set_applies_to_every_cell_and_an_experiment_is_a_sweep_of_one(tmp_path:
 def test_what_set_makes_another_experiment_gets_another_name_and_the_rest_does_not(tmp_path: Path) -> None:
     def name(*sets: str, **environ: str) -> str:
         (tmp_path / "base.yaml").write_text(BASE)
-        return load_experiment(
-            tmp_path / "base.yaml", sets, environ, announce=lambda line: None, check_files=False
-        ).name
+        return load_experiment(tmp_path / "base.yaml", sets, environ, check_files=False).name
 
     assert (
         name()

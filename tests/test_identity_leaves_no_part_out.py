@@ -54,7 +54,7 @@ def experiment(backend: str, **policy) -> Experiment:
 
 def meta_of(asked: Experiment, before: dict | None = None) -> dict:
     (arm,) = asked.arms()
-    return arms.load_arms(asked, [arm], lambda text: None, {arm.name: before} if before else None)[1][arm.name]
+    return arms.load_arms(asked, [arm], {arm.name: before} if before else None)[1][arm.name]
 
 
 def begin(directory: Path, meta: dict, hash_: str = "h") -> None:
@@ -228,7 +228,7 @@ def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     begin(place / "out", {"kernels": {"q": {"kernel": "w8a8"}}}, config_hash(asked, arm))
     seen: list[dict] = []
 
-    def capture(experiment, arms, say, before, *_):
+    def capture(experiment, arms, before, *_):
         seen.append(before)
         raise WorkFailed("far enough")
 

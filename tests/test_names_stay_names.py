@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlibero import quoting
-from qlibero.cli.outcomes import explain
-from qlibero.console import console, table
+from qlibero.console import console, print_line, table
 from qlibero.reporting.html.markup import el, join
 
 BIDI = ["\u202e", "\u2066", "\u2069", "\u200f", "\u061c"]
@@ -18,7 +17,7 @@ def test_direction_controls_are_shown_in_pages_and_terminals(control, capsys):
     shown = f"evil\\u{ord(control):04x}gpj"
     assert shown in el("td", name, title=name) and control not in el("td", name, title=name)
     assert shown in join([name])
-    explain(name)
+    print_line(name)
     table([{"arm": name}], title=name)
     console().print(name)
     said = capsys.readouterr().err
@@ -27,13 +26,13 @@ def test_direction_controls_are_shown_in_pages_and_terminals(control, capsys):
 
 def test_other_scripts_and_emoji_are_left_alone(capsys):
     name = "Größe 模型 שלום 👩\u200d🔬"
-    explain(name)
+    print_line(name)
     console().print(name, style="red")
     assert capsys.readouterr().err.count(name) == 2 and name in el("b", name)
 
 
 def test_escape_sequences_do_not_reach_the_terminal(capsys):
-    explain("\x1b]0;title\x07\x1b[31mred")
+    print_line("\x1b]0;title\x07\x1b[31mred")
     assert "\x1b" not in capsys.readouterr().err
 
 

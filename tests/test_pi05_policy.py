@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
-from PIL import Image
 
 from qlibero.errors import UserError
+from qlibero.frames import FrameFormat, resize_area, resize_pil
 from qlibero.policies.base import Observation
-from qlibero.policies.pi05.images import resize_area, resize_pil, to_network
+from qlibero.policies.pi05.images import as_floats, to_network
 from qlibero.policies.pi05.normalize import from_lerobot, from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
@@ -47,7 +48,21 @@ def policy(batch_size: int = 1) -> Pi05Policy:
 @pytest.mark.parametrize("source,target", [(256, 224), (360, 224), (128, 224), (256, 200)])
 def test_openpis_resize_to_the_last_bit(source, target):
     image = np.random.default_rng(source).integers(0, 256, (source, source, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(image).resize((target, target), Image.BILINEAR))
+    """PIL's resampling as its source has it: 22 bits of fraction, one rounding to uint8 after each direction."""
+    scale = source / target
+    reach = max(scale, 1.0)
+    weights = np.zeros((target, source), np.int64)
+    for i in range(target):
+        centre = (i + 0.5) * scale
+        first, last = max(int(centre - reach + 0.5), 0), min(int(centre + reach + 0.5), source)
+        share = np.maximum(0.0, 1.0 - np.abs((np.arange(first, last) - centre + 0.5) / reach))
+        weights[i, first:last] = np.floor(share / share.sum() * 2**22 + 0.5)
+
+    def one_direction(lines: np.ndarray) -> np.ndarray:  # along the second axis
+        total = np.einsum("ts,ascx->atcx", weights, lines[..., None].astype(np.int64))[..., 0] + 2**21
+        return (total >> 22).clip(0, 255)
+
+    expected = one_direction(one_direction(image).transpose(1, 0, 2)).transpose(1, 0, 2)
     assert np.array_equal(resize_pil(image, target), expected)
 
 
@@ -70,6 +85,44 @@ def test_area_mean_of_sizes_that_do_not_divide(source, target):
     assert found.shape == (target, target, 3) and found.dtype == np.float32
     np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
     assert np.array_equal(resize_area(np.full_like(image, 77), target), np.full_like(found, 77))
+
+
+def test_a_pixel_is_the_same_number_on_every_device():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(1, 16, 16, 3)
+    expected = (np.arange(256, dtype=np.float32) / np.float32(255) * np.float32(2) - np.float32(1)).reshape(16, 16)
+    found = as_floats(pixels)
+    assert found.shape == (1, 3, 16, 16) and all(np.array_equal(found[0, c].numpy(), expected) for c in range(3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("profile", ["openpi", "openpi-state", "lerobot-0.6", "qlibero"])
+def test_frames_prepared_by_a_simulator_give_the_same_actions(profile, batch_size):
+    """Whoever resizes: the simulator, the policy, or some rows of a batch here and some there."""
+    config = conv_config() if profile == "qlibero" else siglip_config()
+    statistics = {name: from_openpi(entry, "quantile", "test") for name, entry in STATISTICS.items()}
+    words = WordTokenizer(sorted({w for p in PROMPTS for w in split_words(p)}))
+    tokenizer = words if profile == "qlibero" else DigitTokenizer()
+    p = Pi05Policy(
+        "small",
+        random_model(config),
+        PROFILES[profile],
+        statistics,
+        tokenizer,
+        batch_size=batch_size,
+        flow_steps=2,
+        identity={},
+    )
+    wanted = {"openpi": FrameFormat(28, "pil"), "openpi-state": FrameFormat(28, "pil"), "lerobot-0.6": None}
+    assert p.frame_format == wanted.get(profile, FrameFormat(config.vision.image_size, "area"))
+    seen, z = observations(3), noises(3, p.noise_shape)
+    expected = p.infer(seen, z).actions
+    if p.frame_format is None:
+        return
+    ready = [replace(o, image=p.frame_format.of(o.image), wrist_image=p.frame_format.of(o.wrist_image)) for o in seen]
+    assert ready[0].image.shape[0] == config.vision.image_size and ready[0].image.dtype == p.frame_format.dtype
+    assert np.array_equal(p.infer(ready, z).actions, expected)
+    assert np.array_equal(p.infer([ready[0], seen[1], ready[2]], z).actions, expected)
+    assert torch.equal(p.sample_eagerly(ready[1], z[1]), p.sample_eagerly(seen[1], z[1]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -110,11 +110,11 @@ class Inline(Engine):
     def describe(self, submission):
         return f"{len(submission.indices)} shards here"
 
-    def submit(self, submission, say):
+    def submit(self, submission):
         manifest = cells.read_manifest(submission.manifest)
         for index in submission.indices:
             cells.run_shard(manifest, index)
-        cells.merge(manifest, say)
+        cells.merge(manifest)
         return Submitted(finished=True)
 
 
@@ -231,7 +231,7 @@ def test_the_kernel_is_checked_and_gives_what_fake_gives(installed, tiny_experim
 
 
 @pytest.mark.libero
-def test_policy_suite_engine_tracker_and_section_share_one_sweep(installed, tmp_path, monkeypatch):
+def test_policy_suite_engine_tracker_and_section_share_one_sweep(installed, tmp_path, monkeypatch, said):
     """A real episode in LIBERO's simulator."""
     from qlibero.config.sweep import load_sweep
     from qlibero.launch.sweep import run_sweep
@@ -251,10 +251,9 @@ def test_policy_suite_engine_tracker_and_section_share_one_sweep(installed, tmp_
         "launch": {"engine": "inline"},
     }
     (tmp_path / "still.yaml").write_text(yaml.safe_dump(config))
-    said: list[str] = []
-    planned = run_sweep(load_sweep(tmp_path / "still.yaml"), None, tmp_path / "out", True, said.append)
+    planned = run_sweep(load_sweep(tmp_path / "still.yaml"), None, tmp_path / "out", True)
     assert planned["engine"] == "inline" and said[-1] == "1 shards here"
-    done = run_sweep(load_sweep(tmp_path / "still.yaml"), None, tmp_path / "out", False, said.append)
+    done = run_sweep(load_sweep(tmp_path / "still.yaml"), None, tmp_path / "out", False)
     assert done["complete"] and done["finished"], said
     (record,) = read_ledger(tmp_path / "out", "baseline")
     assert (record.suite, record.outcome, record.steps) == ("one_goal", "failure", 8)

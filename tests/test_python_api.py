@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 
 import qlibero
 import qlibero.run.evaluate
+from qlibero.console import log_to
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.paired_outcomes import Word
@@ -40,6 +43,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.before, self.after, self.conditions = [], [], set()
+        self.printed, self.logged = io.StringIO(), []
         self.names: dict[str, object] = {}
 
     def run(self) -> None:
@@ -63,7 +67,8 @@ class Loop:
         policy.train()
         policy.head.eval()  # frozen, as in fine-tuning
         self.before.append(surroundings(policy))
-        found = qlibero.run.evaluate.evaluate(policy, **arguments)
+        with redirect_stdout(self.printed), redirect_stderr(self.printed), log_to(self.logged.append):
+            found = qlibero.run.evaluate.evaluate(policy, **arguments)
         self.after.append(surroundings(policy))
         return found
 
@@ -101,6 +106,13 @@ def test_the_examples_run_and_leave_a_training_loop_as_it_was(loop, capsys):
     assert "fewer than 20 pairs carry no verdict" in qlibero.compare(loop.names["before"], loop.names["now"]).sentence
     assert loop.after == loop.before and len(loop.before) == 2
     assert loop.conditions == {(False, False, 1)}, "gradients, training mode, threads while it acts"
+
+
+@pytest.mark.libero
+def test_a_notebook_sees_nothing_that_it_did_not_ask_for(loop):
+    assert loop.printed.getvalue() == ""
+    assert sum("physics check: " in line for line in loop.logged) == 2
+    assert "libero_object/0/0/7: failure after 6 steps" in loop.logged
 
 
 @pytest.mark.libero

@@ -35,7 +35,7 @@ def cluster():
     cluster.shutdown()
 
 
-def test_shards_are_finished_once_when_a_worker_and_a_node_die(cluster, tmp_path, monkeypatch):
+def test_shards_are_finished_once_when_a_worker_and_a_node_die(cluster, tmp_path, monkeypatch, said):
     import ray
 
     monkeypatch.setattr(engine, "program", lambda: [sys.executable, light_shard.__file__])
@@ -59,8 +59,7 @@ def test_shards_are_finished_once_when_a_worker_and_a_node_die(cluster, tmp_path
         cluster.remove_node(cluster.second, allow_graceful=False)  # a node
 
     threading.Thread(target=hurt, daemon=True).start()
-    said: list[str] = []
-    submitted = ray_engine.submit(submission, said.append)
+    submitted = ray_engine.submit(submission)
     assert submitted.finished and not submitted.failed, said
     assert len(fallen) == 2
     for index in range(SHARDS):
@@ -94,11 +93,11 @@ def test_without_a_cluster_the_setting_is_named(tmp_path, monkeypatch, address, 
     with pytest.raises(
         UserError, match=rf"no Ray cluster at launch.ray.address={address} .*{why}.*--set launch.ray.address"
     ) as refused:
-        ray_engine.submit(made, print)
+        ray_engine.submit(made)
     assert "--address" not in str(refused.value)
 
 
 def test_without_ray_the_cure_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'qlibero\[ray\]'"):
-        ray_engine.submit(engine.Submission("x", tmp_path, (0,), Launch()), print)
+        ray_engine.submit(engine.Submission("x", tmp_path, (0,), Launch()))

@@ -46,7 +46,7 @@ def test_more_shards_than_an_array_holds_are_several_arrays(cluster, quick, tmp_
     submission = light(tmp_path, monkeypatch, "submission-001", 10)
     said = slurm.describe(submission)
     assert "# 10 shards in 3 arrays: MaxArraySize is 4" in said and said.count("--array=0-3\n") == 2
-    jobs = slurm.submit(submission, print).jobs
+    jobs = slurm.submit(submission).jobs
     assert len(jobs) == 4 and set(slurm.live_shards(tmp_path)) <= {cells.Shard("cell", i, 10) for i in range(10)}
     wait_for(lambda: not queue(), 120)
     assert_all_once(submission)
@@ -55,7 +55,7 @@ def test_more_shards_than_an_array_holds_are_several_arrays(cluster, quick, tmp_
 
 
 @pytest.mark.parametrize(
-    ("chosen", "asked", "arrays", "said"),
+    ("chosen", "asked", "arrays", "expected"),
     [
         ("slurm", True, 3, "on Slurm: 10 tasks in 3 job arrays (MaxArraySize 4), and a merge job after them"),
         ("local", True, 3, "on Slurm: 10 tasks in 3 job arrays (MaxArraySize 4), and a merge job after them"),
@@ -63,16 +63,17 @@ def test_more_shards_than_an_array_holds_are_several_arrays(cluster, quick, tmp_
         ("local", False, None, ""),
     ],
 )
-def test_plan_says_how_many_arrays_a_sweep_becomes(cluster, tmp_path, monkeypatch, chosen, asked, arrays, said):
+def test_plan_says_how_many_arrays_a_sweep_becomes(
+    cluster, tmp_path, monkeypatch, chosen, asked, arrays, expected, said
+):
     config = tmp_path / "ten.yaml"
     untrained = Path(__file__).parents[1] / "configs/policies/untrained.yaml"
     config.write_text(SMALL.format(untrained=untrained).replace("episodes_per_task: 2", "episodes_per_task: 10"))
     manifest = cells.make_manifest(load_sweep(config, [f"launch.engine={chosen}"]), tmp_path / "out")
     if not asked:
         monkeypatch.setenv("PATH", str(tmp_path))
-    lines: list[str] = []
-    jobs = plan(manifest, lines.append)["queued_as"].get("slurm")
-    assert "\n".join(lines).startswith(said) and len(lines) == bool(said)
+    jobs = plan(manifest)["queued_as"].get("slurm")
+    assert "\n".join(said).startswith(expected) and len(said) == bool(expected)
     assert (jobs or {}).get("arrays") == arrays
     assert jobs is None or (jobs["tasks"], jobs["max_array_size"]) == (10, 4 if asked else 1001)
 
@@ -80,7 +81,7 @@ def test_plan_says_how_many_arrays_a_sweep_becomes(cluster, tmp_path, monkeypatc
 def test_what_is_queued_of_a_later_array_is_known_by_its_shard(cluster, tmp_path, monkeypatch):
     submission = light(tmp_path, monkeypatch, "submission-001", 10, array_limit=1)
     submission = engine.Submission("sparse", submission.directory, (2, 5, 9), submission.launch)
-    first, second, third, _ = slurm.submit(submission, print).jobs
+    first, second, third, _ = slurm.submit(submission).jobs
     assert set(slurm.live_shards(tmp_path)) == {cells.Shard("cell", i, 10) for i in (2, 5, 9)}
     shown = subprocess.check_output(["scontrol", "show", "job", third], text=True)
     assert f"afterany:{second}" in shown  # one array after the other, or the limit would hold for each
@@ -88,10 +89,9 @@ def test_what_is_queued_of_a_later_array_is_known_by_its_shard(cluster, tmp_path
     wait_for(lambda: not queue(), 60)
 
 
-def test_a_refused_merge_leaves_the_shards_queued_and_says_so(cluster, quick, tmp_path, monkeypatch):
-    said: list[str] = []
+def test_a_refused_merge_leaves_the_shards_queued_and_says_so(cluster, quick, tmp_path, monkeypatch, said):
     submission = light(tmp_path, monkeypatch, "submission-001", 2, partition="short", time="5")
-    found = slurm.submit(submission, said.append)
+    found = slurm.submit(submission)
     assert found.merge_status == 1 and len(found.jobs) == 1 and not found.finished
     assert (
         "2 shards queued" in said[-1]
@@ -104,7 +104,7 @@ def test_a_refused_merge_leaves_the_shards_queued_and_says_so(cluster, quick, tm
     assert_all_once(submission)
     for merge in ({"time": "5"}, {"partition": "gpu", "gres": "gpu:1"}):
         own = light(tmp_path, monkeypatch, f"with-{len(merge)}", 1, partition="short", time="5", merge=merge)
-        assert slurm.submit(own, said.append).merge_status == 0
+        assert slurm.submit(own).merge_status == 0
         wait_for(lambda: not queue(), 60)
         assert (own.directory / "merged").exists()
 
@@ -112,7 +112,7 @@ def test_a_refused_merge_leaves_the_shards_queued_and_says_so(cluster, quick, tm
 def test_a_refused_array_says_what_is_queued_already(cluster, tmp_path, monkeypatch):
     submission = light(tmp_path, monkeypatch, "submission-001", 2, partition="nowhere")
     with pytest.raises(WorkFailed, match="(?s)sbatch refused .*nothing is queued"):
-        slurm.submit(submission, print)
+        slurm.submit(submission)
     assert not submission.directory.exists(), "a refused submission is none"
     submission = light(tmp_path, monkeypatch, "submission-002", 6)
     honest, calls = slurm._sbatch, []
@@ -125,7 +125,7 @@ def test_a_refused_array_says_what_is_queued_already(cluster, tmp_path, monkeypa
 
     monkeypatch.setattr(slurm, "_sbatch", second_is_refused)
     with pytest.raises(WorkFailed, match=r"(?s)sbatch refused .*queued already, and kept: job \d+"):
-        slurm.submit(submission, print)
+        slurm.submit(submission)
     assert set(slurm.live_shards(tmp_path)) == {cells.Shard("cell", i, 6) for i in range(4)}
     subprocess.run(["scancel", "--user", subprocess.check_output(["id", "-un"], text=True).strip()], check=True)
     wait_for(lambda: not queue(), 60)
@@ -143,7 +143,7 @@ SETUP = {
 @pytest.mark.parametrize("what", SETUP)
 def test_setup_lines_run_as_in_ones_own_shell(what, cluster, quick, tmp_path, monkeypatch):
     submission = light(tmp_path, monkeypatch, "submission-001", 1, setup=SETUP[what], login_shell=what == "quotes")
-    slurm.submit(submission, print)
+    slurm.submit(submission)
     wait_for(lambda: not queue(), 60)
     assert_all_once(submission)
 
@@ -152,7 +152,7 @@ def test_setup_lines_run_as_in_ones_own_shell(what, cluster, quick, tmp_path, mo
 def test_the_first_setup_line_that_fails_ends_the_shard_and_is_named(bad, cluster, quick, tmp_path, monkeypatch):
     setup = ["echo first", bad, "echo never"]
     submission = light(tmp_path, monkeypatch, "submission-001", 1, setup=setup)
-    slurm.submit(submission, print)
+    slurm.submit(submission)
     wait_for(lambda: not queue(), 60)
     log = submission.log(0).read_text()
     assert f"launch.slurm.setup failed: {bad}" in log and "first" in log and "never" not in log
@@ -168,7 +168,7 @@ def test_half_a_command_as_a_setup_line_is_refused_before_anything_is_queued(bad
 @pytest.mark.parametrize("name", ODD)
 def test_shards_run_and_log_below_any_path(name, cluster, quick, tmp_path, monkeypatch):
     submission = light(tmp_path / name, monkeypatch, "submission-001", 1)
-    assert slurm.submit(submission, print).merge_status == 0
+    assert slurm.submit(submission).merge_status == 0
     wait_for(lambda: not queue(), 60)
     assert_all_once(submission)
     assert (submission.directory / "merged").exists() and "shard 0 on" in submission.log(0).read_text()

@@ -67,7 +67,7 @@ def assert_all_once(submission: engine.Submission) -> None:
 
 def test_tasks_come_back_after_requeue_preemption_and_the_death_of_a_node(cluster, tmp_path, monkeypatch):
     submission = light(tmp_path, monkeypatch, "submission-001", 4)
-    array, merge = slurm.submit(submission, print).jobs
+    array, merge = slurm.submit(submission).jobs
     wait_for(lambda: all(done(submission, i) >= 2 for i in range(4)), 60)
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)  # the time limit is near
     urgent = [
@@ -112,7 +112,7 @@ def test_shard_that_is_longer_than_the_time_limit_comes_back(cluster, tmp_path, 
     monkeypatch.setattr(light_shard, "ROWS", 110)
     monkeypatch.setenv("LIGHT_ROWS", "110")  # 33 s and more; Slurm warns after about 27 s of its minute
     submission = light(tmp_path, monkeypatch, "submission-001", 1, time="1", signal_s=30)
-    slurm.submit(submission, print)
+    slurm.submit(submission)
     wait_for(lambda: not queue(), 150)
     assert_all_once(submission)
     log = submission.log(0).read_text()
@@ -125,7 +125,7 @@ def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp
         60,
     )
     submission = light(tmp_path, monkeypatch, "submission-001", 3)
-    slurm.submit(submission, print)
+    slurm.submit(submission)
     wait_for(lambda: all(done(submission, i) >= 1 for i in range(3)), 60)
     live = slurm.live_shards(tmp_path)
     assert live == {cells.Shard("cell", i, 3): "RUNNING" for i in range(3)}
@@ -135,7 +135,7 @@ def test_sweep_again_submits_only_what_is_missing_and_not_under_way(cluster, tmp
     wait_for(lambda: not queue(), 60)
     assert slurm.live_shards(tmp_path) == {}
     again = engine.Submission("again", submission.directory, (1,), submission.launch)
-    slurm.submit(again, print)  # … but by the next submission, which continues it
+    slurm.submit(again)  # … but by the next submission, which continues it
     wait_for(lambda: not queue(), 60)
     assert_all_once(submission)
 

@@ -111,7 +111,7 @@ def test_shards_hold_every_episode_of_every_cell_once(tmp_path):
     assert again == manifest
 
 
-def test_only_shards_that_lack_something_are_submitted(tmp_path):
+def test_only_shards_that_lack_something_are_submitted(tmp_path, said):
     manifest = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
     assert manifest.missing() == tuple(range(12))
     first = manifest.cells[0]
@@ -119,8 +119,7 @@ def test_only_shards_that_lack_something_are_submitted(tmp_path):
     fill(first, episode_keys(first.experiment, (2, 3)), arms=("baseline",))
     assert manifest.missing() == (0, *range(2, 12))  # shard 2 lacks its other arm
     before = sorted((tmp_path / "out").rglob("*"))
-    said: list[str] = []
-    document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True, said.append)
+    document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
     assert document["submitted"] == {"count": 11, "shards": "0,2-11"} and "--array=0,2-11\n" in document["dry_run"]
     assert sorted((tmp_path / "out").rglob("*")) == before  # a dry run writes nothing
 
@@ -163,7 +162,7 @@ def test_a_login_node_without_a_gpu_plans_for_nodes_that_have_one(tmp_path):
     for kernel in ("triton_w4a8", "humming", "bitblas", "w8a8", "fake"):
         assert problems("slurm", f"backends=[baseline, {kernel}]") == "", kernel
         assert problems("ray", f"backends=[baseline, {kernel}]", "launch.ray.gpus=1") == "", kernel
-    assert "triton_w4a8 on cuda: packs weights of 4 bits, not 8" in problems(
+    assert "triton_w4a8 on cuda: packs weights of 2 or 3 or 4 bits, not 8" in problems(
         "slurm", "backends=[triton_w4a8]", "quant.weight_bits=8"
     )
     assert "humming on cuda: takes one weight scale per row" in problems(
@@ -202,9 +201,7 @@ def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
         )
     made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=6G"), tmp_path / "out")
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    slurm_cost = plan(made, print)["engines"][
-        "slurm"
-    ]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    slurm_cost = plan(made)["engines"]["slurm"]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
     assert (
         slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
     )
@@ -213,9 +210,9 @@ def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
 def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
-    assert plan(made, print)["engines"] is None  # nothing like it has been run: no time is made up
+    assert plan(made)["engines"] is None  # nothing like it has been run: no time is made up
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    found = plan(made, print)
+    found = plan(made)
     assert (found["episodes"], found["done"], found["without_cost"]) == (400, 100, 0)
     assert found["cells"][1]["seconds_each"] == {
         "baseline": 3.0,
@@ -246,7 +243,6 @@ def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypa
         cells.make_manifest(
             sweep_of(tmp_path, STOPPING, "stop=null", "tasks=all", "episodes_per_task=50"), tmp_path / "out"
         ),
-        print,
     )["cells"]
     assert cell["pairs"] == 500 and cell["detectable_difference"] == pytest.approx(
         minimum_detectable_difference(500, 0.05), rel=1e-4
@@ -261,7 +257,7 @@ def test_no_arm_is_planned_below_the_noise_of_the_reference(tmp_path, monkeypatc
     (cell,), keys = made.cells, episode_keys(made.cells[0].experiment)
     fill(cell, keys, arms=("baseline", "fake"))
     fill(cell, keys, arms=("aa",), succeeds=keys[:10])
-    assert plan(made, print)["cells"][0]["discordance"] == "20.0% observed in aa"
+    assert plan(made)["cells"][0]["discordance"] == "20.0% observed in aa"
 
 
 # ------------------------------------------------------------------------------------------------ sequential stopping
@@ -280,12 +276,12 @@ launch: {{shard_episodes: 20}}
 def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.max_episodes=30"), tmp_path / "out")
-    (cell,) = plan(made, print)["cells"]
+    (cell,) = plan(made)["cells"]
     assert (cell["pairs"], cell["episodes"], cell["missing"], cell["done"], cell["shards"]) == (30, 60, 60, 0, 1)
     assert cell["margin"] == 0.3 and "With 2 looks (α 0.2 an arm) an equal arm" in cell["detectable"]
     assert cell["sequential"]["expected_pairs"] <= 30 and cell["sequential"]["pairs_for_noninferiority"] % 20 == 0
     made.cells[0].run_dir.mkdir(parents=True)
-    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True, print)
+    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True)
     assert (
         document["submitted"] == {"count": 1, "shards": "0"} and not document["complete"]
     )  # 50 pairs, one shard: the test needs them together
@@ -368,7 +364,7 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
             ledgers[arm].append(outcome_of(key, arm))
 
     monkeypatch.setattr("qlibero.run.experiment._run", instead_of_simulators)
-    assert plan(made, print, calibrate=True)["engines"] is not None
+    assert plan(made, calibrate=True)["engines"] is not None
     assert [sorted(pairs) for pairs in ran] == [
         [(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]
     ]
@@ -387,7 +383,7 @@ def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch
     made = cells.make_manifest(
         load_sweep(REPOSITORY / "configs/sweeps/methods_and_layouts.yaml", (), environ={}), tmp_path / "out"
     )
-    document = plan(made, print)
+    document = plan(made)
     for title, rows in readable(document):
         table(rows, title)
     said = capsys.readouterr().err
@@ -411,7 +407,7 @@ def test_the_plan_says_of_which_cells_each_sentence_is_true(tmp_path, monkeypatc
         STOPPING
         + f"cells:\n  one: {{{{backends: {first}, stop: null}}}}\n  two: {{{{backends: {second}, stop: null}}}}\n"
     )
-    document = plan(cells.make_manifest(sweep_of(tmp_path, grid), tmp_path / "out"), print)
+    document = plan(cells.make_manifest(sweep_of(tmp_path, grid), tmp_path / "out"))
     said = {row[""]: row["detectable"] for row in dict(readable(document))["what their pairs can find"]}
     alone, pairs = ("two", "one") if "fake" in first else ("one", "two")
     assert said[alone].startswith("one arm alone") and said[pairs].startswith("With 50 pairs and 5.0 % flips (assumed)")
@@ -437,7 +433,7 @@ def test_status_counts_files_not_promises(tmp_path):
         status(tmp_path)
 
 
-def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
+def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch, said):
     monkeypatch.setattr("qlibero.launch.slurm._notes", lambda directory: [])
     made = sweep_of(tmp_path, GRID, "tracking=[]")
     manifest = cells.make_manifest(made, tmp_path / "out")
@@ -449,10 +445,9 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch):
         json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}})
     )
     assert not cells.merged(manifest)  # as good as killed for who waits for wandb's rows
-    said: list[str] = []
-    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["complete"]
+    assert run_sweep(made, "local", tmp_path / "out", False)["complete"]
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
-    assert run_sweep(made, "local", tmp_path / "out", False, said.append)["submitted"]["count"] == 0 and len(said) == 1
+    assert run_sweep(made, "local", tmp_path / "out", False)["submitted"]["count"] == 0 and len(said) == 1
 
 
 def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):
@@ -552,7 +547,7 @@ def submission(tmp_path: Path, monkeypatch, shards: int) -> engine.Submission:
     return engine.Submission("drill", tmp_path, tuple(range(shards)), Launch(processes=2))
 
 
-def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named(tmp_path, monkeypatch):
+def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named(tmp_path, monkeypatch, said):
     made = submission(tmp_path, monkeypatch, 2)
     commands = made.shard_command
     monkeypatch.setattr(
@@ -568,20 +563,18 @@ def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named
         os.kill(int((tmp_path / "pid-0").read_text()), signal.SIGKILL)
 
     threading.Thread(target=hurt, daemon=True).start()
-    said: list[str] = []
-    submitted = local.submit(made, said.append)
+    submitted = local.submit(made)
     assert submitted.finished and submitted.failed == (1,)
     assert light_shard.rows(tmp_path, 0) == list(range(light_shard.ROWS)) and (tmp_path / "merged").exists()
     assert "shard 0 was killed by SIGKILL: starting it again" in said
     assert any("shard 1 ended with status 2" in line and "no such thing" in line for line in said)
 
 
-def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch):
+def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, said):
     made = submission(tmp_path, monkeypatch, 1)
     monkeypatch.setenv("LIGHT_ROWS", "1")
     monkeypatch.setattr(engine.Submission, "merge_command", lambda self: ["sh", "-c", "exit 5"])
-    said: list[str] = []
-    assert local.submit(made, said.append).merge_status == 5
+    assert local.submit(made).merge_status == 5
     assert said[-1] == "the merge after the shards ended with status 5; by hand: sh -c 'exit 5'"
 
     from qlibero import cli
@@ -597,7 +590,7 @@ def test_shards_beside_each_other_share_the_cores(tmp_path, monkeypatch):
     made = submission(tmp_path, monkeypatch, 2)
     monkeypatch.setattr(local, "capacity", lambda: Capacity(8, 64.0, 64.0, ""))
     monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", "echo cores $QLIBERO_CORES"])
-    assert not local.submit(made, print).failed
+    assert not local.submit(made).failed
     assert [made.log(i).read_text() for i in (0, 1)] == ["cores 4\n"] * 2
 
 
@@ -607,7 +600,7 @@ def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):
         "import sys; from pathlib import Path; from qlibero.config.schema import Launch\n"
         "from qlibero.launch import engine, local\n"
         f"engine.program = lambda: [sys.executable, {light_shard.__file__!r}]\n"
-        "local.submit(engine.Submission('drill', Path(sys.argv[1]), (0, 1), Launch(processes=2)), print)"
+        "local.submit(engine.Submission('drill', Path(sys.argv[1]), (0, 1), Launch(processes=2)))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     deadline = time.monotonic() + 60
@@ -629,12 +622,11 @@ def test_dry_runs_of_all_engines_name_every_shard(tmp_path):
     assert "--array=0,3\n" in slurm.describe(made)
 
 
-def test_full_disk_is_named_though_no_log_can_say_so(tmp_path, monkeypatch):
+def test_full_disk_is_named_though_no_log_can_say_so(tmp_path, monkeypatch, said):
     made = submission(tmp_path, monkeypatch, 1)
     monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", "exit 1"])
     monkeypatch.setattr(local.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
-    said: list[str] = []
-    assert local.submit(made, said.append).failed == (0,)
+    assert local.submit(made).failed == (0,)
     assert "is full" in said[0] and "same command again" in said[0]
 
 
@@ -648,5 +640,5 @@ def test_merge_on_a_full_disk_names_the_file_and_leaves_no_half_of_it(tmp_path, 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WorkFailed, match="result.json: the disk is full"):
-        cells.merge(manifest, print)
+        cells.merge(manifest)
     assert [path.name for path in (tmp_path / "out/sweep").glob("*result*")] == []

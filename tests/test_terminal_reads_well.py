@@ -49,13 +49,15 @@ def test_no_table_is_wider_than_its_terminal_or_loses_a_letter(rows: list) -> No
     def letters(text: str) -> list[str]:
         return sorted(re.findall(r"[abcxyzé\[\]]", text))
 
-    for width in (30, 80):
+    told = [terminal._cell(value) for row in rows for value in row.values()]
+    heads = "".join({key for row in rows for key in row})
+    for width in (30, 80, 2_000):
         text = shown(rows, width)
         assert max(map(len, text.splitlines())) <= width
-    wide = shown(rows, 2_000)
-    whole = [terminal._cell(value) for row in rows for value in row.values()]
-    heads = "".join({key for row in rows for key in row}) + "title"
-    assert letters(wide) == sorted(letters("".join(whole)) + letters(heads))
+        if "\nname" in text:  # the headings once: a table
+            assert letters(text) == sorted(letters("".join(told)) + letters(heads + "title"))
+        else:
+            assert set(letters("".join(told))) <= set(letters(text))
 
 
 @pytest.mark.parametrize("width", [80, 90, 100])

@@ -85,14 +85,13 @@ def test_a_flip_against_an_earlier_call_is_kept_and_its_other_half_is_asked_of_a
     assert kept(tmp_path) == ["w4a8 libero_object-0-0-7", "w4a8 libero_object-0-1-7"]
 
 
-def test_scratch_that_cannot_be_written_is_a_wrong_request_and_no_ffmpeg_is_a_word(tmp_path, monkeypatch):
+def test_scratch_that_cannot_be_written_is_a_wrong_request_and_no_ffmpeg_is_a_word(tmp_path, monkeypatch, said):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLIBERO_SCRATCH", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set QLIBERO_SCRATCH to a directory"), Videos(tmp_path, ARMS, 2):
         pass
     monkeypatch.setenv("PATH", str(tmp_path))
-    said: list[str] = []
-    with Videos(tmp_path, ARMS, 2, say=said.append) as videos:
+    with Videos(tmp_path, ARMS, 2) as videos:
         assert videos.directory is None
     assert said == ["no videos: there is no ffmpeg on this machine (`qlibero doctor` says how to get it)"]
 

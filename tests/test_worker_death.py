@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import WorkFailed
+from qlibero.frames import FrameFormat
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool, worker_environment
 
 pytestmark = pytest.mark.libero
@@ -80,6 +82,17 @@ def test_dead_hung_and_failing_workers_are_replaced_and_the_episode_comes_out_eq
             check=True,
         ).stdout.strip()
         assert frames == "128,64,8" and os.listdir(video.parent) == ["episode.mp4"]
+
+        for wanted in (FrameFormat(28, "pil"), FrameFormat(32, "area"), FrameFormat(80, "pil")):  # the last has no room
+            pool.start(0, replace(EPISODE, frame_format=wanted))
+            event, raw = next_event(pool), seen[0].observation
+            assert isinstance(event, Observed)
+            for found, whole in (
+                (event.observation.image, raw.image),
+                (event.observation.wrist_image, raw.wrist_image),
+            ):
+                assert np.array_equal(found, whole if wanted.size == 80 else wanted.of(whole)), wanted
+            assert np.array_equal(event.observation.state, raw.state)
 
         pool.start(0, EPISODE)
         assert isinstance(next_event(pool), Observed)

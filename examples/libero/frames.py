@@ -18,7 +18,7 @@ from demonstrations import parse_tasks
 from network import HORIZON, KINDS, SIZE
 from placements import RADIUS
 
-from qlibero.policies.pi05.images import resize_area
+from qlibero.frames import resize_area
 from qlibero.sim.libero import CAMERAS
 from qlibero.sim.scene import Scene
 

@@ -6,14 +6,16 @@ written (a batch account without a home) a temporary directory of this user's, w
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-import sys
 import tempfile
 from pathlib import Path
 
 from qlibero import files
 from qlibero.errors import WorkFailed, cause
+
+log = logging.getLogger(__name__)
 
 
 def cache_directory(name: str) -> Path:
@@ -22,7 +24,7 @@ def cache_directory(name: str) -> Path:
         return _made(_chosen() / name)
     except (OSError, RuntimeError) as problem:  # RuntimeError: this user has no home at all
         why, instead = cause(problem) if isinstance(problem, OSError) else str(problem), _temporary()
-        print(f"qlibero: the cache cannot be written ({why}); using {instead}", file=sys.stderr)
+        log.warning(f"the cache cannot be written ({why}); using {instead}")
         os.environ["QLIBERO_CACHE"] = str(instead)  # so that children use it too, and none says so again
         return _made(instead / name)
 

@@ -1,11 +1,17 @@
 """Where text for people goes: stderr, as wide as the terminal; a log file gets 160 columns without colour codes.
 
+Rooms only log, to `logging.getLogger(__name__)`. Who shows it, and how, is decided by the program that imports them: by
+`log_to` here for the command line.
+
 Rich is imported on first use, because `qlibero --help` must answer at once.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qlibero.places import pasteable
@@ -24,6 +30,34 @@ def count_text(n: int, what: str) -> str:
     """1 shard, 2,000 shards, 3 trajectories."""
     plural = f"{what[:-1]}ies" if what.endswith("ry") else f"{what}s"
     return f"{n:,} {what if n == 1 else plural}"
+
+
+def print_line(message: str) -> None:
+    """A line of this program's for people."""
+    print("\n".join(f"qlibero: {visible(pasteable(message))}".splitlines()), file=sys.stderr)
+
+
+@contextmanager
+def log_to(write: Callable[[str], None]) -> Iterator[None]:
+    """Within it `write`, and nobody else, gets what the package logs at level INFO and above."""
+    log, handler = logging.getLogger("qlibero"), _Lines(write)
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers, _, log.propagate = before
+        log.setLevel(before[1])
+
+
+class _Lines(logging.Handler):
+    def __init__(self, write: Callable[[str], None]):
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(record.getMessage())
 
 
 def console() -> Console:

@@ -7,6 +7,7 @@ can come after, or between, the one JSON line that programs read.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,10 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, NoReturn
 
-from qlibero.cli.outcomes import Document, Incomplete, Refused, explain
+from qlibero.cli.outcomes import Document, Incomplete, Refused
 from qlibero.cli.parser import build_parser
+from qlibero.console import log_to, print_line
 from qlibero.errors import QliberoError, UserError
 from qlibero.places import pasteable
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
@@ -53,6 +57,11 @@ def _terminated(signal_number: int, frame: Any) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    with log_to(print_line):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     previous = signal.signal(signal.SIGTERM, _terminated)  # a batch system's way of saying Ctrl-C
     args, wrong = None, None
     try:
@@ -78,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 emit(args.call(args))
                 return 0
             except Incomplete as error:
-                explain(str(error))
+                log.error(str(error))
                 emit(error.document)
                 return error.exit_status
             except Refused as error:
@@ -109,6 +118,6 @@ def _failed(
     emit: Callable[[Document], None], status: int, message: str, kind: str, found: Document | None = None
 ) -> int:
     message = pasteable(message)
-    explain(message)
+    log.error(message)
     emit({**(found or {}), "error": {"kind": kind, "message": message, "exit_status": status}})
     return status

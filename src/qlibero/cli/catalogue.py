@@ -175,7 +175,7 @@ def experiments() -> Rows:
     rows: Rows = []
     for path in sorted((CONFIGS / "experiments").glob("*.yaml")) + sorted((CONFIGS / "sweeps").glob("*.yaml")):
         try:
-            cells = load_sweep(path, environ={}, announce=lambda line: None, check_files=False).cells
+            cells = load_sweep(path, environ={}, check_files=False).cells
         except QliberoError as error:
             rows.append(
                 {"experiment": path.stem, "file": _shown(path), "about": f"does not load: {str(error).splitlines()[0]}"}

@@ -1,13 +1,10 @@
-"""How a command ends that has something to show, and how it tells people."""
+"""How a command ends that has something to show."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from qlibero.errors import GuardRefusal, WorkFailed
-from qlibero.places import pasteable
-from qlibero.quoting import visible
 
 Document = dict[str, Any]
 
@@ -32,8 +29,3 @@ class Refused(GuardRefusal):
     def __init__(self, message: str, document: Document):
         super().__init__(message)
         self.document = document
-
-
-def explain(message: str) -> None:
-    """A line for people, on stderr."""
-    print("\n".join(f"qlibero: {visible(pasteable(message))}".splitlines()), file=sys.stderr)

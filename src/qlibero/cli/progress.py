@@ -7,6 +7,7 @@ left of a run counts from its first episode on, so that start-up, which does not
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qlibero.activity import heard_by
-from qlibero.console import console, count_text
+from qlibero.console import console, count_text, log_to
 from qlibero.places import pasteable
 
 if TYPE_CHECKING:
@@ -36,14 +37,16 @@ class PhaseProgress:
         self.task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        self._heard = heard_by(self.doing)
-        self._heard.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(heard_by(self.doing))
+            stack.enter_context(log_to(self.say))
+            self._hears = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._heard.__exit__(kind, error, trace)
+        self._hears.__exit__(kind, error, trace)
         self.stop()
 
     def stop(self) -> None:
@@ -53,8 +56,8 @@ class PhaseProgress:
             self.bar = self.task = None
 
     def say(self, text: str) -> None:
-        """A line for the reader, above the live one."""
-        self.console.print(pasteable(text))
+        """A line for the reader, above the live one; what is logged meanwhile is shown so."""
+        self.console.print(pasteable(text), markup=False)
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
         """The listener of `activity`."""

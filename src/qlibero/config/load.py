@@ -6,9 +6,9 @@ One rule for paths: a relative path belongs to the file that wrote it; in `--set
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations,
 from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.registry import KernelPlugin, UnknownPlugin, get, names
+
+log = logging.getLogger(__name__)
 
 SWEEP_KEYS = ("grid", "exclude", "cells")
 # every Path of the schema but the policy's, which its family says; a test compares
@@ -43,20 +45,14 @@ class ConfigError(UserError):
         super().__init__("\n".join(lines))
 
 
-def say(line: str) -> None:
-    """The usual `announce`: a line on stderr."""
-    print(line, file=sys.stderr)
-
-
 def load_experiment(
     path: str | Path,
     sets: Iterable[str] = (),
     environ: Mapping[str, str] | None = None,
     *,
-    announce: Callable[[str], None] = say,
     check_files: bool = True,
 ) -> Experiment:
-    """Read, merge and validate. `sets` are `a.b=c` texts; `announce` hears of every OPENPI_DUQUANT_* variable.
+    """Read, merge and validate. `sets` are `a.b=c` texts. Every OPENPI_DUQUANT_* variable is logged.
 
     `check_files` also requires that the files the experiment names exist. Raises ConfigError with all problems.
     """
@@ -75,7 +71,7 @@ def load_experiment(
             raise ConfigError([Problem(mark_of(source, (key,)), message)])
     sets, environ = tuple(sets), os.environ if environ is None else environ
     call(source, source.data.get("name", Path(path).stem), sets, environ)
-    return finish(source, sets, environ, announce, check_files)
+    return finish(source, sets, environ, check_files)
 
 
 def call(source: Source, name: Any, sets: Iterable[str], environ: Mapping[str, str]) -> None:
@@ -96,10 +92,21 @@ def _effective(source: Source, environ: Mapping[str, str]) -> list[tuple[str, An
 
 
 def finish(
-    source: Source, sets: Iterable[str], environ: Mapping[str, str], announce: Callable[[str], None], check_files: bool
+    source: Source,
+    sets: Iterable[str],
+    environ: Mapping[str, str],
+    check_files: bool,
+    told: set[str] | None = None,
 ) -> Experiment:
-    """The second half of `load_experiment`, also used for each cell of a sweep. `source` is changed in place."""
-    _apply_environment(source, environ, announce)
+    """The second half of `load_experiment`, also used for each cell of a sweep. `source` is changed in place.
+
+    `told`: notes on variables that were logged already; those of this call are added.
+    """
+    told = set() if told is None else told
+    for note in _apply_environment(source, environ):
+        if note not in told:
+            log.warning(note)
+            told.add(note)
     _apply_sets(source, sets)
     _resolve_paths(source, check_files)
     _check_backends(source)
@@ -108,38 +115,38 @@ def finish(
     try:
         experiment = Experiment.model_validate(source.data)
     except ValidationError as error:
-        told = explain(error, source)
-        source.problems.extend(p for p in told if not (p.mark in unknown and "needs a quant section" in p.message))
+        found = explain(error, source)
+        source.problems.extend(p for p in found if not (p.mark in unknown and "needs a quant section" in p.message))
     if source.problems or experiment is None:
         raise ConfigError(sorted(source.problems, key=lambda p: (p.mark.source, p.mark.line, p.mark.column)))
     return experiment
 
 
 # ---------------------------------------------------------------------------------------------------- overrides
-def _apply_environment(source: Source, environ: Mapping[str, str], announce: Callable[[str], None]) -> None:
+def _apply_environment(source: Source, environ: Mapping[str, str]) -> list[str]:
+    """Set what the fork's variables set; returns what there is to say of each."""
     try:
         overrides, notes = fork_overrides(environ)
     except ValueError as error:
         source.problems.append(Problem(Mark("environment"), str(error)))
-        return
-    for note in notes:
-        announce(note)
+        return []
     quant = source.data.get("quant")
     for override in overrides:
         if not isinstance(quant, dict):
-            announce(f"{override.variable} changes nothing here: the experiment has no quant section")
+            notes.append(f"{override.variable} changes nothing here: the experiment has no quant section")
             continue
         keys = ("quant", *override.key.split("."))
         if override.key == "include":
             quant["layout"] = None
         if override.key == "row_rotation" and quant.get("method", "duquant") != "weight_pca":
-            announce(f"{override.variable} changes nothing here: only weight_pca rotates outputs")
+            notes.append(f"{override.variable} changes nothing here: only weight_pca rotates outputs")
             continue
         if override.key.startswith("calibration") and not isinstance(quant.get("calibration"), dict):
-            announce(f"{override.variable} changes nothing here: quant.calibration names no data")
+            notes.append(f"{override.variable} changes nothing here: quant.calibration names no data")
             continue
         replace(source, keys, override.value, Mark(f"{override.variable}={short(override.text)}"))
-        announce(str(override))
+        notes.append(str(override))
+    return notes
 
 
 def _apply_sets(source: Source, sets: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from qlibero.config.explain import mark_of
 from qlibero.config.labels import axes_id, setting_label
-from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace, say
+from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import extended, overlay, read
@@ -61,7 +61,6 @@ def load_sweep(
     sets: Iterable[str] = (),
     environ: Mapping[str, str] | None = None,
     *,
-    announce: Callable[[str], None] = say,
     check_files: bool = True,
 ) -> Sweep:
     """Read a sweep (or experiment) file and validate every cell. `sets` apply to all cells. Raises ConfigError."""
@@ -75,13 +74,7 @@ def load_sweep(
     combinations = _combinations(own, file) if own else [("", ())]
     sets = tuple(text for text in sets if not text.startswith("name="))  # it named the whole sweep
     base = Source(file.data, {here: mark for here, mark in file.marks.items() if here[:1] not in {(k,) for k in own}})
-    heard: set[str] = set()  # a variable is announced once, not once per cell
-
-    def announce_once(line: str) -> None:
-        if line not in heard:
-            heard.add(line)
-            announce(line)
-
+    told: set[str] = set()  # a variable is told of once, not once per cell
     cells: list[SweepCell] = []
     problems: dict[Problem, None] = {}
     known: dict[Path, Source] = {}
@@ -93,7 +86,7 @@ def load_sweep(
         if cell_id:
             source.data["name"] = f"{name}.{cell_id}"
         try:
-            experiment = finish(source, sets, environ, announce_once, check_files)
+            experiment = finish(source, sets, environ, check_files, told)
         except ConfigError as error:
             problems.update(dict.fromkeys(error.problems))
             if len(problems) > MAX_SHOWN:

@@ -12,6 +12,7 @@ continues it, whoever runs it; which shards still lack episodes is read from the
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.manifest import SCHEMA, read_document
 from qlibero.places import RUNS
 from qlibero.results.meta import check
+from qlibero.results.records import EpisodeRecord
 from qlibero.run.experiment import episode_keys, missing_episodes, run_experiment, summary
+
+log = logging.getLogger(__name__)
 
 OURS = "sweep"  # the sub-directory of a sweep directory that is not a run directory
 
@@ -156,8 +160,13 @@ def latest_manifest(directory: Path) -> Manifest | None:
     return read_manifest(paths[-1], check_files=False) if paths else None
 
 
-def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -> dict[str, Any]:
-    """Run what one shard still lacks. `watchers` are run_experiment's on_start, on_episode and say.
+def run_shard(
+    manifest: Manifest,
+    index: int,
+    on_start: Callable[[int, int], None] = lambda missing, total: None,
+    on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Run what one shard still lacks. `on_start` and `on_episode` are run_experiment's.
 
     Returns {"cell", "shard": [index, count], "complete", "run_dir", "arithmetic"}. Mirrors
     belong to whole runs, so a shard has none; a number of videos is recorded by the first shard.
@@ -169,7 +178,7 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
         videos = experiment.videos if shard.index == 0 or experiment.videos == "all" else 0
         experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": videos})
     part = (shard.index, shard.count)
-    found = run_experiment(experiment, cell.run_dir, part, **watchers)
+    found = run_experiment(experiment, cell.run_dir, part, on_start, on_episode)
     return {
         "cell": cell.id,
         "shard": list(part),
@@ -179,7 +188,7 @@ def run_shard(manifest: Manifest, index: int, **watchers: Callable[..., None]) -
     }
 
 
-def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
+def merge(manifest: Manifest) -> dict[str, Any]:
     """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated.
 
     Returns `result`; the file has also {"mirrors": {cell: {tracker: problem or None}}}.
@@ -191,8 +200,10 @@ def merge(manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
     for cell in manifest.cells:
         if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
             for said in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
-                well = f"{said['tracker']}: {said['mode'] or 'mirrored'}"
-                say(f"{cell.id}: {mirror_problem(said, cell.experiment.tracking) or well}")
+                if problem := mirror_problem(said, cell.experiment.tracking):
+                    log.warning(f"{cell.id}: {problem}")
+                else:
+                    log.info(f"{cell.id}: {said['tracker']}: {said['mode'] or 'mirrored'}")
                 mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
     files.replace(
         manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n"

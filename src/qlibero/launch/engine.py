@@ -6,11 +6,12 @@ An engine is a module that declares an `EnginePlugin` and provides an object of 
 from __future__ import annotations
 
 import ctypes
+import logging
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,6 +21,8 @@ from qlibero.registry import EnginePlugin, every, get
 
 if TYPE_CHECKING:
     from qlibero.launch.cells import Shard
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -81,7 +84,7 @@ class Engine:
         """Exactly what `submit` would start, as text (this is `--dry-run`)."""
         raise NotImplementedError
 
-    def submit(self, submission: Submission, say: Callable[[str], None]) -> Submitted:
+    def submit(self, submission: Submission) -> Submitted:
         """Start it; returns when all is done, or when it is queued."""
         raise NotImplementedError
 
@@ -93,7 +96,7 @@ class Engine:
         """Why these options cannot work, if so."""
         yield from ()
 
-    def jobs(self, missing: tuple[int, ...], chosen: bool, say: Callable[[str], None]) -> dict[str, int] | None:
+    def jobs(self, missing: tuple[int, ...], chosen: bool) -> dict[str, int] | None:
         """What would be submitted for the `missing` shards; None where there is nothing to say of it. `chosen`: this is
         the sweep's own engine."""
         return None
@@ -124,13 +127,14 @@ def program() -> list[str]:
     return [sys.executable, "-m", "qlibero.cli"]
 
 
-def run_merge(submission: Submission, say: Callable[[str], None]) -> int:
+def run_merge(submission: Submission) -> int:
     """Run the merge here, for engines that stay until the end; returns its exit status."""
     status = subprocess.run(
         submission.merge_command(), stdout=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent
     ).returncode
     if status:
-        say(f"the merge after the shards ended with status {status}; by hand: {shown(submission.merge_command())}")
+        by_hand = shown(submission.merge_command())
+        log.error(f"the merge after the shards ended with status {status}; by hand: {by_hand}")
     return status
 
 

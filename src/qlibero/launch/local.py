@@ -6,13 +6,13 @@ that ends by itself with an error is not; it says in its log what to do.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
 
 from qlibero.config.schema import Launch
 from qlibero.files import open_log
@@ -20,6 +20,8 @@ from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with
 from qlibero.machine.capacity import CORES, capacity
 from qlibero.machine.environment import find_gpus
 from qlibero.registry import EnginePlugin
+
+log = logging.getLogger(__name__)
 
 PLUGIN = EnginePlugin("local", "processes on this machine", provides="ENGINE", order=1)
 RESTARTS = 3
@@ -36,7 +38,7 @@ def describe(submission: Submission) -> str:
     return "\n".join([head, *lines, shown(submission.merge_command())]) + "\n"
 
 
-def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
+def submit(submission: Submission) -> Submitted:
     """Run all shards, then the merge. Interrupted, it stops the shards (finished episodes are kept) and raises on."""
     waiting = deque((index, 0) for index in submission.indices)
     running: dict[int, tuple[subprocess.Popen, int, int]] = {}  # slot → process, shard, restarts so far
@@ -55,17 +57,17 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
                     continue
                 del running[slot]
                 if status < 0 and restarts < RESTARTS:
-                    say(f"shard {index} was killed by {signal.Signals(-status).name}: starting it again")
+                    log.warning(f"shard {index} was killed by {signal.Signals(-status).name}: starting it again")
                     waiting.append((index, restarts + 1))
                 elif status:
                     failed.append(index)
-                    say(f"shard {index} ended with status {status}: {_last_words(submission, index)}")
+                    log.error(f"shard {index} ended with status {status}: {_last_words(submission, index)}")
                 else:
                     done = len(submission.indices) - len(waiting) - len(running) - len(failed)
-                    say(f"shard {index} is done ({done} of {len(submission.indices)})")
+                    log.info(f"shard {index} is done ({done} of {len(submission.indices)})")
     finally:
         _stop([process for process, _, _ in running.values()])
-    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission, say))
+    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission))
 
 
 def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen:

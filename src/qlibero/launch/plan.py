@@ -7,7 +7,8 @@ one episode of each arm *into the ledger*, so that nothing of it is wasted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from qlibero.run.experiment import (
 )
 from qlibero.stats.sequential_power import pairs_needed, prospect
 
+log = logging.getLogger(__name__)
+
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
 
@@ -48,7 +51,7 @@ class Cost:
     episodes: int
 
 
-def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False) -> dict[str, Any]:
+def plan(manifest: Manifest, calibrate: bool = False) -> dict[str, Any]:
     """The plan as a document; see `_cell` and `_engines` for its parts. Raises UserError for cells that cannot work."""
     refuse_impossible(manifest, None)
     known = costs(manifest)
@@ -56,7 +59,7 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
         for cell in manifest.cells:
             unknown = [arm for arm in cell.experiment.arms() if _kind(cell.experiment, arm.name) not in known]
             if unknown:
-                say(f"calibrating {cell.id}: one episode of each arm, kept in {cell.run_dir}")
+                log.info(f"calibrating {cell.id}: one episode of each arm, kept in {cell.run_dir}")
                 _one_episode(cell)
                 known = costs(manifest)
     cells = [_cell(cell, known) for cell in manifest.cells]
@@ -72,14 +75,14 @@ def plan(manifest: Manifest, say: Callable[[str], None], calibrate: bool = False
         "done": sum(cell["done"] for cell in cells),
         "without_cost": unknown,
         "engines": None if unknown else _engines(manifest, known),
-        "queued_as": _queued_as(manifest, missing, say),
+        "queued_as": _queued_as(manifest, missing),
     }
 
 
-def _queued_as(manifest: Manifest, missing: tuple[int, ...], say: Callable[[str], None]) -> dict[str, dict[str, int]]:
+def _queued_as(manifest: Manifest, missing: tuple[int, ...]) -> dict[str, dict[str, int]]:
     """What a sweep would submit for the `missing` shards, by engine, where an engine has something to say of that."""
     own = manifest.cells[0].experiment.launch.engine
-    found = {name: engine.jobs(missing, name == own, say) for name, engine in engines(own).items() if missing}
+    found = {name: engine.jobs(missing, name == own) for name, engine in engines(own).items() if missing}
     return {name: jobs for name, jobs in found.items() if jobs is not None}
 
 

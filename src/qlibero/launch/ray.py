@@ -6,11 +6,11 @@ starts the task again when its worker or node dies, and the ledger continues.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 from qlibero.config.schema import Launch
@@ -19,6 +19,8 @@ from qlibero.files import open_log
 from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES
 from qlibero.registry import EnginePlugin
+
+log = logging.getLogger(__name__)
 
 PLUGIN = EnginePlugin("ray", "tasks of a Ray cluster", needs=("ray",), provides="ENGINE", order=3)
 RETRIES = 3
@@ -39,7 +41,7 @@ def describe(submission: Submission) -> str:
     )
 
 
-def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
+def submit(submission: Submission) -> Submitted:
     """Run all shards on the cluster, then the merge here."""
     try:
         import ray
@@ -70,12 +72,12 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
                 status = str(problem).strip().splitlines()[-1]
             if status:
                 failed.append(tasks[done])
-                say(f"shard {tasks[done]} ended with status {status}, see {submission.log(tasks[done])}")
+                log.error(f"shard {tasks[done]} ended with status {status}, see {submission.log(tasks[done])}")
             else:
-                say(f"shard {tasks[done]} is done ({len(tasks) - len(waiting) - len(failed)} of {len(tasks)})")
+                log.info(f"shard {tasks[done]} is done ({len(tasks) - len(waiting) - len(failed)} of {len(tasks)})")
     finally:
         ray.shutdown()
-    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission, say))
+    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission))
 
 
 def _reach(address: str) -> None:

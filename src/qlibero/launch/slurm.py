@@ -10,11 +10,12 @@ arrays, each counted from 0.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from qlibero.launch.slurm_options import gigabytes, gpus_of, seconds
 from qlibero.places import CHECKOUT as OUR_CHECKOUT
 from qlibero.quoting import sbatch_option, slurm_file
 from qlibero.registry import EnginePlugin
+
+log = logging.getLogger(__name__)
 
 PLUGIN = EnginePlugin("slurm", "arrays of jobs of a Slurm cluster", provides="ENGINE", order=2)
 MERGE, JOBS = "merge.sbatch", "jobs.json"
@@ -93,7 +96,7 @@ def describe(submission: Submission) -> str:
     )
 
 
-def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
+def submit(submission: Submission) -> Submitted:
     """Write the scripts and queue them; returns at once.
 
     Raises WorkFailed when an array is refused; the message says which shards are queued already, and if none are, the
@@ -101,13 +104,13 @@ def submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
     same, and the next `sweep` merges.
     """
     try:
-        return _submit(submission, say)
+        return _submit(submission)
     finally:
         if not (submission.directory / JOBS).exists():  # no job will ever write there
             shutil.rmtree(submission.directory, ignore_errors=True)
 
 
-def _submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
+def _submit(submission: Submission) -> Submitted:
     if not shutil.which("sbatch"):
         raise UserError("--engine slurm: no sbatch here; run this on a login node, or look at it with --dry-run")
     parts = arrays(submission)
@@ -129,12 +132,12 @@ def _submit(submission: Submission, say: Callable[[str], None]) -> Submitted:
             raise WorkFailed(f"{refusal}; {what}. The same command submits what is missing") from None
         queued.append({"job": job, "offset": part.offset})
         _note_jobs(submission, {"arrays": queued})
-        say(f"queued {count_text(len(part.tasks), 'shard')} as job {job}")
+        log.info(f"queued {count_text(len(part.tasks), 'shard')} as job {job}")
     jobs = [str(each["job"]) for each in queued]
     try:
         merge = _sbatch(submission.directory / MERGE, f"--dependency=afterany:{':'.join(jobs)}")
     except WorkFailed as refusal:
-        say(
+        log.error(
             f"{count_text(len(submission.indices), 'shard')} queued (job {', '.join(jobs)}), the merge "
             "after them is NOT: "
             f"{refusal}. The same command merges when they are done; launch.slurm.merge gives that job a partition and "
@@ -316,14 +319,14 @@ class SlurmEngine(Engine):
         if seconds(slurm.time) <= slurm.signal_s:
             yield f"launch.slurm.time {slurm.time} is not longer than launch.slurm.signal_s {slurm.signal_s}"
 
-    def jobs(self, missing: tuple[int, ...], chosen: bool, say: Callable[[str], None]) -> dict[str, int] | None:
+    def jobs(self, missing: tuple[int, ...], chosen: bool) -> dict[str, int] | None:
         if not chosen and not shutil.which("scontrol"):
             return None
         size = max_array_size()
         arrays = len(array_offsets(missing, size))
         if chosen or arrays > 1:
             asked = "" if shutil.which("scontrol") else ", Slurm's default, for there is no scontrol here to ask"
-            say(
+            log.info(
                 f"on Slurm: {count_text(len(missing), 'task')} in {count_text(arrays, 'job array')} "
                 f"(MaxArraySize {size}{asked}), and a merge job after them"
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from qlibero.launch import cells
 from qlibero.launch.engine import Submission, Submitted, engines, load_engine
 from qlibero.launch.plan import refuse_impossible
 
+log = logging.getLogger(__name__)
 
-def run_sweep(
-    sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
+
+def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool) -> dict[str, Any]:
     """Submit what the ledgers lack. Returns `cells.result` with what was submitted added.
 
     That is {"engine", "submitted": {"count", "shards"}, "jobs", "failed": {"count", "shards"}, "merge_status"}; shards
@@ -30,7 +31,7 @@ def run_sweep(
     under_way = _under_way(manifest) if missing else {}
     indices = tuple(i for i in missing if manifest.shards[i] not in under_way)
     if under_way:
-        say(
+        log.info(
             f"{len(missing) - len(indices)} of {count_text(len(missing), 'missing shard')} already queued "
             "or running: left alone"
         )
@@ -43,13 +44,13 @@ def run_sweep(
         chosen = load_engine(name)
         if dry_run:
             text = chosen.describe(submission)
-            say(text)
+            log.info(text)
         else:
-            say(f"{len(indices)} of {count_text(len(manifest.shards), 'shard')}, engine {name}, {directory}")
-            submitted = chosen.submit(submission, say)
+            log.info(f"{len(indices)} of {count_text(len(manifest.shards), 'shard')}, engine {name}, {directory}")
+            submitted = chosen.submit(submission)
     elif not missing and not dry_run and _merge_was_lost(manifest):
-        say("every episode is there, but the merge after them was not finished: doing it here")
-        cells.merge(manifest, say)
+        log.info("every episode is there, but the merge after them was not finished: doing it here")
+        cells.merge(manifest)
     document = cells.result(manifest)
     return {
         **document,

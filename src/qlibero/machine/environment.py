@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -22,6 +23,8 @@ from typing import Any
 from qlibero.machine.capacity import memory_bytes
 from qlibero.machine.cuda_toolkit import Agreement, Toolkit, check_agreement, find_toolkit, site_packages, torch_cuda
 from qlibero.places import CHECKOUT
+
+log = logging.getLogger(__name__)
 
 ENTERED = "QLIBERO_POLICY_ENVIRONMENT"  # set in the re-started process; holds the LD_LIBRARY_PATH from before
 PACKAGES = (
@@ -78,7 +81,7 @@ def enter_policy_environment() -> None:
     """Start this process again with CUDA's libraries in LD_LIBRARY_PATH, if that would change anything.
 
     Call it first thing in a command that loads a policy, before torch is imported and before threads exist. A toolkit
-    that disagrees with itself is named on stderr: nobody would guess it from the error it causes later.
+    that disagrees with itself is logged: nobody would guess it from the error it causes later.
     """
     if ENTERED not in os.environ:
         wanted = policy_environment(os.environ, toolkit())
@@ -86,7 +89,7 @@ def enter_policy_environment() -> None:
             _start_again(wanted)
         os.environ.update(wanted)
     if problem := agreement().problem:
-        print(f"CUDA toolkit: {problem}. Hint: {agreement().hint}", file=sys.stderr)
+        log.warning(f"CUDA toolkit: {problem}. Hint: {agreement().hint}")
 
 
 def _start_again(wanted: dict[str, str]) -> None:

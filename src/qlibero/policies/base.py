@@ -24,9 +24,9 @@ class Observation:
     """One moment of one episode, as LIBERO gives it (after the 180° rotation), before a policy's preprocessing."""
 
     image: np.ndarray
-    """(256, 256, 3) uint8: agentview, upright."""
+    """(256, 256, 3) uint8: agentview, upright; or in the policy's `frame_format`."""
     wrist_image: np.ndarray
-    """(256, 256, 3) uint8: eye-in-hand camera."""
+    """The same of the eye-in-hand camera."""
     state: np.ndarray
     """(8,) float32: end effector position (m) 3, axis-angle (rad) 3, gripper joint positions 2."""
     prompt: str
@@ -51,7 +51,11 @@ class Chunk:
 
 
 class Policy(Protocol):
-    """Anything that turns observations and noise into action chunks: all that a run asks of one."""
+    """Anything that turns observations and noise into action chunks: all that a run asks of one.
+
+    It may also have `frame_format` (`frames.FrameFormat`): simulators then bring their frames to that form, so that the
+    thread that calls `infer` need not; what is called without a simulator still gives (S, S, 3) uint8.
+    """
 
     name: str
     noise_shape: tuple[int, int]

@@ -21,12 +21,13 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection, connect
 
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.frames import FrameFormat
 from qlibero.policies.answer import declared_horizon, read_actions, read_metadata
 from qlibero.policies.base import Chunk, Observation, blank_observation
-from qlibero.policies.pi05.images import resize_pil
 from qlibero.policies.wire import NOT_FINITE, pack, short, unpack
 
-OPENPI_IMAGE_SIZE = 224
+OPENPI_FRAMES = FrameFormat(224, "pil")
+"""What openpi's own LIBERO client sends."""
 OPENPI_NOISE_SHAPE = (10, 32)
 """Drawn but not sent when the server does not take noise: the engine needs some shape."""
 MAX_ANSWER_BYTES = 8 << 20
@@ -54,6 +55,7 @@ class RemotePolicy:
         self._horizon, self._heard = declared_horizon(self.metadata), False
         ours = self.metadata.get("qlibero")
         self._ours: dict[str, Any] | None = ours
+        self.frame_format = None if ours else OPENPI_FRAMES  # our server gets the frames as they are and does it itself
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
         where = urlsplit(url)
         self.name = f"remote-{ours['provenance']['name']}" if ours else f"remote-{where.hostname}-{where.port or 80}"
@@ -121,10 +123,8 @@ class RemotePolicy:
 
     def _request(self, observation: Observation, noise: np.ndarray) -> bytes:
         images = {"observation/image": observation.image, "observation/wrist_image": observation.wrist_image}
-        if self._ours is None:
-            # What openpi's own LIBERO client sends; our server gets the frames as they are and does it
-            # itself.
-            images = {key: resize_pil(image, OPENPI_IMAGE_SIZE) for key, image in images.items()}
+        if self.frame_format is not None:
+            images = {key: self.frame_format.of(image) for key, image in images.items()}
         request = {**images, "observation/state": observation.state, "prompt": observation.prompt}
         if self._ours is not None:
             request["noise"] = noise

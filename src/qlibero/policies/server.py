@@ -10,8 +10,8 @@ openpi's own server computes inside its event loop, so that clients wait for eac
 answered meanwhile. Here one thread computes, and takes whatever has arrived, up to the policy's batch size,
 in one call. When that call fails, its requests are computed one by one, so that only the failing one is told.
 Where `on_call` refuses what a call gave, nothing more is answered and the server ends.
-Another thread reads the messages, small ones first; the event loop only carries bytes, and `limits` bounds what those
-may cost.
+Another thread reads the messages and prepares their frames, small ones first; the event loop only carries bytes, and
+`limits` bounds what those may cost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,10 @@ class PolicyServer:
         if isinstance(frame, str):
             raise ValueError("a request is one binary frame; this was text")
         request = unpack(frame)
-        return read_observation(request), read_noise(request, self.policy.noise_shape)
+        seen, noise = read_observation(request), read_noise(request, self.policy.noise_shape)
+        if (wanted := getattr(self.policy, "frame_format", None)) is not None:  # here: the policy's thread has its GPU
+            seen = replace(seen, image=wanted.of(seen.image), wrist_image=wanted.of(seen.wrist_image))
+        return seen, noise
 
     # -- the one thread that computes --------------------------------------------------------------------------------
     async def _work(self, thread: ThreadPoolExecutor) -> None:

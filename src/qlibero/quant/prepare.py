@@ -7,10 +7,11 @@ and made in the first that can be written, so a checkout mounted read-only runs 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from qlibero.quant.observations import Demonstrations, read_demonstrations
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
     from qlibero.policies.base import Policy
+
+log = logging.getLogger(__name__)
 
 #: where the artifacts of all runs lie, if it can be written
 ARTIFACTS = RUNS / "artifacts"
@@ -168,13 +171,11 @@ def ready_artifact(checkpoint: str, quant: Quant, places: Sequence[Path] = ()) -
     return load(Path(path)) if path and Path(path).is_file() else None
 
 
-def artifact_for(
-    policy: Policy, quant: Quant, places: Sequence[Path] = (), say: Callable[[str], None] = lambda text: None
-) -> Artifact:
-    """`ensure_artifact` for a run: the artifact itself, and one line for people about where it came from."""
+def artifact_for(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -> Artifact:
+    """`ensure_artifact` for a run: the artifact itself; where it came from is logged."""
     found = ensure_artifact(policy, quant, places)
     how = f"calibrated in {found.seconds:.0f} s" if found.made else "found"
-    say(f"artifact {found.artifact.spec.label}: {how}, {found.path}")
+    log.info(f"artifact {found.artifact.spec.label}: {how}, {found.path}")
     return found.artifact
 
 

@@ -37,6 +37,12 @@ class _PolicyCheck(BaseModel):
     action_difference: Annotated[float, Field(ge=0)] | None
 
 
+class _ActionError(BaseModel):
+    observations: Annotated[int, Field(ge=1)]
+    arm: Annotated[float, Field(ge=0)]
+    arm95: tuple[float, float] | None
+
+
 class _Schema(BaseModel):
     """The types of what is read back; whatever else stands there is handed on."""
 
@@ -55,6 +61,7 @@ class _Schema(BaseModel):
     artifact: dict[str, Any] | str | None = None
     kernels: dict[str, dict[str, Any]] | None = None
     layers: list[dict[str, Any]] | None = None
+    action_error: _ActionError | None = None
     memory: dict[str, Any] | None = None
     witness: _PolicyCheck | None = None
     passport: dict[str, Any] | None = None
@@ -81,9 +88,10 @@ def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict
 
     What reports look for there, all optional: `label` (the arm's name for people), `control` (an A/A arm),
     `policy`, `quant`, `artifact` (mappings), `kernels` ({layer: {"kernel", "verdict", "reason", "shape"}}),
-    `layers` ([{"name", "sqnr_db"}]), `memory` ({"weight_bytes", "scale_bytes", "transform_bytes",
-    "bf16_bytes"}), `warmup_ms` (list). What binds the directory: `config_hash`, `identity` ({part: digest}), `probe`,
-    and `probes`, {probe: {"kind", "facts"}}, the machines that gave each.
+    `layers` ([{"name", "sqnr_db"}]), `action_error` (on held-out demonstrations: {"observations", "arm", "arm95"}),
+    `memory` ({"weight_bytes", "scale_bytes", "transform_bytes", "bf16_bytes"}), `warmup_ms` (list).
+    What binds the directory: `config_hash`, `identity` ({part: digest}), `probe`, and `probes`, {probe: {"kind",
+    "facts"}}, the machines that gave each.
     """
     with _one_at_a_time(Path(run_dir) / arm):
         return _write(run_dir, arm, {**read_meta(run_dir, arm), **update})

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,15 +45,14 @@ from qlibero.quant.recheck import Recheck
 from qlibero.run.noise import RECIPE, call_noise
 from qlibero.sim.suites import get_suite, task_language
 
-WARMUP_CALLS = 3
+log = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
+WARMUP_CALLS = 3
 
 
 def load_arms(
     experiment: Experiment,
     arms: Sequence[Arm],
-    say: Say,
     before: Mapping[str, Mapping[str, Any]] | None = None,
     run_dir: Path | None = None,
     rechecks: dict[str, Recheck] | None = None,
@@ -69,9 +69,9 @@ def load_arms(
     places = artifact_places(run_dir)
     doing("loading the policy")
     full = load_policy(experiment.policy, replaced_in_all(experiment, arms, places))
-    say(f"policy {full.name}: {describe(full)}")
+    log.info(f"policy {full.name}: {describe(full)}")
     for remark in full.provenance().get("remarks", ()):
-        say(f"checkpoint: {remark}")
+        log.info(f"checkpoint: {remark}")
     if horizon := full.provenance().get("action_horizon"):  # of a server it is known with its first answer
         _require_replan(experiment, horizon)
     policies: dict[str, Policy] = {}
@@ -84,7 +84,7 @@ def load_arms(
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
             settled = _settled(arm, (before or {}).get(arm.name, {}))
-            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, twins, say)
+            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, twins)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
@@ -202,14 +202,14 @@ def layers_of(policy: QuantizablePolicy, artifact: Artifact, prompts: Sequence[s
     return [Layer(name, shape, tokens[linears[name].rows]) for name, shape in shapes.items()]
 
 
-def layers_of_arms(experiment: Experiment, say: Say) -> list[Layer]:
+def layers_of_arms(experiment: Experiment) -> list[Layer]:
     """What a run of the experiment would validate, all quantized arms together.
 
     Calibrates where an artifact is not ready yet.
     """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     full = quantizable(load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset()))
-    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant, (), say)]}
+    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant)]}
     layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
     found = [layer for layer in layers if not validation.without_kernel(layer.shape)]
     if not found:
@@ -223,9 +223,8 @@ def _quantized(
     full: QuantizablePolicy,
     places: Sequence[Path],
     twins: dict[str, QuantizablePolicy],
-    say: Say,
 ) -> tuple[Policy, dict[str, Any], Recheck | None]:
-    artifact = artifact_for(full, arm.quant, places, say)
+    artifact = artifact_for(full, arm.quant, places)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
     validation.enforce(verdicts)
     executed = {verdict.layer: verdict.executed for verdict in verdicts}
@@ -248,7 +247,7 @@ def _quantized(
         policy_check = check_policy(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
-    say(
+    log.info(
         f"arm {arm.name}: {artifact.spec.label}, {count_text(len(artifact.layers), 'linear')} on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
@@ -271,6 +270,7 @@ def _quantized(
             "exact": exact,
             "witness": policy_check.to_json() if policy_check else None,
             "layers": [{"name": layer.name, "sqnr_db": layer.sqnr_db} for layer in artifact.layers if layer.executed],
+            "action_error": artifact.calibration.get("action_error"),
             "memory": memory(policy.model, artifact).summary(),
         },
         recheck,

@@ -116,7 +116,7 @@ def evaluate(
             not the published one, or has other physics than the references.
         WorkFailed: `out` cannot be written. What has finished is kept.
 
-    The progress is logged at level INFO by `qlibero.run.evaluate`.
+    Nothing is printed: progress is logged at level INFO, what is in doubt as a warning, both under `qlibero`.
     """
     _check(policy, suite, episodes=episodes, seed=seed, replan_steps=replan_steps, max_steps=max_steps, workers=workers)
     chosen = list(range(get_suite(suite).tasks)) if tasks is None else list(dict.fromkeys(tasks))

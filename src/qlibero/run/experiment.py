@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from qlibero.policies.base import Observation
     from qlibero.quant.recheck import Recheck
     from qlibero.sim.pool import SimulatorPool
+
+log = logging.getLogger(__name__)
 
 
 def run_directory(experiment: Experiment, out: Path | None) -> Path:
@@ -122,7 +125,6 @@ def run_experiment(
     shard: tuple[int, int] = (0, 1),
     on_start: Callable[[int, int], None] = lambda missing, total: None,
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
-    say: Callable[[str], None] = lambda text: None,
     on_result: Callable[[Path], None] = lambda run_dir: None,
     most_pairs: int | None = None,
 ) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def run_experiment(
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
     run_dir = run_directory(experiment, out)
-    _make_directory(run_dir, say)
+    _make_directory(run_dir)
     for arm in experiment.arms():
         check(run_dir, arm.name, {"config_hash": config_hash(experiment, arm)})
     mirrors: list[dict[str, Any]] = []
@@ -160,14 +162,14 @@ def run_experiment(
                 missing = [(arm, key) for arm, key in missing if key in first]
             on_start(len(missing), total)
             if missing:
-                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, say, on_result)
+                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, on_result)
     else:
         on_start(0, total)
     if not missing:
         on_result(run_dir)
     for arm in experiment.arms():
         if mix := mix_in_words(read_ledger(run_dir, arm.name)):
-            say(f"arm {arm.name}: {mix}")
+            log.warning(f"arm {arm.name}: {mix}")
     return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
 
 
@@ -196,7 +198,7 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
     return document
 
 
-def _make_directory(run_dir: Path, say: Callable[[str], None]) -> None:
+def _make_directory(run_dir: Path) -> None:
     """Make the run directory. Raises UserError when a file is in its place, WorkFailed when it cannot be made."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,7 @@ def _make_directory(run_dir: Path, say: Callable[[str], None]) -> None:
     except OSError as problem:
         raise WorkFailed(f"cannot write to {run_dir}: {cause(problem)}; choose another --out") from problem
     if owner != os.geteuid():
-        say(f"{run_dir} belongs to another user (id {owner}): who can write there can change these results")
+        log.warning(f"{run_dir} belongs to another user (id {owner}): who can write there can change these results")
 
 
 def _run(
@@ -215,7 +217,6 @@ def _run(
     missing: list[tuple[str, EpisodeKey]],
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
-    say: Callable[[str], None],
     on_result: Callable[[Path], None],
 ) -> list[dict[str, Any]]:
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
@@ -244,7 +245,7 @@ def _run(
     with PhysicsCheck(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
-        policies, meta = load_arms(experiment, arms, say, before, run_dir, watched)
+        policies, meta = load_arms(experiment, arms, before, run_dir, watched)
         simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
@@ -253,8 +254,8 @@ def _run(
         doing("physics check")
         report = guard.enforce()
     for task in sorted(set(experiment.task_ids()) & FLAWS.get(experiment.suite, {}).keys()):
-        say(f"{experiment.suite} task {task} contradicts itself: {FLAWS[experiment.suite][task]}")
-    say(f"physics check: {report.summary()}")
+        log.warning(f"{experiment.suite} task {task} contradicts itself: {FLAWS[experiment.suite][task]}")
+    log.info(f"physics check: {report.summary()}")
     physics = {"passport": report.to_json()}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
@@ -273,7 +274,7 @@ def _run(
     )
 
     names = [arm.name for arm in experiment.arms()]
-    videos = Videos(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)], say)
+    videos = Videos(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)])
 
     def finished(record: EpisodeRecord, trajectory: np.ndarray | None) -> None:
         record = as_run(record, settings, meta[record.arm]["kernels_hash"], environment["versions"])
@@ -292,7 +293,7 @@ def _run(
     def needs(arm: str) -> bool:  # after a wrong kernel no further episode is begun
         return not any(one.wrong for one in watched.values()) and (sequential is None or sequential.needs(arm))
 
-    with videos, start_pool(experiment, len(missing), say) as pool:
+    with videos, start_pool(experiment, len(missing)) as pool:
         settings = replace(settings, videos=videos.directory)
         doing("episodes", pool.workers)
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
@@ -300,20 +301,18 @@ def _run(
             plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(plan, policies, pool, settings, finished, needs, on_call)
             videos.fill()
-            right = _try_kernels_again(run_dir, watched, ledgers, say)
+            right = _try_kernels_again(run_dir, watched, ledgers)
             on_result(run_dir)  # a flip that an earlier call ran half of is still to be recorded: that can wait
             if right:
-                replay(run_dir, videos.lacking(), pool, experiment.protocol, say)
+                replay(run_dir, videos.lacking(), pool, experiment.protocol)
         finally:
             ended += mirrors.finish()
             for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
-                say(said)
+                log.warning(said)
     return ended
 
 
-def _try_kernels_again(
-    run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger], say: Callable[[str], None]
-) -> bool:
+def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger]) -> bool:
     """Every watched arm's kernels once more, and on record what was found; whether all was right."""
     for arm, recheck in watched.items():
         doing(f"trying the kernels of {arm} again")
@@ -321,32 +320,32 @@ def _try_kernels_again(
         if found is not None:
             name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
             files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
-            say(
+            log.info(
                 f"arm {arm}: kernels tried again, {count_text(found['products'], 'product')} of "
                 f"{count_text(found['layers'], 'layer')}"
             )
     wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
     for text in wrong:
-        say(text)
+        log.error(text)
     return not wrong
 
 
-def start_pool(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> SimulatorPool:
+def start_pool(experiment: Experiment, episodes: int) -> SimulatorPool:
     """As many simulators as are asked for and fit, for so many episodes; use it as a context."""
     from qlibero.machine.environment import simulator_environment
     from qlibero.sim.pool import SimulatorPool
 
-    workers = _workers(experiment, episodes, say)
+    workers = _workers(experiment, episodes)
     doing("starting simulators")
     return SimulatorPool(workers, environment=simulator_environment())
 
 
-def _workers(experiment: Experiment, episodes: int, say: Callable[[str], None]) -> int:
+def _workers(experiment: Experiment, episodes: int) -> int:
     """How many simulators to start for so many episodes; why, and what more than fits may cost, is said."""
     fitting = simulators(experiment.workers, episodes)
-    say(f"simulators: {fitting.workers}, {fitting.why}")
+    log.info(f"simulators: {fitting.workers}, {fitting.why}")
     if fitting.short:
-        say(f"simulators: {fitting.short}; one that is killed for it costs its episode")
+        log.warning(f"simulators: {fitting.short}; one that is killed for it costs its episode")
     return fitting.workers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,10 @@ from qlibero.results.ledger import read_ledger, read_trajectory
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 
-Say = Callable[[str], None]
-
 
 def record_videos(
     run_dir: Path,
     episodes: int,
-    say: Say = lambda text: None,
     tasks: Sequence[int] | None = None,
     inits: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
@@ -51,8 +48,8 @@ def record_videos(
     if wanted:
         if shutil.which("ffmpeg") is None:
             raise WorkFailed("videos need ffmpeg, and this machine has none; `qlibero doctor` says how to get it")
-        with start_pool(experiment, len(wanted), say) as pool:
-            videos = replay(run_dir, wanted, pool, experiment.protocol, say)
+        with start_pool(experiment, len(wanted)) as pool:
+            videos = replay(run_dir, wanted, pool, experiment.protocol)
     missing = [path for path, _ in chosen if path not in there and path not in videos]
     found = {"videos": videos, "there": there, "missing": missing}
     return {"run_dir": str(run_dir), **{key: [str(path) for path in paths] for key, paths in found.items()}}

@@ -7,6 +7,7 @@ was shown: rendering every step would cost several times the episode.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
+log = logging.getLogger(__name__)
+
 REPLAN_STEPS = 5  # of records that do not say it
 
 
@@ -29,14 +32,15 @@ def replay(
     records: Sequence[EpisodeRecord],
     pool: SimulatorPool,
     protocol: str,
-    say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """`record` these episodes into their run directory, those whose actions are there; returns the videos."""
     found = ((record, read_trajectory(run_dir, record), video_path(run_dir, record)) for record in records)
     wanted = [(record, rows, path) for record, rows, path in found if rows is not None]
     if not wanted:
         return []
-    say(f"recording {count_text(len(wanted), 'video')} by replaying their actions; Ctrl-C ends it and keeps everything")
+    log.info(
+        f"recording {count_text(len(wanted), 'video')} by replaying their actions; Ctrl-C ends it and keeps everything"
+    )
     doing("recording videos", 0, len(wanted))
     return record_all(wanted, pool, protocol, lambda done: doing("recording videos", done, len(wanted)))
 

@@ -113,7 +113,8 @@ def run_episodes(
         episode, attempt = following
         running[worker] = RunningEpisode(episode, attempt)
         video = settings.videos and scratch_path(settings.videos, episode.arm, episode.key)
-        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video))
+        wanted = getattr(policies[episode.arm], "frame_format", None)
+        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video, wanted))
 
     for worker in range(pool.workers):
         start(worker)

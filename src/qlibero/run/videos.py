@@ -6,9 +6,10 @@ was shown anyway, encoded while it thinks. What can no longer be wanted is delet
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import SCRATCH, scratch
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
+
+log = logging.getLogger(__name__)
 
 
 def scratch_path(scratch: Path, arm: str, key: EpisodeKey) -> Path:
@@ -38,9 +41,8 @@ class Videos:
         arms: Sequence[str],
         wanted: int | Literal["all"],
         earlier: Iterable[EpisodeRecord] = (),
-        say: Callable[[str], None] = lambda text: None,
     ):
-        self.run_dir, self.arms, self.wanted, self.say = run_dir, arms, wanted, say
+        self.run_dir, self.arms, self.wanted = run_dir, arms, wanted
         self.records: dict[EpisodeKey, dict[str, EpisodeRecord]] = {}
         for record in earlier:
             self._add(record)
@@ -51,7 +53,7 @@ class Videos:
     def __enter__(self) -> Videos:
         """Raises UserError where scratch cannot be written."""
         if self.wanted != 0 and shutil.which("ffmpeg") is None:
-            self.say("no videos: there is no ffmpeg on this machine (`qlibero doctor` says how to get it)")
+            log.warning("no videos: there is no ffmpeg on this machine (`qlibero doctor` says how to get it)")
             self.wanted = 0
         if self.wanted != 0:
             place = scratch()
@@ -119,7 +121,7 @@ class Videos:
                 try:  # scratch may be another disk
                     files.replace(video_path(self.run_dir, record), recorded.read_bytes())
                 except (OSError, WorkFailed) as problem:
-                    self.say(f"a video is lost: {problem}")
+                    log.warning(f"a video is lost: {problem}")
                 files.remove(recorded)
 
     def _forget(self, key: EpisodeKey) -> None:

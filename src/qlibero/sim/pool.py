@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -28,18 +28,24 @@ import numpy as np
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.frames import FrameFormat
 from qlibero.sim.scene import SimObservation
 from qlibero.sim.worker import frame_bytes, frame_views
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One episode to run: `max_steps` policy steps at most; what is seen goes into `video` when it is a path."""
+    """One episode to run: `max_steps` policy steps at most; what is seen goes into `video` when it is a path.
+
+    Observations show frames in `frame_format`, prepared by the simulator; None, or one larger than the frames
+    themselves: as the cameras give them.
+    """
 
     key: EpisodeKey
     protocol: str
     max_steps: int
     video: Path | None = None
+    frame_format: FrameFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -126,15 +132,16 @@ class _Process:
         theirs.close()
         self.memory = mmap.mmap(memory_fd, frame_bytes(resolution))
         os.close(memory_fd)
-        self.views = frame_views(self.memory, resolution)
+        self.views = frame_views(self.memory, resolution)  # as the running episode's frames lie there
         self.connection = Connection(ours.detach())
         self.deadline: float | None = None  # when silence becomes suspicious; None while nothing is asked of it
-        self.patience_s = self.cpu_asked_s = self.cpu_seen_s = 0.0
+        self.patience_s = self.cpu_seen_s = 0.0
+        self.cpu_asked_s = 0.0  # CPU time at its last answer, since when it has only waited
         self.in_episode = False
 
     def ask(self, message: tuple[Any, ...], patience_s: float) -> None:
         self.patience_s, self.deadline = patience_s, time.monotonic() + patience_s
-        self.cpu_asked_s = self.cpu_seen_s = self.cpu_s()
+        self.cpu_seen_s = self.cpu_asked_s
         try:
             self.connection.send(message)
         except OSError:
@@ -203,8 +210,12 @@ class SimulatorPool:
 
     def start(self, worker: int, assignment: Assignment) -> None:
         """Begin an episode on a worker that runs none (one that does drops it)."""
-        self._processes[worker].in_episode = True
-        self._processes[worker].ask(("start", assignment), self.timeout_s)
+        process, wanted = self._processes[worker], assignment.frame_format
+        if wanted is not None and wanted.nbytes > 3 * self.resolution**2:
+            assignment = replace(assignment, frame_format=None)
+        process.in_episode = True
+        process.views = frame_views(process.memory, self.resolution, assignment.frame_format)
+        process.ask(("start", assignment), self.timeout_s)
 
     def act(self, worker: int, actions: np.ndarray) -> None:
         """Execute (n, 7) float32 actions one after another, until success, the cap, or the last of them."""
@@ -254,7 +265,7 @@ class SimulatorPool:
     def _receive(self, index: int) -> Event | None:
         worker = self._processes[index]
         try:
-            kind, *rest = worker.connection.recv()
+            kind, worker.cpu_asked_s, *rest = worker.connection.recv()
         except (EOFError, OSError):
             died = self._replace(index, None)
             return died if worker.in_episode else None  # an idle worker's death costs nobody an episode

@@ -5,7 +5,8 @@ the launcher's CUDA, threads or random state is inherited). Speaks over one sock
 the observation lies there when the message that announces it arrives, and stays untouched until the next `act`.
 
 Messages in:  ("start", Assignment), ("act", (n, 7) float32 actions; one that is not finite ends the episode), ("quit",)
-Messages out: ("observed", step, sim_ms, render_ms, prompt), ("finished", …), ("refused", status, message)
+Messages out: (kind, CPU seconds of this process so far, …), of kinds ("observed", …, step, sim_ms, render_ms, prompt),
+("finished", …) and ("refused", …, status, message)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from qlibero.errors import QliberoError, WorkFailed
+from qlibero.frames import FrameFormat
 from qlibero.sim import suites
 
 _PR_SET_PDEATHSIG = 1
@@ -35,11 +37,17 @@ def frame_bytes(resolution: int) -> int:
     return 2 * resolution * resolution * 3 + suites.STATE_DIM * 4
 
 
-def frame_views(memory: mmap.mmap, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The shared memory as image (R, R, 3) uint8, wrist image (R, R, 3) uint8, state (8,) float32; no copies."""
-    pixels = resolution * resolution * 3
-    images = np.frombuffer(memory, np.uint8, 2 * pixels).reshape(2, resolution, resolution, 3)
-    return images[0], images[1], np.frombuffer(memory, np.float32, suites.STATE_DIM, offset=2 * pixels)
+def frame_views(
+    memory: mmap.mmap, resolution: int, prepared: FrameFormat | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The shared memory as image, wrist image, state (8,) float32; no copies. Images are (R, R, 3) uint8, or `prepared`
+    where that has at most as many bytes."""
+    room = resolution * resolution * 3
+    size, dtype = (prepared.size, prepared.dtype) if prepared else (resolution, np.dtype(np.uint8))
+    image, wrist_image = (
+        np.frombuffer(memory, dtype, size * size * 3, offset=at).reshape(size, size, 3) for at in (0, room)
+    )
+    return image, wrist_image, np.frombuffer(memory, np.float32, suites.STATE_DIM, offset=2 * room)
 
 
 def die_with_parent(parent: int) -> None:
@@ -53,8 +61,7 @@ class Worker:
     """Serves episodes until told to quit. Keeps the `Scene` of its last task, since building one costs seconds."""
 
     def __init__(self, connection: Connection, memory: mmap.mmap, resolution: int) -> None:
-        self.connection, self.resolution = connection, resolution
-        self.image, self.wrist_image, self.state = frame_views(memory, resolution)
+        self.connection, self.memory, self.resolution = connection, memory, resolution
         self.scene: Any = None
         self.video: Any = None
 
@@ -74,7 +81,7 @@ class Worker:
                     self._act(message[1])
             except QliberoError as error:  # the request or the machine is at fault: trying again would not help
                 self._drop_video()
-                self.connection.send(("refused", error.exit_status, str(error)))
+                self._tell("refused", error.exit_status, str(error))
         self._drop_video()
         if self.scene is not None:
             self.scene.close()
@@ -129,13 +136,22 @@ class Worker:
         if self.video is not None:
             self._record(scene.look())
             self._record()
-        self.connection.send(("finished", success, self.steps, scene.fingerprint(), rows, sim_ms, render_ms))
+        self._tell("finished", success, self.steps, scene.fingerprint(), rows, sim_ms, render_ms)
 
     def _observed(self) -> None:
-        seen = self.scene.observation
-        self.image[...], self.wrist_image[...], self.state[...] = seen.image, seen.wrist_image, seen.state
-        self.connection.send(("observed", self.steps, *self._times(), self.scene.language))
+        seen, started, prepared = self.scene.observation, time.perf_counter(), self.assignment.frame_format
+        image, wrist_image, state = frame_views(self.memory, self.resolution, prepared)
+        image[...] = prepared.of(seen.image) if prepared else seen.image
+        wrist_image[...] = prepared.of(seen.wrist_image) if prepared else seen.wrist_image
+        state[...] = seen.state
+        took = time.perf_counter() - started
+        self.scene.render_s += took
+        self.busy_s += took
+        self._tell("observed", self.steps, *self._times(), self.scene.language)
         self._record(seen)  # while the policy thinks
+
+    def _tell(self, kind: str, *content: Any) -> None:
+        self.connection.send((kind, time.process_time(), *content))
 
     def _record(self, seen: Any = None) -> None:
         """Add a frame to the video, or end it. One that cannot be written is dropped, not the episode."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import signal
@@ -31,6 +32,8 @@ from qlibero.tracking import wandb_environment
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Tracking
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,7 +110,7 @@ def start_mirrors(run_dir: Path | str, tracking: Tracking) -> Mirrors:
     except ValueError as problem:
         notes = [f"the WANDB_* variables are not used: {' '.join(str(problem).split())[:300]}"]
     for note in notes:
-        print(note, file=sys.stderr)
+        log.warning(note)
     if tracking.mode == "disabled":
         return Mirrors(())
     mirrors = []

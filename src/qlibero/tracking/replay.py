@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ from qlibero.results.runs import read_run, video_path
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.stats.proportions import wilson
 from qlibero.tracking.mirror import children, write_state
+
+log = logging.getLogger(__name__)
 
 BASELINE = "baseline"
 LOCK_WAIT_S = 120
@@ -189,7 +192,7 @@ def program(
                 over=over,
             )
     except QliberoError as problem:
-        print(problem, file=sys.stderr, flush=True)
+        log.error(str(problem))
         return problem.exit_status
     return 0
 
@@ -223,7 +226,7 @@ def until_launcher_ends(drain_limit_s: float) -> threading.Event:
             pass
         over.set()
         threading.Event().wait(drain_limit_s)
-        print(f"still not drained {drain_limit_s:g} s after the end of the run: giving up", file=sys.stderr, flush=True)
+        log.error(f"still not drained {drain_limit_s:g} s after the end of the run: giving up")
         end_children()
         os._exit(4)
 

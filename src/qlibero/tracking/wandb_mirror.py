@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -38,6 +39,8 @@ from qlibero.tracking.mirror import children, read_state, write_state
 if TYPE_CHECKING:
     from qlibero.config.schema import Tracking
 
+log = logging.getLogger(__name__)
+
 PLUGIN = TrackerPlugin("wandb", "Weights & Biases, offline by default", needs=("wandb",), order=1)
 ATTEMPTS = 3  # replays in one life: the last one always offline
 INIT_TIMEOUT_S = 10
@@ -59,7 +62,7 @@ class WandbRun:
             try:
                 self._online()
             except Exception as problem:  # a missing key, a dead network, a refused host: kept for `wandb sync`
-                print(f"{arm}: online failed ({_discreet(problem)}), going on offline", file=sys.stderr, flush=True)
+                log.warning(f"{arm}: online failed ({_discreet(problem)}), going on offline")
                 options.mode = "offline"
                 _restart(options)
         else:
@@ -262,10 +265,10 @@ def main() -> int:
                 over=over,
             )
     except QliberoError as problem:
-        print(problem, file=sys.stderr, flush=True)
+        log.error(str(problem))
         return problem.exit_status
     except Exception as problem:
-        print(f"replay {options.attempt} broke off: {_discreet(problem)}", file=sys.stderr, flush=True)
+        log.error(f"replay {options.attempt} broke off: {_discreet(problem)}")
         if options.attempt < ATTEMPTS:
             options.attempt += 1
             _restart(options)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlibero.cli.outcomes import Document, Incomplete, Refused, explain
+from qlibero.cli.outcomes import Document, Incomplete, Refused
 from qlibero.console import count_text, table
 
 MAX_NAMED = 8  # files
+
+log = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> Document:
@@ -31,7 +34,6 @@ def run(args: argparse.Namespace) -> Document:
             args.out,
             on_start=progress.start,
             on_episode=progress.episode,
-            say=progress.say,
             on_result=verdict,
         )
     _one_arithmetic(document, [document])
@@ -53,11 +55,11 @@ def videos(args: argparse.Namespace) -> Document:
     from qlibero.run.record_videos import record_videos
 
     with PhaseProgress():
-        document = record_videos(args.run_dir, args.episodes, explain, args.task, args.init, args.arm)
+        document = record_videos(args.run_dir, args.episodes, args.task, args.init, args.arm)
     if document["there"]:
-        explain(f"there already: {_named(document['there'])}")
+        log.info(f"there already: {_named(document['there'])}")
     if document["videos"]:
-        explain(f"{count_text(len(document['videos']), 'video')} made: {_named(document['videos'])}")
+        log.info(f"{count_text(len(document['videos']), 'video')} made: {_named(document['videos'])}")
     if document["missing"]:
         raise Incomplete(
             f"not made, their actions were not kept or the simulator died: {_named(document['missing'])}", document
@@ -76,11 +78,11 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.launch.plan import plan as make_plan
     from qlibero.launch.plan_tables import readable
 
-    document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), explain, args.calibrate)
+    document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), args.calibrate)
     for title, rows in readable(document):
         table(rows, title)
     if document["without_cost"]:
-        explain(
+        log.info(
             "no episode like these has been run yet, so no time can be told; "
             "--calibrate runs one of each (and keeps it)"
         )
@@ -91,7 +93,7 @@ def sweep(args: argparse.Namespace) -> Document:
     from qlibero.config.sweep import load_sweep
     from qlibero.launch.sweep import run_sweep
 
-    document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run, explain)
+    document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run)
     if document["finished"] and not document["complete"] and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
     if document["merge_status"] and not document["finished"]:
@@ -109,13 +111,11 @@ def run_shard(args: argparse.Namespace) -> Document:
 
     manifest = cells.read_manifest(args.manifest)
     if args.merge:
-        document = cells.merge(manifest, explain)
+        document = cells.merge(manifest)
         _one_arithmetic(document, document["cells"].values())
         return document
     with RunProgress(manifest.experiment_of(args.index)) as progress:
-        document = cells.run_shard(
-            manifest, args.index, on_start=progress.start, on_episode=progress.episode, say=progress.say
-        )
+        document = cells.run_shard(manifest, args.index, progress.start, progress.episode)
     _one_arithmetic(document, [document])
     if not document["complete"]:
         raise Incomplete("some episodes ended in an error; the same command tries them again", document)
@@ -126,14 +126,14 @@ def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
     document = (
-        watch.follow(args.dir, lambda found: explain(watch.headline(found)), args.task, args.arm)
+        watch.follow(args.dir, lambda found: log.info(watch.headline(found)), args.task, args.arm)
         if args.follow
         else watch.status(args.dir, args.task, args.arm)
     )
     cells = [{key: value for key, value in cell.items() if key != "machines"} for cell in document["cells"]]
     table(cells, title=watch.headline(document))
     for line in watch.mixes(document):
-        explain(line)
+        log.info(line)
     if args.follow and not document["complete"]:
         raise Incomplete(
             "nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing",

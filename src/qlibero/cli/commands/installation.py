@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
-from qlibero.cli.outcomes import Document, Incomplete, explain
+from qlibero.cli.outcomes import Document, Incomplete
 from qlibero.console import count_text, table
 from qlibero.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def doctor(args: argparse.Namespace) -> Document:
@@ -28,13 +31,13 @@ def lint(args: argparse.Namespace) -> Document:
     found = bddl.lint_all(args.tasks, bddl.installed())
     complaints = [complaint for of in found.values() for complaint in of]
     for complaint in complaints:
-        explain(complaint)
+        log.info(complaint)
     document = {"files": len(found), "complaints": complaints}
     if complaints:
         raise Incomplete(
             f"{count_text(len(complaints), 'complaint')} about {count_text(len(found), 'file')}, see above", document
         )
-    explain(f"{count_text(len(found), 'file')}, nothing to complain about")
+    log.info(f"{count_text(len(found), 'file')}, nothing to complain about")
     return document
 
 

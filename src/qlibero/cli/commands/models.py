@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from qlibero.cli.outcomes import Document, Incomplete, Refused, explain
+from qlibero.cli.outcomes import Document, Incomplete, Refused
 from qlibero.console import count_text, table
 from qlibero.errors import UserError
 
 if TYPE_CHECKING:
     from qlibero.quant.recheck import Recheck
+
+log = logging.getLogger(__name__)
 
 
 def quantize(args: argparse.Namespace) -> Document:
@@ -24,7 +27,7 @@ def quantize(args: argparse.Namespace) -> Document:
         document = make_artifacts(load_experiment(args.config, args.set), args.out)
     table(readable(document), title="artifacts")
     for made in document["artifacts"]:  # a path is as wide as a table
-        explain(f"{made['settings']}: {made['path']}")
+        log.info(f"{made['settings']}: {made['path']}")
     return document
 
 
@@ -62,7 +65,7 @@ def allocate(args: argparse.Namespace) -> Document:
         )
     table(readable(document), title=f"{document['mean_bits']:g} bits a weight, {document['weight_mb']:g} MB of codes")
     for name, said in (("together", document["together"]), ("evenly", document["evenly"])):
-        explain(f"{name}: arm error {said['arm']:.4g}, 95 % {said['arm95']}, gripper {said['gripper_changed']}")
+        log.info(f"{name}: arm error {said['arm']:.4g}, 95 % {said['arm95']}, gripper {said['gripper_changed']}")
     return document
 
 
@@ -154,7 +157,7 @@ def _layers(args: argparse.Namespace) -> tuple[str, list[Any]]:
         from qlibero.run.arms import layers_of_arms
 
         experiment = load_experiment(args.config, args.set)
-        return experiment.name, layers_of_arms(experiment, explain)
+        return experiment.name, layers_of_arms(experiment)
     from qlibero.cli import catalogue
     from qlibero.kernels.shapes import compact_layers, pi05_layers
 
@@ -186,7 +189,7 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     if not document["ok"]:
         raise Incomplete(f"{args.checkpoint}: {count_text(len(document['problems']), 'problem')}, see above", document)
     for condition in document["conditions"]:
-        explain(f"loads when the config's policy says {condition}")
+        log.info(f"loads when the config's policy says {condition}")
     return document
 
 
@@ -216,12 +219,12 @@ def serve(args: argparse.Namespace) -> Document:
     settings = ServerSettings(args.host, args.port, token, args.ready_file, seed=experiment.seed)
     settings.require_possible()
     rechecks: dict[str, Recheck] = {}
-    policies, meta = load_arms(experiment, [arms[args.arm]], explain, rechecks=rechecks)
+    policies, meta = load_arms(experiment, [arms[args.arm]], rechecks=rechecks)
     recheck = rechecks.get(args.arm)
     listen(
         policies[args.arm],
         settings,
-        lambda port: explain(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"),
+        lambda port: log.info(f"serving {args.arm} on ws://{args.host}:{port}; Ctrl-C ends it"),
         recheck.guard if recheck else None,
     )
     return {"served": args.arm, "policy": meta[args.arm]["policy"]}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 
-from qlibero.cli.outcomes import Document, Unwanted, explain
+from qlibero.cli.outcomes import Document, Unwanted
 from qlibero.console import count_text
 from qlibero.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def compare(args: argparse.Namespace) -> Document:
@@ -41,9 +44,9 @@ def export(args: argparse.Namespace) -> Document:
     from qlibero.results.export import export_episodes
 
     document = export_episodes(args.run_dirs, args.output, args.arm, args.task, args.card)
-    explain(f"{count_text(document['rows'], 'episode')}: {document['file']}")
+    log.info(f"{count_text(document['rows'], 'episode')}: {document['file']}")
     if document["card"]:
-        explain(f"dataset card: {document['card']}")
+        log.info(f"dataset card: {document['card']}")
     return document
 
 
@@ -59,8 +62,8 @@ def explain_gap(args: argparse.Namespace) -> Document:
     rate = f", {found.other_rate[0]}/{found.other_rate[1]} there" if found.other_rate else ""
     table(rows, title=f"{found.arm} ({found.rate[0]}/{found.rate[1]}{rate}) against {found.other}, likeliest first")
     if found.unknown:
-        explain(f"not known of one side: {', '.join(found.unknown)}")
-    explain(f"equal: {', '.join(found.equal) or 'nothing that both say'}")
+        log.info(f"not known of one side: {', '.join(found.unknown)}")
+    log.info(f"equal: {', '.join(found.equal) or 'nothing that both say'}")
     return found.to_json()
 
 
@@ -69,7 +72,7 @@ def report(args: argparse.Namespace) -> Document:
 
     document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
     left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
-    explain(
+    log.info(
         f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, "
         f"{count_text(document['videos'], 'video pair')}{left})"
     )
@@ -87,7 +90,7 @@ def open_report(args: argparse.Namespace) -> Document:
 
     def ready(url: str) -> None:
         document["url"] = url
-        explain(f"{url} shows {', '.join(map(str, args.run_dirs))} as it grows, to this machine only; Ctrl-C ends it")
+        log.info(f"{url} shows {', '.join(map(str, args.run_dirs))} as it grows, to this machine only; Ctrl-C ends it")
         if any(
             map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
         ):  # else it might start one in the terminal

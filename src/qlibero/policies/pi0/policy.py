@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from qlibero.policies.base import Chunk, Observation
 from qlibero.policies.pi05.policy import Pi05Policy
@@ -19,7 +19,7 @@ class Pi0Policy(Pi05Policy):
 
     type = "pi0"
 
-    def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:
+    def preprocess(self, observation: Observation) -> tuple[list[Tensor], list[int], np.ndarray]:
         """As a pi0.5's; the state is padded with zeros after it was normalised."""
         images, tokens, state = super().preprocess(observation)
         padded = np.zeros(self.model.config.state_dim, np.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from qlibero.errors import UserError
 from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST
-from qlibero.policies.pi05.images import to_network
+from qlibero.policies.pi05.images import as_floats, frame_format, to_network
 from qlibero.policies.pi05.layers import attend
 from qlibero.policies.pi05.linears import attentions, layout, linears
 from qlibero.policies.pi05.model import Pi05Model
@@ -97,9 +98,10 @@ class Pi05Policy:
         self.batch_size = batch_size
         self.flow_steps = flow_steps
         self.profile = profile
+        self.frame_format = frame_format(config.vision.image_size, profile.resize)
         self._cameras = cameras
         self._statistics = statistics
-        self._tokenizer = tokenizer
+        self._encode = lru_cache(1024)(tokenizer.encode)
         self._identity = identity
         self._sampler: Sampler | None = None
         self._padding = 0  # buckets of masked text beyond what a text needs
@@ -213,7 +215,8 @@ class Pi05Policy:
             asked.attend = attend_and_tell
         images, tokens, state = self.preprocess(observation)
         given = torch.from_numpy(np.asarray(state))[None].to(self.device) if self.model.config.state_dim else None
-        prefix = asked.prefix(images[None].to(self.device), torch.tensor([tokens], device=self.device), state=given)
+        seen = as_floats(torch.stack(images)[None].to(self.device))
+        prefix = asked.prefix(seen, torch.tensor([tokens], device=self.device), state=given)
         x = torch.from_numpy(np.asarray(noise))[None].to(self.device)
         for step in range(self.flow_steps):
             t = torch.full((1,), 1.0 - step / self.flow_steps, device=self.device)
@@ -259,16 +262,16 @@ class Pi05Policy:
                 phases[phase] = phases.get(phase, 0.0) + ms
         return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
 
-    def preprocess(self, observation: Observation) -> tuple[torch.Tensor, list[int], np.ndarray]:
-        """Images (cameras, 3, S, S) in [-1, 1], token ids, normalised state, all on the CPU."""
+    def preprocess(self, observation: Observation) -> tuple[list[Tensor], list[int], np.ndarray]:
+        """An image a camera as `to_network` has them, token ids, normalised state, all on the CPU."""
         size = self.model.config.vision.image_size
         views = {AGENT: observation.image, WRIST: observation.wrist_image}
-        images = torch.stack([to_network(views[camera], size, self.profile.resize) for camera in self._cameras])
+        images = [to_network(views[camera], size, self.profile.resize) for camera in self._cameras]
         state = self._statistics["state"].normalize(observation.state)
         return images, self._tokens(observation.prompt, state), state
 
     def _tokens(self, prompt: str, state: np.ndarray) -> list[int]:
-        tokens = self._tokenizer.encode(self.profile.text(prompt, state))
+        tokens = self._encode(self.profile.text(prompt, state))
         if len(tokens) > (limit := self.model.config.max_token_len):
             raise UserError(
                 f"the instruction {prompt[:80]!r} takes {len(tokens)} tokens, the checkpoint's limit is {limit}: "
@@ -302,10 +305,10 @@ class Pi05Policy:
         texts = [tokens + [0] * ((length or len(tokens)) - len(tokens)) for _, tokens, _ in padded]
         mask = None
         if length is not None:
-            mask = torch.tensor([[k < len(tokens) for k in range(length)] for _, tokens, _ in padded])
+            mask = torch.arange(length) < torch.tensor([[len(tokens)] for _, tokens, _ in padded])
         state = torch.from_numpy(np.stack([state for _, _, state in padded])) if self.model.config.state_dim else None
         actions, times = self.sampler(
-            torch.stack([images for images, _, _ in padded]),
+            torch.stack([image for images, _, _ in padded for image in images]).unflatten(0, (self.batch_size, -1)),
             torch.tensor(texts),
             z,
             token_mask=mask,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qlibero.policies.pi05.fast.fused_ops import choose_layer_ops
 from qlibero.policies.pi05.fast.graphs import Stopwatch, graphed
+from qlibero.policies.pi05.images import as_floats
 from qlibero.policies.pi05.layers import MASKED, fuse, rope_tables
 from qlibero.policies.pi05.model import Pi05Model, Prefix
 from qlibero.policies.pi05.vision import SiglipAttention
@@ -197,13 +198,13 @@ class Sampler:
     ) -> tuple[Tensor, dict[str, float]]:
         """Actions in the network's own units, (B, H, D) float32 on the CPU, and each phase's milliseconds.
 
-        images (B, cameras, 3, S, S) float32 in [-1, 1]; tokens (B, T) int64; noise (B, H, D) float32;
-        token_mask (B, T) bool or None (all live); state (B, state_dim) normalised. All on the CPU or on the
-        device.
+        images (B, cameras, 3, S, S) float32 in [-1, 1], or (B, cameras, S, S, 3) uint8 pixels; tokens (B, T) int64;
+        noise (B, H, D) float32; token_mask (B, T) bool or None (all live); state (B, state_dim) normalised. All on
+        the CPU or on the device.
         """
         w = self.workspace(images.shape[0], images.shape[1], tokens.shape[1], token_mask is not None)
         watch = Stopwatch(self.device)
-        w.images.copy_(images)
+        w.images.copy_(as_floats(images.to(self.device)))
         w.tokens.copy_(tokens)
         w.x.copy_(noise)
         if token_mask is not None:
