@@ -391,7 +391,7 @@ def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch
     cell = "suite-libero_object.method-duquant.layout-llm+expert_mlp"
     assert all(
         f" {word} " in f" {' '.join(said.split())} "
-        for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the")
+        for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes in the")
     )
     assert len(said.splitlines()) < 2 * len(document["cells"])
     assert (
