@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as marked
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from qlibero.config.explain import mark_of
 from qlibero.config.labels import axes_id, setting_label
-from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace
+from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace, todays_keys
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import extended, overlay, read
@@ -186,14 +187,15 @@ def _choose(source: Source, choice: _Choice, file: Source, directory: Path, know
         for name in files:
             overlay(source, extended(directory, name, mark, (), known))
         return
-    keys = tuple(choice.key.split("."))
+    keys, word = todays_keys(choice.key)
+    mark = marked(mark, word=word)
     try:
         place = replace(source, keys, _copied(choice.value), mark)
     except ValueError as error:
         source.problems.append(Problem(mark, f"{short(choice.key)}: {error}"))
         return
     for inner in locations(choice.value):
-        source.marks[(*place, *inner)] = mark_of(file, (*choice.at, *inner))
+        source.marks[(*place, *inner)] = marked(mark_of(file, (*choice.at, *inner)), word=word)
 
 
 def _matches(choice: _Choice, rule: dict[str, Any]) -> bool:

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.schema import Arm, Experiment, Tracking
+from qlibero.config.arms import Arm, overrides_of
+from qlibero.config.schema import Experiment, Tracking
+from qlibero.config.yaml_source import laid_over
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
@@ -24,7 +26,7 @@ from qlibero.places import RUNS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import REFERENCE, declared_margin, read_run
+from qlibero.results.runs import REFERENCE, declared_margin, listed_arms, read_run
 from qlibero.results.stopping import BLOCK_PAIRS
 from qlibero.results.wording import detectable_line
 from qlibero.run.experiment import (
@@ -114,8 +116,8 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
             f"a shard on engine {name} has {memory_gb:.1f} GB; {engine.more_memory}"
         )
     yield from engine.problems(experiment.launch)
-    device = _device(experiment, engine)
     for arm in experiment.arms():
+        device = _device(experiment, arm, engine)
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
             if reason := _unsupported(arm, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
@@ -142,8 +144,8 @@ def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
     return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
 
 
-def _device(experiment: Experiment, engine: Engine) -> str:
-    wanted = getattr(experiment.policy, "device", "cpu")
+def _device(experiment: Experiment, arm: Arm, engine: Engine) -> str:
+    wanted = getattr(arm.policy, "device", "cpu")
     if wanted != "auto":
         return wanted.partition(":")[0]
     return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
@@ -177,14 +179,13 @@ def _kind(experiment: Experiment, arm: str) -> tuple:
 
 def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
-    entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
     replicated = arm.rpartition("-")[0]
-    backend = next(
-        (e["backend"] for e in entries if e["name"] == (replicated if e.get("replicates") else arm)),
-        arm,
+    entry = next(
+        (e for e in listed_arms(experiment) if e["name"] == (replicated if e.get("replicates") else arm)),
+        {"backend": arm},
     )
-    backend = "baseline" if backend == "aa" else backend
-    policy = json.dumps(experiment.get("policy"), sort_keys=True)
+    backend = "baseline" if entry["backend"] == "aa" else entry["backend"]
+    policy = json.dumps(laid_over(experiment.get("policy"), entry.get("policy") or {}), sort_keys=True)
     return experiment.get("suite"), experiment.get("max_steps"), policy, backend
 
 
@@ -218,6 +219,7 @@ def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
         "done": done,
         "missing": missing,
         "shards": cell.shards,
+        "overrides": {arm.name: said for arm in experiment.arms() if (said := overrides_of(experiment, arm))},
         "seconds_each": each if len(each) == len(arms) else None,
         "pairs": pairs,
         **(_detectable(cell, pairs) if len(arms) > 1 else {}),
@@ -316,10 +318,9 @@ def _shard_seconds(
     """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
     experiment = manifest.cell(shard).experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
-    batch = experiment.policy.batch_size
-    together = (
-        min(workers, batch) if batch != "auto" else 1
-    )  # auto: one at a time on a CPU; on a GPU this is pessimistic
+    batches = {arm.name: arm.policy.batch_size for arm in experiment.arms()}
+    # auto: one at a time on a CPU; on a GPU this is pessimistic
+    together = {arm: min(workers, batch) if batch != "auto" else 1 for arm, batch in batches.items()}
     each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     keys = set(episode_keys(experiment, (shard.index, shard.count)))
-    return sum(each[arm].sim_s / workers + each[arm].policy_s / together for arm, key in missing if key in keys)
+    return sum(each[arm].sim_s / workers + each[arm].policy_s / together[arm] for arm, key in missing if key in keys)

@@ -49,12 +49,17 @@ def _row(cell: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell["cell"],
         "suite": cell["suite"],
-        "arms": ", ".join(cell["arms"]),
+        "arms": ", ".join(_arm(name, cell["overrides"]) for name in cell["arms"]),
         "episodes": f"{cell['done']:,} of {cell['episodes']:,} done",
         "shards": cell["shards"],
         "s per episode": ", ".join(f"{arm} {seconds:g}" for arm, seconds in each.items()) or "not known yet",
         DETECTABLE: cell.get("detectable", ALONE),
     }
+
+
+def _arm(name: str, overrides: dict[str, list[str]]) -> str:
+    """An arm, and what is not the experiment's own in its policy: what its pairs are then about."""
+    return f"{name} ({', '.join(overrides[name])})" if name in overrides else name
 
 
 def _sentences(cells: Rows) -> Rows:

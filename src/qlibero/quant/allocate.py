@@ -58,7 +58,7 @@ def allocate(
     torch.set_num_threads(1)
     quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None), None)
     if quant is None:
-        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake")
+        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `arms`, such as fake")
     if (budget_mb is None) == (mean_bits is None):
         raise UserError("give --budget-mb or --mean-bits, one of them")
     levels = sorted(set(bits))

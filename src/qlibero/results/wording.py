@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qlibero.console import count_text
 from qlibero.results.paired_outcomes import FEWEST_PAIRS, Power, Word
 from qlibero.results.speed import Speed
+from qlibero.results.unlike import unlike_text
 from qlibero.stats.sampling import population
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def sentence(arm: ArmComparison) -> str:
         pieces.append(f"sequential test over {arm.sequential.decision.pairs} of them")
     if arm.note:
         pieces.append(arm.note)
+    if arm.unlike:
+        pieces.append(unlike_text(arm.unlike))
     if warning := unequal_tasks(arm):
         pieces.append(warning)
     if speed := speed_text(arm.speed):

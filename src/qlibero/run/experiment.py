@@ -224,6 +224,7 @@ def _run(
     from qlibero.machine.environment import describe, simulator_environment
     from qlibero.run.arms import load_arms
     from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.pace import Pace
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
     from qlibero.run.videos import Videos
@@ -271,6 +272,7 @@ def _run(
         max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
+        paces={arm.name: Pace(arm.policy.replan_steps) for arm in arms},
     )
 
     names = [arm.name for arm in experiment.arms()]
