@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlibero.console import count_text
+
 WORKER_GB = 1.9  # of a rendering simulator: 1.4 GB at first, 1.9 after 60 episodes over ten tasks, where it stays
 BATCHES = 4  # of a policy on a GPU, that simulators must be able to fill: one is computed, one waits, two are stepped
 MOST_PER_CORE = 4
@@ -51,20 +53,21 @@ def simulators(
         workers = min(asked, episodes)
         needs = workers * WORKER_GB
         short = (
-            f"{workers} simulators need {needs:g} GB and {here.free_gb:.1f} GB are free ({here.why})"
+            f"{count_text(workers, 'simulator')} need{'s' * (workers == 1)} {needs:g} GB and "
+            f"{here.free_gb:.1f} GB are free ({here.why})"
             if needs > here.free_gb
             else None
         )
         return Simulators(workers, f"workers: {asked}", short)
     most = wanted(here.cores, gpu_batch)
     workers = fitting(most, here.free_gb)
-    reason = f"{here.cores} cores"
+    reason = count_text(here.cores, "core")
     if most > here.cores:
         reason += f", and a policy on a GPU that takes {gpu_batch} at a time"
     if workers < most:
         reason = f"{here.free_gb:.1f} GB free, {WORKER_GB:g} GB each"
     return Simulators(
-        min(workers, episodes), f"{reason} ({here.why})" if workers <= episodes else f"{episodes} episodes"
+        min(workers, episodes), f"{reason} ({here.why})" if workers <= episodes else count_text(episodes, "episode")
     )
 
 
