@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.schema import Arm, Experiment, Tracking
+from qlibero.config.quantization import Quant
+from qlibero.config.schema import Experiment, Stop, Tracking
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
@@ -38,6 +39,8 @@ from qlibero.stats.sequential_power import pairs_needed, prospect
 
 log = logging.getLogger(__name__)
 
+Kind = tuple[Any, ...]
+"""What an episode's cost depends on, see `_kind_of`."""
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
 
@@ -114,12 +117,12 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
     device = _device(experiment, engine)
     for arm in experiment.arms():
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
-            if reason := _unsupported(arm, device, engine.here):
+            if reason := _unsupported(arm.backend, arm.quant, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
 
 
-def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
-    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. Validation has the last word.
+def _unsupported(backend: str, quant: Quant, device: str, here: bool) -> str | None:
+    """Why an arm's kernel cannot serve a typical layer on `device`; None when it can. Validation has the last word.
 
     Of a cluster's nodes (not `here`) only what is true on any machine is said: a login node has no GPU and perhaps not
     the kernel's package, which says nothing about where the work will run.
@@ -127,16 +130,15 @@ def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
     from qlibero.kernels import load
     from qlibero.kernels.contract import GemmShape
 
-    quant = arm.quant
     try:
-        kernel = load(arm.backend)
+        kernel = load(backend)
         shape = GemmShape(2048, 2048, quant.weight_bits, quant.activation_bits, quant.group_size, device)
     except ImportError as problem:
         return str(problem) if here else None
     except QliberoError as problem:
         return str(problem)
     support = kernel.supports(shape) if here else kernel.fits(shape)
-    return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
+    return None if support.ok else f"{backend} on {device}: {support.reason}"
 
 
 def _device(experiment: Experiment, engine: Engine) -> str:
@@ -146,12 +148,12 @@ def _device(experiment: Experiment, engine: Engine) -> str:
     return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
 
 
-def costs(manifest: Manifest) -> dict[tuple, Cost]:
+def costs(manifest: Manifest) -> dict[Kind, Cost]:
     """Mean cost per kind of episode, from this sweep's cells first, else from other runs under logs/."""
     ours = [cell.run_dir for cell in manifest.cells]
-    found: dict[tuple, list[EpisodeRecord]] = {}
+    found: dict[Kind, list[EpisodeRecord]] = {}
     for directories in (ours, _other_runs(ours)):
-        here: dict[tuple, list[EpisodeRecord]] = {}
+        here: dict[Kind, list[EpisodeRecord]] = {}
         for directory in directories:
             try:
                 run = read_run(directory)
@@ -168,11 +170,11 @@ def _other_runs(ours: list[Path]) -> Iterable[Path]:
     return [path.parent for path in sorted(RUNS.glob("*/experiment.yaml")) if path.parent not in ours]
 
 
-def _kind(experiment: Experiment, arm: str) -> tuple:
+def _kind(experiment: Experiment, arm: str) -> Kind:
     return _kind_of(experiment.model_dump(mode="json"), arm)
 
 
-def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
+def _kind_of(experiment: dict[str, Any], arm: str) -> Kind:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
     entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
     replicated = arm.rpartition("-")[0]
@@ -199,7 +201,7 @@ def _one_episode(cell: Cell) -> None:
     run_experiment(experiment, cell.run_dir, most_pairs=1)
 
 
-def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
+def _cell(cell: Cell, known: dict[Kind, Cost]) -> dict[str, Any]:
     """One cell: its arms, episodes, what the ledger has, seconds per episode, and what its pairs can detect."""
     experiment = cell.experiment
     arms = [arm.name for arm in experiment.arms()]
@@ -225,7 +227,8 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     """What the cell's pairs can find, and what non-inferiority takes. None: too few pairs or flips."""
     margin = declared_margin(cell.experiment.model_dump(mode="json"))
     found = power(pairs, *_discordance(cell), margin)
-    sequential = _prospects(cell.experiment, found.discordance, margin) if cell.experiment.stop else None
+    stop = cell.experiment.stop
+    sequential = _prospects(cell.experiment, stop, found.discordance, margin) if stop else None
     return {
         "discordance": f"{found.discordance:.1%} {found.discordance_from}",
         "detectable_difference": found.difference,
@@ -238,7 +241,7 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     }
 
 
-def _prospects(experiment: Experiment, discordance: float, margin: float) -> dict[str, Any]:
+def _prospects(experiment: Experiment, stop: Stop, discordance: float, margin: float) -> dict[str, Any]:
     """What `stop` will cost and find, for one arm, if the arms are truly equal."""
     declared = stopping_rule(experiment)
     if declared.method == "evalues":
@@ -247,9 +250,15 @@ def _prospects(experiment: Experiment, discordance: float, margin: float) -> dic
             "as many (docs/statistics.md)."
         }
     share = declared.alpha / len(declared.arms)
-    design = {"margin": margin, "discordance": discordance, "alpha": share, "futility": declared.futility}
-    chances = prospect(declared.looks, **design)
-    needed = pairs_needed(**design, looks=experiment.stop.looks, block=BLOCK_PAIRS)
+    chances = prospect(declared.looks, margin=margin, discordance=discordance, alpha=share, futility=declared.futility)
+    needed = pairs_needed(
+        margin=margin,
+        discordance=discordance,
+        looks=stop.looks,
+        block=BLOCK_PAIRS,
+        alpha=share,
+        futility=declared.futility,
+    )
     found = {key: float(f"{value:.6g}") for key, value in asdict(chances).items()}
     return {
         "looks": len(declared.looks),
@@ -281,7 +290,7 @@ def _discordance(cell: Cell) -> tuple[float, str]:
     return max(found, default=(DISCORDANCE, "assumed"))
 
 
-def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str, Any]]:
+def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, dict[str, Any]]:
     """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
     launch = manifest.cells[0].experiment.launch
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
@@ -307,7 +316,7 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
 
 
 def _shard_seconds(
-    manifest: Manifest, shard: Shard, missing: list[tuple[str, EpisodeKey]], workers: int, known: dict[tuple, Cost]
+    manifest: Manifest, shard: Shard, missing: list[tuple[str, EpisodeKey]], workers: int, known: dict[Kind, Cost]
 ) -> float:
     """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
     experiment = manifest.cell(shard).experiment

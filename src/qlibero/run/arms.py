@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from qlibero.activity import doing
+from qlibero.config.quantization import Quant
 from qlibero.config.schema import Arm, Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
@@ -83,7 +84,7 @@ def load_arms(
             found: dict[str, Any] = {"label": _label(full, arm)}
         else:
             settled = _settled(arm, (before or {}).get(arm.name, {}))
-            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, twins)
+            policy, found, recheck = _quantized(experiment, settled, arm.quant, quantizable(full), places, twins)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
@@ -134,8 +135,9 @@ def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapp
         parts["compiled flow"] = code
     if arm.quant is not None:
         parts["artifact"] = found["artifact"]["sha256"]
-        if arm.quant.calibration is not None and arm.quant.calibration.path.is_file():
-            parts["calibration data"] = file_sha256(arm.quant.calibration.path)
+        data = arm.quant.calibration and arm.quant.calibration.path
+        if data and data.is_file():
+            parts["calibration data"] = file_sha256(data)
     return parts
 
 
@@ -172,12 +174,14 @@ def replaced_in_all(experiment: Experiment, arms: Sequence[Arm], places: Sequenc
     """Weights that no arm needs in full precision, because each arm is quantized and its artifact is ready: they are
     not even read, so that a full-size W4A8 policy fits where its bf16 language model would not."""
     checkpoint = weights_sha256(experiment.policy)
-    if checkpoint is None or any(arm.quant is None for arm in arms):
-        return frozenset()
-    artifacts = [ready_artifact(checkpoint, arm.quant, places) for arm in arms]
-    if any(artifact is None for artifact in artifacts):
-        return frozenset()
-    names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
+    names: list[set[str]] = []
+    for arm in arms:
+        if checkpoint is None or arm.quant is None:
+            return frozenset()
+        artifact = ready_artifact(checkpoint, arm.quant, places)
+        if artifact is None:
+            return frozenset()
+        names.append({f"{layer.name}.weight" for layer in artifact.layers})
     return frozenset(set.intersection(*names))
 
 
@@ -208,7 +212,8 @@ def layers_of_arms(experiment: Experiment) -> list[Layer]:
     """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     full = quantizable(load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset()))
-    artifacts = {artifact.key: artifact for arm in arms for artifact in [artifact_for(full, arm.quant)]}
+    made = [artifact_for(full, arm.quant) for arm in arms if arm.quant is not None]
+    artifacts = {artifact.key: artifact for artifact in made}
     layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
     found = [layer for layer in layers if not validation.without_kernel(layer.shape)]
     if not found:
@@ -219,14 +224,14 @@ def layers_of_arms(experiment: Experiment) -> list[Layer]:
 def _quantized(
     experiment: Experiment,
     arm: Arm,
+    quant: Quant,
     full: QuantizablePolicy,
     places: Sequence[Path],
     twins: dict[str, QuantizablePolicy],
 ) -> tuple[Policy, dict[str, Any], Recheck | None]:
-    artifact = artifact_for(full, arm.quant, places)
+    artifact = artifact_for(full, quant, places)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
-    validation.enforce(verdicts)
-    executed = {verdict.layer: verdict.executed for verdict in verdicts}
+    executed = validation.enforce(verdicts)
     # layers that never run are not tried: they follow the arm's first choice
     default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
@@ -243,7 +248,7 @@ def _quantized(
         why = "no memory for the same policy on fake" if twin is None else "" if exact else "its kernel rounds"
         recheck = Recheck(policy, artifact, twin if exact else None, why)
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
-        policy_check = check_policy(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
+        policy_check = check_policy(full, policy, artifact, _seen(quant, prompts(experiment)[0]), noise, twin)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     log.info(
@@ -287,9 +292,9 @@ def _label(full: Policy, arm: Arm) -> str:
     return f"{arm.name} ({arm.quant.label})"
 
 
-def _seen(arm: Arm, prompt: str) -> Observation:
+def _seen(quant: Quant, prompt: str) -> Observation:
     """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
-    found = demonstrations(arm.quant).observations
+    found = demonstrations(quant).observations
     return replace(found[0], prompt=prompt) if found else blank_observation(prompt)
 
 
