@@ -15,8 +15,9 @@ from qlibero.policies.base import Chunk
 from qlibero.results.summary import policy_calls
 from qlibero.run.episode import PlannedEpisode
 from qlibero.run.experiment import missing_episodes
+from qlibero.run.noise import call_noise
 from qlibero.run.rollout import RolloutSettings, run_episodes
-from qlibero.sim.pool import Finished, Observed
+from qlibero.sim.pool import Died, Finished, Observed
 from qlibero.sim.scene import SimObservation
 
 
@@ -98,6 +99,98 @@ def test_a_batch_counts_once(tmp_path):
     assert len(records) == 7 and max(max(record.batch_sizes) for record in records) == 3
     assert sum(len(record.policy_ms) for record in records) == 14 > policy.calls
     assert policy_calls(records).count == pytest.approx(policy.calls)
+
+
+class OnADevice(Counting):
+    """A policy whose calls are begun, and ready when they have been asked three times; actions tell rows apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.under_way, self.sizes = [], []
+
+    def begin(self, observations, noise):
+        assert len(self.under_way) < 2, "a third call has nothing to wait for"
+        assert not self.under_way or len(observations) == self.batch_size, "only a whole batch waits behind another"
+        begun = BegunOnADevice(self, noise)
+        self.under_way.append(begun)
+        self.sizes.append(len(self.under_way))
+        return begun
+
+
+class BegunOnADevice:
+    def __init__(self, policy, noise):
+        self.policy, self.noise, self.asked = policy, noise, 0
+
+    def ready(self):
+        first = self.policy.under_way[0] is self  # a device answers in order
+        self.asked += first
+        return first and self.asked > 3
+
+    def chunk(self):
+        assert self.policy.under_way.pop(0) is self
+        self.policy.calls += 1
+        return Chunk(self.noise, {})
+
+
+class Dying(Simulators):
+    """One simulator dies while its episode's row is on the device, and its successor asks at once."""
+
+    def __init__(self, workers):
+        super().__init__(workers)
+        self.acted, self.started, self.dead = [], [], False
+
+    def start(self, worker, assignment):
+        self.started.append((worker, assignment.key))
+        super().start(worker, assignment)
+
+    def wait(self, timeout):
+        events = super().wait(timeout)
+        if not events and not self.dead:  # all that waited has been begun
+            self.dead = True
+            return [Died(1, "killed")]
+        return events
+
+    def act(self, worker, actions):
+        key = [key for other, key in self.started if other == worker][-1]
+        self.acted.append((key, self._asked[worker], actions.copy()))
+        super().act(worker, actions)
+
+
+def test_answers_of_begun_calls_reach_their_own_episode_and_nobody_else(tmp_path):
+    """Against the noise that each episode's calls must have, drawn here by key and call."""
+    keys = list(dict.fromkeys(key for _, key in missing_episodes(experiment(tmp_path, "[baseline]"), tmp_path / "run")))
+    policy, pool, records = OnADevice(), Dying(8), []
+    run_episodes(
+        [PlannedEpisode("baseline", key) for key in keys[:12]],
+        {"baseline": policy},
+        pool,
+        RolloutSettings("pure", 10, 5, 1),
+        lambda record, trajectory: records.append(record),
+    )
+    assert len(records) == 12 and {record.outcome for record in records} == {"failure"}
+    assert sum(record.attempt for record in records) == 13, "the one that died was run again"
+    assert max(policy.sizes) == 2, "a whole batch that waits is begun behind the first"
+    assert len(pool.acted) == 24
+    for key, call, actions in pool.acted:
+        assert np.array_equal(actions, call_noise(key, call - 1, (2, 7)))
+
+
+def test_an_infer_put_in_front_of_begin_is_asked(tmp_path):
+    keys = list(dict.fromkeys(key for _, key in missing_episodes(experiment(tmp_path, "[baseline]"), tmp_path / "run")))
+
+    class Derived(OnADevice):
+        def infer(self, observations, noise):
+            return super().infer(observations, noise)
+
+    patched = OnADevice()
+    patched.infer = Counting().infer
+    for policy in (Derived(), patched):
+        settings, records = RolloutSettings("pure", 10, 5, 0), []
+        plan = [PlannedEpisode("baseline", key) for key in keys[:3]]
+        run_episodes(
+            plan, {"baseline": policy}, Simulators(2), settings, lambda record, _, to=records: to.append(record)
+        )
+        assert len(records) == 3 and not policy.sizes
 
 
 def test_an_arm_that_is_decided_starts_no_further_episode(tmp_path):

@@ -67,7 +67,7 @@ def test_actions_that_are_not_finite_are_handed_on_to_end_their_episode(config):
 def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_path, monkeypatch):
     """Calibrates the first time; the second time the artifact is ready and the language model is not read."""
     from qlibero.config.schema import Experiment
-    from qlibero.quant import prepare
+    from qlibero.quant import prepare, shared_weights
     from qlibero.run import arms
 
     asked: list[frozenset[str]] = []
@@ -77,7 +77,7 @@ def test_a_run_of_quantized_arms_does_not_load_what_they_replace(config, tmp_pat
         return load_policy(policy, skip)
 
     monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path)
-    monkeypatch.setattr(arms, "load_policy", listening)
+    monkeypatch.setattr(shared_weights, "load_policy", listening)
     quant = {"method": "rtn", "layout": "llm"}
     settings = {"name": "x", "suite": "libero_object", "tasks": [7], "policy": config.model_dump(), "quant": quant}
     experiment = Experiment.model_validate({**settings, "backends": ["fake"]})

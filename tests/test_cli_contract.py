@@ -96,6 +96,7 @@ def test_kernels_check_takes_the_experiment_that_will_run(
     tiny_experiment: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The documented command: this policy's layers at this run's token counts, on every kernel or the named one."""
+    from qlibero.policies import load_policy
     from qlibero.quant import prepare
     from qlibero.run import arms
 
@@ -104,7 +105,7 @@ def test_kernels_check_takes_the_experiment_that_will_run(
     found = json.loads(capfd.readouterr().out)
     assert found["shapes"] == "tiny" and found["verdicts"]
     experiment = load_experiment(tiny_experiment)
-    policy = arms.load_policy(experiment.policy)
+    policy = load_policy(experiment.policy)
     llm = list(policy.token_counts(arms.prompts(experiment))["llm"])
     for verdict in found["verdicts"]:
         assert ".language_model." in verdict["layer"] and verdict["tokens"] == llm and verdict["verdict"] == "pass"

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from qlibero.config import inits, quantization, schema
+from qlibero.config import arms, inits, quantization, schema
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved, editor_schema
 from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
@@ -466,17 +466,17 @@ def test_the_reference_page_is_what_the_schema_says() -> None:
     assert page == renewed(page), "run `python -m qlibero.config.reference`"
     models = {
         m
-        for m in (*vars(schema).values(), *vars(quantization).values(), *vars(inits).values())
+        for m in (*vars(schema).values(), *vars(arms).values(), *vars(quantization).values(), *vars(inits).values())
         if isinstance(m, type) and issubclass(m, BaseModel)
     }
-    assert models - {BaseModel, schema.StrictModel, schema.QuantOverrides} <= set(SECTIONS.values())
+    assert models - {BaseModel, arms.StrictModel, arms.QuantOverrides, arms.PolicySettings} <= set(SECTIONS.values())
     for variable in HONOURED:
         assert f"`OPENPI_DUQUANT_{variable}`" in page or f"`_{variable}`" in page, variable
 
 
 def test_editors_get_a_schema_that_describes_every_key() -> None:
     document = editor_schema()
-    assert document["$defs"]["Backend"]["properties"]["backend"]["enum"] == list(known_backends())
+    assert document["$defs"]["ArmEntry"]["properties"]["backend"]["enum"] == list(known_backends())
     undescribed = [
         f"{name}.{key}"
         for name, model in {"Experiment": document, **document["$defs"]}.items()

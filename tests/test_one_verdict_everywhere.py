@@ -259,7 +259,6 @@ def test_cells_of_a_sweep_each_keep_their_verdict(tmp_path):
     [
         ({"protocol": "openpi"}, "different protocols: pure and openpi"),
         ({"max_steps": 600}, "different step caps: 280 and 600"),
-        ({"replan_steps": 10}, "different numbers of executed steps per call: 5 and 10"),
     ],
 )
 def test_episodes_that_were_run_unlike_are_no_pair(tmp_path, more, reason):
@@ -270,3 +269,14 @@ def test_episodes_that_were_run_unlike_are_no_pair(tmp_path, more, reason):
                 ledger.append(episode(arm, EpisodeKey("libero_goal", 0, i, 7), "success", **settings))
     arm = compare_runs([tmp_path / "a", tmp_path / "b"])["arms"]["w4a8"]
     assert arm["pairs"] == 0 and {entry["reason"] for entry in arm["unpaired"]} == {reason}
+
+
+def test_arms_that_replan_otherwise_are_pairs_and_it_is_said(tmp_path):
+    for run, arm, replan in (("a", "baseline", 5), ("b", "w4a8", 10)):
+        with Ledger(tmp_path / run, arm, 0, "h") as ledger:
+            for i in range(30):
+                settings = {"protocol": "pure", "max_steps": 280, "replan_steps": replan}
+                ledger.append(episode(arm, EpisodeKey("libero_goal", 0, i, 7), "success", **settings))
+    arm = compare_runs([tmp_path / "a", tmp_path / "b"])["arms"]["w4a8"]
+    assert arm["pairs"] == 30 and arm["unlike"] == {"replan_steps": [5, 10]}
+    assert "replan_steps 10 instead of 5 (another protocol of the policy)" in arm["sentence"]

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.schema import Arm, Experiment
+from qlibero.config.arms import Arm
+from qlibero.config.schema import Experiment
 
 
 def config_hash(experiment: Experiment, arm: Arm) -> str:
@@ -18,7 +19,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     another arm continue a run directory, and another seed or alpha is refused. Paths, addresses and pinned hashes do
     not count: what lies there does, by content (`qlibero.identity`).
     """
-    policy = experiment.policy.model_dump()
+    policy = arm.policy.model_dump()
     policy.pop("sha256", None)
     if policy.get("type") == "remote":
         policy = {key: policy[key] for key in ("type", "replan_steps")}

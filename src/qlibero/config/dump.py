@@ -11,6 +11,7 @@ import yaml
 from qlibero.config.load import PATH_KEYS, known_backends
 from qlibero.config.policies import path_keys
 from qlibero.config.schema import Experiment
+from qlibero.config.yaml_source import OLDER_WORDS
 from qlibero.config.yaml_text import CoreLoader
 from qlibero.places import REPOSITORY
 
@@ -35,7 +36,8 @@ def dump_resolved(experiment: Experiment, directory: Path | None = None) -> str:
     """
     data = experiment.model_dump(mode="json")
     if directory is not None:
-        _make_relative(data, directory.resolve(), {*PATH_KEYS, *path_keys(experiment.policy.type)})
+        kinds = {arm.policy.type for arm in experiment.arms()} | {experiment.policy.type}
+        _make_relative(data, directory.resolve(), set(PATH_KEYS).union(*map(path_keys, kinds)))
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -53,6 +55,11 @@ def editor_schema() -> dict[str, Any]:
     schema = Experiment.model_json_schema()
     files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"]["extends"] = {**files, "description": "files this one is laid over, relative to this file"}
-    schema["$defs"]["Backend"]["properties"]["backend"]["enum"] = list(known_backends())
-    schema.pop("required", None)  # any key may come from a file this one extends
+    entry = schema["$defs"]["ArmEntry"]["properties"]
+    entry["backend"]["enum"] = list(known_backends())
+    entry["grid"] = {"type": "object", "description": "key → values: an arm of every combination (config.arm_grid)"}
+    for older, now in OLDER_WORDS.items():
+        schema["properties"][older] = {**schema["properties"][now], "deprecated": True}
+    for part in (schema, *schema["$defs"].values()):  # any key may come from a file this one extends, or an arm's base
+        part.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -12,6 +12,7 @@ from qlibero.config.fields import FieldError
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean, suite_hint
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, shown
+from qlibero.console import count_text
 
 MAX_TOLD = 30  # nobody reads more; each costs a search for the nearest key
 PLAIN_WORDS = {
@@ -48,7 +49,7 @@ def explain(error: ValidationError, source: Source) -> list[Problem]:
         text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
         problems.append(Problem(mark_of(source, at), f"{dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
     if len(items) > MAX_TOLD:
-        problems.append(Problem(mark_of(source, ()), f"and {len(items) - MAX_TOLD:,} mistakes more"))
+        problems.append(Problem(mark_of(source, ()), f"and {count_text(len(items) - MAX_TOLD, 'more mistake')}"))
     return problems
 
 
@@ -64,7 +65,7 @@ def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:
         about = _property(location).get("description")
         return location, "is missing" + (f": {about}" if about else ""), "", ""
     if kind == "extra_forbidden":
-        return location, "unknown key", "", did_you_mean(location[-1], _keys_at(location[:-1]))
+        return location, "unknown key", "", _section_of(location) or did_you_mean(location[-1], _keys_at(location[:-1]))
     if kind in ("plugin_type_missing", "plugin_broken"):
         return location, context["said"], "", ""
     if kind in ("plugin_unknown", "plugin_type_unknown"):
@@ -136,6 +137,14 @@ def _schemas_at(location: Location) -> list[dict[str, Any]]:
         ]
         nodes = [found for node in inner for found in opened(node)]
     return nodes
+
+
+def _section_of(location: Location) -> str:
+    """Where in an arm a key belongs that was written into the arm itself."""
+    if location[:1] != ("arms",) or len(location) != 3:
+        return ""
+    found = [section for section in ("policy", "quant") if location[-1] in _keys_at((*location[:2], section))]
+    return f"; write {found[0]}: {{{location[-1]}: …}}" if found else ""
 
 
 def _keys_at(location: Location) -> list[str]:

@@ -22,6 +22,7 @@ FREE = (
     "name",
     "tasks",
     "episodes_per_task",
+    "arms",
     "backends",
     "workers",
     "retries",

@@ -14,14 +14,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qlibero.config.arm_grid import expand_arms
+from qlibero.config.arms import UNQUANTIZED_BACKENDS
 from qlibero.config.explain import dotted, explain, mark_of, walk
 from qlibero.config.labels import suffix_of_sets
 from qlibero.config.legacy_env import fork_overrides
 from qlibero.config.policies import path_keys
-from qlibero.config.schema import UNQUANTIZED_BACKENDS, Experiment
+from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import OF_PYTHON, backend_hint
-from qlibero.config.yaml_source import display, located, put, read
+from qlibero.config.yaml_source import OLDER_WORDS, display, located, put, read
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, parse, short, shown
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.registry import KernelPlugin, UnknownPlugin, get, names
 
@@ -40,7 +43,7 @@ class ConfigError(UserError):
         self.problems = tuple(dict.fromkeys(problems))
         lines = [str(problem) for problem in self.problems[:MAX_SHOWN]]
         if len(self.problems) > MAX_SHOWN:
-            lines.append(f"and {len(self.problems) - MAX_SHOWN:,} problems more")
+            lines.append(f"and {count_text(len(self.problems) - MAX_SHOWN, 'more problem')}")
         super().__init__("\n".join(lines))
 
 
@@ -107,6 +110,7 @@ def finish(
             log.warning(note)
             told.add(note)
     _apply_sets(source, sets)
+    expand_arms(source)
     _resolve_paths(source, check_files)
     _check_backends(source)
     unknown = {problem.mark for problem in source.problems}  # of a word that is no backend nothing else is worth saying
@@ -117,8 +121,18 @@ def finish(
         found = explain(error, source)
         source.problems.extend(p for p in found if not (p.mark in unknown and "needs a quant section" in p.message))
     if source.problems or experiment is None:
-        raise ConfigError(sorted(source.problems, key=lambda p: (p.mark.source, p.mark.line, p.mark.column)))
+        raise ConfigError(
+            sorted(map(_as_written, source.problems), key=lambda p: (p.mark.source, p.mark.line, p.mark.column))
+        )
     return experiment
+
+
+def _as_written(problem: Problem) -> Problem:
+    """With the key that the user wrote, where that is an older word for it."""
+    word = problem.mark.word
+    now = OLDER_WORDS.get(word, "")
+    told = problem.message.removeprefix(now) if now else problem.message
+    return Problem(problem.mark, word + told) if now and told != problem.message else problem
 
 
 # ---------------------------------------------------------------------------------------------------- overrides
@@ -137,8 +151,8 @@ def _apply_environment(source: Source, environ: Mapping[str, str]) -> list[str]:
         keys = ("quant", *override.key.split("."))
         if override.key == "include":
             quant["layout"] = None
-        if override.key == "row_rotation" and quant.get("method", "duquant") != "weight_pca":
-            notes.append(f"{override.variable} changes nothing here: only weight_pca rotates outputs")
+        if override.key == "row_rotation" and quant.get("method") not in ("weight_pca", "svd_hadamard"):
+            notes.append(f"{override.variable} changes nothing here: only weight_pca and svd_hadamard rotate outputs")
             continue
         if override.key.startswith("calibration") and not isinstance(quant.get("calibration"), dict):
             notes.append(f"{override.variable} changes nothing here: quant.calibration names no data")
@@ -152,9 +166,9 @@ def _apply_sets(source: Source, sets: Iterable[str]) -> None:
     for text in sorted(
         sets, key=lambda text: "sha256" in text.partition("=")[0]
     ):  # a hash after the checkpoint it is for
-        mark = Mark(f"--set {short(text)}", directory=Path.cwd())
         key, equals, value = text.partition("=")
-        keys = tuple(key.strip().split("."))
+        keys, word = todays_keys(key.strip())
+        mark = Mark(f"--set {short(text)}", directory=Path.cwd(), word=word)
         if not equals or not all(keys):
             source.problems.append(Problem(mark, "should look like a.b=value"))
             continue
@@ -164,8 +178,20 @@ def _apply_sets(source: Source, sets: Iterable[str]) -> None:
             source.problems.append(Problem(mark, str(error)))
 
 
+def todays_keys(key: str) -> tuple[tuple[str, ...], str]:
+    """`a.b` as keys, and the older word with which it began, if it did."""
+    first, *rest = key.split(".")
+    return (OLDER_WORDS.get(first, first), *rest), first if first in OLDER_WORDS else ""
+
+
 def replace(source: Source, keys: tuple[str, ...], value: Any, mark: Mark) -> Location:
     """Put `value` at `keys`; everything in it was written at `mark`. Returns the place. Raises ValueError, as `put`."""
+    arms = source.data.get("arms")
+    if keys[0] == "arms" and len(keys) > 2 and isinstance(arms, list):  # a backend alone is an arm that can say more
+        arms[:] = [
+            {"name": arm, "backend": arm} if isinstance(arm, str) and str(i) == keys[1] else arm
+            for i, arm in enumerate(arms)
+        ]
     before = walk(source.data, keys)[0]
     old = list(locations(at(source.data, before))) if len(before) == len(keys) else []
     put(source.data, keys, value)
@@ -183,7 +209,7 @@ def at(data: Any, location: Location) -> Any:
     return data
 
 
-# ------------------------------------------------------------------------------------------------ paths, backends
+# ---------------------------------------------------------------------------------------------------- paths, arms
 def _resolve_paths(source: Source, check_files: bool) -> None:
     def visit(value: Any, at: Location, paths: Collection[Any]) -> None:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -195,9 +221,15 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
 
     policy = source.data.get("policy")
     of_policy = path_keys(policy.get("type")) if isinstance(policy, dict) else ()
-    for room, paths in (("policy", of_policy), ("quant", PATH_KEYS), ("backends", PATH_KEYS)):
+    for room, paths in (("policy", of_policy), ("quant", PATH_KEYS), ("arms", PATH_KEYS)):
         if isinstance(source.data.get(room), dict | list):
             visit(source.data[room], (room,), paths)
+    arms = source.data.get("arms")
+    for i, entry in enumerate(arms if isinstance(arms, list) else ()):
+        said = entry.get("policy") if isinstance(entry, dict) else None
+        if isinstance(said, dict):
+            kind = said.get("type", policy.get("type") if isinstance(policy, dict) else None)
+            visit(said, ("arms", i, "policy"), path_keys(kind))
 
 
 def _resolve(source: Source, around: dict[str | int, Any], here: Location, check_files: bool) -> None:
@@ -221,11 +253,11 @@ def known_backends() -> tuple[str, ...]:
 
 
 def _check_backends(source: Source) -> None:
-    entries, known = source.data.get("backends"), known_backends()
+    entries, known = source.data.get("arms"), known_backends()
     for i, entry in enumerate(entries if isinstance(entries, list) else ()):
         name = entry.get("backend") if isinstance(entry, dict) else entry
         if isinstance(name, str) and name not in known:
-            here: Location = ("backends", i, "backend") if isinstance(entry, dict) else ("backends", i)
+            here: Location = ("arms", i, "backend") if isinstance(entry, dict) else ("arms", i)
             try:
                 get(KernelPlugin, name)
             except UnknownPlugin:

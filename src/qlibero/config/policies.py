@@ -45,8 +45,9 @@ def settings_of(plugin: PolicyPlugin) -> type[PolicySettings]:
     return settings
 
 
-def _settings(value: Any) -> Any:
-    """The section as its family's settings; their errors are reported as those of the section."""
+def as_settings(value: Any) -> Any:
+    """The section as its family's settings; their errors are reported as those of the section. Raises ValidationError
+    or PydanticCustomError; what is no mapping is handed back."""
     if not isinstance(value, dict):
         return value
     known = names(PolicyPlugin)
@@ -70,7 +71,7 @@ class _OneOfFamilies:
         return {"anyOf": [*found, {"type": "object", "properties": {"type": {"type": "string", "pattern": r"\."}}}]}
 
 
-Policy = Annotated[SerializeAsAny[PolicySettings], BeforeValidator(_settings), _OneOfFamilies()]
+Policy = Annotated[SerializeAsAny[PolicySettings], BeforeValidator(as_settings), _OneOfFamilies()]
 
 
 def path_keys(policy_type: Any) -> set[str]:

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from qlibero.config.arms import ArmEntry
 from qlibero.config.fields import PluginName
 from qlibero.config.inits import FreshInits
 from qlibero.config.policies import settings_of
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
-    Backend,
     Experiment,
     Launch,
     Ray,
@@ -54,7 +54,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     **_families(),
     "`quant`": Quant,
     "`quant.calibration`": Calibration,
-    "An entry of `backends`": Backend,
+    "An entry of `arms`": ArmEntry,
     "`stop`": Stop,
     "`tracking`": Tracking,
     "`launch`": Launch,
@@ -76,7 +76,12 @@ def table(model: type[BaseModel]) -> str:
     """One line per key: name, what it may be, its default, what it means."""
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        cells = (f"`{name}`", kind(field.annotation, field.metadata), default(field), field.description or "")
+        cells = (
+            f"`{field.alias or name}`",
+            kind(field.annotation, field.metadata),
+            default(field),
+            field.description or "",
+        )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

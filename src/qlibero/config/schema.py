@@ -9,18 +9,18 @@ policies is told, the family says (`policies.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
+from qlibero.config.arms import Arm, Entry, check_arms, completed, differences_only, resolved
 from qlibero.config.fields import (
     MOST,
     Count,
@@ -37,63 +37,14 @@ from qlibero.config.fields import (
 )
 from qlibero.config.inits import Inits
 from qlibero.config.policies import Policy
-from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
-from qlibero.config.vocabulary import SUITE_ALIASES, did_you_mean
+from qlibero.config.quantization import Quant
+from qlibero.config.vocabulary import SUITE_ALIASES
 from qlibero.registry import EnginePlugin, SuitePlugin, TrackerPlugin, get
 
 TrackerName = Annotated[str, PluginName(TrackerPlugin)]
 
-UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again with another batch composition
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 MAX_PROCESSES = 10_000
-# A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
-FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".md", ".parquet", ".tmp", ".yaml", ".yml")
-DIRECTORIES = ("sweep", "trackio", "videos", "wandb")
-
-
-# --------------------------------------------------------------------------------------------------- the arms
-def _spell_out(entry: Any) -> Any:
-    if isinstance(entry, str):
-        return {"name": entry, "backend": entry}
-    if isinstance(entry, dict) and "name" not in entry and "backend" in entry:
-        return {"name": entry["backend"], **entry}
-    return entry
-
-
-class Backend(StrictModel):
-    """One arm: a backend, under a name of its own when one backend appears several times."""
-
-    name: Slug = Field(description="the arm's name in tables and directories; by default the backend's")
-    backend: str = Field(description="baseline (unquantized), aa (baseline again), auto, or a kernel's name")
-    quant: QuantOverrides | None = Field(None, description="quant keys in which this arm differs")
-    replicates: Int | None = Field(
-        None,
-        ge=1,
-        le=32,
-        description="of aa: so many arms aa-1, aa-2, …, each with its sums in another order",
-    )
-
-    @model_serializer(mode="wrap")
-    def _short_when_plain(self, handler: SerializerFunctionWrapHandler) -> Any:
-        plain = self.name == self.backend and self.quant is None and self.replicates is None
-        return self.backend if plain else handler(self)
-
-    def names(self) -> tuple[str, ...]:
-        """The arms it stands for."""
-        return tuple(f"{self.name}-{k + 1}" for k in range(self.replicates)) if self.replicates else (self.name,)
-
-
-BackendEntry = Annotated[Backend, BeforeValidator(_spell_out, json_schema_input_type=str | Backend)]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What one column of the comparison runs. `quant` is None for an unquantized arm."""
-
-    name: str
-    backend: str
-    quant: Quant | None
-    replicate: int = 1  # of an A/A arm: which one, from 1
 
 
 # ------------------------------------------------------------------------------------------ around the episodes
@@ -233,7 +184,9 @@ def _suite(name: Any) -> Any:
 
 
 class Experiment(StrictModel):
-    """One cell: a policy on a suite, the same episodes under every backend."""
+    """One cell: a policy on a suite, the same episodes under every arm."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     name: Slug = Field(description="names the run directory; by default the file's name")
     suite: Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin)] = Field(
@@ -260,8 +213,10 @@ class Experiment(StrictModel):
     )
     policy: Policy = Field(description="what is evaluated")
     quant: Quant | None = Field(None, description="how arms other than baseline and aa are quantized")
-    backends: tuple[BackendEntry, ...] = Field(
-        description="the arms, paired on the same episodes", json_schema_extra={"minItems": 1}
+    entries: tuple[Entry, ...] = Field(
+        alias="arms",
+        description="the arms, paired on the same episodes: backends, or what differs from the experiment",
+        json_schema_extra={"minItems": 1},
     )
     on_failure: Literal["refuse", "fallback"] = Field(
         "refuse", description="when a kernel fails validation: stop, or fall back with the reason on record"
@@ -305,10 +260,16 @@ class Experiment(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _first_seed(cls, data: Any) -> Any:
-        """`seed` is the first of `seeds` unless it is written."""
-        seeds = data.get("seeds") if isinstance(data, dict) else None
+    def _spelt_out(cls, data: Any) -> Any:
+        """`seed` is the first of `seeds` unless it is written; arms have whole sections."""
+        if not isinstance(data, dict):
+            return data
+        data, seeds = completed(data), data.get("seeds")
         return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
+
+    @model_serializer(mode="wrap")
+    def _arms_say_what_differs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return differences_only(handler(self))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
@@ -334,61 +295,12 @@ class Experiment(StrictModel):
                     raise FieldError(("tasks", i), f"task {task} is listed twice")
             if not self.tasks:
                 raise FieldError(("tasks",), "no task is listed; write all, or some numbers")
-        if not self.backends:
-            raise FieldError(("backends",), "no arm is listed; write e.g. [baseline, fake]")
-        seen: dict[str, str] = {}
-        for i, entry in enumerate(self.backends):
-            where = ("backends", i)
-            if entry.replicates is not None and entry.backend != "aa":
-                raise FieldError((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
-            for name in entry.names():
-                directory = name.casefold()
-                if directory.endswith(FILE_ENDINGS) or directory in DIRECTORIES:
-                    raise FieldError(
-                        (*where, "name"), f"{name} is what a file of the run may be called; rename the arm"
-                    )
-                if seen.get(directory) == name:
-                    raise FieldError((*where, "name"), f"two arms are called {name}; give one of them another name:")
-                if directory in seen:
-                    raise FieldError(
-                        (*where, "name"),
-                        f"{seen[directory]} and {name} differ by case only, which not every disk tells apart",
-                    )
-                seen[directory] = name
-            if entry.backend in UNQUANTIZED_BACKENDS:
-                if entry.quant is not None:
-                    raise FieldError((*where, "quant"), f"{entry.backend} is unquantized; remove its quant")
-                continue
-            if not (layouts := self.policy.family.layouts):
-                raise FieldError(
-                    where, f"a {self.policy.type} policy runs as it is, and only baseline and aa can be its arms"
-                )
-            if self.quant is None and entry.quant is None:
-                raise FieldError(where, f"{entry.backend} needs a quant section (extends: ../quant/duquant_w4a8.yaml)")
-            try:
-                quant = quant_of_arm(self.quant, entry.quant)
-            except ValidationError as error:
-                message = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-                raise FieldError((*where, "quant"), message) from None
-            at = ("quant",) if entry.quant is None else (*where, "quant")
-            if quant.lacks_data:
-                raise FieldError(
-                    (*at, "calibration"), f"{quant.method} is fitted on data: give calibration.path, or artifact"
-                )
-            if quant.layout is not None and quant.layout not in layouts:
-                known = f"a {self.policy.type} policy has the layouts {', '.join(layouts)}, or give include"
-                raise FieldError(
-                    (*at, "layout"), f"{known} (got {quant.layout!r}){did_you_mean(quant.layout, layouts)}"
-                )
+        check_arms(self)
         return self
 
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
-        return tuple(
-            Arm(name, b.backend, None if b.backend in UNQUANTIZED_BACKENDS else quant_of_arm(self.quant, b.quant), k)
-            for b in self.backends
-            for k, name in enumerate(b.names(), start=1)
-        )
+        return resolved(self.entries, self.policy, self.quant)
 
     def initial_states(self) -> tuple[str, int]:
         """Kind and number of the initial states of each task, e.g. ("official", 50)."""

@@ -12,17 +12,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as marked
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from qlibero.config.explain import mark_of
 from qlibero.config.labels import axes_id, setting_label
-from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace
+from qlibero.config.load import MAX_SHOWN, SWEEP_KEYS, ConfigError, call, finish, replace, todays_keys
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import extended, overlay, read
 from qlibero.config.yaml_text import Location, Problem, Source, locations, short, shown
+from qlibero.console import count_text
 
 MAX_CELLS = 10_000
 
@@ -137,7 +139,7 @@ def _product(grid: dict[str, Any], file: Source) -> list[tuple[_Choice, ...]]:
             raise _fail(file, ("grid", key), f"grid.{short(key)}: should be a list of values (got {shown(values)})")
         total *= len(values)
     if total > MAX_CELLS:
-        raise _fail(file, ("grid",), f"grid: {total:,} cells; the most is {MAX_CELLS:,}")
+        raise _fail(file, ("grid",), f"grid: {count_text(total, 'cell')}; the most is {MAX_CELLS:,}")
     axes = [[_Choice(key, value, ("grid", key, i)) for i, value in enumerate(values)] for key, values in grid.items()]
     return list(product(*axes)) if axes else []
 
@@ -185,14 +187,15 @@ def _choose(source: Source, choice: _Choice, file: Source, directory: Path, know
         for name in files:
             overlay(source, extended(directory, name, mark, (), known))
         return
-    keys = tuple(choice.key.split("."))
+    keys, word = todays_keys(choice.key)
+    mark = marked(mark, word=word)
     try:
         place = replace(source, keys, _copied(choice.value), mark)
     except ValueError as error:
         source.problems.append(Problem(mark, f"{short(choice.key)}: {error}"))
         return
     for inner in locations(choice.value):
-        source.marks[(*place, *inner)] = mark_of(file, (*choice.at, *inner))
+        source.marks[(*place, *inner)] = marked(mark_of(file, (*choice.at, *inner)), word=word)
 
 
 def _matches(choice: _Choice, rule: dict[str, Any]) -> bool:

@@ -46,6 +46,7 @@ class Mark:
     line: int = 0
     column: int = 0
     directory: Path = Path(".")  # what a relative path written here is relative to
+    word: str = ""  # the older word under which it was written, where it has another name now
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}:{self.column}" if self.line else self.source

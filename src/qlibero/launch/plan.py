@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.quantization import Quant
 from qlibero.config.schema import Experiment, Stop, Tracking
+from qlibero.config.yaml_source import laid_over
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
@@ -24,7 +27,7 @@ from qlibero.places import RUNS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import REFERENCE, declared_margin, read_run
+from qlibero.results.runs import REFERENCE, declared_margin, listed_arms, read_run
 from qlibero.results.stopping import BLOCK_PAIRS
 from qlibero.results.wording import detectable_line
 from qlibero.run.experiment import (
@@ -98,7 +101,9 @@ def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
             problems.append(f"  {cell.id}: " + "; ".join(dict.fromkeys(p for name in found for p in found[name])))
     if problems:
         where = f"on engine {engine}" if engine else "on any engine"
-        raise UserError(f"{len(problems)} of {len(manifest.cells)} cells cannot run {where}:\n" + "\n".join(problems))
+        raise UserError(
+            f"{len(problems)} of {count_text(len(manifest.cells), 'cell')} cannot run {where}:\n" + "\n".join(problems)
+        )
 
 
 def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str]:
@@ -110,12 +115,12 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
     workers = experiment.workers if experiment.workers != "auto" else 1  # auto takes what fits, and one must
     if memory_gb is not None and workers * WORKER_GB > memory_gb:
         yield (
-            f"{workers} simulators need {workers * WORKER_GB:g} GB, "
+            f"{count_text(workers, 'simulator')} need{'s' * (workers == 1)} {workers * WORKER_GB:g} GB, "
             f"a shard on engine {name} has {memory_gb:.1f} GB; {engine.more_memory}"
         )
     yield from engine.problems(experiment.launch)
-    device = _device(experiment, engine)
     for arm in experiment.arms():
+        device = _device(experiment, arm, engine)
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
             if reason := _unsupported(arm.backend, arm.quant, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
@@ -141,8 +146,8 @@ def _unsupported(backend: str, quant: Quant, device: str, here: bool) -> str | N
     return None if support.ok else f"{backend} on {device}: {support.reason}"
 
 
-def _device(experiment: Experiment, engine: Engine) -> str:
-    wanted = getattr(experiment.policy, "device", "cpu")
+def _device(experiment: Experiment, arm: Arm, engine: Engine) -> str:
+    wanted = getattr(arm.policy, "device", "cpu")
     if wanted != "auto":
         return wanted.partition(":")[0]
     return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
@@ -176,14 +181,13 @@ def _kind(experiment: Experiment, arm: str) -> Kind:
 
 def _kind_of(experiment: dict[str, Any], arm: str) -> Kind:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
-    entries = [{"name": b, "backend": b} if isinstance(b, str) else b for b in experiment.get("backends") or ()]
     replicated = arm.rpartition("-")[0]
-    backend = next(
-        (e["backend"] for e in entries if e["name"] == (replicated if e.get("replicates") else arm)),
-        arm,
+    entry = next(
+        (e for e in listed_arms(experiment) if e["name"] == (replicated if e.get("replicates") else arm)),
+        {"backend": arm},
     )
-    backend = "baseline" if backend == "aa" else backend
-    policy = json.dumps(experiment.get("policy"), sort_keys=True)
+    backend = "baseline" if entry["backend"] == "aa" else entry["backend"]
+    policy = json.dumps(laid_over(experiment.get("policy"), entry.get("policy") or {}), sort_keys=True)
     return experiment.get("suite"), experiment.get("max_steps"), policy, backend
 
 
@@ -217,6 +221,7 @@ def _cell(cell: Cell, known: dict[Kind, Cost]) -> dict[str, Any]:
         "done": done,
         "missing": missing,
         "shards": cell.shards,
+        "overrides": {arm.name: said for arm in experiment.arms() if (said := overrides_of(experiment, arm))},
         "seconds_each": each if len(each) == len(arms) else None,
         "pairs": pairs,
         **(_detectable(cell, pairs) if len(arms) > 1 else {}),
@@ -264,10 +269,11 @@ def _prospects(experiment: Experiment, stop: Stop, discordance: float, margin: f
         "looks": len(declared.looks),
         **found,
         "pairs_for_noninferiority": needed,
-        "line": f"With {len(declared.looks)} looks (α {share:g} an arm) an equal arm is shown non-inferior with "
+        "line": f"With {count_text(len(declared.looks), 'look')} (α {share:g} an arm) an equal arm is shown "
+        "non-inferior with "
         f"{100 * chances.noninferior:.0f} % chance and takes {chances.expected_pairs:,.0f} of "
-        f"{declared.looks[-1]:,} pairs on average, {100 * chances.futile:.0f} % end as futile; 80 % takes "
-        f"{needed:,} pairs declared.",
+        f"{count_text(declared.looks[-1], 'pair')} on average, {100 * chances.futile:.0f} % end as futile; 80 % takes "
+        f"{count_text(needed, 'pair')} declared.",
     }
 
 
@@ -309,8 +315,8 @@ def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, dict[str,
             "wall_h": round(wall / 3600, 3),
             "gpu_h": round(sum(shards) * place.gpus / 3600, 3),
             "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
-            "basis": f"shards at once: {place.at_once or 'all'}; of each: {place.cores} cores, "
-            f"up to {workers} simulators",
+            "basis": f"shards at once: {place.at_once or 'all'}; of each: {count_text(place.cores, 'core')}, "
+            f"up to {count_text(workers, 'simulator')}",
         }
     return by_engine
 
@@ -321,10 +327,9 @@ def _shard_seconds(
     """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
     experiment = manifest.cell(shard).experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
-    batch = experiment.policy.batch_size
-    together = (
-        min(workers, batch) if batch != "auto" else 1
-    )  # auto: one at a time on a CPU; on a GPU this is pessimistic
+    batches = {arm.name: arm.policy.batch_size for arm in experiment.arms()}
+    # auto: one at a time on a CPU; on a GPU this is pessimistic
+    together = {arm: min(workers, batch) if batch != "auto" else 1 for arm, batch in batches.items()}
     each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     keys = set(episode_keys(experiment, (shard.index, shard.count)))
-    return sum(each[arm].sim_s / workers + each[arm].policy_s / together for arm, key in missing if key in keys)
+    return sum(each[arm].sim_s / workers + each[arm].policy_s / together[arm] for arm, key in missing if key in keys)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlibero.console import count_text
+
 Rows = list[dict[str, Any]]
 
 DETECTABLE = "detectable"  # a sentence: what so many pairs can find
@@ -14,8 +16,8 @@ def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
     """(title, rows) of each table, from the document that `plan` returns."""
     cells = [_row(cell) for cell in document["cells"]]
     title = (
-        f"{document['sweep']}: {document['done']:,} of {document['episodes']:,} episodes are in the ledger, "
-        f"in {document['shards']} shards"
+        f"{document['sweep']}: {document['done']:,} of {count_text(document['episodes'], 'episode')} in the ledger, "
+        f"in {count_text(document['shards'], 'shard')}"
     )
     tables = []
     if len(cells) > 1:
@@ -47,12 +49,17 @@ def _row(cell: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell["cell"],
         "suite": cell["suite"],
-        "arms": ", ".join(cell["arms"]),
+        "arms": ", ".join(_arm(name, cell["overrides"]) for name in cell["arms"]),
         "episodes": f"{cell['done']:,} of {cell['episodes']:,} done",
         "shards": cell["shards"],
         "s per episode": ", ".join(f"{arm} {seconds:g}" for arm, seconds in each.items()) or "not known yet",
         DETECTABLE: cell.get("detectable", ALONE),
     }
+
+
+def _arm(name: str, overrides: dict[str, list[str]]) -> str:
+    """An arm, and what is not the experiment's own in its policy: what its pairs are then about."""
+    return f"{name} ({', '.join(overrides[name])})" if name in overrides else name
 
 
 def _sentences(cells: Rows) -> Rows:

@@ -33,6 +33,19 @@ def load_policy(settings: PolicySettings, skip: frozenset[str] = frozenset()) ->
     return family_of(settings).load(settings, skip)
 
 
+def shares_weights(one: PolicySettings, other: PolicySettings) -> bool:
+    """Whether one loaded network serves both: they differ in nothing, or in nothing that is loaded."""
+    if one == other:
+        return True
+    same = getattr(family_of(one), "shares_weights", None)
+    return one.type == other.type and same is not None and bool(same(one, other))
+
+
+def with_weights_of(loaded: Policy, settings: PolicySettings) -> Policy:
+    """The policy of `settings` around the network of `loaded`, with which they share their weights."""
+    return cast("Policy", cast(Any, family_of(settings)).with_weights_of(loaded, settings))
+
+
 def files_of(settings: PolicySettings) -> list[Path]:
     """Every file that the policy reads, in a fixed order: what is in them decides every action, beside the settings."""
     files = getattr(family_of(settings), "files", None)

@@ -50,11 +50,25 @@ class Chunk:
     """Wall time of each phase of this call, device-synchronised: preprocess, vision, prefix, flow (ms)."""
 
 
+class Begun(Protocol):
+    """A policy call under way."""
+
+    def ready(self) -> bool:
+        """Whether `chunk` would not wait."""
+        ...
+
+    def chunk(self) -> Chunk:
+        """The answer; waits for it."""
+        ...
+
+
 class Policy(Protocol):
     """Anything that turns observations and noise into action chunks: all that a run asks of one.
 
     It may also have `frame_format` (`frames.FrameFormat`): simulators then bring their frames to that form, so that the
-    thread that calls `infer` need not; what is called without a simulator still gives (S, S, 3) uint8.
+    thread that calls `infer` need not; what is called without a simulator still gives (S, S, 3) uint8. And
+    `begin(observations, noise) -> Begun`: `infer` without waiting for the device, for a second call to be prepared
+    behind the first.
     """
 
     name: str
@@ -178,7 +192,9 @@ class PolicyFamily(Protocol):
 
     It may also have `files(settings)`: every file that is read, in a fixed order; `weights_sha256(settings)`: what the
     policy's provenance will name, without loading it; and `claims(path)` with `verify(path)`: whether a checkpoint is
-    of this family, and a report on it (see `pi05/verify.py`).
+    of this family, and a report on it (see `pi05/verify.py`). So that arms share what they have in common:
+    `shares_weights(one, other)`, whether one loaded network serves both settings, and `with_weights_of(loaded,
+    settings)`, the policy of `settings` around the network of another policy.
     """
 
     Settings: type[PolicySettings]

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from qlibero.policies.pi05.policy import Pi05Policy
 
 
+def _loaded(settings: CheckpointSettings) -> tuple[Any, ...]:
+    """What decides the tensors in memory. A hash only checks them."""
+    checkpoint = settings.checkpoint and Path(settings.checkpoint).resolve()
+    return checkpoint, settings.untrained, settings.device, settings.dtype, settings.action_horizon
+
+
 class OpenpiFamily:
     """See `base.PolicyFamily`. The network, its profiles and files are `policies/<name>/family.py:FAMILY`."""
 
@@ -28,6 +34,15 @@ class OpenpiFamily:
         from qlibero.policies.pi05.load import load_policy
 
         return load_policy(settings, skip, self._network)
+
+    def shares_weights(self, one: CheckpointSettings, other: CheckpointSettings) -> bool:
+        """Whether both load the same tensors to the same place: preprocessing and flow steps may differ."""
+        return _loaded(one) == _loaded(other)
+
+    def with_weights_of(self, loaded: Pi05Policy, settings: CheckpointSettings) -> Pi05Policy:
+        from qlibero.policies.pi05.load import load_policy
+
+        return load_policy(settings, family=self._network, loaded=loaded)
 
     def files(self, settings: CheckpointSettings) -> list[Path]:
         from qlibero.policies.pi05.load import files_of

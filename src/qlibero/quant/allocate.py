@@ -19,6 +19,7 @@ import numpy as np
 
 from qlibero.activity import doing
 from qlibero.config.number_formats import BITS
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.quant.action_error import ActionError, action_error, arm_error
 from qlibero.quant.artifact import Artifact
@@ -57,7 +58,7 @@ def allocate(
     torch.set_num_threads(1)
     quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None), None)
     if quant is None:
-        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake")
+        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `arms`, such as fake")
     if (budget_mb is None) == (mean_bits is None):
         raise UserError("give --budget-mb or --mean-bits, one of them")
     levels = sorted(set(bits))
@@ -186,7 +187,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     head = (
         f"# qlibero allocate: {document['mean_bits']:g} bits a weight on average, "
         f"{document['weight_mb']:g} MB of codes.\n"
-        f"# Arm error on {document['observations']} held-out observations: {together['arm']:.4g} "
+        f"# Arm error on {count_text(document['observations'], 'held-out observation')}: {together['arm']:.4g} "
         f"{together['arm95']}, with "
         f"{evenly['bits']} bits everywhere {evenly['arm']:.4g} {evenly['arm95']}.\n"
     )

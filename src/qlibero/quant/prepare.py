@@ -14,19 +14,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from qlibero.cache import cache_directory
+from qlibero.config.arms import Arm
 from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
-from qlibero.policies.base import quantizable
+from qlibero.policies import weights_sha256
+from qlibero.policies.base import QuantizablePolicy, quantizable
 from qlibero.quant.action_error import between
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
 from qlibero.quant.observations import Demonstrations, read_demonstrations
+from qlibero.quant.shared_weights import full_policies
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
@@ -134,9 +137,17 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
         "seed": quant.calibration_seed,
         "file": quant.calibration.path.name if quant.calibration and quant.calibration.path else None,
     }
+    policy = _as_calibrated(policy)
     save(calibrate(policy, data.observations, noise, quant, provenance), path)
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
     return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
+
+
+def _as_calibrated(policy: QuantizablePolicy) -> QuantizablePolicy:
+    """The policy at its family's own number of flow steps: an artifact's key knows weights, settings and data, so how
+    many steps an arm takes must change nothing in it."""
+    plain = getattr(policy, "for_calibration", None)
+    return plain() if plain else policy
 
 
 def _places(quant: Quant, places: Sequence[Path]) -> Sequence[Path]:
@@ -171,6 +182,23 @@ def ready_artifact(checkpoint: str, quant: Quant, places: Sequence[Path] = ()) -
     return load(Path(path)) if path and Path(path).is_file() else None
 
 
+def replaced_in_all(arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozenset[str]:
+    """Weights that none of these arms of one checkpoint needs in full precision, because each is quantized and its
+    artifact is ready: they are not even read, so that a full-size W4A8 policy fits where its bf16 language model would
+    not."""
+    quants = [arm.quant for arm in arms if arm.quant is not None]
+    if not quants or len(quants) < len(arms):
+        return frozenset()
+    checkpoint = weights_sha256(arms[0].policy)
+    if checkpoint is None:
+        return frozenset()
+    artifacts = [found for quant in quants if (found := ready_artifact(checkpoint, quant, places)) is not None]
+    if len(artifacts) < len(quants):
+        return frozenset()
+    names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]
+    return frozenset(set.intersection(*names))
+
+
 def artifact_for(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -> Artifact:
     """`ensure_artifact` for a run: the artifact itself; where it came from is logged."""
     found = ensure_artifact(policy, quant, places)
@@ -187,16 +215,14 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     """
     import torch
 
-    from qlibero.policies import load_policy
-
     torch.set_num_threads(1)  # as a run has it: the same sums, so the same artifact
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
     if not arms:
-        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `backends`, such as fake")
-    policy = load_policy(experiment.policy)
+        raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `arms`, such as fake")
+    policies = full_policies(arms)
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        result = ensure_artifact(policy, arm.quant, [root] if root else ())
+        result = ensure_artifact(policies[arm.name], cast("Quant", arm.quant), [root] if root else ())
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
         row["arms"].append(arm.name)
     return {"experiment": experiment.name, "artifacts": list(found.values())}
@@ -216,14 +242,18 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
 
     torch.set_num_threads(1)
     artifact = load(path)
-    quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration), None)
-    if quant is None:
+    arms = [arm for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration]
+    # of several checkpoints, the one that the artifact is of
+    arm = next(
+        (arm for arm in arms if weights_sha256(arm.policy) == artifact.checkpoint_sha256), next(iter(arms), None)
+    )
+    if arm is None:
         raise UserError(
             f"experiment {experiment.name} names no calibration data, which the measurement needs: "
             "give quant.calibration.path"
         )
-    data, _, _ = unseen([quant])
-    policy = quantizable(load_policy(experiment.policy))
+    data, _, _ = unseen([cast("Quant", arm.quant)])
+    policy = quantizable(load_policy(arm.policy))
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)
 

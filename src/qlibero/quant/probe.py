@@ -7,7 +7,7 @@ What comes of it is open loop: it says how far the next actions move, not whethe
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -31,20 +31,21 @@ def probe(experiment: Experiment) -> dict[str, Any]:
     """
     import torch
 
-    from qlibero.policies import load_policy
-    from qlibero.policies.base import quantizable
+    from qlibero.config.arms import Arm, overrides_of
+    from qlibero.policies.base import RearrangeablePolicy, quantizable
     from qlibero.quant.apply import quantize_policy
     from qlibero.quant.prepare import artifact_for, noise_for
+    from qlibero.quant.shared_weights import full_policies
 
     torch.set_num_threads(1)
-    arms = [arm for arm in experiment.arms() if arm.backend != "baseline"]
+    arms = [arm for arm in experiment.arms() if arm.backend != "baseline" or arm.policy != experiment.policy]
     if not arms:
-        raise UserError(
-            f"experiment {experiment.name} has no arm beside the baseline; add one to `backends`, such as fake"
-        )
+        raise UserError(f"experiment {experiment.name} has no arm beside the baseline; add one to `arms`, such as fake")
     quants = [arm.quant for arm in arms if arm.quant is not None]
     data, phases, fresh = unseen(quants)
-    policy = quantizable(load_policy(experiment.policy))
+    reference = Arm("", "baseline", None, experiment.policy)  # its name is no arm's
+    policies = full_policies([reference, *arms])
+    policy = quantizable(policies[""])
     noise = noise_for(policy, len(data.observations), experiment.seed)
     steps = experiment.policy.replan_steps
     exact = policy.infer(data.observations, noise).actions
@@ -52,9 +53,16 @@ def probe(experiment: Experiment) -> dict[str, Any]:
     first: np.ndarray | None = None
     for index, arm in enumerate(arms):
         doing("probing arms", index, len(arms))
-        asked = policy.rearranged(arm.replicate) if arm.quant is None else None
-        if asked is None:
-            asked = quantize_policy(policy, artifact_for(policy, arm.quant), "fake")
+        asked = policies[arm.name]
+        if asked.noise_shape != policy.noise_shape:
+            raise UserError(
+                f"arm {arm.name}: its chunks have the shape {asked.noise_shape}, the experiment's policy makes "
+                f"{policy.noise_shape}: their actions cannot be set side by side"
+            )
+        if arm.quant is not None:
+            asked = quantize_policy(quantizable(asked), artifact_for(asked, arm.quant), "fake")
+        elif arm.backend == "aa":
+            asked = cast("RearrangeablePolicy", asked).rearranged(arm.replicate)
         found = asked.infer(data.observations, noise).actions
         errors, summary = arm_error(exact, found, steps), action_error(exact, found, steps)
         if first is None and arm.quant is not None:
@@ -62,7 +70,7 @@ def probe(experiment: Experiment) -> dict[str, Any]:
         rows.append(
             {
                 "arm": arm.name,
-                "label": arm.quant.label if arm.quant else arm.backend,
+                "label": ", ".join([arm.quant.label if arm.quant else arm.backend, *overrides_of(experiment, arm)]),
                 "arm_error": summary.arm,
                 "arm95": summary.arm95,
                 **ratio(errors, first),

@@ -15,7 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, Strict
 
+from qlibero.console import count_text
 from qlibero.documents import checked, read_json
+from qlibero.episode_key import EpisodeKey
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import RunResults
 
@@ -48,31 +50,42 @@ class SameArithmetic:
 
     def __str__(self) -> str:
         said = "the same integers, the same actions" if self.ok else "NOT THE SAME ARITHMETIC"
-        return f"{self.arm} and {self.other}: action digests equal in {self.equal} of {self.episodes} episodes ({said})"
+        return (
+            f"{self.arm} and {self.other}: action digests equal in {self.equal} of "
+            f"{count_text(self.episodes, 'episode')} ({said})"
+        )
 
 
 def same_arithmetic(run: RunResults) -> list[SameArithmetic]:
-    """Every arm beside the first of the same artifact. Left out are arms without one, arms whose kernel rounds (they do
-    not claim to be equal), and pairs without episodes."""
+    """Every arm beside the first of the same artifact that is asked alike (flow steps, replanning, …). Left out are
+    arms without one, arms whose kernel rounds (they do not claim to be equal), and pairs without episodes."""
     return _pairs(run.arms)
 
 
 def _pairs(arms: Mapping[str, ArmLedger]) -> list[SameArithmetic]:
-    found, first = [], {}
+    found: list[SameArithmetic] = []
+    first: dict[tuple[Any, ...], tuple[str, dict[EpisodeKey, Any]]] = {}
     for name, arm in arms.items():
         artifact = arm.meta.get("artifact")
         sha256 = artifact.get("sha256") if isinstance(artifact, Mapping) else None
         if sha256 is None or arm.meta.get("exact") is False:
             continue
         seen = {r.key: (r.action_digest, r.outcome, r.steps) for r in arm.records if r.outcome != "error"}
-        if sha256 not in first:
-            first[sha256] = name, seen
+        alike = (sha256, *_asked(arm))
+        if alike not in first:
+            first[alike] = name, seen
             continue
-        other, theirs = first[sha256]
+        other, theirs = first[alike]
         both = seen.keys() & theirs.keys()
         if both:
             found.append(SameArithmetic(other, name, sum(seen[key] == theirs[key] for key in both), len(both)))
     return found
+
+
+def _asked(arm: ArmLedger) -> tuple[Any, ...]:
+    """What decides the actions beside the artifact: equal for arms that differ in their kernels alone."""
+    of_policy = {name: value for name, value in (arm.meta.get("identity") or {}).items() if name.startswith("policy ")}
+    return frozenset(of_policy.items()), frozenset(record.replan_steps for record in arm.records)
 
 
 def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from qlibero.results.pairing import collect_arms
 from qlibero.results.runs import RunResults
 
 # Settings that change no episode, or that the arms themselves show: no axis of a sweep is told by them.
-NO_AXIS = ("name", "backends", "workers", "retries", "videos", "tracking", "launch")
+NO_AXIS = ("name", "arms", "backends", "workers", "retries", "videos", "tracking", "launch")
 MAX_AXES = 3  # more than this is no label; the directory's name is
 
 

@@ -57,6 +57,7 @@ from qlibero.results.sequential import sequential_tests
 from qlibero.results.speed import speed
 from qlibero.results.stopping import Declaration, read_declaration
 from qlibero.results.summary import summarize_arm
+from qlibero.results.unlike import unlike
 from qlibero.results.wording import margin_text
 from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Step, check_estimand, sample
@@ -122,7 +123,7 @@ def compare(
     base = arms.pop(reference)
     # an A/A arm is the baseline again, so it is the noise floor of nothing else
     of_baseline = base.name.rsplit("/", 1)[-1] == REFERENCE
-    controls = [arm for arm in arms.values() if arm.is_control and of_baseline]
+    controls = [arm for arm in arms.values() if arm.is_control and of_baseline and not unlike(base, arm)]
     declarations = [d for run in runs if (d := read_declaration(run.run_dir)) is not None]
     context = _context(base, controls, question, declarations, len(runs) == 1)
     compared = {name: _compare_arm(context, arm) for name, arm in arms.items()}
@@ -214,6 +215,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
         question=question,
         control=control,
         errors=_errors(pairing),
+        unlike=unlike(base, arm),
         unpaired={str(key): reason for key, reason in pairing.unpaired.items()},
         suites=suites,
         axes=axes,

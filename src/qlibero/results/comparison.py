@@ -13,6 +13,7 @@ from qlibero.results.execution import Divergence, Shift
 from qlibero.results.paired_outcomes import PairTable, Power, Verdict, Word, rounded, rounded_interval
 from qlibero.results.speed import Speed
 from qlibero.results.stopping import Decision
+from qlibero.results.unlike import Unlike
 from qlibero.results.wording import detectable_line, sentence
 from qlibero.stats.proportions import Interval
 from qlibero.stats.sampling import Estimand, Sample
@@ -185,6 +186,7 @@ class ArmComparison(Row):
     control: bool
     errors: Errors
     unpaired: dict[str, str]
+    unlike: Unlike
     suites: dict[str, SuiteComparison]
     axes: dict[str, AxisComparison]  # {} where the suites are of one axis
     tasks: tuple[TaskTable, ...]
@@ -251,6 +253,7 @@ class ArmComparison(Row):
             "control": self.control,
             **self.row_json(),
             "errors": errors,
+            "unlike": {name: list(sides) for name, sides in self.unlike.items()},
             "unpaired": [{"key": key, "reason": reason} for key, reason in self.unpaired.items()],
             "suites": {name: suite.to_json() for name, suite in self.suites.items()},
             "axes": {name: axis.to_json() for name, axis in self.axes.items()},

@@ -1,8 +1,9 @@
 """Which episodes of two arms may be compared: same key, same scene, both finished. The rest is listed, never dropped.
 
 A pair is two records with equal (suite, task, init, seed) *and* equal fingerprint: the hash of the settled
-scene, so that "the same initial state" is a fact and not a hope. They must also have been run alike: protocol, step
-cap and replanning. An error in either arm removes the pair and is counted apart.
+scene, so that "the same initial state" is a fact and not a hope. They must also have been run alike: protocol and step
+cap. What else differs between two arms is said (`unlike.py`) and keeps no pair apart. An error in either arm removes
+the pair and is counted apart.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Arm:
     meta: dict[str, Any] = field(default_factory=dict)
     planned: frozenset[EpisodeKey] = frozenset()  # what it is to run, as far as its run says; at least what it has
     conflicts: frozenset[EpisodeKey] = frozenset()  # recorded twice with different results
-    settings: dict[EpisodeKey, Settings] = field(default_factory=dict)  # of the experiment, for records without them
+    caps: dict[EpisodeKey, int | None] = field(default_factory=dict)  # max_steps as the experiment says it
 
     @property
     def label(self) -> str:
@@ -42,8 +43,7 @@ class Arm:
         return bool(self.meta.get("control", named))
 
 
-Settings = tuple[Any, Any]  # max_steps, replan_steps as an experiment says them
-RUN_ALIKE = {"protocol": "protocols", "max_steps": "step caps", "replan_steps": "numbers of executed steps per call"}
+RUN_ALIKE = {"protocol": "protocols", "max_steps": "step caps"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
             errors.append(Pair(key, left, right))
         elif left.fingerprint != right.fingerprint:
             unpaired[key] = f"different scenes: fingerprints {left.fingerprint[:12]} and {right.fingerprint[:12]}"
-        elif why := _run_unlike(left, right, reference.settings.get(key), other.settings.get(key)):
+        elif why := _run_unlike(left, right, reference.caps, other.caps):
             unpaired[key] = why
         elif mixed and left.machine != right.machine:
             unpaired[key] = (
@@ -102,15 +102,14 @@ def pair_arms(reference: Arm, other: Arm) -> Pairing:
     return Pairing(tuple(pairs), tuple(errors), unpaired)
 
 
-def _run_unlike(left: EpisodeRecord, right: EpisodeRecord, *declared: Settings | None) -> str:
-    """How the two were run differently, or "". Records of earlier versions lack the settings; their experiments say."""
+def _run_unlike(left: EpisodeRecord, right: EpisodeRecord, *declared: dict[EpisodeKey, int | None]) -> str:
+    """How the two were run differently, or "". Records of earlier versions lack the cap; their experiments say it."""
     for name, what in RUN_ALIKE.items():
         x, y = getattr(left, name), getattr(right, name)
         if None in (x, y):
-            known = [said[name == "replan_steps"] for said in declared if said is not None]
-            if len(known) < 2:
+            if not all(left.key in caps for caps in declared):
                 continue
-            x, y = known
+            x, y = (caps[left.key] for caps in declared)
         if x != y:
             return f"different {what}: {'the default' if x is None else x} and {'the default' if y is None else y}"
     return ""
@@ -125,7 +124,6 @@ def collect_arms(runs: Iterable[RunResults]) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for run in runs:
         said = run.experiment
-        settings = (said.get("max_steps"), (said.get("policy") or {}).get("replan_steps")) if said else None
         for name, ledger in run.arms.items():
             records = ledger.by_key()
             arm = Arm(
@@ -135,7 +133,7 @@ def collect_arms(runs: Iterable[RunResults]) -> dict[str, Arm]:
                 ledger.meta,
                 run.planned or frozenset(records),
                 frozenset(ledger.conflicts),
-                dict.fromkeys(records, settings) if settings else {},
+                dict.fromkeys(records, said.get("max_steps")) if said else {},
             )
             known = arms.get(name)
             if known is None:
@@ -158,7 +156,7 @@ def _joined(one: Arm, more: Arm) -> Arm:
         one.meta,
         one.planned | more.planned,
         one.conflicts | more.conflicts,
-        one.settings | more.settings,
+        one.caps | more.caps,
     )
 
 

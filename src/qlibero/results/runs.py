@@ -88,9 +88,16 @@ def read_run(run_dir: Path | str) -> RunResults:
             f"{run_dir}: no episodes here (looked for <arm>/episodes-*.jsonl); give the directory of one run"
         )
     experiment = _yaml(run_dir / "experiment.yaml")
-    listed = [b["name"] if isinstance(b, dict) else b for b in experiment.get("backends") or []]
+    listed = [entry["name"] for entry in listed_arms(experiment)]
     names.sort(key=lambda name: (listed.index(name) if name in listed else len(listed), name))
     return RunResults(run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir))
+
+
+def listed_arms(experiment: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms that an experiment (resolved, as in experiment.yaml) lists, each as a mapping with `name` and `backend`.
+    Earlier versions wrote them under `backends`."""
+    listed = experiment.get("arms") or experiment.get("backends") or ()
+    return [{"name": entry, "backend": entry} if isinstance(entry, str) else entry for entry in listed]
 
 
 def declared_margin(experiment: dict[str, Any]) -> float:

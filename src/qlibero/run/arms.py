@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from qlibero.activity import doing
+from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.quantization import Quant
-from qlibero.config.schema import Arm, Experiment
+from qlibero.config.schema import Experiment
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.identity import file_sha256
@@ -28,7 +30,7 @@ from qlibero.kernels import NO_KERNEL, validation
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.shapes import Layer
 from qlibero.machine.kind import machine_facts, machine_kind
-from qlibero.policies import files_of, load_policy, weights_sha256
+from qlibero.policies import files_of
 from qlibero.policies.base import (
     Observation,
     Policy,
@@ -37,11 +39,12 @@ from qlibero.policies.base import (
     blank_observation,
     quantizable,
 )
-from qlibero.quant.apply import gemm_shapes, memory, quantize_policy
+from qlibero.quant.apply import gemm_shapes, memory
 from qlibero.quant.artifact import Artifact
-from qlibero.quant.policy_check import check_policy, room_for_twin
-from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, ready_artifact
+from qlibero.quant.policy_check import check_policy
+from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, replaced_in_all
 from qlibero.quant.recheck import Recheck
+from qlibero.quant.shared_weights import QuantizedNetworks, full_policies, sharing
 from qlibero.run.noise import RECIPE, call_noise
 from qlibero.sim.suites import get_suite, task_language
 
@@ -68,32 +71,35 @@ def load_arms(
     torch.set_num_threads(1)  # simulators have the other cores, and a sum split over threads is another sum
     places = artifact_places(run_dir)
     doing("loading the policy")
-    full = load_policy(experiment.policy, replaced_in_all(experiment, arms, places))
-    log.info(f"policy {full.name}: {describe(full)}")
-    for remark in full.provenance().get("remarks", ()):
-        log.info(f"checkpoint: {remark}")
-    if horizon := full.provenance().get("action_horizon"):  # of a server it is known with its first answer
-        _require_replan(experiment, horizon)
+    unquantized = full_policies(arms, lambda group: replaced_in_all(group, places))
+    for line in _introductions(arms, unquantized):
+        log.info(line)
+    for arm in arms:
+        if (
+            horizon := unquantized[arm.name].provenance().get("action_horizon")
+        ):  # a server says it with its first answer
+            _require_replan(arm, horizon)
     policies: dict[str, Policy] = {}
-    twins: dict[str, QuantizablePolicy] = {}  # on `fake`, by artifact
+    quantized = QuantizedNetworks()
     meta: dict[str, dict[str, Any]] = {}
     for arm in arms:
+        full = unquantized[arm.name]
         if arm.quant is None:
             # A/A: the same policy in another arrangement is what rounding alone does to success
             policy = _rearranged(full, arm.replicate) if arm.backend == "aa" else full
-            found: dict[str, Any] = {"label": _label(full, arm)}
+            found: dict[str, Any] = {"label": _label(experiment, full, arm)}
         else:
             settled = _settled(arm, (before or {}).get(arm.name, {}))
-            policy, found, recheck = _quantized(experiment, settled, arm.quant, quantizable(full), places, twins)
+            policy, found, recheck = _quantized(experiment, settled, arm.quant, quantizable(full), places, quantized)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
-        warmup_ms = warm_up(policy, experiment)
+        warmup_ms = warm_up(policy, experiment, arm)
         policies[arm.name] = policy
         meta[arm.name] = {
             "backend": arm.backend,
             "policy": policy.provenance(),
-            "identity": identity_parts(experiment, arm, policy, found),
+            "identity": identity_parts(arm, policy, found),
             **found,
             **probe(policy, experiment.suite),
             "kernels_hash": digest(found.get("kernels", {})),
@@ -116,12 +122,12 @@ def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
     return replace(arm, backend=ran.pop()) if arm.backend == "auto" and len(ran) == 1 else arm
 
 
-def identity_parts(experiment: Experiment, arm: Arm, policy: Policy, found: Mapping[str, Any]) -> dict[str, str]:
+def identity_parts(arm: Arm, policy: Policy, found: Mapping[str, Any]) -> dict[str, str]:
     """Everything of the policy that decides an action, by content: its files, its settings as they were resolved, the
     artifact and the data it came from, a server's metadata, the noise, compiled code. No paths."""
     about = policy.provenance()
     parts = {"noise recipe": RECIPE}
-    for path in files_of(experiment.policy):
+    for path in files_of(arm.policy):
         name = f"policy file {path.name}"
         parts[name if name not in parts else f"{name} of {path.parent.name}"] = file_sha256(path)
     for key in ("profile", "dtype", "batch_size", "flow_steps", "action_horizon", "action_dim", "arrangement"):
@@ -170,21 +176,6 @@ def probe(policy: Policy, suite: str) -> dict[str, Any]:
     return {"probe": found, "probes": {found: kind}}
 
 
-def replaced_in_all(experiment: Experiment, arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozenset[str]:
-    """Weights that no arm needs in full precision, because each arm is quantized and its artifact is ready: they are
-    not even read, so that a full-size W4A8 policy fits where its bf16 language model would not."""
-    checkpoint = weights_sha256(experiment.policy)
-    names: list[set[str]] = []
-    for arm in arms:
-        if checkpoint is None or arm.quant is None:
-            return frozenset()
-        artifact = ready_artifact(checkpoint, arm.quant, places)
-        if artifact is None:
-            return frozenset()
-        names.append({f"{layer.name}.weight" for layer in artifact.layers})
-    return frozenset(set.intersection(*names))
-
-
 def describe(policy: Policy) -> str:
     """One line: size, device, dtype."""
     about = policy.provenance()
@@ -211,10 +202,13 @@ def layers_of_arms(experiment: Experiment) -> list[Layer]:
     Calibrates where an artifact is not ready yet.
     """
     arms = [arm for arm in experiment.arms() if arm.quant is not None]
-    full = quantizable(load_policy(experiment.policy, replaced_in_all(experiment, arms) if arms else frozenset()))
-    made = [artifact_for(full, arm.quant) for arm in arms if arm.quant is not None]
-    artifacts = {artifact.key: artifact for artifact in made}
-    layers = [layer for artifact in artifacts.values() for layer in layers_of(full, artifact, prompts(experiment))]
+    full = {name: quantizable(policy) for name, policy in full_policies(arms, replaced_in_all).items()}
+    layers = [
+        layer
+        for arm in arms
+        if arm.quant is not None
+        for layer in layers_of(full[arm.name], artifact_for(full[arm.name], arm.quant), prompts(experiment))
+    ]
     found = [layer for layer in layers if not validation.without_kernel(layer.shape)]
     if not found:
         raise UserError(f"{experiment.name}: no arm has integer activations, so nothing is asked of a kernel")
@@ -227,7 +221,7 @@ def _quantized(
     quant: Quant,
     full: QuantizablePolicy,
     places: Sequence[Path],
-    twins: dict[str, QuantizablePolicy],
+    networks: QuantizedNetworks,
 ) -> tuple[Policy, dict[str, Any], Recheck | None]:
     artifact = artifact_for(full, quant, places)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
@@ -235,16 +229,12 @@ def _quantized(
     # layers that never run are not tried: they follow the arm's first choice
     default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
-    policy = quantize_policy(full, artifact, kernels)
+    policy = networks.policy(full, artifact, kernels)
     policy_check = recheck = None
     real = sorted(set(kernels.values()) - {"fake", *NO_KERNEL})
     exact = all(load_kernel(name).rounds_to is None for name in real)
-    if not real:
-        twins[artifact.sha256] = policy
-    else:
-        twin = twins.get(artifact.sha256)
-        if twin is None and room_for_twin(artifact, policy.device):
-            twin = twins[artifact.sha256] = quantize_policy(full, artifact, "fake")
+    if real:
+        twin = networks.on_fake(full, artifact)
         why = "no memory for the same policy on fake" if twin is None else "" if exact else "its kernel rounds"
         recheck = Recheck(policy, artifact, twin if exact else None, why)
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
@@ -252,13 +242,13 @@ def _quantized(
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     log.info(
-        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
+        f"arm {arm.name}: {artifact.spec.label}, {count_text(len(artifact.layers), 'linear')} on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
     return (
         policy,
         {
-            "label": _label(full, arm),
+            "label": _label(experiment, full, arm),
             "quant": artifact.spec.identity(),
             "artifact": {"sha256": artifact.sha256, "key": artifact.key, "path": str(artifact.path)},
             "kernels": {
@@ -286,10 +276,20 @@ def prompts(experiment: Experiment) -> list[str]:
     return [task_language(experiment.suite, task) for task in experiment.task_ids()]
 
 
-def _label(full: Policy, arm: Arm) -> str:
-    if arm.quant is None:
-        return f"{arm.name} ({full.provenance().get('dtype', 'remote')})"
-    return f"{arm.name} ({arm.quant.label})"
+def _label(experiment: Experiment, full: Policy, arm: Arm) -> str:
+    what = arm.quant.label if arm.quant is not None else full.provenance().get("dtype", "remote")
+    return f"{arm.name} ({', '.join([str(what), *overrides_of(experiment, arm)])})"
+
+
+def _introductions(arms: Sequence[Arm], unquantized: Mapping[str, Policy]) -> Iterator[str]:
+    """A line for each set of weights, with its checkpoint's remarks."""
+    groups = sharing(arms)
+    for group in groups:
+        full = unquantized[group[0].name]
+        of = f", for {', '.join(arm.name for arm in group)}" if len(groups) > 1 else ""
+        yield f"policy {full.name}: {describe(full)}{of}"
+        remarks = (r for arm in group for r in unquantized[arm.name].provenance().get("remarks", ()))
+        yield from (f"checkpoint: {remark}" for remark in dict.fromkeys(remarks))
 
 
 def _seen(quant: Quant, prompt: str) -> Observation:
@@ -298,7 +298,7 @@ def _seen(quant: Quant, prompt: str) -> Observation:
     return replace(found[0], prompt=prompt) if found else blank_observation(prompt)
 
 
-def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
+def warm_up(policy: Policy, experiment: Experiment, arm: Arm) -> list[float]:
     """Milliseconds of the first calls (kernels compile, memory is taken, graphs captured); no episode pays for them."""
     seen = policy.warmup_observations(prompts(experiment))
     times = []
@@ -307,16 +307,16 @@ def warm_up(policy: Policy, experiment: Experiment) -> list[float]:
         for observation in seen if call == 0 else seen[:1]:
             started = time.perf_counter()
             chunk = policy.infer([observation], noise[None])
-            _require_replan(experiment, chunk.actions.shape[1])
+            _require_replan(arm, chunk.actions.shape[1])
             times.append(round((time.perf_counter() - started) * 1e3, 2))
     return times
 
 
-def _require_replan(experiment: Experiment, horizon: int) -> None:
+def _require_replan(arm: Arm, horizon: int) -> None:
     """Raise UserError where more actions of a chunk are to be executed than it has."""
-    wanted = experiment.policy.replan_steps
+    wanted = arm.policy.replan_steps
     if wanted > horizon:
         raise UserError(
-            f"policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} action{'s' * (horizon > 1)}: "
-            f"write at most {horizon}"
+            f"arm {arm.name}: policy.replan_steps is {wanted}, but a chunk of this policy has "
+            f"{count_text(horizon, 'action')}: write at most {horizon}"
         )

@@ -17,6 +17,7 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.policies.base import Chunk, Observation
 from qlibero.results.records import EpisodeRecord
 from qlibero.run.noise import call_noise
+from qlibero.run.pace import Chunks
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PlannedEpisode:
 class RunningEpisode:
     planned: PlannedEpisode
     attempt: int
+    chunks: Chunks
     calls: int = 0
     observation: Observation | None = None
     policy_ms: list[float] = field(default_factory=list)

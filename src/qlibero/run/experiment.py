@@ -24,6 +24,7 @@ from qlibero.activity import doing
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.machine.capacity import simulators
@@ -223,6 +224,7 @@ def _run(
     from qlibero.machine.environment import describe, simulator_environment
     from qlibero.run.arms import load_arms
     from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.pace import Pace
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
     from qlibero.run.videos import Videos
@@ -270,6 +272,7 @@ def _run(
         max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
+        paces={arm.name: Pace(arm.policy.replan_steps) for arm in arms},
     )
 
     names = [arm.name for arm in experiment.arms()]
@@ -319,7 +322,10 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
         if found is not None:
             name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
             files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
-            log.info(f"arm {arm}: kernels tried again, {found['products']} products of {found['layers']} layers")
+            log.info(
+                f"arm {arm}: kernels tried again, {count_text(found['products'], 'product')} of "
+                f"{count_text(found['layers'], 'layer')}"
+            )
     wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
     for text in wrong:
         log.error(text)

@@ -9,10 +9,9 @@ another, so that whatever drifts on the host hits all arms alike. What an episod
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +19,9 @@ import numpy as np
 
 from qlibero.policies.base import Observation, Policy
 from qlibero.results.records import EpisodeRecord
+from qlibero.run.calls import MAX_CALLS, POLL_S, PolicyCall
 from qlibero.run.episode import PlannedEpisode, RunningEpisode
+from qlibero.run.pace import Chunks, Pace
 from qlibero.run.videos import scratch_path
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
@@ -40,6 +41,11 @@ class RolloutSettings:
     replan_steps: int
     retries: int
     videos: Path | None = None
+    paces: Mapping[str, Pace] = field(default_factory=dict)
+    """Of arms that act at a pace of their own."""
+
+    def pace(self, arm: str) -> Pace:
+        return self.paces.get(arm) or Pace(self.replan_steps)
 
 
 def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versions: dict[str, str]) -> EpisodeRecord:
@@ -50,7 +56,7 @@ def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versi
         kernels=kernels,
         versions=versions,
         max_steps=settings.max_steps,
-        replan_steps=settings.replan_steps,
+        replan_steps=settings.pace(record.arm).replan_steps,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -97,6 +103,9 @@ def run_episodes(
     Each policy call goes to `on_call(arm, observations, noise, actions, seconds)` before it is executed; no latency
     counts what that takes. Observations are only valid until it returns.
 
+    A policy on a GPU that can `begin` a call is given a second one behind the first as soon as a whole batch waits;
+    simulators are heard meanwhile.
+
     `policies` maps arm to policy. An episode whose simulator dies or hangs is run again, `settings.retries` times, then
     recorded as an error. An arm that `needs` says no to starts no further episode; those in flight are finished.
     """
@@ -111,15 +120,16 @@ def run_episodes(
         if following is None:
             return
         episode, attempt = following
-        running[worker] = RunningEpisode(episode, attempt)
+        running[worker] = RunningEpisode(episode, attempt, Chunks(settings.pace(episode.arm)))
         video = settings.videos and scratch_path(settings.videos, episode.arm, episode.key)
         wanted = getattr(policies[episode.arm], "frame_format", None)
         pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video, wanted))
 
+    calls: deque[PolicyCall] = deque()
     for worker in range(pool.workers):
         start(worker)
     while running:
-        for event in pool.wait(0.0 if waiting else 1.0):
+        for event in pool.wait(POLL_S if calls else 0.0 if waiting else 1.0):
             episode = running[event.worker]
             if isinstance(event, Observed):
                 seen = event.observation
@@ -140,30 +150,33 @@ def run_episodes(
                 else:
                     on_record(episode.error_record(event.reason), None)
             start(event.worker)
-        if waiting:
-            _serve(waiting, running, policies, pool, settings.replan_steps, on_call)
+        while waiting:
+            arm = running[waiting[0]].planned.arm
+            batch = [worker for worker in waiting if running[worker].planned.arm == arm][: policies[arm].batch_size]
+            if calls and not (len(calls) < MAX_CALLS and len(batch) == policies[arm].batch_size):
+                break
+            for worker in batch:
+                waiting.remove(worker)
+            calls.append(PolicyCall(arm, policies[arm], {worker: running[worker] for worker in batch}))
+            if calls[0].ready():
+                break
+        while calls and calls[0].ready():
+            _finish(calls.popleft(), calls, running, pool, on_call)
 
 
-def _serve(
-    waiting: deque[int],
+def _finish(
+    call: PolicyCall,
+    behind: Sequence[PolicyCall],
     running: Mapping[int, RunningEpisode],
-    policies: Mapping[str, Policy],
     pool: SimulatorPool,
-    replan_steps: int,
     on_call: OnCall,
 ) -> None:
-    """One policy call for the arm that has waited longest, with as many of its waiting episodes as a batch holds."""
-    arm = running[waiting[0]].planned.arm
-    policy = policies[arm]
-    batch = [worker for worker in waiting if running[worker].planned.arm == arm][: policy.batch_size]
-    episodes = [running[worker] for worker in batch]
-    noise = np.stack([episode.noise(policy.noise_shape) for episode in episodes])
-    observations = [episode.observation for episode in episodes if episode.observation is not None]
-    started = time.perf_counter()
-    chunk = policy.infer(observations, noise)
-    policy_ms = (time.perf_counter() - started) * 1e3
-    on_call(arm, observations, noise, chunk.actions, policy_ms / 1e3)
-    for worker, episode, actions in zip(batch, episodes, chunk.actions, strict=True):
-        waiting.remove(worker)
-        episode.record_call(chunk, policy_ms, len(batch))
-        pool.act(worker, actions[:replan_steps])
+    """Act on an answer. An episode whose simulator died meanwhile has no use for it."""
+    chunk = call.chunk()
+    for following in behind:
+        following.device_is_free()
+    on_call(call.arm, call.observations, call.noise, chunk.actions, call.ms / 1e3)
+    for (worker, episode), actions in zip(call.episodes.items(), chunk.actions, strict=True):
+        if running.get(worker) is episode:
+            episode.record_call(chunk, call.ms, len(call.episodes))
+            pool.act(worker, episode.chunks.next(actions))

@@ -34,9 +34,7 @@ def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declar
     assert stop is not None, "declares no test"
     arms = [arm.name for arm in experiment.arms()]
     if REFERENCE not in arms or len(arms) < 2:
-        raise UserError(
-            f"stop: needs the arm {REFERENCE} and at least one more to compare it with; backends are {arms}"
-        )
+        raise UserError(f"stop: needs the arm {REFERENCE} and at least one more to compare it with; arms are {arms}")
     others = [arm for arm in experiment.arms() if arm.name != REFERENCE]
     # the A/A arm is the noise floor, not a hypothesis: it takes no share of alpha and holds nothing up
     tested = [arm.name for arm in others if arm.backend != "aa"] or [arm.name for arm in others]

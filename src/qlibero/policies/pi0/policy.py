@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from qlibero.policies.base import Chunk, Observation
+from qlibero.policies.base import Observation
 from qlibero.policies.pi05.policy import Pi05Policy
 
 RELATIVE = 6
@@ -26,13 +26,13 @@ class Pi0Policy(Pi05Policy):
         padded[: len(state)] = state
         return images, tokens, padded
 
-    def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
-        """See `Policy.infer`."""
-        chunk = super().infer(observations, noise)
+    def environment_units(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
+        """See `Pi05Policy.environment_units`."""
+        made = super().environment_units(actions, observations)
         if self.profile.adds_state:
-            for actions, observation in zip(chunk.actions, observations, strict=True):
-                actions[:, :RELATIVE] += observation.state[:RELATIVE]
-        return chunk
+            for chunk, observation in zip(made, observations, strict=True):
+                chunk[:, :RELATIVE] += observation.state[:RELATIVE]
+        return made
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """See `QuantizablePolicy.token_counts`: the expert sees a chunk's actions, and once a chunk the state alone."""

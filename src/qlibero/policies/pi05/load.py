@@ -35,12 +35,17 @@ class _UntrainedConfig(Open):
     profile: Any = None
 
 
-def load_policy(config: CheckpointSettings, skip: frozenset[str] = frozenset(), family: Family = FAMILY) -> Pi05Policy:
+def load_policy(
+    config: CheckpointSettings,
+    skip: frozenset[str] = frozenset(),
+    family: Family = FAMILY,
+    loaded: Pi05Policy | None = None,
+) -> Pi05Policy:
     """The policy that `config` describes.
 
-    `skip` names linear weights to leave unread on the meta device, because an artifact will replace them:
-    that is how a full-size quantized policy loads without its full-precision language model ever being on the
-    GPU.
+    `loaded` is a policy of the same weights: its network is taken. `skip` names linear weights to leave unread on the
+    meta device, because an artifact will replace them: that is how a full-size quantized policy loads without its
+    full-precision language model ever being on the GPU.
 
     Raises:
         UserError: no such checkpoint, or one that does not fit (missing, extra, misshapen, non-finite
@@ -48,11 +53,13 @@ def load_policy(config: CheckpointSettings, skip: frozenset[str] = frozenset(), 
         GuardRefusal: the weights' sha256 is not the expected one.
     """
     if config.untrained is not None:
-        return untrained_policy(Path(config.untrained.config), config.untrained.seed, config, family)
-    return _load(config, skip, family)
+        return untrained_policy(Path(config.untrained.config), config.untrained.seed, config, family, loaded)
+    return _load(config, skip, family, loaded)
 
 
-def _load(config: CheckpointSettings, skip: frozenset[str], family: Family) -> Pi05Policy:
+def _load(
+    config: CheckpointSettings, skip: frozenset[str], family: Family, loaded: Pi05Policy | None = None
+) -> Pi05Policy:
     checkpoint = open_checkpoint(Path(config.checkpoint), family).with_horizon(config.action_horizon)
     digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
@@ -64,7 +71,7 @@ def _load(config: CheckpointSettings, skip: frozenset[str], family: Family) -> P
     statistics = load_statistics(checkpoint, config.asset_id, config.norm_stats)
     tokenizer = _tokenizer(config, checkpoint.path)
     device, dtype = _place(config)
-    model = load_model(checkpoint, dtype, device, skip)
+    model = loaded.model if loaded is not None else load_model(checkpoint, dtype, device, skip)
     name = checkpoint.raw.get("name") or checkpoint.path.name
     identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
     remarks = [*differences(checkpoint.declared, config.flow_steps, config.replan_steps), *checkpoint.declared.remarks]
@@ -149,29 +156,44 @@ def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:
     return profile
 
 
-def untrained_policy(path: Path, seed: int, config: CheckpointSettings, family: Family = FAMILY) -> Pi05Policy:
-    """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies.
-    Solves nothing, and its name says so."""
+def untrained_policy(
+    path: Path,
+    seed: int,
+    config: CheckpointSettings,
+    family: Family = FAMILY,
+    loaded: Pi05Policy | None = None,
+) -> Pi05Policy:
+    """Random weights from `seed` in the architecture of a config.json, beside which tokenizer.json lies; those of
+    `loaded` where they are in memory already. Solves nothing, and its name says so."""
     content = fit(_UntrainedConfig, read_json(path), str(path))
     architecture = family.config.from_dict(content.architecture, str(path))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in family.model(architecture).parameters())
     if parameters > MAX_UNTRAINED:
         raise UserError(f"policy.untrained.config: {path} makes a network of {parameters / 1e9:.0f} G parameters")
+    if loaded is not None:
+        model, digest = loaded.model, str(loaded.provenance()["sha256"])
+    else:
+        model, digest = _random_model(architecture, seed, config, family)
+    unit = Statistics("quantile", -np.ones(ACTION_NUMBERS), np.ones(ACTION_NUMBERS), 1e-6, 1e-6)
+    statistics = {"state": Statistics("quantile", -np.ones(8), np.ones(8), 1e-6, 1e-6), "actions": unit}
+    identity = {"checkpoint": None, "kind": "untrained", "sha256": digest, "seed": seed}
+    name = f"untrained-{content.name or path.parent.name}-seed{seed}"
+    profile = profile_named(content.profile or family.own_profile, path, family)
+    return _policy(config, family, name, model, profile, statistics, _tokenizer(config, path.parent), identity)
+
+
+def _random_model(architecture: Any, seed: int, config: CheckpointSettings, family: Family) -> tuple[Pi05Model, str]:
+    """On its device, and the sha256 that names it."""
     device, dtype = _place(config)
     model = initialize(family.model(architecture), seed)
     digest = hashlib.sha256(json.dumps([architecture.to_dict(), seed], sort_keys=True).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.numpy().tobytes())
-    unit = Statistics("quantile", -np.ones(ACTION_NUMBERS), np.ones(ACTION_NUMBERS), 1e-6, 1e-6)
-    statistics = {"state": Statistics("quantile", -np.ones(8), np.ones(8), 1e-6, 1e-6), "actions": unit}
     model = cast(model, dtype).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    identity = {"checkpoint": None, "kind": "untrained", "sha256": digest.hexdigest(), "seed": seed}
-    name = f"untrained-{content.name or path.parent.name}-seed{seed}"
-    profile = profile_named(content.profile or family.own_profile, path, family)
-    return _policy(config, family, name, model, profile, statistics, _tokenizer(config, path.parent), identity)
+    return model, digest.hexdigest()
 
 
 def _place(config: CheckpointSettings) -> tuple[torch.device, torch.dtype]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -29,12 +30,14 @@ from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
 from qlibero.policies.pi05.profiles import STATE_NUMBERS, Profile
 from qlibero.policies.pi05.rearrange import MLP, rearranged
-from qlibero.policies.pi05.sampler import Sampler
+from qlibero.policies.pi05.sampler import Sampler, Sampling
 from qlibero.policies.pi05.tokenizer import Tokenizer
 from qlibero.policies.surgery import swap_modules
 
 ACTION_NUMBERS = 7
 CAMERAS = 2
+CALIBRATION_STEPS = 10
+"""Flow steps at which activations are recorded, however many an arm takes."""
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
 
@@ -123,6 +126,14 @@ class Pi05Policy:
         """The same preprocessing around another network (the quantized arms)."""
         twin = copy(self)
         twin.model, twin._sampler = model, None
+        return twin
+
+    def for_calibration(self) -> Pi05Policy:
+        """The same policy at `CALIBRATION_STEPS` flow steps."""
+        if self.flow_steps == CALIBRATION_STEPS:
+            return self
+        twin = self.with_model(self.model)
+        twin.flow_steps = CALIBRATION_STEPS
         return twin
 
     def with_batch_size(self, batch_size: int) -> Pi05Policy:
@@ -249,18 +260,25 @@ class Pi05Policy:
 
     def infer(self, observations: Sequence[Observation], noise: np.ndarray) -> Chunk:
         """See `Policy.infer`."""
+        return self.begin(observations, noise).chunk()
+
+    def begin(self, observations: Sequence[Observation], noise: np.ndarray) -> BegunCall:
+        """See `Policy`."""
         expected = (len(observations), *self.noise_shape)
         if noise.shape != expected:
             raise ValueError(f"noise has shape {noise.shape}, expected {expected}")
         started = time.perf_counter()
         rows = [self.preprocess(observation) for observation in observations]
         phases = {"preprocess": (time.perf_counter() - started) * 1e3}
-        actions = np.empty((len(rows), *self.noise_shape), np.float32)
-        for batch, length in self._batches([len(tokens) for _, tokens, _ in rows]):
-            actions[batch], times = self._run([rows[i] for i in batch], length, noise[batch])
-            for phase, ms in times.items():
-                phases[phase] = phases.get(phase, 0.0) + ms
-        return Chunk(self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy(), phases)
+        parts = [
+            (batch, self._run([rows[i] for i in batch], length, noise[batch]))
+            for batch, length in self._batches([len(tokens) for _, tokens, _ in rows])
+        ]
+        return BegunCall(self, observations, phases, parts)
+
+    def environment_units(self, actions: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
+        """(B, H, 7) float32 for the robot, of the network's (B, H, D)."""
+        return self._statistics["actions"].denormalize(actions)[..., :ACTION_NUMBERS].copy()
 
     def preprocess(self, observation: Observation) -> tuple[list[Tensor], list[int], np.ndarray]:
         """An image a camera as `to_network` has them, token ids, normalised state, all on the CPU."""
@@ -298,7 +316,7 @@ class Pi05Policy:
             for i in range(0, len(rows), size)
         ]
 
-    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> Sampling:
         count = len(rows)
         padded = [rows[i] if i < count else rows[0] for i in range(self.batch_size)]
         z = torch.from_numpy(np.stack([noise[i] if i < count else noise[0] for i in range(self.batch_size)]))
@@ -307,11 +325,35 @@ class Pi05Policy:
         if length is not None:
             mask = torch.arange(length) < torch.tensor([[len(tokens)] for _, tokens, _ in padded])
         state = torch.from_numpy(np.stack([state for _, _, state in padded])) if self.model.config.state_dim else None
-        actions, times = self.sampler(
+        return self.sampler.begin(
             torch.stack([image for images, _, _ in padded for image in images]).unflatten(0, (self.batch_size, -1)),
             torch.tensor(texts),
             z,
             token_mask=mask,
             state=state,
         )
-        return actions[:count].numpy(), times
+
+
+@dataclass(frozen=True)
+class BegunCall:
+    """See `policies.base.Begun`: the samplings of one call, each of the rows that it is for."""
+
+    policy: Pi05Policy
+    observations: Sequence[Observation]
+    phases: dict[str, float]
+    parts: list[tuple[list[int], Sampling]]
+
+    def ready(self) -> bool:
+        """See `Begun.ready`."""
+        return all(sampling.ready() for _, sampling in self.parts)
+
+    def chunk(self) -> Chunk:
+        """See `Begun.chunk`."""
+        actions = np.empty((len(self.observations), *self.policy.noise_shape), np.float32)
+        phases = dict(self.phases)
+        for rows, sampling in self.parts:
+            found, times = sampling.result()
+            actions[rows] = found[: len(rows)].numpy()
+            for phase, ms in times.items():
+                phases[phase] = phases.get(phase, 0.0) + ms
+        return Chunk(self.policy.environment_units(actions, self.observations), phases)

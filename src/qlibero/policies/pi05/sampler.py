@@ -63,6 +63,23 @@ class Workspace:
     """What runs each phase: the plain method, or its captured graph."""
 
 
+class Sampling:
+    """A chunk that a device may still be working on."""
+
+    def __init__(self, out: Tensor, watch: Stopwatch, done: torch.cuda.Event | None):
+        self._out, self._watch, self._done = out, watch, done
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._done is None or self._done.query()
+
+    def result(self) -> tuple[Tensor, dict[str, float]]:
+        """Actions in the network's own units, (B, H, D) float32 on the CPU, and each phase's milliseconds."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._out, self._watch.read_ms()
+
+
 def _cpu_flow(model: Pi05Model, modulations: list) -> tuple[CpuFlow | None, str]:
     """The compiled flow where there can be one, and why or why not."""
     if model.action_in_proj.weight.device.type != "cpu":
@@ -196,7 +213,20 @@ class Sampler:
         token_mask: Tensor | None = None,
         state: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Actions in the network's own units, (B, H, D) float32 on the CPU, and each phase's milliseconds.
+        """`begin`, and its result."""
+        return self.begin(images, tokens, noise, token_mask=token_mask, state=state).result()
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        noise: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Sampling:
+        """Start sampling; a device may still be at an earlier call.
 
         images (B, cameras, 3, S, S) float32 in [-1, 1], or (B, cameras, S, S, 3) uint8 pixels; tokens (B, T) int64;
         noise (B, H, D) float32; token_mask (B, T) bool or None (all live); state (B, state_dim) normalised. All on
@@ -204,18 +234,30 @@ class Sampler:
         """
         w = self.workspace(images.shape[0], images.shape[1], tokens.shape[1], token_mask is not None)
         watch = Stopwatch(self.device)
-        w.images.copy_(as_floats(images.to(self.device)))
-        w.tokens.copy_(tokens)
-        w.x.copy_(noise)
+        w.images.copy_(as_floats(self._uploaded(images)))
+        w.tokens.copy_(self._uploaded(tokens))
+        w.x.copy_(self._uploaded(noise))
         if token_mask is not None:
-            w.live[:, w.live.shape[1] - tokens.shape[1] :].copy_(token_mask)
+            w.live[:, w.live.shape[1] - tokens.shape[1] :].copy_(self._uploaded(token_mask))
         if w.state is not None:
-            w.state.copy_(state)
+            w.state.copy_(self._uploaded(state))
         watch.mark("upload")
         for name, phase in w.phases.items():
             phase(w)
             watch.mark(name)
-        return w.x.to("cpu", copy=True), watch.read_ms()
+        if self.device.type == "cpu":
+            return Sampling(w.x.clone(), watch, None)
+        out = torch.empty(w.x.shape, dtype=w.x.dtype, pin_memory=True)
+        out.copy_(w.x, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Sampling(out, watch, done)
+
+    def _uploaded(self, tensor: Tensor) -> Tensor:
+        """On the device, without waiting for what it is at: a copy from pageable memory would."""
+        if self.device.type == "cpu" or tensor.device.type != "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     # -- the three phases: from workspace to workspace -------------------------------------------------------------
     def _vision(self, w: Workspace) -> None:
