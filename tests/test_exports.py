@@ -82,7 +82,7 @@ def test_every_column_is_documented_once_with_its_type(run, tmp_path):
     export_episodes([run], tmp_path / "x.jsonl")
     lines = (tmp_path / "x.jsonl").read_text().splitlines()
     assert parquet.read_schema(tmp_path / "x.parquet").names == list(json.loads(lines[1])) == list(COLUMNS)
-    assert json.loads(lines[0])["version"] == VERSION == 1
+    assert json.loads(lines[0])["version"] == VERSION == 2
 
 
 def test_the_card_counts_what_the_table_holds(run, tmp_path):

@@ -81,7 +81,7 @@ def _pairs(arms: Mapping[str, ArmLedger]) -> list[SameArithmetic]:
 def _asked(arm: ArmLedger) -> tuple[Any, ...]:
     """What decides the actions beside the artifact: equal for arms that differ in their kernels alone."""
     of_policy = {name: value for name, value in (arm.meta.get("identity") or {}).items() if name.startswith("policy ")}
-    return frozenset(of_policy.items()), frozenset(record.replan_steps for record in arm.records)
+    return frozenset(of_policy.items()), frozenset((r.replan_steps, r.latency_steps) for r in arm.records)
 
 
 def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:
