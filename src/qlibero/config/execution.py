@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from qlibero.config.fields import FieldError, Float, StrictModel
 
-MEASURED = "measured"
-
 
 class Execution(StrictModel):
     """Whether the simulator waits for the policy's answers, or the robot goes on meanwhile."""
@@ -20,14 +18,14 @@ class Execution(StrictModel):
         "enters the new one at the action of the moment at which it arrives",
     )
     latency_ms: Literal["measured"] | Annotated[Float, Field(ge=0, le=60_000)] = Field(
-        MEASURED,
+        "measured",
         description="async: how long an answer takes, counted in whole control steps of 50 ms; measured: the arm's own "
         "median here, taken before the first episode and kept",
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Execution:
-        if self.mode == "sync" and self.latency_ms != MEASURED:
+        if self.mode == "sync" and self.latency_ms != "measured":
             raise FieldError(("latency_ms",), "belongs to mode: async; the simulator waits as long as it takes")
         return self
 
@@ -36,4 +34,4 @@ class Execution(StrictModel):
         """`async 100 ms` and the like."""
         if self.mode == "sync":
             return "sync"
-        return "async at its measured latency" if self.latency_ms == MEASURED else f"async {self.latency_ms:g} ms"
+        return "async at its measured latency" if self.latency_ms == "measured" else f"async {self.latency_ms:g} ms"

@@ -105,7 +105,7 @@ def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:
 def arithmetic(run_dir: Path, arms: Mapping[str, ArmLedger]) -> dict[str, Any]:
     """{"ok", "same": [{"arm", "other", "equal", "episodes"}], "rechecks": {arm: …}, "problems": [sentence]}."""
     same = _pairs(arms)
-    tried = {name: found for name in arms if (found := rechecks(run_dir, name)) is not None}
+    tried = {name: found for name, arm in arms.items() if (found := rechecks(run_dir, arm.arm)) is not None}
     problems = [str(pair) for pair in same if not pair.ok]
     problems += [f"{name}: {text}" for name, found in tried.items() for text in found["wrong"]]
     return {"ok": not problems, "same": [asdict(pair) for pair in same], "rechecks": tried, "problems": problems}

@@ -19,7 +19,6 @@ import numpy as np
 
 from qlibero import files
 from qlibero.config.arms import Arm
-from qlibero.config.execution import MEASURED
 from qlibero.documents import read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.identity import Identity
@@ -47,7 +46,7 @@ def fixed_execution(
     if arm.execution.mode == "sync":
         return None
     said = arm.execution.latency_ms
-    if said != MEASURED:
+    if not isinstance(said, str):
         return {"mode": "async", "latency_ms": said, "latency_steps": control_steps(said), "measured": False}
     machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
     asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
