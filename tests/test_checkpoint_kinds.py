@@ -65,7 +65,7 @@ def test_shards_that_are_not_whole_are_refused(tmp_path):
         {"action_in_proj.bias": "model-00009-of-00002.safetensors"}, "model-00009-of-00002.safetensors; the download"
     )
     refused({"action_in_proj.bias": None}, "is not where .* says .nowhere.")
-    refused({"gone.weight": "model-00001-of-00002.safetensors"}, "1 tensors are in no shard, first gone.weight")
+    refused({"gone.weight": "model-00001-of-00002.safetensors"}, "1 tensor in no shard, first gone.weight")
     (path / "model.safetensors").write_bytes(whole)
     refused({}, "one of them is stale")
 
@@ -142,7 +142,7 @@ def test_each_other_thing_is_named_with_its_cure(tmp_path, damage, message):
 def test_a_name_that_stands_there_twice_is_refused(tmp_path):
     path = openpi(tmp_path / "c")
     rewrite(path, lambda state: state.update({"model.action_in_proj.bias": state["action_in_proj.bias"] + 1}))
-    with pytest.raises(UserError, match="1 tensors twice: action_in_proj.bias and model.action_in_proj.bias"):
+    with pytest.raises(UserError, match="1 tensor twice: action_in_proj.bias and model.action_in_proj.bias"):
         load(path, profile="openpi")
     assert not verify_checkpoint(path)["ok"]
 
@@ -159,7 +159,7 @@ def test_weights_are_of_three_floating_types(tmp_path, dtype):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda t: t.zero_(), "1 tensors hold all zeros: time_mlp_in.weight"),
+        (lambda t: t.zero_(), "1 tensor with all zeros: time_mlp_in.weight"),
         (lambda t: t.view(-1)[5:6].fill_(1e30), r"values up to 1e\+30: time_mlp_in.weight"),
         (lambda t: t.view(-1)[5:6].fill_(-4e8), r"values up to 4e\+08: time_mlp_in.weight"),
         (lambda t: t.view(-1)[5:6].fill_(float("-inf")), "NaN or infinity: time_mlp_in.weight"),
@@ -179,7 +179,7 @@ def test_a_vector_of_zeros_loads_and_is_named(tmp_path):
     rewrite(path, lambda state: state["time_mlp_in.bias"].zero_())
     load(path)
     report = verify_checkpoint(path)
-    assert report["ok"] and any("all zeros" in note and "time_mlp_in.bias" in note for note in report["notes"])
+    assert report["ok"] and any("zeros alone" in note and "time_mlp_in.bias" in note for note in report["notes"])
 
 
 def test_a_lerobot_directory_without_its_statistics_file_says_what_lerobot_would_do(tmp_path):

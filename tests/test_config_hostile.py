@@ -71,7 +71,7 @@ def test_no_value_is_too_large_for_a_short_answer(tmp_path: Path, key: str, valu
         (bomb("x", "[%s]"), "20,000"),
         ("b: {" + ", ".join(f"k{i}: 1" for i in range(15_000)) + "}", "20,000"),
         ("a: &a {" + ", ".join(f"k{i}: 1" for i in range(4_000)) + "}\nb: {<<: *a}\n" + GOOD, "unknown key"),
-        ("".join(f"k{i}: 4\n" for i in range(9_000)) + GOOD, "mistakes more"),
+        ("".join(f"k{i}: 4\n" for i in range(9_000)) + GOOD, "more mistakes"),
         ("? " + "a" * 400_000 + "\n: 1\n" + GOOD, "unknown key"),
         ("x: " + "[" * 60 + "]" * 60, "24 levels"),
         ("x: " + "{a: " * 200 + "}" * 200, "24 levels"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 from synthetic_run import make_run
 
+from qlibero.cli.app import main
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError
 from qlibero.launch.status import status
@@ -24,7 +26,7 @@ FILTERS = [
 ]
 
 
-def loadable(directory: Path, arms: dict[str, float]) -> Path:
+def loadable(directory: Path, arms: dict[str, float], **how: bool) -> Path:
     """A synthetic run whose experiment.yaml is an experiment, as that of a real one."""
     other = next(arm for arm in arms if arm != "baseline")
     settings = {
@@ -32,7 +34,7 @@ def loadable(directory: Path, arms: dict[str, float]) -> Path:
         "policy": {"type": "pi05", "untrained": {"config": "config.json", "seed": 0}},
         "quant": {"layout": "llm", "method": "rtn"},
     }
-    return make_run(directory, arms, settings=settings)
+    return make_run(directory, arms, settings=settings, **how)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,23 @@ def test_videos_say_what_is_not_there(synthetic, filters, message):
     experiment = load_experiment(synthetic / "experiment.yaml", environ={}, check_files=False)
     with pytest.raises(UserError, match=message):
         wanted_episodes(experiment, synthetic, 4, **filters)
+
+
+@pytest.mark.parametrize("made", [0, 1, 4])
+def test_no_video_is_missed_in_silence(tmp_path, capsys, made):
+    """Four are asked for; `made` of them lie there, and of the others no actions were kept to replay."""
+    run = loadable(tmp_path / "run", {"baseline": 0.0, "w4a8": 0.0}, trajectories=False)
+    for init in range(made):
+        path = run / "w4a8" / "videos" / f"libero_object-0-{init}-7.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"a video")
+    status = main(["videos", str(run), "--task", "0", "--arm", "w4a8", "--json"])
+    out, said = capsys.readouterr()
+    document = json.loads(out.splitlines()[-1])
+    there, missing = document["there"], document["missing"]
+    assert not document["videos"] and (len(there), len(missing)) == (made, 4 - made) and status == (made < 4)
+    assert ("there already: " in said) == (made > 0) and ("not made, " in said) == (made < 4)
+    assert all(path in said for path in there + missing)
 
 
 def test_flips_come_first(tmp_path):

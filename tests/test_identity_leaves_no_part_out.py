@@ -159,7 +159,7 @@ def test_another_robosuite_is_refused_whether_it_was_edited_or_installed(tmp_pat
     osc.unlink()
     osc.write_text(text.replace("kp=150", "kp=151"))
     assert osc.read_text() != text
-    assert "1 files differ (controllers/osc.py)" in look()["problem"]
+    assert "another content in 1 file (controllers/osc.py)" in look()["problem"]
     publish()
     after = look()
     assert after["problem"] == ""

@@ -6,7 +6,9 @@ import re
 import time
 
 import pytest
+from pydantic import ValidationError
 
+from qlibero.config.quantization import Quant
 from qlibero.errors import UserError
 from qlibero.quant.patterns import matching
 
@@ -29,6 +31,30 @@ def test_it_ends_with_a_word(pattern):
     with pytest.raises(UserError, match=r"quant.include: .* has not matched 18 layer names after 2 s") as said:
         matching(pattern, NAMES, "include")
     assert repr(pattern) in str(said.value) and time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "escaped"),
+    [
+        ("[[a]", r"[\[a]"),
+        ("[a--b]", r"[a\-\-b]"),
+        ("[a&&b]", r"[a\&\&b]"),
+        ("[a||b]", r"[a\|\|b]"),
+        ("[a~~b]", r"[a\~\~b]"),
+        ("x[[:alpha:]]", r"x[\[:alpha:]]"),
+    ],
+)
+@pytest.mark.parametrize("key", ["include", "exclude", "per_layer_bits"])
+def test_what_a_later_python_may_read_otherwise_is_refused(pattern, escaped, key, recwarn):
+    """Such a pattern would select other layers, under the same hash, on another machine."""
+
+    def settings(pattern):
+        value = {pattern: 8} if key == "per_layer_bits" else [pattern]
+        return Quant.model_validate({"layout": None if key == "include" else "llm", "method": "rtn", key: value})
+
+    with pytest.raises(ValidationError, match="possible (nested set|set [a-z ]+).*backslash"):
+        settings(pattern)
+    assert settings(escaped) and not recwarn.list
 
 
 USUAL = [

@@ -300,7 +300,7 @@ def test_a_full_house_tells_its_health_and_that_it_is_full():
                 with pytest.raises(InvalidStatus) as refused:
                     connect(url)
                 assert refused.value.response.status_code == 503
-                assert refused.value.response.body == b"all 2 connections are in use\n"
+                assert refused.value.response.body == b"no connection is free: at most 2 at a time\n"
             first.ping().wait(5), second.ping().wait(5)
 
     asyncio.run(main())

@@ -133,7 +133,7 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
         UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"
     ):
         refuse_impossible(manifest("backends=[baseline, triton_w4a8]", "policy.device=cpu"), "local")
-    with pytest.raises(UserError, match="2000 simulators need 5000 GB"):
+    with pytest.raises(UserError, match="2,000 simulators need 5000 GB"):
         refuse_impossible(manifest("workers=2000"), "local")
     with pytest.raises(UserError, match="launch.slurm.time 2 is not longer than launch.slurm.signal_s 120"):
         refuse_impossible(manifest("launch.slurm.time='2'"), "slurm")
@@ -195,7 +195,7 @@ def test_what_no_machine_can_do_this_one_cannot_either():
 
 def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
-    with pytest.raises(UserError, match="1 simulators need 2.5 GB, a shard on engine slurm has 2.1 GB"):
+    with pytest.raises(UserError, match="1 simulator needs 2.5 GB, a shard on engine slurm has 2.1 GB"):
         refuse_impossible(
             cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm"
         )
@@ -391,7 +391,7 @@ def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch
     cell = "suite-libero_object.method-duquant.layout-llm+expert_mlp"
     assert all(
         f" {word} " in f" {' '.join(said.split())} "
-        for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes are in the")
+        for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes in the")
     )
     assert len(said.splitlines()) < 2 * len(document["cells"])
     assert (

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_WIDTH = 160
-WHOLE_WORD = 24  # words up to this length are not broken while there is room for the columns' longest ones
+GAP = 2  # between columns
+FOLDED = 24  # columns that a path gets at least
+SHORT = 10  # characters of a text that does not wrap
+
+
+def count_text(n: int, what: str) -> str:
+    """1 shard, 2,000 shards, 3 trajectories."""
+    plural = f"{what[:-1]}ies" if what.endswith("ry") else f"{what}s"
+    return f"{n:,} {what if n == 1 else plural}"
 
 
 def print_line(message: str) -> None:
@@ -75,23 +83,65 @@ class _Visible:
 
 
 def table(rows: list[dict[str, Any]], title: str) -> None:
-    """Rows as a table whose columns are all keys that occur; long text wraps between words."""
+    """Rows as a table whose columns are all keys that occur, long text wrapped between words; where a word would have
+    to be broken for it, one row below the other, a line for each key."""
     from rich.markup import escape
     from rich.table import Table
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        texts = [column.replace("_", " "), *(_cell(row.get(column)) for row in rows)]
-        longest = max((len(word) for text in texts for word in text.split()), default=0)
-        shown.add_column(
-            texts[0], overflow="fold", no_wrap=column in (columns[0], "file"), min_width=min(longest, WHOLE_WORD)
-        )
-    for row in rows:
-        shown.add_row(*(escape(_cell(row.get(column))) for column in columns))  # [cu13] is no markup
     to = console()
     to.print(title, style="italic", markup=False)  # not the table's own, which wraps at the table's width
+    if not rows:
+        to.print("none")
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    texts = {key: [key.replace("_", " "), *(_cell(row.get(key)) for row in rows)] for key in columns}
+    whole = {key: key in (columns[0], "file") for key in columns}
+    least = {key: max(len(text) if whole[key] else _unbroken(text) for text in texts[key]) for key in columns}
+    room = to.width - sum(least.values()) - GAP * (len(columns) - 1)
+    if len(columns) > 2 and room < 0:
+        _one_below_the_other(list(texts.values()), to)
+        return
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for key, width in _widths(least, texts, room).items():
+        shown.add_column(texts[key][0], overflow="fold", width=width)
+    for line in zip(*(column[1:] for column in texts.values()), strict=True):
+        shown.add_row(*map(escape, line))  # [cu13] is no markup
     to.print(shown)
+
+
+def _one_below_the_other(columns: list[list[str]], to: Console) -> None:
+    """`columns`: heading, then a text for each row; the first names the rows."""
+    from rich.table import Table
+    from rich.text import Text
+
+    (_, *names), *others = columns
+    for number, name in enumerate(names, 1):
+        to.print(Text(name, style="bold", overflow="fold"))
+        shown = Table.grid(padding=(0, GAP), pad_edge=False)
+        shown.add_column(no_wrap=True)
+        shown.add_column(overflow="fold")
+        for column in others:
+            if column[number]:
+                shown.add_row(f"  {column[0]}", Text(column[number]))
+        to.print(shown)
+
+
+def _widths(least: dict[str, int], texts: dict[str, list[str]], room: int) -> dict[str, int]:
+    """`room` more columns, each for the text that is cut into most lines: rich's own sharing breaks words."""
+    widths = least.copy()
+    wanted = {key: max(map(len, texts[key])) for key in least}
+    for _ in range(room):
+        key = max(widths, key=lambda key: wanted[key] / widths[key])
+        if widths[key] >= wanted[key]:
+            break
+        widths[key] += 1
+    return widths
+
+
+def _unbroken(text: str) -> int:
+    """Columns that a text needs: a short one whole, of a long one each word; paths and addresses fold anywhere."""
+    words = [text] if len(text) <= SHORT else text.split()
+    return max((min(len(word), FOLDED) if "/" in word else len(word) for word in words), default=0)
 
 
 def _cell(value: Any) -> str:

@@ -3,6 +3,7 @@ closely, each as plain rows for a table and for JSON."""
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,11 +225,12 @@ def episodes(experiment: Experiment) -> int:
 
 
 def about(path: Path) -> str:
-    """The first comment of a YAML file: every file of configs/ opens with what it is for."""
+    """The whole sentences of a YAML file's first comment line: every file of configs/ opens with what it is for."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# yaml-language-server"):
             continue
-        return line.removeprefix("#").strip() if line.startswith("#") else ""
+        said = line.removeprefix("#").strip() if line.startswith("#") else ""
+        return whole[0] if (whole := re.match(r".*[.?!](?=\s|$)", said)) else said
     return ""
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qlibero.activity import heard_by
-from qlibero.console import console, log_to
+from qlibero.console import console, count_text, log_to
 from qlibero.places import pasteable
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ class RunProgress(PhaseProgress):
         """The run begins: `missing` of `total` episodes, all arms together, are still to be run."""
         e = self.experiment
         (kind, count), seeds, arms = e.initial_states(), len(e.all_seeds()), ", ".join(self.tally)
-        states = f"{count} {kind} initial states" + (f" × {seeds} seeds" if seeds > 1 else "")
-        self.say(f"{e.name}: {e.suite}, {len(e.task_ids())} tasks × {states}, arms {arms}")
+        states = count_text(count, f"{kind} initial state") + (f" × {seeds} seeds" if seeds > 1 else "")
+        self.say(f"{e.name}: {e.suite}, {count_text(len(e.task_ids()), 'task')} × {states}, arms {arms}")
         if missing < total:
             self.say(
-                f"{total - missing} of {total} episodes are in the ledger already"
+                f"{total - missing} of {count_text(total, 'episode')} in the ledger already"
                 + (", nothing to run" if not missing else "")
             )
         self.missing = missing
@@ -140,4 +140,6 @@ class RunProgress(PhaseProgress):
         return done + (self.in_flight - 1) / 2 if self.phase == EPISODES and self.in_flight else done
 
     def _tallies(self) -> str:
-        return "  ".join(f"{arm} {k}/{n}" + (f" ({e} errors)" if e else "") for arm, (k, n, e) in self.tally.items())
+        return "  ".join(
+            f"{arm} {k}/{n}" + (f" ({count_text(e, 'error')})" if e else "") for arm, (k, n, e) in self.tally.items()
+        )

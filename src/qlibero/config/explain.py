@@ -12,6 +12,7 @@ from qlibero.config.fields import FieldError
 from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean, suite_hint
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, shown
+from qlibero.console import count_text
 
 MAX_TOLD = 30  # nobody reads more; each costs a search for the nearest key
 PLAIN_WORDS = {
@@ -48,7 +49,7 @@ def explain(error: ValidationError, source: Source) -> list[Problem]:
         text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
         problems.append(Problem(mark_of(source, at), f"{dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
     if len(items) > MAX_TOLD:
-        problems.append(Problem(mark_of(source, ()), f"and {len(items) - MAX_TOLD:,} mistakes more"))
+        problems.append(Problem(mark_of(source, ()), f"and {count_text(len(items) - MAX_TOLD, 'more mistake')}"))
     return problems
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
@@ -38,7 +39,15 @@ def regex_of(pattern: str) -> re.Pattern[str]:
     if len(pattern) > LONGEST_PATTERN:
         raise ValueError(f"a regular expression of {len(pattern):,} characters; the most is {LONGEST_PATTERN:,}")
     try:
-        return re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            return re.compile(pattern)
+    except FutureWarning as warning:
+        text = str(warning)
+        raise ValueError(
+            f"not a regular expression for every Python: {text[0].lower()}{text[1:]}, which later ones may read "
+            "otherwise; write a backslash before each [, -, &, | or ~ that stands for itself inside [...]"
+        ) from None
     except RecursionError:
         raise ValueError("not a regular expression: nested too deeply") from None
     except (re.error, OverflowError) as error:

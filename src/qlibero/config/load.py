@@ -24,6 +24,7 @@ from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import OF_PYTHON, backend_hint
 from qlibero.config.yaml_source import OLDER_WORDS, display, located, put, read
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, parse, short, shown
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.registry import KernelPlugin, UnknownPlugin, get, names
 
@@ -42,7 +43,7 @@ class ConfigError(UserError):
         self.problems = tuple(dict.fromkeys(problems))
         lines = [str(problem) for problem in self.problems[:MAX_SHOWN]]
         if len(self.problems) > MAX_SHOWN:
-            lines.append(f"and {len(self.problems) - MAX_SHOWN:,} problems more")
+            lines.append(f"and {count_text(len(self.problems) - MAX_SHOWN, 'more problem')}")
         super().__init__("\n".join(lines))
 
 
@@ -150,8 +151,8 @@ def _apply_environment(source: Source, environ: Mapping[str, str]) -> list[str]:
         keys = ("quant", *override.key.split("."))
         if override.key == "include":
             quant["layout"] = None
-        if override.key == "row_rotation" and quant.get("method", "duquant") != "weight_pca":
-            notes.append(f"{override.variable} changes nothing here: only weight_pca rotates outputs")
+        if override.key == "row_rotation" and quant.get("method") not in ("weight_pca", "svd_hadamard"):
+            notes.append(f"{override.variable} changes nothing here: only weight_pca and svd_hadamard rotate outputs")
             continue
         if override.key.startswith("calibration") and not isinstance(quant.get("calibration"), dict):
             notes.append(f"{override.variable} changes nothing here: quant.calibration names no data")

@@ -24,6 +24,7 @@ from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import extended, overlay, read
 from qlibero.config.yaml_text import Location, Problem, Source, locations, short, shown
+from qlibero.console import count_text
 
 MAX_CELLS = 10_000
 
@@ -138,7 +139,7 @@ def _product(grid: dict[str, Any], file: Source) -> list[tuple[_Choice, ...]]:
             raise _fail(file, ("grid", key), f"grid.{short(key)}: should be a list of values (got {shown(values)})")
         total *= len(values)
     if total > MAX_CELLS:
-        raise _fail(file, ("grid",), f"grid: {total:,} cells; the most is {MAX_CELLS:,}")
+        raise _fail(file, ("grid",), f"grid: {count_text(total, 'cell')}; the most is {MAX_CELLS:,}")
     axes = [[_Choice(key, value, ("grid", key, i)) for i, value in enumerate(values)] for key, values in grid.items()]
     return list(product(*axes)) if axes else []
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qlibero.console import count_text
 from qlibero.kernels.contract import (
     GemmShape,
     Kernel,
@@ -135,7 +136,7 @@ def try_layer(layer: QuantizedLayer, x: Tensor, codes: Tensor) -> ExactnessResul
         return ExactnessResult(
             False, f"int8 activations are not what decides this layer's output: largest difference {worst:.3g}"
         )
-    return ExactnessResult(True, f"consumes int8 activations ({prepared.codes.shape[0]} tokens)")
+    return ExactnessResult(True, f"consumes int8 activations ({count_text(prepared.codes.shape[0], 'token')})")
 
 
 def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> str:
@@ -152,7 +153,11 @@ def _read_back(kernel: Kernel, shape: GemmShape, generator: torch.Generator) -> 
             f"packed {int(codes[n, columns[c]])}, read {float(found[n, c]):g})"
             + (_constant(found, dim=0) and ", all rows are alike" or "")
         )
-    return "every weight code read back" if wanted == shape.k else f"{wanted} of {shape.k} weight columns read back"
+    return (
+        "every weight code read back"
+        if wanted == shape.k
+        else f"{wanted} of {count_text(shape.k, 'weight column')} read back"
+    )
 
 
 def _one_hot_codes(kernel: Kernel, packed: PackedWeight, columns: Tensor) -> Tensor:
@@ -287,7 +292,7 @@ def _describe(found: Tensor, expected: Tensor, where: str) -> str:
     if not torch.isfinite(found.double()).all():
         hints.append("some outputs were never written or are not finite")
     return (
-        f"{where}: {int(differ.sum())} of {differ.numel()} results wrong (first at {first}: "
+        f"{where}: {int(differ.sum())} of {count_text(differ.numel(), 'result')} wrong (first at {first}: "
         f"{found[tuple(first)].item():g}, right is {expected[tuple(first)].item():g})"
         + "".join(f"; {hint}" for hint in hints)
     )

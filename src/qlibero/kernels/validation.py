@@ -29,6 +29,7 @@ import torch
 
 from qlibero.activity import doing
 from qlibero.cache import cache_directory, keep
+from qlibero.console import count_text
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import DEQUANTIZED, SIMULATED, load, names
 from qlibero.kernels.benchmark import seconds
@@ -153,8 +154,8 @@ def refusals(verdicts: Sequence[KernelCheck]) -> str:
     for v in refused:
         reasons.setdefault(f"{v.shape}: {v.reason}", []).append(v.layer)
     names = ", ".join(dict.fromkeys(v.requested for v in refused))
-    return f"kernel {names} was refused in {len(refused)} of {len(verdicts)} layers:\n" + "\n".join(
-        f"  {reason}\n    ({len(names)} layers: {', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    return f"kernel {names} was refused in {len(refused)} of {count_text(len(verdicts), 'layer')}:\n" + "\n".join(
+        f"  {reason}\n    ({count_text(len(names), 'layer')}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for reason, names in reasons.items()
     )
 
@@ -210,7 +211,9 @@ def validation_status(name: str) -> str:
             continue
     if not passed:
         return "unproven"
-    return "; ".join(f"passed {len(shapes)} shapes on {processor}" for processor, shapes in sorted(passed.items()))
+    return "; ".join(
+        f"passed {count_text(len(shapes), 'shape')} on {processor}" for processor, shapes in sorted(passed.items())
+    )
 
 
 def table(verdicts: Sequence[KernelCheck]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.schema import Experiment, Tracking
 from qlibero.config.yaml_source import laid_over
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
@@ -97,7 +98,9 @@ def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
             problems.append(f"  {cell.id}: " + "; ".join(dict.fromkeys(p for name in found for p in found[name])))
     if problems:
         where = f"on engine {engine}" if engine else "on any engine"
-        raise UserError(f"{len(problems)} of {len(manifest.cells)} cells cannot run {where}:\n" + "\n".join(problems))
+        raise UserError(
+            f"{len(problems)} of {count_text(len(manifest.cells), 'cell')} cannot run {where}:\n" + "\n".join(problems)
+        )
 
 
 def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str]:
@@ -109,7 +112,7 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
     workers = experiment.workers if experiment.workers != "auto" else 1  # auto takes what fits, and one must
     if memory_gb is not None and workers * WORKER_GB > memory_gb:
         yield (
-            f"{workers} simulators need {workers * WORKER_GB:g} GB, "
+            f"{count_text(workers, 'simulator')} need{'s' * (workers == 1)} {workers * WORKER_GB:g} GB, "
             f"a shard on engine {name} has {memory_gb:.1f} GB; {engine.more_memory}"
         )
     yield from engine.problems(experiment.launch)
@@ -257,10 +260,11 @@ def _prospects(experiment: Experiment, discordance: float, margin: float) -> dic
         "looks": len(declared.looks),
         **found,
         "pairs_for_noninferiority": needed,
-        "line": f"With {len(declared.looks)} looks (α {share:g} an arm) an equal arm is shown non-inferior with "
+        "line": f"With {count_text(len(declared.looks), 'look')} (α {share:g} an arm) an equal arm is shown "
+        "non-inferior with "
         f"{100 * chances.noninferior:.0f} % chance and takes {chances.expected_pairs:,.0f} of "
-        f"{declared.looks[-1]:,} pairs on average, {100 * chances.futile:.0f} % end as futile; 80 % takes "
-        f"{needed:,} pairs declared.",
+        f"{count_text(declared.looks[-1], 'pair')} on average, {100 * chances.futile:.0f} % end as futile; 80 % takes "
+        f"{count_text(needed, 'pair')} declared.",
     }
 
 
@@ -302,8 +306,8 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
             "wall_h": round(wall / 3600, 3),
             "gpu_h": round(sum(shards) * place.gpus / 3600, 3),
             "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
-            "basis": f"shards at once: {place.at_once or 'all'}; of each: {place.cores} cores, "
-            f"up to {workers} simulators",
+            "basis": f"shards at once: {place.at_once or 'all'}; of each: {count_text(place.cores, 'core')}, "
+            f"up to {count_text(workers, 'simulator')}",
         }
     return by_engine
 

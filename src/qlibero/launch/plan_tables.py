@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlibero.console import count_text
+
 Rows = list[dict[str, Any]]
 
 DETECTABLE = "detectable"  # a sentence: what so many pairs can find
@@ -14,8 +16,8 @@ def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
     """(title, rows) of each table, from the document that `plan` returns."""
     cells = [_row(cell) for cell in document["cells"]]
     title = (
-        f"{document['sweep']}: {document['done']:,} of {document['episodes']:,} episodes are in the ledger, "
-        f"in {document['shards']} shards"
+        f"{document['sweep']}: {document['done']:,} of {count_text(document['episodes'], 'episode')} in the ledger, "
+        f"in {count_text(document['shards'], 'shard')}"
     )
     tables = []
     if len(cells) > 1:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from qlibero import files
 from qlibero.config.schema import Launch, Slurm, SlurmMerge
+from qlibero.console import count_text
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
 from qlibero.launch.engine import Engine, Place, Submission, Submitted
@@ -81,7 +82,10 @@ def describe(submission: Submission) -> str:
     parts = arrays(submission)
     scripts = [(part.script, array_script(submission, part)) for part in parts]
     scripts.append((MERGE, merge_script(submission)))
-    note = f"# {len(submission.indices)} shards in {len(parts)} arrays: MaxArraySize is {max_array_size()}\n"
+    note = (
+        f"# {count_text(len(submission.indices), 'shard')} in {count_text(len(parts), 'array')}: "
+        f"MaxArraySize is {max_array_size()}\n"
+    )
     commands = [f"sbatch --parsable {shlex.quote(str(submission.directory / part.script))}\n" for part in parts]
     merge = shlex.quote(str(submission.directory / MERGE))
     return (
@@ -128,13 +132,14 @@ def _submit(submission: Submission) -> Submitted:
             raise WorkFailed(f"{refusal}; {what}. The same command submits what is missing") from None
         queued.append({"job": job, "offset": part.offset})
         _note_jobs(submission, {"arrays": queued})
-        log.info(f"queued {len(part.tasks)} shards as job {job}")
+        log.info(f"queued {count_text(len(part.tasks), 'shard')} as job {job}")
     jobs = [str(each["job"]) for each in queued]
     try:
         merge = _sbatch(submission.directory / MERGE, f"--dependency=afterany:{':'.join(jobs)}")
     except WorkFailed as refusal:
         log.error(
-            f"all {len(submission.indices)} shards ARE queued (job {', '.join(jobs)}), the merge after them is not: "
+            f"{count_text(len(submission.indices), 'shard')} queued (job {', '.join(jobs)}), the merge "
+            "after them is NOT: "
             f"{refusal}. The same command merges when they are done; launch.slurm.merge gives that job a partition and "
             "options of its own"
         )
@@ -322,7 +327,7 @@ class SlurmEngine(Engine):
         if chosen or arrays > 1:
             asked = "" if shutil.which("scontrol") else ", Slurm's default, for there is no scontrol here to ask"
             log.info(
-                f"on Slurm: {len(missing):,} tasks in {arrays} job array{'s' * (arrays > 1)} "
+                f"on Slurm: {count_text(len(missing), 'task')} in {count_text(arrays, 'job array')} "
                 f"(MaxArraySize {size}{asked}), and a merge job after them"
             )
         return {"tasks": len(missing), "arrays": arrays, "merge_jobs": 1, "max_array_size": size}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.load import load_experiment
+from qlibero.console import count_text
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
 from qlibero.launch.engine import engines
@@ -122,11 +123,11 @@ def follow(
 def headline(found: dict[str, Any]) -> str:
     """One line for people."""
     parts = [
-        f"{found['done']:,} of {found['episodes']:,} episodes",
-        f"{found['shards_done']:,} of {found['shards']:,} shards",
+        f"{found['done']:,} of {count_text(found['episodes'], 'episode')}",
+        f"{found['shards_done']:,} of {count_text(found['shards'], 'shard')}",
     ]
     if found["errors"]:
-        parts.append(f"{found['errors']} errors")
+        parts.append(count_text(found["errors"], "error"))
     parts += [f"{n} {state.lower()}" for state, n in sorted(found["queue"].items())]
     if found["queue_problem"]:
         parts.append(found["queue_problem"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.sweep import Sweep
+from qlibero.console import count_text
 from qlibero.launch import cells
 from qlibero.launch.engine import Submission, Submitted, engines, load_engine
 from qlibero.launch.plan import refuse_impossible
@@ -30,8 +31,10 @@ def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool)
     under_way = _under_way(manifest) if missing else {}
     indices = tuple(i for i in missing if manifest.shards[i] not in under_way)
     if under_way:
-        left = len(missing) - len(indices)
-        log.info(f"{left} of {len(missing)} missing shards are already queued or running: left alone")
+        log.info(
+            f"{len(missing) - len(indices)} of {count_text(len(missing), 'missing shard')} already queued "
+            "or running: left alone"
+        )
     submitted = Submitted(finished=True)
     text = ""
     if indices:
@@ -43,7 +46,7 @@ def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool)
             text = chosen.describe(submission)
             log.info(text)
         else:
-            log.info(f"{len(indices)} of {len(manifest.shards)} shards, engine {name}, {directory}")
+            log.info(f"{len(indices)} of {count_text(len(manifest.shards), 'shard')}, engine {name}, {directory}")
             submitted = chosen.submit(submission)
     elif not missing and not dry_run and _merge_was_lost(manifest):
         log.info("every episode is there, but the merge after them was not finished: doing it here")

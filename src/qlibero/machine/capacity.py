@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlibero.console import count_text
+
 WORKER_GB = 2.5  # memory of a rendering simulator
 CORES = "QLIBERO_CORES"  # set by engines that start several shards on a node: the cores of each
 
@@ -44,15 +46,20 @@ def simulators(asked: int | Literal["auto"], episodes: int, here: Capacity | Non
         workers = min(asked, episodes)
         needs = workers * WORKER_GB
         short = (
-            f"{workers} simulators need {needs:g} GB and {here.free_gb:.1f} GB are free ({here.why})"
+            f"{count_text(workers, 'simulator')} need{'s' * (workers == 1)} {needs:g} GB and "
+            f"{here.free_gb:.1f} GB are free ({here.why})"
             if needs > here.free_gb
             else None
         )
         return Simulators(workers, f"workers: {asked}", short)
     workers = fitting(here.cores, here.free_gb)
-    reason = f"{here.cores} cores" if workers == here.cores else f"{here.free_gb:.1f} GB free, {WORKER_GB:g} GB each"
+    reason = (
+        count_text(here.cores, "core")
+        if workers == here.cores
+        else f"{here.free_gb:.1f} GB free, {WORKER_GB:g} GB each"
+    )
     return Simulators(
-        min(workers, episodes), f"{reason} ({here.why})" if workers <= episodes else f"{episodes} episodes"
+        min(workers, episodes), f"{reason} ({here.why})" if workers <= episodes else count_text(episodes, "episode")
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.console import count_text
 from qlibero.errors import GuardRefusal
 from qlibero.policies.wire import short
 
@@ -83,7 +84,9 @@ def read_actions(answer: Any, url: str, horizon: int | None, first: bool) -> np.
             "robot takes 7 numbers (position 3, rotation 3, gripper), and none is cut off or added here"
         )
     if horizon is not None and len(actions) != horizon:
-        raise GuardRefusal(f"{url}: actions has {len(actions)} rows, but {horizon} were declared or came before")
+        raise GuardRefusal(
+            f"{url}: actions has {count_text(len(actions), 'row')}, but {horizon} were declared or came before"
+        )
     if first and not np.isfinite(actions).all():
         raise GuardRefusal(
             f"{url}: actions of shape {actions.shape} holds NaN or infinity in the server's first answer"

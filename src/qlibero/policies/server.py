@@ -192,7 +192,7 @@ class PolicyServer:
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if connection.spare:
-            taken = f"all {self.settings.limits.connections} connections are in use\n"
+            taken = f"no connection is free: at most {self.settings.limits.connections} at a time\n"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, taken)
         if self.settings.token is not None:
             given = "\0".join(request.headers.get_all("Authorization"))  # two are none: who would know which counts?

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.activity import doing
+from qlibero.console import count_text
 from qlibero.errors import WorkFailed
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.held_out import held_out
@@ -79,7 +80,7 @@ def observe(
             policy.sample_eagerly(observation, z, model)
     if silent := [group for group, listener in listeners.items() if listener.tokens == 0]:
         raise WorkFailed(
-            f"calibration never reached {len(silent)} of {len(listeners)} inputs, first {silent[0]}: the "
+            f"calibration never reached {len(silent)} of {count_text(len(listeners), 'input')}, first {silent[0]}: the "
             "sampler does not execute them, or runs them where they cannot be observed"
         )
     return {group: listener.result() for group, listener in listeners.items()}

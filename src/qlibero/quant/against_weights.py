@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qlibero.console import count_text
 from qlibero.errors import GuardRefusal
 from qlibero.quant.artifact import HINT, Artifact, LayerRecord
 from qlibero.quant.number_formats import Grid, grid_of
@@ -70,11 +71,13 @@ def _fault(
             for x, s in ((nearest, scales), (grid.codes(w), again))
         )
         if bool((worse := cost > NEAR_TIE * least + 1e-30).any()):
-            return f"{int(worse.sum())} of {len(w)} rows have other scales, which cost more"
+            return f"other, costlier scales in {int(worse.sum())} of {count_text(len(w), 'row')}"
     if layer.rounding == "gptq":
         strange = astray(values_of(codes, scales), values_of(nearest, scales), w)
         return (
-            f"{int(strange.sum())} of {len(w)} rows lie elsewhere than their weights" if bool(strange.any()) else None
+            f"elsewhere than the weights in {int(strange.sum())} of {count_text(len(w), 'row')}"
+            if bool(strange.any())
+            else None
         )
     apart = (codes.float() - nearest.float()).abs()
     moved, farthest = float((apart > 0).float().mean()), float(apart.max())

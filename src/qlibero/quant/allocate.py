@@ -19,6 +19,7 @@ import numpy as np
 
 from qlibero.activity import doing
 from qlibero.config.number_formats import BITS
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.quant.action_error import ActionError, action_error, arm_error
 from qlibero.quant.artifact import Artifact
@@ -186,7 +187,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     head = (
         f"# qlibero allocate: {document['mean_bits']:g} bits a weight on average, "
         f"{document['weight_mb']:g} MB of codes.\n"
-        f"# Arm error on {document['observations']} held-out observations: {together['arm']:.4g} "
+        f"# Arm error on {count_text(document['observations'], 'held-out observation')}: {together['arm']:.4g} "
         f"{together['arm95']}, with "
         f"{evenly['bits']} bits everywhere {evenly['arm']:.4g} {evenly['arm95']}.\n"
     )

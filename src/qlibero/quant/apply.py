@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlibero.console import count_text
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
@@ -45,7 +46,8 @@ def quantize_policy(
     found = {choice.name: choice for choice in select(policy, artifact.spec).choices}
     if found.keys() != {layer.name for layer in artifact.layers}:
         raise GuardRefusal(
-            f"the artifact holds {len(artifact.layers)} linears, its settings select {len(found)} others in "
+            f"the artifact holds {count_text(len(artifact.layers), 'linear')}, its settings select others "
+            f"({len(found)}) in "
             "this model: make it again with `qlibero quantize CONFIG`"
         )
     for layer in artifact.layers:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qlibero.config.quantization import ROUNDINGS, Quant
+from qlibero.console import count_text
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
 from qlibero.quant.nibbles import unpack_nibbles
@@ -121,9 +122,9 @@ def require_consistent(
     searched = {f"{group}.importance" for group in widths} if spec.rounding != "nearest" else set()
     expected |= searched & set(names)
     if lost := sorted(expected - set(names)):
-        refuse(f"{len(lost)} tensors are missing that {spec.method} makes, first {lost[0]}")
+        refuse(f"{count_text(len(lost), 'tensor')} missing that {spec.method} makes, first {lost[0]}")
     if strange := sorted(set(names) - expected):
-        refuse(f"{len(strange)} tensors belong to no linear of it, first {short(strange[0])}")
+        refuse(f"{count_text(len(strange), 'tensor')} of no linear in it, first {short(strange[0])}")
     for layer in layers:
         if fault := _layer_fault(spec, layer, tensor):
             refuse(f"{layer.name}: {fault}")

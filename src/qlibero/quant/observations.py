@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from qlibero import files
+from qlibero.console import count_text
 from qlibero.errors import UserError, cause
 from qlibero.policies.base import Observation
 
@@ -103,7 +104,8 @@ def read_demonstrations(path: Path) -> Demonstrations:
     if len(offsets) != 2 * len(states) + 1 or not len(states) or len(prompts) != len(states):
         raise _foreign(
             path,
-            f"{len(offsets) - 1} images, {len(states)} states and {len(prompts)} prompts do not belong together "
+            f"{count_text(len(offsets) - 1, 'image')}, {count_text(len(states), 'state')} and "
+            f"{count_text(len(prompts), 'prompt')} do not belong together "
             "(2n, n and n, with n ≥ 1)",
         )
     with np.errstate(over="ignore"):
@@ -111,7 +113,7 @@ def read_demonstrations(path: Path) -> Demonstrations:
     finite = np.isfinite(states).all(1)
     if not finite.all():
         i, odd = int(np.argmin(finite)), len(finite) - int(finite.sum())
-        others = f" (as do {odd - 1} other observations)" if odd > 1 else ""
+        others = f" (and so in {count_text(odd - 1, 'other observation')})" if odd > 1 else ""
         raise UserError(
             f"calibration.path {path}: the state of observation {i} holds {_odd(states[i])}{others}; "
             "transforms cannot be fitted on that: leave such observations out (key `states`)"

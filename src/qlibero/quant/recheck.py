@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlibero.console import count_text
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.exactness import agrees
 from qlibero.kernels.int_ref import IntRef
@@ -130,6 +131,6 @@ class Recheck:
         if int(wrong):
             self.wrong.append(
                 f"after the run: kernel {product.kernel.name} gave other integers than the reference in {int(wrong)} "
-                f"of {done + 1} products of {names}"
+                f"of {count_text(done + 1, 'product')} of {names}"
             )
         return done + 1

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qlibero.console import count_text
 from qlibero.reporting.execution_text import QUALITY, shift_text
 from qlibero.reporting.rich_tables import COLOURS, OPEN, bare_p, fixed_column, titled_table, word_text
 from qlibero.results.axes import UNPERTURBED
@@ -50,10 +51,9 @@ def comparison_tables(found: Comparison) -> Group:
     elif not found.floor:
         parts.append(Text("Noise floor unknown: add the arm `aa` (the reference again) to measure it.", style="dim"))
     if conflicts := found.ledger.conflicting_episodes:
-        one = len(conflicts) == 1
         parts.append(
             Text(
-                f"{len(conflicts)} episode{'' if one else 's'} ran twice with different results "
+                f"{count_text(len(conflicts), 'episode')} ran twice with different results "
                 f"(the later one counts here): {', '.join(conflicts[:3])}{'' if len(conflicts) <= 3 else ' and more'}",
                 style="red",
             )
@@ -135,17 +135,19 @@ def _speeds(found: Comparison) -> Table | None:
 
 def _quality(found: Comparison) -> Table | None:
     table = titled_table(
-        "execution on paired episodes: shift with 95 % interval, and whether it is beyond A/A's", "arm"
+        "execution on paired episodes: shift with 95 % interval, and whether it is beyond A/A's", "arm, measure"
     )
-    for title in ("measure", "reference → arm", "shift", "vs A/A"):
-        fixed_column(table, title, "left" if title == "measure" else "right")
+    for title in ("reference → arm", "shift", "vs A/A"):
+        fixed_column(table, title, "right")
     for arm in found.arms.values():
         measured = [(QUALITY[name], shift) for name, shift in arm.quality.items() if shift]
-        for i, (title, shift) in enumerate(measured):
+        if measured or arm.divergence.compared:
+            table.add_row(arm.label)
+        for title, shift in measured:
             between = f"{shift.reference:.3g} → {shift.arm:.3g}"
-            table.add_row(arm.label if i == 0 else "", title, between, shift_text(shift), _beyond(arm, shift))
+            table.add_row(f"  {title}", between, shift_text(shift), _beyond(arm, shift))
         if arm.divergence.compared:
-            table.add_row("" if measured else arm.label, "actions diverge at", _diverged(arm.divergence), "", "")
+            table.add_row("  actions diverge at", _diverged(arm.divergence))
     return table if table.row_count else None
 
 

@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from qlibero.console import console
+from qlibero.console import console, count_text
 from qlibero.places import pasteable
 from qlibero.reporting.comparison_tables import comparison_tables, external_table
 from qlibero.reporting.rich_tables import fixed_column, titled_table
@@ -59,10 +59,11 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
 def _tried_again(name: str, found: dict[str, Any]) -> str:
     if found["wrong"]:
         return "\n".join(f"{name}: {text} (NOT THE SAME ARITHMETIC)" for text in found["wrong"])
-    repeated = f"{found['repeated']} of {found['calls']:,} policy calls were repeated with `fake`"
+    repeated = f"repeated with `fake`: {found['repeated']} of {count_text(found['calls'], 'policy call')}"
     return (
-        f"{name}: its kernels gave the reference's integers in {found['products']:,} products of {found['layers']} "
-        f"layers after the run; {repeated}" + (", with equal actions" if found["repeated"] else "")
+        f"{name}: its kernels gave the reference's integers in {count_text(found['products'], 'product')} of "
+        f"{count_text(found['layers'], 'layer')} after the run; {repeated}"
+        + (", with equal actions" if found["repeated"] else "")
     )
 
 
@@ -90,14 +91,22 @@ def success_tables(run: RunResults, width: int) -> list[Table]:
             cells[name].setdefault((record.suite, record.task), []).append(record)
     tasks = sorted({task for of_arm in cells.values() for task in of_arm})
     beside = max((len(f"{suite} {task}") for suite, task in tasks), default=0) + 2
-    each = max(1, (width - beside) // SUCCESS_COLUMN)
     names = list(run.arms)
-    tables = []
-    for start in range(0, len(names), each):
-        some = names[start : start + each]
-        table = titled_table("" if start else f"{run.name}: successes, 95 % Wilson intervals", "task")
+    labels = {name: str(run.arms[name].meta.get("label") or name) for name in names}
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        needs = max(SUCCESS_COLUMN, len(labels[name]) + 2)
+        if needs > room or not groups:
+            groups.append([])
+            room = width - beside
+        groups[-1].append(name)
+        room -= needs
+    tables: list[Table] = []
+    for some in groups:
+        table = titled_table("" if tables else f"{run.name}: successes, 95 % Wilson intervals", "task")
         for name in some:
-            table.add_column(str(run.arms[name].meta.get("label") or name), justify="right", overflow="fold")
+            table.add_column(labels[name], justify="right", overflow="fold")
         for suite, task in tasks:
             table.add_row(f"{suite} {task}", *(_success(cells[name].get((suite, task), [])) for name in some))
         if len(tasks) > 1:
@@ -112,7 +121,7 @@ def _success(records: list) -> str:
         return "–"
     k, n, errors = counts(records)
     low, high = wilson(k, n) if n else (0.0, 1.0)
-    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} error{'s' * (errors > 1)}" if errors else "")
+    return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {count_text(errors, 'error')}" if errors else "")
 
 
 def cost_table(run: RunResults) -> Table:

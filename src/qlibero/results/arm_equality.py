@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, Strict
 
+from qlibero.console import count_text
 from qlibero.documents import checked, read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.results.ledger import ArmLedger
@@ -49,7 +50,10 @@ class SameArithmetic:
 
     def __str__(self) -> str:
         said = "the same integers, the same actions" if self.ok else "NOT THE SAME ARITHMETIC"
-        return f"{self.arm} and {self.other}: action digests equal in {self.equal} of {self.episodes} episodes ({said})"
+        return (
+            f"{self.arm} and {self.other}: action digests equal in {self.equal} of "
+            f"{count_text(self.episodes, 'episode')} ({said})"
+        )
 
 
 def same_arithmetic(run: RunResults) -> list[SameArithmetic]:

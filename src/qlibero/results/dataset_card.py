@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from qlibero.console import count_text
 from qlibero.results.episode_table import COLUMNS, SCHEMA, VERSION
 from qlibero.results.runs import RunResults
 
@@ -28,7 +29,8 @@ def dataset_card(file: str, rows: Sequence[dict[str, Any]], header: dict[str, An
             "---",
             f"# {front['pretty_name']}",
             "",
-            f"{len(rows)} evaluation episodes of vision-language-action policies on LIBERO, one row an episode and "
+            f"{count_text(len(rows), 'evaluation episode')} of vision-language-action policies on LIBERO, "
+            "one row an episode and "
             f"arm, written by qlibero {header['qlibero']} as `{SCHEMA}` version {VERSION}.",
             "",
             *(line for run in runs for line in _about(run, rows)),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export
 from qlibero.results.importers import read_external
@@ -202,9 +203,12 @@ def _of_caps(here: Any, there: Any, records: Sequence[EpisodeRecord]) -> tuple[s
     n = max(1, len(finished))
     said = []
     if late:
-        said.append(f"{late} of {len(finished)} episodes succeeded after that cap and would have failed")
+        said.append(f"{late} of {count_text(len(finished), 'episode')} succeeded after that cap and would have failed")
     if open_:
-        said.append(f"{open_} of {len(finished)} episodes failed at the lower cap and might have gone on to succeed")
+        said.append(
+            f"{open_} of {count_text(len(finished), 'episode')} failed at the lower cap and might have gone "
+            "on to succeed"
+        )
     if not said:
         said.append("no episode here succeeded after the lower cap: it explains nothing")
     return "counted: " + "; ".join(said), (100 * late / n, 100 * (late + open_) / n)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export
@@ -34,7 +35,7 @@ from qlibero.results.paired_outcomes import (
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
 from qlibero.results.runs import RunResults, common_margin, read_runs
-from qlibero.results.wording import count_text, delta_text, detectable_line, interval_text, margin_text, p_text
+from qlibero.results.wording import delta_text, detectable_line, interval_text, margin_text, p_text
 from qlibero.stats import proportions as st
 from qlibero.stats.proportions import Interval
 from qlibero.stats.sampling import sample
@@ -187,7 +188,7 @@ def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResul
         if not with_seed:
             caveat += ", and so are the seeds"
         if unpaired:
-            caveat += f"; {len(unpaired)} episodes are in one file only and were left out"
+            caveat += f"; left out, being in one file only: {count_text(len(unpaired), 'episode')}"
     seen, worst = sample(_steps(finished)), sample(_steps(finished) + _steps(lost))
     table = PairTable.of(finished)
     found = power(table.pairs, *planning_discordance(table), margin) if table.pairs else None
@@ -282,7 +283,10 @@ def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> External
             if drop
             else "no drop whatever can be found"
         )
-        line = f"With {n1} against {n0} independent episodes, {found}; paired episodes would find a smaller one."
+        line = (
+            f"With {n1} against {count_text(n0, 'independent episode')}, {found}; paired episodes would "
+            "find a smaller one."
+        )
     why = arm.reason or base.reason or "the two share no episode key"
     return ExternalResult(
         **_both(base, arm),

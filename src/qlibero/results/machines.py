@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from qlibero.console import count_text
 from qlibero.results.records import EpisodeRecord
 
 
@@ -26,4 +27,4 @@ def mix_in_words(records: Iterable[EpisodeRecord]) -> str:
 
 def in_words(machines: Mapping[str, int]) -> str:
     """`machines_of` for people."""
-    return ", ".join(f"{count} episode{'s' * (count != 1)} from {kind}" for kind, count in machines.items())
+    return ", ".join(f"{count_text(count, 'episode')} from {kind}" for kind, count in machines.items())

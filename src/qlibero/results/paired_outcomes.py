@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.results.records import Outcome
 from qlibero.stats import proportions as st
@@ -117,7 +118,7 @@ def judge(
     if conflicts:
         return said(
             Word.CONFLICT,
-            f"{conflicts} episode{'s' * (conflicts > 1)} recorded twice with different results, of which the later "
+            f"{count_text(conflicts, 'episode')} recorded twice with different results, of which the later "
             "counts here; pure episodes never differ, so find the cause first",
         )
     if ruling is not None and word != worst_word:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qlibero.console import count_text
 from qlibero.results.paired_outcomes import FEWEST_PAIRS, Power, Word
 from qlibero.results.speed import Speed
 from qlibero.results.unlike import unlike_text
@@ -75,10 +76,6 @@ def speed_text(speed: Speed) -> str:
     return f"as fast {inside}" if speed.claim == "as fast" else f"speed unclear {inside}"
 
 
-def count_text(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
-
-
 def sentence(arm: ArmComparison) -> str:
     """What an arm's comparison says, in one sentence that stands alone."""
     lost = [f"{count_text(arm.errors.removed_pairs, 'pair')} lost to errors"] if arm.errors.removed_pairs else []
@@ -147,7 +144,7 @@ def after_holm(arm: ArmComparison) -> str:
         impossible = "" if arm.adjusted.possible else "; with so few pairs not even an arm without a flip could pass"
         return f"but not after {over} ({p_text(arm.adjusted.noninferiority_p)} > 0.025{impossible})"
     passed = sum(bool(suite.adjusted and suite.adjusted.passed) for suite in arm.suites.values())
-    return f"but after {over} in {passed} of {len(arm.suites)} suites"
+    return f"but after {over} in {passed} of {count_text(len(arm.suites), 'suite')}"
 
 
 def grouped_text(found: Comparison) -> str:
@@ -159,7 +156,7 @@ def grouped_text(found: Comparison) -> str:
 def unequal_tasks(arm: ArmComparison) -> str:
     """A warning where some task has less than half the pairs of another: each pair counts alike, so Δ leans to it."""
     fewest, most = arm.task_pairs
-    return f"tasks have {fewest} to {most} pairs and weigh accordingly" if 2 * fewest < most else ""
+    return f"tasks have {fewest} to {count_text(most, 'pair')} and weigh accordingly" if 2 * fewest < most else ""
 
 
 def detectable_line(d: Power) -> str:
@@ -177,7 +174,7 @@ def detectable_line(d: Power) -> str:
     return (
         f"With {count_text(d.pairs, 'pair')} and {flips}, {found}; truly equal arms would be shown non-inferior at "
         f"{margin_text(d.margin)} with {100 * d.noninferiority_power:.0f} % chance (80 % takes "
-        f"{d.pairs_for_noninferiority:,} pairs)"
+        f"{count_text(d.pairs_for_noninferiority, 'pair')})"
         + (", all for one look at the end: the sequential test takes more." if d.sequential else ".")
     )
 
@@ -188,7 +185,10 @@ def excess_text(arm: ArmComparison) -> str:
         return ""
     e = arm.excess
     more = "more than" if e.p <= 0.05 else "not shown to be more than"
-    return f"{percent(e.arm)} of {e.scenes:,} scenes flip, {more} the {percent(e.floor)} of A/A ({p_text(e.p)})"
+    return (
+        f"{percent(e.arm)} of {count_text(e.scenes, 'scene')} flip, {more} the {percent(e.floor)} of A/A "
+        f"({p_text(e.p)})"
+    )
 
 
 def band_text(arm: ArmComparison) -> str:
@@ -224,11 +224,14 @@ def ruling_text(test: SequentialTest) -> str:
     d = test.decision
     if d.verdict is None:
         following = f", next look at {d.next_look:,}" if d.next_look and d.next_look > d.position else ""
-        return f"{d.position:,} of at most {test.spendable:,} pairs, no decision{following}"
+        return f"{d.position:,} of at most {count_text(test.spendable, 'pair')}, no decision{following}"
     if d.verdict == "futile":
-        return f"given up after {d.position:,} of {test.spendable:,} pairs: neither verdict had a fair chance left"
+        return (
+            f"given up after {d.position:,} of {count_text(test.spendable, 'pair')}: neither verdict had "
+            "a fair chance left"
+        )
     if d.verdict == "undecided":
-        return f"undecided after all {d.position:,} pairs that may be spent"
+        return f"undecided after {count_text(d.position, 'pair')}, all that may be spent"
     return ""
 
 
@@ -250,17 +253,18 @@ def sequential_text(test: SequentialTest) -> str:
             f"; {count_text(d.errors, 'pair')} ended in errors, which the same command tries again" if d.errors else ""
         )
         following = f"; the next look is at {d.next_look:,}" if d.next_look else ""
-        return f"no decision yet at {at} after {d.position} pairs ({evidence}){following}{retried}"
+        return f"no decision yet at {at} after {count_text(d.position, 'pair')} ({evidence}){following}{retried}"
     if d.verdict == "undecided":
         capped = (test.max_pairs or test.declared_pairs) < test.declared_pairs
         where = f"at the cap of {test.max_pairs}" if capped else "after all"
         return f"undecided {where} pairs, at {at} ({evidence})"
     if d.verdict == "futile":
         return (
-            f"futile: neither verdict at {at} had a fair chance left after {d.position} pairs ({evidence}); "
-            f"{test.episodes_saved} episodes saved"
+            f"futile: neither verdict at {at} had a fair chance left after {count_text(d.position, 'pair')} "
+            f"({evidence}); "
+            f"{count_text(test.episodes_saved, 'episode')} saved"
         )
     return (
-        f"{d.verdict} at {at} after {d.position} pairs in the declared order of {test.declared_pairs} "
-        f"({evidence}){against}; {test.episodes_saved} episodes saved"
+        f"{d.verdict} at {at} after {count_text(d.position, 'pair')} in the declared order of {test.declared_pairs} "
+        f"({evidence}){against}; {count_text(test.episodes_saved, 'episode')} saved"
     )

@@ -21,6 +21,7 @@ import torch
 from qlibero.activity import doing
 from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.schema import Experiment
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.identity import file_sha256
@@ -238,7 +239,7 @@ def _quantized(
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     log.info(
-        f"arm {arm.name}: {artifact.spec.label}, {len(artifact.layers)} linears on {kinds}"
+        f"arm {arm.name}: {artifact.spec.label}, {count_text(len(artifact.layers), 'linear')} on {kinds}"
         + (f", {fallbacks} fell back" if fallbacks else "")
     )
     return (
@@ -313,6 +314,6 @@ def _require_replan(arm: Arm, horizon: int) -> None:
     wanted = arm.policy.replan_steps
     if wanted > horizon:
         raise UserError(
-            f"arm {arm.name}: policy.replan_steps is {wanted}, but a chunk of this policy has {horizon} "
-            f"action{'s' * (horizon > 1)}: write at most {horizon}"
+            f"arm {arm.name}: policy.replan_steps is {wanted}, but a chunk of this policy has "
+            f"{count_text(horizon, 'action')}: write at most {horizon}"
         )

@@ -24,6 +24,7 @@ from qlibero.activity import doing
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment
+from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.machine.capacity import simulators
@@ -330,7 +331,10 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
         if found is not None:
             name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
             files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
-            log.info(f"arm {arm}: kernels tried again, {found['products']} products of {found['layers']} layers")
+            log.info(
+                f"arm {arm}: kernels tried again, {count_text(found['products'], 'product')} of "
+                f"{count_text(found['layers'], 'layer')}"
+            )
     wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
     for text in wrong:
         log.error(text)

@@ -9,7 +9,7 @@ from typing import Any
 from qlibero.config.schema import Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed
-from qlibero.results.ledger import read_ledger
+from qlibero.results.ledger import read_ledger, read_trajectory
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
 
@@ -23,9 +23,10 @@ def record_videos(
 ) -> dict[str, Any]:
     """Videos of a run's episodes, the same in every arm, flipped ones first; what has a video already stays.
 
-    `tasks`, `inits`, `arms`: only these. Raises UserError where there are none, and `WorkFailed` for a replay that
-    differs from its record: it needs the simulator and renderer that the records came from. GuardRefusal for packages
-    that are not the published ones.
+    `tasks`, `inits`, `arms`: only these. The document lists the `videos` that were made, those that were `there`, and
+    the `missing`: of episodes whose actions were not kept, or whose simulator died. Raises UserError where no episode
+    fits, and `WorkFailed` for a replay that differs from its record: it needs the simulator and renderer that the
+    records came from. GuardRefusal for packages that are not the published ones.
     """
     import shutil
 
@@ -40,14 +41,18 @@ def record_videos(
         )
     experiment = load_experiment(run_dir / "experiment.yaml", environ={}, check_files=False)
     enforce()
-    wanted = wanted_episodes(experiment, run_dir, episodes, tasks, inits, arms)
+    chosen = [(video_path(run_dir, r), r) for r in wanted_episodes(experiment, run_dir, episodes, tasks, inits, arms)]
+    there = [path for path, _ in chosen if path.exists()]
+    wanted = [r for path, r in chosen if path not in there and read_trajectory(run_dir, r) is not None]
     videos: list[Path] = []
     if wanted:
         if shutil.which("ffmpeg") is None:
             raise WorkFailed("videos need ffmpeg, and this machine has none; `qlibero doctor` says how to get it")
         with start_pool(experiment, len(wanted)) as pool:
             videos = replay(run_dir, wanted, pool, experiment.protocol)
-    return {"run_dir": str(run_dir), "videos": [str(path) for path in videos]}
+    missing = [path for path, _ in chosen if path not in there and path not in videos]
+    found = {"videos": videos, "there": there, "missing": missing}
+    return {"run_dir": str(run_dir), **{key: [str(path) for path in paths] for key, paths in found.items()}}
 
 
 def wanted_episodes(
@@ -58,9 +63,10 @@ def wanted_episodes(
     inits: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
 ) -> list[EpisodeRecord]:
-    """Which records get a video: so many initial states that any of `arms` (default: all) has finished, flipped first.
+    """Which records should have a video: so many initial states that any of `arms` (default: all) has finished, flipped
+    first.
 
-    What flips is judged over all arms. Those that have a video are counted and left out. Raises UserError for an arm
+    What flips is judged over all arms. Raises UserError for an arm
     that the run does not have, and where nothing finished fits the filters.
     """
     names = [arm.name for arm in experiment.arms()]
@@ -79,4 +85,4 @@ def wanted_episodes(
         asked = [f"--{name} {value}" for name, given in (("task", tasks), ("init", inits), ("arm", arms))
                  for value in given or ()]  # fmt: skip
         raise UserError(f"{run_dir}: no finished episode" + (f" fits {' '.join(asked)}" if asked else " yet"))
-    return [one for key in keys[:episodes] for one in mine[key] if not video_path(run_dir, one).exists()]
+    return [one for key in keys[:episodes] for one in mine[key]]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from qlibero.activity import doing
+from qlibero.console import count_text
 from qlibero.errors import WorkFailed
 from qlibero.results.ledger import read_trajectory
 from qlibero.results.records import EpisodeRecord
@@ -38,7 +39,7 @@ def replay(
     if not wanted:
         return []
     log.info(
-        f"recording videos of {len(wanted)} episodes by replaying their actions; Ctrl-C ends it and keeps everything"
+        f"recording {count_text(len(wanted), 'video')} by replaying their actions; Ctrl-C ends it and keeps everything"
     )
     doing("recording videos", 0, len(wanted))
     return record_all(wanted, pool, protocol, lambda done: doing("recording videos", done, len(wanted)))

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlibero.console import count_text
 from qlibero.episode_key import BASE, OFFICIAL
 from qlibero.errors import GuardRefusal
 from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
@@ -132,7 +133,8 @@ def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.
         other = [n for n in sorted(contents.keys() | listed.keys()) if _differs(contents.get(n), listed, n)]
         if other:
             problem = (
-                f"{root} is not {version} as it was published: {len(other)} files differ ({', '.join(other[:4])}"
+                f"{root} is not {version} as it was published: another content in "
+                f"{count_text(len(other), 'file')} ({', '.join(other[:4])}"
                 f"{', …' if len(other) > 4 else ''}); install it again (./scripts/setup.sh --repair) or restore them"
             )
     return json.dumps({"sha256": Identity(contents).digest, "problem": problem})

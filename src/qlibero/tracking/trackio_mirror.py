@@ -15,6 +15,7 @@ import sqlite3
 import sys
 from pathlib import Path
 
+from qlibero.console import count_text
 from qlibero.errors import UserError, WorkFailed
 from qlibero.registry import TrackerPlugin
 from qlibero.results.ledger import ArmLedger
@@ -61,7 +62,7 @@ class TrackioRun:
                     0
                 ]
         if stored != self.rows:
-            raise WorkFailed(f"trackio holds {stored} of {self.rows} rows of {self.arm}")
+            raise WorkFailed(f"trackio holds {stored} of {count_text(self.rows, 'row')} of {self.arm}")
 
 
 def prepare(run_dir: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlibero.cli.outcomes import Document, Incomplete, Refused
-from qlibero.console import table
+from qlibero.console import count_text, table
+
+MAX_NAMED = 8  # files
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,20 @@ def videos(args: argparse.Namespace) -> Document:
 
     with PhaseProgress():
         document = record_videos(args.run_dir, args.episodes, args.task, args.init, args.arm)
-    log.info(f"{len(document['videos'])} videos in {args.run_dir}/<arm>/videos")
+    if document["there"]:
+        log.info(f"there already: {_named(document['there'])}")
+    if document["videos"]:
+        log.info(f"{count_text(len(document['videos']), 'video')} made: {_named(document['videos'])}")
+    if document["missing"]:
+        raise Incomplete(
+            f"not made, their actions were not kept or the simulator died: {_named(document['missing'])}", document
+        )
     return document
+
+
+def _named(paths: list[str]) -> str:
+    """The first paths."""
+    return ", ".join(paths[:MAX_NAMED]) + f" and {len(paths) - MAX_NAMED:,} more" * (len(paths) > MAX_NAMED)
 
 
 def plan(args: argparse.Namespace) -> Document:

@@ -7,7 +7,7 @@ import logging
 import sys
 
 from qlibero.cli.outcomes import Document, Incomplete
-from qlibero.console import table
+from qlibero.console import count_text, table
 from qlibero.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,10 @@ def lint(args: argparse.Namespace) -> Document:
         log.info(complaint)
     document = {"files": len(found), "complaints": complaints}
     if complaints:
-        raise Incomplete(f"{len(complaints)} complaints about {len(found)} files, see above", document)
-    log.info(f"{len(found)} files, nothing to complain about")
+        raise Incomplete(
+            f"{count_text(len(complaints), 'complaint')} about {count_text(len(found), 'file')}, see above", document
+        )
+    log.info(f"{count_text(len(found), 'file')}, nothing to complain about")
     return document
 
 

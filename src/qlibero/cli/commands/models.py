@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from qlibero.cli.outcomes import Document, Incomplete, Refused
-from qlibero.console import table
+from qlibero.console import count_text, table
 from qlibero.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def probe(args: argparse.Namespace) -> Document:
     table(
         readable(document),
         title=f"change of the arm's actions (their size: {document['arm_action']:.3f}), median of "
-        f"{document['observations']} observations {seen}",
+        f"{count_text(document['observations'], 'observation')} {seen}",
     )
     return document
 
@@ -187,7 +187,7 @@ def checkpoint_verify(args: argparse.Namespace) -> Document:
     document = verify(args.checkpoint)
     table([{"about": key, "found": _brief(value)} for key, value in document.items()], title=str(args.checkpoint))
     if not document["ok"]:
-        raise Incomplete(f"{args.checkpoint}: {len(document['problems'])} problems, see above", document)
+        raise Incomplete(f"{args.checkpoint}: {count_text(len(document['problems']), 'problem')}, see above", document)
     for condition in document["conditions"]:
         log.info(f"loads when the config's policy says {condition}")
     return document

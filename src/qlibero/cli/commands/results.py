@@ -7,6 +7,7 @@ import logging
 import os
 
 from qlibero.cli.outcomes import Document, Unwanted
+from qlibero.console import count_text
 from qlibero.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def export(args: argparse.Namespace) -> Document:
     from qlibero.results.export import export_episodes
 
     document = export_episodes(args.run_dirs, args.output, args.arm, args.task, args.card)
-    log.info(f"{document['rows']} episodes: {document['file']}")
+    log.info(f"{count_text(document['rows'], 'episode')}: {document['file']}")
     if document["card"]:
         log.info(f"dataset card: {document['card']}")
     return document
@@ -72,7 +73,8 @@ def report(args: argparse.Namespace) -> Document:
     document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb, dict(args.label))
     left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
     log.info(
-        f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, {document['videos']} pairs of videos{left})"
+        f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, "
+        f"{count_text(document['videos'], 'video pair')}{left})"
     )
     return document
 

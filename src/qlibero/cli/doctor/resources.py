@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from qlibero.cli.doctor.finding import Finding
+from qlibero.console import count_text
 from qlibero.machine.capacity import WORKER_GB, Capacity, capacity, fitting
 from qlibero.places import RUNS
 
@@ -27,7 +28,8 @@ def cpus(here: Capacity | None = None, shown: int | None = None) -> Finding:
         return Finding(
             "cores",
             "warn",
-            f"{here.cores} of the {shown} that are shown ({here.why}); runs start {here.cores} simulators",
+            f"{here.cores} of the {shown} that are shown ({here.why}); runs start "
+            f"{count_text(here.cores, 'simulator')}",
             "ask for more cores (--cpus-per-task, docker run --cpus), if they were meant to be yours",
         )
     return Finding("cores", "ok", f"{here.cores}")
@@ -56,10 +58,14 @@ def memory(here: Capacity | None = None) -> Finding:
         return Finding(
             "memory",
             "warn",
-            f"{said}: {workers} simulators, not one for each of {here.cores} cores ({here.why})",
+            f"{said}: {count_text(workers, 'simulator')}, not one for each of {here.cores} cores ({here.why})",
             "nothing needs doing: runs start as many as fit; faster with more (--mem, docker run --memory)",
         )
-    return Finding("memory", "ok", f"{said}, {here.cores} simulators need {here.cores * WORKER_GB:g} GB")
+    return Finding(
+        "memory",
+        "ok",
+        f"{said}, {count_text(here.cores, 'simulator')} need{'s' * (here.cores == 1)} {here.cores * WORKER_GB:g} GB",
+    )
 
 
 def shared_memory(frame_bytes: int = FRAME_BYTES) -> list[Finding]:

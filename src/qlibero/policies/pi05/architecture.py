@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import isqrt
 from typing import TYPE_CHECKING
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.unreadable import other_network
@@ -44,11 +45,13 @@ def architecture(shapes: dict[str, tuple[int, ...]], action_horizon: int, where:
                 + (
                     other_network(names, family.name)
                     or f"this is not a {family.title} checkpoint with openpi's names "
-                    f"({len(names)} tensors, first: {next(iter(sorted(names)), 'none')})"
+                    f"({count_text(len(names), 'tensor')}, first: {next(iter(sorted(names)), 'none')})"
                 )
             )
         if len(names[name]) != dimensions or 0 in names[name]:
-            raise UserError(f"{where}: tensor {name} has shape {names[name]}; it should have {dimensions} dimensions")
+            raise UserError(
+                f"{where}: tensor {name} has shape {names[name]}; it should have {count_text(dimensions, 'dimension')}"
+            )
         return names[name]
 
     def depth(stem: str) -> int:

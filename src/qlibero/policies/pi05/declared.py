@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlibero.console import count_text
+
 AGENT, WRIST = 0, 1
 """LIBERO's two cameras, in the order of an observation."""
 
@@ -36,11 +38,13 @@ def differences(declared: Declared, flow_steps: int, replan_steps: int) -> list[
     lines = []
     if declared.flow_steps not in (None, flow_steps):
         lines.append(
-            f"{declared.where} declares {declared.flow_steps} flow steps, {flow_steps} run (policy.flow_steps)"
+            f"{declared.where} declares {count_text(declared.flow_steps, 'flow step')}, {flow_steps} run "
+            "(policy.flow_steps)"
         )
     if declared.executed_steps not in (None, replan_steps):
         lines.append(
-            f"{declared.where} declares {declared.executed_steps} executed actions of a chunk, {replan_steps} are "
+            f"{declared.where} declares {count_text(declared.executed_steps, 'executed action')} of a "
+            f"chunk, {replan_steps} are "
             "executed (policy.replan_steps)"
         )
     return lines

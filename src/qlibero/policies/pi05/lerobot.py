@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.policies.pi05.declared import AGENT, WRIST, Declared
 from qlibero.policies.structured import Open, fit, read_json, short
@@ -268,7 +269,8 @@ def _cameras(config: Config, pre: tuple[Step, ...], path: Path) -> tuple[tuple[i
             )
     if sorted(found) != [AGENT, WRIST]:
         raise UserError(
-            f"{where} names {len(visual)} cameras ({', '.join(map(short, visual))}); supported are policies that see "
+            f"{where} names {count_text(len(visual), 'camera')} ({', '.join(map(short, visual))}); "
+            "supported are policies that see "
             "LIBERO's agent view and wrist view, once each"
         )
     turned = found != [AGENT, WRIST]

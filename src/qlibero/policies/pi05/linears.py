@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.policies.base import Attention, Linear
 
@@ -77,7 +78,8 @@ def layout(model: nn.Module, name: str) -> list[str]:
         names = [each for each in there if each.startswith(stem) and _kind(each) in kinds]
         if depth == 0 or len(names) != depth * len(kinds):
             raise UserError(
-                f"layout {name}: found {len(names)} linears under {stem}, expected {depth} layers × "
+                f"layout {name}: found {count_text(len(names), 'linear')} under {stem}, expected "
+                f"{count_text(depth, 'layer')} × "
                 f"{len(kinds)} = {depth * len(kinds)}; this model does not use openpi's names "
                 "(see `qlibero checkpoint verify`)"
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlibero.console import count_text
 from qlibero.policies.pi05.architecture import EMBEDDING, TIED, strip
 from qlibero.policies.pi05.unreadable import other_network
 from qlibero.policies.pi05.weights import FLOATING
@@ -46,7 +47,7 @@ class TensorTable:
             ("twice", self.twins),
         ):
             if names:
-                found.append(f"{len(names)} tensors {word}: {listed(names)}")
+                found.append(f"{count_text(len(names), 'tensor')} {word}: {listed(names)}")
         return found
 
 
@@ -88,7 +89,7 @@ def faulty(faults: dict[str, str]) -> str:
     """{tensor: what is wrong with its numbers} as a sentence."""
     kinds = sorted(set(faults.values()))
     return "; ".join(
-        f"{len(names)} tensors hold {kind}: {listed(names)}"
+        f"{count_text(len(names), 'tensor')} with {kind}: {listed(names)}"
         for kind in kinds
         for names in [[name for name, fault in faults.items() if fault == kind]]
     )

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.policies.structured import MAX_BYTES, Strict, fit, read_json, short
 
@@ -47,7 +48,8 @@ class WordTokenizer:
         unknown = sorted(set(found) - set(self._ids))
         if unknown:
             raise UserError(
-                f"the policy's vocabulary of {len(self.words)} words does not know: {', '.join(unknown)}; "
+                f"the policy's vocabulary of {count_text(len(self.words), 'word')} does not know: "
+                f"{', '.join(unknown)}; "
                 f"it was not trained for the instruction {pieces[0]!r}"
             )
         return [1, *(self._ids[word] for word in found)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, file_hashes, open_checkpoint, tensors
 from qlibero.policies.pi05.declared import differences
@@ -49,7 +50,7 @@ def verify_checkpoint(path: Path, family: Family = FAMILY) -> dict[str, Any]:
     problems = [*table.problems, *([faulty(faults)] if faults else [])]
     notes = [*table.notes, *checkpoint.declared.remarks, *_differences(checkpoint)]
     if zeros:
-        notes.append(f"{len(zeros)} vectors are all zeros, as if never trained: {listed(zeros)}")
+        notes.append(f"{count_text(len(zeros), 'vector')} of zeros alone, as if never trained: {listed(zeros)}")
     conditions = _conditions(checkpoint)
     statistics = None
     try:

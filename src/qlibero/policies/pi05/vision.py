@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlibero.console import count_text
 from qlibero.policies.pi05.config import ConvConfig, SiglipConfig
 from qlibero.policies.pi05.layers import project
 
@@ -145,7 +146,9 @@ class ConvTower(nn.Module):
 
     def forward(self, images: Tensor) -> VisionFeatures:
         if images.shape[1] != len(self.cameras):
-            raise ValueError(f"the conv tower was built for {len(self.cameras)} cameras, got {images.shape[1]}")
+            raise ValueError(
+                f"the conv tower was built for {count_text(len(self.cameras), 'camera')}, got {images.shape[1]}"
+            )
         images = images.to(self.cameras[0].position_embedding.weight.dtype)
         outs = [camera(images[:, i]) for i, camera in enumerate(self.cameras)]
         heat = None if outs[0][1] is None else torch.stack([heat for _, heat in outs], 1)

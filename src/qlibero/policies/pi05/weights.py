@@ -18,6 +18,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qlibero.console import count_text
 from qlibero.errors import UserError, cause
 from qlibero.policies.pi05.unreadable import why_no_weights
 from qlibero.policies.structured import Open, fit, read_json
@@ -89,7 +90,7 @@ def find_weights(path: Path) -> Weights:
                 raise UserError(f"{file}: tensor {name} is not where {INDEX} says ({listed.get(name, 'nowhere')})")
             shapes[name], dtypes[name], file_of[name] = shape, dtype, file
     if listed is not None and (lost := sorted(listed.keys() - file_of.keys())):
-        raise UserError(f"{index}: {len(lost)} tensors are in no shard, first {lost[0]}")
+        raise UserError(f"{index}: {count_text(len(lost), 'tensor')} in no shard, first {lost[0]}")
     return Weights(files, index if listed is not None else None, shapes, dtypes, file_of)
 
 

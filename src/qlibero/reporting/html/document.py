@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.files import replace
 from qlibero.registry import BUILT_IN, SectionPlugin, every
@@ -167,9 +168,9 @@ def _header(m: ReportData) -> Markup:
     steps = sum(r.steps for arm in m.arms.values() for r in arm.records.values())
     facts = [
         ", ".join(suites),
-        _count(len(m.tasks), "task"),
-        _count(len(m.parts), "cell") if len(m.parts) > 1 else None,
-        _count(len(m.arms), "arm"),
+        count_text(len(m.tasks), "task"),
+        count_text(len(m.parts), "cell") if len(m.parts) > 1 else None,
+        count_text(len(m.arms), "arm"),
         _episodes(m),
         f"{steps:,} control steps",
     ]
@@ -190,17 +191,13 @@ def _not_one_arithmetic(m: ReportData) -> Markup | None:
     return el("pre", "\n".join(filter(None, found)), class_="refused", role="alert") if any(found) else None
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
-
-
 def _episodes(m: ReportData) -> str:
     """Finished of planned, so that a run that is not done, or lost an episode, cannot pass for a whole one."""
     done = [key in arm.planned for arm in m.arms.values() for key, r in arm.records.items() if r.outcome != "error"]
     planned = [(planned_episodes(run) or 0) * len(run.arms) for run in m.runs]
     if 0 in planned:
-        return f"{len(done):,} episodes"
-    return f"{sum(done):,} of {sum(planned):,} planned episodes"
+        return count_text(len(done), "episode")
+    return f"{sum(done):,} of {count_text(sum(planned), 'planned episode')}"
 
 
 def _navigation(parts: list[Markup]) -> Markup:

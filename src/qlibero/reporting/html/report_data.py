@@ -23,7 +23,8 @@ from qlibero.results.runs import RunResults, common_margin, video_path
 from qlibero.results.selection import first_reference
 from qlibero.results.wording import margin_text
 
-HUES = 8  # classes c2 … c9 in report.css; c0 is a reference's, c1 an A/A control's. Further arms are drawn as rings
+HUES = 8  # classes c2 … c9 in report.css; c0 is a reference's, c1 an A/A control's
+FORMS = ("", " ring", " square", " ring square")  # of the first eight arms, the next eight …
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ReportData:
         if self.arms[arm].is_control:
             return "c1"
         place = [id_ for id_ in self.arms if id_ not in self._plain and not self.arms[id_].is_control].index(arm)
-        return f"c{2 + place % HUES}" + (" ring" if place // HUES % 2 else "")
+        return f"c{2 + place % HUES}{FORMS[place // HUES % len(FORMS)]}"
 
     @property
     def _plain(self) -> set[str | None]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.results.importers.file import ResultFile, number, outcome
 from qlibero.results.imports import ExternalArm, Key
@@ -100,7 +101,7 @@ def _rows(file: ResultFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
         reader = csv.DictReader(io.StringIO(file.text, newline=""), delimiter=max(",;\t", key=header.count))
         for row in reader:
             if None in row:
-                raise ValueError(f"line {reader.line_num}: {len(row[None])} values more than there are columns")
+                raise ValueError(f"line {reader.line_num}: {count_text(len(row[None]), 'more value')} than columns")
             yield f"line {reader.line_num}", row
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from qlibero.console import count_text
 from qlibero.results.importers.file import ResultFile
 from qlibero.results.imports import ExternalArm
 from qlibero.results.records import Outcome
@@ -32,9 +33,11 @@ def read(file: ResultFile) -> ExternalArm | None:
     episodes, said = int(counts[0]), max(rates, key=len)  # the table rounds, the dictionary before it does not
     wins, digits = round(float(said) * episodes), len(said.partition(".")[2])
     if not 0 <= float(said) <= 1 or abs(wins - float(said) * episodes) > 0.5 * 10.0**-digits * episodes + 1e-3:
-        raise ValueError(f"success_once {said} is no rate of {episodes} trajectories")
+        raise ValueError(f"success_once {said} is no rate of {count_text(episodes, 'trajectory')}")
     if "e" not in said and episodes >= 10**digits:
-        raise ValueError(f"success_once {said} is too coarse to tell the successes of {episodes} trajectories")
+        raise ValueError(
+            f"success_once {said} is too coarse to tell the successes of {count_text(episodes, 'trajectory')}"
+        )
     ended: tuple[tuple[None, Outcome], tuple[None, Outcome]] = ((None, "success"), (None, "failure"))
     outcomes = (ended[0],) * wins + (ended[1],) * (episodes - wins)
     suites = sorted(set(_SUITE.findall(file.text)))

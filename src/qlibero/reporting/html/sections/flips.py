@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.episode_key import OFFICIAL, EpisodeKey
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
@@ -108,7 +109,8 @@ def flips(m: ReportData) -> Markup | None:
     for name, r in m.compared.items():
         part = m.part_of(name)
         text = (
-            f"Flips of {r.label}: {r.table.broken} broken, {r.table.repaired} repaired of {r.table.pairs} pairs. "
+            f"Flips of {r.label}: {r.table.broken} broken, {r.table.repaired} repaired of "
+            f"{count_text(r.table.pairs, 'pair')}. "
             "Arrow keys move, Enter plays a video."
         )
         columns = flip_columns(m, part)

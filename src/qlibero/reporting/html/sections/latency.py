@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qlibero.console import count_text
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
@@ -27,7 +28,7 @@ def latency(m: ReportData) -> Markup | None:
         p, values = percentiles(found), found.ms
         beyond = int(np.count_nonzero(values > scale.high))
         text = " · ".join(f"{q} {_ms(p[q])}" for q in p)
-        size = f"{found.count:,.0f} calls" + (f", {beyond} beyond the axis" if beyond else "")
+        size = f"{count_text(round(found.count), 'call')}" + (f", {beyond} beyond the axis" if beyond else "")
         control = "; batches of another size" if m.arms[name].is_control else ""
         picture = el(
             "div",
@@ -51,7 +52,7 @@ def latency(m: ReportData) -> Markup | None:
         _simulator(m),
         lead="The time of a whole batch, counted once, device-synchronised, warm-up left out. "
         "Ticks are p50, p95, p99; the axis is logarithmic"
-        + (f" and ends at {_ms(scale.high)} ms, {off} calls lie beyond it." if off else ".")
+        + (f" and ends at {_ms(scale.high)} ms, with {count_text(off, 'call')} beyond it." if off else ".")
         + _control_note(m),
     )
 

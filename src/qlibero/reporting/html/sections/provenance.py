@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from qlibero.console import count_text
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import ReportData
@@ -73,7 +74,10 @@ def provenance(m: ReportData) -> Markup:
     torn, repeated = sum(a.torn for _, a in ledgers), sum(a.repeated for _, a in ledgers)
     conflicts = [f"{a.arm} {key}" for _, a in ledgers for key in a.conflicts]
     episodes = sum(len(a.records) for _, a in ledgers)
-    state = f"{episodes:,} episodes in the ledger, {repeated} superseded lines, {torn} torn lines"
+    state = (
+        f"{count_text(episodes, 'episode')} in the ledger, {count_text(repeated, 'superseded line')}, "
+        f"{count_text(torn, 'torn line')}"
+    )
     warning = (
         el(
             "p",
@@ -112,7 +116,7 @@ def _software(m: ReportData) -> list[list[Any]]:
         found = {
             "git commit": git.get("commit", "") and f"{git['commit'][:12]}{changed}",
             "processor": ", ".join(
-                str(x) for x in (host.get("cpu"), host.get("cores") and f"{host['cores']} cores") if x
+                str(x) for x in (host.get("cpu"), host.get("cores") and count_text(host["cores"], "core")) if x
             ),
             "GPU": ", ".join(f"{gpu.get('name')} (driver {gpu.get('driver')})" for gpu in of.get("gpus") or []),
             "rendering": gl.get("renderer", ""),

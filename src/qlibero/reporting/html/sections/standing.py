@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlibero.console import count_text
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.paired_outcomes import Word
 from qlibero.results.wording import p_text
@@ -47,4 +48,4 @@ def holm_text(arm: ArmComparison) -> str:
     if arm.adjusted:
         return f"{'yes' if arm.adjusted.passed else 'no'}, {p_text(arm.adjusted.noninferiority_p)}"
     passed = sum(suite.adjusted.passed for suite in arm.suites.values())
-    return f"in {passed} of {len(arm.suites)} suites"
+    return f"in {passed} of {count_text(len(arm.suites), 'suite')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlibero.console import count_text
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
@@ -57,7 +58,7 @@ def _wilson(records: list[EpisodeRecord]) -> tuple[float, float]:
 def _figure(records: list[EpisodeRecord]) -> str:
     k, n, errors = counts(records)
     if not n:
-        return f"0 finished, {errors} errors" if errors else "–"
+        return f"0 finished, {count_text(errors, 'error')}" if errors else "–"
     low, high = wilson(k, n)
     return f"{k}/{n} [{100 * low:.1f}, {100 * high:.1f}]" + (f", {errors} e" if errors else "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+from qlibero.console import count_text
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
@@ -92,7 +93,7 @@ KINDS = ("weight_bytes", "scale_bytes", "transform_bytes")
 
 def _on_fake(meta: dict[str, Any]) -> str:
     names = [v.get("kernel") for v in meta["kernels"].values()]
-    return "all layers" if set(names) == {"fake"} else f"{names.count('fake')} of {len(names)} layers"
+    return "all layers" if set(names) == {"fake"} else f"{names.count('fake')} of {count_text(len(names), 'layer')}"
 
 
 def is_unpacked(meta: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from qlibero.console import count_text
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
@@ -65,7 +66,7 @@ def _headline(m: ReportData) -> str:
     counts = Counter(r.verdict.word for r in tested.values())
     ordered = [word for word in Word if word in counts]
     pieces = [f"{counts[w]} {w}{f' at {m.margins}' if w == Word.NON_INFERIOR else ''}" for w in ordered]
-    text = f"Of {len(tested)} tested arms: {', '.join(pieces)}."
+    text = f"Of {count_text(len(tested), 'tested arm')}: {', '.join(pieces)}."
     fixed = [r for r in tested.values() if r.verdict.word == Word.NON_INFERIOR and r.passed_holm is not None]
     if fixed:
         kept = sum(bool(r.passed_holm) for r in fixed)
@@ -172,7 +173,8 @@ def _control_text(r: ArmComparison) -> str:
     band = tango(flips / 2, flips / 2, t.pairs)[1]
     return (
         f"The same policy again, its sums in another order, not under test: {t.broken} broken, {t.repaired} repaired "
-        f"of {t.pairs} pairs. Its true difference is 0, so this draw's place says nothing and its flips do: a "
+        f"of {count_text(t.pairs, 'pair')}. Its true difference is 0, so this draw's place says nothing and "
+        "its flips do: a "
         f"difference within ±{100 * band:.1f} pp arises by rounding alone in 95 % of reruns."
     )
 
@@ -191,7 +193,7 @@ def _error_text(r: ArmComparison) -> Markup | None:
     e = r.errors
     if e.removed_pairs:
         parts.append(
-            f"{e.removed_pairs} pair{'s' * (e.removed_pairs > 1)} lost to errors "
+            f"{count_text(e.removed_pairs, 'pair')} lost to errors "
             f"({e.arm} in this arm, {e.reference} in the reference). "
             f"Were they counted against this arm, the verdict would be: {r.verdict.worst_case}."
         )
@@ -201,7 +203,7 @@ def _error_text(r: ArmComparison) -> Markup | None:
         told = "; ".join(f"{n} {reason} ({first[reason]}{', …' * (n > 1)})" for reason, n in reasons.most_common(3))
         parts.append(f"{len(r.unpaired)} unpaired: {told}{'; …' * (len(reasons) > 3)}.")
     if r.missing:
-        parts.append(f"{r.missing:,} planned pair{'s' * (r.missing > 1)} not run yet.")
+        parts.append(f"{count_text(r.missing, 'planned pair')} not run yet.")
     changed = r.verdict.word in (Word.ERRORS, Word.CONFLICT, Word.INTERIM) or r.unpaired
     return el("p", " ".join(parts), class_="fine warn" if changed else "fine") if parts else None
 
