@@ -375,7 +375,7 @@ def main() -> None:
     parser.add_argument("--rows", default=default_rows(cores), help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--w4a8",
-        default="duquant/triton_w4a8" if CUDA else "duquant/cpu_int4",
+        default="smooth_hadamard/cuda_w4a8" if CUDA else "smooth_hadamard/cpu_int4",
         help="METHOD/BACKEND of the rows w4a8 (default: %(default)s)",
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of each row's window (default: %(default)g)")

@@ -107,6 +107,23 @@ def test_as_many_simulators_as_fit_and_the_reason_goes_with_the_number():
     assert simulators("auto", 4, small).workers == 4 and simulators("auto", 4, small).why == "4 episodes"
     asked = simulators(12, 1000, small)
     assert (
-        asked.workers == 12 and "12 simulators need 30 GB and 22.6 GB are free" in asked.short
+        asked.workers == 12 and "12 simulators need 22.8 GB and 17.2 GB are free" in asked.short
     )  # their choice, but said
     assert simulators("auto", 5, Capacity(2, 1.0, 0.5, "")).workers == 1  # one must try: it may be enough
+
+
+@pytest.mark.parametrize(
+    ("cores", "free_gb", "batch", "workers", "says"),
+    [
+        (16, 120.0, 8, 32, "16 cores, and a policy on a GPU that takes 8 at a time"),  # as measured best
+        (16, 120.0, None, 16, "16 cores ("),
+        (16, 40.0, 8, 21, "40.0 GB free, 1.9 GB each"),
+        (2, 120.0, 8, 8, "2 cores, and"),  # no more than four a core
+        (64, 500.0, 8, 64, "64 cores ("),
+        (16, 120.0, 1, 16, "16 cores ("),
+    ],
+)
+def test_a_policy_on_a_gpu_gets_four_batches_of_simulators(cores, free_gb, batch, workers, says):
+    found = simulators("auto", 10_000, Capacity(cores, 2 * free_gb, free_gb, "why"), gpu_batch=batch)
+    assert found.workers == workers and found.why.startswith(says)
+    assert simulators(5, 10_000, Capacity(cores, 2 * free_gb, free_gb, "why"), gpu_batch=batch).workers == 5

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_settings import quant_of
 
+from qlibero.errors import UserError
 from qlibero.kernels import load
 from qlibero.kernels.contract import quantize_activations, quantize_weights
 from qlibero.quant.linear import Weights, assemble
@@ -74,12 +75,25 @@ def test_rotations_are_orthogonal_and_permutations_are_permutations():
     x, w = outlier_heavy(0, 256, 50.0)
     rotation = greedy_rotation(x.double().view(-1, 4, 64).transpose(0, 1), 256, seed=0)
     assert torch.allclose(rotation @ rotation.transpose(1, 2), eye.expand(4, 64, 64), atol=1e-12)
-    for method in ("duquant", "weight_pca"):
+    for method in ("duquant", "weight_pca", "svd_hadamard"):
         order = fitted(method, x, w).order
         assert sorted(order.tolist()) == list(range(256)), method
     # weight_pca's axes, too, before they are rounded to bfloat16 for keeping
     axes = output_rotation(w, quant_of(method="weight_pca", row_rotation=True, block_size=32)).double()
     assert torch.allclose(axes @ axes.transpose(1, 2), torch.eye(32, dtype=F64).expand(3, 32, 32), atol=1e-5)
+
+
+def test_svd_hadamard_deals_every_coefficient_of_a_block_the_same_energy():
+    """U·H of the paper: U diagonalizes the block's W^T·W, so H leaves each weight column the mean of its spectrum."""
+    x, w = outlier_heavy(0, 128, 50.0)
+    w = w * torch.rand(128, generator=torch.Generator().manual_seed(1)).square()
+    axes, mixed = (fitted(method, x, w, block_size=32) for method in ("weight_pca", "svd_hadamard"))
+    assert torch.equal(axes.order, mixed.order)
+    before, after = (t.weights(w).square().sum(0).view(4, 32) for t in (axes, mixed))
+    assert bool((before.amax(1) > 5 * before.amin(1)).all())
+    assert torch.allclose(after, after.mean(1, keepdim=True).expand(4, 32), rtol=0.02)  # 2^-8 are bfloat16's
+    with pytest.raises(UserError, match="block_size is 24; svd_hadamard needs a power of two"):
+        fitted("svd_hadamard", x[:, :48], w[:, :48], block_size=24)
 
 
 @settings(max_examples=30, deadline=None)

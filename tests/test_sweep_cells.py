@@ -133,12 +133,12 @@ def test_impossible_cells_are_refused_before_anything_is_spent(tmp_path):
         UserError, match=r"4 of 4 cells cannot run on engine local:\n  seed-7.*\n?.*arm triton_w4a8: triton_w4a8 on cpu"
     ):
         refuse_impossible(manifest("backends=[baseline, triton_w4a8]", "policy.device=cpu"), "local")
-    with pytest.raises(UserError, match="2,000 simulators need 5000 GB"):
+    with pytest.raises(UserError, match="2,000 simulators need 3800 GB"):
         refuse_impossible(manifest("workers=2000"), "local")
     with pytest.raises(UserError, match="launch.slurm.time 2 is not longer than launch.slurm.signal_s 120"):
         refuse_impossible(manifest("launch.slurm.time='2'"), "slurm")
-    with pytest.raises(UserError, match="5 GB, a shard on engine slurm has 4.3 GB; set workers or launch.slurm.mem"):
-        refuse_impossible(manifest("workers=2", "launch.slurm.mem=4G"), "slurm")
+    with pytest.raises(UserError, match="5.7 GB, a shard on engine slurm has 4.3 GB; set workers or launch.slurm.mem"):
+        refuse_impossible(manifest("workers=3", "launch.slurm.mem=4G"), "slurm")
     made = manifest()
     fill(made.cells[0], episode_keys(made.cells[0].experiment)[:1])
     with pytest.raises(GuardRefusal, match="holds episodes of another configuration"):
@@ -195,11 +195,11 @@ def test_what_no_machine_can_do_this_one_cannot_either():
 
 def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
-    with pytest.raises(UserError, match="1 simulator needs 2.5 GB, a shard on engine slurm has 2.1 GB"):
+    with pytest.raises(UserError, match="1 simulator needs 1.9 GB, a shard on engine slurm has 1.6 GB"):
         refuse_impossible(
-            cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=2G"), tmp_path / "out"), "slurm"
+            cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=1500M"), tmp_path / "out"), "slurm"
         )
-    made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=6G"), tmp_path / "out")
+    made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=4G"), tmp_path / "out")
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
     slurm_cost = plan(made)["engines"]["slurm"]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
     assert (

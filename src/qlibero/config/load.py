@@ -151,8 +151,8 @@ def _apply_environment(source: Source, environ: Mapping[str, str]) -> list[str]:
         keys = ("quant", *override.key.split("."))
         if override.key == "include":
             quant["layout"] = None
-        if override.key == "row_rotation" and quant.get("method", "duquant") != "weight_pca":
-            notes.append(f"{override.variable} changes nothing here: only weight_pca rotates outputs")
+        if override.key == "row_rotation" and quant.get("method") not in ("weight_pca", "svd_hadamard"):
+            notes.append(f"{override.variable} changes nothing here: only weight_pca and svd_hadamard rotate outputs")
             continue
         if override.key.startswith("calibration") and not isinstance(quant.get("calibration"), dict):
             notes.append(f"{override.variable} changes nothing here: quant.calibration names no data")

@@ -81,7 +81,7 @@ class Quant(StrictModel):
         "max", description="how loud a channel is: its greatest, root mean square or mean |x|; none: not smoothed"
     )
     row_rotation: bool = Field(
-        False, description="weight_pca: rotate outputs too and undo it, as the fork's script did"
+        False, description="weight_pca, svd_hadamard: rotate outputs too and undo it, as the scripts of both do"
     )
     atm: bool = Field(False, description="QuantVLA's attention temperature matching")
     ohb: bool = Field(False, description="QuantVLA's output head balancing")
@@ -117,7 +117,8 @@ class Quant(StrictModel):
             raise FieldError(("smoothing",), f"none leaves nothing of {self.method}; write method: rtn")
         if self.row_rotation and not self.transform.rotates_outputs:
             raise FieldError(
-                ("row_rotation",), f"{self.method} does not rotate outputs (weight_pca does); leave it out"
+                ("row_rotation",),
+                f"{self.method} does not rotate outputs (weight_pca and svd_hadamard do); leave it out",
             )
         return self
 

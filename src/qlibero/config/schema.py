@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from qlibero.config.arms import Arm, Entry, check_arms, completed, differences_only, resolved
+from qlibero.config.execution import Execution
 from qlibero.config.fields import (
     MOST,
     Count,
@@ -142,7 +143,7 @@ class Slurm(StrictModel):
     nodelist: Word | None = Field(None, description="--nodelist")
     time: SlurmTime = Field("04:00:00", description="--time of one array task")
     cpus_per_task: Int = Field(8, ge=1, le=MAX_PROCESSES, description="--cpus-per-task; simulator workers share them")
-    mem: SlurmMemory | None = Field(None, description="--mem, e.g. 48G; 2.5 GB per simulator, and the policy's own")
+    mem: SlurmMemory | None = Field(None, description="--mem, e.g. 48G; 1.9 GB per simulator, and the policy's own")
     array_limit: Int | None = Field(None, ge=1, le=MOST, description="most array tasks at once (`--array=0-99%N`)")
     chdir: Annotated[str, one_of_pattern("^/", "/shared/me/qlibero")] | None = Field(
         None, description="where jobs work; null: the checkout, of a wheel the directory of submission"
@@ -212,6 +213,7 @@ class Experiment(StrictModel):
         None, ge=1, le=100_000, description="replaces the suite's step cap; recorded, and not comparable"
     )
     policy: Policy = Field(description="what is evaluated")
+    execution: Execution = Field(default_factory=Execution, description="whether the simulator waits for the policy")
     quant: Quant | None = Field(None, description="how arms other than baseline and aa are quantized")
     entries: tuple[Entry, ...] = Field(
         alias="arms",
@@ -222,7 +224,9 @@ class Experiment(StrictModel):
         "refuse", description="when a kernel fails validation: stop, or fall back with the reason on record"
     )
     workers: Literal["auto"] | Annotated[Int, Field(ge=1, le=MAX_PROCESSES)] = Field(
-        "auto", description="simulator processes; auto: one per core this job may use, as far as its memory allows"
+        "auto",
+        description="simulator processes; auto: one per core this job may use, or four batches of a policy on a GPU, "
+        "as far as memory allows",
     )
     retries: Int = Field(
         2, ge=0, le=100, description="times an episode whose simulator died is run again before it is an error"
@@ -300,7 +304,7 @@ class Experiment(StrictModel):
 
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
-        return resolved(self.entries, self.policy, self.quant)
+        return resolved(self.entries, self.policy, self.quant, self.execution)
 
     def initial_states(self) -> tuple[str, int]:
         """Kind and number of the initial states of each task, e.g. ("official", 50)."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.arms import Arm, overrides_of
+from qlibero.config.policies import GPU_BATCH
 from qlibero.config.schema import Experiment, Tracking
 from qlibero.config.yaml_source import laid_over
 from qlibero.console import count_text
@@ -21,7 +22,7 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import QliberoError, UserError
 from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.engine import Engine, engines, load_engine
-from qlibero.machine.capacity import WORKER_GB, fitting
+from qlibero.machine.capacity import WORKER_GB, fitting, wanted
 from qlibero.places import RUNS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
@@ -149,6 +150,12 @@ def _device(experiment: Experiment, arm: Arm, engine: Engine) -> str:
     if wanted != "auto":
         return wanted.partition(":")[0]
     return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
+
+
+def _gpu_batch(experiment: Experiment, engine: Engine) -> int | None:
+    """The most rows of a call of an arm that is on a GPU."""
+    batches = [arm.policy.batch_size for arm in experiment.arms() if _device(experiment, arm, engine) == "cuda"]
+    return max((GPU_BATCH if batch == "auto" else batch for batch in batches), default=None)
 
 
 def costs(manifest: Manifest) -> dict[tuple, Cost]:
@@ -294,11 +301,12 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
     by_engine = {}
     for name, engine in engines(launch.engine).items():
         place = engine.place(launch)
-        workers = place.cores if place.memory_gb is None else fitting(place.cores, place.memory_gb)
+        most = wanted(place.cores, _gpu_batch(manifest.cells[0].experiment, engine))
+        workers = most if place.memory_gb is None else fitting(most, place.memory_gb)
         shards = [
             s
             for shard in manifest.shards
-            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, known))
+            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, engine, known))
         ]
         # the longest shard is a bound of its own; below it the slots share the sum
         wall = max(max(shards, default=0.0), sum(shards) / min(place.at_once or 10**9, len(shards) or 1))
@@ -313,14 +321,21 @@ def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str
 
 
 def _shard_seconds(
-    manifest: Manifest, shard: Shard, missing: list[tuple[str, EpisodeKey]], workers: int, known: dict[tuple, Cost]
+    manifest: Manifest,
+    shard: Shard,
+    missing: list[tuple[str, EpisodeKey]],
+    workers: int,
+    engine: Engine,
+    known: dict[tuple, Cost],
 ) -> float:
-    """Simulators run beside each other; the policy serves batches of the episodes that wait, one batch at a time."""
+    """Simulators run beside each other, as many at once as there are cores; the policy serves batches of the episodes
+    that wait, one batch at a time."""
     experiment = manifest.cell(shard).experiment
     workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
     batches = {arm.name: arm.policy.batch_size for arm in experiment.arms()}
     # auto: one at a time on a CPU; on a GPU this is pessimistic
     together = {arm: min(workers, batch) if batch != "auto" else 1 for arm, batch in batches.items()}
+    stepping = min(workers, engine.place(experiment.launch).cores)
     each = {arm.name: known[_kind(experiment, arm.name)] for arm in experiment.arms()}
     keys = set(episode_keys(experiment, (shard.index, shard.count)))
-    return sum(each[arm].sim_s / workers + each[arm].policy_s / together[arm] for arm, key in missing if key in keys)
+    return sum(each[arm].sim_s / stepping + each[arm].policy_s / together[arm] for arm, key in missing if key in keys)

@@ -50,7 +50,7 @@ class CheckpointSettings(PolicySettings):
     )
     flow_steps: Int = Field(10, ge=1, le=1000, description="Euler steps from noise to action chunk")
     batch_size: Literal["auto"] | Annotated[Int, Field(ge=1, le=1024)] = Field(
-        "auto", description="rows of a policy call, to which batches are padded; auto: 1 on a CPU, 4 on a GPU"
+        "auto", description="rows of a policy call, to which batches are padded; auto: 1 on a CPU, 8 on a GPU"
     )
 
     @model_validator(mode="after")

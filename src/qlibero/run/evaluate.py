@@ -35,6 +35,7 @@ from qlibero.results.runs import RunResults, read_run
 from qlibero.results.summary import counts
 from qlibero.run.arms import probe
 from qlibero.run.episode import PlannedEpisode
+from qlibero.run.experiment import gpu_batch
 from qlibero.run.network import left_as_it_was, network_of, weights_sha256
 from qlibero.run.noise import RECIPE
 from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
@@ -108,7 +109,8 @@ def evaluate(
         seed: of scenes and policy noise; two evaluations are pairs only under the same.
         replan_steps: actions executed of each chunk.
         max_steps: replaces the suite's step cap.
-        workers: simulator processes; "auto" is one per core, as far as memory allows.
+        workers: simulator processes; "auto" is one per core, or four batches of a policy whose provenance says device
+            "cuda", as far as memory allows.
 
     Raises:
         UserError: an argument that cannot be meant.
@@ -213,7 +215,7 @@ def _run_missing(
         ledger.bind(meta | physics)
         files.replace(run_dir / "experiment.yaml", yaml.safe_dump(said, sort_keys=False))
         files.replace(run_dir / "environment.json", json.dumps(environment | physics, indent=2) + "\n")
-        fitting = simulators(workers, len(todo))
+        fitting = simulators(workers, len(todo), gpu_batch=gpu_batch([policy]))
         log.info("%d of %d episodes with %d simulators: %s", len(todo), len(keys), fitting.workers, fitting.why)
         pool = stack.enter_context(SimulatorPool(fitting.workers, environment=simulator_environment()))
 

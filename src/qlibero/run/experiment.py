@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from qlibero.run.sequential import SequentialRun, declaration_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from qlibero.policies.base import Observation
+    from qlibero.policies.base import Observation, Policy
     from qlibero.quant.recheck import Recheck
     from qlibero.sim.pool import SimulatorPool
 
@@ -222,8 +222,9 @@ def _run(
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.machine.environment import describe, simulator_environment
-    from qlibero.run.arms import load_arms
+    from qlibero.run.arms import load_arms, prompts
     from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.latency import fixed_execution
     from qlibero.run.pace import Pace
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
@@ -250,7 +251,12 @@ def _run(
         simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
-            wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
+            hash_ = config_hash(experiment, arm)
+            execution = fixed_execution(run_dir, arm, policies[arm.name], prompts(experiment), meta[arm.name], hash_)
+            if execution is not None:
+                meta[arm.name]["execution"] = execution
+                meta[arm.name]["identity"]["latency"] = f"{execution['latency_steps']} control steps"
+            wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
         report = guard.enforce()
@@ -272,7 +278,10 @@ def _run(
         max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
-        paces={arm.name: Pace(arm.policy.replan_steps) for arm in arms},
+        paces={
+            arm.name: Pace(arm.policy.replan_steps, meta[arm.name].get("execution", {}).get("latency_steps"))
+            for arm in arms
+        },
     )
 
     names = [arm.name for arm in experiment.arms()]
@@ -295,7 +304,7 @@ def _run(
     def needs(arm: str) -> bool:  # after a wrong kernel no further episode is begun
         return not any(one.wrong for one in watched.values()) and (sequential is None or sequential.needs(arm))
 
-    with videos, start_pool(experiment, len(missing)) as pool:
+    with videos, start_pool(experiment, len(missing), gpu_batch(policies.values())) as pool:
         settings = replace(settings, videos=videos.directory)
         doing("episodes", pool.workers)
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
@@ -332,19 +341,25 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
     return not wrong
 
 
-def start_pool(experiment: Experiment, episodes: int) -> SimulatorPool:
-    """As many simulators as are asked for and fit, for so many episodes; use it as a context."""
+def gpu_batch(policies: Iterable[Policy]) -> int | None:
+    """The most rows of a call of those that are on a GPU; None where none is."""
+    on_gpu = [policy.batch_size for policy in policies if policy.provenance().get("device") == "cuda"]
+    return max(on_gpu, default=None)
+
+
+def start_pool(experiment: Experiment, episodes: int, batch: int | None = None) -> SimulatorPool:
+    """As many simulators as are asked for and fit, for so many episodes and a `gpu_batch`; use it as a context."""
     from qlibero.machine.environment import simulator_environment
     from qlibero.sim.pool import SimulatorPool
 
-    workers = _workers(experiment, episodes)
+    workers = _workers(experiment, episodes, batch)
     doing("starting simulators")
     return SimulatorPool(workers, environment=simulator_environment())
 
 
-def _workers(experiment: Experiment, episodes: int) -> int:
+def _workers(experiment: Experiment, episodes: int, batch: int | None) -> int:
     """How many simulators to start for so many episodes; why, and what more than fits may cost, is said."""
-    fitting = simulators(experiment.workers, episodes)
+    fitting = simulators(experiment.workers, episodes, gpu_batch=batch)
     log.info(f"simulators: {fitting.workers}, {fitting.why}")
     if fitting.short:
         log.warning(f"simulators: {fitting.short}; one that is killed for it costs its episode")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from qlibero.config.policies import GPU_BATCH
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
 from qlibero.policies.pi05.declared import AGENT, WRIST, differences
@@ -24,7 +25,6 @@ from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
 from qlibero.policies.settings import CheckpointSettings
 from qlibero.policies.structured import Open, fit, read_json
 
-GPU_BATCH = 4
 MAX_UNTRAINED = 8_000_000_000
 """Parameters of a network of random weights: the published pi0.5 has 3.35 billion."""
 

@@ -15,7 +15,7 @@ PLUGIN = MethodPlugin(
     "auto",
     "for each input the cheapest of rtn, smoothquant, smooth_hadamard and duquant that is as good",
     chooses=("rtn", "smoothquant", "smooth_hadamard", "duquant"),
-    order=7,
+    order=8,
 )
 WITHIN_DB = 0.25
 """How much worse than the best on held-out tokens a cheaper transform may be."""

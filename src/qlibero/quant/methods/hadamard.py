@@ -22,18 +22,24 @@ PLUGIN = MethodPlugin(
     data_free=True,
     factors=("first",),
     blocks=True,
-    order=5,
+    order=6,
 )
 
 
 def fit(data: GroupData, spec: Quant) -> Transform:
     """One signed Hadamard block, shared."""
+    generator = torch.Generator().manual_seed(data.seed)
+    signs = torch.randint(0, 2, (spec.block_size, 1), generator=generator) * 2.0 - 1.0
+    return Transform(first=(signs * normalized(spec))[None].float())
+
+
+def normalized(spec: Quant) -> Tensor:
+    """The orthogonal ±1/sqrt(B), (B, B) float64 for B = `spec.block_size`. UserError if that is no power of two."""
     size = spec.block_size
     if size & (size - 1):
-        raise UserError(f"quant.block_size is {size}; hadamard needs a power of two such as 64")
-    generator = torch.Generator().manual_seed(data.seed)
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1.0
-    return Transform(first=(signs * hadamard(size) / size**0.5)[None].float())
+        raise UserError(f"quant.block_size is {size}; {spec.method} needs a power of two such as 64")
+    orthogonal: Tensor = hadamard(size) / size**0.5
+    return orthogonal
 
 
 def hadamard(size: int) -> Tensor:

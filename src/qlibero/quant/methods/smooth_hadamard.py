@@ -17,7 +17,7 @@ from qlibero.quant.transform import Transform
 from qlibero.registry import MethodPlugin
 
 PLUGIN = MethodPlugin(
-    "smooth_hadamard", "smoothing, then a signed Hadamard over the whole width", factors=("hadamard",), order=6
+    "smooth_hadamard", "smoothing, then a signed Hadamard over the whole width", factors=("hadamard",), order=7
 )
 
 

@@ -19,10 +19,12 @@ from qlibero.results.comparison import ArmComparison, Comparison
 from qlibero.results.controls import NoiseFloor
 from qlibero.results.pairing import Arm, collect_arms
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import REFERENCE, RunResults, common_margin, video_path
+from qlibero.results.runs import RunResults, common_margin, video_path
+from qlibero.results.selection import first_reference
 from qlibero.results.wording import margin_text
 
-HUES = 8  # classes c2 … c9 in report.css; c0 is a reference's, c1 an A/A control's. Further arms are drawn as rings
+HUES = 8  # classes c2 … c9 in report.css; c0 is a reference's, c1 an A/A control's
+FORMS = ("", " ring", " square", " ring square")  # of the first eight arms, the next eight …
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ReportData:
         if self.arms[arm].is_control:
             return "c1"
         place = [id_ for id_ in self.arms if id_ not in self._plain and not self.arms[id_].is_control].index(arm)
-        return f"c{2 + place % HUES}" + (" ring" if place // HUES % 2 else "")
+        return f"c{2 + place % HUES}{FORMS[place // HUES % len(FORMS)]}"
 
     @property
     def _plain(self) -> set[str | None]:
@@ -149,7 +151,7 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
     if reference is not None and not any(reference in run.arms for run in runs):
         names = dict.fromkeys(name for run in runs for name in run.arms)
         raise UserError(f"--reference {reference}: no such arm; here are {', '.join(names)}")
-    reference = reference or REFERENCE
+    reference = reference or first_reference(runs)
     parts, arms = [], {}
     for cell in cells_of(runs, reference):
         found = collect_arms(cell.runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
@@ -22,29 +23,23 @@ def kernels(m: ReportData) -> Markup | None:
         verdicts = arm.meta.get("kernels") or {}
         if not verdicts:
             continue
-        kinds: dict[str, int] = {}
+        kinds = Counter(v["verdict"] for v in verdicts.values())
         shared = _shared_prefix(list(verdicts))
-        rows = []
+        alike: dict[tuple[str, ...], list[str]] = {}  # layers of one shape and verdict are one row
         for layer, v in verdicts.items():
-            kinds[v["verdict"]] = kinds.get(v["verdict"], 0) + 1
-            tone = {"pass": "good", "refuse": "bad"}.get(v["verdict"], "open")
-            word = el("span", v["verdict"], class_=f"word {tone}")
-            rows.append(
-                [
-                    layer.removeprefix(shared),
-                    v.get("shape", ""),
-                    v.get("kernel") or "none",
-                    word,
-                    v.get("reason", ""),
-                ]
-            )
+            said = v.get("shape", ""), v.get("kernel") or "none", v["verdict"], v.get("reason", "")
+            alike.setdefault(said, []).append(layer.removeprefix(shared))
+        rows = []
+        for (shape, kernel, verdict, reason), of in alike.items():
+            tone = {"pass": "good", "refuse": "bad"}.get(verdict, "open")
+            rows.append([shape, kernel, el("span", verdict, class_=f"word {tone}"), reason, len(of), ", ".join(of)])
         title = named(m, name, ": ", ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
         parts.append(
             el(
                 "details",
                 el("summary", title),
                 table(
-                    ["layer", "N × K, bits, device", "kernel", "verdict", "reason"],
+                    ["N × K, bits, device", "kernel", "verdict", "reason", "layers", "which"],
                     rows,
                     sortable=True,
                     caption=_prefix_caption(shared),
@@ -86,6 +81,7 @@ def layers(m: ReportData) -> Markup | None:
     if not series:
         return None
     order = list(dict.fromkeys(layer for of_arm in series.values() for layer, _ in of_arm))
+    shared = _shared_prefix(order)
     x = charts.Scale(-0.5, len(order) - 0.5)
     y = charts.scale_over([db for of_arm in series.values() for _, db in of_arm])
     marks = []
@@ -96,7 +92,7 @@ def layers(m: ReportData) -> Markup | None:
                     "i",
                     class_=f"dot small {m.colour(name)}",
                     style=f"left:{x(order.index(layer))}%;bottom:{y(db)}%",
-                    title=f"{layer}: {db:.1f} dB",
+                    title=f"{layer.removeprefix(shared)}: {db:.1f} dB",
                 )
             )
     chart = el(
@@ -123,7 +119,6 @@ def layers(m: ReportData) -> Markup | None:
         ),
         class_="xy",
     )
-    shared = _shared_prefix(order)
     rows = [
         [
             layer.removeprefix(shared),
