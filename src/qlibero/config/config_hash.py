@@ -36,6 +36,8 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     }
     if experiment.inits != "official":  # official ones were there before the key was
         decides["inits"] = experiment.initial_states()[0]
+    if arm.execution.mode != "sync":  # the only one there was before the key
+        decides["execution"] = arm.execution.model_dump()
     text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

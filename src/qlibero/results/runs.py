@@ -31,6 +31,8 @@ class RunResults:
     arms: dict[str, ArmLedger]
     experiment: dict[str, Any]
     environment: dict[str, Any]
+    chosen: bool = False
+    """Whether its arms were named one by one (`selection.py`): then they are what is compared, and all of it."""
 
     @property
     def planned(self) -> frozenset[EpisodeKey] | None:

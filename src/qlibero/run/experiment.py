@@ -222,8 +222,9 @@ def _run(
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.machine.environment import describe, simulator_environment
-    from qlibero.run.arms import load_arms
+    from qlibero.run.arms import load_arms, prompts
     from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.latency import fixed_execution
     from qlibero.run.pace import Pace
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
@@ -250,7 +251,12 @@ def _run(
         simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
-            wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
+            hash_ = config_hash(experiment, arm)
+            execution = fixed_execution(run_dir, arm, policies[arm.name], prompts(experiment), meta[arm.name], hash_)
+            if execution is not None:
+                meta[arm.name]["execution"] = execution
+                meta[arm.name]["identity"]["latency"] = f"{execution['latency_steps']} control steps"
+            wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
         report = guard.enforce()
@@ -272,7 +278,10 @@ def _run(
         max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
-        paces={arm.name: Pace(arm.policy.replan_steps) for arm in arms},
+        paces={
+            arm.name: Pace(arm.policy.replan_steps, meta[arm.name].get("execution", {}).get("latency_steps"))
+            for arm in arms
+        },
     )
 
     names = [arm.name for arm in experiment.arms()]
