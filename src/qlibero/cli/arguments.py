@@ -25,7 +25,11 @@ def config(command: Parser) -> None:
 
 def runs(command: Parser) -> None:
     command.add_argument(
-        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's directory, or a sweep's for all its cells"
+        "run_dirs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="a run's directory, or a sweep's for all its cells; DIR/ARM for one arm",
     )
 
 
@@ -36,6 +40,24 @@ def judged(command: Parser) -> None:
         type=float,
         help="largest acceptable loss of success rate, e.g. 0.02 (default: what the runs declare)",
     )
+
+
+def labels(command: Parser) -> None:
+    command.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        type=label,
+        metavar="ARM=TEXT",
+        help="what to call an arm, by its name here or as DIR/ARM; repeatable",
+    )
+
+
+def label(text: str) -> tuple[str, str]:
+    arm, equals, name = text.rpartition("=")
+    if not equals or not arm.strip() or not name.strip():
+        raise argparse.ArgumentTypeError(f"{shown(text)} should look like ARM=TEXT")
+    return arm.strip(), name.strip()
 
 
 def filters(command: Parser) -> None:

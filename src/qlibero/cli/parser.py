@@ -97,12 +97,16 @@ def build_parser() -> Parser:
         nargs="*",
         type=Path,
         metavar="RESULT",
-        help="run directories, exported tables, or result files of LeRobot, VLAQuantBench, vla-eval, RLinf, OpenVLA, "
+        help="run directories, single arms as DIR/ARM, exported tables, or result files of LeRobot, VLAQuantBench, "
+        "vla-eval, RLinf, OpenVLA, "
         "openpi and its fork (docs/other_tools.md)",
     )
     command.add_argument(
-        "--reference", metavar="ARM", help="the arm to compare with (default: baseline; among files the first)"
+        "--reference",
+        metavar="ARM",
+        help="the arm to compare with (default: baseline; among files, and arms as DIR/ARM, the first)",
     )
+    arguments.labels(command)
     command.add_argument(
         "--margin",
         type=float,
@@ -218,6 +222,7 @@ def build_parser() -> Parser:
         "-o", "--output", type=Path, metavar="FILE", help="default: report.html in the first run directory"
     )
     arguments.judged(command)
+    arguments.labels(command)
     command.add_argument(
         "--max-mb",
         type=float,
@@ -231,6 +236,7 @@ def build_parser() -> Parser:
     )
     arguments.runs(command)
     arguments.judged(command)
+    arguments.labels(command)
 
     command = add(
         "dashboard", results.dashboard, "save the comparison workspace of one or several runs on Weights & Biases"
@@ -358,7 +364,9 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", installation.ls, "list what there is to choose from")
-    lists = "suites protocols policies backends methods engines trackers sections experiments artifacts".split()
+    lists = (
+        "suites protocols policies backends methods corrections engines trackers sections experiments artifacts".split()
+    )
     command.add_argument(
         "what",
         nargs="?",

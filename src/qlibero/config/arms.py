@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
@@ -21,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from qlibero.config.execution import Execution
 from qlibero.config.fields import FieldError, Int, Slug, StrictModel
 from qlibero.config.policies import Policy, PolicySettings, as_settings
 from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
@@ -36,7 +38,7 @@ UNQUANTIZED_BACKENDS = ("baseline", "aa")  # the policy as it is; the same again
 # A file of a run directory, or of a later version's: an arm's directory must not be taken for one.
 FILE_ENDINGS = (".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".md", ".parquet", ".tmp", ".yaml", ".yml")
 DIRECTORIES = ("sweep", "trackio", "videos", "wandb")
-OVERRIDABLE = ("policy",)  # sections of the experiment in which an arm may differ, key by key
+OVERRIDABLE = ("policy", "execution")  # sections of the experiment in which an arm may differ, key by key
 
 
 def _spell_out(entry: Any) -> Any:
@@ -56,6 +58,7 @@ class ArmEntry(StrictModel):
     )
     quant: QuantOverrides | None = Field(None, description="quant keys in which this arm differs")
     policy: Policy | None = Field(None, description="policy keys in which this arm differs")
+    execution: Execution | None = Field(None, description="execution keys in which this arm differs")
     replicates: Int | None = Field(
         None,
         ge=1,
@@ -92,6 +95,7 @@ class Arm:
     backend: str
     quant: Quant | None
     policy: PolicySettings
+    execution: Execution = Execution()
     replicate: int = 1  # of an A/A arm: which one, from 1
 
 
@@ -110,16 +114,23 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completed(entry: Any, data: dict[str, Any]) -> Any:
-    if not isinstance(entry, dict) or not isinstance(entry.get("policy"), dict):
+    if not isinstance(entry, dict):
         return entry
-    base = data.get("policy")
-    if isinstance(base, PolicySettings):
-        base = base.model_dump()
-    try:
-        as_settings(base)
-    except (ValidationError, PydanticCustomError, UserError):
-        return {**entry, "policy": None}
-    return {**entry, "policy": laid_over(base, entry["policy"])} if isinstance(base, dict) else entry
+    whole = dict(entry)
+    for section, validated in (("policy", as_settings), ("execution", Execution.model_validate)):
+        base = data.get(section, {} if section == "execution" else None)
+        base = base.model_dump() if isinstance(base, BaseModel) else base
+        if not isinstance(entry.get(section), dict) or not isinstance(base, dict):
+            continue
+        try:
+            validated(base)
+        except (ValidationError, PydanticCustomError, UserError):
+            whole[section] = None
+            continue
+        whole[section] = laid_over(base, entry[section])
+        if section == "execution" and entry[section].get("mode") == "sync" and "latency_ms" not in entry[section]:
+            whole[section].pop("latency_ms", None)  # the experiment's, which waits for nothing here
+    return whole
 
 
 def differences_only(data: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +151,9 @@ def _shortened(entry: Any, data: dict[str, Any]) -> Any:
     return short
 
 
-def resolved(entries: Iterable[ArmEntry], policy: PolicySettings, quant: Quant | None) -> tuple[Arm, ...]:
+def resolved(
+    entries: Iterable[ArmEntry], policy: PolicySettings, quant: Quant | None, execution: Execution
+) -> tuple[Arm, ...]:
     """The arms in the order they are written."""
     return tuple(
         Arm(
@@ -148,6 +161,7 @@ def resolved(entries: Iterable[ArmEntry], policy: PolicySettings, quant: Quant |
             entry.backend,
             None if entry.backend in UNQUANTIZED_BACKENDS else quant_of_arm(quant, entry.quant),
             entry.policy or policy,
+            entry.execution or execution,
             k,
         )
         for entry in entries
@@ -156,11 +170,12 @@ def resolved(entries: Iterable[ArmEntry], policy: PolicySettings, quant: Quant |
 
 
 def overrides_of(experiment: Experiment, arm: Arm) -> list[str]:
-    """In what the arm's policy is not the experiment's, as short words: `flow_steps 1`."""
+    """In what the arm's policy and execution are not the experiment's, as short words: `flow_steps 1`."""
     base, own = experiment.policy.model_dump(mode="json"), arm.policy.model_dump(mode="json")
-    if own["type"] != base["type"]:
-        return [f"{own['type']} policy"]
-    return [f"{key} {_brief(value)}" for key, value in _different(own, base) if key != "sha256"]
+    said = [f"{own['type']} policy"]
+    if own["type"] == base["type"]:
+        said = [f"{key} {_brief(value)}" for key, value in _different(own, base) if key != "sha256"]
+    return said + ([] if arm.execution == experiment.execution else [arm.execution.label])
 
 
 def _different(own: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -186,11 +201,12 @@ def check_arms(experiment: Experiment) -> None:
         where = ("arms", i)
         for name in entry.names():
             _check_name(name, where, seen)
-        if entry.backend == "aa" and entry.policy is not None:
-            raise FieldError(
-                (*where, "policy"),
-                "aa is the baseline again, so it differs in nothing; write backend: baseline for another policy",
-            )
+        for section in OVERRIDABLE:
+            if entry.backend == "aa" and getattr(entry, section) is not None:
+                raise FieldError(
+                    (*where, section),
+                    f"aa is the baseline again and differs in nothing; write backend: baseline for another {section}",
+                )
         if entry.replicates is not None and entry.backend != "aa":
             raise FieldError((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
         if entry.backend not in UNQUANTIZED_BACKENDS:

@@ -143,7 +143,9 @@ def _section_of(location: Location) -> str:
     """Where in an arm a key belongs that was written into the arm itself."""
     if location[:1] != ("arms",) or len(location) != 3:
         return ""
-    found = [section for section in ("policy", "quant") if location[-1] in _keys_at((*location[:2], section))]
+    found = [
+        section for section in ("policy", "quant", "execution") if location[-1] in _keys_at((*location[:2], section))
+    ]
     return f"; write {found[0]}: {{{location[-1]}: …}}" if found else ""
 
 

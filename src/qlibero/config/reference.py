@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlibero.config.arms import ArmEntry
+from qlibero.config.execution import Execution
 from qlibero.config.fields import PluginName
 from qlibero.config.inits import FreshInits
 from qlibero.config.policies import settings_of
@@ -52,6 +53,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
     "`inits`, when they are not official": FreshInits,
     **_families(),
+    "`execution`": Execution,
     "`quant`": Quant,
     "`quant.calibration`": Calibration,
     "An entry of `arms`": ArmEntry,

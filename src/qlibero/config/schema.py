@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from qlibero.config.arms import Arm, Entry, check_arms, completed, differences_only, resolved
+from qlibero.config.execution import Execution
 from qlibero.config.fields import (
     MOST,
     Count,
@@ -212,6 +213,7 @@ class Experiment(StrictModel):
         None, ge=1, le=100_000, description="replaces the suite's step cap; recorded, and not comparable"
     )
     policy: Policy = Field(description="what is evaluated")
+    execution: Execution = Field(default_factory=Execution, description="whether the simulator waits for the policy")
     quant: Quant | None = Field(None, description="how arms other than baseline and aa are quantized")
     entries: tuple[Entry, ...] = Field(
         alias="arms",
@@ -302,7 +304,7 @@ class Experiment(StrictModel):
 
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
-        return resolved(self.entries, self.policy, self.quant)
+        return resolved(self.entries, self.policy, self.quant, self.execution)
 
     def initial_states(self) -> tuple[str, int]:
         """Kind and number of the initial states of each task, e.g. ("official", 50)."""

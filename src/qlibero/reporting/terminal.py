@@ -26,6 +26,7 @@ from qlibero.results.external_results import ExternalComparison
 from qlibero.results.published import CountsComparison
 from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
 from qlibero.results.summary import calls, counts, summarize_arm
+from qlibero.results.wording import grouped_text
 from qlibero.stats.proportions import wilson
 
 SAVES_NOTHING = {
@@ -77,6 +78,8 @@ def print_comparison(
         if isinstance(cell, CountsComparison):
             to.print(Group(*(Text(arm.sentence) for arm in cell.arms.values())))
         else:
+            if isinstance(cell, Comparison) and (len(cell.runs) > 1 or len(cells) > 1):
+                to.print(Text(grouped_text(cell), style="dim"))
             to.print(external_table(cell) if isinstance(cell, ExternalComparison) else comparison_tables(cell))
 
 

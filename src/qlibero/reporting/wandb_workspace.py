@@ -7,7 +7,7 @@ network, and `spec` is what would be sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlibero.errors import UserError, WorkFailed
@@ -30,8 +30,9 @@ interval. **Broken**: the baseline succeeds and this arm fails on the same episo
 A difference is evidence only as a paired verdict: `qlibero compare` prints it, `versus_baseline/verdict` shows it."""
 
 
-def workspace(project: str, entity: str, experiments: Sequence[str], tasks: Sequence[int]) -> Any:
-    """A `wandb_workspaces` workspace over the runs of `experiments` (all runs of the project when empty)."""
+def workspace(project: str, entity: str, experiments: Mapping[str, Sequence[str] | None], tasks: Sequence[int]) -> Any:
+    """A `wandb_workspaces` workspace over the runs of `experiments`, with the arms to show of each (None: all).
+    Without experiments it is over all runs of the project."""
     ws, wr = _libraries()
     name = "qlibero: " + (", ".join(experiments) or "all experiments")
 
@@ -88,6 +89,9 @@ def workspace(project: str, entity: str, experiments: Sequence[str], tasks: Sequ
         ws.Section("Configurations", [wr.RunComparer(diff_only="split")]),
     ]
     filters = [ws.Metric("group").isin(list(experiments))] if experiments else []
+    if some := {name: arms for name, arms in experiments.items() if arms is not None}:
+        # mirrors call a run EXPERIMENT/ARM; the group alone cannot leave arms out
+        filters = [ws.Metric("displayName").isin([f"{name}/{arm}" for name, arms in some.items() for arm in arms])]
     runs = ws.RunsetSettings(filters=filters, pinned_columns=[f"summary:{column}" for column in COLUMNS])
     return ws.Workspace(
         entity=entity,

@@ -85,7 +85,7 @@ def _pairs(arms: Mapping[str, ArmLedger]) -> list[SameArithmetic]:
 def _asked(arm: ArmLedger) -> tuple[Any, ...]:
     """What decides the actions beside the artifact: equal for arms that differ in their kernels alone."""
     of_policy = {name: value for name, value in (arm.meta.get("identity") or {}).items() if name.startswith("policy ")}
-    return frozenset(of_policy.items()), frozenset(record.replan_steps for record in arm.records)
+    return frozenset(of_policy.items()), frozenset((r.replan_steps, r.latency_steps) for r in arm.records)
 
 
 def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:
 def arithmetic(run_dir: Path, arms: Mapping[str, ArmLedger]) -> dict[str, Any]:
     """{"ok", "same": [{"arm", "other", "equal", "episodes"}], "rechecks": {arm: …}, "problems": [sentence]}."""
     same = _pairs(arms)
-    tried = {name: found for name in arms if (found := rechecks(run_dir, name)) is not None}
+    tried = {name: found for name, arm in arms.items() if (found := rechecks(run_dir, arm.arm)) is not None}
     problems = [str(pair) for pair in same if not pair.ok]
     problems += [f"{name}: {text}" for name, found in tried.items() for text in found["wrong"]]
     return {"ok": not problems, "same": [asdict(pair) for pair in same], "rechecks": tried, "problems": problems}

@@ -32,6 +32,9 @@ class Cell:
 def cells_of(runs: Iterable[RunResults], reference: str) -> list[Cell]:
     """The runs grouped into comparisons, in order, labelled by the settings in which they differ."""
     groups: list[list[RunResults]] = []
+    runs = list(runs)
+    if any(run.chosen for run in runs):
+        return [Cell(tuple(runs))]
     for run in runs:
         home = next((group for group in groups if _belongs(run, group, reference)), None)
         if home is None:

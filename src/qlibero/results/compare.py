@@ -51,8 +51,8 @@ from qlibero.results.runs import (
     common_margin,
     common_primary,
     common_reference,
-    read_runs,
 )
+from qlibero.results.selection import first_reference, select
 from qlibero.results.sequential import sequential_tests
 from qlibero.results.speed import speed
 from qlibero.results.stopping import Declaration, read_declaration
@@ -89,20 +89,25 @@ def compare_paths(
     margin: float | None = None,
     estimand: str | None = None,
     columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> dict[str, Comparison | ExternalComparison]:
     """Read run directories and compare, by the label of the cell ("" when there is one). With result files of other
     tools among them see `external_results.compare_external`.
 
-    A sweep's directory stands for its cells, and each cell is compared with its own reference. `reference` None is the
-    baseline (among files the first); `margin` and `estimand` None are what the runs declare. Raises UserError for a bad
-    margin, estimand, reference, directory or file.
+    A sweep's directory stands for its cells, and each cell is compared with its own reference; DIR/ARM stands for that
+    arm, and what is named so is one comparison (`selection.py`, which takes the `labels`). `reference` None is the
+    baseline (among files, and arms named one by one, the first); `margin` and `estimand` None are what the runs
+    declare. Raises UserError for a bad margin, estimand, reference, label, directory or file.
     """
     if any(Path(path).is_file() and not is_export(path) for path in paths):
+        if labels:
+            raise UserError("--label: names arms of run directories; a result file names its own")
         return {"": compare_external(paths, reference, margin, columns)}
     if columns:
         raise UserError("--columns: no table among the results; it says what the columns of a .csv or .jsonl are")
-    cells = cells_of(read_runs(paths), reference or REFERENCE)
-    return {cell.label: compare(cell.runs, reference or REFERENCE, margin, estimand) for cell in cells}
+    runs = select(paths, labels)
+    reference = reference or first_reference(runs)
+    return {cell.label: compare(cell.runs, reference, margin, estimand) for cell in cells_of(runs, reference)}
 
 
 def compare(
@@ -133,6 +138,7 @@ def compare(
         base.label,
         question,
         tuple(str(run.run_dir) for run in runs),
+        {name: arm.runs for name, arm in [(reference, base), *arms.items()]},
         compared,
         family,
         summarize_arm(list(base.records.values())),

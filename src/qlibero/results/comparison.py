@@ -292,6 +292,8 @@ class Comparison:
     reference_label: str
     question: Question
     runs: tuple[str, ...]
+    grouped: dict[str, tuple[str, ...]]
+    """Which runs each arm's episodes are of, the reference first."""
     arms: dict[str, ArmComparison]
     family: int
     reference_summary: dict[str, Any]
@@ -321,6 +323,7 @@ class Comparison:
             "primary": self.question.primary,
             "compare_with": self.question.against,
             "runs": list(self.runs),
+            "grouped": {name: list(runs) for name, runs in self.grouped.items()},
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
             "holm_family": self.family,
             "reference_summary": self.reference_summary,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 SCHEMA = "qlibero-episodes"
-VERSION = 1
+VERSION = 2
 
 # name: (type, meaning). `list` and `map` are left out of a .csv, which has no such thing.
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -29,6 +29,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "error": ("string", "what broke, of an error"),
     "max_steps": ("int", "step cap in force"),
     "replan_steps": ("int", "actions executed of every chunk"),
+    "latency_steps": ("int", "control steps before an answer was there; empty where the simulator waited"),
     "protocol": ("string", "pure, or the random stream of a published evaluation"),
     "fingerprint": ("string", "sha256 of the settled scene: equal means the same scene to the last bit"),
     "action_digest": ("string", "hash of all actions: equal means the same episode to the last bit"),

@@ -65,6 +65,7 @@ class _Schema(BaseModel):
     memory: dict[str, Any] | None = None
     witness: _PolicyCheck | None = None
     passport: dict[str, Any] | None = None
+    execution: dict[str, Any] | None = None
     warmup_ms: list[float] | None = None
 
 

@@ -37,6 +37,11 @@ class Arm:
         return str(self.meta.get("label") or self.name)
 
     @property
+    def runs(self) -> tuple[str, ...]:
+        """The directories that its episodes are of."""
+        return tuple(dict.fromkeys(map(str, self.run_dirs.values())))
+
+    @property
     def is_control(self) -> bool:
         """Whether this is the reference run again (A/A), the noise floor of every other difference."""
         named = self.name.rsplit("/", 1)[-1] == "aa" or self.meta.get("backend") == "aa"

@@ -58,8 +58,9 @@ class EpisodeRecord:
     each layer (meta.json says them). `path_length_m`, `jerk` (m/s³) and `gripper_flips` come from
     the trajectory (`quality.py`). `identity` is 16 hex digits over the content of everything that decides an action,
     `probe` 16 hex digits over the actions of one fixed policy call in the process that ran the episode, `machine` what
-    kind of machine that was; `max_steps` (control steps) and `replan_steps` are what was in force. Lines of earlier
-    versions have none of these five: empty, or None.
+    kind of machine that was; `max_steps` (control steps), `replan_steps` and `latency_steps` (control steps before an
+    answer was there; None: the simulator waited) are what was in force. Lines of earlier versions have none of these:
+    empty, or None.
     """
 
     suite: Text
@@ -95,6 +96,7 @@ class EpisodeRecord:
     machine: Text = ""
     max_steps: Count | None = None
     replan_steps: Count | None = None
+    latency_steps: Count | None = None
     inits: Text = OFFICIAL  # what `init` counts, see EpisodeKey
     schema: int = SCHEMA
 

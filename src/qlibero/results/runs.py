@@ -31,6 +31,8 @@ class RunResults:
     arms: dict[str, ArmLedger]
     experiment: dict[str, Any]
     environment: dict[str, Any]
+    chosen: bool = False
+    """Whether its arms were named one by one (`selection.py`): then they are what is compared, and all of it."""
 
     @property
     def planned(self) -> frozenset[EpisodeKey] | None:
@@ -47,8 +49,9 @@ class RunResults:
             kind, each = FRESH, inits["fresh"]
         elif inits == BASE:
             kind = BASE
+        of_task = each if isinstance(each, dict) else dict.fromkeys(tasks, each)  # several calls of qlibero.evaluate
         return frozenset(
-            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
+            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(of_task.get(t, 0)) for seed in seeds
         )
 
     @property

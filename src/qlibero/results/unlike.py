@@ -21,7 +21,7 @@ def unlike(reference: Arm, other: Arm) -> Unlike:
     """In what the two differ, as far as their meta.json and records say. {} for an A/A arm."""
     sides = [_about(arm) for arm in (reference, other)]
     if sides[0]["policy"] != sides[1]["policy"]:  # of another kind of policy nothing else is comparable
-        names: tuple[str, ...] = ("policy", "replan_steps")
+        names: tuple[str, ...] = ("policy", "replan_steps", "latency_steps")
     else:
         names = tuple(dict.fromkeys(name for side in sides for name in side))
     return {name: (a, b) for name in names if (a := sides[0].get(name)) != (b := sides[1].get(name))}
@@ -35,6 +35,7 @@ def _about(arm: Arm) -> dict[str, Any]:
         "weights": weights,
         **{name: said.get(name) for name in OF_POLICY},
         "replan_steps": _only(record.replan_steps for record in arm.records.values()),
+        "latency_steps": _only(record.latency_steps for record in arm.records.values()),
     }
 
 

@@ -12,7 +12,7 @@ from qlibero.results.unlike import unlike_text
 from qlibero.stats.sampling import population
 
 if TYPE_CHECKING:
-    from qlibero.results.comparison import ArmComparison, SequentialTest
+    from qlibero.results.comparison import ArmComparison, Comparison, SequentialTest
     from qlibero.stats.proportions import Interval
 
 
@@ -145,6 +145,12 @@ def after_holm(arm: ArmComparison) -> str:
         return f"but not after {over} ({p_text(arm.adjusted.noninferiority_p)} > 0.025{impossible})"
     passed = sum(bool(suite.adjusted and suite.adjusted.passed) for suite in arm.suites.values())
     return f"but after {over} in {passed} of {count_text(len(arm.suites), 'suite')}"
+
+
+def grouped_text(found: Comparison) -> str:
+    """Which arms were put into one comparison, and of which runs: `baseline of logs/a, fake of logs/a and logs/b`."""
+    sides = (f"{name} of {' and '.join(runs) or 'no run'}" for name, runs in found.grouped.items())
+    return f"compared: {', '.join(sides)}"
 
 
 def unequal_tasks(arm: ArmComparison) -> str:

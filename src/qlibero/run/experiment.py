@@ -42,6 +42,7 @@ from qlibero.run.sequential import SequentialRun, declaration_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from qlibero.config.arms import Arm
     from qlibero.policies.base import Observation
     from qlibero.quant.recheck import Recheck
     from qlibero.run.episode import PlannedEpisode
@@ -223,7 +224,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth.
 
-    The simulators start, and build their first scenes, while the policy is loaded.
+    The simulators start, and build their first scenes, while the policy is loaded; not where something is timed then.
     """
     from qlibero.run.episode import PlannedEpisode
     from qlibero.run.rollout import first_tasks
@@ -234,9 +235,15 @@ def _run(
         sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
     plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
     with start_pool(experiment, len(missing), _gpu_batch(experiment)) as pool:
-        for worker, (suite, task) in enumerate(first_tasks(plan, pool.workers)):
-            pool.prepare(worker, suite, task, experiment.protocol)
+        if not any(_is_timed(arm) for arm in experiment.arms()):
+            for worker, (suite, task) in enumerate(first_tasks(plan, pool.workers)):
+                pool.prepare(worker, suite, task, experiment.protocol)
         return _run_in(pool, plan, experiment, run_dir, sequential, ledgers, on_episode, on_result)
+
+
+def _is_timed(arm: Arm) -> bool:
+    """Whether times before the first episode decide what the arm does: its fastest kernel, how late answers are."""
+    return arm.backend == "auto" or (arm.execution.mode == "async" and arm.execution.latency_ms == "measured")
 
 
 def _run_in(
@@ -251,7 +258,8 @@ def _run_in(
 ) -> list[dict[str, Any]]:
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.machine.environment import describe, simulator_environment
-    from qlibero.run.arms import load_arms
+    from qlibero.run.arms import load_arms, prompts
+    from qlibero.run.latency import fixed_execution
     from qlibero.run.pace import Pace
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
@@ -278,7 +286,12 @@ def _run_in(
         simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
         for arm in arms:
             meta[arm.name]["identity"] |= simulated
-            wanted = meta[arm.name] | {"config_hash": config_hash(experiment, arm)}
+            hash_ = config_hash(experiment, arm)
+            execution = fixed_execution(run_dir, arm, policies[arm.name], prompts(experiment), meta[arm.name], hash_)
+            if execution is not None:
+                meta[arm.name]["execution"] = execution
+                meta[arm.name]["identity"]["latency"] = f"{execution['latency_steps']} control steps"
+            wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
         report = guard.enforce()
@@ -296,7 +309,10 @@ def _run_in(
         max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
-        paces={arm.name: Pace(arm.policy.replan_steps) for arm in arms},
+        paces={
+            arm.name: Pace(arm.policy.replan_steps, meta[arm.name].get("execution", {}).get("latency_steps"))
+            for arm in arms
+        },
     )
 
     names = [arm.name for arm in experiment.arms()]

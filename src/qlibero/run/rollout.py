@@ -57,6 +57,7 @@ def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versi
         versions=versions,
         max_steps=settings.max_steps,
         replan_steps=settings.pace(record.arm).replan_steps,
+        latency_steps=settings.pace(record.arm).latency_steps,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -22,7 +22,7 @@ def compare(args: argparse.Namespace) -> Document:
     if args.counts:
         from qlibero.results.published import compare_counts
 
-        if args.reference or args.estimand or args.columns:
+        if args.reference or args.estimand or args.columns or args.label:
             raise UserError(
                 "compare: --counts take the first as reference and know no estimand or column; leave those flags out"
             )
@@ -31,7 +31,7 @@ def compare(args: argparse.Namespace) -> Document:
         from qlibero.results.importers.columns import parse_columns
 
         columns = parse_columns(args.columns) if args.columns else None
-        cells = compare_paths(args.results, args.reference, args.margin, args.estimand, columns)
+        cells = compare_paths(args.results, args.reference, args.margin, args.estimand, columns, dict(args.label))
     print_comparison(cells)
     document = as_document(cells)
     found = set().union(*(cell.words() for cell in cells.values())) & set(args.fail_on)
@@ -70,7 +70,7 @@ def explain_gap(args: argparse.Namespace) -> Document:
 def report(args: argparse.Namespace) -> Document:
     from qlibero.reporting.html.document import write_report
 
-    document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb)
+    document = write_report(args.run_dirs, args.output, args.reference, args.margin, args.max_mb, dict(args.label))
     left = f", {document['videos_left_out']} left out for its size" if document["videos_left_out"] else ""
     log.info(
         f"report: {document['report']} ({document['bytes'] / 1e6:.1f} MB, "
@@ -97,17 +97,18 @@ def open_report(args: argparse.Namespace) -> Document:
             webbrowser.open(url)
 
     with suppress(KeyboardInterrupt):
-        serve(LiveReport(args.run_dirs, args.reference, args.margin), ready)
+        serve(LiveReport(args.run_dirs, args.reference, args.margin, dict(args.label)), ready)
     return document
 
 
 def dashboard(args: argparse.Namespace) -> Document:
     from qlibero.reporting import wandb_workspace
-    from qlibero.results.runs import read_runs
+    from qlibero.results.selection import select
 
-    runs = read_runs(args.run_dirs)
+    runs = select(args.run_dirs)
     tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
-    made = wandb_workspace.workspace(args.project, args.entity or "", [run.name for run in runs], tasks)
+    shown = {run.name: [arm.arm for arm in run.arms.values()] if run.chosen else None for run in runs}
+    made = wandb_workspace.workspace(args.project, args.entity or "", shown, tasks)
     document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}
     if args.offline:
         return {**document, "spec": wandb_workspace.spec(made)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.resources import files
@@ -26,7 +26,7 @@ from qlibero.reporting.html.sections.flips import flip_data
 from qlibero.reporting.html.sections.parts import section
 from qlibero.results.arm_equality import arithmetic, refusal
 from qlibero.results.paired_outcomes import check_margin
-from qlibero.results.runs import read_runs
+from qlibero.results.selection import select
 
 MEGABYTES = 10.0
 
@@ -37,17 +37,19 @@ def write_report(
     reference: str | None = None,
     margin: float | None = None,
     megabytes: float = MEGABYTES,
+    labels: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the report of one or several runs; `out` defaults to report.html in the first run directory.
 
     `reference` defaults to the baseline, without which a report has no verdicts; `margin` to the one that each cell's
     runs declare. Flipped episodes' videos are embedded as long as the whole file stays within `megabytes`. A sweep's
-    directory stands for its cells. Returns {"report", "bytes", "video_bytes", "videos", "videos_left_out", "arms",
-    "verdicts"}. Raises UserError for directories without a ledger, WorkFailed if the file cannot be written.
+    directory stands for its cells, DIR/ARM for that arm; `labels` as `selection.select` takes them. Returns {"report",
+    "bytes", "video_bytes", "videos", "videos_left_out", "arms", "verdicts"}. Raises UserError for directories without a
+    ledger, WorkFailed if the file cannot be written.
     """
     if not paths:
         raise UserError("report: name at least one run directory")
-    runs = read_runs(paths)
+    runs = select(paths, labels)
     material = gather(runs, reference, None if margin is None else check_margin(margin))
     recorded = flipped_videos(material)
     page, chosen = fitting(material, recorded, megabytes * 1e6)

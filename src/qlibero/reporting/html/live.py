@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,18 +18,33 @@ from qlibero.reporting.html.document import MEGABYTES, document, fitting
 from qlibero.reporting.html.markup import el, join
 from qlibero.reporting.html.report_data import flipped_videos, gather
 from qlibero.results.paired_outcomes import check_margin
-from qlibero.results.runs import read_runs
+from qlibero.results.selection import select
 
 #: what a report reads, below a run directory; a sweep's cells lie one deeper
-READ = ("experiment.yaml", "environment.json", "*/meta*.json", "*/episodes-*.jsonl", "*/videos/*.mp4")
+READ = (
+    "experiment.yaml",
+    "environment.json",
+    "*/meta*.json",
+    "*/episodes-*.jsonl",
+    "*/videos/*.mp4",
+    "meta*.json",
+    "episodes-*.jsonl",
+    "videos/*.mp4",
+)  # of an arm that is named itself
 HOST = "127.0.0.1"
 
 
 class LiveReport:
     """The page of some run directories as they are now, made anew only when they have changed."""
 
-    def __init__(self, paths: Sequence[Path], reference: str | None = None, margin: float | None = None):
-        self.paths, self.reference = paths, reference
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        reference: str | None = None,
+        margin: float | None = None,
+        labels: Mapping[str, str] | None = None,
+    ):
+        self.paths, self.reference, self.labels = paths, reference, labels
         self.margin = None if margin is None else check_margin(margin)
         self._lock, self._made = threading.Lock(), ("", b"")
 
@@ -57,7 +72,7 @@ class LiveReport:
 
     def _render(self, state: str) -> bytes:
         try:
-            material = gather(read_runs(self.paths), self.reference, self.margin)
+            material = gather(select(self.paths, self.labels), self.reference, self.margin)
             return fitting(material, flipped_videos(material), MEGABYTES * 1e6, state)[0]
         except QliberoError as problem:
             body = el("main", el("h1", "No results yet"), el("p", str(problem)), el("p", "This page waits for them."))

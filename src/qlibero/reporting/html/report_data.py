@@ -19,7 +19,8 @@ from qlibero.results.comparison import ArmComparison, Comparison
 from qlibero.results.controls import NoiseFloor
 from qlibero.results.pairing import Arm, collect_arms
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import REFERENCE, RunResults, common_margin, video_path
+from qlibero.results.runs import RunResults, common_margin, video_path
+from qlibero.results.selection import first_reference
 from qlibero.results.wording import margin_text
 
 HUES = 8  # classes c2 … c9 in report.css; c0 is a reference's, c1 an A/A control's
@@ -150,7 +151,7 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
     if reference is not None and not any(reference in run.arms for run in runs):
         names = dict.fromkeys(name for run in runs for name in run.arms)
         raise UserError(f"--reference {reference}: no such arm; here are {', '.join(names)}")
-    reference = reference or REFERENCE
+    reference = reference or first_reference(runs)
     parts, arms = [], {}
     for cell in cells_of(runs, reference):
         found = collect_arms(cell.runs)

@@ -1,0 +1,102 @@
+"""How late an asynchronous arm's answers are: fixed before its first episode, in control steps, and kept.
+
+A latency that is measured would be another one on every start, and with it every episode. So the first start of an arm
+measures it and leaves it in <arm>/latency.json; every later one, and every other shard, takes it from there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlibero import files
+from qlibero.config.arms import Arm
+from qlibero.documents import read_json
+from qlibero.episode_key import EpisodeKey
+from qlibero.identity import Identity
+from qlibero.policies.base import Policy
+from qlibero.results.meta import has_episodes
+from qlibero.run.noise import call_noise
+from qlibero.sim.suites import CONTROL_HZ
+
+log = logging.getLogger(__name__)
+
+FILE = "latency.json"
+CALLS = 20
+
+
+def control_steps(latency_ms: float) -> int:
+    """Control steps that begin before an answer of that latency is there: 0 ms is none, 1 to 50 ms is one."""
+    return math.ceil(latency_ms * CONTROL_HZ / 1e3 - 1e-9)
+
+
+def fixed_execution(
+    run_dir: Path, arm: Arm, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
+) -> dict[str, Any] | None:
+    """What the arm's meta.json says of its execution, {"mode", "latency_ms", "latency_steps", "measured"}; None for a
+    synchronous arm. `meta` is what is known of the arm: identity and machine."""
+    if arm.execution.mode == "sync":
+        return None
+    said = arm.execution.latency_ms
+    if not isinstance(said, str):
+        return {"mode": "async", "latency_ms": said, "latency_steps": control_steps(said), "measured": False}
+    machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
+    asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
+    ms = _kept(run_dir / arm.name, asked, machine)
+    if ms is None:
+        ms = _keep(run_dir / arm.name, asked, machine, measured_ms(policy, prompts))
+        if any(said.get("kernel") in ("fake", "int_ref") for said in meta.get("kernels", {}).values()):
+            log.warning(
+                f"arm {arm.name}: runs on a simulation of a kernel, so its measured latency of {ms:.0f} ms is no "
+                "kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"
+            )
+    log.info(f"arm {arm.name}: answers after {ms:.1f} ms, {control_steps(ms)} control steps")
+    return {"mode": "async", "latency_ms": ms, "latency_steps": control_steps(ms), "measured": True}
+
+
+def measured_ms(policy: Policy, prompts: list[str]) -> float:
+    """Median wall time of a call with one observation, milliseconds. The policy is warm."""
+    observation = policy.warmup_observations(prompts)[0]
+    times = []
+    for call in range(CALLS):
+        noise = call_noise(EpisodeKey("latency", 0, 0, 0), call, policy.noise_shape)
+        started = time.perf_counter()
+        policy.infer([observation], noise[None])
+        times.append((time.perf_counter() - started) * 1e3)
+    return round(float(np.median(times)), 2)
+
+
+def _kept(directory: Path, asked: Mapping[str, str], machine: str) -> float | None:
+    """What an earlier start of the same arm has measured; of one that has no episode yet only on such a machine."""
+    try:
+        found = read_json(directory / FILE)
+    except FileNotFoundError:
+        return None
+    same = isinstance(found, dict) and all(found.get(key) == value for key, value in asked.items())
+    return float(found["ms"]) if same and (has_episodes(directory) or found.get("machine") == machine) else None
+
+
+def _keep(directory: Path, asked: Mapping[str, str], machine: str, ms: float) -> float:
+    """Leave it for every later start; what another process has left just now counts instead."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**asked, "machine": machine, "ms": ms, "calls": CALLS}) + "\n"
+    ours = directory / f".{FILE}-{os.getpid()}"
+    files.replace(ours, text)
+    try:
+        os.link(ours, directory / FILE)
+    except OSError:  # it is there, or the disk has no links
+        other = _kept(directory, asked, machine)
+        if other is not None:
+            return other
+        files.replace(directory / FILE, text)
+    finally:
+        ours.unlink(missing_ok=True)
+    return ms
