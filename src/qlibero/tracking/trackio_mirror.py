@@ -40,16 +40,16 @@ class TrackioRun:
         quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self.run = trackio.init(project=project, name=arm, group=project, config=config, **quiet)
 
-    def log(self, row: dict, step: int) -> None:
+    def log(self, row: replay.Row, step: int) -> None:
         self.run.log(row, step=step)
         self.rows += 1
 
-    def log_video(self, key: str, path: Path, row: dict, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
         import trackio
 
         self.log({**row, key: trackio.Video(path, format="mp4")}, step)
 
-    def summarize(self, summary: dict) -> None:
+    def summarize(self, summary: replay.Row) -> None:
         self.last = {f"summary/{name}": value for name, value in summary.items()}
 
     def finish(self, rows: int) -> None:

@@ -26,7 +26,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
@@ -37,6 +37,8 @@ from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
 
 if TYPE_CHECKING:
+    import wandb
+
     from qlibero.config.schema import Tracking
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class WandbRun:
             state, self.have = state.fresh(), 0
         self._init(state, mode="offline")
 
-    def _init(self, state: RunId, **how) -> None:
+    def _init(self, state: RunId, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> None:
         import wandb
 
         self.run = wandb.init(
@@ -106,18 +108,19 @@ class WandbRun:
             config={"arm": self.arm, "experiment": self.experiment, "meta": self.meta},
             reinit="create_new",
             settings=_settings(),
-            **how,
+            mode=mode,
+            resume=resume,
         )
 
-    def log(self, row: dict, step: int) -> None:
+    def log(self, row: replay.Row, step: int) -> None:
         self.run.log(row, step=step, commit=True)
 
-    def log_video(self, key: str, path: Path, row: dict, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
         import wandb
 
         self.run.log({**row, key: wandb.Video(str(path), format="mp4")}, step=step, commit=True)
 
-    def summarize(self, summary: dict) -> None:
+    def summarize(self, summary: replay.Row) -> None:
         self.run.summary.update(summary)
 
     def finish(self, rows: int) -> None:
@@ -156,7 +159,7 @@ class RunId:
         return state
 
 
-def _settings():
+def _settings() -> wandb.Settings:
     import wandb
 
     return wandb.Settings(
