@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -273,6 +274,23 @@ def test_a_module_is_known_by_its_own_name_where_it_is_not_installed(tmp_path, m
     assert (found.about, found.name, found.origin) == ("2", "house.methods:two", str(tmp_path / "house" / "methods.py"))
     with pytest.raises(BrokenPlugin, match="write one of house.methods:one, house.methods:two"):
         registry.get(MethodPlugin, "house.methods")
+
+
+def test_the_method_that_the_page_shows_is_one(tmp_path, monkeypatch):
+    """As a reader does it: the page's code into a file, its module's name into a configuration."""
+    import torch
+
+    from qlibero.config.quantization import Quant
+    from qlibero.quant.methods import GroupData, fit
+
+    page = (Path(__file__).parents[1] / "docs" / "plug_ins.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    (tmp_path / "from_the_page.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    x, w, nothing = torch.randn(5, 32), torch.randn(4, 32), torch.zeros(32)
+    made = fit(GroupData((w,), *(nothing,) * 3, x, 3), Quant(layout="llm", method="from_the_page"))
+    assert list(made.tensors()) == ["order"] and not torch.equal(made.forward(x), x)
+    assert torch.allclose(made.forward(x).double() @ made.weights(w).T, x.double() @ w.double().T)
 
 
 BEGIN = "from qlibero.registry import MethodPlugin\n"

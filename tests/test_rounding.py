@@ -245,3 +245,8 @@ def test_what_a_method_lacks_is_said():
     assert artifact.calibration["held_out"] == 0
     few = [note for note in artifact.calibration["notes"] if "tokens for 64 channels" in note]
     assert len(few) == 1 and "damping" in few[0]
+    with torch.no_grad():  # a norm that silences two channels of what the gate and up projections read
+        policy.model.get_submodule(f"{LLM}0.post_attention_layernorm").weight[[3, 7]] = -1.0
+    artifact = made(policy, observations(1), method="rtn", rounding="gptq", include=(r"language_model.*0\.mlp\.gate",))
+    assert "2 of 64 channels were zero in every token" in artifact.calibration["notes"][0]
+    assert np.isfinite(artifact.layers[0].sqnr_db) and set(artifact.layers[0].tried) == {"nearest", "search", "gptq"}
