@@ -1,4 +1,5 @@
-"""What can be plugged in, and where it is found: kernels, methods, policies, engines, trackers, sections, suites.
+"""What can be plugged in, and where it is found: kernels, methods, corrections, policies, engines, trackers, sections,
+suites.
 
 A plug-in is a module that declares itself in one statement:
 
@@ -135,6 +136,21 @@ class MethodPlugin(Plugin):
 
 
 @dataclass(frozen=True)
+class CorrectionPlugin(Plugin):
+    """What calibration multiplies back into an attention: a module with `factors(teacher, student)`, both a
+    `quant.corrections.AttentionSeen`, giving a factor of each query head, or one of the output."""
+
+    scales: str = "output"
+    """The linear whose rows take the factors: the attention's `query` or its `output` projection."""
+    low: float = 0.5
+    high: float = 2.0
+    """Factors lie in this range; an artifact with others is refused."""
+
+    kind, kinds, folder = "correction", "corrections", "quant/corrections"
+    must_have = ("factors",)
+
+
+@dataclass(frozen=True)
 class PolicyPlugin(Plugin):
     """A family of policies: a module with what `policies/base.py:PolicyFamily` lists."""
 
@@ -183,7 +199,16 @@ class SuitePlugin(Plugin):
 
 KINDS: dict[str, type[Plugin]] = {
     kind.kinds: kind
-    for kind in (KernelPlugin, MethodPlugin, PolicyPlugin, EnginePlugin, TrackerPlugin, SectionPlugin, SuitePlugin)
+    for kind in (
+        KernelPlugin,
+        MethodPlugin,
+        CorrectionPlugin,
+        PolicyPlugin,
+        EnginePlugin,
+        TrackerPlugin,
+        SectionPlugin,
+        SuitePlugin,
+    )
 }
 P = TypeVar("P", bound=Plugin)
 _BUILT_IN: dict[str, dict[str, Any]] = {}

@@ -364,7 +364,9 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", installation.ls, "list what there is to choose from")
-    lists = "suites protocols policies backends methods engines trackers sections experiments artifacts".split()
+    lists = (
+        "suites protocols policies backends methods corrections engines trackers sections experiments artifacts".split()
+    )
     command.add_argument(
         "what",
         nargs="?",

@@ -26,7 +26,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
@@ -38,6 +38,8 @@ from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
 
 if TYPE_CHECKING:
+    import wandb
+
     from qlibero.config.schema import Tracking
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class WandbRun:
             state, self.have = state.fresh(), 0
         self._init(state, mode="offline")
 
-    def _init(self, state: RunId, **how) -> None:
+    def _init(self, state: RunId, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> None:
         import wandb
 
         settings = effective_settings(self.experiment, self.arm, self.meta)
@@ -108,7 +110,8 @@ class WandbRun:
             config=settings,
             reinit="create_new",
             settings=_settings(),
-            **how,
+            mode=mode,
+            resume=resume,
         )
         try:
             self._attach()
@@ -130,15 +133,15 @@ class WandbRun:
             record.add(wandb.Table(list(rows[0]), [list(row.values()) for row in rows]), "kernels")
         self.run.log_artifact(record)
 
-    def log(self, row: dict, step: int) -> None:
+    def log(self, row: replay.Row, step: int) -> None:
         self.run.log(row, step=step, commit=True)
 
-    def log_video(self, key: str, path: Path, row: dict, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
         import wandb
 
         self.run.log({**row, key: wandb.Video(str(path), format="mp4")}, step=step, commit=True)
 
-    def summarize(self, summary: dict) -> None:
+    def summarize(self, summary: replay.Row) -> None:
         self.run.summary.update(summary)
 
     def finish(self, rows: int) -> None:
@@ -186,7 +189,7 @@ def _tags(settings: dict[str, Any]) -> list[str]:
     return [str(word)[:64] for word in said if word]
 
 
-def _settings() -> Any:
+def _settings() -> wandb.Settings:
     import wandb
 
     return wandb.Settings(
