@@ -20,7 +20,8 @@ import yaml
 from qlibero import registry
 from qlibero.cli import catalogue
 from qlibero.errors import UserError
-from qlibero.registry import BrokenPlugin, MethodPlugin, UnknownPlugin
+from qlibero.plugin_source import BrokenPlugin
+from qlibero.registry import MethodPlugin, UnknownPlugin
 
 TOYS = '''
 import json
