@@ -135,7 +135,7 @@ def test_codes_and_scales_are_those_of_the_weights(parts, policy, tmp_path, meth
         {"rounding": "nearest"},
         {"rounding": "gptq", "weight_clip": 0.8},
         {"weight_bits": 8},
-        {"atm": True, "ohb": True},
+        {"corrections": ("atm", "ohb")},
     ],
     ids=str,
 )

@@ -63,7 +63,7 @@ def asked(policy) -> np.ndarray:
         {"layout": "llm+expert_mlp", "activation_bits": 4},
         {"rounding": "gptq", "weight_clip": 0.9},
         {"method": "weight_pca", "row_rotation": True},
-        {"atm": True, "ohb": True, "layout": "llm+expert", "activation_bits": 4},
+        {"corrections": ("atm", "ohb"), "layout": "llm+expert", "activation_bits": 4},
         {"per_layer_bits": {"k_proj": 16, "q_proj": 8, r"layers\.1\.mlp": 16}},
         {"activation_clip": 0.9},
         {"layout": None, "include": (r"layers\.0\.mlp", "gemma_expert.*o_proj"), "method": "hadamard"},
@@ -160,7 +160,14 @@ def test_what_calibration_runs_is_what_the_policy_runs(policy):
 
 def test_corrections_undo_a_known_distortion(policy):
     """A student whose q_proj is 10 % too loud and whose o_proj 20 % too quiet gets exactly those factors back."""
-    from qlibero.quant.corrections import OHB_LOG_CLIP, balance, temperatures
+    from qlibero.quant.corrections import AttentionSeen, atm, ohb
+
+    def temperatures(teacher, student):
+        return atm.factors(AttentionSeen(logit_std=teacher), AttentionSeen(logit_std=student))
+
+    def balance(teacher, student):
+        (factor,) = ohb.factors(AttentionSeen(output_rms=teacher), AttentionSeen(output_rms=student))
+        return factor
 
     assert temperatures(torch.tensor([1.0, 1.0, 1.0, 9.0]), torch.tensor([1.1, 1.03, 0.1, 1.0]))[1:] == [
         1.0,
@@ -169,9 +176,9 @@ def test_corrections_undo_a_known_distortion(policy):
     ]
     assert temperatures(torch.tensor([1.0]), torch.tensor([1.1])) == [pytest.approx(1 / 1.1, abs=1e-5)]
     assert balance(1.0, 0.8) == pytest.approx(1.25, abs=1e-5) and balance(1.0, 1.02) == 1.0
-    assert balance(1.0, 0.01) == pytest.approx(np.exp(OHB_LOG_CLIP), abs=1e-5)
+    assert balance(1.0, 0.01) == pytest.approx(np.exp(0.3), abs=1e-5)
     artifact = made(
-        policy, atm=True, ohb=True, layout="llm+expert_mlp", activation_bits=4, method="rtn", rounding="nearest"
+        policy, corrections=("atm", "ohb"), layout="llm+expert_mlp", activation_bits=4, method="rtn", rounding="nearest"
     )
     plain = made(policy, layout="llm+expert_mlp", activation_bits=4, method="rtn", rounding="nearest")
     assert artifact.corrections and not plain.corrections

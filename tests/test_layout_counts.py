@@ -167,8 +167,7 @@ def test_a_spec_survives_json_and_its_hash_sees_every_field():
         "symmetric": False,
         "sequential": True,
         "rotation_steps": 9,
-        "atm": True,
-        "ohb": True,
+        "corrections": ["atm"],
         "calibration_samples": 1,
         "calibration_seed": 1,
     }
@@ -178,3 +177,13 @@ def test_a_spec_survives_json_and_its_hash_sees_every_field():
     hashes.add(quant_of(number_format="fp8").hash)
     assert len(hashes) == len(changes) + 5
     assert quant_of(per_layer_bits={"b": 8, "a": 16}).hash != quant_of(per_layer_bits={"a": 16, "b": 8}).hash
+
+
+def test_the_keys_that_corrections_had_before_they_were_plug_ins_are_understood():
+    assert quant_of(atm=False, ohb=False).hash == quant_of().hash
+    assert quant_of(atm=True, ohb=True).corrections == ("atm", "ohb") and quant_of(ohb=True).corrections == ("ohb",)
+    assert quant_of(atm=True, corrections=["ohb"]).hash == quant_of(corrections=["ohb", "atm"]).hash
+    with pytest.raises(ValueError, match=r"write corrections: \[atm\]"):
+        quant_of(atm="yes")
+    with pytest.raises(ValueError, match="scale one projection twice"):
+        quant_of(corrections=["atm", "atm"])

@@ -20,7 +20,8 @@ import yaml
 from qlibero import registry
 from qlibero.cli import catalogue
 from qlibero.errors import UserError
-from qlibero.registry import BrokenPlugin, MethodPlugin, UnknownPlugin
+from qlibero.plugin_source import BrokenPlugin
+from qlibero.registry import MethodPlugin, UnknownPlugin
 
 TOYS = '''
 import json
@@ -37,7 +38,7 @@ from qlibero.launch.engine import Engine, Submitted
 from qlibero.policies.base import Chunk, blank_observation
 from qlibero.quant.transform import Transform
 from qlibero.registry import (
-    EnginePlugin, KernelPlugin, MethodPlugin, PolicyPlugin, SectionPlugin, SuitePlugin, TrackerPlugin
+    CorrectionPlugin, EnginePlugin, KernelPlugin, MethodPlugin, PolicyPlugin, SectionPlugin, SuitePlugin, TrackerPlugin
 )
 from qlibero.reporting.html.markup import el
 from qlibero.reporting.html.sections.parts import section
@@ -47,6 +48,7 @@ from qlibero.tracking import replay
 PLUGINS = (
     KernelPlugin("loops", "one output channel after the other", provides="Loops"),
     MethodPlugin("shuffle", "a random order of the channels", data_free=True, factors=("order",), provides="Shuffle"),
+    CorrectionPlugin("louder", "outputs by a half larger", scales="output", provides="Louder"),
     PolicyPlugin("still", "a policy that never moves", provides="Still"),
     EnginePlugin("inline", "shards in this very process", provides="INLINE"),
     TrackerPlugin("lines", "a JSON line for each row"),
@@ -76,6 +78,13 @@ class Shuffle:
     def fit(data, spec):
         order = torch.randperm(data.weights[0].shape[1], generator=torch.Generator().manual_seed(data.seed))
         return Transform(order=order.int())
+
+
+class Louder:
+    @staticmethod
+    def factors(teacher, student):
+        assert teacher.calls == student.calls > 0 and teacher.output_rms > 0 and min(teacher.logit_std) > 0
+        return [1.5]
 
 
 class StillPolicy:
@@ -180,7 +189,7 @@ def installed(tmp_path_factory) -> Iterator[Path]:
 
 def test_all_are_listed_with_where_they_come_from_and_none_is_imported(installed):
     ours = {(row["kind"], row["name"]) for row in catalogue.plugins() if row["from"] == "toys 1.0"}
-    names = "loops shuffle still inline lines motto one_goal".split()
+    names = "loops shuffle louder still inline lines motto one_goal".split()
     assert ours == {(kind.kind, name) for kind, name in zip(registry.KINDS.values(), names, strict=True)}
     code = "import sys; from qlibero.cli import catalogue; catalogue.plugins(); print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -205,6 +214,21 @@ def test_the_method_goes_through_calibration_and_comes_back_from_disk(installed,
         load(save(build(artifact.spec, "1" * 64, artifact.calibration, artifact.layers, {}, lost), tmp_path / "lost"))
     exact, rounded = asked(policy), asked(quantize_policy(policy, artifact, "fake"))
     assert 0 < np.abs(rounded - exact).max() < 0.5
+
+
+def test_the_correction_is_fitted_and_stays_in_what_it_declared(installed, tmp_path):
+    from test_fake_equals_kernel import made, small_policy
+
+    from qlibero.quant.artifact import build, load, save
+
+    artifact = made(small_policy(), method="rtn", layout="llm+expert", corrections=["louder"])
+    linears = {layer.name: layer for layer in artifact.layers if layer.executed and layer.name.endswith("o_proj")}
+    assert linears and all(artifact.corrections[name] == [1.5] for name in linears)
+    assert load(save(artifact, tmp_path / "artifact.safetensors")).spec.corrections == ("louder",)
+    beyond = {name: [2.5] for name in artifact.corrections}
+    wrong = build(artifact.spec, "1" * 64, artifact.calibration, artifact.layers, beyond, artifact.tensors)
+    with pytest.raises(Exception, match="are none that its settings can make"):
+        load(save(wrong, tmp_path / "wrong.safetensors"))
 
 
 def _names(folder: Path) -> list[str]:

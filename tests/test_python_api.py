@@ -133,7 +133,20 @@ def test_the_same_call_again_starts_nothing(evaluated):
     files = sorted(path.name for path in (out / "policy").iterdir())
     assert again(policy, out) == second
     assert again(policy, out, episodes=1).records == second.records[:1]
+    assert read_run(out).planned == {record.key for record in second.records}, "the second call asked for both"
     assert sorted(path.name for path in (out / "policy").iterdir()) == files
+
+
+def test_the_directory_is_described_as_all_calls_together_asked_for_it(tmp_path):
+    said = {"suite": "libero_object", "seed": 7, "policy": {"type": "python", "name": "mine"}}
+    for tasks, episodes in (([3], 2), ([0, 1], 1), ([1], 1), ([3], 1)):
+        qlibero.run.evaluate._describe(tmp_path, said | {"tasks": tasks, "episodes_per_task": episodes})
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "episodes-000of001-1.jsonl").write_text("")
+    wanted = [(key.task, key.init) for key in sorted(read_run(tmp_path).planned)]
+    assert wanted == [(0, 0), (1, 0), (3, 0), (3, 1)]
+    qlibero.run.evaluate._describe(tmp_path, said | {"tasks": [0, 1], "episodes_per_task": 2})
+    assert "tasks:\n- 0\n- 1\n- 3\nepisodes_per_task: 2\n" in (tmp_path / "experiment.yaml").read_text()
 
 
 @pytest.mark.libero

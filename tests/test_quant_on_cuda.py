@@ -56,7 +56,7 @@ def policy_of(llm: GemmaConfig, expert: GemmaConfig, batch_size: int = 2) -> Pi0
         *({"method": method} for method in built_in(MethodPlugin)),
         {"layout": "llm+expert", "group_size": 64},
         {"layout": "llm+expert_mlp", "activation_bits": 4},
-        {"atm": True, "ohb": True, "layout": "llm+expert"},
+        {"corrections": ("atm", "ohb"), "layout": "llm+expert"},
         {"method": "weight_pca", "row_rotation": True},
     ],
     ids=str,

@@ -1,4 +1,5 @@
-"""What can be plugged in, and where it is found: kernels, methods, policies, engines, trackers, sections, suites.
+"""What can be plugged in, and where it is found: kernels, methods, corrections, policies, engines, trackers, sections,
+suites.
 
 A plug-in is a module that declares itself in one statement:
 
@@ -13,22 +14,18 @@ on the import path is known under its own name (`method: package.module`, `packa
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
-import sys
-import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from qlibero.errors import UserError
+from qlibero.plugin_source import BrokenPlugin, declared, locate, place, said
 
 BUILT_IN = "built in"
 _PACKAGE = Path(__file__).parent
-_DECLARES = re.compile(r"^PLUGINS?\b", re.MULTILINE)
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:\S+)?")
 
 
@@ -38,11 +35,6 @@ class UnknownPlugin(UserError):
     def __init__(self, message: str, known: tuple[str, ...]):
         super().__init__(message)
         self.known = known
-
-
-class BrokenPlugin(UserError, ImportError):
-    """A plug-in is there and cannot be used; the message names file and line. An ImportError too, for those who ask
-    whether something can be loaded."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +69,14 @@ class Plugin:
     @property
     def missing(self) -> tuple[str, ...]:
         """Those of `needs` that this environment does not have."""
-        return tuple(name for name in self.needs if _locate(name) is None)
+        return tuple(name for name in self.needs if locate(name) is None)
 
     def load(self) -> Any:
         """The plug-in itself, imported. BrokenPlugin names the module, the line and what is missing."""
         try:
             found: Any = importlib.import_module(self.module)
         except Exception as error:
-            raise BrokenPlugin(
-                f"{self._named} cannot be imported: {_place(error, self.file)}: {_said(error)}"
-            ) from error
+            raise BrokenPlugin(f"{self._named} cannot be imported: {place(error, self.file)}: {said(error)}") from error
         for step in filter(None, self.provides.split(".")):
             if not hasattr(found, step):
                 raise BrokenPlugin(f"{self._named} declares that it provides {self.provides}, which is not in the file")
@@ -132,6 +122,21 @@ class MethodPlugin(Plugin):
 
     def called(self) -> tuple[str, ...]:
         return ("choose",) if self.chooses else self.must_have
+
+
+@dataclass(frozen=True)
+class CorrectionPlugin(Plugin):
+    """What calibration multiplies back into an attention: a module with `factors(teacher, student)`, both a
+    `quant.corrections.AttentionSeen`, giving a factor of each query head, or one of the output."""
+
+    scales: str = "output"
+    """The linear whose rows take the factors: the attention's `query` or its `output` projection."""
+    low: float = 0.5
+    high: float = 2.0
+    """Factors lie in this range; an artifact with others is refused."""
+
+    kind, kinds, folder = "correction", "corrections", "quant/corrections"
+    must_have = ("factors",)
 
 
 @dataclass(frozen=True)
@@ -183,8 +188,18 @@ class SuitePlugin(Plugin):
 
 KINDS: dict[str, type[Plugin]] = {
     kind.kinds: kind
-    for kind in (KernelPlugin, MethodPlugin, PolicyPlugin, EnginePlugin, TrackerPlugin, SectionPlugin, SuitePlugin)
+    for kind in (
+        KernelPlugin,
+        MethodPlugin,
+        CorrectionPlugin,
+        PolicyPlugin,
+        EnginePlugin,
+        TrackerPlugin,
+        SectionPlugin,
+        SuitePlugin,
+    )
 }
+_NAMES = tuple(kind.__name__ for kind in KINDS.values())
 P = TypeVar("P", bound=Plugin)
 _BUILT_IN: dict[str, dict[str, Any]] = {}
 _INSTALLED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
@@ -257,7 +272,7 @@ def _in_folder(kind: type[P]) -> dict[str, P]:
     found: list[P] = []
     for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
         name = file.parent.name if file.name == "__init__.py" else file.stem
-        found += _declared(kind, file, f"{package}.{name}", BUILT_IN)
+        found += declared(kind, _NAMES, file, f"{package}.{name}", BUILT_IN)
     return {plugin.name: plugin for plugin in sorted(found, key=lambda plugin: (plugin.order, plugin.name))}
 
 
@@ -269,16 +284,16 @@ def _of_distributions(kind: type[P]) -> tuple[dict[str, P], tuple[str, ...]]:
     for entry in metadata.entry_points(group=f"qlibero.{kind.kinds}"):
         origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an entry point"
         try:
-            file = _locate(entry.module)
+            file = locate(entry.module)
             if file is None:
                 raise BrokenPlugin(f"there is no module {entry.module}")
-            declared = list(_declared(kind, file, entry.module, origin))
-            if not declared:
+            found_here = list(declared(kind, _NAMES, file, entry.module, origin))
+            if not found_here:
                 raise BrokenPlugin(f"{file} declares no {kind.kind} (PLUGIN = {kind.__name__}(…))")
         except BrokenPlugin as problem:
             wrong.append(f"{origin}: entry point {entry.name} of qlibero.{kind.kinds}: {problem}")
             continue
-        for plugin in declared:
+        for plugin in found_here:
             other = _built_in(kind).get(plugin.name) or found.get(plugin.name)
             if other is not None:
                 wrong.append(f"{origin}: a {kind.kind} {plugin.name} is there already ({other.origin})")
@@ -290,105 +305,16 @@ def _of_distributions(kind: type[P]) -> tuple[dict[str, P], tuple[str, ...]]:
 def _by_path(kind: type[P], name: str) -> P | None:
     """The plug-in of the module `name`, known under that very name; None where there is no such module."""
     module, _, wanted = name.partition(":")
-    file = _locate(module)
+    file = locate(module)
     if file is None or file.suffix != ".py":
         return None
-    declared = [p for p in _declared(kind, file, module, str(file)) if wanted in ("", p.name)]
-    if len(declared) != 1:
-        if "." not in module and not declared:
+    found = [p for p in declared(kind, _NAMES, file, module, str(file)) if wanted in ("", p.name)]
+    if len(found) != 1:
+        if "." not in module and not found:
             return None  # a word that happens to be some module's name
-        has = ", ".join(f"{module}:{p.name}" for p in declared)
+        has = ", ".join(f"{module}:{p.name}" for p in found)
         raise BrokenPlugin(
-            f"{file} declares {'several: write one of ' + has if declared else f'no {kind.kind} {wanted}'.rstrip()}; "
+            f"{file} declares {'several: write one of ' + has if found else f'no {kind.kind} {wanted}'.rstrip()}; "
             f"a {kind.kind} declares itself by PLUGIN = {kind.__name__}(…)"
         )
-    return replace(declared[0], name=name)
-
-
-def _declared(kind: type[P], file: Path, module: str, origin: str) -> Iterator[P]:
-    """The plug-ins of this kind that a source file declares, without running it."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenPlugin(f"{file} cannot be read: {error}") from None
-    if not _DECLARES.search(text):
-        return
-    try:
-        tree = ast.parse(text)
-    except SyntaxError as error:
-        raise BrokenPlugin(f"{file}, line {error.lineno}: {error.msg}") from None
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            if any(isinstance(target, ast.Name) and target.id in ("PLUGIN", "PLUGINS") for target in targets):
-                value = statement.value
-                for call in value.elts if isinstance(value, ast.Tuple | ast.List) else [value]:
-                    plugin = _read(kind, call, file)
-                    if plugin is not None:
-                        yield replace(plugin, module=module, file=file, origin=origin)
-
-
-def _read(kind: type[P], call: ast.expr, file: Path) -> P | None:
-    """The declaration that one call makes, if it is of this kind."""
-    where = f"{file}, line {call.lineno}"
-    called = call.func if isinstance(call, ast.Call) else None
-    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
-    if name not in {known.__name__ for known in KINDS.values()}:
-        known = ", ".join(known.__name__ for known in KINDS.values())
-        raise BrokenPlugin(f"{where}: PLUGIN is one of {known}, or PLUGINS a tuple of them")
-    if name != kind.__name__:
-        return None
-    assert isinstance(call, ast.Call)
-    try:
-        positional = [ast.literal_eval(argument) for argument in call.args]
-        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except ValueError:
-        raise BrokenPlugin(f"{where}: a declaration is read without being run, so its values are literals") from None
-    try:
-        plugin = kind(*positional, **named)
-    except TypeError as error:
-        says = ", ".join(each.name for each in fields(kind) if not each.kw_only)
-        raise BrokenPlugin(f"{where}: {str(error).partition(') ')[2] or error}; a {name} says {says}") from None
-    for each in fields(kind):
-        value, wanted = getattr(plugin, each.name), type(each.default) if each.default is not None else str
-        wanted = str if each.name in ("name", "about") else wanted
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise BrokenPlugin(f"{where}: {each.name} is {value!r}; it should be a {wanted.__name__}")
-    return plugin
-
-
-def _locate(module: str) -> Path | None:
-    """The source file of a module, found as `import` finds it, but with none of its packages run."""
-    path: Any = None
-    spec = None
-    parts = module.split(".")
-    for depth in range(len(parts)):
-        whole = ".".join(parts[: depth + 1])
-        finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        try:
-            spec = next((found for finder in finders if (found := finder.find_spec(whole, path)) is not None), None)
-        except (ImportError, ValueError):
-            return None
-        if spec is None:
-            return None
-        path = spec.submodule_search_locations
-        if path is None and depth < len(parts) - 1:
-            return None
-    if spec is None:
-        return None
-    return Path(spec.origin) if spec.origin and spec.has_location else Path(next(iter(path or [""]), ""))
-
-
-def _place(error: BaseException, file: Path) -> str:
-    """`FILE, line N`: where in the plug-in's file it happened, else where at all."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if frame.filename == str(file)] or frames
-    return f"{ours[-1].filename}, line {ours[-1].lineno}"
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"it needs the package {error.name.partition('.')[0]}, which is not installed here"
-    return f"{type(error).__name__}: {error}"
+    return replace(found[0], name=name)

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
 
 Rows = list[dict[str, Any]]
-KINDS_ONLY = ("methods", "engines", "trackers", "sections")  # of the others there is more to say than they declare
+# of the others there is more to say than they declare
+KINDS_ONLY = (
+    "methods",
+    "corrections",
+    "engines",
+    "trackers",
+    "sections",
+)
 
 
 def plugins() -> Rows:

@@ -264,6 +264,15 @@ def build_parser() -> Parser:
         policy=True,
     )
     arguments.config(command)
+    command.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN_DIR",
+        help="ask along recorded episodes of this run's baseline, replayed, and say which flips that foretold",
+    )
+    command.add_argument(
+        "--episodes", type=arguments.count, default=20, metavar="N", help="with --run: how many (default: 20)"
+    )
 
     command = add(
         "allocate",
@@ -364,7 +373,9 @@ def build_parser() -> Parser:
     command.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
 
     command = add("ls", installation.ls, "list what there is to choose from")
-    lists = "suites protocols policies backends methods engines trackers sections experiments artifacts".split()
+    lists = (
+        "suites protocols policies backends methods corrections engines trackers sections experiments artifacts".split()
+    )
     command.add_argument(
         "what",
         nargs="?",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.arms import Arm
+from qlibero.config.quantization import with_older_words
 from qlibero.config.schema import Experiment
 
 
@@ -30,7 +31,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
         "max_steps": experiment.max_steps,
         "policy": policy,
         "backend": arm.backend,
-        "quant": arm.quant and _ordered(arm.quant.model_dump()),
+        "quant": arm.quant and _ordered(with_older_words(arm.quant.model_dump())),
         "on_failure": experiment.on_failure if arm.quant else None,
     }
     if experiment.inits != "official":  # official ones were there before the key was

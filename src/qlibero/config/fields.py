@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from qlibero.registry import BrokenPlugin, Plugin, UnknownPlugin, get, names
+from qlibero.plugin_source import BrokenPlugin
+from qlibero.registry import Plugin, UnknownPlugin, get, names
 
 MOST = 1_000_000  # of anything that is counted, where nothing else bounds it
 MAX_SEED = 2**32 - 1

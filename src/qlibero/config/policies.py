@@ -14,7 +14,8 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from qlibero.config.fields import Int, StrictModel, one_of
 from qlibero.errors import UserError
-from qlibero.registry import BrokenPlugin, PolicyPlugin, UnknownPlugin, every, get, names
+from qlibero.plugin_source import BrokenPlugin
+from qlibero.registry import PolicyPlugin, UnknownPlugin, every, get, names
 
 GPU_BATCH = 8  # rows of a call on a GPU under batch_size: auto; part of the arithmetic, so the same on every machine
 MAX_REPLAN = 1_000  # actions; no policy's chunk is longer

@@ -13,11 +13,12 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from qlibero.config.fields import Count, FieldError, Float, Int, PluginName, Regex, Seed, StrictModel, Word
 from qlibero.config.number_formats import SCALE_GROUP, NumberFormat, require_of_format
 from qlibero.errors import UserError
-from qlibero.registry import MethodPlugin, get
+from qlibero.registry import CorrectionPlugin, MethodPlugin, get
 
 Rounding = Literal["nearest", "search", "gptq"]
 ROUNDINGS = get_args(Rounding)  # each tries those before it, too
 Smoothing = Literal["max", "rms", "mean", "none"]
+OLDER_CORRECTIONS = ("atm", "ohb")  # which had keys of their own before corrections were plug-ins
 MAX_PATTERNS = 1_000  # of a list; the largest model here has 400 linears
 WIDEST = 65_536  # channels; no model's linear is wider
 
@@ -83,8 +84,9 @@ class Quant(StrictModel):
     row_rotation: bool = Field(
         False, description="weight_pca, svd_hadamard: rotate outputs too and undo it, as the scripts of both do"
     )
-    atm: bool = Field(False, description="QuantVLA's attention temperature matching")
-    ohb: bool = Field(False, description="QuantVLA's output head balancing")
+    corrections: tuple[Annotated[str, PluginName(CorrectionPlugin)], ...] = Field(
+        (), max_length=2, description="calibrated factors on an attention's projections (`qlibero ls corrections`)"
+    )
     calibration: Calibration | None = Field(None, description="the data the transforms are fitted on")
     artifact: Path | None = Field(
         None, description="a ready artifact instead of calibrating; must fit policy and settings"
@@ -100,7 +102,15 @@ class Quant(StrictModel):
         if isinstance(values, Mapping) and "weight_search" in values:
             now = "search" if values["weight_search"] is True else "nearest"
             raise FieldError(("weight_search",), f"is a choice of roundings now: write rounding: {now}")
-        return values
+        older = [key for key in OLDER_CORRECTIONS if isinstance(values, Mapping) and key in values]
+        for key in older:
+            if not isinstance(values[key], bool):
+                raise FieldError((key,), f"is one of the corrections now: write corrections: [{key}]")
+        named = values.get("corrections", ()) if older else ()
+        if not older or not isinstance(named, list | tuple):
+            return values
+        rest = {key: value for key, value in values.items() if key not in older}
+        return rest | {"corrections": [*(key for key in older if values[key]), *named]}
 
     @model_validator(mode="after")
     def _says_which_layers(self) -> Quant:
@@ -115,6 +125,9 @@ class Quant(StrictModel):
         require_of_format(self)
         if self.smoothing == "none" and self.transform.factors == ("scale",):
             raise FieldError(("smoothing",), f"none leaves nothing of {self.method}; write method: rtn")
+        scaled = [get(CorrectionPlugin, name).scales for name in self.corrections]
+        if len(set(scaled)) < len(scaled):
+            raise FieldError(("corrections",), "scale one projection twice; name one for the query, one for the output")
         if self.row_rotation and not self.transform.rotates_outputs:
             raise FieldError(
                 ("row_rotation",),
@@ -130,7 +143,7 @@ class Quant(StrictModel):
     @property
     def needs_data(self) -> bool:
         """Whether something is fitted on observations."""
-        return not self.transform.data_free or self.rounding == "gptq" or self.atm or self.ohb
+        return not self.transform.data_free or self.rounding == "gptq" or bool(self.corrections)
 
     @property
     def lacks_data(self) -> bool:
@@ -174,7 +187,7 @@ class Quant(StrictModel):
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change a number of an artifact, and nothing about where things lie. JSON types only."""
-        values = self.model_dump(mode="json", exclude={"calibration", "artifact", "artifact_dir"})
+        values = with_older_words(self.model_dump(mode="json", exclude={"calibration", "artifact", "artifact_dir"}))
         return values | {"calibration_samples": self.calibration_samples, "calibration_seed": self.calibration_seed}
 
     @classmethod
@@ -197,6 +210,14 @@ class Quant(StrictModel):
         """
         values = self.identity() | {"per_layer_bits": [list(item) for item in self.per_layer_bits.items()]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def with_older_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dumped settings as they are hashed: corrections that had keys of their own still do, so no hash changed."""
+    named = values["corrections"]
+    other = [name for name in named if name not in OLDER_CORRECTIONS]
+    rest = {key: value for key, value in values.items() if key != "corrections"}
+    return rest | {key: key in named for key in OLDER_CORRECTIONS} | ({"corrections": other} if other else {})
 
 
 class QuantOverrides(Quant):

@@ -136,13 +136,17 @@ def _without_kernel(layer: Layer, requested: str, on_failure: str) -> KernelChec
     return KernelCheck(layer.name, layer.shape, layer.tokens, requested, executed, verdict, reason, False, 0.0)
 
 
-def enforce(verdicts: Sequence[KernelCheck]) -> None:
-    """Raises GuardRefusal naming the layers whose kernel was refused, with reasons and what an experiment can do."""
+def enforce(verdicts: Sequence[KernelCheck]) -> dict[str, str]:
+    """The kernel that executes each layer.
+
+    Raises GuardRefusal naming the layers whose kernel was refused, with reasons and what an experiment can do.
+    """
     if refused := refusals(verdicts):
         raise GuardRefusal(
             f"{refused}\nChoose another backend, exclude these layers (quant.exclude), or accept other kernels with "
             "`on_failure: fallback`"
         )
+    return {verdict.layer: verdict.executed for verdict in verdicts if verdict.executed is not None}
 
 
 def refusals(verdicts: Sequence[KernelCheck]) -> str:

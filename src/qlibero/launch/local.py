@@ -41,7 +41,7 @@ def describe(submission: Submission) -> str:
 def submit(submission: Submission) -> Submitted:
     """Run all shards, then the merge. Interrupted, it stops the shards (finished episodes are kept) and raises on."""
     waiting = deque((index, 0) for index in submission.indices)
-    running: dict[int, tuple[subprocess.Popen, int, int]] = {}  # slot → process, shard, restarts so far
+    running: dict[int, tuple[subprocess.Popen[bytes], int, int]] = {}  # slot → process, shard, restarts so far
     failed: list[int] = []
     gpus = [gpu["index"] for gpu in find_gpus()]
     try:
@@ -70,7 +70,7 @@ def submit(submission: Submission) -> Submitted:
     return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission))
 
 
-def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen:
+def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if submission.launch.processes > 1:
         environment[CORES] = str(max(1, capacity().cores // submission.launch.processes))
@@ -87,7 +87,7 @@ def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> su
         )
 
 
-def _stop(processes: list[subprocess.Popen]) -> None:
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + STOP_S

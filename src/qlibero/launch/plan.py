@@ -15,7 +15,8 @@ from typing import Any
 
 from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.policies import GPU_BATCH
-from qlibero.config.schema import Experiment, Tracking
+from qlibero.config.quantization import Quant
+from qlibero.config.schema import Experiment, Stop, Tracking
 from qlibero.config.yaml_source import laid_over
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
@@ -42,6 +43,8 @@ from qlibero.stats.sequential_power import pairs_needed, prospect
 
 log = logging.getLogger(__name__)
 
+Kind = tuple[Any, ...]
+"""What an episode's cost depends on, see `_kind_of`."""
 DISCORDANCE = 0.05  # share of pairs that flip, for planning, while none has been observed
 
 
@@ -120,12 +123,12 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
     for arm in experiment.arms():
         device = _device(experiment, arm, engine)
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
-            if reason := _unsupported(arm, device, engine.here):
+            if reason := _unsupported(arm.backend, arm.quant, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
 
 
-def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
-    """Why this arm's kernel cannot serve a typical layer on `device`; None when it can. Validation has the last word.
+def _unsupported(backend: str, quant: Quant, device: str, here: bool) -> str | None:
+    """Why an arm's kernel cannot serve a typical layer on `device`; None when it can. Validation has the last word.
 
     Of a cluster's nodes (not `here`) only what is true on any machine is said: a login node has no GPU and perhaps not
     the kernel's package, which says nothing about where the work will run.
@@ -133,16 +136,15 @@ def _unsupported(arm: Arm, device: str, here: bool) -> str | None:
     from qlibero.kernels import load
     from qlibero.kernels.contract import GemmShape
 
-    quant = arm.quant
     try:
-        kernel = load(arm.backend)
+        kernel = load(backend)
         shape = GemmShape(2048, 2048, quant.weight_bits, quant.activation_bits, quant.group_size, device)
     except ImportError as problem:
         return str(problem) if here else None
     except QliberoError as problem:
         return str(problem)
     support = kernel.supports(shape) if here else kernel.fits(shape)
-    return None if support.ok else f"{arm.backend} on {device}: {support.reason}"
+    return None if support.ok else f"{backend} on {device}: {support.reason}"
 
 
 def _device(experiment: Experiment, arm: Arm, engine: Engine) -> str:
@@ -158,12 +160,12 @@ def _gpu_batch(experiment: Experiment, engine: Engine) -> int | None:
     return max((GPU_BATCH if batch == "auto" else batch for batch in batches), default=None)
 
 
-def costs(manifest: Manifest) -> dict[tuple, Cost]:
+def costs(manifest: Manifest) -> dict[Kind, Cost]:
     """Mean cost per kind of episode, from this sweep's cells first, else from other runs under logs/."""
     ours = [cell.run_dir for cell in manifest.cells]
-    found: dict[tuple, list[EpisodeRecord]] = {}
+    found: dict[Kind, list[EpisodeRecord]] = {}
     for directories in (ours, _other_runs(ours)):
-        here: dict[tuple, list[EpisodeRecord]] = {}
+        here: dict[Kind, list[EpisodeRecord]] = {}
         for directory in directories:
             try:
                 run = read_run(directory)
@@ -180,11 +182,11 @@ def _other_runs(ours: list[Path]) -> Iterable[Path]:
     return [path.parent for path in sorted(RUNS.glob("*/experiment.yaml")) if path.parent not in ours]
 
 
-def _kind(experiment: Experiment, arm: str) -> tuple:
+def _kind(experiment: Experiment, arm: str) -> Kind:
     return _kind_of(experiment.model_dump(mode="json"), arm)
 
 
-def _kind_of(experiment: dict[str, Any], arm: str) -> tuple:
+def _kind_of(experiment: dict[str, Any], arm: str) -> Kind:
     """What an episode's cost depends on: suite, step cap, policy and backend."""
     replicated = arm.rpartition("-")[0]
     entry = next(
@@ -210,7 +212,7 @@ def _one_episode(cell: Cell) -> None:
     run_experiment(experiment, cell.run_dir, most_pairs=1)
 
 
-def _cell(cell: Cell, known: dict[tuple, Cost]) -> dict[str, Any]:
+def _cell(cell: Cell, known: dict[Kind, Cost]) -> dict[str, Any]:
     """One cell: its arms, episodes, what the ledger has, seconds per episode, and what its pairs can detect."""
     experiment = cell.experiment
     arms = [arm.name for arm in experiment.arms()]
@@ -237,7 +239,8 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     """What the cell's pairs can find, and what non-inferiority takes. None: too few pairs or flips."""
     margin = declared_margin(cell.experiment.model_dump(mode="json"))
     found = power(pairs, *_discordance(cell), margin)
-    sequential = _prospects(cell.experiment, found.discordance, margin) if cell.experiment.stop else None
+    stop = cell.experiment.stop
+    sequential = _prospects(cell.experiment, stop, found.discordance, margin) if stop else None
     return {
         "discordance": f"{found.discordance:.1%} {found.discordance_from}",
         "detectable_difference": found.difference,
@@ -250,7 +253,7 @@ def _detectable(cell: Cell, pairs: int) -> dict[str, Any]:
     }
 
 
-def _prospects(experiment: Experiment, discordance: float, margin: float) -> dict[str, Any]:
+def _prospects(experiment: Experiment, stop: Stop, discordance: float, margin: float) -> dict[str, Any]:
     """What `stop` will cost and find, for one arm, if the arms are truly equal."""
     declared = stopping_rule(experiment)
     if declared.method == "evalues":
@@ -259,9 +262,15 @@ def _prospects(experiment: Experiment, discordance: float, margin: float) -> dic
             "as many (docs/statistics.md)."
         }
     share = declared.alpha / len(declared.arms)
-    design = {"margin": margin, "discordance": discordance, "alpha": share, "futility": declared.futility}
-    chances = prospect(declared.looks, **design)
-    needed = pairs_needed(**design, looks=experiment.stop.looks, block=BLOCK_PAIRS)
+    chances = prospect(declared.looks, margin=margin, discordance=discordance, alpha=share, futility=declared.futility)
+    needed = pairs_needed(
+        margin=margin,
+        discordance=discordance,
+        looks=stop.looks,
+        block=BLOCK_PAIRS,
+        alpha=share,
+        futility=declared.futility,
+    )
     found = {key: float(f"{value:.6g}") for key, value in asdict(chances).items()}
     return {
         "looks": len(declared.looks),
@@ -294,7 +303,7 @@ def _discordance(cell: Cell) -> tuple[float, str]:
     return max(found, default=(DISCORDANCE, "assumed"))
 
 
-def _engines(manifest: Manifest, known: dict[tuple, Cost]) -> dict[str, dict[str, Any]]:
+def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, dict[str, Any]]:
     """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
     launch = manifest.cells[0].experiment.launch
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
@@ -326,7 +335,7 @@ def _shard_seconds(
     missing: list[tuple[str, EpisodeKey]],
     workers: int,
     engine: Engine,
-    known: dict[tuple, Cost],
+    known: dict[Kind, Cost],
 ) -> float:
     """Simulators run beside each other, as many at once as there are cores; the policy serves batches of the episodes
     that wait, one batch at a time."""

@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlibero import files
 from qlibero.config.schema import Launch, Slurm, SlurmMerge
@@ -217,7 +218,7 @@ def merge_is_queued(sweep_directory: Path) -> bool:
     return any(job and _queued(job) for job in jobs)
 
 
-def _arrays_of(note: dict) -> Iterator[tuple[str, int]]:
+def _arrays_of(note: dict[str, Any]) -> Iterator[tuple[str, int]]:
     yield from ((each["job"], each["offset"]) for each in note.get("arrays", ()))
     if "array" in note:  # as it was noted while a submission was one array
         yield note["array"], 0
@@ -296,7 +297,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise WorkFailed(f"{command[0]} did not answer within 60 s") from None
 
 
-def _note_jobs(submission: Submission, jobs: dict) -> None:
+def _note_jobs(submission: Submission, jobs: dict[str, Any]) -> None:
     files.replace(submission.directory / JOBS, json.dumps(jobs))
 
 

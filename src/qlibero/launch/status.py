@@ -13,6 +13,7 @@ from typing import Any
 
 from qlibero.config.load import load_experiment
 from qlibero.console import count_text
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
 from qlibero.launch.engine import engines
@@ -37,8 +38,9 @@ def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[s
     whose episodes come from machines that answer differently.
     """
     manifest = latest_manifest(directory) or _single_run(directory)
-    cells, records = [], []
-    missing_keys: dict[str, set] = {}
+    cells: list[dict[str, Any]] = []
+    records: list[EpisodeRecord] = []
+    missing_keys: dict[str, set[EpisodeKey]] = {}
     _check_filters(directory, manifest, tasks, arms)
 
     def counted(arm: str, task: int) -> bool:
@@ -94,8 +96,8 @@ def _check_filters(
     known = {task for cell in manifest.cells for task in cell.experiment.task_ids()}
     if unknown := [arm for arm in arms or () if arm not in has]:
         raise UserError(f"--arm {unknown[0]}: {directory} has the arms {', '.join(sorted(has))}")
-    if unknown := [task for task in tasks or () if task not in known]:
-        raise UserError(f"--task {unknown[0]}: {directory} has the tasks {', '.join(map(str, sorted(known)))}")
+    if absent := [task for task in tasks or () if task not in known]:
+        raise UserError(f"--task {absent[0]}: {directory} has the tasks {', '.join(map(str, sorted(known)))}")
 
 
 def follow(
@@ -174,7 +176,7 @@ def _queue(directory: Path, own: str) -> tuple[dict[str, int], str | None]:
     return {state: states.count(state) for state in set(states)}, None
 
 
-def _keys(manifest: Manifest, shard: Shard) -> list:
+def _keys(manifest: Manifest, shard: Shard) -> list[EpisodeKey]:
     return episode_keys(manifest.cell(shard).experiment, (shard.index, shard.count))
 
 

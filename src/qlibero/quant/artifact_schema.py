@@ -19,14 +19,13 @@ from qlibero.console import count_text
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
 from qlibero.quant.nibbles import unpack_nibbles
-from qlibero.registry import MethodPlugin, get
+from qlibero.registry import CorrectionPlugin, MethodPlugin, get
 
 LARGEST_SCALE = 1e4
 ORTHOGONAL_WITHIN = 0.05
 """Of a rotation kept in bfloat16, times its transpose, from the identity."""
 SMOOTHING_WITHIN = 0.02
 """Of the mean logarithm of smoothing factors from 0: their geometric mean is 1, but for rounding to bfloat16."""
-ATM_RANGE, OHB_RANGE = (0.8, 1.25), (0.7408, 1.3499)
 
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -137,11 +136,13 @@ def require_consistent(
             value = tensor(f"{group}.importance")
             if tuple(value.shape) != (width,) or value.dtype != torch.float32 or not bool((value >= 0).all()):
                 refuse(f"{group}.importance is no vector of {width} mean squares")
+    corrected = {plugin.scales: plugin for plugin in (get(CorrectionPlugin, name) for name in spec.corrections)}
+    scaled = {"q_proj": corrected.get("query"), "o_proj": corrected.get("output")}
     for name, values in corrections.items():
         kind = name.rpartition(".")[2]
-        low, high = {"q_proj": ATM_RANGE, "o_proj": OHB_RANGE}.get(kind, (0, 0))
-        asked = {"q_proj": spec.atm, "o_proj": spec.ohb}.get(kind, False)
-        if not asked or not all(low <= value <= high for value in values) or (kind == "o_proj" and len(values) != 1):
+        asked = scaled.get(kind)
+        fits = asked and all(asked.low <= value <= asked.high for value in values)
+        if not fits or (kind == "o_proj" and len(values) != 1):
             refuse(f"corrections of {short(name)} are none that its settings can make")
 
 

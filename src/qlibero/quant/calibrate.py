@@ -40,7 +40,7 @@ def calibrate(
         WorkFailed: an executed linear was never reached.
     """
     if not observations and spec.needs_data:
-        what = f"method {spec.method}" if not spec.transform.data_free else "atm or ohb"
+        what = f"method {spec.method}" if not spec.transform.data_free else "a correction"
         what = "rounding: gptq" if spec.rounding == "gptq" else what
         raise UserError(f"quant: {what} is fitted on observations and there are none; give calibration.path")
     selection = select(policy, spec)
@@ -67,7 +67,7 @@ def calibrate(
         corrections={},
         tensors=fitting.tensors,
     )
-    if spec.atm or spec.ohb:
+    if spec.corrections:
         from qlibero.quant.corrections import fit_corrections
 
         artifact = fit_corrections(policy, artifact, observations, noise, fitting.again)

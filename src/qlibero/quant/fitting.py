@@ -150,7 +150,7 @@ class Fitting:
         records, tensors, modules, basis = found[kept]
         self.layers += records
         self.tensors |= tensors
-        if (self.spec.atm or self.spec.ohb) and any(c.name.endswith((".q_proj", ".o_proj")) for c in choices):
+        if self.spec.corrections and any(c.name.endswith((".q_proj", ".o_proj")) for c in choices):
             self._bases[group] = basis
         return modules
 

@@ -126,6 +126,9 @@ def _constants(run: RunResults, arm: str) -> dict[str, Any]:
     replan: set[Any] = {r.replan_steps for r in records if r.replan_steps is not None} or {asked.get("replan_steps")}
     stream = _STREAM.get(str(said.get("protocol")))
     fresh = isinstance(said.get("inits"), dict)
+    each = said["inits"]["fresh"] if fresh else said.get("episodes_per_task")
+    if isinstance(each, dict):
+        each = f"{min(each.values())} to {max(each.values())}"
     return OURS | {
         "max_steps": caps,
         "replan_steps": replan.pop() if len(replan) == 1 else None,
@@ -137,7 +140,7 @@ def _constants(run: RunResults, arm: str) -> dict[str, Any]:
         "random_stream": stream,
         "seed": said.get("seed"),
         "initial_states": "fresh ones" if fresh else "official in their order",
-        "episodes_per_task": said["inits"]["fresh"] if fresh else said.get("episodes_per_task"),
+        "episodes_per_task": each,
     }
 
 

@@ -49,8 +49,9 @@ class RunResults:
             kind, each = FRESH, inits["fresh"]
         elif inits == BASE:
             kind = BASE
+        of_task = each if isinstance(each, dict) else dict.fromkeys(tasks, each)  # several calls of qlibero.evaluate
         return frozenset(
-            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
+            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(of_task.get(t, 0)) for seed in seeds
         )
 
     @property

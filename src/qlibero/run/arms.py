@@ -20,6 +20,7 @@ import torch
 
 from qlibero.activity import doing
 from qlibero.config.arms import Arm, overrides_of
+from qlibero.config.quantization import Quant
 from qlibero.config.schema import Experiment
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
@@ -89,7 +90,7 @@ def load_arms(
             found: dict[str, Any] = {"label": _label(experiment, full, arm)}
         else:
             settled = _settled(arm, (before or {}).get(arm.name, {}))
-            policy, found, recheck = _quantized(experiment, settled, quantizable(full), places, quantized)
+            policy, found, recheck = _quantized(experiment, settled, arm.quant, quantizable(full), places, quantized)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
         doing(f"warming up {arm.name}")
@@ -140,8 +141,9 @@ def identity_parts(arm: Arm, policy: Policy, found: Mapping[str, Any]) -> dict[s
         parts["compiled flow"] = code
     if arm.quant is not None:
         parts["artifact"] = found["artifact"]["sha256"]
-        if arm.quant.calibration is not None and arm.quant.calibration.path.is_file():
-            parts["calibration data"] = file_sha256(arm.quant.calibration.path)
+        data = arm.quant.calibration and arm.quant.calibration.path
+        if data and data.is_file():
+            parts["calibration data"] = file_sha256(data)
     return parts
 
 
@@ -204,6 +206,7 @@ def layers_of_arms(experiment: Experiment) -> list[Layer]:
     layers = [
         layer
         for arm in arms
+        if arm.quant is not None
         for layer in layers_of(full[arm.name], artifact_for(full[arm.name], arm.quant), prompts(experiment))
     ]
     found = [layer for layer in layers if not validation.without_kernel(layer.shape)]
@@ -215,14 +218,14 @@ def layers_of_arms(experiment: Experiment) -> list[Layer]:
 def _quantized(
     experiment: Experiment,
     arm: Arm,
+    quant: Quant,
     full: QuantizablePolicy,
     places: Sequence[Path],
     networks: QuantizedNetworks,
 ) -> tuple[Policy, dict[str, Any], Recheck | None]:
-    artifact = artifact_for(full, arm.quant, places)
+    artifact = artifact_for(full, quant, places)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
-    validation.enforce(verdicts)
-    executed = {verdict.layer: str(verdict.executed) for verdict in verdicts}  # none is None any more
+    executed = validation.enforce(verdicts)
     # layers that never run are not tried: they follow the arm's first choice
     default = next(iter(executed.values()))
     kernels = {layer.name: executed.get(layer.name, default) for layer in artifact.layers}
@@ -235,7 +238,7 @@ def _quantized(
         why = "no memory for the same policy on fake" if twin is None else "" if exact else "its kernel rounds"
         recheck = Recheck(policy, artifact, twin if exact else None, why)
         noise = call_noise(EpisodeKey("warmup", 0, 0, experiment.seed), 0, policy.noise_shape)
-        policy_check = check_policy(full, policy, artifact, _seen(arm, prompts(experiment)[0]), noise, twin)
+        policy_check = check_policy(full, policy, artifact, _seen(quant, prompts(experiment)[0]), noise, twin)
     fallbacks = sum(verdict.verdict != "pass" for verdict in verdicts)
     kinds = ", ".join(sorted(set(executed.values())))
     log.info(
@@ -289,9 +292,9 @@ def _introductions(arms: Sequence[Arm], unquantized: Mapping[str, Policy]) -> It
         yield from (f"checkpoint: {remark}" for remark in dict.fromkeys(remarks))
 
 
-def _seen(arm: Arm, prompt: str) -> Observation:
+def _seen(quant: Quant, prompt: str) -> Observation:
     """A demonstration's observation under one of this experiment's instructions; grey where the arm has no data."""
-    found = demonstrations(arm.quant).observations if arm.quant else ()
+    found = demonstrations(quant).observations
     return replace(found[0], prompt=prompt) if found else blank_observation(prompt)
 
 

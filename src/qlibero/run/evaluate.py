@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -197,12 +197,11 @@ def _run_missing(
         return [key for key in keys if key not in done]
 
     if not missing():
-        files.replace(run_dir / "experiment.yaml", yaml.safe_dump(said, sort_keys=False))
+        _describe(run_dir, said)
         return
-    tasks = sorted({*said["tasks"], *(record.key.task for record in read_ledger(run_dir, ARM))})
     environment = {
         **describe(),
-        "instructions": {suite: {str(task): task_language(suite, task) for task in tasks}},
+        "instructions": {suite: {str(task): task_language(suite, task) for task in _asked(run_dir, said)}},
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
     with ExitStack() as stack:
@@ -213,7 +212,7 @@ def _run_missing(
         log.info("physics check: %s", report.summary())
         physics = {"passport": report.to_json()}
         ledger.bind(meta | physics)
-        files.replace(run_dir / "experiment.yaml", yaml.safe_dump(said, sort_keys=False))
+        _describe(run_dir, said)
         files.replace(run_dir / "environment.json", json.dumps(environment | physics, indent=2) + "\n")
         fitting = simulators(workers, len(todo), gpu_batch=gpu_batch([policy]))
         log.info("%d of %d episodes with %d simulators: %s", len(todo), len(keys), fitting.workers, fitting.why)
@@ -224,6 +223,30 @@ def _run_missing(
             log.info("%s: %s after %d steps", written.key, written.outcome, written.steps)
 
         run_episodes([PlannedEpisode(ARM, key) for key in todo], {ARM: policy}, pool, settings, finished)
+
+
+def _asked(run_dir: Path, said: Mapping[str, Any]) -> dict[int, int]:
+    """How many initial states of each task this call and earlier ones want, by task."""
+    earlier = _described(run_dir)
+    each = earlier.get("episodes_per_task", 0)
+    asked = {task: each[task] if isinstance(each, dict) else each for task in earlier.get("tasks", ())}
+    asked |= {task: max(said["episodes_per_task"], asked.get(task, 0)) for task in said["tasks"]}
+    for record in read_ledger(run_dir, ARM):
+        asked[record.task] = max(record.init + 1, asked.get(record.task, 0))
+    return dict(sorted(asked.items()))
+
+
+def _describe(run_dir: Path, said: Mapping[str, Any]) -> None:
+    """Write the experiment.yaml of all that the directory holds or still lacks, not of the last call alone."""
+    asked = _asked(run_dir, said)
+    each = next(iter(asked.values())) if len(set(asked.values())) == 1 else asked
+    whole = yaml.safe_dump({**said, "tasks": list(asked), "episodes_per_task": each}, sort_keys=False)
+    files.replace(run_dir / "experiment.yaml", whole)
+
+
+def _described(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "experiment.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
 def _check(policy: Policy, suite: str, **numbers: Any) -> None:
@@ -251,8 +274,7 @@ def _check(policy: Policy, suite: str, **numbers: Any) -> None:
 
 def _refuse_other_runs(run_dir: Path) -> None:
     """GuardRefusal for a directory of `qlibero run`: its experiment.yaml says how to continue it."""
-    path = run_dir / "experiment.yaml"
-    if path.exists() and (yaml.safe_load(path.read_text()) or {}).get("policy", {}).get("type") != OF_PYTHON:
+    if (run_dir / "experiment.yaml").exists() and _described(run_dir).get("policy", {}).get("type") != OF_PYTHON:
         raise GuardRefusal(f"{run_dir} holds a run of `qlibero run`: choose another out")
 
 

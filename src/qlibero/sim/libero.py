@@ -183,7 +183,8 @@ def placement_failure() -> type[Exception]:
     """What robosuite's samplers raise when they find no room for an object."""
     from robosuite.utils.errors import RandomizationError
 
-    return RandomizationError
+    found: type[Exception] = RandomizationError
+    return found
 
 
 @contextlib.contextmanager
@@ -249,8 +250,9 @@ def _compiling_once(problem: type) -> type:
     Python side (robots, controllers, samplers) is still made anew by its own code.
     """
 
-    class CompilingOnce(problem):  # type: ignore[misc, valid-type]
+    class CompilingOnce(problem):  # type: ignore[misc]
         _compiled_xml: str | None = None
+        _pristine: dict[str, np.ndarray]
 
         def _initialize_sim(self, xml_string: str | None = None) -> None:
             import mujoco
@@ -276,7 +278,7 @@ def _compiling_once(problem: type) -> type:
             self._compiled_xml = xml
             self._pristine = _mutable_arrays(self.sim.model._model)
 
-        sim = None  # robosuite first looks at it in `_destroy_sim`
+        sim: Any = None  # robosuite first looks at it in `_destroy_sim`
 
     CompilingOnce.__name__ = problem.__name__  # LIBERO compares it with the bddl file's problem
     return CompilingOnce

@@ -175,7 +175,7 @@ def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[st
     return PhysicsReport(verdict, tuple(dict.fromkeys(findings)), here["renderer"], here["versions"])
 
 
-def _states(name: str, here: dict, expected: dict, same_versions: bool) -> list[PhysicsFinding]:
+def _states(name: str, here: dict[str, Any], expected: dict[str, Any], same_versions: bool) -> list[PhysicsFinding]:
     found, wanted = (np.array(side["settled"] + side["moved"]) for side in (here, expected))
     if found.shape != wanted.shape:
         return [PhysicsFinding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", HINT)]
@@ -191,7 +191,9 @@ def _states(name: str, here: dict, expected: dict, same_versions: bool) -> list[
     return []
 
 
-def _frames(name: str, here: dict, expected: dict, renderer: str, reference_renderer: str) -> list[PhysicsFinding]:
+def _frames(
+    name: str, here: dict[str, Any], expected: dict[str, Any], renderer: str, reference_renderer: str
+) -> list[PhysicsFinding]:
     findings = []
     for camera, frame in here["frames"].items():
         golden = expected["frames"][camera]

@@ -236,13 +236,13 @@ class SimulatorPool:
                 [worker.connection for worker in self._processes],
                 max(0.0, min([until, *deadlines]) - now),
             )
-            events = []
+            events: list[Event] = []
             for index, worker in enumerate(self._processes):
                 if worker.connection in ready:
-                    events.append(self._receive(index))
+                    if (event := self._receive(index)) is not None:
+                        events.append(event)
                 elif worker.deadline is not None and time.monotonic() > worker.deadline and worker.hung():
                     events.append(self._replace(index, f"no answer within {self.timeout_s:g} s (hung or stopped)"))
-            events = [event for event in events if event is not None]
             if events or time.monotonic() >= until:
                 return events
 

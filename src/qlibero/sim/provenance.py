@@ -121,7 +121,7 @@ def _look(root: Path, files: list[Path], distributions: list[importlib.metadata.
         for entry in distribution.files or ():
             path = base / entry
             if path.is_relative_to(inside) and _is_read(f"{root.name}/{path.relative_to(inside)}"):
-                listed[str(path.relative_to(inside))] = entry.hash and _hex(entry.hash.value)
+                listed[str(path.relative_to(inside))] = _hex(entry.hash.value) if entry.hash else None
     problem = ""
     version = ", ".join(sorted({f"{d.metadata['Name']} {d.version}" for d in distributions})) or "no distribution"
     if not listed:

@@ -61,7 +61,7 @@ class Scene:
         self.suite, self.task, self.resolution, self.protocol = suite, task, resolution, protocol
         self.language = suites.task_language(suite, task)
         self.env = libero.make_environment(suite, task, resolution)
-        self.observation: SimObservation | None = None
+        self._seen: SimObservation | None = None
         self.render_s = 0.0
         self._inits = suites.init_states(suite, task)
         self._initializers = list(self.env.object_property_initializers)
@@ -121,7 +121,7 @@ class Scene:
                 self._control.substep(action)
             mujoco.mj_step2(model, data)
             if observe and substep == substeps - 2:
-                self.observation = self._observe()
+                self._seen = self._observe()
         env.cur_time += env.control_timestep
         env._post_process()
         return bool(env._check_success())
@@ -129,6 +129,13 @@ class Scene:
     def look(self) -> SimObservation:
         """What is to be seen now, for a video's last frame: rendering it leaves the solver where it is."""
         return self._observe()
+
+    @property
+    def observation(self) -> SimObservation:
+        """What was seen last. Raises RuntimeError before the first `reset`."""
+        if self._seen is None:
+            raise RuntimeError(f"{self.suite} task {self.task}: no episode has begun")
+        return self._seen
 
     def eef_position(self) -> np.ndarray:
         """Where the gripper is, (3,) float64 metres in the world frame."""
@@ -143,7 +150,7 @@ class Scene:
         from OpenGL import GL
 
         self._make_current()
-        return GL.glGetString(GL.GL_RENDERER).decode()
+        return str(GL.glGetString(GL.GL_RENDERER).decode())
 
     def close(self) -> None:
         """Free the model and the GL context; afterwards the scene is of no use. Safe to call twice."""
@@ -187,7 +194,8 @@ class Scene:
         self.env.seed(stream | 1 << 31)  # the upper half: demonstrations draw theirs from seeds below it
         with libero.noisy_arm(self.env):
             self._hard_reset()
-        return self.env.sim.get_state().flatten()
+        drawn: np.ndarray = self.env.sim.get_state().flatten()
+        return drawn
 
     def _hard_reset(self) -> None:
         """robosuite's `reset()` with hard_reset, less the observables (0.7 s), which nothing here uses."""

@@ -69,6 +69,8 @@ class VideoWriter:
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the launcher; the pipe's end stops ffmpeg
         )
+        assert self._process.stdin is not None, "a pipe was asked for"
+        self._pipe = self._process.stdin
 
     def add(self, step: int, image: np.ndarray, wrist_image: np.ndarray) -> None:
         """What was seen at control step `step`, two (R, R, 3) uint8 images; steps come in ascending order."""
@@ -80,7 +82,7 @@ class VideoWriter:
         if self._last is not None:
             self._hold(self._last[0] + 1)
         with contextlib.suppress(BrokenPipeError):  # its status says it
-            self._process.stdin.close()
+            self._pipe.close()
         if self._process.wait() != 0:
             files.remove(self._part)
             raise WorkFailed(f"ffmpeg could not write {self.path} (status {self._process.returncode})")
@@ -96,7 +98,7 @@ class VideoWriter:
         since, frame = self._last
         try:
             for _ in range(since, until):
-                self._process.stdin.write(frame)
+                self._pipe.write(frame)
         except BrokenPipeError:
             raise WorkFailed(f"ffmpeg stopped while writing {self.path} (disk full?)") from None
 

@@ -23,7 +23,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlibero import files
 from qlibero.errors import QliberoError, UserError
@@ -44,16 +44,16 @@ class Mirror:
     module: str
     run_dir: Path
     arguments: tuple[str, ...]
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     problem: str | None = None
 
     def end(self) -> None:
         """Tell the mirror that the run is over; returns at once."""
-        if self.process is not None:
+        if self.process is not None and self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
 
-    def finish(self, timeout_s: float = 60.0) -> dict:
+    def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """Tell the mirror that the run is over and wait at most `timeout_s` seconds for it.
 
         A mirror that was killed is started once more to replay the ledger; one that does not end in time is killed.
@@ -91,7 +91,7 @@ class Mirrors:
 
     mirrors: tuple[Mirror, ...]
 
-    def finish(self, timeout_s: float = 60.0) -> list[dict]:
+    def finish(self, timeout_s: float = 60.0) -> list[dict[str, Any]]:
         """End all of them, `timeout_s` seconds at most in total; what each says (see `Mirror.finish`). Never raises."""
         deadline = time.monotonic() + timeout_s
         for mirror in self.mirrors:
@@ -132,7 +132,7 @@ def _mirror(tracker: str, run_dir: Path, tracking: Tracking) -> Mirror:
     return Mirror(tracker, plugin.module, run_dir, tuple(arguments(tracking)) if arguments else ())
 
 
-def mirror_problem(said: dict, tracking: Tracking) -> str | None:
+def mirror_problem(said: dict[str, Any], tracking: Tracking) -> str | None:
     """What to tell people about a mirror that has ended (`said`: what `Mirror.finish` says); None when all is well."""
     if not said["complete"]:
         problem = said["problem"] or "failed"
@@ -159,7 +159,7 @@ def _spawn(mirror: Mirror) -> None:
         mirror.problem = f"could not be started: {error}"
 
 
-def _wait(process: subprocess.Popen | None, deadline: float) -> int | None:
+def _wait(process: subprocess.Popen[bytes] | None, deadline: float) -> int | None:
     if process is None:
         return None
     try:
@@ -168,7 +168,7 @@ def _wait(process: subprocess.Popen | None, deadline: float) -> int | None:
         return None
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the mirror and what it started: wandb's service lives in a session of its own."""
     for child in children(process.pid):
         with contextlib.suppress(OSError):
@@ -199,13 +199,14 @@ def state_path(run_dir: Path, tracker: str) -> Path:
     return Path(run_dir) / f"{tracker}-mirror.json"
 
 
-def read_state(run_dir: Path, tracker: str) -> dict:
+def read_state(run_dir: Path, tracker: str) -> dict[str, Any]:
     """What the mirror last said about itself: {"mode", "rows": {arm: n}, "problem"}; empty when it said nothing."""
     try:
-        return json.loads(state_path(run_dir, tracker).read_text())
+        found: dict[str, Any] = json.loads(state_path(run_dir, tracker).read_text())
+        return found
     except (OSError, ValueError):
         return {}
 
 
-def write_state(run_dir: Path, tracker: str, state: dict) -> None:
+def write_state(run_dir: Path, tracker: str, state: dict[str, Any]) -> None:
     files.replace(state_path(run_dir, tracker), json.dumps(state, indent=1))

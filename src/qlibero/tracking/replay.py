@@ -2,7 +2,10 @@
 
 What every tracker shows is decided here; the trackers only know how to log. The rows of an arm have a fixed order,
 written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows it
-holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. A note of what *was* logged
+holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. It is the order of the
+episodes' keys (under `stop` the declared one), and a row's x is its episode's place among all that are planned: equal x
+is the same episode in every arm. So while a run goes on an episode is shown once all before it are; the summary counts
+what has finished. A note of what *was* logged
 would not do: a mirror killed between the two loses or doubles a row. A row whose record the ledger has lost since (its
 tail was torn) and which the tracker does not hold is void: the episode is run again and gets a new row.
 
@@ -15,15 +18,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
@@ -32,6 +37,7 @@ from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
+from qlibero.results.stopping import read_declaration
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.stats.proportions import wilson
 from qlibero.tracking.mirror import children, write_state
@@ -44,14 +50,18 @@ DRAIN_LIMIT_S = 90  # from the end of the launcher to the end of a mirror
 POLL_S = 2.0  # how often a live mirror looks for new rows
 
 
+Row = dict[str, str | float]
+"""Flat: what a tracker draws or lists."""
+
+
 class TrackerRun(Protocol):
     """One arm of one experiment in a tracker. `have`: how many rows, from row 0, it held when it was opened."""
 
     have: int
 
-    def log(self, row: dict, step: int) -> None: ...
-    def log_video(self, key: str, path: Path, row: dict, step: int) -> None: ...
-    def summarize(self, summary: dict) -> None: ...
+    def log(self, row: Row, step: int) -> None: ...
+    def log_video(self, key: str, path: Path, row: Row, step: int) -> None: ...
+    def summarize(self, summary: Row) -> None: ...
     def finish(self, rows: int) -> None: ...
 
 
@@ -71,13 +81,35 @@ class Order:
         self.entries.append(entry)
 
 
+@dataclass
+class _Opened:
+    """A tracker's run of an arm, which begins with the arm's first finished episode."""
+
+    run: TrackerRun
+    order: Order
+    places: dict[str, int]
+    """Of every planned episode, from 1, in order (see `planned_places`)."""
+    void: set[str] = field(default_factory=set)
+    """Entries that the ledger no longer has."""
+
+    def in_order(self, records: Iterable[str], last: bool) -> list[str]:
+        """Finished episodes that have a row by now: on the last look all, else those that none before is missing of."""
+        found = dict.fromkeys(records)
+        order = (key for key in self.places if key in found) if last else self.places
+        planned = list(itertools.takewhile(found.__contains__, order))
+        return planned + [key for key in found if key not in self.places]
+
+    def place(self, entry: str) -> int:
+        """From 1. An episode that is planned no more, or in no plan, stands behind those that are."""
+        return self.places.setdefault(entry, len(self.places) + 1)
+
+
 class ArmReplay:
     """One arm's rows on their way from the ledger into a tracker run."""
 
     def __init__(self, run_dir: Path, arm: str, tracker: str, open_run: Callable[[str, ArmLedger], TrackerRun]):
         self.run_dir, self.arm, self.tracker, self.open_run = run_dir, arm, tracker, open_run
-        self.run: TrackerRun | None = None
-        self.order: Order | None = None
+        self.opened: _Opened | None = None
         self.rows = self.wins = self.finished = self.size = 0
 
     def catch_up(self, last: bool = False) -> None:
@@ -89,53 +121,59 @@ class ArmReplay:
         ledger = read_arm(self.run_dir, self.arm)
         records = {str(record.key): record for record in ledger.records if record.outcome != "error"}
         videos = {name: record for record in records.values() if (name := self._video(record))} if last else {}
-        if self.run is None:
+        if self.opened is None:
             if not records:
                 return
-            self.run = self.open_run(self.arm, ledger)
-            self.order = Order(self.run_dir / self.arm / self.tracker / "order")
-            self.numbers: dict[str, int] = {}
-            self.void: set[str] = set()
-        known = set(self.order.entries) - self.void
-        for entry in (*records, *videos):
+            run = self.open_run(self.arm, ledger)
+            order = Order(self.run_dir / self.arm / self.tracker / "order")
+            self.opened = _Opened(run, order, planned_places(self.run_dir))
+        to, order = self.opened, self.opened.order
+        known = set(order.entries) - to.void
+        for entry in (*to.in_order(records, last), *videos):
             if entry not in known:
-                self.order.append(entry)
-        self.void -= records.keys()
-        place = {
-            entry: step for step, entry in enumerate(self.order.entries)
-        }  # of two equal rows the earlier one is void
-        while self.rows < len(self.order.entries):
-            entry = self.order.entries[self.rows]
+                order.append(entry)
+        to.void -= records.keys()
+        place = {entry: step for step, entry in enumerate(order.entries)}  # of two equal rows the earlier one is void
+        while self.rows < len(order.entries):
+            entry = order.entries[self.rows]
             if place[entry] == self.rows:
-                self._log(entry, self.rows, records)
+                self._log(to, entry, self.rows, records)
             self.rows += 1
-        if last:
+        if not last:
+            to.run.summarize(arm_summary(ledger))
+        else:
             summary = arm_summary(ledger) | versus_baseline(self.run_dir, self.arm)
-            self.run.summarize(summary | arithmetic_summary(self.run_dir, self.arm))
+            to.run.summarize(summary | arithmetic_summary(self.run_dir, self.arm))
 
-    def _log(self, entry: str, step: int, records: dict[str, EpisodeRecord]) -> None:
+    def _log(
+        self,
+        to: _Opened,
+        entry: str,
+        step: int,
+        records: Mapping[str, EpisodeRecord],
+    ) -> None:
         if record := records.get(entry):
             self.finished += 1
             self.wins += record.succeeded
-            self.numbers[entry] = self.finished
-            if step >= self.run.have:
-                self.run.log(episode_row(record, self.finished, self.wins), step)
-        elif step < self.run.have:
+            place = to.place(entry)
+            if step >= to.run.have:
+                to.run.log(episode_row(record, place, self.finished, self.wins), step)
+        elif step < to.run.have:
             return
         elif (path := self.run_dir / entry).suffix != ".mp4":
-            self.void.add(entry)
+            to.void.add(entry)
         elif path.is_file():
-            record = next(record for record in records.values() if self._video(record) == entry)
-            row = {"episode": self.numbers[str(record.key)]}
-            self.run.log_video(f"rollout/task{record.task}/{record.outcome}", path, row, step)
+            shown = next(record for record in records.values() if self._video(record) == entry)
+            row: Row = {"episode": to.place(str(shown.key))}
+            to.run.log_video(f"rollout/task{shown.task}/{shown.outcome}", path, row, step)
 
     def _video(self, record: EpisodeRecord) -> str | None:
         path = video_path(self.run_dir, record)
         return str(path.relative_to(self.run_dir)) if path.is_file() else None
 
     def finish(self) -> None:
-        if self.run is not None:
-            self.run.finish(self.rows)
+        if self.opened is not None:
+            self.opened.run.finish(self.rows)
 
 
 def replay(
@@ -241,14 +279,23 @@ def end_children() -> None:
             os.kill(child, signal.SIGKILL)
 
 
-def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
+def planned_places(run_dir: Path) -> dict[str, int]:
+    """Place from 1 of every planned episode, by its key, in order; {} where the run's files do not say what is
+    planned."""
+    declared = read_declaration(run_dir)
+    order = declared.spendable if declared is not None else sorted(read_run(run_dir).planned or ())
+    return {str(key): place for place, key in enumerate(order, start=1)}
+
+
+def episode_row(record: EpisodeRecord, place: int, number: int, wins: int) -> Row:
     """A finished episode as a flat row of numbers and short texts.
 
-    `number` counts the arm's finished episodes from 1 (the x axis), `wins` the successes among them, this one included.
+    `place` is the x axis, the same for the episode in every arm; `number` counts the arm's rows from 1, `wins` the
+    successes among them, this one included.
     """
     low, high = wilson(wins, number)
-    row = {
-        "episode": number,
+    row: Row = {
+        "episode": place,
         "key": str(record.key),
         "suite": record.suite,
         "task": record.task,
@@ -274,11 +321,11 @@ def episode_row(record: EpisodeRecord, number: int, wins: int) -> dict:
     return row
 
 
-def arm_summary(ledger: ArmLedger) -> dict:
+def arm_summary(ledger: ArmLedger) -> Row:
     """What a runs table compares: success with Wilson interval, latency percentiles in ms, kernels, per-task counts,
     and the machines where they answer differently."""
     numbers = summarize_arm(ledger.records)
-    summary = {"arm": ledger.arm} | {name: numbers[name] for name in ("successes", "episodes", "errors")}
+    summary: Row = {"arm": ledger.arm} | {name: numbers[name] for name in ("successes", "episodes", "errors")}
     if numbers["episodes"]:
         low, high = numbers["wilson95"]
         rate = numbers["successes"] / numbers["episodes"]
@@ -295,7 +342,7 @@ def arm_summary(ledger: ArmLedger) -> dict:
     return summary
 
 
-def versus_baseline(run_dir: Path, arm: str) -> dict:
+def versus_baseline(run_dir: Path, arm: str) -> Row:
     """The paired comparison with the baseline, as `qlibero compare` says it; {} for the baseline and without one."""
     if arm == BASELINE or BASELINE not in arms_of(run_dir):
         return {}
@@ -319,7 +366,7 @@ def versus_baseline(run_dir: Path, arm: str) -> dict:
     return {f"versus_{BASELINE}/{name}": value for name, value in numbers.items() if value is not None}
 
 
-def arithmetic_summary(run_dir: Path, arm: str) -> dict:
+def arithmetic_summary(run_dir: Path, arm: str) -> Row:
     """Whether the arm's kernels were found to compute what they claim: "arithmetic/ok", and what there is to say."""
     found = arithmetic(run_dir, {name: read_arm(run_dir, name) for name in arms_of(run_dir)})
     pairs = [pair for pair in found["same"] if arm in (pair["arm"], pair["other"])]
@@ -328,14 +375,14 @@ def arithmetic_summary(run_dir: Path, arm: str) -> dict:
         *tried.get("wrong", ()),
         *(str(SameArithmetic(**pair)) for pair in pairs if pair["equal"] != pair["episodes"]),
     ]
-    summary = {"arithmetic/ok": not problems, "arithmetic/problems": "; ".join(problems)}
+    summary: Row = {"arithmetic/ok": not problems, "arithmetic/problems": "; ".join(problems)}
     summary |= {f"arithmetic/{name}": tried[name] for name in ("repeated", "products") if name in tried}
     if pairs:
         summary |= {f"arithmetic/{name}": sum(pair[name] for pair in pairs) for name in ("equal", "episodes")}
     return summary
 
 
-def kernel_counts(meta: dict) -> dict[str, int]:
+def kernel_counts(meta: Mapping[str, Any]) -> dict[str, int]:
     """How many layers each kernel serves, from the verdict table in the arm's meta.json."""
     counts: dict[str, int] = {}
     for verdict in (meta.get("kernels") or {}).values():

@@ -26,17 +26,20 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.registry import TrackerPlugin
+from qlibero.results.effective import effective_settings, kernel_rows
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
 
 if TYPE_CHECKING:
+    import wandb
+
     from qlibero.config.schema import Tracking
 
 log = logging.getLogger(__name__)
@@ -90,9 +93,10 @@ class WandbRun:
             state, self.have = state.fresh(), 0
         self._init(state, mode="offline")
 
-    def _init(self, state: RunId, **how) -> None:
+    def _init(self, state: RunId, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> None:
         import wandb
 
+        settings = effective_settings(self.experiment, self.arm, self.meta)
         self.run = wandb.init(
             project=self.options.project,
             entity=self.options.entity,
@@ -101,23 +105,43 @@ class WandbRun:
             group=self.options.group or self.name,
             job_type=self.options.job_type,
             notes=self.options.notes,
-            tags=list(dict.fromkeys([self.arm[:64], *self.options.tag])),
+            tags=list(dict.fromkeys([*_tags(settings), *self.options.tag])),
             dir=str(self.directory),
-            config={"arm": self.arm, "experiment": self.experiment, "meta": self.meta},
+            config=settings,
             reinit="create_new",
             settings=_settings(),
-            **how,
+            mode=mode,
+            resume=resume,
         )
+        try:
+            self._attach()
+        except Exception as problem:  # rows matter more, and the file lies beside them
+            print(f"{self.arm}: no artifact ({_discreet(problem)})", file=sys.stderr, flush=True)
 
-    def log(self, row: dict, step: int) -> None:
+    def _attach(self) -> None:
+        """What the arm is, whole, as one artifact: its hundreds of layers would be hundreds of columns of a table."""
+        import wandb
+
+        record = wandb.Artifact(f"{self.run.id}-record", "qlibero-arm", "what the arm is: settings, kernels, layers")
+        for path in (
+            self.directory / "meta.json",
+            *(self.directory.parent / name for name in ("experiment.yaml", "environment.json")),
+        ):
+            if path.is_file():
+                record.add_file(str(path))
+        if rows := kernel_rows(self.meta):
+            record.add(wandb.Table(list(rows[0]), [list(row.values()) for row in rows]), "kernels")
+        self.run.log_artifact(record)
+
+    def log(self, row: replay.Row, step: int) -> None:
         self.run.log(row, step=step, commit=True)
 
-    def log_video(self, key: str, path: Path, row: dict, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
         import wandb
 
         self.run.log({**row, key: wandb.Video(str(path), format="mp4")}, step=step, commit=True)
 
-    def summarize(self, summary: dict) -> None:
+    def summarize(self, summary: replay.Row) -> None:
         self.run.summary.update(summary)
 
     def finish(self, rows: int) -> None:
@@ -156,7 +180,16 @@ class RunId:
         return state
 
 
-def _settings():
+def _tags(settings: dict[str, Any]) -> list[str]:
+    """The arm, and what of its settings people look for."""
+    bits = (settings["weight_bits"], settings["activation_bits"])
+    precision = "W{}A{}".format(*bits) if None not in bits else settings["dtype"]
+    suites = settings["suite"] if isinstance(settings["suite"], list) else [settings["suite"]]
+    said = (settings["arm"], settings["backend"], settings["method"], precision, *suites)
+    return [str(word)[:64] for word in said if word]
+
+
+def _settings() -> wandb.Settings:
     import wandb
 
     return wandb.Settings(
