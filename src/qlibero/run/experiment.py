@@ -221,7 +221,8 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
-    from qlibero.machine.environment import describe, simulator_environment
+    from qlibero.machine.environment import simulator_environment
+    from qlibero.machine.record import describe
     from qlibero.run.arms import load_arms, prompts
     from qlibero.run.episode import PlannedEpisode
     from qlibero.run.latency import fixed_execution
