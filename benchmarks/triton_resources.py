@@ -1,6 +1,6 @@
 """What the Triton kernels cost in registers, shared memory and instructions, for GPUs that are not here.
 
-    python benchmarks/triton_resources.py [--sm 80,86,89,90]
+    python benchmarks/triton_resources.py [--sm 80,86,89,90,100,120]
 
 Triton compiles for a target without a GPU and brings ptxas along, so spills, a shared-memory tile too large for a card,
 a contracted (FMA) epilogue or a product that missed the int8 tensor cores show up on any machine. The last line is
@@ -28,6 +28,7 @@ from qlibero.kernels.triton_tiles import BUCKETS, GROUPED, NARROW, Tile
 from qlibero.policies.pi05.fast import triton_attention, triton_skinny_gemm
 from qlibero.policies.pi05.fast.triton_skinny_gemm import DEEP, GATED, TURNED
 
+INT8_MMA = r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*(?:s32\.s8\.s8|kind::i8)"
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
@@ -246,7 +247,7 @@ def compile_case(case: Case, sm: int) -> dict[str, Any]:
         "spilled_bytes": spilled,
         "shared_kib": round(compiled.metadata.shared / 1024, 1),
         "fits": compiled.metadata.shared <= SHARED_LIMIT_KIB[sm] * 1024,
-        "int8_mma": sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)\S*s32\.s8\.s8", ptx))),
+        "int8_mma": sorted(set(re.findall(INT8_MMA, ptx))),
         "fma": len(re.findall(r"\bfma\.rn", ptx)),
         "async_16_byte_loads": ptx.count("cp.async.cg.shared.global"),
     }
@@ -275,7 +276,7 @@ def _name(tile: Tile) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sm", default="80,86,89,90", help="architectures, comma-separated")
+    parser.add_argument("--sm", default="80,86,89,90,100,120", help="architectures, comma-separated")
     parser.add_argument("--only", default="", help="kernels whose names begin so, comma-separated")
     args = parser.parse_args()
     rows = []
