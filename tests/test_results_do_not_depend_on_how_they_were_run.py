@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from qlibero.results.ledger import read_ledger
+from qlibero.results.ledger import read_ledger, read_trajectory
 
 pytestmark = pytest.mark.libero
 
@@ -107,3 +108,27 @@ def test_videos_afterwards_replay_the_very_episodes(undisturbed, reference):
         assert len(json.loads(stdout.splitlines()[-1])["videos"]) == expected
     assert all(len(list((undisturbed / arm / "videos").glob("*.mp4"))) == 1 for arm in ARMS)
     assert records(undisturbed) == reference
+
+
+def test_a_probe_along_a_run_asks_what_the_run_asked(undisturbed, tiny_experiment):
+    """The arm of the run, asked again along the baseline's episodes: as many calls as were made, of the same scenes."""
+    process = qlibero("probe", tiny_experiment, "--run", undisturbed, "--episodes", 2)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    document = json.loads(stdout.splitlines()[-1])
+    baseline = sorted(read_ledger(undisturbed, "baseline"), key=lambda record: record.key)
+    asked = [baseline[0], baseline[-1]]  # spread over all
+    assert document["observations"] == sum(record.replans for record in asked)
+    (fake,) = document["arms"]
+    of = document["episodes"]
+    assert sorted(set(of)) == sorted(str(record.key) for record in asked)
+    assert set(fake["phases"]) == {"start", "middle", "end"} and fake["flipped"] == 0
+    # where both arms answered the same first observation, their recorded actions differ by as much as the probe says
+    other = {record.key: record for record in read_ledger(undisturbed, "fake")}
+    changes = [
+        read_trajectory(undisturbed, other[record.key])[:5, :6] - read_trajectory(undisturbed, record)[:5, :6]
+        for record in asked
+    ]
+    assert [fake["errors"][of.index(str(record.key))] for record in asked] == pytest.approx(
+        [float(np.sqrt(np.mean(change.astype(float) ** 2))) for change in changes], rel=1e-4
+    )

@@ -113,7 +113,7 @@ def test_offline_view_equals_the_ledger(tmp_path, monkeypatch):
     for arm in ("baseline", "fake"):
         (view,) = offline_runs(run, arm)
         assert view.finished and view.group == "drill" and view.run_id.startswith(arm)
-        assert view.config["experiment"]["suite"] == "libero_object" and view.config["arm"] == arm
+        assert view.config["suite"] == "libero_object" and view.config["arm"] == arm
         assert_equal_to_ledger(view.history, run, arm)
         truth = summarize_arm(read_ledger(run, arm))
         assert {n: view.summary[n] for n in ("successes", "episodes", "errors")} == {
@@ -134,6 +134,50 @@ def test_offline_view_equals_the_ledger(tmp_path, monkeypatch):
     films = [row for row in offline_runs(run, "fake")[0].history if "rollout/task1/success.path" in row]
     assert len(films) == 1 and films[0]["rollout/task1/success.path"].endswith(".mp4")
     assert list((run / "fake" / "wandb").glob("*/files/media/videos/**/*.mp4"))
+
+
+def test_equal_x_is_the_same_episode_in_every_arm_and_each_arm_says_what_it_is(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    experiment = {
+        "name": "drill",
+        "suite": "libero_object",
+        "tasks": [0, 1, 2, 3],
+        "episodes_per_task": 1,
+        "seed": 7,
+        "policy": {"type": "pi05", "flow_steps": 10, "replan_steps": 5},
+        "quant": {"method": "duquant", "activation_bits": 8},
+        "arms": ["baseline", {"name": "w4a4", "backend": "fake", "policy": {"flow_steps": 1}}],
+    }
+    (run / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    kernels = {f"layer{i}": {"kernel": "fake", "verdict": "pass", "reason": "", "shape": "8x8"} for i in range(200)}
+    quant = {"method": "duquant", "layout": "llm", "weight_bits": 4, "activation_bits": 4}
+    of_baseline = {"backend": "baseline", "policy": {"type": "pi05", "dtype": "float32", "flow_steps": 10}}
+    of_w4a4 = {"backend": "fake", "policy": {"type": "pi05", "flow_steps": 1}, "quant": quant, "kernels": kernels}
+    write(run, "baseline", [2, 0])  # as they finished: 1 is still running
+    write_meta(run, "baseline", of_baseline)
+    mirror = start_mirror(run)
+    wait_until(lambda: mirrored(run, "baseline") == 1)
+    write(run, "w4a4", [3, 1, 0])
+    write_meta(run, "w4a4", of_w4a4)
+    write(run, "baseline", [3, 1])
+    said = mirror.finish(300)
+    assert said["complete"], log_path(run, "wandb").read_text()
+    views = {arm: offline_runs(run, arm)[0] for arm in ("baseline", "w4a4")}
+    places = {arm: {row["episode"]: row["key"] for row in view.history} for arm, view in views.items()}
+    keys = [f"libero_object/{task}/0/7" for task in range(4)]
+    assert places["baseline"] == dict(zip((1, 2, 3, 4), keys, strict=True))
+    assert places["w4a4"] == {1: keys[0], 2: keys[1], 4: keys[3]}
+    for view in views.values():
+        assert [row["episode"] for row in view.history] == sorted(row["episode"] for row in view.history)
+    configs = {arm: view.config for arm, view in views.items()}
+    shown = ("backend", "method", "layout", "weight_bits", "activation_bits", "flow_steps", "suite", "seed")
+    assert [configs["w4a4"][key] for key in shown] == ["fake", "duquant", "llm", 4, 4, 1, "libero_object", 7]
+    assert [configs["baseline"][key] for key in shown] == ["baseline", None, None, None, None, 10, "libero_object", 7]
+    assert configs["baseline"].keys() == configs["w4a4"].keys() and len(configs["w4a4"]) < 40
+    assert [key for key, value in configs["w4a4"].items() if isinstance(value, dict)] in ([], ["_wandb"])  # its own
+    assert views["w4a4"].tags == ["w4a4", "fake", "duquant", "W4A4", "libero_object"] and views["w4a4"].group == "drill"
+    assert views["w4a4"].artifacts == {"qlibero-arm": ["experiment.yaml", "kernels.table.json", "meta.json"]}
 
 
 def test_no_row_lost_or_doubled_when_mirror_or_service_is_killed(tmp_path):
@@ -221,6 +265,7 @@ def test_online_restart_continues_exactly_and_host_and_key_are_written_nowhere(t
         assert_equal_to_ledger(server.rows(run_id), run, "baseline")
         assert server.group[run_id] == "drill"
         assert server.summary[run_id]["episodes"] == 7
+        assert "CreateArtifact" in server.requests and "no artifact" not in log_path(run, "wandb").read_text()
     for path in run.rglob("*"):
         if path.is_file():
             written = path.read_bytes()

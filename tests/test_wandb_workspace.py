@@ -40,7 +40,7 @@ def test_every_metric_on_the_dashboard_is_logged(run, capfd):
     for arm in arms_of(run):
         ledger = read_arm(run, arm)
         logged |= {*arm_summary(ledger), *versus_baseline(run, arm)}
-        logged |= {name for record in ledger.records for name in episode_row(record, 1, 1)}
+        logged |= {name for record in ledger.records for name in episode_row(record, 1, 1, 1)}
     assert len(shown) > 20
     assert {name.removeprefix("summary:") for name in shown} <= logged
     sections = [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]]

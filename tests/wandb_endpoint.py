@@ -155,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "historyLineCount": len(server.history.get(run_id, {})),
             }
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": inserted}}}
+        if name == "ArtifactType":
+            return {"data": {"project": {"artifact": None}}}
         if name == "CreateArtifact":
             sequence = {"id": "s1", "latestArtifact": {"id": "art1", "versionIndex": 0}}
             artifact = {"id": "art1", "state": "COMMITTED", "artifactSequence": sequence}

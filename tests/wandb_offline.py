@@ -25,6 +25,9 @@ class OfflineRun:
     history: list[dict] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    artifacts: dict[str, list[str]] = field(default_factory=dict)
+    """Files of each artifact, by its type."""
     finished: bool = False
 
 
@@ -37,10 +40,13 @@ def read_offline_run(path: Path) -> OfflineRun:
         if kind == "run":
             run.run_id, run.group = record.run.run_id, record.run.run_group
             run.config |= _items(record.run.config.update)
+            run.tags = list(record.run.tags)
         elif kind == "history":
             run.history.append(_items(record.history.item))
         elif kind == "summary":
             run.summary |= _items(record.summary.update)
+        elif kind == "artifact":
+            run.artifacts[record.artifact.type] = sorted(file.path for file in record.artifact.manifest.contents)
         elif kind == "exit":
             run.finished = True
     return run

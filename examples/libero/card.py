@@ -16,8 +16,6 @@ from qlibero.results.ledger import read_ledger
 from qlibero.results.summary import percentiles, policy_calls
 from qlibero.stats.proportions import wilson
 
-LAYOUTS = ("llm", "llm+expert_mlp", "llm+expert")
-
 
 def success(runs: Iterable[Path]) -> list[list[str]]:
     """Per suite: successes of episodes, Wilson interval, every task, latency of a policy call."""
@@ -46,11 +44,11 @@ def quantization(run: Path) -> list[list[str]]:
     """Per arm against the reference: success, flips, Δ with its interval, McNemar, action error, steps, jerk."""
     arms = compare_runs([run])["arms"]
     rows = []
-    for name, arm in sorted(arms.items(), key=lambda item: (not item[1]["control"], LAYOUTS.index(layout(item[0])))):
+    for arm in sorted(arms.values(), key=lambda arm: not arm["control"]):
         summary, quality = arm["summary"], arm["quality"]
         rows.append(
             [
-                name,
+                arm["label"],
                 f"{summary['successes']}/{summary['episodes']}",
                 str(arm["pairs"]),
                 str(arm["broken"]),
@@ -64,11 +62,6 @@ def quantization(run: Path) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def layout(arm: str) -> str:
-    """The layout in an arm's name, "precision[-method][-layout]"; `llm` where none is named."""
-    return next((name for name in LAYOUTS if arm.endswith(f"-{name}")), "llm")
 
 
 def changed(measure: dict | None, digits: int) -> str:

@@ -264,6 +264,15 @@ def build_parser() -> Parser:
         policy=True,
     )
     arguments.config(command)
+    command.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN_DIR",
+        help="ask along recorded episodes of this run's baseline, replayed, and say which flips that foretold",
+    )
+    command.add_argument(
+        "--episodes", type=arguments.count, default=20, metavar="N", help="with --run: how many (default: 20)"
+    )
 
     command = add(
         "allocate",

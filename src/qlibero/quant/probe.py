@@ -7,6 +7,8 @@ What comes of it is open loop: it says how far the next actions move, not whethe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,11 +20,37 @@ from qlibero.quant.held_out import PHASES, unseen
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Experiment
+    from qlibero.policies.base import Observation, QuantizablePolicy
 
 
-def probe(experiment: Experiment) -> dict[str, Any]:
-    """Ask every arm. Returns {"experiment", "observations", "source", "arms": [{"arm", "label", "arm_error", "arm95",
-    "ratio", "ratio95", "gripper_changed", "gripper_actions", "phases": {phase: median}}]}.
+@dataclass(frozen=True)
+class Questions:
+    """What arms are asked. noise (n, H, D) float32; phases: a word of `PHASES` for each observation; unseen: whether no
+    arm was fitted on any of them; source: where they come from; episodes: of which each is part, if of any."""
+
+    observations: Sequence[Observation]
+    noise: np.ndarray
+    phases: Sequence[str]
+    unseen: bool
+    source: str
+    episodes: Sequence[str] = ()
+
+
+def of_demonstrations(experiment: Experiment, policy: QuantizablePolicy) -> Questions:
+    """Observations of the experiment's calibration file that none of its arms was fitted on."""
+    from qlibero.quant.prepare import noise_for
+
+    data, phases, fresh = unseen([arm.quant for arm in experiment.arms() if arm.quant is not None])
+    noise = noise_for(policy, len(data.observations), experiment.seed)
+    return Questions(data.observations, noise, phases, fresh, data.source)
+
+
+def probe(
+    experiment: Experiment, questions: Callable[[Experiment, QuantizablePolicy], Questions] = of_demonstrations
+) -> dict[str, Any]:
+    """Ask every arm. Returns {"experiment", "observations", "source", "episodes": of which each observation is part,
+    "arms": [{"arm", "label", "arm_error", "arm95", "ratio", "ratio95", "gripper_changed", "gripper_actions", "phases":
+    {phase: median}, "errors": one an observation}]}.
 
     arm_error is the median over observations of the root mean square change of the arm's executed actions; ratio the
     geometric mean, over observations, of this arm's change over the first quantized arm's, with its 95 % interval.
@@ -34,21 +62,20 @@ def probe(experiment: Experiment) -> dict[str, Any]:
     from qlibero.config.arms import Arm, overrides_of
     from qlibero.policies.base import RearrangeablePolicy, quantizable
     from qlibero.quant.apply import quantize_policy
-    from qlibero.quant.prepare import artifact_for, noise_for
+    from qlibero.quant.prepare import artifact_for
     from qlibero.quant.shared_weights import full_policies
 
     torch.set_num_threads(1)
     arms = [arm for arm in experiment.arms() if arm.backend != "baseline" or arm.policy != experiment.policy]
     if not arms:
         raise UserError(f"experiment {experiment.name} has no arm beside the baseline; add one to `arms`, such as fake")
-    quants = [arm.quant for arm in arms if arm.quant is not None]
-    data, phases, fresh = unseen(quants)
     reference = Arm("", "baseline", None, experiment.policy)  # its name is no arm's
     policies = full_policies([reference, *arms])
     policy = quantizable(policies[""])
-    noise = noise_for(policy, len(data.observations), experiment.seed)
+    asked_of = questions(experiment, policy)
+    noise, phases = asked_of.noise, np.array(asked_of.phases)
     steps = experiment.policy.replan_steps
-    exact = policy.infer(data.observations, noise).actions
+    exact = policy.infer(asked_of.observations, noise).actions
     rows: list[dict[str, Any]] = []
     first: np.ndarray | None = None
     for index, arm in enumerate(arms):
@@ -63,7 +90,7 @@ def probe(experiment: Experiment) -> dict[str, Any]:
             asked = quantize_policy(quantizable(asked), artifact_for(asked, arm.quant), "fake")
         elif arm.backend == "aa":
             asked = cast("RearrangeablePolicy", asked).rearranged(arm.replicate)
-        found = asked.infer(data.observations, noise).actions
+        found = asked.infer(asked_of.observations, noise).actions
         errors, summary = arm_error(exact, found, steps), action_error(exact, found, steps)
         if first is None and arm.quant is not None:
             first = errors
@@ -77,18 +104,18 @@ def probe(experiment: Experiment) -> dict[str, Any]:
                 "gripper_changed": summary.gripper_changed,
                 "gripper_actions": summary.gripper_actions,
                 "phases": {
-                    phase: float(np.median(errors[here]))
-                    for phase in PHASES
-                    if (here := np.array([p == phase for p in phases])).any()
+                    phase: float(np.median(errors[here])) for phase in PHASES if (here := phases == phase).any()
                 },
+                "errors": errors.tolist(),
             }
         )
     return {
         "experiment": experiment.name,
         "observations": len(exact),
-        "unseen": fresh,
+        "unseen": asked_of.unseen,
         "steps": steps,
-        "source": data.source,
+        "source": asked_of.source,
+        "episodes": list(asked_of.episodes),
         "arm_action": action_error(exact, exact, steps).arm_action,
         "arms": rows,
     }
@@ -119,6 +146,7 @@ def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
             "95 % ": between(row["ratio95"], 2),
             "gripper": f"{row['gripper_changed']}/{row['gripper_actions']}",
             **{phase: f"{value:.4f}" for phase, value in row["phases"].items()},
+            **({"flips, AUC": row["flips"]} if "flips" in row else {}),
         }
         for row in document["arms"]
     ]

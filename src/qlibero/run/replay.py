@@ -53,19 +53,43 @@ def record_all(
 ) -> list[Path]:
     """Replay `(record, trajectory (steps, 10), path.mp4)` and return the videos written; `on_video` hears how many.
 
-    Raises `WorkFailed` when a replay differs from its record: then the record, or the simulator, is not what it says;
-    and when a video cannot be written. A simulator that dies costs its video, nothing else.
+    Raises like `replay_all`, and `WorkFailed` when a video cannot be written.
+    """
+    written: list[Path] = []
+    for _, _, path in episodes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def ended(record: EpisodeRecord, path: Path | None) -> None:
+        assert path is not None, "every episode here has one"
+        if not path.exists():
+            raise WorkFailed(f"{path}: the video could not be written (is the disk full?)")
+        written.append(path)
+        on_video(len(written))
+
+    replay_all(episodes, pool, protocol, ended)
+    return written
+
+
+def replay_all(
+    episodes: Sequence[tuple[EpisodeRecord, np.ndarray, Path | None]],
+    pool: SimulatorPool,
+    protocol: str,
+    on_end: Callable[[EpisodeRecord, Path | None], None],
+    on_observed: Callable[[EpisodeRecord, Observed], None] = lambda record, event: None,
+) -> None:
+    """Replay `(record, trajectory (steps, 10), path.mp4 or None)`. `on_observed` sees what the policy was shown before
+    each of its calls, and must copy what it keeps; `on_end` hears of every episode that came to its end.
+
+    Raises `WorkFailed` when a replay differs from its record: then the record, or the simulator, is not what it says.
+    A simulator that dies costs its episode, nothing else.
     """
     waiting = deque(episodes)
-    running: dict[int, tuple[EpisodeRecord, np.ndarray, Path]] = {}
-    written: list[Path] = []
+    running: dict[int, tuple[EpisodeRecord, np.ndarray, Path | None]] = {}
 
     def start(worker: int) -> None:
-        if not waiting:
-            return
-        record, trajectory, path = running[worker] = waiting.popleft()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pool.start(worker, Assignment(record.key, protocol, record.steps, path))
+        if waiting:
+            record, _, path = running[worker] = waiting.popleft()
+            pool.start(worker, Assignment(record.key, protocol, record.steps, path))
 
     for worker in range(pool.workers):
         start(worker)
@@ -73,6 +97,7 @@ def record_all(
         for event in pool.wait(1.0):
             record, trajectory, path = running[event.worker]
             if isinstance(event, Observed):
+                on_observed(record, event)
                 until = event.step + (record.replan_steps or REPLAN_STEPS)
                 pool.act(event.worker, trajectory[event.step : until, :7])
                 continue
@@ -81,16 +106,17 @@ def record_all(
                 try:
                     _same_episode(record, event)
                 except WorkFailed:
-                    path.unlink(missing_ok=True)  # of whatever it shows, it is not this record's
+                    _forget(path)  # of whatever it shows, it is not this record's
                     raise
-                if not path.exists():
-                    raise WorkFailed(f"{path}: the video could not be written (is the disk full?)")
-                written.append(path)
-                on_video(len(written))
+                on_end(record, path)
             elif isinstance(event, Died):
-                path.unlink(missing_ok=True)
+                _forget(path)
             start(event.worker)
-    return written
+
+
+def _forget(path: Path | None) -> None:
+    if path is not None:
+        path.unlink(missing_ok=True)
 
 
 def _same_episode(record: EpisodeRecord, event: Finished) -> None:

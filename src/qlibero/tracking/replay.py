@@ -2,7 +2,10 @@
 
 What every tracker shows is decided here; the trackers only know how to log. The rows of an arm have a fixed order,
 written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows it
-holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. A note of what *was* logged
+holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. It is the order of the
+episodes' keys (under `stop` the declared one), and a row's x is its episode's place among all that are planned: equal x
+is the same episode in every arm. So while a run goes on an episode is shown once all before it are; the summary counts
+what has finished. A note of what *was* logged
 would not do: a mirror killed between the two loses or doubles a row. A row whose record the ledger has lost since (its
 tail was torn) and which the tracker does not hold is void: the episode is run again and gets a new row.
 
@@ -15,13 +18,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +37,7 @@ from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
+from qlibero.results.stopping import read_declaration
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.stats.proportions import wilson
 from qlibero.tracking.mirror import children, write_state
@@ -82,10 +87,21 @@ class _Opened:
 
     run: TrackerRun
     order: Order
-    numbers: dict[str, int] = field(default_factory=dict)
-    """How many episodes had finished with each."""
+    places: dict[str, int]
+    """Of every planned episode, from 1, in order (see `planned_places`)."""
     void: set[str] = field(default_factory=set)
     """Entries that the ledger no longer has."""
+
+    def in_order(self, records: Iterable[str], last: bool) -> list[str]:
+        """Finished episodes that have a row by now: on the last look all, else those that none before is missing of."""
+        found = dict.fromkeys(records)
+        order = (key for key in self.places if key in found) if last else self.places
+        planned = list(itertools.takewhile(found.__contains__, order))
+        return planned + [key for key in found if key not in self.places]
+
+    def place(self, entry: str) -> int:
+        """From 1. An episode that is planned no more, or in no plan, stands behind those that are."""
+        return self.places.setdefault(entry, len(self.places) + 1)
 
 
 class ArmReplay:
@@ -109,10 +125,11 @@ class ArmReplay:
             if not records:
                 return
             run = self.open_run(self.arm, ledger)
-            self.opened = _Opened(run, Order(self.run_dir / self.arm / self.tracker / "order"))
+            order = Order(self.run_dir / self.arm / self.tracker / "order")
+            self.opened = _Opened(run, order, planned_places(self.run_dir))
         to, order = self.opened, self.opened.order
         known = set(order.entries) - to.void
-        for entry in (*records, *videos):
+        for entry in (*to.in_order(records, last), *videos):
             if entry not in known:
                 order.append(entry)
         to.void -= records.keys()
@@ -122,7 +139,9 @@ class ArmReplay:
             if place[entry] == self.rows:
                 self._log(to, entry, self.rows, records)
             self.rows += 1
-        if last:
+        if not last:
+            to.run.summarize(arm_summary(ledger))
+        else:
             summary = arm_summary(ledger) | versus_baseline(self.run_dir, self.arm)
             to.run.summarize(summary | arithmetic_summary(self.run_dir, self.arm))
 
@@ -136,16 +155,16 @@ class ArmReplay:
         if record := records.get(entry):
             self.finished += 1
             self.wins += record.succeeded
-            to.numbers[entry] = self.finished
+            place = to.place(entry)
             if step >= to.run.have:
-                to.run.log(episode_row(record, self.finished, self.wins), step)
+                to.run.log(episode_row(record, place, self.finished, self.wins), step)
         elif step < to.run.have:
             return
         elif (path := self.run_dir / entry).suffix != ".mp4":
             to.void.add(entry)
         elif path.is_file():
             shown = next(record for record in records.values() if self._video(record) == entry)
-            row: Row = {"episode": to.numbers[str(shown.key)]}
+            row: Row = {"episode": to.place(str(shown.key))}
             to.run.log_video(f"rollout/task{shown.task}/{shown.outcome}", path, row, step)
 
     def _video(self, record: EpisodeRecord) -> str | None:
@@ -260,14 +279,23 @@ def end_children() -> None:
             os.kill(child, signal.SIGKILL)
 
 
-def episode_row(record: EpisodeRecord, number: int, wins: int) -> Row:
+def planned_places(run_dir: Path) -> dict[str, int]:
+    """Place from 1 of every planned episode, by its key, in order; {} where the run's files do not say what is
+    planned."""
+    declared = read_declaration(run_dir)
+    order = declared.spendable if declared is not None else sorted(read_run(run_dir).planned or ())
+    return {str(key): place for place, key in enumerate(order, start=1)}
+
+
+def episode_row(record: EpisodeRecord, place: int, number: int, wins: int) -> Row:
     """A finished episode as a flat row of numbers and short texts.
 
-    `number` counts the arm's finished episodes from 1 (the x axis), `wins` the successes among them, this one included.
+    `place` is the x axis, the same for the episode in every arm; `number` counts the arm's rows from 1, `wins` the
+    successes among them, this one included.
     """
     low, high = wilson(wins, number)
     row: Row = {
-        "episode": number,
+        "episode": place,
         "key": str(record.key),
         "suite": record.suite,
         "task": record.task,

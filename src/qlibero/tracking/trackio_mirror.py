@@ -18,6 +18,7 @@ from pathlib import Path
 from qlibero.console import count_text
 from qlibero.errors import UserError, WorkFailed
 from qlibero.registry import TrackerPlugin
+from qlibero.results.effective import effective_settings
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay
@@ -35,13 +36,16 @@ class TrackioRun:
 
         experiment = read_run(run_dir).experiment
         self.arm, self.rows, self.database = arm, 0, run_dir / "trackio"
+        self.following = 1  # the first step behind all rows
         project = str(experiment.get("name") or run_dir.resolve().name)
-        config = {"arm": arm, "experiment": experiment, "meta": ledger.meta}
+        config = effective_settings(experiment, arm, ledger.meta)
         quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self.run = trackio.init(project=project, name=arm, group=project, config=config, **quiet)
 
     def log(self, row: replay.Row, step: int) -> None:
-        self.run.log(row, step=step)
+        place = int(row.get("episode", self.following))  # trackio's x axis is its step
+        self.run.log(row, step=place)
+        self.following = max(self.following, place + 1)
         self.rows += 1
 
     def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:

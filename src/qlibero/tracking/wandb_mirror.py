@@ -26,11 +26,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.registry import TrackerPlugin
+from qlibero.results.effective import effective_settings, kernel_rows
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay, wandb_environment
@@ -95,6 +96,7 @@ class WandbRun:
     def _init(self, state: RunId, mode: Literal["online", "offline"], resume: Literal["allow"] | None = None) -> None:
         import wandb
 
+        settings = effective_settings(self.experiment, self.arm, self.meta)
         self.run = wandb.init(
             project=self.options.project,
             entity=self.options.entity,
@@ -103,14 +105,33 @@ class WandbRun:
             group=self.options.group or self.name,
             job_type=self.options.job_type,
             notes=self.options.notes,
-            tags=list(dict.fromkeys([self.arm[:64], *self.options.tag])),
+            tags=list(dict.fromkeys([*_tags(settings), *self.options.tag])),
             dir=str(self.directory),
-            config={"arm": self.arm, "experiment": self.experiment, "meta": self.meta},
+            config=settings,
             reinit="create_new",
             settings=_settings(),
             mode=mode,
             resume=resume,
         )
+        try:
+            self._attach()
+        except Exception as problem:  # rows matter more, and the file lies beside them
+            print(f"{self.arm}: no artifact ({_discreet(problem)})", file=sys.stderr, flush=True)
+
+    def _attach(self) -> None:
+        """What the arm is, whole, as one artifact: its hundreds of layers would be hundreds of columns of a table."""
+        import wandb
+
+        record = wandb.Artifact(f"{self.run.id}-record", "qlibero-arm", "what the arm is: settings, kernels, layers")
+        for path in (
+            self.directory / "meta.json",
+            *(self.directory.parent / name for name in ("experiment.yaml", "environment.json")),
+        ):
+            if path.is_file():
+                record.add_file(str(path))
+        if rows := kernel_rows(self.meta):
+            record.add(wandb.Table(list(rows[0]), [list(row.values()) for row in rows]), "kernels")
+        self.run.log_artifact(record)
 
     def log(self, row: replay.Row, step: int) -> None:
         self.run.log(row, step=step, commit=True)
@@ -157,6 +178,15 @@ class RunId:
     def _kept(state: RunId) -> RunId:
         files.replace(state.path, state.run_id + (" online" if state.seen_online else "") + "\n")
         return state
+
+
+def _tags(settings: dict[str, Any]) -> list[str]:
+    """The arm, and what of its settings people look for."""
+    bits = (settings["weight_bits"], settings["activation_bits"])
+    precision = "W{}A{}".format(*bits) if None not in bits else settings["dtype"]
+    suites = settings["suite"] if isinstance(settings["suite"], list) else [settings["suite"]]
+    said = (settings["arm"], settings["backend"], settings["method"], precision, *suites)
+    return [str(word)[:64] for word in said if word]
 
 
 def _settings() -> wandb.Settings:

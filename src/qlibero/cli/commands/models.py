@@ -36,9 +36,11 @@ def probe(args: argparse.Namespace) -> Document:
     from qlibero.config.load import load_experiment
     from qlibero.quant.probe import probe as ask
     from qlibero.quant.probe import readable
+    from qlibero.run.probe_run import probe_along
 
+    experiment = load_experiment(args.config, args.set)
     with PhaseProgress():
-        document = ask(load_experiment(args.config, args.set))
+        document = ask(experiment) if args.run is None else probe_along(experiment, args.run, args.episodes)
     seen = "that no arm was fitted on" if document["unseen"] else "some of which arms were fitted on"
     table(
         readable(document),
