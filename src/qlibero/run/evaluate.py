@@ -35,7 +35,6 @@ from qlibero.results.runs import RunResults, read_run
 from qlibero.results.summary import counts
 from qlibero.run.arms import probe
 from qlibero.run.episode import PlannedEpisode
-from qlibero.run.experiment import gpu_batch
 from qlibero.run.network import left_as_it_was, network_of, weights_sha256
 from qlibero.run.noise import RECIPE
 from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
@@ -214,7 +213,8 @@ def _run_missing(
         ledger.bind(meta | physics)
         _describe(run_dir, said)
         files.replace(run_dir / "environment.json", json.dumps(environment | physics, indent=2) + "\n")
-        fitting = simulators(workers, len(todo), gpu_batch=gpu_batch([policy]))
+        on_gpu = policy.provenance().get("device") == "cuda"
+        fitting = simulators(workers, len(todo), gpu_batch=policy.batch_size if on_gpu else None)
         log.info("%d of %d episodes with %d simulators: %s", len(todo), len(keys), fitting.workers, fitting.why)
         pool = stack.enter_context(SimulatorPool(fitting.workers, environment=simulator_environment()))
 
