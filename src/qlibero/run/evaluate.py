@@ -24,7 +24,8 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.identity import text_sha256
 from qlibero.machine.capacity import simulators
-from qlibero.machine.environment import describe, simulator_environment
+from qlibero.machine.environment import simulator_environment
+from qlibero.machine.record import describe
 from qlibero.policies.base import Policy
 from qlibero.results import compare as comparing
 from qlibero.results.comparison import ArmComparison

@@ -257,7 +257,8 @@ def _run_in(
     on_result: Callable[[Path], None],
 ) -> list[dict[str, Any]]:
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
-    from qlibero.machine.environment import describe, simulator_environment
+    from qlibero.machine.environment import simulator_environment
+    from qlibero.machine.record import describe
     from qlibero.run.arms import load_arms, prompts
     from qlibero.run.latency import fixed_execution
     from qlibero.run.pace import Pace
