@@ -36,11 +36,14 @@ class RunResults:
     def planned(self) -> frozenset[EpisodeKey] | None:
         """The episodes of each arm that the experiment asks for; None where its files do not say."""
         said = self.experiment
-        suite, tasks, each = said.get("suite"), said.get("tasks"), said.get("episodes_per_task")
-        if tasks == "all":
-            tasks = [int(task) for task in (self.environment.get("instructions") or {}).get(suite) or ()]
+        named, tasks, each = said.get("suite"), said.get("tasks") or [], said.get("episodes_per_task")
+        suites = named if isinstance(named, list) else [named]
+        told = self.environment.get("instructions") or {}
+        of_suite = {
+            suite: [int(task) for task in told.get(suite) or ()] if tasks == "all" else tasks for suite in suites
+        }
         seeds = said.get("seeds") or [said.get("seed")]
-        if not suite or not tasks or not each or None in seeds:
+        if not all(suites) or not all(of_suite.values()) or not each or None in seeds:
             return None
         inits, kind = said.get("inits"), OFFICIAL
         if isinstance(inits, dict):
@@ -48,7 +51,11 @@ class RunResults:
         elif inits == BASE:
             kind = BASE
         return frozenset(
-            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(each) for seed in seeds
+            EpisodeKey(suite, t, init, seed, kind)
+            for suite in suites
+            for t in of_suite[suite]
+            for init in range(each)
+            for seed in seeds
         )
 
     @property
