@@ -37,7 +37,7 @@ class RunResults:
         """The episodes of each arm that the experiment asks for; None where its files do not say."""
         said = self.experiment
         named, tasks, each = said.get("suite"), said.get("tasks") or [], said.get("episodes_per_task")
-        suites = named if isinstance(named, list) else [named]
+        suites: list[Any] = named if isinstance(named, list) else [named]
         told = self.environment.get("instructions") or {}
         of_suite = {
             suite: [int(task) for task in told.get(suite) or ()] if tasks == "all" else tasks for suite in suites
