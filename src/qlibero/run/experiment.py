@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,8 @@ def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> lis
     """
     kind, count = experiment.initial_states()
     keys = [
-        EpisodeKey(experiment.suite, task, init, seed, kind)
-        for task in experiment.task_ids()
+        EpisodeKey(suite, task, init, seed, kind)
+        for suite, task in experiment.all_tasks()
         for init in range(count)
         for seed in experiment.all_seeds()
     ]
@@ -280,13 +281,17 @@ def _run_in(
         "instructions": _instructions(experiment),
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
-    with PhysicsCheck(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+    with ExitStack() as stack:
+        inside = worker_environment(simulator_environment())
+        guards = {
+            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"])) for suite in experiment.suites
+        }
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, before, run_dir, watched)
-        simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
+        for suite, arm in product(experiment.suites, arms):
+            meta[arm.name]["identity"] |= parts(suite, simulator, experiment.initial_states()[0])
         for arm in arms:
-            meta[arm.name]["identity"] |= simulated
             hash_ = config_hash(experiment, arm)
             execution = fixed_execution(run_dir, arm, policies[arm.name], prompts(experiment), meta[arm.name], hash_)
             if execution is not None:
@@ -295,11 +300,15 @@ def _run_in(
             wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
-        report = guard.enforce()
-    for task in sorted(set(experiment.task_ids()) & FLAWS.get(experiment.suite, {}).keys()):
-        log.warning(f"{experiment.suite} task {task} contradicts itself: {FLAWS[experiment.suite][task]}")
-    log.info(f"physics check: {report.summary()}")
-    physics = {"passport": report.to_json()}
+        reports = {suite: guard.enforce() for suite, guard in guards.items()}
+    for suite, task in experiment.all_tasks():
+        if flaw := FLAWS.get(suite, {}).get(task):
+            log.warning(f"{suite} task {task} contradicts itself: {flaw}")
+    for suite, report in reports.items():
+        log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
+    physics: dict[str, Any] = {"passport": reports[experiment.suites[0]].to_json()}
+    if len(reports) > 1:
+        physics = {"passport": {suite: report.to_json() for suite, report in reports.items()}}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
@@ -307,7 +316,7 @@ def _run_in(
 
     settings = RolloutSettings(
         protocol=experiment.protocol,
-        max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
+        max_steps={suite: experiment.max_steps or get_suite(suite).max_steps for suite in experiment.suites},
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
         paces={
@@ -409,4 +418,7 @@ def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
     """{suite: {task: what the policy is told}}: part of what a run ran in, as reports are read where LIBERO is not."""
     from qlibero.sim.suites import task_language
 
-    return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
+    return {
+        suite: {str(task): task_language(suite, task) for task in experiment.task_ids(suite)}
+        for suite in experiment.suites
+    }
