@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+import unicodedata
+
 import pytest
+from rich.text import Text
 
 from qlibero import quoting
 from qlibero.console import console, print_line, table
-from qlibero.reporting.html.markup import el, join
+from qlibero.reporting.html.markup import el, join, script_json
+from qlibero.reporting.rich_tables import titled_table
 
 BIDI = ["\u202e", "\u2066", "\u2069", "\u200f", "\u061c"]
 
@@ -31,9 +37,33 @@ def test_other_scripts_and_emoji_are_left_alone(capsys):
     assert capsys.readouterr().err.count(name) == 2 and name in el("b", name)
 
 
-def test_escape_sequences_do_not_reach_the_terminal(capsys):
-    print_line("\x1b]0;title\x07\x1b[31mred")
-    assert "\x1b" not in capsys.readouterr().err
+ESCAPES = ["\x1b[31mred", "\x1b]0;title\x07", "\x1b[2J", "\x1b[8mhidden", "\x9b31m", "a\rb", "a\x08b"]
+
+
+@pytest.mark.parametrize("name", ESCAPES, ids=ascii)
+@pytest.mark.parametrize("coloured", [False, True])
+def test_escape_sequences_do_not_reach_the_terminal(name, coloured, capsys, monkeypatch):
+    """Colours of our own do, where a terminal has them: a name in red is red, and hides nothing."""
+    if coloured:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    print_line(name)
+    table([{"arm": name, "x": name}], title=name)
+    console().print(Text(name, style="red"))
+    found = titled_table(name, "arm")
+    found.add_column("x")
+    found.add_row(name, Text(name))
+    console().print(found)
+    said = capsys.readouterr().err
+    assert coloured == ("\x1b[31m" in said) and "\x1b[8m" not in said and "\x1b[2J" not in said
+    plain = re.sub(r"\x1b\[[013]?1?m", "", said)
+    assert {c for c in plain if unicodedata.category(c) == "Cc"} == {"\n"}
+
+
+def test_texts_of_the_pages_script_are_as_harmless_as_the_pages(capsys):
+    page = script_json({"a\u202eb": ["\x1b[31m", "</script>\u2028", ("\u2066", 1.5, None)]}, "data")
+    assert json.loads(page.partition(">")[2].removesuffix("</script>")) == {
+        "a\\u202eb": ["\\u001b[31m", "</script>\\u2028", ["\\u2066", 1.5, None]]
+    }
 
 
 @pytest.mark.parametrize(

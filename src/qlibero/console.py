@@ -61,25 +61,17 @@ class _Lines(logging.Handler):
 
 
 def console() -> Console:
-    """A new console on stderr."""
-    from rich.console import Console
+    """A new console on stderr. Escape sequences and other controls in what it is given are shown, not obeyed."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
-    stream: Any = _Visible(sys.stderr)
-    found = Console(file=stream, highlight=False)
-    return found if found.is_terminal else Console(file=stream, highlight=False, width=PLAIN_WIDTH)
+    class Shown(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else visible(text), style, control)
 
-
-class _Visible:
-    """A stream on which names from configs and from other people's files cannot turn the writing direction."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return int(self._stream.write(visible(text, colours=True)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    found = Shown(file=sys.stderr, highlight=False)
+    return found if found.is_terminal else Shown(file=sys.stderr, highlight=False, width=PLAIN_WIDTH)
 
 
 def table(rows: list[dict[str, Any]], title: str) -> None:
@@ -150,9 +142,9 @@ def _cell(value: Any) -> str:
     return (
         ""
         if value is None
-        else ", ".join(map(str, value))
+        else visible(", ".join(map(str, value)))
         if isinstance(value, list | tuple)
         else f"{value:,}"
         if isinstance(value, int)
-        else pasteable(str(value))
+        else pasteable(visible(str(value)))
     )

@@ -68,15 +68,11 @@ def markdown(text: str) -> str:
     return re.sub(r"\](?=[(\[:])", r"\]", text).replace("://", ":\\//")
 
 
-def visible(text: str, colours: bool = False) -> str:
-    """Text for a terminal or a page: controls of the terminal and of the writing direction are shown, not obeyed.
-
-    `colours`: escape sequences are our own, and stay.
-    """
-    if text.isascii() and (colours or text.isprintable()):
+def visible(text: str) -> str:
+    """Text for a terminal or a page: controls of the terminal and of the writing direction are shown, not obeyed."""
+    if text.isascii() and text.isprintable():
         return text
-    kept = "\n\t" + "\r\x1b" * colours
-    return "".join(c if c in kept or not _acts(c) else f"\\u{ord(c):04x}" for c in text)
+    return "".join(c if c in "\n\t" or not _acts(c) else f"\\u{ord(c):04x}" for c in text)
 
 
 def _plain(value: str) -> bool:

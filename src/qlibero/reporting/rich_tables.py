@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from qlibero.quoting import visible
 from qlibero.results.paired_outcomes import Word
 from qlibero.results.wording import p_text
 
@@ -23,8 +24,8 @@ class Name:
     that has room."""
 
     def __init__(self, name: str):
-        self.name = name
-        self.parts = re.findall(r".+?(?:[-_+/. ]+|$)", name)
+        self.name = visible(name)
+        self.parts = re.findall(r".+?(?:[-_+/. ]+|$)", self.name)
 
     def __rich_console__(self, to: Console, options: ConsoleOptions) -> RenderResult:
         lines = [""]

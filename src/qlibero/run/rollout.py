@@ -90,6 +90,13 @@ class _Queue:
         return self.groups[own].popleft()
 
 
+def first_tasks(plan: Sequence[PlannedEpisode], workers: int) -> list[tuple[str, int]]:
+    """Suite and task with which each worker of `run_episodes` will begin, for those that will have something to do."""
+    queue = _Queue(plan)
+    first = (queue.next_for(worker) for worker in range(workers))
+    return [(following[0].key.suite, following[0].key.task) for following in first if following is not None]
+
+
 def run_episodes(
     plan: Sequence[PlannedEpisode],
     policies: Mapping[str, Policy],

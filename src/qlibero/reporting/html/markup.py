@@ -57,17 +57,20 @@ def breakable(text: str) -> Markup:
 
 
 def script_json(data: Any, id_: str) -> Markup:
-    """Data for the page's script. `<`, `>` and `&` are escaped inside the JSON, so no `</script>` can end it early."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character, code in (
-        ("<", "\\u003c"),
-        (">", "\\u003e"),
-        ("&", "\\u0026"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
+    """Data for the page's script, texts as the page shows them. `<`, `>` and `&` are escaped inside the JSON, so no
+    `</script>` can end it early."""
+    text = json.dumps(_visible_in(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         text = text.replace(character, code)
     return Markup(f'<script type="application/json" id="{escape(id_, quote=True)}">{text}</script>')
+
+
+def _visible_in(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {_visible_in(key): _visible_in(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_visible_in(value) for value in data]
+    return visible(data) if isinstance(data, str) else data
 
 
 def _text(value: Any) -> str:
