@@ -4,8 +4,8 @@
     python benchmarks/policy_latency.py --variants llm/smooth_hadamard/cuda_w4a8 --cameras 2 --batches 1 --json out.json
 
 Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is
-the same sampler on the same shapes (10 flow steps, 32 text positions of which 24 are live); W4A8 stands
-beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
+the same sampler on the same shapes (10 flow steps where a row names no other number, 32 text positions of which
+24 are live); W4A8 stands beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
 are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB at full
 size), and have their method's whole online work before every quantized input: DuQuant's two block rotations
 and a permutation, smooth_hadamard's one transform, nothing for rtn.
@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -185,7 +185,9 @@ def random_artifact(
     return load(save(build(spec, SHA256, about, tuple(records), {}, tensors), path))
 
 
-def quantized_sampler(model: Pi05Model, artifact: Artifact, backend: str, graphs: bool) -> Sampler:
+def quantized_sampler(
+    model: Pi05Model, artifact: Artifact, backend: str, graphs: bool, steps: int | None = None
+) -> Sampler:
     """The sampler of `model` with the artifact's linears on `backend`, put together by the code of a run."""
     full = Pi05Policy(
         "random",
@@ -197,7 +199,7 @@ def quantized_sampler(model: Pi05Model, artifact: Artifact, backend: str, graphs
         flow_steps=model.config.flow_steps,
         identity={"sha256": SHA256},
     )
-    return Sampler(quantize_policy(full, artifact, backend).model, graphs=graphs)
+    return Sampler(quantize_policy(full, artifact, backend).model, steps, graphs=graphs)
 
 
 def compiled(sampler: Sampler) -> Sampler:
@@ -366,8 +368,9 @@ class Bench:
         try:
             sampler = make()
             loading = gib(torch.cuda.max_memory_allocated) if self.cuda else None
+            config = replace(self.config, flow_steps=sampler.steps)
             for cameras, batch in shapes:
-                row, out = measure(name, sampler, self.config, cameras, batch, self.device, self.repeats, bits, kernels)
+                row, out = measure(name, sampler, config, cameras, batch, self.device, self.repeats, bits, kernels)
                 row.loading_gib = loading
                 row.notes.append(sampler.layer_ops_reason)
                 if not bool(torch.isfinite(out).all()):
@@ -503,6 +506,7 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
 
     for variant in variants:
         run(variant, bench.shapes)
+    fewer_flow_steps(bench, model, artifacts, variants[-1])
     for made in artifacts:
         real = [variant for variant in variants if variant[:2] == made and variant[2] != "fake"]
         twin = (*made, "fake")
@@ -510,6 +514,30 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
             run(twin, one)
         for variant in real:
             bench.compare(called(bench, variant), called(bench, twin))
+
+
+FEWER_STEPS = (4, 2, 1)
+
+
+def fewer_flow_steps(bench: Bench, model: Pi05Model, artifacts: dict[Made, Artifact], variant: Variant) -> None:
+    """Full precision and one variant at fewer Euler steps than ten, each with graphs of its own: what leaving steps out
+    gains, beside what bits gain."""
+    layout, method, backend = variant
+    for steps in FEWER_STEPS:
+        said = f", {steps} flow step{'s' * (steps > 1)}"
+        bench.run(
+            f"{'graphed ' if bench.cuda else ''}{bench.word}{said}",
+            lambda steps=steps: Sampler(model, steps, graphs=bench.cuda),
+            bench.shapes[:1],
+            FULL,
+        )
+        bench.run(
+            f"{called(bench, variant)}{said}",
+            lambda steps=steps: quantized_sampler(model, artifacts[layout, method], backend, bench.cuda, steps),
+            bench.shapes[:1],
+            w4(layout),
+            backend,
+        )
 
 
 def called(bench: Bench, variant: Variant) -> str:
