@@ -2,10 +2,13 @@
 
     python benchmarks/policy_latency.py                      # full size on a GPU, reduced size on a CPU
     python benchmarks/policy_latency.py --variants llm/smooth_hadamard/cuda_w4a8 --cameras 2 --batches 1 --json out.json
+    python benchmarks/policy_latency.py --text 200 --horizon 50 --cameras 3 --batches 1      # flash-vla's shape
 
 Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is
-the same sampler on the same shapes (10 flow steps where a row names no other number, 32 text positions of which
-24 are live); W4A8 stands beside *graphed* bf16, so that what graphs gain is never sold as what fewer bits gain. The quantized variants
+the same sampler on the same shapes (unless asked otherwise 10 flow steps, 10 action tokens, 32 text positions of
+which three quarters are live); W4A8 stands beside *graphed* bf16, so that what graphs gain is never sold as what fewer
+bits gain. LAYOUT/rtn/fp8 is FP8 W8A8 in the same graphs (`fp8_linears.py`, layouts llm, vision, llm+vision), and
+`+fp8_vision` behind another layout puts the vision tower in FP8 beside it. The quantized variants
 are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB at full
 size), and have their method's whole online work before every quantized input: DuQuant's two block rotations
 and a permutation, smooth_hadamard's one transform, nothing for rtn.
@@ -59,7 +62,7 @@ REDUCED = Pi05Config(
     vision=SiglipConfig(64, 2, 128, 4, 14, 56),
     vocab_size=512,
 )
-TEXT, LIVE = 32, 24
+TEXT = 32
 BLOCK = 64
 ON_GPU = ",".join(
     (
@@ -96,6 +99,7 @@ class Row:
     batch: int
     p50_ms: float
     p95_ms: float
+    p99_less_min_ms: float
     phases_ms: dict[str, float]
     floor_ms: float | None
     static_gib: float | None
@@ -186,7 +190,7 @@ def random_artifact(
 
 
 def quantized_sampler(
-    model: Pi05Model, artifact: Artifact, backend: str, graphs: bool, steps: int | None = None
+    model: Pi05Model, artifact: Artifact, backend: str, graphs: bool, fp8_vision: bool = False
 ) -> Sampler:
     """The sampler of `model` with the artifact's linears on `backend`, put together by the code of a run."""
     full = Pi05Policy(
@@ -199,7 +203,8 @@ def quantized_sampler(
         flow_steps=model.config.flow_steps,
         identity={"sha256": SHA256},
     )
-    return Sampler(quantize_policy(full, artifact, backend).model, steps, graphs=graphs)
+    quantized = quantize_policy(full, artifact, backend).model
+    return fp8_sampler(quantized, "vision", graphs) if fp8_vision else Sampler(quantized, graphs=graphs)
 
 
 def compiled(sampler: Sampler) -> Sampler:
@@ -211,15 +216,15 @@ def compiled(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def inputs(config: Pi05Config, cameras: int, batch: int, device: torch.device) -> dict[str, Any]:
+def inputs(config: Pi05Config, cameras: int, batch: int, text: int, device: torch.device) -> dict[str, Any]:
     """Pinned host tensors, as a policy call has them."""
     g = torch.Generator().manual_seed(2)
     size = config.vision.image_size
     made = {
-        "images": torch.rand(batch, cameras, 3, size, size, generator=g) * 2 - 1,
-        "tokens": torch.randint(1, config.vocab_size, (batch, TEXT), generator=g),
+        "images": torch.randint(0, 256, (batch, cameras, size, size, 3), dtype=torch.uint8, generator=g),
+        "tokens": torch.randint(1, config.vocab_size, (batch, text), generator=g),
         "noise": torch.randn(batch, config.action_horizon, config.action_dim, generator=g),
-        "token_mask": (torch.arange(TEXT) < LIVE).expand(batch, TEXT).contiguous(),
+        "token_mask": (torch.arange(text) < text * 3 // 4).expand(batch, text).contiguous(),
     }
     return {k: v.pin_memory() for k, v in made.items()} if device.type == "cuda" else made
 
@@ -228,6 +233,7 @@ def floor_ms(
     config: Pi05Config,
     cameras: int,
     batch: int,
+    text: int,
     weight_bits: dict[str, int],
     peaks: tuple[float, float, float],
 ) -> float:
@@ -242,7 +248,7 @@ def floor_ms(
     llm_weights = (llm.depth - 1) * (attention + 3 * llm.width * llm.mlp_dim) + 2 * llm.head_dim * llm.width
     e_attention = e.depth * (2 * e.num_heads * e.head_dim * e.width + 2 * e.head_dim * e.width)
     e_mlp = e.depth * 3 * e.width * e.mlp_dim
-    image, prefix, horizon = cameras * v.tokens, cameras * v.tokens + TEXT, config.action_horizon
+    image, prefix, horizon = cameras * v.tokens, cameras * v.tokens + text, config.action_horizon
 
     def phase(parts: list[tuple[float, int]], tokens: int, extra: float, times: int = 1) -> float:
         read = sum(weights * bits / 8 for weights, bits in parts) / memory
@@ -256,7 +262,7 @@ def floor_ms(
     llm_attention = (llm.depth - 1) * 4 * prefix**2 * llm.num_heads * llm.head_dim
     flow_attention = e.depth * 4 * horizon * (prefix + horizon) * e.num_heads * e.head_dim
     return (
-        phase([(vision_weights, 16)], image, vit_attention)
+        phase([(vision_weights, weight_bits.get("vision", 16))], image, vit_attention)
         + phase([(llm_weights, weight_bits["llm"])], prefix, llm_attention)
         + phase(
             [(e_attention, 16), (e_mlp, weight_bits["expert_mlp"])],
@@ -273,6 +279,7 @@ def measure(
     config: Pi05Config,
     cameras: int,
     batch: int,
+    text: int,
     device: torch.device,
     repeats: int,
     bits: dict[str, int],
@@ -281,7 +288,7 @@ def measure(
     """Time one variant at one shape: the median call from host tensors to host tensors, and each phase's median."""
     cuda = device.type == "cuda"
     started = time.perf_counter()
-    given = inputs(config, cameras, batch, device)
+    given = inputs(config, cameras, batch, text, device)
     noise = given.pop("noise")
     for _ in range(3):
         out, _ = sampler(given["images"], given["tokens"], noise, token_mask=given["token_mask"])
@@ -302,8 +309,9 @@ def measure(
         batch,
         round(statistics.median(times), 3),
         round(times[min(len(times) - 1, int(0.95 * len(times)))], 3),
+        round(times[min(len(times) - 1, int(0.99 * len(times)))] - times[0], 3),
         {key: round(statistics.median(p[key] for p in phases), 3) for key in phases[0]},
-        peaks and round(floor_ms(config, cameras, batch, bits, peaks), 2),
+        peaks and round(floor_ms(config, cameras, batch, text, bits, peaks), 2),
         gib(torch.cuda.memory_allocated) if cuda else None,
         gib(torch.cuda.max_memory_allocated) if cuda else None,
         kernels=kernels,
@@ -317,8 +325,8 @@ def gib(measure: Callable[[], int]) -> float:
 
 
 COLUMNS = (
-    "variant", "cameras", "batch", "p50", "p95", "vision", "prefix", "flow", "floor", "static GiB", "peak GiB",
-    "loading GiB", "notes",
+    "variant", "cameras", "batch", "p50", "p95", "p99 - min", "vision", "prefix", "flow", "floor", "static GiB",
+    "peak GiB", "loading GiB", "notes",
 )  # fmt: skip
 
 
@@ -335,6 +343,7 @@ def cells(row: Row) -> list[Any]:
         row.batch,
         row.p50_ms,
         row.p95_ms,
+        row.p99_less_min_ms,
         *phases,
         row.floor_ms,
         row.static_gib,
@@ -347,10 +356,12 @@ def cells(row: Row) -> list[Any]:
 class Bench:
     """The variants in their order, and what they answered."""
 
-    def __init__(self, device: torch.device, repeats: int, shapes: list[tuple[int, int]]):
-        self.device, self.repeats, self.shapes = device, repeats, shapes
+    def __init__(
+        self, config: Pi05Config, text: int, device: torch.device, repeats: int, shapes: list[tuple[int, int]]
+    ):
+        self.config, self.text, self.device, self.repeats, self.shapes = config, text, device, repeats, shapes
         self.cuda = device.type == "cuda"
-        self.config, self.dtype = (PI05_FULL, torch.bfloat16) if self.cuda else (REDUCED, torch.float32)
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.word = "bf16" if self.cuda else "float32"
         self.rows: list[Row] = []
         self.answers: dict[tuple[str, int, int], torch.Tensor] = {}
@@ -368,9 +379,10 @@ class Bench:
         try:
             sampler = make()
             loading = gib(torch.cuda.max_memory_allocated) if self.cuda else None
-            config = replace(self.config, flow_steps=sampler.steps)
             for cameras, batch in shapes:
-                row, out = measure(name, sampler, config, cameras, batch, self.device, self.repeats, bits, kernels)
+                row, out = measure(
+                    name, sampler, self.config, cameras, batch, self.text, self.device, self.repeats, bits, kernels
+                )
                 row.loading_gib = loading
                 row.notes.append(sampler.layer_ops_reason)
                 if not bool(torch.isfinite(out).all()):
@@ -385,6 +397,7 @@ class Bench:
                     name,
                     0,
                     0,
+                    0.0,
                     0.0,
                     0.0,
                     {},
@@ -432,6 +445,9 @@ def main() -> None:
         default=None,
         help="compiled full precision too, last because it compiles for minutes (default: on a GPU)",
     )
+    parser.add_argument("--steps", type=int, default=10, help="flow steps (default: %(default)s)")
+    parser.add_argument("--horizon", type=int, default=10, help="action tokens (default: %(default)s)")
+    parser.add_argument("--text", type=int, default=TEXT, help="text positions (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None, help="also write the document here")
     args = parser.parse_args()
@@ -441,7 +457,8 @@ def main() -> None:
         torch.set_num_threads(1)
     cameras, batches = args.cameras if cuda else "2", args.batches or ("1,8,16" if cuda else "1,2")
     shapes = [(int(c), int(b)) for b in batches.split(",") for c in cameras.split(",")]
-    bench = Bench(device, args.repeats or (30 if cuda else 5), shapes)
+    config = replace(PI05_FULL if cuda else REDUCED, flow_steps=args.steps, action_horizon=args.horizon)
+    bench = Bench(config, args.text, device, args.repeats or (30 if cuda else 5), shapes)
     asked = (args.variants or (ON_GPU if cuda else "llm/duquant/fake,llm+expert_mlp/duquant/fake")).split(",")
     variants = [tuple(variant.split("/")) for variant in asked]
     if any(len(variant) != 3 for variant in variants):
@@ -451,11 +468,16 @@ def main() -> None:
     with torch.inference_mode(), TemporaryDirectory(prefix="policy_latency") as folder:
         artifacts = {
             made: random_artifact(
-                bench.config, made[0], device, Path(folder) / f"{'.'.join(made)}.safetensors", made[1]
+                bench.config,
+                made[0].removesuffix(FP8_VISION),
+                device,
+                Path(folder) / f"{'.'.join(made)}.safetensors",
+                made[1],
             )
-            for made in dict.fromkeys(variant[:2] for variant in variants)
+            for made in dict.fromkeys(variant[:2] for variant in variants if variant[2] != "fp8")
         }
-        straight_from_its_artifact(bench, artifacts, variants[-1])
+        if variants[-1][:2] in artifacts:
+            straight_from_its_artifact(bench, artifacts, variants[-1])
         beside_full_precision(bench, artifacts, variants)
         if cuda if args.compile is None else args.compile:
             compiled_full_precision(bench)
@@ -467,7 +489,7 @@ def main() -> None:
         "python": platform.python_version(),
         "horizon": bench.config.action_horizon,
         "flow_steps": bench.config.flow_steps,
-        "text_positions": TEXT,
+        "text_positions": bench.text,
         "rows": [asdict(row) for row in bench.rows],
     }
     if args.json:
@@ -480,7 +502,17 @@ FULL = {"llm": 16, "expert_mlp": 16}
 
 def w4(layout: str) -> dict[str, int]:
     """Weight bits for the floor."""
-    return {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16}
+    return {"llm": 4, "expert_mlp": 4 if "expert" in layout else 16, "vision": 8 if FP8_VISION in layout else 16}
+
+
+FP8_VISION = "+fp8_vision"  # behind a layout: the vision tower in FP8 beside it
+
+
+def fp8_sampler(model: Pi05Model, layout: str, graphs: bool) -> Sampler:
+    """The sampler of `model` with the language model, the vision tower or both in FP8."""
+    from fp8_linears import fp8_model
+
+    return Sampler(fp8_model(model, llm="llm" in layout, vision="vision" in layout), graphs=graphs)
 
 
 def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variants: list[Variant]) -> None:
@@ -496,9 +528,15 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
 
     def run(variant: Variant, shapes: list[tuple[int, int]]) -> None:
         layout, method, backend = variant
+        if backend == "fp8":
+            bits = {"llm": 8 if "llm" in layout else 16, "expert_mlp": 16, "vision": 8 if "vision" in layout else 16}
+            bench.run(
+                called(bench, variant), lambda: fp8_sampler(model, layout, cuda), shapes, bits, "torch._scaled_mm"
+            )
+            return
         bench.run(
             called(bench, variant),
-            lambda: quantized_sampler(model, artifacts[layout, method], backend, cuda),
+            lambda: quantized_sampler(model, artifacts[layout, method], backend, cuda, FP8_VISION in layout),
             shapes,
             w4(layout),
             backend,
@@ -506,7 +544,6 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
 
     for variant in variants:
         run(variant, bench.shapes)
-    fewer_flow_steps(bench, model, artifacts, variants[-1])
     for made in artifacts:
         real = [variant for variant in variants if variant[:2] == made and variant[2] != "fake"]
         twin = (*made, "fake")
@@ -516,34 +553,11 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
             bench.compare(called(bench, variant), called(bench, twin))
 
 
-FEWER_STEPS = (4, 2, 1)
-
-
-def fewer_flow_steps(bench: Bench, model: Pi05Model, artifacts: dict[Made, Artifact], variant: Variant) -> None:
-    """Full precision and one variant at fewer Euler steps than ten, each with graphs of its own: what leaving steps out
-    gains, beside what bits gain."""
-    layout, method, backend = variant
-    for steps in FEWER_STEPS:
-        said = f", {steps} flow step{'s' * (steps > 1)}"
-        bench.run(
-            f"{'graphed ' if bench.cuda else ''}{bench.word}{said}",
-            lambda steps=steps: Sampler(model, steps, graphs=bench.cuda),
-            bench.shapes[:1],
-            FULL,
-        )
-        bench.run(
-            f"{called(bench, variant)}{said}",
-            lambda steps=steps: quantized_sampler(model, artifacts[layout, method], backend, bench.cuda, steps),
-            bench.shapes[:1],
-            w4(layout),
-            backend,
-        )
-
-
 def called(bench: Bench, variant: Variant) -> str:
     """The row's name."""
     layout, method, backend = variant
-    return f"{'graphed ' if bench.cuda else ''}W4A8 {layout} {method} {backend}"
+    bits = "W8A8" if backend == "fp8" else "W4A8"
+    return f"{'graphed ' if bench.cuda else ''}{bits} {layout} {method} {backend}"
 
 
 def straight_from_its_artifact(bench: Bench, artifacts: dict[Made, Artifact], variant: Variant) -> None:
@@ -554,7 +568,7 @@ def straight_from_its_artifact(bench: Bench, artifacts: dict[Made, Artifact], va
 
     def make() -> Sampler:
         rest = random_model(bench.config, bench.device, bench.dtype, replaced)
-        return quantized_sampler(rest, artifact, backend, bench.cuda)
+        return quantized_sampler(rest, artifact, backend, bench.cuda, FP8_VISION in layout)
 
     bench.run(f"{called(bench, variant)}, straight from its artifact", make, bench.shapes[:1], w4(layout), backend)
 

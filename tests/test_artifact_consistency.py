@@ -128,6 +128,21 @@ def test_codes_and_scales_are_those_of_the_weights(parts, policy, tmp_path, meth
         require_of_weights(policy.model, changed)
 
 
+@pytest.mark.parametrize("method", ["duquant", "hadamard", "rtn"])
+@pytest.mark.parametrize("told", [0.0, float("inf"), float("nan"), 1.0, -1.0], ids=str)
+def test_no_stored_importance_makes_any_scale_as_good_as_the_searched(parts, policy, tmp_path, method, told):
+    """Scales three times as wide, with the codes that are nearest on them, lose half of what four bits hold."""
+    meta, tensors = parts[method]
+    name = first(tensors, "codes")
+    packed = tensors[name]
+    low, high = (((half ^ 8).float() - 8).div(3).round().to(torch.uint8) & 15 for half in (packed & 15, packed >> 4))
+    scales = name.replace(".codes", ".scales")
+    wrong = tensors | {name: low | high << 4, scales: tensors[scales] * 3}
+    wrong |= {key: torch.full_like(t, told) for key, t in tensors.items() if key.endswith(".importance")}
+    with pytest.raises(GuardRefusal, match="qlibero quantize"):
+        require_of_weights(policy.model, load(signed(meta, wrong, tmp_path / "a.safetensors")))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

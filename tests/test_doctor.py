@@ -64,9 +64,9 @@ def test_a_broken_check_is_a_finding_and_hides_no_other() -> None:
         ),
         (lambda: doctor.legacy_variables({"PATH": "/bin"}), "ok", "no OPENPI_DUQUANT_*", ""),
         (lambda: doctor.ffmpeg(path="/nowhere"), "warn", "no ffmpeg", "--set videos=0"),
-        (lambda: doctor.memory(Capacity(2, 2.0, 1.0, "")), "fail", "1.0 of 2.0 GB are free", "--mem"),
-        (lambda: doctor.memory(Capacity(2, 4.0, 2.0, "")), "warn", "2.0 of 4.0 GB are free now", "ps aux"),
-        (lambda: doctor.memory(Capacity(16, 8.0, 8.0, "")), "warn", "3 simulators", "--mem"),
+        (lambda: doctor.memory(Capacity(2, 1.5, 1.0, "")), "fail", "1.0 of 1.5 GB are free", "--mem"),
+        (lambda: doctor.memory(Capacity(2, 4.0, 1.5, "")), "warn", "1.5 of 4.0 GB are free now", "ps aux"),
+        (lambda: doctor.memory(Capacity(16, 8.0, 8.0, "")), "warn", "4 simulators", "--mem"),
         (lambda: doctor.memory(Capacity(16, 64.0, 60.0, "")), "ok", "60.0 of 64.0 GB", ""),
         (lambda: doctor.cpus(Capacity(8, 9.0, 9.0, ""), 8), "ok", "8", ""),
         (

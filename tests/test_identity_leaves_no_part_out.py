@@ -217,6 +217,7 @@ def test_auto_keeps_the_kernel_that_its_episodes_ran_on(place, fastest):
             ledger.bind(again)
 
 
+@pytest.mark.libero
 def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     """The wiring of the test above: what `run_experiment` gives `load_arms`."""
     from qlibero.run.experiment import run_experiment

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qlibero.machine import environment
+from qlibero.machine import environment, record
 from qlibero.machine.cuda_toolkit import Toolkit, check_agreement, find_toolkit, library_directories, torch_cuda
 from qlibero.machine.environment import egl_device, policy_environment, simulator_environment
 
@@ -279,7 +279,7 @@ def test_what_the_user_set_for_rendering_is_kept() -> None:
 
 
 def test_environment_json_says_what_ran() -> None:
-    found = environment.describe()
+    found = record.describe()
     assert json.loads(json.dumps(found)) == found
     assert found["versions"]["mujoco"] == "3.2.3" and found["host"]["cores"] >= 1
     assert found["gl"].get("renderer"), found["gl"]

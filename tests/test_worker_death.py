@@ -49,6 +49,7 @@ def alive(pid: int) -> bool:
 def test_dead_hung_and_failing_workers_are_replaced_and_the_episode_comes_out_equal(tmp_path):
     video = tmp_path / "videos" / "episode.mp4"
     with SimulatorPool(1, resolution=64, timeout_s=600) as pool:
+        pool.prepare(0, "libero_object", 0, "pure")  # the scene is built before the episode is asked for
         seen, undisturbed = run_episode(pool, EPISODE)
         assert [event.step for event in seen] == [0, 5]  # rendered after each executed chunk, not at the end
         assert seen[0].prompt == "pick up the alphabet soup and place it in the basket"

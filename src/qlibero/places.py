@@ -66,8 +66,8 @@ def experiment_file(text: str) -> Path:
 
 COMMAND = re.compile(
     r"(?<![\w./'\"-])(?:"
-    r"(?P<qlibero>qlibero)(?= (?:run|plan|sweep|status|compare|explain-gap|report|open|videos|film|export|quantize|probe|allocate"
-    r"|inspect|kernels|serve|checkpoint|config|dashboard|doctor|lint|ls)\b|`)"
+    r"(?P<qlibero>qlibero)(?= (?:run|plan|sweep|status|compare|explain-gap|report|open|videos|film|export|quantize"
+    r"|probe|allocate|inspect|kernels|serve|checkpoint|config|dashboard|doctor|lint|ls)\b|`)"
     r"|(?P<tool>wandb(?= (?:sync|login)\b)|trackio(?= show\b)|pip(?= install\b)|python(?= -m qlibero\b))"
     r"|(?P<script>(?:\./)?scripts/\w+\.sh)"
     r")"

@@ -193,7 +193,7 @@ def experiments() -> Rows:
             {
                 "experiment": path.stem,
                 "file": _shown(path),
-                "suites": sorted({cell.experiment.suite for cell in cells}),
+                "suites": sorted({suite for cell in cells for suite in cell.experiment.suites}),
                 "arms": [arm.name for arm in first.arms()],
                 "cells": len(cells),
                 "episodes": sum(episodes(cell.experiment) for cell in cells),
@@ -228,7 +228,7 @@ def artifacts() -> Rows:
 def episodes(experiment: Experiment) -> int:
     """Episodes of all arms together."""
     each = experiment.initial_states()[1] * len(experiment.all_seeds()) * len(experiment.arms())
-    return len(experiment.task_ids()) * each
+    return len(experiment.all_tasks()) * each
 
 
 def about(path: Path) -> str:

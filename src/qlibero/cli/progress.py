@@ -112,7 +112,7 @@ class RunProgress(PhaseProgress):
         e = self.experiment
         (kind, count), seeds, arms = e.initial_states(), len(e.all_seeds()), ", ".join(self.tally)
         states = count_text(count, f"{kind} initial state") + (f" × {seeds} seeds" if seeds > 1 else "")
-        self.say(f"{e.name}: {e.suite}, {count_text(len(e.task_ids()), 'task')} × {states}, arms {arms}")
+        self.say(f"{e.name}: {', '.join(e.suites)}, {count_text(len(e.all_tasks()), 'task')} × {states}, arms {arms}")
         if missing < total:
             self.say(
                 f"{total - missing} of {count_text(total, 'episode')} in the ledger already"

@@ -25,7 +25,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     if policy.get("type") == "remote":
         policy = {key: policy[key] for key in ("type", "replan_steps")}
     decides = {
-        "suite": experiment.suite,
+        "suite": experiment.suite if isinstance(experiment.suite, str) else sorted(experiment.suite),
         "seed": experiment.seed,
         "protocol": experiment.protocol,
         "max_steps": experiment.max_steps,

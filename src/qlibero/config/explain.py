@@ -70,7 +70,9 @@ def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:
         return location, context["said"], "", ""
     if kind in ("plugin_unknown", "plugin_type_unknown"):
         found = context["found"]
-        hint = suite_hint(found, context["known"]) if location == ("suite",) else did_you_mean(found, context["known"])
+        hint = (
+            suite_hint(found, context["known"]) if location[:1] == ("suite",) else did_you_mean(found, context["known"])
+        )
         return location, context["said"], f" (got {shown(found)})", hint
     what = PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, "))
     what = what.removeprefix("Input ").removeprefix("String ")

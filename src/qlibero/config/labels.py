@@ -69,6 +69,8 @@ def axes_id(axes: Sequence[tuple[str, str]]) -> str:
 
 def setting_label(key: str, value: Any, stem: bool = False) -> str:
     """The label of `value` under `key`: one suite has one label, whatever it is called."""
+    if key == "suite" and isinstance(value, list):
+        return value_label([SUITE_ALIASES.get(one, one) if isinstance(one, str) else one for one in value], stem)
     return value_label(SUITE_ALIASES.get(value, value) if key == "suite" and isinstance(value, str) else value, stem)
 
 

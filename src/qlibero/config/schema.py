@@ -12,10 +12,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -184,14 +187,32 @@ def _suite(name: Any) -> Any:
     return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
+def _one_or_several(found: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(found, str):
+        return found
+    if not found:
+        raise ValueError("lists no suite; write e.g. [libero_spatial, libero_goal]")
+    if twice := next((name for i, name in enumerate(found) if name in found[:i]), None):
+        raise ValueError(f"lists {twice} twice")
+    return found if len(found) > 1 else found[0]
+
+
+_Suite = Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin)]
+_Suites = Annotated[
+    Annotated[_Suite, Tag("one")] | Annotated[tuple[_Suite, ...], Tag("several")],
+    Discriminator(lambda found: "several" if isinstance(found, list | tuple) else "one"),
+    AfterValidator(_one_or_several),
+]
+
+
 class Experiment(StrictModel):
     """One cell: a policy on a suite, the same episodes under every arm."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     name: Slug = Field(description="names the run directory; by default the file's name")
-    suite: Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin)] = Field(
-        description="LIBERO suite (libero_long is libero_10)"
+    suite: _Suites = Field(
+        description="LIBERO suite (libero_long is libero_10), or a list: one run, verdicts for each and pooled"
     )
     tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
     episodes_per_task: Int = Field(
@@ -284,17 +305,19 @@ class Experiment(StrictModel):
                 raise FieldError(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
             if self.seed != self.seeds[0]:
                 raise FieldError(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
-        if self.inits == "base" and not self.suite.endswith(("_lan", "_task")):
-            raise FieldError(
-                ("inits",), f"{self.suite} has no scenes of another suite; lan and task of LIBERO-PRO have"
-            )
+        for suite in self.suites:
+            if self.inits == "base" and not suite.endswith(("_lan", "_task")):
+                raise FieldError(("inits",), f"{suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
+        if self.stop is not None and len(self.suites) > 1:
+            raise FieldError(("stop",), "a sequential test is over one suite; write one, or leave stop out")
         if self.inits not in ("official", "base") and self.protocol != "pure":
             raise FieldError(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
         if self.tasks != "all":
-            count = get(SuitePlugin, self.suite).tasks
+            fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
+            count = get(SuitePlugin, fewest).tasks
             for i, task in enumerate(self.tasks):
                 if not 0 <= task < count:
-                    raise FieldError(("tasks", i), f"{self.suite} has tasks 0 to {count - 1}")
+                    raise FieldError(("tasks", i), f"{fewest} has tasks 0 to {count - 1}")
                 if task in self.tasks[:i]:
                     raise FieldError(("tasks", i), f"task {task} is listed twice")
             if not self.tasks:
@@ -314,6 +337,15 @@ class Experiment(StrictModel):
         """`seeds`, or `seed` alone."""
         return self.seeds or (self.seed,)
 
-    def task_ids(self) -> tuple[int, ...]:
-        """Task numbers, `all` spelt out."""
-        return tuple(range(get(SuitePlugin, self.suite).tasks)) if self.tasks == "all" else self.tasks
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """One, or several."""
+        return (self.suite,) if isinstance(self.suite, str) else self.suite
+
+    def task_ids(self, suite: str) -> tuple[int, ...]:
+        """Task numbers of a suite, `all` spelt out."""
+        return tuple(range(get(SuitePlugin, suite).tasks)) if self.tasks == "all" else self.tasks
+
+    def all_tasks(self) -> tuple[tuple[str, int], ...]:
+        """(suite, task) of every task."""
+        return tuple((suite, task) for suite in self.suites for task in self.task_ids(suite))

@@ -195,7 +195,7 @@ def _kind_of(experiment: dict[str, Any], arm: str) -> Kind:
     )
     backend = "baseline" if entry["backend"] == "aa" else entry["backend"]
     policy = json.dumps(laid_over(experiment.get("policy"), entry.get("policy") or {}), sort_keys=True)
-    return experiment.get("suite"), experiment.get("max_steps"), policy, backend
+    return json.dumps(experiment.get("suite")), experiment.get("max_steps"), policy, backend
 
 
 def _cost(records: list[EpisodeRecord]) -> Cost:
@@ -222,7 +222,7 @@ def _cell(cell: Cell, known: dict[Kind, Cost]) -> dict[str, Any]:
     each = {arm: round(cost.sim_s + cost.policy_s, 2) for arm, cost in found.items() if cost}
     return {
         "cell": cell.id,
-        "suite": experiment.suite,
+        "suite": ", ".join(experiment.suites),
         "arms": arms,
         "episodes": done + missing,
         "done": done,

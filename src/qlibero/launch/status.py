@@ -93,7 +93,7 @@ def _check_filters(
     directory: Path, manifest: Manifest, tasks: Sequence[int] | None, arms: Sequence[str] | None
 ) -> None:
     has = {arm.name for cell in manifest.cells for arm in cell.experiment.arms()}
-    known = {task for cell in manifest.cells for task in cell.experiment.task_ids()}
+    known = {task for cell in manifest.cells for _, task in cell.experiment.all_tasks()}
     if unknown := [arm for arm in arms or () if arm not in has]:
         raise UserError(f"--arm {unknown[0]}: {directory} has the arms {', '.join(sorted(has))}")
     if absent := [task for task in tasks or () if task not in known]:

@@ -108,4 +108,6 @@ def _made_again(weight: Tensor, artifact: Artifact, layer: LayerRecord, rows: Te
     transformed = transformed.float()
     importance = artifact.tensor(f"{layer.group}.importance")
     grid = grid_of(transformed, spec, layer.weight_bits, search=layer.rounding != "nearest", importance=importance)
-    return transformed, torch.ones(w.shape[1]) if importance is None else importance, grid
+    if importance is None or not importance.any():  # zeros would make every scale cost the same
+        importance = torch.ones(w.shape[1])
+    return transformed, importance, grid

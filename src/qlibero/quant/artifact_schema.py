@@ -134,7 +134,11 @@ def require_consistent(
                 refuse(f"{group}.{factor} {fault}")
         if f"{group}.importance" in searched & set(names):
             value = tensor(f"{group}.importance")
-            if tuple(value.shape) != (width,) or value.dtype != torch.float32 or not bool((value >= 0).all()):
+            if (
+                tuple(value.shape) != (width,)
+                or value.dtype != torch.float32
+                or not bool(((value >= 0) & value.isfinite()).all())
+            ):
                 refuse(f"{group}.importance is no vector of {width} mean squares")
     corrected = {plugin.scales: plugin for plugin in (get(CorrectionPlugin, name) for name in spec.corrections)}
     scaled = {"q_proj": corrected.get("query"), "o_proj": corrected.get("output")}

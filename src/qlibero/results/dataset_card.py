@@ -60,11 +60,13 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1e18,
 
 def _about(run: RunResults, rows: Sequence[dict[str, Any]]) -> list[str]:
     said, told = run.experiment, run.environment
+    suite = said.get("suite", "?")
+    suites = ", ".join(suite) if isinstance(suite, list) else suite
     versions = ", ".join(f"{name} {number}" for name, number in (told.get("versions") or {}).items())
     lines = [
         f"## {run.name}",
         "",
-        f"Suite {said.get('suite', '?')}, protocol {said.get('protocol', '?')}, margin {said.get('margin', '?')}, "
+        f"Suite {suites}, protocol {said.get('protocol', '?')}, margin {said.get('margin', '?')}, "
         f"estimand {said.get('estimand', '?')}. {versions}.",
         "",
         "| arm | policy | successes | errors |",

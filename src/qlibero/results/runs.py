@@ -38,20 +38,26 @@ class RunResults:
     def planned(self) -> frozenset[EpisodeKey] | None:
         """The episodes of each arm that the experiment asks for; None where its files do not say."""
         said = self.experiment
-        suite, tasks, each = said.get("suite"), said.get("tasks"), said.get("episodes_per_task")
-        if tasks == "all":
-            tasks = [int(task) for task in (self.environment.get("instructions") or {}).get(suite) or ()]
+        named, tasks, each = said.get("suite"), said.get("tasks") or [], said.get("episodes_per_task")
+        suites: list[Any] = named if isinstance(named, list) else [named]
+        told = self.environment.get("instructions") or {}
+        of_suite = {
+            suite: [int(task) for task in told.get(suite) or ()] if tasks == "all" else tasks for suite in suites
+        }
         seeds = said.get("seeds") or [said.get("seed")]
-        if not suite or not tasks or not each or None in seeds:
+        if not all(suites) or not all(of_suite.values()) or not each or None in seeds:
             return None
         inits, kind = said.get("inits"), OFFICIAL
         if isinstance(inits, dict):
             kind, each = FRESH, inits["fresh"]
         elif inits == BASE:
             kind = BASE
-        of_task = each if isinstance(each, dict) else dict.fromkeys(tasks, each)  # several calls of qlibero.evaluate
         return frozenset(
-            EpisodeKey(suite, t, init, seed, kind) for t in tasks for init in range(of_task.get(t, 0)) for seed in seeds
+            EpisodeKey(suite, t, init, seed, kind)
+            for suite in suites
+            for t in of_suite[suite]
+            for init in range(each.get(t, 0) if isinstance(each, dict) else each)  # a mapping: qlibero.evaluate
+            for seed in seeds
         )
 
     @property

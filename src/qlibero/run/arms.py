@@ -101,7 +101,7 @@ def load_arms(
             "policy": policy.provenance(),
             "identity": identity_parts(arm, policy, found),
             **found,
-            **probe(policy, experiment.suite),
+            **probe(policy, experiment.suites[0]),
             "kernels_hash": digest(found.get("kernels", {})),
             "warmup_ms": warmup_ms,
         }
@@ -273,7 +273,7 @@ def _quantized(
 
 def prompts(experiment: Experiment) -> list[str]:
     """The instructions of the experiment's tasks."""
-    return [task_language(experiment.suite, task) for task in experiment.task_ids()]
+    return list(dict.fromkeys(task_language(suite, task) for suite, task in experiment.all_tasks()))
 
 
 def _label(experiment: Experiment, full: Policy, arm: Arm) -> str:

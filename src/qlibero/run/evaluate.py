@@ -24,7 +24,8 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.identity import text_sha256
 from qlibero.machine.capacity import simulators
-from qlibero.machine.environment import describe, simulator_environment
+from qlibero.machine.environment import simulator_environment
+from qlibero.machine.record import describe
 from qlibero.policies.base import Policy
 from qlibero.results import compare as comparing
 from qlibero.results.comparison import ArmComparison
@@ -35,7 +36,6 @@ from qlibero.results.runs import RunResults, read_run
 from qlibero.results.summary import counts
 from qlibero.run.arms import probe
 from qlibero.run.episode import PlannedEpisode
-from qlibero.run.experiment import gpu_batch
 from qlibero.run.network import left_as_it_was, network_of, weights_sha256
 from qlibero.run.noise import RECIPE
 from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
@@ -214,7 +214,8 @@ def _run_missing(
         ledger.bind(meta | physics)
         _describe(run_dir, said)
         files.replace(run_dir / "environment.json", json.dumps(environment | physics, indent=2) + "\n")
-        fitting = simulators(workers, len(todo), gpu_batch=gpu_batch([policy]))
+        on_gpu = policy.provenance().get("device") == "cuda"
+        fitting = simulators(workers, len(todo), gpu_batch=policy.batch_size if on_gpu else None)
         log.info("%d of %d episodes with %d simulators: %s", len(todo), len(keys), fitting.workers, fitting.why)
         pool = stack.enter_context(SimulatorPool(fitting.workers, environment=simulator_environment()))
 

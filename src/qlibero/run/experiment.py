@@ -13,9 +13,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from qlibero import files
 from qlibero.activity import doing
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
+from qlibero.config.policies import GPU_BATCH
 from qlibero.config.schema import Experiment
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
@@ -41,8 +43,10 @@ from qlibero.run.sequential import SequentialRun, declaration_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from qlibero.policies.base import Observation, Policy
+    from qlibero.config.arms import Arm
+    from qlibero.policies.base import Observation
     from qlibero.quant.recheck import Recheck
+    from qlibero.run.episode import PlannedEpisode
     from qlibero.sim.pool import SimulatorPool
 
 log = logging.getLogger(__name__)
@@ -60,8 +64,8 @@ def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> lis
     """
     kind, count = experiment.initial_states()
     keys = [
-        EpisodeKey(experiment.suite, task, init, seed, kind)
-        for task in experiment.task_ids()
+        EpisodeKey(suite, task, init, seed, kind)
+        for suite, task in experiment.all_tasks()
         for init in range(count)
         for seed in experiment.all_seeds()
     ]
@@ -219,11 +223,44 @@ def _run(
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
 ) -> list[dict[str, Any]]:
-    """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth."""
-    # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
-    from qlibero.machine.environment import describe, simulator_environment
-    from qlibero.run.arms import load_arms, prompts
+    """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth.
+
+    The simulators start, and build their first scenes, while the policy is loaded; not where something is timed then.
+    """
     from qlibero.run.episode import PlannedEpisode
+    from qlibero.run.rollout import first_tasks
+
+    doing("looking at this machine")
+    sequential = None
+    if experiment.stop is not None:
+        sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
+    plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
+    with start_pool(experiment, len(missing), _gpu_batch(experiment)) as pool:
+        if not any(_is_timed(arm) for arm in experiment.arms()):
+            for worker, (suite, task) in enumerate(first_tasks(plan, pool.workers)):
+                pool.prepare(worker, suite, task, experiment.protocol)
+        return _run_in(pool, plan, experiment, run_dir, sequential, ledgers, on_episode, on_result)
+
+
+def _is_timed(arm: Arm) -> bool:
+    """Whether times before the first episode decide what the arm does: its fastest kernel, how late answers are."""
+    return arm.backend == "auto" or (arm.execution.mode == "async" and arm.execution.latency_ms == "measured")
+
+
+def _run_in(
+    pool: SimulatorPool,
+    plan: Sequence[PlannedEpisode],
+    experiment: Experiment,
+    run_dir: Path,
+    sequential: SequentialRun | None,
+    ledgers: Mapping[str, Ledger],
+    on_episode: Callable[[EpisodeRecord], None],
+    on_result: Callable[[Path], None],
+) -> list[dict[str, Any]]:
+    # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
+    from qlibero.machine.environment import simulator_environment
+    from qlibero.machine.record import describe
+    from qlibero.run.arms import load_arms, prompts
     from qlibero.run.latency import fixed_execution
     from qlibero.run.pace import Pace
     from qlibero.run.replay import replay
@@ -236,21 +273,25 @@ def _run(
     from qlibero.sim.suites import get_suite
     from qlibero.tracking.mirror import mirror_problem, start_mirrors
 
-    arms = [arm for arm in experiment.arms() if any(arm.name == name for name, _ in missing)]
-    doing("looking at this machine")
+    asked = {episode.arm for episode in plan}
+    arms = [arm for arm in experiment.arms() if arm.name in asked]
     simulator = enforce()
     environment = {
         **describe(),
         "instructions": _instructions(experiment),
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
-    with PhysicsCheck(experiment.suite, worker_environment(simulator_environment()), environment["gl"]) as guard:
+    with ExitStack() as stack:
+        inside = worker_environment(simulator_environment())
+        guards = {
+            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"])) for suite in experiment.suites
+        }
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, before, run_dir, watched)
-        simulated = parts(experiment.suite, simulator, experiment.initial_states()[0])
+        for suite, arm in product(experiment.suites, arms):
+            meta[arm.name]["identity"] |= parts(suite, simulator, experiment.initial_states()[0])
         for arm in arms:
-            meta[arm.name]["identity"] |= simulated
             hash_ = config_hash(experiment, arm)
             execution = fixed_execution(run_dir, arm, policies[arm.name], prompts(experiment), meta[arm.name], hash_)
             if execution is not None:
@@ -259,23 +300,23 @@ def _run(
             wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
-        report = guard.enforce()
-    for task in sorted(set(experiment.task_ids()) & FLAWS.get(experiment.suite, {}).keys()):
-        log.warning(f"{experiment.suite} task {task} contradicts itself: {FLAWS[experiment.suite][task]}")
-    log.info(f"physics check: {report.summary()}")
-    physics = {"passport": report.to_json()}
+        reports = {suite: guard.enforce() for suite, guard in guards.items()}
+    for suite, task in experiment.all_tasks():
+        if flaw := FLAWS.get(suite, {}).get(task):
+            log.warning(f"{suite} task {task} contradicts itself: {flaw}")
+    for suite, report in reports.items():
+        log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
+    physics: dict[str, Any] = {"passport": reports[experiment.suites[0]].to_json()}
+    if len(reports) > 1:
+        physics = {"passport": {suite: report.to_json() for suite, report in reports.items()}}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
     files.replace(run_dir / "environment.json", json.dumps(environment | physics, indent=2) + "\n")
 
-    sequential = None
-    if experiment.stop is not None:
-        sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
-
     settings = RolloutSettings(
         protocol=experiment.protocol,
-        max_steps=experiment.max_steps or get_suite(experiment.suite).max_steps,
+        max_steps={suite: experiment.max_steps or get_suite(suite).max_steps for suite in experiment.suites},
         replan_steps=experiment.policy.replan_steps,
         retries=experiment.retries,
         paces={
@@ -304,12 +345,11 @@ def _run(
     def needs(arm: str) -> bool:  # after a wrong kernel no further episode is begun
         return not any(one.wrong for one in watched.values()) and (sequential is None or sequential.needs(arm))
 
-    with videos, start_pool(experiment, len(missing), gpu_batch(policies.values())) as pool:
+    with videos:
         settings = replace(settings, videos=videos.directory)
         doing("episodes", pool.workers)
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
         try:
-            plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
             run_episodes(plan, policies, pool, settings, finished, needs, on_call)
             videos.fill()
             right = _try_kernels_again(run_dir, watched, ledgers)
@@ -341,10 +381,18 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
     return not wrong
 
 
-def gpu_batch(policies: Iterable[Policy]) -> int | None:
-    """The most rows of a call of those that are on a GPU; None where none is."""
-    on_gpu = [policy.batch_size for policy in policies if policy.provenance().get("device") == "cuda"]
-    return max(on_gpu, default=None)
+def _gpu_batch(experiment: Experiment) -> int | None:
+    """The most rows of a call of an arm that will be on a GPU; None where none will be."""
+    batches = [arm.policy.batch_size for arm in experiment.arms() if _on_gpu(getattr(arm.policy, "device", ""))]
+    return max((GPU_BATCH if batch == "auto" else batch for batch in batches), default=None)
+
+
+def _on_gpu(device: str) -> bool:
+    if device != "auto":
+        return device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def start_pool(experiment: Experiment, episodes: int, batch: int | None = None) -> SimulatorPool:
@@ -370,4 +418,7 @@ def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:
     """{suite: {task: what the policy is told}}: part of what a run ran in, as reports are read where LIBERO is not."""
     from qlibero.sim.suites import task_language
 
-    return {experiment.suite: {str(task): task_language(experiment.suite, task) for task in experiment.task_ids()}}
+    return {
+        suite: {str(task): task_language(suite, task) for task in experiment.task_ids(suite)}
+        for suite in experiment.suites
+    }

@@ -31,18 +31,23 @@ OnCall = Callable[[str, Sequence[Observation], np.ndarray, np.ndarray, float], N
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What the episodes of a run have in common. `max_steps` is in control steps, without the settle steps.
+    """What the episodes of a run have in common. `max_steps` is in control steps, without the settle steps; by
+    suite where it differs.
 
     `videos`: a directory in which each finished episode leaves what it saw, at `scratch_path`.
     """
 
     protocol: str
-    max_steps: int
+    max_steps: int | Mapping[str, int]
     replan_steps: int
     retries: int
     videos: Path | None = None
     paces: Mapping[str, Pace] = field(default_factory=dict)
     """Of arms that act at a pace of their own."""
+
+    def cap(self, suite: str) -> int:
+        """Most control steps of an episode of that suite."""
+        return self.max_steps if isinstance(self.max_steps, int) else self.max_steps[suite]
 
     def pace(self, arm: str) -> Pace:
         return self.paces.get(arm) or Pace(self.replan_steps)
@@ -55,7 +60,7 @@ def as_run(record: EpisodeRecord, settings: RolloutSettings, kernels: str, versi
         protocol=settings.protocol,
         kernels=kernels,
         versions=versions,
-        max_steps=settings.max_steps,
+        max_steps=settings.cap(record.suite),
         replan_steps=settings.pace(record.arm).replan_steps,
         latency_steps=settings.pace(record.arm).latency_steps,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,6 +93,13 @@ class _Queue:
             own = max(waiting, key=lambda group: (group not in taken, len(self.groups[group])))
             self.current[worker] = own
         return self.groups[own].popleft()
+
+
+def first_tasks(plan: Sequence[PlannedEpisode], workers: int) -> list[tuple[str, int]]:
+    """Suite and task with which each worker of `run_episodes` will begin, for those that will have something to do."""
+    queue = _Queue(plan)
+    first = (queue.next_for(worker) for worker in range(workers))
+    return [(following[0].key.suite, following[0].key.task) for following in first if following is not None]
 
 
 def run_episodes(
@@ -124,7 +136,7 @@ def run_episodes(
         running[worker] = RunningEpisode(episode, attempt, Chunks(settings.pace(episode.arm)))
         video = settings.videos and scratch_path(settings.videos, episode.arm, episode.key)
         wanted = getattr(policies[episode.arm], "frame_format", None)
-        pool.start(worker, Assignment(episode.key, settings.protocol, settings.max_steps, video, wanted))
+        pool.start(worker, Assignment(episode.key, settings.protocol, settings.cap(episode.key.suite), video, wanted))
 
     calls: deque[PolicyCall] = deque()
     for worker in range(pool.workers):

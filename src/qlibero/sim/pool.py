@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
@@ -208,6 +209,11 @@ class SimulatorPool:
         """Process ids of the workers, by number."""
         return [worker.process.pid for worker in self._processes]
 
+    def prepare(self, worker: int, suite: str, task: int, protocol: str) -> None:
+        """Let a worker that runs nothing build a task's scene before anybody asks for an episode of it."""
+        with suppress(OSError):  # it is dead: `wait` finds the closed socket
+            self._processes[worker].connection.send(("prepare", suite, task, protocol))
+
     def start(self, worker: int, assignment: Assignment) -> None:
         """Begin an episode on a worker that runs none (one that does drops it)."""
         process, wanted = self._processes[worker], assignment.frame_format
@@ -247,12 +253,12 @@ class SimulatorPool:
                 return events
 
     def close(self) -> None:
-        """End every worker: asked first, killed after 5 s."""
+        """End every worker: asked first, killed after 5 s; at once where nothing was ever heard of it."""
         for worker in self._processes:
-            try:
+            if not worker.cpu_asked_s:
+                worker.process.kill()
+            with suppress(OSError):
                 worker.connection.send(("quit",))
-            except OSError:
-                pass
         until = time.monotonic() + 5.0
         for worker in self._processes:
             try:

@@ -4,7 +4,8 @@ Started by `qlibero.sim.pool` as `python -m qlibero.sim.worker` in its own envir
 the launcher's CUDA, threads or random state is inherited). Speaks over one socket; frames go through shared memory:
 the observation lies there when the message that announces it arrives, and stays untouched until the next `act`.
 
-Messages in:  ("start", Assignment), ("act", (n, 7) float32 actions; one that is not finite ends the episode), ("quit",)
+Messages in:  ("prepare", suite, task, protocol), ("start", Assignment), ("act", (n, 7) float32 actions; one that is not
+finite ends the episode), ("quit",)
 Messages out: (kind, CPU seconds of this process so far, …), of kinds ("observed", …, step, sim_ms, render_ms, prompt),
 ("finished", …) and ("refused", …, status, message)
 """
@@ -75,7 +76,9 @@ class Worker:
             if message[0] == "quit":
                 break
             try:
-                if message[0] == "start":
+                if message[0] == "prepare":
+                    self._build(*message[1:])
+                elif message[0] == "start":
                     self._start(message[1])
                 else:
                     self._act(message[1])
@@ -86,18 +89,21 @@ class Worker:
         if self.scene is not None:
             self.scene.close()
 
-    def _start(self, assignment: Any) -> None:
+    def _build(self, suite: str, task: int, protocol: str) -> None:
         from qlibero.sim.scene import Scene
+
+        if self.scene is None or (self.scene.suite, self.scene.task, self.scene.protocol) != (suite, task, protocol):
+            if self.scene is not None:
+                self.scene.close()
+                self.scene = None
+            self.scene = Scene(suite, task, resolution=self.resolution, protocol=protocol)
+
+    def _start(self, assignment: Any) -> None:
         from qlibero.sim.video import VideoWriter
 
         key, self.assignment = assignment.key, assignment
         self._drop_video()
-        wanted = (key.suite, key.task, assignment.protocol)
-        if self.scene is None or (self.scene.suite, self.scene.task, self.scene.protocol) != wanted:
-            if self.scene is not None:
-                self.scene.close()
-                self.scene = None
-            self.scene = Scene(key.suite, key.task, resolution=self.resolution, protocol=assignment.protocol)
+        self._build(key.suite, key.task, assignment.protocol)
         started = time.perf_counter()  # a task's scene is built once for many episodes: no episode's own time
         self.scene.render_s = 0.0
         self.scene.reset(key.init, key.seed, key.inits)

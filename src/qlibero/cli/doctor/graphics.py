@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from qlibero.cli.doctor.finding import Finding
 from qlibero.errors import GL_HINT
-from qlibero.machine import environment
+from qlibero.machine import environment, record
 from qlibero.machine.cuda_toolkit import site_packages, torch_cuda
 
 CUDA_TORCH = "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
@@ -68,7 +68,7 @@ def rendering(gl: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | 
 
     gpus = environment.find_gpus() if gpus is None else gpus
     own = worker_environment(environment.simulator_environment(gpus=gpus))
-    gl = environment.gl_renderer(own) if gl is None else gl
+    gl = record.gl_renderer(own) if gl is None else gl
     if "problem" in gl:
         return [
             Finding(

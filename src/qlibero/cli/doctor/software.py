@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qlibero.cli.doctor.finding import SETUP, Finding
 from qlibero.config.legacy_env import PREFIX
-from qlibero.machine import environment
+from qlibero.machine import environment, record
 from qlibero.places import CHECKOUT, REPOSITORY
 
 # The simulator whose numbers are published; other versions give other physics or other pictures.
@@ -19,7 +19,7 @@ PINS = {"mujoco": "3.2.3", "robosuite": "1.4.0", "bddl": "1.0.1", "libero-pro-be
 
 def pins(installed: Mapping[str, str] | None = None) -> list[Finding]:
     """The simulator's packages, version by version."""
-    found = environment.packages(tuple(PINS)) if installed is None else installed
+    found = record.packages(tuple(PINS)) if installed is None else installed
     wrong = {name: found.get(name, "not installed") for name, version in PINS.items() if found.get(name) != version}
     if not wrong:
         return [Finding("simulator packages", "ok", ", ".join(f"{name} {version}" for name, version in PINS.items()))]
@@ -52,7 +52,7 @@ def lock(directory: Path = REPOSITORY) -> Finding:
         if "==" in line and line[0].isalnum()
     )
     pinned = {name.partition("[")[0]: version.rstrip("\\;") for name, _, version in lines}
-    found = environment.packages(tuple(pinned))
+    found = record.packages(tuple(pinned))
     other = [
         f"{name} {found.get(name, 'missing')} (pinned {version})"
         for name, version in pinned.items()

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +44,10 @@ from qlibero.policies.structured import Open, Strict, fit, read_json, short
 
 Kind = Literal["qlibero", "openpi", "lerobot"]
 _Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+
+
+READERS = 8
+"""Threads that read weights; what is found in them and where they go takes longer than the disk."""
 
 
 class _Ours(Strict):
@@ -196,9 +202,9 @@ def load_model(
 ) -> Pi05Model:
     """The network with the checkpoint's weights, strictly, in `dtype` (with float32 islands) on `device`.
 
-    Read tensor by tensor: the host never holds a second copy. `skip` names linear weights that stay on the
-    meta device because an artifact will bring their quantized replacement; they are neither read nor checked
-    for what is in them.
+    Read tensor by tensor in a few threads: the host never holds a second copy. `skip` names linear weights that stay
+    on the meta device because an artifact will bring their quantized replacement; they are neither read nor checked for
+    what is in them.
     """
     table = tensor_table(checkpoint)
     if table.problems:
@@ -206,16 +212,24 @@ def load_model(
     with torch.device("meta"):
         model = checkpoint.family.model(checkpoint.config)
     faults: dict[str, str] = {}
-    for name, tensor in tensors(checkpoint, table, skip=skip):
-        if fault := fault_of(tensor):
-            faults[name] = fault
-        else:
-            _place(model, name, tensor.to(device, torch.float32 if is_float32_island(name) else dtype))
+
+    def read(names: dict[str, str]) -> None:
+        for name, tensor in checkpoint.weights.read(names):
+            if fault := fault_of(tensor):
+                faults[name] = fault
+            else:
+                _place(model, name, tensor.to(device, torch.float32 if is_float32_island(name) else dtype))
+
+    wanted = [(name, of) for name, of in table.source.items() if name not in skip]
+    count = min(READERS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(count, "weights") as threads:
+        for done in [threads.submit(read, dict(wanted[part::count])) for part in range(count)]:
+            done.result()
     for name in skip & table.source.keys():
         shape = model.get_parameter(name).shape
         _place(model, name, torch.empty(shape, dtype=dtype, device="meta"))
     if faults:
-        raise UserError(f"{checkpoint.weights}: {faulty(faults)}")
+        raise UserError(f"{checkpoint.weights}: {faulty({name: faults[name] for name, _ in wanted if name in faults})}")
     return model
 
 

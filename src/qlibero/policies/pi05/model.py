@@ -16,6 +16,7 @@ with less work.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +107,12 @@ class Pi05Model(nn.Module):
         return self.projector.weight.dtype
 
     # -- prefix ---------------------------------------------------------------------------------------------------
-    def embed_images(self, images: Tensor) -> tuple[Tensor, VisionFeatures]:
-        """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not scaled."""
-        features = self.vision(images)
+    def embed_images(
+        self, images: Tensor, run: Callable[[nn.Module, Tensor], VisionFeatures] | None = None
+    ) -> tuple[Tensor, VisionFeatures]:
+        """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not scaled.
+        `run` is what runs the tower."""
+        features = self.vision(images) if run is None else run(self.vision, images)
         return self.projector(features.tokens.to(self.projector.weight.dtype)).flatten(1, 2), features
 
     def embed_prefix(self, image_tokens: Tensor, tokens: Tensor, state: Tensor | None) -> Tensor:

@@ -261,7 +261,7 @@ class Sampler:
 
     # -- the three phases: from workspace to workspace -------------------------------------------------------------
     def _vision(self, w: Workspace) -> None:
-        w.image_tokens.copy_(self.model.embed_images(w.images)[0])
+        w.image_tokens.copy_(self.model.embed_images(w.images, self.layer_ops.vision)[0])
 
     def _prefix_by_model(self, w: Workspace) -> None:
         model, horizon = self.model, w.x.shape[1]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qlibero.console import count_text
 from qlibero.errors import UserError, cause
+from qlibero.identity import file_sha256
 from qlibero.policies.pi05.unreadable import why_no_weights
 from qlibero.policies.structured import Open, fit, read_json
 
@@ -139,4 +140,4 @@ def _sha256_once(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _remembered(path: Path, _inode: int, _mtime_ns: int, _size: int) -> str:
-    return sha256(path)  # seconds for a checkpoint of 7 GB, so once a process
+    return file_sha256(path)  # seconds for a checkpoint of 7 GB, so once, and once a process where it is brand-new

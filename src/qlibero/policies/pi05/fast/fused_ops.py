@@ -8,13 +8,15 @@ choice is one per process and recorded.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlibero.policies.pi05.config import SiglipConfig
 from qlibero.policies.pi05.layers import attend, fuse, modulated, project, project_joined, rotate
+from qlibero.policies.pi05.vision import SiglipTower, VisionFeatures
 
 
 class LayerOps(Protocol):
@@ -56,6 +58,10 @@ class LayerOps(Protocol):
         """`layers.attend`."""
         ...
 
+    def vision(self, tower: nn.Module, images: Tensor) -> VisionFeatures:
+        """`tower(images)`."""
+        ...
+
 
 class EagerOps:
     """Plain torch, any device."""
@@ -90,6 +96,9 @@ class EagerOps:
 
     def attend(self, q, k, v, mask):
         return attend(q, k, v, mask)
+
+    def vision(self, tower: nn.Module, images: Tensor) -> VisionFeatures:
+        return cast(VisionFeatures, tower(images))
 
 
 def choose_layer_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[LayerOps, str]:
@@ -134,6 +143,13 @@ def _compare(one: LayerOps, other: LayerOps, device: torch.device, dtype: torch.
         fuse(*made)
         return made
 
+    with torch.device("meta"):
+        tower = SiglipTower(SiglipConfig(144, 2, 320, 2, 14, 56))
+    for name, parameter in list(tower.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        value = random(*parameter.shape) * (0.05 if parameter.ndim > 1 else 1.0)
+        setattr(tower.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    images = random(1, 2, 3, 56, 56)
     qkv, mlp, (o,) = linears(heads * dim, dim, dim), linears(512, 512), linears(width)
 
     def everything(ops: LayerOps) -> list[Tensor]:
@@ -154,6 +170,7 @@ def _compare(one: LayerOps, other: LayerOps, device: torch.device, dtype: torch.
             keys,
             values,
             *(ops.attend(x, k, v, hidden) for x in (q, long) for hidden in (mask, None)),
+            ops.vision(tower, images).tokens,
         ]
 
     pairs = zip(everything(one), everything(other), strict=True)

@@ -7,15 +7,19 @@ with their rotation, attention in two, o, norm, gate and up with their gelu, dow
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor, nn
 
 from qlibero.kernels.triton_pdl import launch, pdl_wait
 from qlibero.kernels.triton_quantizer import gelu_times
-from qlibero.policies.pi05.fast import triton_attention, triton_skinny_gemm
+from qlibero.policies.pi05.fast import triton_attention, triton_siglip, triton_skinny_gemm
 from qlibero.policies.pi05.fast.triton_skinny_gemm import DEEP, GATED, TURNED, fits, turn
 from qlibero.policies.pi05.layers import plain, project, project_joined
+from qlibero.policies.pi05.vision import SiglipTower, VisionFeatures
 
 
 class TritonOps:
@@ -120,6 +124,13 @@ class TritonOps:
         return out.view(batch, length, width)
 
     attend = staticmethod(triton_attention.attend)
+
+    def vision(self, tower: nn.Module, images: Tensor) -> VisionFeatures:
+        return (
+            triton_siglip.siglip(tower, images)
+            if isinstance(tower, SiglipTower)
+            else cast(VisionFeatures, tower(images))
+        )
 
 
 @triton.jit

@@ -65,10 +65,13 @@ def provenance(m: ReportData) -> Markup:
                     class_="numbers",
                 )
             )
-    for arm in m.arms.values():
-        hidden = ("kernels", "layers", "memory", "label", "schema", "arm", "control", "warmup_ms")
-        rows = _flat({k: v for k, v in arm.meta.items() if k not in hidden})
-        if rows:
+    hidden = ("kernels", "layers", "memory", "label", "schema", "arm", "control", "warmup_ms")
+    settings = [_flat({k: v for k, v in arm.meta.items() if k not in hidden}) for arm in m.arms.values()]
+    shared = [row for row in settings[0] if all(row in of for of in settings)] if len(settings) > 1 else []
+    if shared:
+        parts.append(numbers("Hashes and settings that all arms share", ["what", "value"], shared))
+    for arm, of in zip(m.arms.values(), settings, strict=True):
+        if rows := [row for row in of if row not in shared]:
             parts.append(numbers(f"Hashes and settings of {arm.label}", ["what", "value"], rows))
     ledgers = [(run, a) for run in m.runs for a in run.arms.values()]
     torn, repeated = sum(a.torn for _, a in ledgers), sum(a.repeated for _, a in ledgers)
