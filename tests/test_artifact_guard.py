@@ -55,7 +55,7 @@ def test_what_is_read_back_is_what_was_made(policy, quant, path):
     artifact = load(path)
     data = read_demonstrations(quant.calibration.path).sample(4, 0)
     again = calibrate(
-        policy,
+        policy.for_calibration(),
         data.observations,
         noise_for(policy, 4, 0),
         artifact.spec,

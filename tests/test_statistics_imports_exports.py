@@ -247,7 +247,7 @@ def test_a_run_of_ours_beside_a_file_of_the_fork(tmp_path, capsys):
     result = compare_runs([run, other], reference="baseline")
     assert result["reference"] == "synthetic/baseline"
     assert result["arms"]["fork/libero_object_results"]["pairs"] == 30
-    assert "70 episodes are in one file only" in result["arms"]["fork/libero_object_results"]["caveat"]
+    assert "left out, being in one file only: 70 episodes" in result["arms"]["fork/libero_object_results"]["caveat"]
     print_comparison(compare_paths([run, other], reference="baseline"))
     assert "openpi fork" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, sho
 from qlibero.console import count_text
 
 MAX_TOLD = 30  # nobody reads more; each costs a search for the nearest key
+MAX_TEXT = 6_000  # characters of all of them together
 PLAIN_WORDS = {
     "int_type": "should be a whole number",
     "int_parsing": "should be a whole number",
@@ -48,9 +50,12 @@ def explain(error: ValidationError, source: Source) -> list[Problem]:
         first, *others = dict.fromkeys(words)
         text = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
         problems.append(Problem(mark_of(source, at), f"{dotted(at) + ': ' if at else ''}{text}{tails[at]}"))
-    if len(items) > MAX_TOLD:
-        problems.append(Problem(mark_of(source, ()), f"and {count_text(len(items) - MAX_TOLD, 'more mistake')}"))
-    return problems
+    lengths = accumulate(len(problem.message) for problem in problems)
+    kept = problems[: max(1, sum(length <= MAX_TEXT for length in lengths))]
+    left = max(0, len(items) - MAX_TOLD) + len(problems) - len(kept)
+    if left:
+        kept.append(Problem(mark_of(source, ()), f"and {count_text(left, 'more mistake')}"))
+    return kept
 
 
 def _told(item: Any, source: Source) -> tuple[Location, str, str, str]:

@@ -65,6 +65,11 @@ class RunResults:
         return str(self.experiment.get("name") or self.run_dir.resolve().name)
 
 
+def keeps_a_sweep(path: Path) -> bool:
+    """Whether this is what a sweep keeps for itself beside its cells."""
+    return (path / "experiments").is_dir() and any(path.glob("submission-*"))
+
+
 def read_runs(paths: Sequence[Path | str]) -> list[RunResults]:
     """`read_run` of each; a sweep's directory stands for its cells, an exported table for its runs.
 
@@ -73,7 +78,7 @@ def read_runs(paths: Sequence[Path | str]) -> list[RunResults]:
     runs = []
     places = [place for given in map(Path, paths) for place in (unpacked(given) if is_export(given) else [given])]
     for path in places:
-        if (path / "experiments").is_dir() and any(path.glob("submission-*")):
+        if keeps_a_sweep(path):
             continue
         cells = [] if arms_of(path) else sorted(found.parent for found in path.glob("*/experiment.yaml"))
         runs += [read_run(cell) for cell in cells or [path]]

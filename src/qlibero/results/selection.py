@@ -15,7 +15,7 @@ from qlibero.errors import UserError
 from qlibero.results.exported import is_export, unpacked
 from qlibero.results.ledger import ArmLedger, arms_of
 from qlibero.results.meta import EPISODES
-from qlibero.results.runs import REFERENCE, RunResults, read_run, read_runs
+from qlibero.results.runs import REFERENCE, RunResults, keeps_a_sweep, read_run, read_runs
 
 
 def select(paths: Sequence[Path | str], labels: Mapping[str, str] | None = None) -> list[RunResults]:
@@ -28,7 +28,8 @@ def select(paths: Sequence[Path | str], labels: Mapping[str, str] | None = None)
     places: dict[str, tuple[int, str]] = {}  # the path as it was written → where it is
     for given in map(Path, paths):
         if (found := _arm(given)) is None:
-            runs += read_runs([given])
+            if len(paths) == 1 or not keeps_a_sweep(given):  # a shell's `logs/<sweep>/*/` names that too
+                runs += read_runs([given])
             continue
         directory, name = found
         home = next((i for i, run in enumerate(runs) if run.chosen and _same(run.run_dir, directory)), None)

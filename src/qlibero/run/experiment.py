@@ -356,6 +356,9 @@ def _run_in(
             on_result(run_dir)  # a flip that an earlier call ran half of is still to be recorded: that can wait
             if right:
                 replay(run_dir, videos.lacking(), pool, experiment.protocol)
+        except BaseException:
+            pool.close()  # simulators would record on in what `videos` takes away
+            raise
         finally:
             ended += mirrors.finish()
             for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):

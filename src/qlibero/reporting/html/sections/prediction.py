@@ -105,7 +105,8 @@ def _chart(m: ReportData, found: dict[str, _Foretold]) -> Markup | None:
     x = charts.LogScale(min(errors) / 1.3, max(errors) * 1.3)
     floors = {m.floor_of(name) for name in points}
     floor = next(iter(floors)) if len(floors) == 1 else None
-    y = charts.Scale(0, 1.08 * max([share for _, share in points.values()] + ([floor.discordance] if floor else [])))
+    most = max([share for _, share in points.values()] + ([floor.discordance] if floor else []))
+    y = charts.Scale(0, 1.08 * most or 0.1)  # nothing flipped: an axis all the same
     marks = [el("i", class_="band", style=f"bottom:0;height:{y(floor.discordance)}%")] if floor else []
     marks += [
         el("i", class_=f"dot {m.colour(name)}", style=f"left:{x(error)}%;bottom:{y(share)}%", title=m.arms[name].label)
