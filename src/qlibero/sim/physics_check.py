@@ -5,7 +5,7 @@ settling of libero_spatial task 5, 3.8.1 has a wrong mass matrix. So a few episo
 
 - other physics (states further off than arithmetic explains, or robosuite raising) or visibly other frames: refused;
 - the same pictures from another renderer (a GPU, another Mesa): a warning naming it, since fingerprints will differ;
-- the last bits of the states differ (another numpy, hence another BLAS, or another CPU): a warning, for the same reason.
+- the last bits of the states differ (another numpy, so another BLAS, or another CPU): a warning, for the same reason.
 
 Everybody looks in a process of its own, under the environment that the caller gives its simulators: `doctor` at every
 reference episode (`check`), a run at those of its suite (`physics_check_cache.py`). After a deliberate change of
