@@ -13,6 +13,10 @@ are made as a run makes them, from an artifact file (of random numbers, in a tem
 size), and have their method's whole online work before every quantized input: DuQuant's two block rotations
 and a permutation, smooth_hadamard's one transform, nothing for rtn.
 
+Beside the call from host tensors to host tensors ("p50"), at two cameras: a call as a run makes it, from frames that
+simulators have resized to actions in the robot's units ("a run's"), and one from whole camera frames, as a server's
+clients send them ("a server's").
+
 Memory: "static" is what is allocated when calls are over, "peak" the most during a call, "loading" the most
 while the variant was made. The variants beside full precision share the card with it. The one that is made
 "straight from its artifact" has the card to itself: the linears that the artifact replaces never exist in
@@ -40,15 +44,18 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
+import numpy as np
 import torch
 
 from qlibero.config.quantization import Quant
 from qlibero.kernels.hadamard import fold
+from qlibero.policies.base import Observation
 from qlibero.policies.pi05.config import PI05_FULL, GemmaConfig, Pi05Config, SiglipConfig
 from qlibero.policies.pi05.fast.fused_ops import EagerOps
 from qlibero.policies.pi05.linears import Network
 from qlibero.policies.pi05.model import Pi05Model, is_float32_island
-from qlibero.policies.pi05.policy import Pi05Policy
+from qlibero.policies.pi05.normalize import Statistics
+from qlibero.policies.pi05.policy import CAMERAS, Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.sampler import Sampler
 from qlibero.policies.pi05.tokenizer import WordTokenizer
@@ -64,6 +71,7 @@ REDUCED = Pi05Config(
 )
 TEXT = 32
 BLOCK = 64
+SPOKEN = {"state": 8, "actions": 7}
 ON_GPU = ",".join(
     (
         "llm/duquant/triton_w4a8",
@@ -105,6 +113,8 @@ class Row:
     static_gib: float | None
     peak_gib: float | None
     loading_gib: float | None = None
+    run_ms: float | None = None
+    server_ms: float | None = None
     kernels: str = ""
     prepare_s: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -320,13 +330,47 @@ def measure(
     return row, out
 
 
+def from_frames(sampler: Sampler, batch: int, text: int, repeats: int) -> tuple[float, float]:
+    """Median ms of a call from frames that are resized already, and from camera frames, to the robot's actions."""
+    config = sampler.model.config
+    words = [f"w{i}" for i in range(text * 3 // 4 - 1)]
+    units = {name: Statistics("quantile", -np.ones(n), np.ones(n), 1e-6, 1e-6) for name, n in SPOKEN.items()}
+    policy = Pi05Policy(
+        "random",
+        sampler.model,
+        PROFILES["openpi"],
+        units,
+        WordTokenizer(words),
+        batch_size=batch,
+        flow_steps=config.flow_steps,
+        identity={"sha256": SHA256},
+    )
+    policy._sampler = sampler
+    rng, found = np.random.default_rng(2), []
+    noise = rng.standard_normal((batch, *policy.noise_shape), dtype=np.float32)
+    whole = [
+        Observation(*rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8), np.zeros(8, np.float32), " ".join(words))
+        for _ in range(batch)
+    ]
+    wanted = policy.frame_format
+    resized = [replace(o, image=wanted.of(o.image), wrist_image=wanted.of(o.wrist_image)) for o in whole]
+    for seen in (resized, whole):
+        times = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            policy.infer(seen, noise)
+            times.append((time.perf_counter() - started) * 1e3)
+        found.append(round(statistics.median(times[1:]), 3))
+    return found[0], found[1]
+
+
 def gib(measure: Callable[[], int]) -> float:
     return round(measure() / 2**30, 2)
 
 
 COLUMNS = (
-    "variant", "cameras", "batch", "p50", "p95", "p99 - min", "vision", "prefix", "flow", "floor", "static GiB",
-    "peak GiB", "loading GiB", "notes",
+    "variant", "cameras", "batch", "p50", "p95", "p99 - min", "a run's", "a server's", "vision", "prefix", "flow",
+    "floor", "static GiB", "peak GiB", "loading GiB", "notes",
 )  # fmt: skip
 
 
@@ -344,6 +388,8 @@ def cells(row: Row) -> list[Any]:
         row.p50_ms,
         row.p95_ms,
         row.p99_less_min_ms,
+        row.run_ms,
+        row.server_ms,
         *phases,
         row.floor_ms,
         row.static_gib,
@@ -384,6 +430,8 @@ class Bench:
                     name, sampler, self.config, cameras, batch, self.text, self.device, self.repeats, bits, kernels
                 )
                 row.loading_gib = loading
+                if cameras == CAMERAS:
+                    row.run_ms, row.server_ms = from_frames(sampler, batch, self.text, self.repeats)
                 row.notes.append(sampler.layer_ops_reason)
                 if not bool(torch.isfinite(out).all()):
                     row.notes.append("ANSWER NOT FINITE")

@@ -78,6 +78,14 @@ def test_another_cpu_is_a_warning(reference, here):
     assert report.verdict == "warning" and "CPU" in report.findings[0].what
 
 
+def test_another_numpy_is_named_where_the_cpu_is_not_to_blame(reference, here):
+    here["versions"] |= {"numpy": "9.9.9", "BLAS": "blis 4"}
+    episode(here, "libero_goal")["moved"][7] += 1e-13
+    (finding,) = physics_check.compare(here, reference).findings
+    assert f"numpy 9.9.9 with blis 4, references were made with numpy {reference['versions']['numpy']}" in finding.what
+    assert "CPU" not in finding.what
+
+
 def test_a_mujoco_under_which_robosuite_raises_is_refused(reference, here):
     here["versions"]["mujoco"] = "3.4.0"
     del here["episodes"]

@@ -51,6 +51,7 @@ def test_dead_hung_and_failing_workers_are_replaced_and_the_episode_comes_out_eq
     with SimulatorPool(1, resolution=64, timeout_s=600) as pool:
         pool.prepare(0, "libero_object", 0, "pure")  # the scene is built before the episode is asked for
         seen, undisturbed = run_episode(pool, EPISODE)
+        assert 0.3 < pool.peak_gb() < 2.5, "a simulator's memory, which capacity reckons with"
         assert [event.step for event in seen] == [0, 5]  # rendered after each executed chunk, not at the end
         assert seen[0].prompt == "pick up the alphabet soup and place it in the basket"
         assert seen[0].observation.image.shape == (64, 64, 3) and seen[0].observation.state.dtype == np.float32

@@ -29,7 +29,7 @@ from qlibero.config.schema import Experiment
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
-from qlibero.machine.capacity import simulators
+from qlibero.machine.capacity import WORKER_GB, simulators
 from qlibero.places import RUNS
 from qlibero.results.arm_equality import RECHECK, arithmetic
 from qlibero.results.ledger import Ledger, read_arm, read_ledger
@@ -351,6 +351,7 @@ def _run_in(
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
         try:
             run_episodes(plan, policies, pool, settings, finished, needs, on_call)
+            _tell_memory(pool.peak_gb())
             videos.fill()
             right = _try_kernels_again(run_dir, watched, ledgers)
             on_result(run_dir)  # a flip that an earlier call ran half of is still to be recorded: that can wait
@@ -364,6 +365,15 @@ def _run_in(
             for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
                 log.warning(said)
     return ended
+
+
+def _tell_memory(peak_gb: float) -> None:
+    """What a simulator really took, beside what their number was reckoned with."""
+    text = f"simulators: up to {peak_gb:.1f} GB each, {WORKER_GB:g} GB were reckoned with"
+    if peak_gb > WORKER_GB:
+        log.warning(f"{text}; where memory is short, write workers: N")
+    else:
+        log.info(text)
 
 
 def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger]) -> bool:

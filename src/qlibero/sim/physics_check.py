@@ -5,7 +5,7 @@ settling of libero_spatial task 5, 3.8.1 has a wrong mass matrix. So a few episo
 
 - other physics (states further off than arithmetic explains, or robosuite raising) or visibly other frames: refused;
 - the same pictures from another renderer (a GPU, another Mesa): a warning naming it, since fingerprints will differ;
-- the last bits of the states differ (another CPU's BLAS): a warning, for the same reason.
+- the last bits of the states differ (another numpy, so another BLAS, or another CPU): a warning, for the same reason.
 
 Everybody looks in a process of its own, under the environment that the caller gives its simulators: `doctor` at every
 reference episode (`check`), a run at those of its suite (`physics_check_cache.py`). After a deliberate change of
@@ -159,11 +159,11 @@ def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[st
     if "error" in here:
         findings.append(PhysicsFinding("refusal", f"the reference episodes do not run: {here['error']}", HINT))
     else:
-        same_physics_code = not findings
+        whose = "other versions" if findings else _arithmetic(here["versions"], reference["versions"])
         for name, expected in reference["episodes"].items():
             if name.partition("/")[0] not in suites:
                 continue
-            findings += _states(name, here["episodes"][name], expected, same_physics_code)
+            findings += _states(name, here["episodes"][name], expected, whose)
             findings += _frames(name, here["episodes"][name], expected, here["renderer"], reference["renderer"])
         looked_at = {name.partition("/")[0] for name in reference["episodes"]}
         for suite in (suite for suite in suites if suite not in looked_at):
@@ -175,7 +175,15 @@ def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[st
     return PhysicsReport(verdict, tuple(dict.fromkeys(findings)), here["renderer"], here["versions"])
 
 
-def _states(name: str, here: dict[str, Any], expected: dict[str, Any], same_versions: bool) -> list[PhysicsFinding]:
+def _arithmetic(here: dict[str, str], reference: dict[str, str]) -> str:
+    """What of the arithmetic is not the references': the controller multiplies by numpy's BLAS."""
+    if here["numpy"] == reference["numpy"]:
+        return "another CPU's arithmetic"
+    blas = f" with {here['BLAS']}" if "BLAS" in here else ""
+    return f"numpy {here['numpy']}{blas}, references were made with numpy {reference['numpy']}"
+
+
+def _states(name: str, here: dict[str, Any], expected: dict[str, Any], whose: str) -> list[PhysicsFinding]:
     found, wanted = (np.array(side["settled"] + side["moved"]) for side in (here, expected))
     if found.shape != wanted.shape:
         return [PhysicsFinding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", HINT)]
@@ -183,10 +191,11 @@ def _states(name: str, here: dict[str, Any], expected: dict[str, Any], same_vers
     if not off <= STATE_TOLERANCE:  # written so that NaN fails too
         return [PhysicsFinding("refusal", f"{name}: other physics, states off by up to {off:.1e}", HINT)]
     if off > 0.0:
-        whose = "another CPU's arithmetic" if same_versions else "other versions"
         what = f"states differ in their last bits ({whose}), so fingerprints will not match other machines'"
         return [
-            PhysicsFinding("warning", what, "nothing to mend; keep all arms of a comparison on machines of one kind")
+            PhysicsFinding(
+                "warning", what, "nothing to mend; keep all arms of a comparison on machines of one kind and one numpy"
+            )
         ]
     return []
 
@@ -244,6 +253,8 @@ def versions() -> dict[str, str]:
 
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
     found["mujoco"] = mujoco.__version__  # what is loaded, should a path hide what is installed
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    found["BLAS"] = f"{blas.get('name')} {blas.get('version')}"
     return found
 
 

@@ -209,6 +209,15 @@ class SimulatorPool:
         """Process ids of the workers, by number."""
         return [worker.process.pid for worker in self._processes]
 
+    def peak_gb(self) -> float:
+        """The most memory that one of the workers has had so far."""
+        kilobytes = [0]
+        for pid in self.pids():
+            with suppress(OSError):
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                kilobytes += [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+        return max(kilobytes) * 1024 / 1e9
+
     def prepare(self, worker: int, suite: str, task: int, protocol: str) -> None:
         """Let a worker that runs nothing build a task's scene before anybody asks for an episode of it."""
         with suppress(OSError):  # it is dead: `wait` finds the closed socket
