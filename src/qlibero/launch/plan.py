@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlibero.config.arms import Arm, overrides_of
-from qlibero.config.policies import GPU_BATCH
+from qlibero.config.arms import overrides_of
 from qlibero.config.quantization import Quant
 from qlibero.config.schema import Experiment, Stop, Tracking
 from qlibero.config.yaml_source import laid_over
@@ -39,6 +38,7 @@ from qlibero.run.experiment import (
     run_experiment,
     stopping_rule,
 )
+from qlibero.run.simulators import device_of, gpu_batch
 from qlibero.stats.sequential_power import pairs_needed, prospect
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _problems(experiment: Experiment, name: str, engine: Engine) -> Iterator[str
         )
     yield from engine.problems(experiment.launch)
     for arm in experiment.arms():
-        device = _device(experiment, arm, engine)
+        device = device_of(arm, _auto(experiment, engine))
         if arm.quant and arm.backend != "auto" and experiment.on_failure == "refuse":
             if reason := _unsupported(arm.backend, arm.quant, device, engine.here):
                 yield f"arm {arm.name}: {reason}"
@@ -147,17 +147,9 @@ def _unsupported(backend: str, quant: Quant, device: str, here: bool) -> str | N
     return None if support.ok else f"{backend} on {device}: {support.reason}"
 
 
-def _device(experiment: Experiment, arm: Arm, engine: Engine) -> str:
-    wanted = getattr(arm.policy, "device", "cpu")
-    if wanted != "auto":
-        return wanted.partition(":")[0]
-    return "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
-
-
-def _gpu_batch(experiment: Experiment, engine: Engine) -> int | None:
-    """The most rows of a call of an arm that is on a GPU."""
-    batches = [arm.policy.batch_size for arm in experiment.arms() if _device(experiment, arm, engine) == "cuda"]
-    return max((GPU_BATCH if batch == "auto" else batch for batch in batches), default=None)
+def _auto(experiment: Experiment, engine: Engine) -> Callable[[], str]:
+    """What `device: auto` will be on an engine."""
+    return lambda: "cuda" if engine.place(experiment.launch).gpus > 0 else "cpu"
 
 
 def costs(manifest: Manifest) -> dict[Kind, Cost]:
@@ -305,12 +297,13 @@ def _discordance(cell: Cell) -> tuple[float, str]:
 
 def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, dict[str, Any]]:
     """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
-    launch = manifest.cells[0].experiment.launch
+    first = manifest.cells[0].experiment
+    launch = first.launch
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
     by_engine = {}
     for name, engine in engines(launch.engine).items():
         place = engine.place(launch)
-        most = wanted(place.cores, _gpu_batch(manifest.cells[0].experiment, engine))
+        most = wanted(place.cores, gpu_batch(first, _auto(first, engine)))
         workers = most if place.memory_gb is None else fitting(most, place.memory_gb)
         shards = [
             s

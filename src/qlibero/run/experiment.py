@@ -24,12 +24,10 @@ from qlibero import files
 from qlibero.activity import doing
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
-from qlibero.config.policies import GPU_BATCH
 from qlibero.config.schema import Experiment
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
-from qlibero.machine.capacity import WORKER_GB, simulators
 from qlibero.places import RUNS
 from qlibero.results.arm_equality import RECHECK, arithmetic
 from qlibero.results.ledger import Ledger, read_arm, read_ledger
@@ -39,6 +37,7 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.stopping import Declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.run.sequential import SequentialRun, declaration_of
+from qlibero.run.simulators import gpu_batch, start_pool, tell_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,7 +234,7 @@ def _run(
     if experiment.stop is not None:
         sequential = SequentialRun(experiment, run_dir, episode_keys(experiment))
     plan = [PlannedEpisode(arm, key, sequential.block(key) if sequential else 0) for arm, key in missing]
-    with start_pool(experiment, len(missing), _gpu_batch(experiment)) as pool:
+    with start_pool(experiment, len(missing), gpu_batch(experiment)) as pool:
         if not any(_is_timed(arm) for arm in experiment.arms()):
             for worker, (suite, task) in enumerate(first_tasks(plan, pool.workers)):
                 pool.prepare(worker, suite, task, experiment.protocol)
@@ -351,7 +350,7 @@ def _run_in(
         mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
         try:
             run_episodes(plan, policies, pool, settings, finished, needs, on_call)
-            _tell_memory(pool.peak_gb())
+            tell_memory(pool)
             videos.fill()
             right = _try_kernels_again(run_dir, watched, ledgers)
             on_result(run_dir)  # a flip that an earlier call ran half of is still to be recorded: that can wait
@@ -365,15 +364,6 @@ def _run_in(
             for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
                 log.warning(said)
     return ended
-
-
-def _tell_memory(peak_gb: float) -> None:
-    """What a simulator really took, beside what their number was reckoned with."""
-    text = f"simulators: up to {peak_gb:.1f} GB each, {WORKER_GB:g} GB were reckoned with"
-    if peak_gb > WORKER_GB:
-        log.warning(f"{text}; where memory is short, write workers: N")
-    else:
-        log.info(text)
 
 
 def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger]) -> bool:
@@ -392,39 +382,6 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
     for text in wrong:
         log.error(text)
     return not wrong
-
-
-def _gpu_batch(experiment: Experiment) -> int | None:
-    """The most rows of a call of an arm that will be on a GPU; None where none will be."""
-    batches = [arm.policy.batch_size for arm in experiment.arms() if _on_gpu(getattr(arm.policy, "device", ""))]
-    return max((GPU_BATCH if batch == "auto" else batch for batch in batches), default=None)
-
-
-def _on_gpu(device: str) -> bool:
-    if device != "auto":
-        return device.startswith("cuda")
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def start_pool(experiment: Experiment, episodes: int, batch: int | None = None) -> SimulatorPool:
-    """As many simulators as are asked for and fit, for so many episodes and a `gpu_batch`; use it as a context."""
-    from qlibero.machine.environment import simulator_environment
-    from qlibero.sim.pool import SimulatorPool
-
-    workers = _workers(experiment, episodes, batch)
-    doing("starting simulators")
-    return SimulatorPool(workers, environment=simulator_environment())
-
-
-def _workers(experiment: Experiment, episodes: int, batch: int | None) -> int:
-    """How many simulators to start for so many episodes; why, and what more than fits may cost, is said."""
-    fitting = simulators(experiment.workers, episodes, gpu_batch=batch)
-    log.info(f"simulators: {fitting.workers}, {fitting.why}")
-    if fitting.short:
-        log.warning(f"simulators: {fitting.short}; one that is killed for it costs its episode")
-    return fitting.workers
 
 
 def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:

@@ -20,9 +20,9 @@ from qlibero.quant.probe import Questions, probe
 from qlibero.results.ledger import read_ledger, read_trajectory
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE
-from qlibero.run.experiment import start_pool
 from qlibero.run.noise import call_noise
 from qlibero.run.replay import REPLAN_STEPS, replay_all
+from qlibero.run.simulators import start_pool
 from qlibero.sim.pool import Observed
 from qlibero.stats.ranks import auc
 

@@ -31,8 +31,8 @@ def record_videos(
     import shutil
 
     from qlibero.config.load import load_experiment
-    from qlibero.run.experiment import start_pool
     from qlibero.run.replay import replay
+    from qlibero.run.simulators import start_pool
     from qlibero.sim.provenance import enforce
 
     if not (run_dir / "experiment.yaml").is_file():
