@@ -90,7 +90,6 @@ def flips(found: dict) -> tuple[int, int]:
 
 
 def test_a_dashboard_shows_the_arms_that_are_named(weeks, capsys):
-    pytest.importorskip("wandb_workspaces")
     old, new = weeks
     spec = json.dumps(document(capsys, "dashboard", f"{old}/w4a8", "--offline"))
     assert "study/w4a8" in spec and "study/baseline" not in spec

@@ -13,8 +13,6 @@ from qlibero.cli import main
 from qlibero.results.ledger import arms_of, read_arm
 from qlibero.tracking.replay import arm_summary, episode_row, versus_baseline
 
-pytest.importorskip("wandb_workspaces", reason="needs wandb-workspaces: pip install 'qlibero[dashboard]'")
-
 
 @pytest.fixture
 def run(tmp_path):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every measured number of the model card, again: success, quantization, sight. Continues where it stopped.
 #   examples/libero/model_card.sh [OUT] [PROCESSES]      (defaults: logs/model_card, and one per core)
-# 8,900 episodes: days of a laptop; 5,700 of them once took 20 minutes of 60 cores beside GPUs that render.
+# Some 9,000 episodes: days of a laptop; an earlier 5,700 took 20 minutes of 60 cores beside GPUs that render.
 # The blind twin's rows need its checkpoint in BLIND (default logs/blind/snapshot; examples/libero/README.md trains it).
 set -euo pipefail
 cd "$(dirname "$0")/../.."

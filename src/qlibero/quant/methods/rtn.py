@@ -1,4 +1,4 @@
-"""Round to nearest: no transform at all. The floor that every other method has to beat."""
+"""No transform at all. The floor that every other method has to beat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from qlibero.quant.methods import GroupData
 from qlibero.quant.transform import Transform
 from qlibero.registry import MethodPlugin
 
-PLUGIN = MethodPlugin("rtn", "round to nearest, no transform", data_free=True, order=1)
+PLUGIN = MethodPlugin("rtn", "no transform", data_free=True, order=1)
 
 
 def fit(data: GroupData, spec: Quant) -> Transform:
