@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from qlibero.config.labels import axes_id, setting_label
-from qlibero.config.yaml_source import put
+from qlibero.config.yaml_source import copied, put
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, short, shown
 
 MAX_ARMS = 200  # of one grid; a scene is run once for each
@@ -66,14 +66,14 @@ def _arms_of(
     prefix = own.get("name") or own.get("backend")
     found = []
     for choices in product(*([(key, k, value) for k, value in enumerate(values)] for key, values in grid.items())):
-        arm, of_arm = _copied(own), dict(kept)
+        arm, of_arm = copied(own), dict(kept)
         label = axes_id([(key, setting_label(key, value, stem=_is_path(value))) for key, _, value in choices])
         arm["name"] = f"{prefix}.{label}" if prefix else label
         of_arm.setdefault(("name",), marks.get((), Mark("?")))
         for key, k, value in choices:
             keys = tuple(key.split("."))
             try:
-                put(arm, keys, _copied(value))
+                put(arm, keys, copied(value))
             except ValueError as error:
                 refuse(("grid", key), f"grid.{short(key)}: {error}")
                 return []
@@ -86,9 +86,3 @@ def _arms_of(
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, str) and "/" in value
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value

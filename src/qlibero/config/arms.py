@@ -207,6 +207,13 @@ def check_arms(experiment: Experiment) -> None:
                     (*where, section),
                     f"aa is the baseline again and differs in nothing; write backend: baseline for another {section}",
                 )
+        late = experiment.execution
+        if entry.backend == "aa" and late.mode == "async" and late.latency_ms == "measured":
+            raise FieldError(
+                ("execution", "latency_ms"),
+                "measured: aa, whose batches are of another size, would answer earlier or later than the baseline that "
+                "it repeats; write a number, or leave aa out",
+            )
         if entry.replicates is not None and entry.backend != "aa":
             raise FieldError((*where, "replicates"), f"belongs to aa; {entry.backend} would give the same again")
         if entry.backend not in UNQUANTIZED_BACKENDS:

@@ -174,6 +174,13 @@ def _merge(low: Any, high: Any, at: tuple[str | int, ...], below: Source) -> Any
     return high
 
 
+def copied(value: Any) -> Any:
+    """Mappings and lists anew, their scalars shared: `deepcopy` takes twenty times as long."""
+    if isinstance(value, dict):
+        return {key: copied(inner) for key, inner in value.items()}
+    return [copied(inner) for inner in value] if isinstance(value, list) else value
+
+
 def laid_over(low: Any, high: Any) -> Any:
     """`high` over `low` as one file lies over another, of plain data without marks."""
     if not (isinstance(low, dict) and isinstance(high, dict) and _same_type(low, high)):

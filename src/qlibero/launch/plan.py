@@ -138,7 +138,8 @@ def _unsupported(backend: str, quant: Quant, device: str, here: bool) -> str | N
 
     try:
         kernel = load(backend)
-        shape = GemmShape(2048, 2048, quant.weight_bits, quant.activation_bits, quant.group_size, device)
+        bits = quant.kernel_bits(quant.weight_bits), quant.activation_bits
+        shape = GemmShape(2048, 2048, *bits, quant.group_size, device, quant.number_format)
     except ImportError as problem:
         return str(problem) if here else None
     except QliberoError as problem:

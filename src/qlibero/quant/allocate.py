@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlibero.activity import doing
-from qlibero.config.number_formats import BITS
+from qlibero.config.fields import FieldError
+from qlibero.config.number_formats import BITS, require_of_format
 from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.quant.action_error import ActionError, action_error, arm_error
@@ -56,18 +57,20 @@ def allocate(
     from qlibero.quant.prepare import artifact_for, noise_for
 
     torch.set_num_threads(1)
-    quant = next((arm.quant for arm in experiment.arms() if arm.quant is not None), None)
-    if quant is None:
+    arm = next((arm for arm in experiment.arms() if arm.quant is not None), None)
+    if arm is None or arm.quant is None:
         raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `arms`, such as fake")
     if (budget_mb is None) == (mean_bits is None):
         raise UserError("give --budget-mb or --mean-bits, one of them")
     levels = sorted(set(bits))
-    data, _, fresh = unseen([quant])
-    policy = quantizable(load_policy(experiment.policy))
-    noise, steps = noise_for(policy, len(data.observations), experiment.seed), experiment.policy.replan_steps
+    data, _, fresh = unseen([arm.quant])
+    policy = quantizable(load_policy(arm.policy))
+    noise, steps = noise_for(policy, len(data.observations), experiment.seed), arm.policy.replan_steps
     exact = policy.infer(data.observations, noise).actions
-    plain = quant.model_copy(update={"per_layer_bits": {}})
-    at = {b: artifact_for(policy, plain.model_copy(update={"weight_bits": b})) for b in levels}
+    spared = {pattern: bits for pattern, bits in arm.quant.per_layer_bits.items() if bits == 16}
+    plain = arm.quant.model_copy(update={"artifact": None})
+    settings_of = {b: with_bits(plain, b, spared) for b in levels}
+    at = {b: artifact_for(policy, settings) for b, settings in settings_of.items()}
     lowest = at[levels[0]]
     names = [layer.name for layer in lowest.layers if layer.executed]
     effects: dict[str, float] = {}
@@ -81,8 +84,8 @@ def allocate(
     budget = 8e6 * budget_mb if budget_mb is not None else float(mean_bits or 0) * total
     chosen = spend(linears, levels, budget)
     usual = max(set(chosen.values()), key=list(chosen.values()).count)
-    wanted = {f"^{re.escape(name)}$": b for name, b in chosen.items() if b != usual}
-    mixed = plain.model_copy(update={"weight_bits": usual, "per_layer_bits": wanted})
+    wanted = spared | {f"^{re.escape(name)}$": b for name, b in chosen.items() if b != usual}
+    mixed = with_bits(plain, usual, wanted)
 
     def verified(settings: Quant) -> ActionError:
         found = quantize_policy(policy, artifact_for(policy, settings), "fake").infer(data.observations, noise).actions
@@ -103,12 +106,22 @@ def allocate(
             for x in sorted(linears, key=lambda x: -effects[x.name])
         ],
         "together": verified(mixed).to_json(),
-        "evenly": {"bits": evenly, **verified(plain.model_copy(update={"weight_bits": evenly})).to_json()},
+        "evenly": {"bits": evenly, **verified(settings_of[evenly]).to_json()},
     }
     if out is not None:
         write(out, document)
         document["file"] = str(out)
     return document
+
+
+def with_bits(quant: Quant, weight_bits: int, per_layer_bits: Mapping[str, int]) -> Quant:
+    """These settings at other bits. Raises UserError for bits that the number format has not."""
+    found = quant.model_copy(update={"weight_bits": weight_bits, "per_layer_bits": dict(per_layer_bits)})
+    try:
+        require_of_format(found)
+    except FieldError as error:
+        raise UserError(f"--bits {weight_bits}: {error}; write others") from None
+    return found
 
 
 def linear_of(name: str, effect: float, at: Mapping[int, Artifact]) -> Linear:

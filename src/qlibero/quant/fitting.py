@@ -278,6 +278,8 @@ def quantize_linear(linear: nn.Linear, choice: Choice, basis: Basis, spec: Quant
         score = float(order) if measures is None else measures.sqnr_db
         if best is None or score > most:
             best, most = Fitted(module, stored, how, tried, measures), score
+        if how == only:
+            break  # what comes after is not even made
     assert best is not None  # `nearest` is always tried
     return best
 

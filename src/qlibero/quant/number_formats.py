@@ -2,15 +2,14 @@
 
     int     the contract's integers (`kernels/contract.py`)
     fp8     e4m3 activations, one scale a token; weights e4m3 with one scale a row (8 bits), or int4 (4 bits)
-    nvfp4   e2m1, a scale in e4m3 for every 16 channels, times one power of two a tensor (weights) or token
-    (activations) mxfp4   e2m1, a scale that is a power of two for every 32 channels (OCP MX 1.0: floor(log2 max|x|) -
-    2)
+    nvfp4   e2m1, a scale in e4m3 for every 16 channels, times one power of two a row (weights) or token (activations)
+    mxfp4   e2m1, a scale that is a power of two for every 32 channels (OCP MX 1.0: floor(log2 max|x|) - 2)
 
 Float formats are computed as they are defined, in float64, on any machine: products of e4m3 codes are multiples of
 2^-18 below 2^18, so sums of fewer than 2^17 of them are exact, and so is what is called fp8 here (`kernels/fp8.py`
 says how far hardware may be from it). nvfp4 and mxfp4 are simulations. NVIDIA's second scale is any fp32 number; a
-power of two keeps every product of scales exact in bfloat16, and one a token instead of one a tensor keeps an answer
-from depending on what else is in its batch.
+power of two keeps every product of scales exact in bfloat16, and one a row or token instead of one a tensor keeps an
+answer from depending on what else is in its batch, and a row's codes on what other rows were looked at.
 """
 
 from __future__ import annotations
@@ -89,11 +88,13 @@ def grid_of(w: Tensor, spec: Quant, bits: int, *, search: bool, importance: Tens
     peak = groups.abs().amax(-1)
     weights = None if importance is None else importance.to(w.device).float().reshape(groups.shape[1], -1)
 
+    most = (peak * spec.weight_clip).clamp_min(EPS).amax(-1, keepdim=True)
+
     def attempt(ratio: float) -> FloatGrid:
         scales = (peak * ratio).clamp_min(EPS)
         if spec.number_format == "fp8":
             return FloatGrid((scales / torch.full_like(scales, E4M3_MOST)).bfloat16().float(), "e4m3")
-        return FloatGrid(_block_scales(scales, spec.number_format, scales.amax()), "e2m1")
+        return FloatGrid(_block_scales(scales, spec.number_format, most), "e2m1")
 
     def error(grid: FloatGrid) -> Tensor:
         squared = (grid.codes(w).float().view(groups.shape) * grid.scales.unsqueeze(-1) - groups) ** 2
@@ -127,7 +128,7 @@ def _block_scales(peak: Tensor, number_format: str, most: Tensor) -> Tensor:
     """Scales of blocks whose largest magnitudes are `peak` > 0, `most` being the largest of those that share a second
     scale."""
     if number_format == "mxfp4":
-        return torch.exp2(torch.floor(torch.log2(peak)) - 2)
+        return torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 3)  # exact: floor(log2) is exponent - 1
     second = torch.exp2(torch.ceil(torch.log2(most / E2M1_MOST / E4M3_MOST)))
     smallest = 2.0**-9  # e4m3's smallest number: a block of almost nothing still has a scale
     return e4m3((peak / E2M1_MOST / second).clamp_min(smallest)) * second

@@ -138,9 +138,13 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
         "file": quant.calibration.path.name if quant.calibration and quant.calibration.path else None,
     }
     policy = _as_calibrated(policy)
-    save(calibrate(policy, data.observations, noise, quant, provenance), path)
+    made = calibrate(policy, data.observations, noise, quant, provenance)
+    if not path.is_file():  # else another process was first, and may be running on it
+        save(made, path)
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
-    return Found(load(path), path, made=True, seconds=time.perf_counter() - started)
+    artifact = load(path)
+    require(artifact, quant, checkpoint)
+    return Found(artifact, path, made=True, seconds=time.perf_counter() - started)
 
 
 def _as_calibrated(policy: QuantizablePolicy) -> QuantizablePolicy:

@@ -123,8 +123,8 @@ def probe(
 
 def ratio(errors: np.ndarray, first: np.ndarray | None) -> dict[str, Any]:
     """{"ratio", "ratio95"}: geometric mean of paired ratios and Student's interval of its logarithm; None without a
-    reference, or where an error is zero."""
-    if first is None or not (errors > 0).all() or not (first > 0).all():
+    reference, of one observation, or where an error is zero."""
+    if first is None or len(errors) < 2 or not (errors > 0).all() or not (first > 0).all():
         return {"ratio": None, "ratio95": None}
     from scipy.special import stdtrit
 

@@ -23,7 +23,8 @@ def effective_settings(experiment: Mapping[str, Any], arm: str, meta: Mapping[st
         (e for e in listed_arms(dict(experiment)) if e["name"] == (replicated if e.get("replicates") else arm)), {}
     )
     policy, quant = meta.get("policy") or {}, meta.get("quant") or {}
-    asked = {**(experiment.get("policy") or {}), **(entry.get("policy") or {})}
+    base, own = experiment.get("policy") or {}, entry.get("policy") or {}
+    asked = {**(base if own.get("type", base.get("type")) == base.get("type") else {}), **own}
     execution = meta.get("execution") or {}
     weights = policy.get("sha256")
     return {

@@ -39,7 +39,7 @@ def is_export(path: Path | str) -> bool:
 
 
 def unpacked(path: Path | str) -> list[Path]:
-    """The directories of an export's runs. Raises UserError naming file and line for what is none of version 1."""
+    """The directories of an export's runs. Raises UserError naming file and line for what this version cannot read."""
     path = Path(path)
     content = read_bytes(path)
     place = cache_directory(f"exports/{hashlib.sha256(content).hexdigest()[:16]}")

@@ -25,6 +25,7 @@ def select(paths: Sequence[Path | str], labels: Mapping[str, str] | None = None)
     UserError for a path that is neither, and for a label of no arm.
     """
     runs: list[RunResults] = []
+    whole: dict[Path, RunResults] = {}
     places: dict[str, tuple[int, str]] = {}  # the path as it was written → where it is
     for given in map(Path, paths):
         if (found := _arm(given)) is None:
@@ -35,8 +36,9 @@ def select(paths: Sequence[Path | str], labels: Mapping[str, str] | None = None)
         home = next((i for i, run in enumerate(runs) if run.chosen and _same(run.run_dir, directory)), None)
         if home is None:
             home = len(runs)
-            runs.append(replace(read_run(directory), arms={}, chosen=True))
-        runs[home].arms[name] = read_run(directory).arms[name]
+            whole[directory] = read_run(directory)
+            runs.append(replace(whole[directory], arms={}, chosen=True))
+        runs[home].arms[name] = whole[runs[home].run_dir].arms[name]
         places[os.path.normpath(given)] = home, name
     return _labelled(_told_apart(runs, places), labels or {}, places)
 

@@ -24,6 +24,7 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.identity import Identity
 from qlibero.policies.base import Policy
 from qlibero.results.meta import has_episodes
+from qlibero.results.speed import is_simulation
 from qlibero.run.noise import call_noise
 from qlibero.sim.suites import CONTROL_HZ
 
@@ -53,7 +54,7 @@ def fixed_execution(
     ms = _kept(run_dir / arm.name, asked, machine)
     if ms is None:
         ms = _keep(run_dir / arm.name, asked, machine, measured_ms(policy, prompts))
-        if any(said.get("kernel") in ("fake", "int_ref") for said in meta.get("kernels", {}).values()):
+        if is_simulation(dict(meta)):
             log.warning(
                 f"arm {arm.name}: runs on a simulation of a kernel, so its measured latency of {ms:.0f} ms is no "
                 "kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"

@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,12 +92,12 @@ class _Opened:
     void: set[str] = field(default_factory=set)
     """Entries that the ledger no longer has."""
 
-    def in_order(self, records: Iterable[str], last: bool) -> list[str]:
-        """Finished episodes that have a row by now: on the last look all, else those that none before is missing of."""
+    def in_order(self, records: Iterable[str], errors: Set[str], last: bool) -> list[str]:
+        """Finished episodes that have a row by now: on the last look all, else those before which none is
+        missing; an episode that ended in an error is not waited for."""
         found = dict.fromkeys(records)
-        order = (key for key in self.places if key in found) if last else self.places
-        planned = list(itertools.takewhile(found.__contains__, order))
-        return planned + [key for key in found if key not in self.places]
+        known = self.places if last else itertools.takewhile(lambda key: key in found or key in errors, self.places)
+        return [key for key in known if key in found] + [key for key in found if key not in self.places]
 
     def place(self, entry: str) -> int:
         """From 1. An episode that is planned no more, or in no plan, stands behind those that are."""
@@ -120,6 +120,7 @@ class ArmReplay:
         self.size = size
         ledger = read_arm(self.run_dir, self.arm)
         records = {str(record.key): record for record in ledger.records if record.outcome != "error"}
+        errors = {str(record.key) for record in ledger.records if record.outcome == "error"}
         videos = {name: record for record in records.values() if (name := self._video(record))} if last else {}
         if self.opened is None:
             if not records:
@@ -129,7 +130,7 @@ class ArmReplay:
             self.opened = _Opened(run, order, planned_places(self.run_dir))
         to, order = self.opened, self.opened.order
         known = set(order.entries) - to.void
-        for entry in (*to.in_order(records, last), *videos):
+        for entry in (*to.in_order(records, errors, last), *videos):
             if entry not in known:
                 order.append(entry)
         to.void -= records.keys()

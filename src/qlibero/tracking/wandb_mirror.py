@@ -116,7 +116,7 @@ class WandbRun:
         try:
             self._attach()
         except Exception as problem:  # rows matter more, and the file lies beside them
-            print(f"{self.arm}: no artifact ({_discreet(problem)})", file=sys.stderr, flush=True)
+            log.warning(f"{self.arm}: no artifact ({_discreet(problem)})")
 
     def _attach(self) -> None:
         """What the arm is, whole, as one artifact: its hundreds of layers would be hundreds of columns of a table."""

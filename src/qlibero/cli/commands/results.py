@@ -107,7 +107,10 @@ def dashboard(args: argparse.Namespace) -> Document:
 
     runs = select(args.run_dirs)
     tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
-    shown = {run.name: [arm.arm for arm in run.arms.values()] if run.chosen else None for run in runs}
+    shown: dict[str, list[str] | None] = {run.name: None for run in runs}
+    if any(run.chosen for run in runs):  # arms that are named are shown beside all arms of whole runs
+        for name in shown:
+            shown[name] = [arm.arm for run in runs if run.name == name for arm in run.arms.values()]
     made = wandb_workspace.workspace(args.project, args.entity or "", shown, tasks)
     document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}
     if args.offline:
