@@ -112,6 +112,7 @@ def test_execution_is_part_of_an_arm_and_of_its_hash(study, tiny_experiment):
     for sets, told in (
         (["execution.latency_ms=100"], "execution.latency_ms: belongs to mode: async"),
         (["execution={mode: async, latency_ms: -1}"], "execution.latency_ms"),
+        (["execution={mode: async}", "arms=[baseline, aa]"], "execution.latency_ms: measured: aa"),
         (["execution={mode: asynchronous}"], "execution.mode: should be 'sync' or 'async'"),
         (["arms=[{name: x, latency_ms: 5}]"], "arms.0.latency_ms: unknown key; write execution: {latency_ms: …}"),
         (["arms=[baseline, {backend: aa, execution: {mode: async}}]"], "arms.1.execution: aa is the baseline again"),

@@ -212,3 +212,23 @@ def test_what_a_format_does_not_have_is_refused(changes, said):
         return
     with pytest.raises(ValueError, match=said):
         Quant(**settings)
+
+
+def test_an_mx_scale_just_below_a_power_of_two_is_the_lower_one() -> None:
+    """OCP MX 1.0: 2^(floor(log2 max) - 2); a float32 log2 rounds both of these up."""
+    spec = Quant(method="rtn", layout="llm", number_format="mxfp4", activation_bits=16)
+    below = torch.tensor([[2.0**7 * (1 - 2.0**-24)], [2.0**-5 * (1 - 2.0**-24)]]).expand(2, 32)
+    assert grid_of(below, spec, 4, search=False).scales.flatten().tolist() == [2.0**4, 2.0**-8]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_row_is_rounded_the_same_whatever_rows_lie_beside_it(search: bool) -> None:
+    """Artifacts are held against their weights some rows at a time; a nearly dead row counts too."""
+    spec = Quant(method="rtn", layout="llm", number_format="nvfp4", activation_bits=16)
+    w = (
+        torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([3, 1, 1e-2, 1e-4, 1e-5, 1])[:, None]
+    )
+    together = grid_of(w, spec, 4, search=search).scales
+    alone = torch.cat([grid_of(row[None], spec, 4, search=search).scales for row in w])
+    assert torch.equal(together, alone)
