@@ -145,6 +145,10 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
 
     Its linears are `torch.nn.Linear` and are called by forward, or by `prepare` and `from_prepared` where they have
     those (`quant.linear.QuantLinear`: linears of one group share what was prepared).
+
+    It may also have `calibration_inputs() -> {name: text or hash}`: all that decides, beside weights and data, what its
+    linears see in calibration, no paths; without it two arms that differ in more than `provenance` says share one
+    artifact. And `for_calibration()`: itself with what decides nothing there (batch, flow steps) at fixed values.
     """
 
     @property
@@ -191,7 +195,8 @@ class PolicyFamily(Protocol):
     """A module that declares a `PolicyPlugin`. Importing it is cheap: what is heavy is imported inside the functions.
 
     It may also have `files(settings)`: every file that is read, in a fixed order; `weights_sha256(settings)`: what the
-    policy's provenance will name, without loading it; and `claims(path)` with `verify(path)`: whether a checkpoint is
+    policy's provenance will name, without loading it; `calibration_inputs(settings)`, likewise, what the policy will
+    say under that name, or None; and `claims(path)` with `verify(path)`: whether a checkpoint is
     of this family, and a report on it (see `pi05/verify.py`). So that arms share what they have in common:
     `shares_weights(one, other)`, whether one loaded network serves both settings, and `with_weights_of(loaded,
     settings)`, the policy of `settings` around the network of another policy.
