@@ -239,6 +239,22 @@ def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     assert [seconds(t) for t in ("30", "01:00:00", "2-01", "1-00:00:30", "10:30")] == [1800, 3600, 176400, 86430, 630]
 
 
+@pytest.mark.parametrize("devices", ["[cpu, cuda]", "[cuda, cpu]"])
+def test_a_plan_counts_each_cells_own_simulators(tmp_path, monkeypatch, devices):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    axes = f"  policy.device: {devices}\ncells:\n  three: {{{{policy.device: cuda, workers: 3}}}}\n"
+    text = GRID.partition("  seed:")[0] + axes + GRID[GRID.index("launch:") :]
+    made = cells.make_manifest(sweep_of(tmp_path, text, "policy.batch_size=16", "backends=[baseline]"), tmp_path / "o")
+    for cell in made.cells:
+        fill(cell, episode_keys(cell.experiment)[:2])
+    found = plan(made)["engines"]["slurm"]  # 4 cores, 2 GPUs; 48 episodes are missing in each of three cells
+    on_cpu = 2 / 4 + 1 / 4  # seconds of an episode: 4 simulators step, and share the policy's calls
+    on_gpu = 2 / 4 + 1 / 16  # four batches of 16, but no more than 4 a core
+    with_three = 2 / 3 + 1 / 3
+    assert found["gpu_h"] == pytest.approx(48 * (on_cpu + on_gpu + with_three) * 2 / 3600, abs=1e-3)
+    assert "up to 16 simulators" in found["basis"]
+
+
 def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     (cell,) = plan(
