@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -656,18 +657,23 @@ def test_a_run_is_spread_over_the_gpus_that_its_policy_may_use(tmp_path, monkeyp
         asked.append(made.launch.processes)
         shards = cells.read_manifest(made.manifest).shards
         assert [(s.index, s.count) for s in shards] == [(i, len(shards)) for i in range(len(made.indices))]
-        return {0: local.Failed(3, "another policy")}
+        return {0: local.Failed(3, "said by it")}
 
     monkeypatch.setattr(here, "run_experiment", alone)
     monkeypatch.setattr(here, "run_shards", spread)
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", *sets).cells
-    hear = lambda *_: None  # noqa: E731
-    if expected == 1:
-        here.run_here(cell.experiment, tmp_path / "out", hear, hear, hear)
-    else:
-        with pytest.raises(GuardRefusal, match="another policy"):  # what refused a process refuses the run
-            here.run_here(cell.experiment, tmp_path / "out", hear, hear, hear)
+    with suppress(GuardRefusal):
+        here.run_here(cell.experiment, tmp_path / "out", print, print, print)
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("status,error", [(1, WorkFailed), (2, UserError), (3, GuardRefusal), (-9, WorkFailed)])
+def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypatch, status, error):
+    monkeypatch.setattr(here, "run_shards", lambda *_: {1: local.Failed(status, "said by it")})
+    sets = "tracking=[]", "launch.processes=2", "policy.device=cpu"
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells
+    with pytest.raises(error, match="said by it"):
+        here.run_here(cell.experiment, tmp_path / "out", print, print, print)
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):
