@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from qlibero.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from qlibero.config.policies import PolicySettings
 
@@ -126,6 +127,39 @@ class Attention:
     output: str
 
 
+class SharingLinear(Protocol):
+    """What a quantized linear may have beside `forward`: linears of one group compute their input's codes once."""
+
+    def prepare(self, x: Tensor) -> Any:
+        """x (..., K) -> what `from_prepared` of every quantized linear of the group takes."""
+        ...
+
+    def from_prepared(self, prepared: Any) -> Tensor:
+        """(..., N)"""
+        ...
+
+    def precedes(self, *others: nn.Module) -> bool:
+        """Whether `joined` gives the outputs of this linear and of `others` without a copy."""
+        ...
+
+    def joined(self, x: Tensor, last: Any) -> Tensor:
+        """x (..., K) -> the outputs of this linear to `last` side by side."""
+        ...
+
+    def takes_gated(self, device: torch.device) -> bool:
+        """Whether `of_gated` saves a pass over the input there; else it is not to be called."""
+        ...
+
+    def of_gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """This linear of gelu_tanh(gate)·up, each (..., K)."""
+        ...
+
+
+def shares_input(linear: nn.Module) -> TypeGuard[SharingLinear]:
+    """Whether it is quantized so that linears with one input share its codes; else it is only ever called."""
+    return hasattr(linear, "prepare")
+
+
 class Quantizable(Protocol):
     """A network that says of itself what can be quantized."""
 
@@ -143,8 +177,7 @@ class Quantizable(Protocol):
 class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
     """A policy whose network is here: all that calibration, kernel check and recheck ask of one.
 
-    Its linears are `torch.nn.Linear` and are called by forward, or by `prepare` and `from_prepared` where they have
-    those (`quant.linear.QuantLinear`: linears of one group share what was prepared).
+    Its linears are `torch.nn.Linear` and are called by forward, or as `SharingLinear` says where `shares_input`.
     """
 
     @property

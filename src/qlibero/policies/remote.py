@@ -85,7 +85,7 @@ class RemotePolicy:
             "url": self.url,
             "sha256": theirs.get("sha256"),
             "server": theirs,
-            "metadata_sha256": hashlib.sha256(self._greeting).hexdigest(),
+            "metadata_sha256": hashlib.sha256(_bytes_of(self._greeting)).hexdigest(),
             "guarantees": {
                 "noise": bool(self._ours),
                 "kernel_attestation": False,
@@ -159,9 +159,10 @@ class RemotePolicy:
                     return {"actions": np.full((self.noise_shape[0], 7), np.nan, np.float32)}
                 raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()[-4000:]}")
             self._idle.put(connection)
-            return _understood(answer, self.url)
+            understood: dict[str, Any] = _understood(answer, self.url)
+            return understood
 
-    def _recognize(self, greeting: bytes) -> None:
+    def _recognize(self, greeting: str | bytes) -> None:
         """`GuardRefusal` when this is not the metadata that the run began with."""
         if greeting == self._greeting:
             return
@@ -177,7 +178,7 @@ class RemotePolicy:
             + "; serve the first one again, or give the new one a run directory of its own"
         )
 
-    def _open(self, deadline: float) -> tuple[ClientConnection, bytes]:
+    def _open(self, deadline: float) -> tuple[ClientConnection, str | bytes]:
         while True:
             try:
                 connection = connect(
@@ -206,9 +207,13 @@ class RemotePolicy:
             time.sleep(_RETRY_S)
 
 
+def _bytes_of(frame: str | bytes) -> bytes:
+    return frame.encode() if isinstance(frame, str) else frame
+
+
 def _understood(frame: str | bytes, url: str) -> Any:
     try:
-        return unpack(frame.encode() if isinstance(frame, str) else frame)
+        return unpack(_bytes_of(frame))
     except ValueError as problem:
         raise GuardRefusal(f"{url}: {problem}") from None
 

@@ -26,7 +26,8 @@ def read_observation(request: Any) -> Observation:
     if missing:
         raise ValueError(f"the request lacks {', '.join(missing)}")
     state = _finite(request[STATE], STATE, (8,))
-    return Observation(*(_image(request[key], key) for key in IMAGES), state, _prompt(request[PROMPT]))
+    image, wrist_image = (_image(request[key], key) for key in IMAGES)
+    return Observation(image, wrist_image, state, _prompt(request[PROMPT]))
 
 
 def read_noise(request: dict[str, Any], shape: tuple[int, int]) -> np.ndarray | None:

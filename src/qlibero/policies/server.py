@@ -33,19 +33,19 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.server import Request, Response
+from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from qlibero import files
 from qlibero.errors import GuardRefusal, QliberoError, UserError, WorkFailed
 from qlibero.policies.base import Observation, Policy
-from qlibero.policies.limits import Crowd, Gone, LimitedConnection, Limits
+from qlibero.policies.limits import Crowd, Gone, LimitedConnection, Limits, connections_of
 from qlibero.policies.request import read_noise, read_observation
 from qlibero.policies.wire import NOT_FINITE, pack, short, unpack
 
@@ -139,7 +139,7 @@ class PolicyServer:
         self.port: int | None = None
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._crowd = Crowd(settings.limits)
-        self._frames: asyncio.PriorityQueue[tuple[int, int, str | bytes, asyncio.Future]] = asyncio.PriorityQueue()
+        self._frames: asyncio.PriorityQueue[tuple[int, int, str | bytes, asyncio.Future[Any]]] = asyncio.PriorityQueue()
         self._arrivals = itertools.count()
         self._random = np.random.default_rng(settings.seed)
         self._batch = getattr(policy, "batch_size", 1)
@@ -160,7 +160,7 @@ class PolicyServer:
                 compression=None,
                 max_size=settings.max_message_bytes,
                 process_request=self._admit,
-                create_connection=partial(LimitedConnection, self._crowd),
+                create_connection=connections_of(self._crowd),
                 max_queue=None,  # `limits` counts bytes; a paused connection would not notice that its client left
                 ping_interval=None,
                 logger=_handshakes,
@@ -188,7 +188,8 @@ class PolicyServer:
                     settings.ready_file.unlink(missing_ok=True)
 
     # -- connections -------------------------------------------------------------------------------------------------
-    def _admit(self, connection: LimitedConnection, request: Request) -> Response | None:
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        assert isinstance(connection, LimitedConnection)
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if connection.spare:
@@ -201,7 +202,8 @@ class PolicyServer:
                 return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n")
         return None
 
-    async def _converse(self, connection: LimitedConnection) -> None:
+    async def _converse(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, LimitedConnection)
         connection.open, previous_ms = True, None
         try:
             await connection.send(pack(self.metadata))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from qlibero.documents import read_bytes
 from qlibero.errors import UserError
@@ -86,7 +87,7 @@ def short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _fault(item: dict[str, Any], at: str) -> str:
+def _fault(item: ErrorDetails, at: str) -> str:
     key = ".".join(short(str(part)) for part in (*([at] if at else []), *item["loc"])) or "the file"
     if item["type"] == "missing":
         return f"{key} is missing"
@@ -99,8 +100,10 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {short(twice)} stands there twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {short(key)} stands there twice")
+            seen.add(key)
     return content
 
 

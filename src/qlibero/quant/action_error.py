@@ -45,7 +45,8 @@ class ActionError:
 def arm_error(exact: np.ndarray, found: np.ndarray, steps: int | None = None) -> np.ndarray:
     """(n,) root mean square change of each chunk's first `steps` arm actions; exact, found (n, H, 7)."""
     change = found[:, :steps, ARM].astype(np.float64) - exact[:, :steps, ARM]
-    return np.sqrt((change**2).mean((1, 2)))
+    errors: np.ndarray = np.sqrt((change**2).mean((1, 2)))
+    return errors
 
 
 def action_error(exact: np.ndarray, found: np.ndarray, steps: int | None = None) -> ActionError:

@@ -15,7 +15,7 @@ from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import QuantizablePolicy
-from qlibero.policies.surgery import swap_modules
+from qlibero.policies.surgery import linear_in, swap_modules
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.float_linear import FloatLinear, assemble_floats
 from qlibero.quant.layout import select
@@ -78,7 +78,7 @@ def quantize_policy(
 
 def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[list[LayerRecord]]:
     """Layers that are multiplied together: same input, same bits, and both executed or both not."""
-    found: dict[tuple, list[LayerRecord]] = {}
+    found: dict[tuple[str, int, bool, str | None], list[LayerRecord]] = {}
     for layer in artifact.layers:
         if only is None or layer.name in only:
             alone = layer.name if artifact.spec.row_rotation else None
@@ -90,7 +90,7 @@ def gemm_shapes(artifact: Artifact, device: str = "cpu", *, executed_only: bool 
     """What each linear asks of its kernel, by name: what validation goes through. Linears that are multiplied together
     have the shape of their common product; weight-only ones (16-bit activations) are multiplied by themselves.
     """
-    shapes = {}
+    shapes: dict[str, GemmShape] = {}
     for together in products(artifact):
         if together[0].executed or not executed_only:
             for layers in _multiplied(together):
@@ -117,15 +117,16 @@ def _modules(
     backend: str,
     device: torch.device,
 ) -> dict[str, nn.Module]:
-    parts, dtype = [], None
+    parts = []
+    dtype = linear_in(model, layers[0].name).weight.dtype
     for layer in layers:
-        linear = model.get_submodule(layer.name)
+        linear = linear_in(model, layer.name)
         if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
             raise GuardRefusal(
                 f"{layer.name} is {linear.out_features}×{linear.in_features} in this model and "
                 f"{layer.out_features}×{layer.in_features} in the artifact"
             )
-        rotation, dtype = artifact.tensor(f"{layer.name}.output_rotation"), linear.weight.dtype
+        rotation = artifact.tensor(f"{layer.name}.output_rotation")
         parts.append(
             Weights(
                 artifact.codes(layer.name).to(device),
@@ -166,12 +167,12 @@ def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
 
     In quantized linears the factors are already in the stored weights.
     """
-    scaled = {}
+    scaled: dict[str, nn.Module] = {}
     quantized = {layer.name for layer in artifact.layers}
     for name, factors in artifact.corrections.items():
         if name in quantized:
             continue
-        linear = model.get_submodule(name)
+        linear = linear_in(model, name)
         rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(linear.out_features // len(factors))
         copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         copy.weight = _scaled(linear.weight, rows[:, None])
@@ -212,14 +213,14 @@ def memory(model: nn.Module, artifact: Artifact) -> Memory:
     as what it is, a full weight of the model's dtype."""
     found = [model.get_submodule(layer.name) for layer in artifact.layers]
     quantized = [module for module in found if isinstance(module, QuantLinear)]
+    plain = [module for module in found if isinstance(module, FloatLinear | nn.Linear)]
     products = {id(m.product): m.product for m in quantized}.values()
     online = [module for module in found if isinstance(module, QuantLinear | FloatLinear)]
     transforms = {id(m.transform): m.transform for m in online}.values()
     rotations = [m.output_rotation for m in quantized if m.output_rotation is not None]
-    plain = [module for module in found if not isinstance(module, QuantLinear)]
     return Memory(
         weights=sum(product.packed.nbytes for product in products) + sum(m.weight.nbytes for m in plain),
         scales=sum(product.scales.untyped_storage().nbytes() for product in products),
         transforms=sum(transform.nbytes for transform in transforms) + live_bytes(rotations),
-        bf16=sum(2 * m.in_features * m.out_features for m in found),
+        bf16=sum(2 * layer.in_features * layer.out_features for layer in artifact.layers),
     )

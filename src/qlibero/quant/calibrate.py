@@ -101,5 +101,5 @@ def _with_action_error(
         artifact.calibration | {"action_error": measured},
         artifact.layers,
         artifact.corrections,
-        artifact.tensors,
+        artifact.in_memory(),
     )

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from qlibero.activity import doing
 from qlibero.config.quantization import Quant
 from qlibero.kernels import load as load_kernel
-from qlibero.policies.base import Observation, Policy
-from qlibero.policies.surgery import swap_modules
+from qlibero.policies.base import Observation, QuantizablePolicy
+from qlibero.policies.surgery import linear_in, swap_modules
 from qlibero.quant import methods
 from qlibero.quant.activation_stats import ActivationStats, executed_groups, group_seed, observe
 from qlibero.quant.artifact import LayerRecord
@@ -68,7 +68,12 @@ class Fitting:
     data."""
 
     def __init__(
-        self, policy: Policy, observations: Sequence[Observation], noise: np.ndarray, spec: Quant, selection: Selection
+        self,
+        policy: QuantizablePolicy,
+        observations: Sequence[Observation],
+        noise: np.ndarray,
+        spec: Quant,
+        selection: Selection,
     ):
         self.policy, self.observations, self.noise = policy, observations, noise
         self.spec, self.selection = spec, selection
@@ -103,7 +108,7 @@ class Fitting:
         """Tensors of a linear whose output rows are multiplied by `rows` (N,), rounded in the way that it keeps."""
         kept = next(layer.rounding for layer in self.layers if layer.name == name)
         choice = next(choice for choice in self.selection.choices if choice.name == name)
-        linear = copy(self.policy.model.get_submodule(name))
+        linear = copy(linear_in(self.policy.model, name))
         linear._parameters = {
             "weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
             "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows.to(linear.bias)),
@@ -117,7 +122,7 @@ class Fitting:
         together: list[str] = []
         size, layer = 0, ""
         for group, choices in groups.items():
-            width = self.policy.model.get_submodule(choices[0].name).in_features
+            width = linear_in(self.policy.model, choices[0].name).in_features
             more = 4 * width * width if self.spec.rounding == "gptq" else 0
             own = re.sub(r"(\.layers\.\d+)\..*", r"\1", group)
             if together and (size + more > SECOND_MOMENT_BYTES or (self.spec.sequential and own != layer)):
@@ -136,7 +141,7 @@ class Fitting:
         names = chooser.chooses if chooser.chooses and seen is not None else (self.spec.method,)
         found: dict[str, tuple[list[LayerRecord], dict[str, Tensor], dict[str, nn.Module], Basis]] = {}
         decibels: dict[str, float] = {}
-        width = self.policy.model.get_submodule(choices[0].name).in_features
+        width = linear_in(self.policy.model, choices[0].name).in_features
         for name in names:
             if get(MethodPlugin, name).blocks and width % self.spec.block_size:
                 continue
@@ -170,7 +175,7 @@ class Fitting:
     def _by_method(
         self, group: str, choices: list[Choice], seen: ActivationStats | None, spec: Quant
     ) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, nn.Module], Basis]:
-        linears = {choice.name: self.policy.model.get_submodule(choice.name) for choice in choices}
+        linears = {choice.name: linear_in(self.policy.model, choice.name) for choice in choices}
         transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
         basis = basis_of(transform, next(iter(linears.values())), seen)
         tensors = {f"{group}.{factor}": value.cpu() for factor, value in transform.tensors().items()}
@@ -200,8 +205,8 @@ class Fitting:
                     method=spec.method if seen is not None or spec.transform.data_free else "rtn",
                     rounding=fitted.rounding,
                     tried=fitted.tried,
-                    sqnr_db=fitted.measures and fitted.measures.sqnr_db,
-                    max_error=fitted.measures and fitted.measures.max_error,
+                    sqnr_db=None if fitted.measures is None else fitted.measures.sqnr_db,
+                    max_error=None if fitted.measures is None else fitted.measures.max_error,
                     outlier_before=before if choice.executed else None,
                     outlier_after=after if choice.executed else None,
                     codes_bytes=stored["codes"].nbytes,
@@ -286,9 +291,15 @@ def quantize_linear(linear: nn.Linear, choice: Choice, basis: Basis, spec: Quant
 
 def as_run(shared: InputTransform, part: Weights, choice: Choice, spec: Quant) -> nn.Module:
     """The linear under `fake`."""
-    bits = {"activation_bits": choice.activation_bits, "activation_clip": spec.activation_clip}
     if spec.number_format != "int" and choice.activation_bits < 16:
         return assemble_floats(shared, [part], spec.number_format, spec.activation_clip)[0]
     kernel = None if choice.activation_bits == 16 else load_kernel("fake")
-    weight_bits = spec.kernel_bits(choice.weight_bits)
-    return assemble(kernel, shared, [part], weight_bits=weight_bits, dtype=torch.float32, **bits)[0]
+    return assemble(
+        kernel,
+        shared,
+        [part],
+        weight_bits=spec.kernel_bits(choice.weight_bits),
+        activation_bits=choice.activation_bits,
+        activation_clip=spec.activation_clip,
+        dtype=torch.float32,
+    )[0]

@@ -94,17 +94,17 @@ def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
 
     It looks at each layer alone; what its noise does to the *actions* only a run can tell, see `sensitivity`.
     """
-    measured = [layer for layer in artifact.layers if layer.sqnr_db is not None]
-    noisiest = sorted(measured, key=lambda layer: layer.sqnr_db)[:count]
-    total = sum(10 ** (-layer.sqnr_db / 10) for layer in measured)
+    measured = [(layer.sqnr_db, layer) for layer in artifact.layers if layer.sqnr_db is not None]
+    noisiest = sorted(measured, key=lambda pair: pair[0])[:count]
+    total = sum(10 ** (-db / 10) for db, _ in measured)
     return [
         {
             "layer": layer.name,
-            "sqnr_db": layer.sqnr_db,
-            "share_of_layer_noise": round(10 ** (-layer.sqnr_db / 10) / total, 4),
+            "sqnr_db": db,
+            "share_of_layer_noise": round(10 ** (-db / 10) / total, 4),
             "extra_bytes": _extra_bytes(layer),
         }
-        for layer in noisiest
+        for db, layer in noisiest
     ]
 
 
@@ -115,7 +115,7 @@ def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
     rows = []
     for name in left.keys() & right.keys():
         x, y = left[name], right[name]
-        change = None if None in (x.sqnr_db, y.sqnr_db) else round(y.sqnr_db - x.sqnr_db, 3)
+        change = None if x.sqnr_db is None or y.sqnr_db is None else round(y.sqnr_db - x.sqnr_db, 3)
         rows.append(
             {
                 "layer": name,
@@ -150,7 +150,7 @@ def sensitivity(
     from qlibero.quant.apply import quantize_policy
 
     exact = policy.infer(observations, noise).actions.astype(np.float64)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer in artifact.layers:
         if not layer.executed:
             continue
@@ -180,7 +180,7 @@ def _extra_bytes(layer: LayerRecord) -> int:
     return 2 * layer.out_features * layer.in_features - layer.codes_bytes - layer.scales_bytes
 
 
-def _sort_key(r: dict[str, Any], column: str) -> tuple:
+def _sort_key(r: dict[str, Any], column: str) -> tuple[Any, ...]:
     if SORTS[column] is None:
         return (r["layer"],)
     value = r[column]

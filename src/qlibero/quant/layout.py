@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qlibero.config.quantization import Quant
 from qlibero.errors import UserError
 from qlibero.policies.base import Quantizable
+from qlibero.policies.surgery import linear_in
 from qlibero.quant.patterns import matching
 
 
@@ -61,7 +62,7 @@ def select(network: Quantizable, spec: Quant) -> Selection:
         chosen.update(_matching(pattern, linears, "include", where))
     for pattern in spec.exclude:
         chosen.difference_update(_matching(pattern, sorted(chosen), "exclude", "any selected linear"))
-    bits = dict.fromkeys(chosen, spec.weight_bits)
+    bits: dict[str, int] = dict.fromkeys(chosen, spec.weight_bits)
     for pattern, exception in spec.per_layer_bits.items():
         bits.update(
             dict.fromkeys(_matching(pattern, sorted(chosen), "per_layer_bits", "any selected linear"), exception)
@@ -73,7 +74,7 @@ def select(network: Quantizable, spec: Quant) -> Selection:
         if bits[name] == 16:
             kept.append(name)
             continue
-        _check_width(name, network.model.get_submodule(name).in_features, spec)
+        _check_width(name, linear_in(network.model, name).in_features, spec)
         choices.append(Choice(name, linear.group, bits[name], spec.activation_bits, linear.executed))
     if not choices:
         raise UserError("quant: layout, include, exclude and per_layer_bits together leave no linear to quantize")

@@ -53,8 +53,10 @@ class Recheck:
         due = self.calls % EVERY == EVERY // 2
         if due or self._kept is None:
             first = observations[0]
-            copied = {"image": first.image.copy(), "wrist_image": first.wrist_image.copy(), "state": first.state.copy()}
-            self._kept = replace(first, **copied), noise[0].copy()
+            kept = replace(
+                first, image=first.image.copy(), wrist_image=first.wrist_image.copy(), state=first.state.copy()
+            )
+            self._kept = kept, noise[0].copy()
         if due and self.twin is not None:
             self.repeated += 1
             expected = self.twin.infer(observations, noise).actions

@@ -111,7 +111,8 @@ class Checkpoint:
         UserError when nobody says it, or both do and differ.
         """
         known = self.config.action_horizon
-        if not known and said is None:
+        horizon = known or said
+        if not horizon:
             raise UserError(
                 f"policy.action_horizon: no file of {self.path} says how many actions a chunk has, and the weights do "
                 "not depend on it; write the number they were trained with (the published pi05_libero: 10)"
@@ -120,7 +121,7 @@ class Checkpoint:
             raise UserError(
                 f"policy.action_horizon: {said}, but {self.path}/config.json says {known}; leave the key out"
             )
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, action_horizon=known or said))
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, action_horizon=horizon))
 
 
 def open_checkpoint(path: Path, family: Family = FAMILY) -> Checkpoint:

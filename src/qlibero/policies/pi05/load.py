@@ -60,7 +60,7 @@ def load_policy(
 def _load(
     config: CheckpointSettings, skip: frozenset[str], family: Family, loaded: Pi05Policy | None = None
 ) -> Pi05Policy:
-    checkpoint = open_checkpoint(Path(config.checkpoint), family).with_horizon(config.action_horizon)
+    checkpoint = open_checkpoint(config.folder, family).with_horizon(config.action_horizon)
     digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
@@ -73,7 +73,7 @@ def _load(
     device, dtype = _place(config)
     model = loaded.model if loaded is not None else load_model(checkpoint, dtype, device, skip)
     name = checkpoint.raw.get("name") or checkpoint.path.name
-    identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
+    identity: dict[str, Any] = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
     remarks = [*differences(checkpoint.declared, config.flow_steps, config.replan_steps), *checkpoint.declared.remarks]
     if remarks:
         identity["remarks"] = remarks
@@ -120,7 +120,7 @@ def files_of(config: CheckpointSettings, family: Family = FAMILY) -> list[Path]:
     if config.untrained is not None:
         path = Path(config.untrained.config)
         return [path, _tokenizer_path(config, path.parent)]
-    checkpoint = open_checkpoint(Path(config.checkpoint), family)
+    checkpoint = open_checkpoint(config.folder, family)
     statistics = statistics_files(checkpoint, config.asset_id, config.norm_stats)
     return [*checkpoint.files, *statistics, _tokenizer_path(config, checkpoint.path)]
 
@@ -129,7 +129,7 @@ def weights_sha256(config: CheckpointSettings, family: Family = FAMILY) -> str |
     """The sha256 that the policy's provenance will name, without loading it; None where there is no checkpoint."""
     if config.checkpoint is None:
         return None
-    return open_checkpoint(Path(config.checkpoint), family).weights.sha256
+    return open_checkpoint(config.folder, family).weights.sha256
 
 
 def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:

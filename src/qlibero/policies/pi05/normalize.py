@@ -37,14 +37,16 @@ class Statistics:
             raise UserError(f"normalisation statistics: lengths differ, {len(self.low)} and {len(self.high)}")
 
     def _spread(self, epsilon: float) -> np.ndarray:
-        spread = (self.high - self.low if self.mode == "quantile" else self.high) + epsilon
-        return np.where(spread == 0, 1e-8, spread)
+        spread: np.ndarray = (self.high - self.low if self.mode == "quantile" else self.high) + epsilon
+        spread[spread == 0] = 1e-8
+        return spread
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """x (..., n ≤ dims) → network units, float32."""
         n = x.shape[-1]
         y = (np.asarray(x, np.float64) - self.low[:n]) / self._spread(self.epsilon)[:n]
-        return (y * 2.0 - 1.0 if self.mode == "quantile" else y).astype(np.float32)
+        unit: np.ndarray = y * 2.0 - 1.0 if self.mode == "quantile" else y
+        return unit.astype(np.float32)
 
     def denormalize(self, y: np.ndarray) -> np.ndarray:
         """Network units (..., n) → environment units, float32; dimensions beyond the statistics pass unchanged."""

@@ -217,7 +217,7 @@ class Pi05Policy:
         asked = cast(Pi05Model, model or self.model)
         if hear is not None:
             order = iter(self._attentions_in_order())
-            asked = cast(Pi05Model, swap_modules(asked, {}))
+            asked = swap_modules(asked, {})
 
             def attend_and_tell(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 hear(next(order), q, k)
@@ -316,7 +316,9 @@ class Pi05Policy:
             for i in range(0, len(rows), size)
         ]
 
-    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> Sampling:
+    def _run(
+        self, rows: list[tuple[list[Tensor], list[int], np.ndarray]], length: int | None, noise: np.ndarray
+    ) -> Sampling:
         count = len(rows)
         padded = [rows[i] if i < count else rows[0] for i in range(self.batch_size)]
         z = torch.from_numpy(np.stack([noise[i] if i < count else noise[0] for i in range(self.batch_size)]))

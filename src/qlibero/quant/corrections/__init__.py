@@ -77,7 +77,7 @@ def fit_corrections(
                 linear = each.query if plugin.scales == "query" else each.output
                 found[linear] = factors_of(teacher[each.name], student[each.name])
     found = {name: factors for name, factors in found.items() if any(f != 1.0 for f in factors)}
-    tensors = dict(artifact.tensors)
+    tensors = dict(artifact.in_memory())
     for layer in artifact.layers:
         if layer.name in found:
             factors = torch.tensor(found[layer.name])
