@@ -116,15 +116,21 @@ class Linear:
     """Key of `token_counts`: how many rows a call puts through it."""
     executed: bool = True
     """False where no action depends on it."""
+    block: str = ""
+    """The layer of the network that it is part of: what sequential calibration takes one after the other."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a policy's network, by the names of its query projection and its output projection."""
+    """One attention of a policy's network: what a correction may scale."""
 
     name: str
     query: str
+    """The linear that makes the queries: its rows are `heads` equal parts, in order."""
     output: str
+    """The linear that all heads' results go through."""
+    heads: int
+    """Query heads."""
 
 
 class SharingLinear(Protocol):
@@ -187,6 +193,11 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
 
     def with_model(self, model: torch.nn.Module) -> Self:
         """The same policy around a twin of its network (`surgery.swap_modules`)."""
+        ...
+
+    def for_calibration(self) -> Self:
+        """The same policy as it is calibrated, whatever its settings say that changes no weight (flow steps): an
+        artifact's key knows weights, settings and data, so nothing else may decide what is in it."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -15,10 +15,11 @@ from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import QuantizablePolicy
+from qlibero.policies.structured import short
 from qlibero.policies.surgery import linear_in, swap_modules
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.float_linear import FloatLinear, assemble_floats
-from qlibero.quant.layout import select
+from qlibero.quant.layout import scaled, select
 from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.transform import InputTransform
 
@@ -58,6 +59,8 @@ def quantize_policy(
                     f"the artifact says {field} {have} of {layer.name}, in this model it is {want}: make it again with "
                     "`qlibero quantize CONFIG`"
                 )
+    if artifact.corrections:
+        _require_corrections(policy, artifact)
     device = next(p.device for p in policy.model.parameters() if p.device.type != "meta")
     modules: dict[str, nn.Module] = {}
     transforms: dict[str, InputTransform] = {}
@@ -160,6 +163,20 @@ def _modules(
         dtype=dtype,
     )
     return dict(zip((layer.name for layer in layers), made, strict=True))
+
+
+def _require_corrections(policy: QuantizablePolicy, artifact: Artifact) -> None:
+    """GuardRefusal for factors of a linear that the settings' corrections do not scale in this policy."""
+    may = scaled(policy, artifact.spec)
+    for name, values in artifact.corrections.items():
+        by = may.get(name)
+        low, high = (by.correction.low, by.correction.high) if by else (0.0, 0.0)
+        if by is None or len(values) != by.factors or not all(low <= value <= high for value in values):
+            what = f"{count_text(len(values), 'factor')} of {short(name)}"
+            raise GuardRefusal(
+                f"the artifact's corrections hold {what}, which its settings cannot make for this model: make it again "
+                "with `qlibero quantize CONFIG`"
+            )
 
 
 def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:

@@ -140,13 +140,9 @@ def require_consistent(
                 or not bool(((value >= 0) & value.isfinite()).all())
             ):
                 refuse(f"{group}.importance is no vector of {width} mean squares")
-    corrected = {plugin.scales: plugin for plugin in (get(CorrectionPlugin, name) for name in spec.corrections)}
-    scaled = {"q_proj": corrected.get("query"), "o_proj": corrected.get("output")}
-    for name, values in corrections.items():
-        kind = name.rpartition(".")[2]
-        asked = scaled.get(kind)
-        fits = asked and all(asked.low <= value <= asked.high for value in values)
-        if not fits or (kind == "o_proj" and len(values) != 1):
+    plugins = [get(CorrectionPlugin, name) for name in spec.corrections]
+    for name, values in corrections.items():  # which linears they are of, `apply` holds against the policy
+        if not any(all(plugin.low <= value <= plugin.high for value in values) for plugin in plugins):
             refuse(f"corrections of {short(name)} are none that its settings can make")
 
 

@@ -7,7 +7,6 @@ methods made, on tokens of the rest.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from qlibero.quant import methods
 from qlibero.quant.activation_stats import ActivationStats, executed_groups, group_seed, observe
 from qlibero.quant.artifact import LayerRecord
 from qlibero.quant.float_linear import assemble_floats
-from qlibero.quant.layout import Choice, Selection
+from qlibero.quant.layout import Choice, Selection, scaled
 from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.measure import Measures, measure, outlier_ratio
 from qlibero.quant.nibbles import pack_nibbles
@@ -80,6 +79,7 @@ class Fitting:
         self.layers: list[LayerRecord] = []
         self.tensors: dict[str, Tensor] = {}
         self.account: dict[str, Any] = {"tokens": {}, "notes": []}
+        self._scaled = scaled(policy, spec)
         self._bases: dict[str, Basis] = {}  # of those inputs whose linears a correction may scale
 
     @torch.no_grad()
@@ -117,19 +117,18 @@ class Fitting:
         return on_disk(fitted.stored, choice, self.spec)
 
     def _passes(self, groups: dict[str, list[Choice]]) -> Iterator[list[str]]:
-        """Inputs that are observed together: all; as many as memory takes; or, sequentially, those of a decoder
-        layer."""
+        """Inputs that are observed together: all; as many as memory takes; or, sequentially, those of a block."""
         together: list[str] = []
-        size, layer = 0, ""
+        size, block = 0, ""
         for group, choices in groups.items():
             width = linear_in(self.policy.model, choices[0].name).in_features
             more = 4 * width * width if self.spec.rounding == "gptq" else 0
-            own = re.sub(r"(\.layers\.\d+)\..*", r"\1", group)
-            if together and (size + more > SECOND_MOMENT_BYTES or (self.spec.sequential and own != layer)):
+            own = choices[0].block
+            if together and (size + more > SECOND_MOMENT_BYTES or (self.spec.sequential and own != block)):
                 yield together
                 together, size = [], 0
             together.append(group)
-            size, layer = size + more, own
+            size, block = size + more, own
         yield together
 
     def _quantize(self, group: str, choices: list[Choice], seen: ActivationStats | None) -> dict[str, nn.Module]:
@@ -155,7 +154,7 @@ class Fitting:
         records, tensors, modules, basis = found[kept]
         self.layers += records
         self.tensors |= tensors
-        if self.spec.corrections and any(c.name.endswith((".q_proj", ".o_proj")) for c in choices):
+        if any(choice.name in self._scaled for choice in choices):
             self._bases[group] = basis
         return modules
 

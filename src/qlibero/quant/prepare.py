@@ -24,7 +24,7 @@ from qlibero.config.quantization import Quant
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
 from qlibero.policies import weights_sha256
-from qlibero.policies.base import QuantizablePolicy, quantizable
+from qlibero.policies.base import quantizable
 from qlibero.quant.action_error import between
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
@@ -137,21 +137,13 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
         "seed": quant.calibration_seed,
         "file": quant.calibration.path.name if quant.calibration and quant.calibration.path else None,
     }
-    policy = _as_calibrated(policy)
-    made = calibrate(policy, data.observations, noise, quant, provenance)
+    made = calibrate(policy.for_calibration(), data.observations, noise, quant, provenance)
     if not path.is_file():  # else another process was first, and may be running on it
         save(made, path)
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
     artifact = load(path)
     require(artifact, quant, checkpoint)
     return Found(artifact, path, made=True, seconds=time.perf_counter() - started)
-
-
-def _as_calibrated(policy: QuantizablePolicy) -> QuantizablePolicy:
-    """The policy at its family's own number of flow steps: an artifact's key knows weights, settings and data, so how
-    many steps an arm takes must change nothing in it."""
-    plain = getattr(policy, "for_calibration", None)
-    return plain() if plain else policy
 
 
 def _places(quant: Quant, places: Sequence[Path]) -> Sequence[Path]:

@@ -130,7 +130,7 @@ class Pi05Policy:
         return twin
 
     def for_calibration(self) -> Pi05Policy:
-        """The same policy at `CALIBRATION_STEPS` flow steps."""
+        """See `QuantizablePolicy.for_calibration`: at `CALIBRATION_STEPS` flow steps."""
         if self.flow_steps == CALIBRATION_STEPS:
             return self
         twin = self.with_model(self.model)
@@ -197,7 +197,7 @@ class Pi05Policy:
 
     def attentions(self) -> list[Attention]:
         """See `QuantizablePolicy.attentions`."""
-        return attentions(self.model.config.llm.depth)
+        return attentions(self.model.config)
 
     def _attentions_in_order(self) -> list[str]:
         """Names of all that a chunk computes, as it meets them: the expert's in every flow step."""
