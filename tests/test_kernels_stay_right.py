@@ -235,7 +235,8 @@ def test_a_served_kernel_that_changes_ends_the_server(policy, artifact, register
     from websockets.sync.client import connect
 
     from qlibero.errors import GuardRefusal
-    from qlibero.policies.server import ServerSettings, serve
+    from qlibero.policies.listening import ServerSettings
+    from qlibero.policies.server import serve
     from qlibero.policies.wire import pack
 
     monkeypatch.setattr("qlibero.quant.recheck.EVERY", 2)

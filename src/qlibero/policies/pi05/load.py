@@ -16,9 +16,10 @@ from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
 from qlibero.policies.pi05.declared import AGENT, WRIST, differences
 from qlibero.policies.pi05.family import FAMILY, Family
+from qlibero.policies.pi05.match import ACTION_NUMBERS
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
-from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
+from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import Profile
 from qlibero.policies.pi05.statistics import load_statistics, statistics_files
 from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer

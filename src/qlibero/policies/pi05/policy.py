@@ -22,53 +22,24 @@ from torch import Tensor, nn
 from qlibero.errors import UserError
 from qlibero.frames import FrameFormat
 from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
-from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST
 from qlibero.policies.pi05.images import as_floats, to_network
 from qlibero.policies.pi05.layers import attend
 from qlibero.policies.pi05.linears import attentions, layout, linears
+from qlibero.policies.pi05.match import ACTION_NUMBERS, require_match
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
-from qlibero.policies.pi05.profiles import STATE_NUMBERS, Profile
+from qlibero.policies.pi05.profiles import Profile
 from qlibero.policies.pi05.rearrange import MLP, rearranged
 from qlibero.policies.pi05.sampler import Sampler, Sampling
 from qlibero.policies.pi05.tokenizer import Tokenizer
 from qlibero.policies.surgery import swap_modules
 
-ACTION_NUMBERS = 7
 CAMERAS = 2
 CALIBRATION_STEPS = 10
 """Flow steps at which activations are recorded, however many an arm takes."""
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
-
-
-def require_match(config: Pi05Config, profile: Profile, tokenizer: Tokenizer) -> None:
-    """`UserError` when these cannot be parts of one policy."""
-    if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
-        raise UserError(
-            f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
-            f"takes {config.state_dim}"
-        )
-    if profile.prompt == "suffix" and config.state_dim < STATE_NUMBERS:
-        raise UserError(
-            f"the network's state token takes {config.state_dim} numbers, LIBERO's robot has {STATE_NUMBERS}"
-        )
-    if config.action_dim < ACTION_NUMBERS:
-        raise UserError(
-            f"the network's actions have {config.action_dim} numbers, LIBERO's robot takes {ACTION_NUMBERS}"
-        )
-    if config.vision.type == "conv" and config.vision.cameras != 2:
-        raise UserError(f"the network has {config.vision.cameras} cameras, LIBERO feeds two")
-    if config.state_dim and profile.prompt not in ("proj", "suffix"):
-        raise UserError(
-            f"the network has a state token of {config.state_dim} numbers, which profile {profile.name} does not feed"
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
-            "they do not belong together"
-        )
 
 
 class Pi05Policy:

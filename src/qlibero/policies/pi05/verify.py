@@ -17,7 +17,7 @@ from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, file_hashes, open_checkpoint, tensors
 from qlibero.policies.pi05.declared import differences
 from qlibero.policies.pi05.family import FAMILY, Family
-from qlibero.policies.pi05.policy import require_match
+from qlibero.policies.pi05.match import require_match
 from qlibero.policies.pi05.statistics import asset_ids, load_statistics, normalization
 from qlibero.policies.pi05.tensor_table import faulty, listed, tensor_table
 from qlibero.policies.pi05.tokenizer import load_tokenizer
