@@ -22,6 +22,7 @@ from qlibero.policies.surgery import swap_modules
 from qlibero.quant import fitting
 from qlibero.quant.apply import gemm_shapes, quantize_policy
 from qlibero.quant.artifact import build, load, save
+from qlibero.quant.corrections import AttentionSeen, _add_logits
 from qlibero.quant.inspect import sensitivity
 from qlibero.quant.layout import select
 from qlibero.quant.observations import write_demonstrations
@@ -33,7 +34,7 @@ from qlibero.run.episode import PlannedEpisode
 from qlibero.run.experiment import missing_episodes
 from qlibero.run.rollout import RolloutSettings, run_episodes
 
-WIDTH, HEADS, HORIZON, BLOCKS, STEPS = 64, 2, 4, 2, 2
+WIDTH, HEADS, GROUPS, HORIZON, BLOCKS, STEPS = 64, 4, 2, 4, 2, 2
 DECLARED = {
     name
     for protocol in base.QuantizablePolicy.__mro__
@@ -48,15 +49,15 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.wq, self.wo = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.wk, self.wv = (nn.Linear(WIDTH, WIDTH // HEADS, bias=False) for _ in range(2))
+        self.wk, self.wv = (nn.Linear(WIDTH, WIDTH * GROUPS // HEADS, bias=False) for _ in range(2))
         self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x, hear):
         y = F.layer_norm(x, (WIDTH,))
-        q, k, v = self.wq(y).unflatten(-1, (HEADS, -1)), self.wk(y), self.wv(y)
+        q, k, v = self.wq(y).unflatten(-1, (HEADS, -1)), *(w(y).unflatten(-1, (GROUPS, -1)) for w in (self.wk, self.wv))
         hear(q, k)
-        heads = F.scaled_dot_product_attention(q.transpose(1, 2), k[:, None], v[:, None]).transpose(1, 2)
-        x = x + self.wo(heads.flatten(2))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        x = x + self.wo(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
         return x + self.narrow(F.silu(self.wide(F.layer_norm(x, (WIDTH,)))))
 
 
@@ -249,4 +250,17 @@ def test_selection_and_shapes_come_from_the_declaration(policy, tmp_path):
     assert [choice.name for choice in chosen.choices] == ["body.0.wq", "body.0.wk", "body.1.wq", "body.1.wk"]
     assert {choice.group for choice in chosen.choices} == {"body.0.in", "body.1.in"}
     artifact = ensure_artifact(policy, settings(tmp_path)).artifact
-    assert gemm_shapes(artifact)["body.1.wv"].n == WIDTH + 2 * WIDTH // HEADS  # q, k and v in one product
+    assert gemm_shapes(artifact)["body.1.wv"].n == 64 + 32 + 32  # q, k and v in one product
+
+
+def test_heads_that_share_keys_in_groups_are_measured_each_with_its_own_keys(policy):
+    seen = {each.name: AttentionSeen() for each in policy.attentions()}
+    expected = {}
+
+    def hear(name, q, k):
+        _add_logits(seen, name, q, k)
+        logits = [[q[0, :, head] @ k[0, :, head // 2].t() / 4] for head in range(4)]  # 2 heads a group, d 16
+        expected[name] = expected.get(name, 0) + torch.tensor([float(x[0].std()) for x in logits])
+
+    policy.sample_eagerly(observations(1)[0], noises(1, policy.noise_shape)[0], hear=hear)
+    assert all(torch.allclose(seen[name].logit_std, expected[name], rtol=1e-5) for name in seen) and len(expected) == 2

@@ -215,7 +215,8 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
         nothing fused, replayed or padded, every linear called by itself, so that hooks see what acts.
 
         `model` is a twin to be asked instead. `hear(name, q, k)` is told of each attention (see `attentions`) as it is
-        computed: rotated queries (1, T, heads, d) and keys (1, P, d), all of them live.
+        computed: rotated queries (1, T, heads, d) and keys, (1, P, d) where all heads share them, else (1, P, groups,
+        d) of as many consecutive heads each; all of them live.
         """
         ...
 

@@ -99,6 +99,11 @@ def _observe(
 
 
 def _add_logits(seen: dict[str, AttentionSeen], name: str, q: Tensor, k: Tensor) -> None:
-    """q (1, T, heads, d), k (1, P, d), all of it live (`QuantizablePolicy.sample_eagerly`)."""
-    logits = torch.einsum("thd,pd->htp", q[0].float(), k[0].float()) * q.shape[-1] ** -0.5
+    """q (1, T, heads, d), k (1, P, d) or (1, P, groups, d), all of it live (`QuantizablePolicy.sample_eagerly`)."""
+    one, other = q[0].float(), k[0].float()
+    if other.dim() == 2:
+        logits = torch.einsum("thd,pd->htp", one, other)
+    else:
+        logits = torch.einsum("thd,phd->htp", one, other.repeat_interleave(one.shape[1] // other.shape[1], 1))
+    logits = logits * q.shape[-1] ** -0.5
     seen[name].logit_std = seen[name].logit_std + logits.flatten(1).std(1)
