@@ -207,7 +207,7 @@ def test_a_network_with_other_names_goes_all_the_way(policy, tmp_path, changes):
         on_call=lambda arm, *call: recheck.call(*call),
     )
     found = recheck.finish()
-    assert len(records) == 3 and found["calls"] > 0 and found["products"] > 0 and not found["wrong"]
+    assert len(records) == 3 and found.calls > 0 and found.products > 0 and not found.wrong
     rows = sensitivity(policy, artifact, seen, noise)
     assert len(rows) == len(artifact.layers) and rows[0]["arm_error"] > 0
     exact, rounded = policy.infer(seen, noise).actions, quantized.infer(seen, noise).actions

@@ -15,12 +15,12 @@ from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qlibero.cache import cache_directory, keep
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.kernels import load
 from qlibero.kernels.contract import Kernel
 from qlibero.kernels.exactness import ExactnessResult
@@ -76,7 +76,7 @@ def validation_status(name: str) -> str:
     )
 
 
-def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
+def _facts(kernel: Kernel, device: str) -> JsonObject:
     """What a result depends on besides the layer."""
     return {
         "kernel": kernel.name,

@@ -15,12 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from qlibero.activity import doing
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import DEQUANTIZED, SIMULATED, load, names, passes
 from qlibero.kernels.benchmark import seconds
@@ -46,7 +46,7 @@ class KernelCheck:
     cached: bool
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
@@ -187,9 +187,9 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
     return best, f"auto: fastest of those that pass ({ranking})"
 
 
-def table(verdicts: Sequence[KernelCheck]) -> list[dict[str, Any]]:
+def table(verdicts: Sequence[KernelCheck]) -> list[JsonObject]:
     """Rows for people: layers that share shape, kernel and verdict in one."""
-    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    rows: dict[tuple[object, ...], JsonObject] = {}
     for v in verdicts:
         key = (v.shape, v.tokens, v.requested, v.verdict, v.reason)
         row = rows.setdefault(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qlibero.config.policies import PolicySettings
+    from qlibero.documents import JsonObject
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Policy(Protocol):
         """Observations that together need all a call with these prompts can need (shapes, kernels, graphs)."""
         ...
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """JSON-ready identity. `type` and `name` always. Where they are known: `sha256` and `checkpoint` of the
         weights, `profile`, `dtype`, `device`, `parameters`, `action_horizon`; `guarantees`: {"noise": false} of one
         that draws its own noise; `remarks`: lines for people; `execution`: which implementations ran, once asked."""

@@ -20,6 +20,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.frames import FrameFormat
 from qlibero.policies.answer import declared_horizon, read_actions, read_metadata
@@ -54,7 +55,7 @@ class RemotePolicy:
         self.metadata = read_metadata(_understood(self._greeting, url), url)
         self._horizon, self._heard = declared_horizon(self.metadata), False
         ours = self.metadata.get("qlibero")
-        self._ours: dict[str, Any] | None = ours
+        self._ours: JsonObject | None = ours
         self.frame_format = None if ours else OPENPI_FRAMES  # our server gets the frames as they are and does it itself
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
         where = urlsplit(url)
@@ -76,7 +77,7 @@ class RemotePolicy:
         """See `Pi05Policy.rearranged`; how its server arranges what it computes is not to be had from here."""
         return self.with_batch_size(self.batch_size + replicate)
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
         theirs = self._ours["provenance"] if self._ours else {}
         return {
@@ -130,7 +131,7 @@ class RemotePolicy:
             request["noise"] = noise
         return pack(request)
 
-    def _ask(self, request: bytes) -> dict[str, Any]:
+    def _ask(self, request: bytes) -> JsonObject:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -159,7 +160,7 @@ class RemotePolicy:
                     return {"actions": np.full((self.noise_shape[0], 7), np.nan, np.float32)}
                 raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()[-4000:]}")
             self._idle.put(connection)
-            understood: dict[str, Any] = _understood(answer, self.url)
+            understood: JsonObject = _understood(answer, self.url)
             return understood
 
     def _recognize(self, greeting: str | bytes) -> None:
@@ -218,14 +219,14 @@ def _understood(frame: str | bytes, url: str) -> Any:
         raise GuardRefusal(f"{url}: {problem}") from None
 
 
-def _server_ms(answer: dict[str, Any]) -> float:
+def _server_ms(answer: JsonObject) -> float:
     """What the server says its call took (ms); 0 where it says nothing that is a time."""
     timing = answer.get("server_timing")
     said = timing.get("infer_ms") if isinstance(timing, dict) else None
     return float(said) if isinstance(said, int | float) and 0 <= said < 1e9 else 0.0
 
 
-def _provenance(metadata: Any) -> dict[str, Any]:
+def _provenance(metadata: Any) -> JsonObject:
     """What a server says of its policy: qlibero's own says it all, of another one it is whatever the metadata holds."""
     if not isinstance(metadata, dict):
         return {}

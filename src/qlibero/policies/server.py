@@ -40,6 +40,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from qlibero import files
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, WorkFailed
 from qlibero.policies.base import Observation, Policy
 from qlibero.policies.limits import Crowd, Gone, LimitedConnection, connections_of
@@ -82,7 +83,7 @@ class PolicyServer:
         self._arrivals = itertools.count()
         self._random = np.random.default_rng(settings.seed)
         self._batch = getattr(policy, "batch_size", 1)
-        self.metadata: dict[str, Any] = {
+        self.metadata: JsonObject = {
             "qlibero": {"noise_shape": list(policy.noise_shape), "provenance": policy.provenance()}
         }
         """The first frame, the same for every connection. Clients that know nothing of it ignore it."""
@@ -169,7 +170,7 @@ class PolicyServer:
         except ConnectionClosed:
             return
 
-    async def _answer(self, frame: str | bytes, work: asyncio.Future[tuple[np.ndarray, float]]) -> dict[str, Any]:
+    async def _answer(self, frame: str | bytes, work: asyncio.Future[tuple[np.ndarray, float]]) -> JsonObject:
         """The answer to a request; `work` is what the policy gives for it, and may fail with `Gone` meanwhile."""
         started = time.monotonic()
         read = asyncio.get_running_loop().create_future()

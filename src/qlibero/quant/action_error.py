@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtr
 
+from qlibero.documents import JsonObject
+
 ARM, GRIPPER = slice(0, 6), 6  # of an action for LIBERO
 FEWEST = 6  # observations; fewer have no 95 % interval of the median
 
@@ -33,7 +35,7 @@ class ActionError:
     gripper_actions: int
     largest: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Six significant digits; an interval as a list."""
         found = asdict(self)
         return {

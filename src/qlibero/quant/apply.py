@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
@@ -212,7 +212,7 @@ class Memory:
     transforms: int
     bf16: int
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """JSON-ready, with two ratios: for weights with their scales alone, and with the online transforms."""
         kept, whole = self.weights + self.scales, max(self.bf16, 1)
         return {

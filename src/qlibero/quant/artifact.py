@@ -19,7 +19,6 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from qlibero import files
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
@@ -76,7 +76,7 @@ class Artifact:
 
     spec: Quant
     checkpoint_sha256: str
-    calibration: dict[str, Any]
+    calibration: JsonObject
     layers: tuple[LayerRecord, ...]
     corrections: dict[str, list[float]]
     """output factors by linear name, one value per head (attention temperature, on q_proj) or one for all
@@ -134,7 +134,7 @@ def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def content_hash(meta: dict[str, Any], names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+def content_hash(meta: JsonObject, names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
     """sha256 over the metadata and every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(names):
@@ -147,7 +147,7 @@ def content_hash(meta: dict[str, Any], names: Iterable[str], tensor: Callable[[s
 def build(
     spec: Quant,
     checkpoint_sha256: str,
-    calibration: dict[str, Any],
+    calibration: JsonObject,
     layers: tuple[LayerRecord, ...],
     corrections: dict[str, list[float]],
     tensors: dict[str, Tensor],
@@ -240,7 +240,7 @@ def require(artifact: Artifact, spec: Quant | None, checkpoint_sha256: str) -> N
         )
 
 
-def _meta(artifact: Artifact) -> dict[str, Any]:
+def _meta(artifact: Artifact) -> JsonObject:
     return {
         "format": FORMAT,
         "spec": artifact.spec.identity(),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlibero.config.quantization import ROUNDINGS, Quant
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
 from qlibero.quant.nibbles import unpack_nibbles
@@ -63,7 +64,7 @@ class Meta(Strict):
     """The metadata of an artifact file."""
 
     format: int
-    spec: dict[str, Any]
+    spec: JsonObject
     spec_hash: _Hash
     checkpoint_sha256: _Hash
     calibration: _Calibration
@@ -71,7 +72,7 @@ class Meta(Strict):
     corrections: dict[_Name, Annotated[list[float], Field(min_length=1, max_length=1024)]] = Field(max_length=4096)
 
 
-def require_schema(content: dict[str, Any], where: str, hint: str) -> Quant:
+def require_schema(content: JsonObject, where: str, hint: str) -> Quant:
     """The settings in an artifact's metadata. GuardRefusal for metadata that is none, or contradicts itself."""
     try:
         fit(Meta, content, where)

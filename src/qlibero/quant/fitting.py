@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlibero.activity import doing
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.kernels import load as load_kernel
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.policies.surgery import linear_in, swap_modules
@@ -62,9 +63,29 @@ class Fitted:
     measures: Measures | None
 
 
+class Chosen(TypedDict):
+    """What a method that chooses took for one input, and the dB of every method it tried."""
+
+    kept: str
+    db: dict[str, float]
+
+
+@dataclass
+class Account:
+    """What an artifact says of the data: tokens by input, notes for people, choices by input."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    chosen: dict[str, Chosen] = field(default_factory=dict)
+
+    def to_json(self, method: str) -> JsonObject:
+        """As it is kept; choices under the name of the method that made them."""
+        made = {method: self.chosen} if self.chosen else {}
+        return {"tokens": self.tokens, "notes": self.notes, **made}
+
+
 class Fitting:
-    """All inputs of a selection. After `run`: `layers`, `tensors`, and `account`, what the artifact says of the
-    data."""
+    """All inputs of a selection. After `run`: `layers`, `tensors` and `account`."""
 
     def __init__(
         self,
@@ -78,7 +99,7 @@ class Fitting:
         self.spec, self.selection = spec, selection
         self.layers: list[LayerRecord] = []
         self.tensors: dict[str, Tensor] = {}
-        self.account: dict[str, Any] = {"tokens": {}, "notes": []}
+        self.account = Account()
         self._scaled = scaled(policy, spec)
         self._bases: dict[str, Basis] = {}  # of those inputs whose linears a correction may scale
 
@@ -134,7 +155,7 @@ class Fitting:
     def _quantize(self, group: str, choices: list[Choice], seen: ActivationStats | None) -> dict[str, nn.Module]:
         """Fit one input and its linears, by the one method or by the best of several."""
         if seen is not None:
-            self.account["tokens"][group] = seen.tokens
+            self.account.tokens[group] = seen.tokens
             self._note(group, seen)
         chooser = get(MethodPlugin, self.spec.method)
         names = chooser.chooses if chooser.chooses and seen is not None else (self.spec.method,)
@@ -150,7 +171,7 @@ class Fitting:
         kept = chooser.load().choose(decibels) if len(names) > 1 else names[0]
         if len(names) > 1:
             rounded = {name: round(db, 4) for name, db in decibels.items()}
-            self.account.setdefault(self.spec.method, {})[group] = {"kept": kept, "db": rounded}
+            self.account.chosen[group] = {"kept": kept, "db": rounded}
         records, tensors, modules, basis = found[kept]
         self.layers += records
         self.tensors |= tensors
@@ -159,7 +180,7 @@ class Fitting:
         return modules
 
     def _note(self, group: str, seen: ActivationStats) -> None:
-        width, notes = len(seen.peak), self.account["notes"]
+        width, notes = len(seen.peak), self.account.notes
         if seen.dead:
             notes.append(
                 f"{group}: {seen.dead} of {width} channels were zero in every token; their weights are rounded"

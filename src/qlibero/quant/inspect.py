@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.quant.action_error import action_error, arm_error
 from qlibero.quant.artifact import Artifact, LayerRecord, load
@@ -28,7 +29,7 @@ SORTS = {
 HINTS = 5
 
 
-def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
+def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> JsonObject:
     """The document of `qlibero inspect ARTIFACT [--diff OTHER] [--sort COLUMN]`.
 
     Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape
@@ -51,7 +52,7 @@ def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db
     return document
 
 
-def facts(artifact: Artifact) -> dict[str, Any]:
+def facts(artifact: Artifact) -> JsonObject:
     """What the artifact is, in a few JSON-ready values."""
     executed = sum(layer.executed for layer in artifact.layers)
     return {
@@ -71,7 +72,7 @@ def facts(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def row(layer: LayerRecord) -> dict[str, Any]:
+def row(layer: LayerRecord) -> JsonObject:
     """One layer as a table row."""
     return {
         "layer": layer.name,
@@ -89,7 +90,7 @@ def row(layer: LayerRecord) -> dict[str, Any]:
     }
 
 
-def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
+def hint(artifact: Artifact, count: int = HINTS) -> list[JsonObject]:
     """The layers whose own output carries the most rounding noise, and what each would cost to keep in bf16.
 
     It looks at each layer alone; what its noise does to the *actions* only a run can tell, see `sensitivity`.
@@ -108,7 +109,7 @@ def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
     ]
 
 
-def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
+def diff(a: Artifact, b: Artifact) -> JsonObject:
     """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in dB."""
     ours, theirs = a.spec.identity(), b.spec.identity()
     left, right = ({layer.name: layer for layer in x.layers} for x in (a, b))
@@ -139,7 +140,7 @@ def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
 
 def sensitivity(
     policy: QuantizablePolicy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Which layers' return to full precision would buy most, measured on actions, greatest share first.
 
     Each executed layer is quantized *alone* and the policy asked: arm_error is the median over observations of the
@@ -150,7 +151,7 @@ def sensitivity(
     from qlibero.quant.apply import quantize_policy
 
     exact = policy.infer(observations, noise).actions.astype(np.float64)
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for layer in artifact.layers:
         if not layer.executed:
             continue
@@ -180,7 +181,7 @@ def _extra_bytes(layer: LayerRecord) -> int:
     return 2 * layer.out_features * layer.in_features - layer.codes_bytes - layer.scales_bytes
 
 
-def _sort_key(r: dict[str, Any], column: str) -> tuple[Any, ...]:
+def _sort_key(r: JsonObject, column: str) -> tuple[Any, ...]:
     if SORTS[column] is None:
         return (r["layer"],)
     value = r[column]
@@ -188,7 +189,7 @@ def _sort_key(r: dict[str, Any], column: str) -> tuple[Any, ...]:
     return (value is None, 0.0 if value is None else -value if SORTS[column] else value, r["layer"])
 
 
-def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable(rows: Sequence[JsonObject]) -> list[JsonObject]:
     """The same rows for a terminal: `language_model.3.mlp.up_proj` for a name as wide as a screen, few decimals."""
 
     def cell(key: str, value: Any) -> Any:

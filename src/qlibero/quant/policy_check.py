@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.exactness import try_layer
 from qlibero.policies.base import Observation, QuantizablePolicy
@@ -37,7 +38,7 @@ class PolicyCheck:
     layers_consuming_int8: int
     action_difference: float | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 

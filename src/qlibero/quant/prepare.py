@@ -14,13 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qlibero.cache import cache_directory
 from qlibero.config.arms import Arm
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
 from qlibero.policies import weights_sha256
@@ -52,7 +53,7 @@ class Found:
     made: bool
     seconds: float
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """One JSON-ready row about it."""
         layers = self.artifact.layers
         executed = [layer for layer in layers if layer.executed]
@@ -203,7 +204,7 @@ def artifact_for(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -> A
     return found.artifact
 
 
-def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]:
+def quantize(experiment: Experiment, root: Path | None = None) -> JsonObject:
     """Make (or find) the artifact of every quantized arm: what `qlibero quantize CONFIG` does and prints.
 
     Returns {"experiment": …, "artifacts": [{"arms": [...], "path": …, "settings": …, …}]}; arms with equal
@@ -216,7 +217,7 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     if not arms:
         raise UserError(f"experiment {experiment.name} has no quantized arm; add one to `arms`, such as fake")
     policies = full_policies(arms)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     for arm in arms:
         result = ensure_artifact(policies[arm.name], cast("Quant", arm.quant), [root] if root else ())
         row = found.setdefault(os.fspath(result.path), {"arms": [], **result.summary()})
@@ -224,7 +225,7 @@ def quantize(experiment: Experiment, root: Path | None = None) -> dict[str, Any]
     return {"experiment": experiment.name, "artifacts": list(found.values())}
 
 
-def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
+def measured_sensitivity(experiment: Experiment, path: Path) -> list[JsonObject]:
     """`inspect.sensitivity` of the artifact at `path` with the experiment's policy and calibration observations.
 
     Raises:
@@ -254,7 +255,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[dict[str, A
     return sensitivity(policy, artifact, data.observations, noise)
 
 
-def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
+def readable(document: JsonObject) -> list[JsonObject]:
     """`quantize`'s document as short rows for a terminal."""
     return [
         {

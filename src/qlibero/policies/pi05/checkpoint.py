@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlibero import files
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.pi05.architecture import architecture
 from qlibero.policies.pi05.config import Pi05Config
@@ -89,7 +90,7 @@ class Checkpoint:
     """Why it is proven or likely."""
     weights: Weights
     declared: Declared
-    raw: dict[str, Any] = field(repr=False)
+    raw: JsonObject = field(repr=False)
     """config.json."""
     lerobot: LerobotFiles | None = None
 
@@ -149,7 +150,7 @@ def open_checkpoint(path: Path, family: Family = FAMILY) -> Checkpoint:
     return Checkpoint(path, family, "openpi", config, None, guess, why, weights, declared, raw)
 
 
-def _open_ours(path: Path, raw: dict[str, Any], family: Family) -> Checkpoint:
+def _open_ours(path: Path, raw: JsonObject, family: Family) -> Checkpoint:
     where = path / "config.json"
     if raw["format"] != family.format:
         raise UserError(
@@ -172,7 +173,7 @@ def _open_ours(path: Path, raw: dict[str, Any], family: Family) -> Checkpoint:
     )
 
 
-def _open_lerobot(path: Path, raw: dict[str, Any], weights: Weights, family: Family) -> Checkpoint:
+def _open_lerobot(path: Path, raw: JsonObject, weights: Weights, family: Family) -> Checkpoint:
     files = read_lerobot(path, raw, family)
     config = _sizes(weights, files.declared, files.config.max_action_dim, path / "config.json", family)
     guess, why = family.lerobot(raw)

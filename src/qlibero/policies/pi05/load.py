@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from qlibero.config.policies import GPU_BATCH
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
 from qlibero.policies.pi05.declared import AGENT, WRIST, differences
@@ -74,7 +75,7 @@ def _load(
     device, dtype = _place(config)
     model = loaded.model if loaded is not None else load_model(checkpoint, dtype, device, skip)
     name = checkpoint.raw.get("name") or checkpoint.path.name
-    identity: dict[str, Any] = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
+    identity: JsonObject = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
     remarks = [*differences(checkpoint.declared, config.flow_steps, config.replan_steps), *checkpoint.declared.remarks]
     if remarks:
         identity["remarks"] = remarks
@@ -89,7 +90,7 @@ def _policy(
     profile: Profile,
     statistics: dict[str, Statistics],
     tokenizer: Tokenizer,
-    identity: dict[str, Any],
+    identity: JsonObject,
     cameras: tuple[int, ...] = (AGENT, WRIST),
 ) -> Pi05Policy:
     return family.policy(

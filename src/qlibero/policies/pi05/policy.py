@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.frames import FrameFormat
 from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
@@ -62,7 +63,7 @@ class Pi05Policy:
         *,
         batch_size: int,
         flow_steps: int,
-        identity: dict[str, Any],
+        identity: JsonObject,
         cameras: tuple[int, ...] = (AGENT, WRIST),
     ):
         require_match(model.config, profile, tokenizer)
@@ -128,7 +129,7 @@ class Pi05Policy:
         twin._arrangement = f"{MLP}: channels in order {replicate}; text padded by {twin._padding} buckets more"
         return twin
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """See `Policy.provenance`. Once it has been asked, `execution` says what ran (`Sampler.execution`)."""
         config = self.model.config
         return {

@@ -4,12 +4,13 @@ so are those of another robot than LIBERO's."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint
 from qlibero.policies.pi05.lerobot import POST, PRE, LerobotFiles
@@ -36,7 +37,7 @@ class _Entry(Open):
 
 
 class _NormStats(Open):
-    norm_stats: dict[str, Any] = Field(max_length=64)
+    norm_stats: JsonObject = Field(max_length=64)
 
 
 def load_statistics(
@@ -211,7 +212,7 @@ def _lerobot_mode(checkpoint: Checkpoint, lerobot: LerobotFiles, name: str) -> t
     return mode, f"{processor} says {said}"
 
 
-def _lerobot_entry(checkpoint: Checkpoint, lerobot: LerobotFiles, name: str) -> tuple[dict[str, Any], str]:
+def _lerobot_entry(checkpoint: Checkpoint, lerobot: LerobotFiles, name: str) -> tuple[JsonObject, str]:
     processor, feature, _ = _LEROBOT[name]
     file = _state_file(checkpoint, lerobot, processor)
     images = lerobot.normalizer(processor).config["norm_map"].get("VISUAL", "IDENTITY")

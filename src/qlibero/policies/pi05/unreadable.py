@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError, UserError
 from qlibero.policies.structured import read_json, short
 
@@ -65,7 +65,7 @@ def why_no_weights(path: Path, weights: str, index: str) -> str | None:
     return f"checkpoint {path} has no {weights}; found: {short(found)}"
 
 
-def require_type(raw: dict[str, Any], where: Path, family: str, title: str) -> None:
+def require_type(raw: JsonObject, where: Path, family: str, title: str) -> None:
     """UserError when config.json says that this is another policy than the `family`, which people call `title`."""
     for key in ("type", "model_type"):
         said = raw.get(key)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, file_hashes, open_checkpoint, tensors
 from qlibero.policies.pi05.declared import differences
@@ -25,7 +25,7 @@ from qlibero.policies.pi05.weights import fault_of
 from qlibero.policies.settings import CheckpointSettings
 
 
-def verify_checkpoint(path: Path, family: Family = FAMILY) -> dict[str, Any]:
+def verify_checkpoint(path: Path, family: Family = FAMILY) -> JsonObject:
     """A JSON-ready report on a checkpoint directory.
 
     Keys: path, family, kind, ok, problems (list of sentences, empty when ok), conditions (what a config has to say
