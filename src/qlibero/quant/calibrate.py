@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.action_error import action_error
@@ -42,7 +42,7 @@ def calibrate(
     observations: Sequence[Observation],
     noise: np.ndarray,
     spec: Quant,
-    data: dict[str, Any],
+    data: JsonObject,
 ) -> Artifact:
     """Fit, round and measure every selected linear of `policy`.
 
@@ -72,7 +72,7 @@ def calibrate(
             "observations": len(observations),
             "held_out": sum(held_out(len(observations))),
             "prompts": len({o.prompt for o in observations}),
-            **fitting.account,
+            **fitting.account.to_json(spec.method),
             "kept_in_full_precision": list(selection.kept),
             "inputs": inputs_of(policy, spec),
             "torch": torch.__version__,
@@ -115,5 +115,5 @@ def _with_action_error(
         artifact.calibration | {"action_error": measured},
         artifact.layers,
         artifact.corrections,
-        artifact.tensors,
+        artifact.in_memory(),
     )

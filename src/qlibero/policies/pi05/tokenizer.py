@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -30,8 +30,11 @@ class _WordList(Strict):
 
 class Tokenizer(Protocol):
     vocab_size: int
-    sha256: str
-    """Of its content: the same text and hash, the same ids."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its content: the same text and hash, the same ids."""
+        ...
 
     def encode(self, pieces: tuple[str, ...]) -> list[int]:
         """Ids of the pieces encoded one after the other, beginning-of-sequence token first. Padding is id 0."""
@@ -135,7 +138,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return _HuggingFace(path)
 
 
-def _optional(package: str, path: Path):
+def _optional(package: str, path: Path) -> Any:
     try:
         return __import__(package)
     except ImportError:
