@@ -265,16 +265,15 @@ def _run_in(
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
     from qlibero.run.videos import Videos
-    from qlibero.sim.libero_pro import FLAWS
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
-    from qlibero.sim.suites import get_suite
+    from qlibero.sim.suites import flaws, get_suite
     from qlibero.tracking.mirror import mirror_problem, start_mirrors
 
     asked = {episode.arm for episode in plan}
     arms = [arm for arm in experiment.arms() if arm.name in asked]
-    begun = {episode.key.suite for episode in plan}  # a shard has few of the experiment's suites
+    suites = list(dict.fromkeys(episode.key.suite for episode in plan))  # a shard has few of the experiment's
     simulator = enforce()
     environment = {
         **describe(),
@@ -283,11 +282,8 @@ def _run_in(
     }
     with ExitStack() as stack:
         inside = worker_environment(simulator_environment())
-        guards = {
-            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"]))
-            for suite in experiment.suites
-            if suite in begun
-        }
+        guards = [PhysicsCheck(suite, inside, environment["gl"]) for suite in suites]
+        stack.enter_context(guards[0])  # looks while the policy loads; the others one by one, each is a simulator
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, before, run_dir, watched)
@@ -302,9 +298,12 @@ def _run_in(
             wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
-        reports = {suite: guard.enforce() for suite, guard in guards.items()}
+        reports = {suites[0]: guards[0].enforce()}
+        for suite, guard in zip(suites[1:], guards[1:], strict=True):
+            with guard:
+                reports[suite] = guard.enforce()
     for suite, task in experiment.all_tasks():
-        if flaw := FLAWS.get(suite, {}).get(task):
+        for flaw in flaws(suite, task):
             log.warning(f"{suite} task {task} contradicts itself: {flaw}")
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")

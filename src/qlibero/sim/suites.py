@@ -93,6 +93,13 @@ def task_language(suite: str, task: int) -> str:
     return str(libero.task_record(suite, task).language)
 
 
+def flaws(suite: str, task: int) -> list[str]:
+    """What of a task's words contradicts its own file; [] for none."""
+    from qlibero.sim import contradictions, libero
+
+    return contradictions.contradictions(libero.task_files(suite, task)["goal"], task_language(suite, task))
+
+
 def init_states(suite: str, task: int) -> np.ndarray:
     """The official initial states, (50, n) float64: time, qpos, qvel. n differs between scenes."""
     check_task(suite, task)
