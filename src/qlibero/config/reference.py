@@ -17,6 +17,7 @@ from qlibero.config.arms import ArmEntry
 from qlibero.config.execution import Execution
 from qlibero.config.fields import PluginName
 from qlibero.config.inits import FreshInits
+from qlibero.config.own_suite import OwnSuite
 from qlibero.config.policies import settings_of
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
@@ -51,6 +52,7 @@ def _families() -> dict[str, type[BaseModel]]:
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
+    "`suite`, when it is your own": OwnSuite,
     "`inits`, when they are not official": FreshInits,
     **_families(),
     "`execution`": Execution,

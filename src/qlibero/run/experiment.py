@@ -38,6 +38,7 @@ from qlibero.results.stopping import Declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.run.sequential import SequentialRun, declaration_of
 from qlibero.run.simulators import gpu_batch, start_pool, tell_memory
+from qlibero.sim.own_suite import lint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,6 +141,9 @@ def run_experiment(
     simulator has other physics than the references (`sim/physics_check_cache.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
+    for suite in experiment.own_suites():
+        suite.plugin().make_known()
+    lint(experiment.suites)
     run_dir = run_directory(experiment, out)
     _make_directory(run_dir)
     for arm in experiment.arms():
@@ -308,7 +312,8 @@ def _run_in(
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
     checked = {suite: report.to_json() for suite, report in reports.items()}
-    physics: dict[str, Any] = {"passport": checked[experiment.suite] if isinstance(experiment.suite, str) else checked}
+    single = experiment.suites[0] if len(experiment.suites) == 1 else None
+    physics: dict[str, Any] = {"passport": checked[single] if single else checked}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))

@@ -123,7 +123,9 @@ def blocks(tree: Tree) -> dict[str, Tree]:
 
 def declared_names(block: Tree) -> dict[str, str]:
     """`a b - class` of (:objects …) or (:fixtures …): name → class."""
-    words, found, waiting = [str(part).lower() for part in block[1:]], {}, []
+    words = [str(part).lower() for part in block[1:]]
+    found: dict[str, str] = {}
+    waiting: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         if before == "-":
             found |= dict.fromkeys(waiting, word)

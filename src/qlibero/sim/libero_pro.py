@@ -50,3 +50,10 @@ def language_in(bddl: Path) -> str:
     if not found or not found[1].strip():
         raise ValueError(f"{bddl}: no (:language …), so the task says nothing to a policy")
     return " ".join(found[1].lower().split())
+
+
+def line_of_language(bddl: Path) -> int:
+    """The line on which a file's instruction begins, 1 without one."""
+    text = bddl.read_text(encoding="utf-8")
+    found = _LANGUAGE.search(text)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
