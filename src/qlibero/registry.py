@@ -195,7 +195,7 @@ FOLDERS = "QLIBERO_SUITES"
 
 @dataclass(frozen=True)
 class FolderSuite(SuitePlugin):
-    """A directory of tasks that a configuration names (`config/own_suite.py`)."""
+    """A directory of tasks that a configuration names (`config/suites.py`)."""
 
     goals: tuple[str, ...] = ()
     """BDDL files, one a task."""
@@ -220,11 +220,11 @@ _OF_FOLDER = ("name", "about", "tasks", "inits", "max_steps", "origin", "goals",
 
 @lru_cache(maxsize=8)
 def _folders(text: str) -> dict[str, FolderSuite]:
-    listed = json.loads(text)
-    return {
-        name: FolderSuite(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
-        for name, said in listed.items()
-    }
+    found = {}
+    for name, settings in json.loads(text).items():
+        known: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in settings.items()}
+        found[name] = FolderSuite(**known)
+    return found
 
 
 KINDS: dict[str, type[Plugin]] = {

@@ -17,7 +17,6 @@ from qlibero.config.arms import ArmEntry
 from qlibero.config.execution import Execution
 from qlibero.config.fields import PluginName
 from qlibero.config.inits import FreshInits
-from qlibero.config.own_suite import OwnSuite
 from qlibero.config.policies import settings_of
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import (
@@ -29,6 +28,7 @@ from qlibero.config.schema import (
     Stop,
     Tracking,
 )
+from qlibero.config.suites import OwnSuite
 from qlibero.places import REPOSITORY
 from qlibero.registry import PolicyPlugin, built_in, get
 

@@ -9,18 +9,13 @@ policies is told, the family says (`policies.py`).
 
 from __future__ import annotations
 
-import contextlib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
-    Tag,
-    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -42,15 +37,13 @@ from qlibero.config.fields import (
     one_of_pattern,
 )
 from qlibero.config.inits import Inits
-from qlibero.config.own_suite import OwnSuite
 from qlibero.config.policies import Policy
 from qlibero.config.quantization import Quant
-from qlibero.config.vocabulary import SUITE_ALIASES
+from qlibero.config.suites import OFFICIAL_INITS, OwnSuite, Suites, called, said_by_own
 from qlibero.registry import EnginePlugin, SuitePlugin, TrackerPlugin, get
 
 TrackerName = Annotated[str, PluginName(TrackerPlugin)]
 
-OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 MAX_PROCESSES = 10_000
 
 
@@ -189,60 +182,13 @@ class Launch(StrictModel):
 
 
 # -------------------------------------------------------------------------------------------------- experiment
-def _suite(name: Any) -> Any:
-    return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-Suite = Annotated[
-    Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin), Tag("one")] | Annotated[OwnSuite, Tag("own")],
-    Discriminator(lambda found: "own" if isinstance(found, dict | OwnSuite) else "one"),
-]
-
-
-def _called(suite: str | OwnSuite) -> str:
-    return suite if isinstance(suite, str) else suite.called
-
-
-def _one_or_several(found: str | OwnSuite | tuple[str | OwnSuite, ...]) -> str | OwnSuite | tuple[str | OwnSuite, ...]:
-    if not isinstance(found, tuple):
-        return found
-    if not found:
-        raise ValueError("lists no suite; write e.g. [libero_spatial, libero_goal]")
-    called = [_called(suite) for suite in found]
-    if twice := next((name for i, name in enumerate(called) if name in called[:i]), None):
-        raise ValueError(f"lists {twice} twice")
-    return found if len(found) > 1 else found[0]
-
-
-_Suites = Annotated[
-    Annotated[Suite, Tag("one")] | Annotated[tuple[Suite, ...], Tag("several")],
-    Discriminator(lambda found: "several" if isinstance(found, list | tuple) else "one"),
-    AfterValidator(_one_or_several),
-]
-
-
-def _of_own_suites(data: dict[str, Any]) -> dict[str, Any]:
-    """What suites of one's own say of the experiment: that states are drawn, or how many there are."""
-    written = data.get("suite")
-    found = []
-    for each in written if isinstance(written, list | tuple) else (written,):
-        with contextlib.suppress(ValidationError, TypeError):  # what is wrong is told where the field is read
-            if isinstance(each, dict | OwnSuite):
-                found.append(OwnSuite.model_validate(each))
-    drawn = {suite.fresh for suite in found if suite.fresh}
-    states = [suite.plugin().inits for suite in found if suite.init_states]
-    return ({"inits": {"fresh": drawn.pop()}} if len(drawn) == 1 else {}) | (
-        {"episodes_per_task": min(*states, OFFICIAL_INITS)} if states else {}
-    )
-
-
 class Experiment(StrictModel):
     """One cell: a policy on a suite, the same episodes under every arm."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     name: Slug = Field(description="names the run directory; by default the file's name")
-    suite: _Suites = Field(
+    suite: Suites = Field(
         description="LIBERO suite (libero_long is libero_10), tasks of your own ({bddl: DIR, …}), or a list of such: "
         "one run, verdicts for each and pooled"
     )
@@ -325,7 +271,7 @@ class Experiment(StrictModel):
         """`seed` is the first of `seeds` unless it is written; arms have whole sections."""
         if not isinstance(data, dict):
             return data
-        data, seeds = _of_own_suites(data) | completed(data), data.get("seeds")
+        data, seeds = said_by_own(data) | completed(data), data.get("seeds")
         return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
 
     @model_serializer(mode="wrap")
@@ -359,8 +305,8 @@ class Experiment(StrictModel):
             if isinstance(suite, OwnSuite) and suite.fresh and (kind, count) != ("fresh", suite.fresh):
                 said = f"{suite.called} says fresh: {suite.fresh}"
                 raise FieldError(("inits",), f"{said}; leave inits out, or write it there only")
-            if kind == "official" and count > (there := self.plugin(_called(suite)).inits):
-                raise FieldError(("episodes_per_task",), f"{_called(suite)} has {there} initial states a task")
+            if kind == "official" and count > (there := self.plugin(called(suite)).inits):
+                raise FieldError(("episodes_per_task",), f"{called(suite)} has {there} initial states a task")
 
     def _check_tasks(self) -> None:
         listed: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
@@ -398,7 +344,7 @@ class Experiment(StrictModel):
     @property
     def suites(self) -> tuple[str, ...]:
         """Names of the suite, or of several."""
-        return tuple(map(_called, self._suites()))
+        return tuple(map(called, self._suites()))
 
     def plugin(self, suite: str) -> SuitePlugin:
         """One of the suites: what it declares."""

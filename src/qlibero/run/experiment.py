@@ -123,6 +123,14 @@ def finished_episodes(
     }
 
 
+def look_through(experiment: Experiment) -> None:
+    """Raise UserError for tasks of one's own that nobody should run. They are known by their names from here on."""
+    own = [suite.plugin() for suite in experiment.own_suites()]
+    for plugin in own:
+        plugin.make_known()
+    lint(own)
+
+
 def run_experiment(
     experiment: Experiment,
     out: Path | None = None,
@@ -142,9 +150,7 @@ def run_experiment(
     simulator has other physics than the references (`sim/physics_check_cache.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
-    for suite in experiment.own_suites():
-        suite.plugin().make_known()
-    lint(experiment.suites)
+    look_through(experiment)
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
     for arm in experiment.arms():

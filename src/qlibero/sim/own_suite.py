@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlibero.errors import UserError
-from qlibero.registry import FolderSuite, SuitePlugin, get
+from qlibero.registry import FolderSuite
 from qlibero.sim import bddl
 from qlibero.sim.libero_pro import language_in
 
@@ -27,10 +27,9 @@ class OwnTasks:
         return {"goal": Path(self.suite.goals[task]), **states}
 
 
-def lint(suites: Iterable[str]) -> None:
-    """Raise UserError with what is wrong with the files of those of these suites that are directories, line by line."""
-    folders = [plugin for plugin in (get(SuitePlugin, name) for name in suites) if isinstance(plugin, FolderSuite)]
-    if folders:
-        found = bddl.lint_all([Path(goal) for folder in folders for goal in folder.goals], bddl.installed())
+def lint(suites: Iterable[FolderSuite]) -> None:
+    """Raise UserError with all that is wrong with these suites' files, line by line."""
+    if goals := [Path(goal) for suite in suites for goal in suite.goals]:
+        found = bddl.lint_all(goals, bddl.installed())
         if complaints := [complaint for of in found.values() for complaint in of]:
             raise UserError("\n".join(complaints))

@@ -1,17 +1,21 @@
-"""A suite of one's own, written where a suite's name stands: a directory of BDDL files, one a task."""
+"""The key `suite`: a name, tasks of one's own (a directory of BDDL files, one a task), or a list of such."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from qlibero.config.fields import FieldError, Int, Slug, StrictModel
+from qlibero.config.fields import FieldError, Int, PluginName, Slug, StrictModel
+from qlibero.config.vocabulary import SUITE_ALIASES
 from qlibero.registry import FolderSuite, SuitePlugin, names
+
+OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 
 
 class OwnSuite(StrictModel):
@@ -94,3 +98,51 @@ def _count(file: Path, changed_ns: int) -> int:
 
 
 _HOW = "LIBERO's own pickles become one by numpy.savez(NAME, states=torch.load(PICKLE, weights_only=False))"
+
+
+def _suite(name: Any) -> Any:
+    return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+_Suite = Annotated[
+    Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin), Tag("one")] | Annotated[OwnSuite, Tag("own")],
+    Discriminator(lambda found: "own" if isinstance(found, dict | OwnSuite) else "one"),
+]
+
+
+def called(suite: str | OwnSuite) -> str:
+    """A suite's name."""
+    return suite if isinstance(suite, str) else suite.called
+
+
+def _one_or_several(found: str | OwnSuite | tuple[str | OwnSuite, ...]) -> str | OwnSuite | tuple[str | OwnSuite, ...]:
+    if not isinstance(found, tuple):
+        return found
+    if not found:
+        raise ValueError("lists no suite; write e.g. [libero_spatial, libero_goal]")
+    names_of = [called(suite) for suite in found]
+    if twice := next((name for i, name in enumerate(names_of) if name in names_of[:i]), None):
+        raise ValueError(f"lists {twice} twice")
+    return found if len(found) > 1 else found[0]
+
+
+Suites = Annotated[
+    Annotated[_Suite, Tag("one")] | Annotated[tuple[_Suite, ...], Tag("several")],
+    Discriminator(lambda found: "several" if isinstance(found, list | tuple) else "one"),
+    AfterValidator(_one_or_several),
+]
+
+
+def said_by_own(data: dict[str, Any]) -> dict[str, Any]:
+    """What suites of one's own say of the experiment: that states are drawn, or how many there are."""
+    written = data.get("suite")
+    found = []
+    for each in written if isinstance(written, list | tuple) else (written,):
+        with contextlib.suppress(ValidationError, TypeError):  # what is wrong is told where the field is read
+            if isinstance(each, dict | OwnSuite):
+                found.append(OwnSuite.model_validate(each))
+    drawn = {suite.fresh for suite in found if suite.fresh}
+    states = [suite.plugin().inits for suite in found if suite.init_states]
+    return ({"inits": {"fresh": drawn.pop()}} if len(drawn) == 1 else {}) | (
+        {"episodes_per_task": min(*states, OFFICIAL_INITS)} if states else {}
+    )
