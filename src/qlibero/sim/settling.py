@@ -1,21 +1,19 @@
 """Initial states that do not hold still: objects released in overlap are thrown apart while the scene settles.
 
-Every arm meets the same ones, so they cost power and no fairness. They are listed (`settling.json` for LIBERO and
-LIBERO-PRO, `qlibero lint --settle SUITE` for any), kept by default, and left out by `thrown: leave_out`.
+Every arm meets the same ones, so they cost power and no fairness: all are kept, and `qlibero lint --settle SUITE`
+lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlibero.sim.suites import SETTLE_ACTION, SETTLE_STEPS
 
-KNOWN = Path(__file__).with_name("settling.json")
 THROWN = 0.03
 """Metres sideways within the settle steps, of any object: what merely comes to rest stays below 1 cm."""
 LOST = 0.2
@@ -25,7 +23,7 @@ FIXTURES_BY = 7  # the seed that places fixtures: some lie 15 mm elsewhere with 
 
 @dataclass(frozen=True)
 class Thrown:
-    """What became of an initial state. `sideways` in metres, of the `thing` that went furthest."""
+    """What became of an initial state: which `thing` went furthest `sideways`, in metres; "" where none is thrown."""
 
     init: int
     thing: str
@@ -59,7 +57,8 @@ def settle(suite: str, task: int) -> Iterator[Thrown]:
             worst = int(sideways.argmax())
             lost = any(name in wanted and (sideways[i] > LOST or moved[i, 2] < -LOST) for i, name in enumerate(bodies))
             if sideways[worst] > THROWN or lost or solved:
-                yield Thrown(init, list(bodies)[worst], round(float(sideways[worst]), 3), lost, solved)
+                thing = list(bodies)[worst] if sideways[worst] > THROWN else ""
+                yield Thrown(init, thing, round(float(sideways[worst]), 3), lost, solved)
     finally:
         scene.close()
 
