@@ -135,13 +135,13 @@ def test_two_writers_of_one_shard_are_refused(tmp_path):
 
 
 def test_meta_is_merged_and_replaced_whole(tmp_path):
-    write_meta(tmp_path, "fake", {"config_hash": "h", "memory": {"weights_bytes": 5}})
+    write_meta(tmp_path, "fake", {"config_hash": "h", "memory": {"weight_bytes": 5}})
     write_meta(tmp_path, "fake", {"artifact": "x"})
-    assert read_arm(tmp_path, "fake").meta == {
+    assert read_arm(tmp_path, "fake").meta.model_dump(exclude_unset=True) == {
         "schema": 1,
         "arm": "fake",
         "config_hash": "h",
-        "memory": {"weights_bytes": 5},
+        "memory": {"weight_bytes": 5},
         "artifact": "x",
     }
     assert sorted(os.listdir(tmp_path / "fake")) == [".lock-meta", "meta.json"]

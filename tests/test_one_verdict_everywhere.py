@@ -34,7 +34,7 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.stopping import declare
 from qlibero.run.experiment import planned_keys, stopping_rule
 from qlibero.tracking.mirror import start_mirrors
-from qlibero.tracking.replay import versus_baseline
+from qlibero.tracking.rows import versus_baseline
 
 pytestmark = pytest.mark.slow
 

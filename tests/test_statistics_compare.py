@@ -21,7 +21,7 @@ from qlibero.results.runs import read_run
 from qlibero.results.stopping import declare, make_declaration
 from qlibero.results.wording import sequential_text
 from qlibero.stats.sampling import Sample
-from qlibero.tracking.replay import versus_baseline
+from qlibero.tracking.rows import versus_baseline
 
 
 @pytest.fixture(autouse=True)

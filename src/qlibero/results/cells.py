@@ -91,7 +91,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _labelled(run: RunResults, label: str) -> RunResults:
     """The run with its cell in every arm's label: two arms of one name are told apart wherever they are shown."""
     arms = {
-        name: replace(arm, meta={**arm.meta, "label": f"{arm.meta.get('label') or name} · {label}"})
+        name: replace(arm, meta=arm.meta.labelled(f"{arm.meta.label or name} · {label}"))
         for name, arm in run.arms.items()
     }
     return replace(run, arms=arms)

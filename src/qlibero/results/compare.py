@@ -14,7 +14,7 @@ from typing import Any
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.results.arm_equality import arithmetic, together
+from qlibero.results.arm_equality import arithmetic
 from qlibero.results.axes import axis_of
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
@@ -145,7 +145,7 @@ def compare(
         context.floor,
         context.copies,
         _ledger_state(runs),
-        together([arithmetic(run.run_dir, run.arms) for run in runs]),
+        tuple(arithmetic(run.run_dir, run.arms) for run in runs),
     )
 
 

@@ -17,6 +17,7 @@ from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.comparison import Estimate
 from qlibero.results.exported import is_export
 from qlibero.results.importers import read_external
 from qlibero.results.imports import Cell, ExternalArm, from_run, task_numbers
@@ -65,6 +66,11 @@ class ExternalResult:
     table: PairTable | None = None
     power: Power | None = None
     noninferiority_p: float | None = None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """None without finished episodes in both."""
+        return None if self.delta is None or self.interval is None else Estimate(self.delta, self.interval)
 
     @property
     def sentence(self) -> str:
@@ -327,7 +333,7 @@ def _sentence(r: ExternalResult) -> str:
     lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
     lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []
     arm, base, margin = r.name, r.reference, r.verdict.margin
-    if r.delta is None or r.interval is None:
+    if r.estimate is None:
         return f"{arm} and {base}: no finished episodes to compare" + (f" ({', '.join(lost)})." if lost else ".")
     assert r.p is not None  # there is one wherever there is a difference
     opening = {
@@ -342,5 +348,5 @@ def _sentence(r: ExternalResult) -> str:
         size = f"{r.table.broken} broken, {r.table.repaired} repaired of {count_text(r.table.pairs, 'pair')}"
     else:
         size = f"{k1}/{n1} against {k0}/{n0}"
-    delta = f"Δ {delta_text(r.delta, r.interval, margin)} pp {interval_text(r.interval, margin)}"
+    delta = f"Δ {delta_text(*r.estimate, margin)} pp {interval_text(r.estimate.interval, margin)}"
     return f"{opening}: {', '.join([delta, size, *lost])} ({r.caveat})."

@@ -45,6 +45,7 @@ from qlibero.quant.policy_check import check_policy
 from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, replaced_in_all
 from qlibero.quant.recheck import Recheck
 from qlibero.quant.shared_weights import QuantizedNetworks, full_policies, sharing
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.run.noise import RECIPE, call_noise
 from qlibero.sim.suites import get_suite, task_language
 
@@ -56,7 +57,7 @@ WARMUP_CALLS = 3
 def load_arms(
     experiment: Experiment,
     arms: Sequence[Arm],
-    before: Mapping[str, Mapping[str, Any]] | None = None,
+    before: Mapping[str, ArmMeta] | None = None,
     run_dir: Path | None = None,
     rechecks: dict[str, Recheck] | None = None,
 ) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
@@ -89,7 +90,7 @@ def load_arms(
             policy = _rearranged(full, arm.replicate) if arm.backend == "aa" else full
             found: dict[str, Any] = {"label": _label(experiment, full, arm)}
         else:
-            settled = _settled(arm, (before or {}).get(arm.name, {}))
+            settled = _settled(arm, (before or {}).get(arm.name, ArmMeta()))
             policy, found, recheck = _quantized(experiment, settled, arm.quant, quantizable(full), places, quantized)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
@@ -116,9 +117,9 @@ def _rearranged(full: Policy, replicate: int) -> Policy:
     return cast(RearrangeablePolicy, full).rearranged(replicate)
 
 
-def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
+def _settled(arm: Arm, before: ArmMeta) -> Arm:
     """`auto` chooses by timing, which another day or machine may decide otherwise; what ran once runs again."""
-    ran = {said["kernel"] for said in before.get("kernels", {}).values() if said["kernel"] not in NO_KERNEL}
+    ran = set(before.executed) - set(NO_KERNEL)
     return replace(arm, backend=ran.pop()) if arm.backend == "auto" and len(ran) == 1 else arm
 
 

@@ -183,8 +183,8 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
         "experiment": experiment.name,
         "run_dir": str(run_dir),
         "complete": not missing_episodes(experiment, run_dir),
-        "arms": {name: summarize_arm(arm.records) for name, arm in arms.items()},
-        "arithmetic": arithmetic(run_dir, arms),
+        "arms": {name: summarize_arm(arm.records).to_json() for name, arm in arms.items()},
+        "arithmetic": arithmetic(run_dir, arms).to_json(),
     }
     if experiment.stop is not None:
         keys = episode_keys(experiment)

@@ -36,6 +36,7 @@ from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
+from qlibero.tracking.rows import Row
 
 if TYPE_CHECKING:
     import wandb
@@ -133,15 +134,15 @@ class WandbRun:
             record.add(wandb.Table(list(rows[0]), [list(row.values()) for row in rows]), "kernels")
         self.run.log_artifact(record)
 
-    def log(self, row: replay.Row, step: int) -> None:
+    def log(self, row: Row, step: int) -> None:
         self.run.log(row, step=step, commit=True)
 
-    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: Row, step: int) -> None:
         import wandb
 
         self.run.log({**row, key: wandb.Video(str(path), format="mp4")}, step=step, commit=True)
 
-    def summarize(self, summary: replay.Row) -> None:
+    def summarize(self, summary: Row) -> None:
         self.run.summary.update(summary)
 
     def finish(self, rows: int) -> None:

@@ -46,7 +46,7 @@ def _one_arithmetic(document: Document, cells: Iterable[Document]) -> None:
     """Raises Refused, with the whole document, when an arm's kernels were found to compute something else."""
     from qlibero.results.arm_equality import refusal
 
-    if said := "\n".join(filter(None, (refusal(cell["arithmetic"]) for cell in cells))):
+    if said := "\n".join(filter(None, (refusal(cell["arithmetic"]["problems"]) for cell in cells))):
         raise Refused(said, document)
 
 

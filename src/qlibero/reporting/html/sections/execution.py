@@ -23,7 +23,7 @@ def execution(m: ReportData) -> Markup | None:
     for name in m.arms:
         records = [r for r in m.records(name) if r.outcome != "error"]
         if records:
-            steps = [r.success_step for r in records if r.succeeded]
+            steps = [r.success_step for r in records if r.succeeded and r.success_step is not None]
             curves.append(charts.curve(charts.success_over_time(steps, len(records), scale), m.colour(name)))
     chart = el(
         "div",
@@ -56,10 +56,10 @@ def execution(m: ReportData) -> Markup | None:
 
 def _quality(m: ReportData) -> Markup | None:
     rows = [
-        [named(m, name), title, *_shifted(r, r.quality[measure])]
+        [named(m, name), title, *_shifted(r, shift)]
         for name, r in m.compared.items()
         for measure, title in QUALITY.items()
-        if r.quality[measure]
+        if (shift := r.quality[measure])
     ]
     if not rows:
         return None
