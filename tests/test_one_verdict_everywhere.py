@@ -32,7 +32,7 @@ from qlibero.results.export import export_episodes
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.stopping import declare
-from qlibero.run.experiment import planned_keys, stopping_rule
+from qlibero.run.planned import planned_keys, stopping_rule
 from qlibero.tracking.mirror import start_mirrors
 from qlibero.tracking.rows import versus_baseline
 

@@ -12,7 +12,7 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.ledger import read_ledger
 from qlibero.results.runs import read_run
-from qlibero.run.experiment import episode_keys
+from qlibero.run.planned import episode_keys
 
 
 def experiment(tmp_path, suite: str, more: str = ""):

@@ -31,7 +31,8 @@ from qlibero.launch.manifest import SCHEMA, read_document
 from qlibero.places import RUNS
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import episode_keys, missing_episodes, run_experiment, summary
+from qlibero.run.experiment import run_experiment, summary
+from qlibero.run.planned import episode_keys, missing_episodes
 
 log = logging.getLogger(__name__)
 

@@ -22,15 +22,8 @@ from qlibero.launch.local import Failed, processes, run_shards
 from qlibero.machine.environment import usable_gpus
 from qlibero.results.arm_equality import refusal
 from qlibero.results.records import EpisodeRecord, record_from_json
-from qlibero.run.experiment import (
-    finished_episodes,
-    make_directory,
-    missing_episodes,
-    run_directory,
-    run_experiment,
-    summary,
-    tell_mixes,
-)
+from qlibero.run.experiment import make_directory, run_directory, run_experiment, summary, tell_mixes
+from qlibero.run.planned import finished_episodes, missing_episodes
 
 log = logging.getLogger(__name__)
 

@@ -30,14 +30,8 @@ from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, listed_arms, read_run
 from qlibero.results.stopping import BLOCK_PAIRS
 from qlibero.results.wording import detectable_line
-from qlibero.run.experiment import (
-    episode_keys,
-    finished_episodes,
-    missing_episodes,
-    planned_keys,
-    run_experiment,
-    stopping_rule,
-)
+from qlibero.run.experiment import run_experiment
+from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes, planned_keys, stopping_rule
 from qlibero.run.simulators import device_of, gpu_batch
 from qlibero.stats.sequential_power import pairs_needed, prospect
 

@@ -20,7 +20,7 @@ from qlibero.launch.engine import engines
 from qlibero.results.ledger import is_locked, read_ledger
 from qlibero.results.machines import in_words, is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import episode_keys, finished_episodes, missing_episodes
+from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
 
 RATE_WINDOW = timedelta(minutes=30)
 FOLLOW_S = 10.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from qlibero.results.arm_equality import arithmetic
 from qlibero.results.axes import axis_of
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
-    Adjusted,
     ArmComparison,
     AxisComparison,
     Comparison,
@@ -32,10 +31,10 @@ from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_flo
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
 from qlibero.results.exported import is_export
 from qlibero.results.external_results import ExternalComparison, compare_external
+from qlibero.results.multiplicity import adjusted
 from qlibero.results.paired_outcomes import (
     PairTable,
     Ruling,
-    Word,
     check_margin,
     judge,
     planning_discordance,
@@ -59,10 +58,8 @@ from qlibero.results.stopping import Declaration, read_declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.results.unlike import unlike
 from qlibero.results.wording import margin_text
-from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Step, check_estimand, sample
 
-ONE_SIDED_ALPHA = 0.025
 Cells = Mapping[str, Comparison | ExternalComparison | CountsComparison]
 """What is compared, by the label of the cell; "" where there is one."""
 
@@ -132,7 +129,7 @@ def compare(
     declarations = [d for run in runs if (d := read_declaration(run.run_dir)) is not None]
     context = _context(base, controls, question, declarations, len(runs) == 1)
     compared = {name: _compare_arm(context, arm) for name, arm in arms.items()}
-    compared, family = _adjusted(compared, question)
+    compared, family = adjusted(compared, question)
     return Comparison(
         reference,
         base.label,
@@ -323,36 +320,6 @@ def _noise_source(context: _Context) -> str:
         f"99th percentile of the arm-motion differences between {context.base.name} and {context.controls[0].name} "
         "in the first executed chunk"
     )
-
-
-def _adjusted(arms: dict[str, ArmComparison], question: Question) -> tuple[dict[str, ArmComparison], int]:
-    """Holm over the confirmatory family, and its size: arms under test, or arms × suites where each suite is a claim.
-
-    A control is no hypothesis. Under a stopping rule the arms share α, so there is nothing left to adjust.
-    """
-    tested = [arm for arm in arms.values() if not arm.control and arm.sequential is None and arm.note is None]
-    per_suite = question.primary == "per-suite"
-    rows = [row for arm in tested for row in (arm.suites.values() if per_suite else [arm]) if row.table.pairs]
-    noninferiority = st.holm([1.0 if row.noninferiority_p is None else row.noninferiority_p for row in rows])
-    difference = st.holm([1.0 if row.seen.difference_p is None else row.seen.difference_p for row in rows])
-    found = {}
-    for row, ni, different in zip(rows, noninferiority, difference, strict=True):
-        n, passed = row.table.pairs, row.verdict.word == Word.NON_INFERIOR and ni <= ONE_SIDED_ALPHA
-        best = st.noninferiority_p(0, 0, n, question.margin) * len(rows)
-        found[id(row)] = Adjusted(different, ni, len(rows), passed, best <= ONE_SIDED_ALPHA)
-
-    def with_holm(arm: ArmComparison) -> ArmComparison:
-        own = found.get(id(arm))
-        suites = {
-            # the row of an only suite is the arm's own
-            name: replace(suite, adjusted=found.get(id(suite)) or (own if len(arm.suites) == 1 else None))
-            for name, suite in arm.suites.items()
-        }
-        if per_suite and len(suites) == 1:
-            own = next(iter(suites.values())).adjusted
-        return replace(arm, adjusted=own, suites=suites)
-
-    return {name: with_holm(arm) for name, arm in arms.items()}, len(rows)
 
 
 def _ledger_state(runs: Sequence[RunResults]) -> LedgerState:
