@@ -20,10 +20,10 @@ from hypothesis import strategies as hy
 
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.results import ledger as room
+from qlibero.results.declaration import declare, make_declaration
 from qlibero.results.ledger import Ledger, read_arm, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run
-from qlibero.results.stopping import declare, make_declaration
 
 
 def record(init: int, outcome: str = "success", digest: str = "cd", task: int = 0) -> EpisodeRecord:

@@ -28,10 +28,10 @@ from qlibero.reporting.terminal import print_comparison, print_run
 from qlibero.reporting.wandb_workspace import COLUMNS, workspace
 from qlibero.reporting.wandb_workspace import spec as as_sent
 from qlibero.results.compare import compare_paths, compare_runs
+from qlibero.results.declaration import declare
 from qlibero.results.export import export_episodes
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import declare
 from qlibero.run.planned import planned_keys, stopping_rule
 from qlibero.tracking.mirror import start_mirrors
 from qlibero.tracking.rows import versus_baseline

@@ -28,10 +28,10 @@ from qlibero.reporting.terminal import console, print_comparison, print_run
 from qlibero.results.arm_equality import same_arithmetic
 from qlibero.results.cells import cells_of
 from qlibero.results.compare import compare, compare_paths, compare_runs
+from qlibero.results.declaration import declare, make_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.runs import read_run
 from qlibero.results.speed import Speed
-from qlibero.results.stopping import declare, make_declaration
 from qlibero.results.wording import interval_text, points, speed_text
 from qlibero.run.experiment import _instructions
 

@@ -32,9 +32,9 @@ from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.machine import environment
 from qlibero.machine.capacity import Capacity
+from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import read_declaration
 from qlibero.run.experiment import run_experiment, summary
 from qlibero.run.planned import episode_keys, missing_episodes, planned_keys
 from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference

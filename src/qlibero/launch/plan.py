@@ -24,11 +24,11 @@ from qlibero.launch.cells import Cell, Manifest, Shard
 from qlibero.launch.engine import Engine, engines, load_engine
 from qlibero.machine.capacity import WORKER_GB, fitting, wanted
 from qlibero.places import RUNS
+from qlibero.results.declaration import BLOCK_PAIRS
 from qlibero.results.ledger import read_ledger
 from qlibero.results.paired_outcomes import power
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin, listed_arms, read_run
-from qlibero.results.stopping import BLOCK_PAIRS
 from qlibero.results.wording import detectable_line
 from qlibero.run.experiment import run_experiment
 from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes, planned_keys, stopping_rule

@@ -28,6 +28,7 @@ from qlibero.results.comparison import (
     TaskTable,
 )
 from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
+from qlibero.results.declaration import Declaration, read_declaration
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
 from qlibero.results.exported import is_export
 from qlibero.results.external_results import ExternalComparison, compare_external
@@ -54,7 +55,6 @@ from qlibero.results.runs import (
 from qlibero.results.selection import first_reference, select
 from qlibero.results.sequential import sequential_tests
 from qlibero.results.speed import speed
-from qlibero.results.stopping import Declaration, read_declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.results.unlike import unlike
 from qlibero.results.wording import margin_text

@@ -9,8 +9,8 @@ from pathlib import Path
 from qlibero.config.schema import Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.declaration import Declaration
 from qlibero.results.ledger import read_ledger
-from qlibero.results.stopping import Declaration
 from qlibero.run.sequential import SequentialRun, declaration_of
 
 

@@ -32,10 +32,10 @@ from typing import Protocol
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
+from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
-from qlibero.results.stopping import read_declaration
 from qlibero.tracking.mirror import children, write_state
 from qlibero.tracking.rows import Row, arithmetic_summary, arm_summary, episode_row, versus_baseline
 
