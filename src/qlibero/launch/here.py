@@ -106,7 +106,7 @@ def _spread(
 
 def _raise(failed: dict[int, Failed], document: dict[str, Any]) -> None:
     """What a process was refused, or could not do; wrong kernels and episodes that lack are in the document."""
-    if refusal(document["arithmetic"]):
+    if refusal(document["arithmetic"]["problems"]):
         return
     for one in failed.values():
         if one.status in (2, 3):

@@ -1,4 +1,4 @@
-"""What a stopping rule declares before the first episode (stopping.json): itself, and the order in which pairs count."""
+"""What a stopping rule declares before the first episode (stopping.json): the rule and the order of its pairs."""
 
 from __future__ import annotations
 
