@@ -232,7 +232,7 @@ def test_the_mirror_through_the_real_client_says_what_compare_says(tmp_path):
     run = make(tmp_path / "run", KINDS["looks: futile"], "libero_goal")
     (mirror,) = start_mirrors(run, Tracking(mode="offline")).mirrors
     said = mirror.finish(300)
-    assert said["complete"], said
+    assert said.complete, said
     (file,) = (run / "w4a8" / "wandb").glob("*run-*/*.wandb")
     arm, seen = compare_runs([run])["arms"]["w4a8"], read_offline_run(file).summary
     assert seen["versus_baseline/verdict"] == arm["verdict"] == "inconclusive (futile)"

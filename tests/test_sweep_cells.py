@@ -35,8 +35,9 @@ from qlibero.machine.capacity import Capacity
 from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import run_experiment, summary
+from qlibero.run.experiment import run_experiment
 from qlibero.run.planned import episode_keys, missing_episodes, planned_keys
+from qlibero.run.state import run_state
 from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
 
 pytestmark = pytest.mark.slow
@@ -122,7 +123,7 @@ def test_only_shards_that_lack_something_are_submitted(tmp_path, said):
     fill(first, episode_keys(first.experiment, (2, 3)), arms=("baseline",))
     assert manifest.missing() == (0, *range(2, 12))  # shard 2 lacks its other arm
     before = sorted((tmp_path / "out").rglob("*"))
-    document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
+    document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True).to_json()
     assert document["submitted"] == {"count": 11, "shards": "0,2-11"} and "--array=0,2-11\n" in document["dry_run"]
     assert sorted((tmp_path / "out").rglob("*")) == before  # a dry run writes nothing
 
@@ -284,7 +285,7 @@ def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypa
     assert cell["margin"] == 0.3 and "With 2 looks (α 0.2 an arm) an equal arm" in cell["detectable"]
     assert cell["sequential"]["expected_pairs"] <= 30 and cell["sequential"]["pairs_for_noninferiority"] % 20 == 0
     made.cells[0].run_dir.mkdir(parents=True)
-    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True)
+    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True).to_json()
     assert (
         document["submitted"] == {"count": 1, "shards": "0"} and not document["complete"]
     )  # 50 pairs, one shard: the test needs them together
@@ -307,14 +308,14 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     assert set(lacking) == {
         ("fake", key) for key in keys[15:]
     }  # all 50 pairs are spent, the question is open: tried again
-    document = summary(cell.experiment, cell.run_dir)
+    document = run_state(cell.experiment, cell.run_dir).to_json()
     assert not document["complete"] and document["stop"]["episodes_saved"] == 0
     assert document["stop"]["arms"]["fake"]["errors"] == 35
 
     decided = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.method=evalues"), tmp_path / "decided").cells[0]
     fill(decided, order[:20])
     assert missing_episodes(decided.experiment, decided.run_dir) == []
-    document = summary(decided.experiment, decided.run_dir)
+    document = run_state(decided.experiment, decided.run_dir).to_json()
     assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "non-inferior"
     assert document["stop"]["episodes_saved"] == 100 - 40
     assert (
@@ -323,7 +324,7 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     capped = decided.experiment.model_copy(
         update={"stop": decided.experiment.stop.model_copy(update={"max_episodes": 3})}
     )
-    document = summary(capped, decided.run_dir)
+    document = run_state(capped, decided.run_dir).to_json()
     assert (
         document["complete"]
         and document["stop"]["arms"]["fake"]["verdict"] == "undecided"
@@ -344,12 +345,12 @@ def test_an_arm_ends_when_it_is_decided_and_the_control_holds_nothing_up(tmp_pat
     fill(cell, order[:20], arms=("baseline",), succeeds=order)
     fill(cell, order[:20], arms=("w4a4",), succeeds=())
     fill(cell, order[:20], arms=("fake",), succeeds=order[:16])
-    found = summary(cell.experiment, cell.run_dir)["stop"]["arms"]
+    found = run_state(cell.experiment, cell.run_dir).to_json()["stop"]["arms"]
     assert (found["w4a4"]["verdict"], found["fake"]["verdict"]) == ("inferior", None)
     assert {arm for arm, _ in missing_episodes(cell.experiment, cell.run_dir)} == {"baseline", "aa", "fake"}
     fill(cell, order[20:], arms=("baseline", "fake"), succeeds=order)
     assert missing_episodes(cell.experiment, cell.run_dir) == []
-    document = summary(cell.experiment, cell.run_dir)
+    document = run_state(cell.experiment, cell.run_dir).to_json()
     ended = {"group_sequential": "non-inferior", "evalues": "undecided"}  # of 50 pairs, all spent
     assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == ended[method]
 
@@ -360,18 +361,19 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
     (cell,) = made.cells
     ran: list[list] = []
 
-    def instead_of_simulators(experiment, run_dir, missing, ledgers, *_):
+    def instead_of_simulators(experiment, run_dir, shard, missing, ledgers, *_):
         assert read_declaration(run_dir).order == planned_keys(cell.experiment)
         ran.append(missing)
         for arm, key in missing:
             ledgers[arm].append(outcome_of(key, arm))
+        return []
 
     monkeypatch.setattr("qlibero.run.experiment._run", instead_of_simulators)
     assert plan(made, calibrate=True)["engines"] is not None
     assert [sorted(pairs) for pairs in ran] == [
         [(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]
     ]
-    assert run_experiment(cell.experiment, cell.run_dir)["complete"] and len(ran[1]) == 98
+    assert run_experiment(cell.experiment, cell.run_dir).complete and len(ran[1]) == 98
     assert read_declaration(cell.run_dir).max_pairs is None
     other = cell.experiment.model_copy(
         update={"margin": 0.1, "stop": cell.experiment.stop.model_copy(update={"margin": 0.1})}
@@ -445,12 +447,12 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch, 
         fill(cell, episode_keys(cell.experiment))
     assert not cells.merged(manifest)
     (tmp_path / "out/sweep/result.json").write_text(
-        json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}})
+        json.dumps(cells.sweep_state(manifest).to_json() | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}})
     )
     assert not cells.merged(manifest)  # as good as killed for who waits for wandb's rows
-    assert run_sweep(made, "local", tmp_path / "out", False)["complete"]
+    assert run_sweep(made, "local", tmp_path / "out", False).state.complete
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
-    assert run_sweep(made, "local", tmp_path / "out", False)["submitted"]["count"] == 0 and len(said) == 1
+    assert run_sweep(made, "local", tmp_path / "out", False).submitted == () and len(said) == 1
 
 
 def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):
@@ -582,9 +584,8 @@ def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, s
 
     from qlibero import cli
 
-    monkeypatch.setattr(
-        "qlibero.launch.sweep.run_sweep", lambda *_: {"finished": True, "complete": True, "merge_status": 5}
-    )
+    done = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
+    monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: replace(done, merge_status=5))
     (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
     assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
 

@@ -28,15 +28,16 @@ from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
-from qlibero.results.arm_equality import RECHECK, arithmetic
-from qlibero.results.ledger import Ledger, read_arm, read_ledger
+from qlibero.results.arm_equality import RECHECK
+from qlibero.results.ledger import Ledger, read_ledger
 from qlibero.results.machines import mix_in_words
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.summary import summarize_arm
 from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
 from qlibero.run.sequential import SequentialRun
 from qlibero.run.simulators import gpu_batch, start_pool, tell_memory
+from qlibero.run.state import RunState, run_state
+from qlibero.tracking.mirror import MirrorEnd
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,13 +64,12 @@ def run_experiment(
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
     on_result: Callable[[Path], None] = lambda run_dir: None,
     most_pairs: int | None = None,
-) -> dict[str, Any]:
-    """Run what is missing and return the summary that `qlibero run` prints as its last line.
+) -> RunState:
+    """Run what is missing and return what there is then.
 
     `most_pairs`: run no more than so many of the missing pairs now, the first ones. One shard of several has no
     mirrors, which belong to whole runs, and a number of videos is recorded by the first.
     `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: videos, mirrors.
-    "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
     simulator has other physics than the references (`sim/physics_check_cache.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
@@ -78,7 +78,7 @@ def run_experiment(
     make_directory(run_dir)
     for arm in experiment.arms():
         check(run_dir, arm.name, {"config_hash": config_hash(experiment, arm)})
-    mirrors: list[dict[str, Any]] = []
+    mirrors: list[MirrorEnd] = []
     missing = missing_episodes(experiment, run_dir, shard)
     if not missing or not (run_dir / "experiment.yaml").exists():
         files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
@@ -105,7 +105,7 @@ def run_experiment(
     if not missing:
         on_result(run_dir)
     tell_mixes(experiment, run_dir)
-    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
+    return replace(run_state(experiment, run_dir), mirrors=tuple(mirrors))
 
 
 def tell_mixes(experiment: Experiment, run_dir: Path) -> None:
@@ -113,31 +113,6 @@ def tell_mixes(experiment: Experiment, run_dir: Path) -> None:
     for arm in experiment.arms():
         if mix := mix_in_words(read_ledger(run_dir, arm.name)):
             log.warning(f"arm {arm.name}: {mix}")
-
-
-def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
-    """The experiment's state on disk, in the form design.md fixes for the last line of `qlibero run`."""
-    arms = {arm.name: read_arm(run_dir, arm.name) for arm in experiment.arms()}
-    document = {
-        "experiment": experiment.name,
-        "run_dir": str(run_dir),
-        "complete": not missing_episodes(experiment, run_dir),
-        "arms": {name: summarize_arm(arm.records).to_json() for name, arm in arms.items()},
-        "arithmetic": arithmetic(run_dir, arms).to_json(),
-    }
-    if experiment.stop is not None:
-        keys = episode_keys(experiment)
-        sequential = SequentialRun(experiment, run_dir, keys)
-        spent = sum(len(read_ledger(run_dir, arm.name)) for arm in experiment.arms())
-        most = len(sequential.order) * len(experiment.arms())
-        document["stop"] = {
-            "arms": {arm: asdict(decision) for arm, decision in sequential.decisions().items()},
-            "episodes_spent": spent,
-            "episodes_saved": max(0, most - spent)
-            if document["complete"]
-            else 0,  # an open question has saved nothing yet
-        }
-    return document
 
 
 def make_directory(run_dir: Path) -> None:
@@ -161,7 +136,7 @@ def _run(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
-) -> list[dict[str, Any]]:
+) -> list[MirrorEnd]:
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth.
 
     The simulators start, and build their first scenes, while the policy is loaded; not where something is timed then.
@@ -196,7 +171,7 @@ def _run_in(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
-) -> list[dict[str, Any]]:
+) -> list[MirrorEnd]:
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.machine.environment import simulator_environment
     from qlibero.machine.record import describe
@@ -211,7 +186,7 @@ def _run_in(
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
     from qlibero.sim.suites import get_suite
-    from qlibero.tracking.mirror import mirror_problem, start_mirrors
+    from qlibero.tracking.mirror import start_mirrors
 
     asked = {episode.arm for episode in plan}
     arms = [arm for arm in experiment.arms() if arm.name in asked]
@@ -304,7 +279,7 @@ def _run_in(
             raise
         finally:
             ended += mirrors.finish()
-            for said in filter(None, (mirror_problem(one, tracking) for one in ended)):
+            for said in filter(None, (one.told(tracking) for one in ended)):
                 log.warning(said)
     return ended
 
