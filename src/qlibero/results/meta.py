@@ -62,6 +62,8 @@ def bind(run_dir: Path | str, arm: str, meta: Mapping[str, Any], mixed_machines:
         known = _content(run_dir, arm) if has_episodes(Path(run_dir) / arm) else {}
         probes = {**known.get("probes", {}), **meta.get("probes", {})}
         kept = {key: known[key] for key in ("probe",) if key in known}
+        if "verdict" not in meta.get("passport", {"verdict": ""}):  # by suite; this may be a shard of some of them
+            kept["passport"] = {**known.get("passport", {}), **meta["passport"]}
         _write(run_dir, arm, {**known, **meta, **kept, **({"probes": probes} if probes else {})})
 
 
