@@ -216,7 +216,7 @@ def test_every_reader_of_every_kind_of_run_says_one_verdict(name, tmp_path, caps
         assert COLUMNS[7] == "versus_baseline/verdict" and '"summary:versus_baseline/verdict"' in json.dumps(spec)
 
         # what is counted as missing is what has no verdict yet
-        seen = status(run)
+        seen = status(run).to_json()
         assert seen["complete"] == (seen["done"] == seen["episodes"])
         waiting = alone in ("interim", "inconclusive (errors)")
         assert seen["complete"] != waiting, seen

@@ -25,7 +25,8 @@ from qlibero.kernels import load, names
 from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, here, local, ray, slurm
 from qlibero.launch import status as watch
-from qlibero.launch.plan import plan, refuse_impossible
+from qlibero.launch.impossible import refuse_impossible
+from qlibero.launch.plan import plan
 from qlibero.launch.plan_tables import readable
 from qlibero.launch.slurm_options import seconds
 from qlibero.launch.status import follow, headline, status
@@ -205,7 +206,8 @@ def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
         )
     made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=4G"), tmp_path / "out")
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    slurm_cost = plan(made)["engines"]["slurm"]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    slurm_cost = plan(made).to_json()["engines"]["slurm"]
     assert (
         slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
     )
@@ -214,9 +216,9 @@ def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
 def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
-    assert plan(made)["engines"] is None  # nothing like it has been run: no time is made up
+    assert plan(made).engines is None  # nothing like it has been run: no time is made up
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    found = plan(made)
+    found = plan(made).to_json()
     assert (found["episodes"], found["done"], found["without_cost"]) == (400, 100, 0)
     assert found["cells"][1]["seconds_each"] == {
         "baseline": 3.0,
@@ -247,7 +249,7 @@ def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypa
         cells.make_manifest(
             sweep_of(tmp_path, STOPPING, "stop=null", "tasks=all", "episodes_per_task=50"), tmp_path / "out"
         ),
-    )["cells"]
+    ).to_json()["cells"]
     assert cell["pairs"] == 500 and cell["detectable_difference"] == pytest.approx(
         minimum_detectable_difference(500, 0.05), rel=1e-4
     )
@@ -261,7 +263,7 @@ def test_no_arm_is_planned_below_the_noise_of_the_reference(tmp_path, monkeypatc
     (cell,), keys = made.cells, episode_keys(made.cells[0].experiment)
     fill(cell, keys, arms=("baseline", "fake"))
     fill(cell, keys, arms=("aa",), succeeds=keys[:10])
-    assert plan(made)["cells"][0]["discordance"] == "20.0% observed in aa"
+    assert plan(made).to_json()["cells"][0]["discordance"] == "20.0% observed in aa"
 
 
 # ------------------------------------------------------------------------------------------------ sequential stopping
@@ -280,7 +282,7 @@ launch: {{shard_episodes: 20}}
 def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.max_episodes=30"), tmp_path / "out")
-    (cell,) = plan(made)["cells"]
+    (cell,) = plan(made).to_json()["cells"]
     assert (cell["pairs"], cell["episodes"], cell["missing"], cell["done"], cell["shards"]) == (30, 60, 60, 0, 1)
     assert cell["margin"] == 0.3 and "With 2 looks (α 0.2 an arm) an equal arm" in cell["detectable"]
     assert cell["sequential"]["expected_pairs"] <= 30 and cell["sequential"]["pairs_for_noninferiority"] % 20 == 0
@@ -318,9 +320,7 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     document = run_state(decided.experiment, decided.run_dir).to_json()
     assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "non-inferior"
     assert document["stop"]["episodes_saved"] == 100 - 40
-    assert (
-        status(decided.run_dir)["done"] == status(decided.run_dir)["episodes"] == 40
-    )  # what was run, not what was spared
+    assert status(decided.run_dir).done == status(decided.run_dir).episodes == 40  # what was run, not what was spared
     capped = decided.experiment.model_copy(
         update={"stop": decided.experiment.stop.model_copy(update={"max_episodes": 3})}
     )
@@ -369,7 +369,7 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
         return []
 
     monkeypatch.setattr("qlibero.run.experiment._run", instead_of_simulators)
-    assert plan(made, calibrate=True)["engines"] is not None
+    assert plan(made, calibrate=True).engines is not None
     assert [sorted(pairs) for pairs in ran] == [
         [(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]
     ]
@@ -398,7 +398,7 @@ def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch
         f" {word} " in f" {' '.join(said.split())} "
         for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes in the")
     )
-    assert len(said.splitlines()) < 2 * len(document["cells"])
+    assert len(said.splitlines()) < 2 * len(document.cells)
     assert (
         " ".join(said.split()).count("a difference is found with 80 % power only if") == 1
     )  # one sentence, true of all cells
@@ -423,15 +423,15 @@ def test_status_counts_files_not_promises(tmp_path):
     cells.write_manifest(manifest)
     fill(manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3)))
     found = status(tmp_path / "out")
-    assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (
+    assert (found.done, found.episodes, found.shards_done, found.shards) == (
         32,
         400,
         1,
         12,
     )  # the first 16 of 50 scenes, two arms
-    assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)  # two arms, one episode a minute each
+    assert found.episodes_per_hour == pytest.approx(31 / 15 * 60, abs=0.1)  # two arms, one episode a minute each
     assert headline(found) == "32 of 400 episodes, 1 of 12 shards, 124 episodes/h, nothing under way here"
-    assert headline(found | {"queue": {"RUNNING": 2}}).startswith(
+    assert headline(replace(found, queue={"RUNNING": 2})).startswith(
         "32 of 400 episodes, 1 of 12 shards, 2 running, 124 episodes/h, done about 20"
     )
     with pytest.raises(UserError, match="neither a sweep"):
@@ -464,8 +464,8 @@ def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monke
     clock = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    seen: list[dict] = []
-    assert not follow(tmp_path / "out", seen.append)["complete"] and clock[0] == watch.QUIET_S + watch.FOLLOW_S
+    seen: list[watch.Status] = []
+    assert not follow(tmp_path / "out", seen.append).complete and clock[0] == watch.QUIET_S + watch.FOLLOW_S
     assert headline(seen[-1]).endswith("nothing under way here")
 
     first = manifest.cells[0]
@@ -473,14 +473,14 @@ def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monke
     with Ledger(first.run_dir, arm.name, shard="working", config_hash=config_hash(first.experiment, arm)):
         begun = clock[0]
 
-        def look(found: dict) -> None:
-            assert found["writing"] == 1
+        def look(found: watch.Status) -> None:
+            assert found.writing == 1
             if clock[0] - begun > 600:
                 raise KeyboardInterrupt  # held open by a living process: it would go on
 
         with pytest.raises(KeyboardInterrupt):
             follow(tmp_path / "out", look)
-    assert status(tmp_path / "out")["writing"] == 0
+    assert status(tmp_path / "out").writing == 0
 
 
 def test_cells_that_ask_for_other_resources_are_refused_not_given_the_first_ones(tmp_path):

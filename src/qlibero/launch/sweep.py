@@ -12,7 +12,7 @@ from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.launch import cells
 from qlibero.launch.engine import Submission, Submitted, engines, load_engine
-from qlibero.launch.plan import refuse_impossible
+from qlibero.launch.impossible import refuse_impossible
 
 log = logging.getLogger(__name__)
 

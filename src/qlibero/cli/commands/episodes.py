@@ -82,15 +82,15 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.launch.plan import plan as make_plan
     from qlibero.launch.plan_tables import readable
 
-    document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), args.calibrate)
-    for title, rows in readable(document):
+    found = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), args.calibrate)
+    for title, rows in readable(found):
         table(rows, title)
-    if document["without_cost"]:
+    if found.without_cost:
         log.info(
             "no episode like these has been run yet, so no time can be told; "
             "--calibrate runs one of each (and keeps it)"
         )
-    return document
+    return found.to_json()
 
 
 def sweep(args: argparse.Namespace) -> Document:
@@ -126,18 +126,17 @@ def run_shard(args: argparse.Namespace) -> Document:
 def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
-    document = (
+    found = (
         watch.follow(args.dir, lambda found: log.info(watch.headline(found)), args.task, args.arm)
         if args.follow
         else watch.status(args.dir, args.task, args.arm)
     )
-    cells = [{key: value for key, value in cell.items() if key != "machines"} for cell in document["cells"]]
-    table(cells, title=watch.headline(document))
-    for line in watch.mixes(document):
+    table([cell.row() for cell in found.cells], title=watch.headline(found))
+    for line in watch.mixes(found):
         log.info(line)
-    if args.follow and not document["complete"]:
+    if args.follow and not found.complete:
         raise Incomplete(
             "nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing",
-            document,
+            found.to_json(),
         )
-    return document
+    return found.to_json()
