@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero import files
 from qlibero.config.config_hash import config_hash
@@ -25,7 +24,7 @@ from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
 from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep
-from qlibero.documents import JsonObject, read_json
+from qlibero.documents import JsonObject, flattened, read_json
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.manifest import SCHEMA, read_document
 from qlibero.places import RUNS
@@ -244,7 +243,7 @@ class SweepState:
 
     sweep: str
     directory: Path
-    axes: dict[str, dict[str, Any]]
+    axes: dict[str, JsonObject]
     cells: dict[str, RunState]
 
     @property
@@ -287,9 +286,9 @@ def _check_directory(cell: Cell) -> None:
 def _check_launch(cells: Sequence[Cell]) -> None:
     """A submission is one array (or set of processes), so its resources are one choice: none is dropped in silence."""
     first, *others = cells
-    ours = _flat(first.experiment.launch.model_dump(exclude={"shard_episodes"}))
+    ours = flattened(first.experiment.launch.model_dump(exclude={"shard_episodes"}))
     for cell in others:
-        theirs = _flat(cell.experiment.launch.model_dump(exclude={"shard_episodes"}))
+        theirs = flattened(cell.experiment.launch.model_dump(exclude={"shard_episodes"}))
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             key = differing[0]
             raise UserError(
@@ -297,14 +296,6 @@ def _check_launch(cells: Sequence[Cell]) -> None:
                 "the cells of a sweep are submitted together and share launch (but shard_episodes); "
                 "write one sweep file for each kind of job"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}).items()
-    }
 
 
 def _experiment_file(directory: Path, cell_id: str) -> Path:

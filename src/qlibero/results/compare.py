@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.arm_equality import arithmetic
@@ -24,6 +25,7 @@ from qlibero.results.comparison import (
     Errors,
     LedgerState,
     Question,
+    Row,
     SuiteComparison,
     TaskTable,
 )
@@ -69,12 +71,12 @@ def compare_runs(
     reference: str | None = None,
     margin: float | None = None,
     estimand: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """`compare_paths` as the document that becomes the JSON line."""
     return as_document(compare_paths(paths, reference, margin, estimand))
 
 
-def as_document(cells: Cells) -> dict[str, Any]:
+def as_document(cells: Cells) -> JsonObject:
     """The JSON line of one cell, or of several by their labels."""
     documents = {label: cell.to_json() for label, cell in cells.items()}
     return {"cells": documents} if len(documents) > 1 else next(iter(documents.values()))
@@ -189,21 +191,23 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
     row = _row(context, everything, replicates, control, ruling)
     suite_rulings = {test.suite: test.ruling(question.margin) for test in tests}
     suites = {
-        suite: SuiteComparison(**_row(context, evidence, replicates, control, suite_rulings.get(suite)), suite=suite)
+        suite: SuiteComparison(
+            **vars(_row(context, evidence, replicates, control, suite_rulings.get(suite))), suite=suite
+        )
         for suite, evidence in by_suite.items()
         if evidence.pairs
     }
     by_axis = everything.grouped(lambda key: axis_of(key.suite))
     axes = {
         axis: AxisComparison(
-            **_row(context, evidence, replicates, control, Ruling.undecidable() if tests else None),
+            **vars(_row(context, evidence, replicates, control, Ruling.undecidable() if tests else None)),
             axis=axis,
             pairs_of_suite=dict(sorted(Counter(pair.key.suite for pair in evidence.pairs).items())),
         )
         for axis, evidence in by_axis.items()
         if evidence.pairs and len(by_axis) > 1
     }
-    table: PairTable = row["table"]
+    table = row.table
     floor = None if control else context.floor
     pooled = replicates and table.pairs and sample(pooled_steps(pairing.pairs, replicates), question.estimand)
     paired = [{pair.key: pair for pair in context.control_pairings[c.name].pairs} for c in replicates]
@@ -211,7 +215,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
     floors = [measured(context.control_pairings[c.name].pairs, base, c) for c in replicates]
     psi = planning_discordance(table, floor.discordance if floor else None)
     return ArmComparison(
-        **row,
+        **vars(row),
         name=arm.name,
         label=arm.label,
         reference_label=base.label,
@@ -264,8 +268,7 @@ class _Evidence:
 
 def _row(
     context: _Context, evidence: _Evidence, replicates: Sequence[Arm], control: bool, ruling: Ruling | None
-) -> dict[str, Any]:
-    """The fields of a `Row`."""
+) -> Row:
     question = context.question
     against_mean = question.against == "pooled" and replicates
     steps: list[Step] = (
@@ -283,16 +286,16 @@ def _row(
         control=control,
         ruling=ruling,
     )
-    return {
-        "table": PairTable.of(outcomes_of(evidence.pairs)),
-        "verdict": verdict,
-        "seen": seen,
-        "worst": worst,
-        "new_tasks": sample(steps, "new_tasks"),
-        "missing": len(evidence.missing),
-        "ruled": ruling is not None,
-        "ruled_interval": ruling.interval if ruling else None,
-    }
+    return Row(
+        PairTable.of(outcomes_of(evidence.pairs)),
+        verdict,
+        seen,
+        worst,
+        sample(steps, "new_tasks"),
+        len(evidence.missing),
+        ruled=ruling is not None,
+        ruled_interval=ruling.interval if ruling else None,
+    )
 
 
 def _missing(base: Arm, arm: Arm) -> frozenset[EpisodeKey]:

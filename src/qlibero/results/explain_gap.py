@@ -104,7 +104,7 @@ def explain_gap(run: Path | str, other: Path | str, arm: str | None = None) -> G
     return Gap(str(run), name, label, _rate(records), rate, ranked, tuple(equal), tuple(unknown))
 
 
-def _of_run(path: Path | str, asked: str | None) -> tuple[dict[str, Any], str, Sequence[EpisodeRecord]]:
+def _of_run(path: Path | str, asked: str | None) -> tuple[JsonObject, str, Sequence[EpisodeRecord]]:
     runs = read_runs([path])
     arms = list(dict.fromkeys(name for run in runs for name in run.arms))
     name = asked or (REFERENCE if REFERENCE in arms else arms[0])
@@ -145,7 +145,7 @@ def _constants(run: RunResults, arm: str) -> JsonObject:
     }
 
 
-def _of_file(path: Path | str) -> tuple[dict[str, Any], dict[str, str], str, tuple[int, int]]:
+def _of_file(path: Path | str) -> tuple[JsonObject, dict[str, str], str, tuple[int, int]]:
     """The protocol of the file's tool, and what the file itself says."""
     (arm, *_) = read_external(path)
     usual = protocols()[OF_TOOL[arm.tool]].constants if arm.tool in OF_TOOL else {}

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero.console import count_text
 from qlibero.documents import JsonObject
@@ -200,7 +199,11 @@ def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResul
     table = PairTable.of(finished)
     found = power(table.pairs, *planning_discordance(table), margin) if table.pairs else None
     return ExternalResult(
-        **_both(base, arm),
+        name=arm.name,
+        reference=base.name,
+        tool=arm.tool,
+        counts=arm.counts[:2],
+        reference_counts=base.counts[:2],
         delta=seen.delta,
         interval=seen.interval,
         method="Tango, paired",
@@ -220,11 +223,6 @@ def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResul
 def _steps(pairs: Sequence[Outcomes]) -> list[tuple[EpisodeKey, float]]:
     """Pairs as independent evidence: files of other tools do not say what is a cluster."""
     return [(EpisodeKey("", 0, i, 0), float(worst_step(pair))) for i, pair in enumerate(pairs)]
-
-
-def _both(base: ExternalArm, arm: ExternalArm) -> dict[str, Any]:
-    counts = {"counts": arm.counts[:2], "reference_counts": base.counts[:2]}
-    return {"name": arm.name, "reference": base.name, "tool": arm.tool, **counts}
 
 
 def _same_tasks(base: ExternalArm, arm: ExternalArm) -> tuple[ExternalArm, ExternalArm, str]:
@@ -296,7 +294,11 @@ def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> External
         )
     why = arm.reason or base.reason or "the two share no episode key"
     return ExternalResult(
-        **_both(base, arm),
+        name=arm.name,
+        reference=base.name,
+        tool=arm.tool,
+        counts=arm.counts[:2],
+        reference_counts=base.counts[:2],
         delta=k1 / n1 - k0 / n0 if finished else None,
         interval=st.newcombe_independent(k1, n1, k0, n0) if finished else None,
         method="Newcombe, independent samples",

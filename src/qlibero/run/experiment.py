@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlibero import files
 from qlibero.activity import doing
@@ -25,6 +25,7 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment, Tracking
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
@@ -225,7 +226,7 @@ def _run_in(
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
     checked = {suite: report.to_json() for suite, report in reports.items()}
-    physics: dict[str, Any] = {"passport": checked[experiment.suite] if isinstance(experiment.suite, str) else checked}
+    physics: JsonObject = {"passport": checked[experiment.suite] if isinstance(experiment.suite, str) else checked}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))

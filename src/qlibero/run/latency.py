@@ -18,7 +18,7 @@ import numpy as np
 
 from qlibero import files
 from qlibero.config.arms import Arm
-from qlibero.documents import read_json
+from qlibero.documents import JsonObject, read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.identity import Identity
 from qlibero.policies.base import Policy
@@ -36,7 +36,7 @@ CALLS = 20
 
 def fixed_execution(
     run_dir: Path, arm: Arm, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """What the arm's meta.json says of its execution, {"mode", "latency_ms", "latency_steps", "measured"}; None for a
     synchronous arm. `meta` is what is known of the arm: identity and machine."""
     if arm.execution.mode == "sync":

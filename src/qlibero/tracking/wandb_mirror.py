@@ -26,9 +26,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlibero import files
+from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.registry import TrackerPlugin
 from qlibero.results.effective import effective_settings, kernel_rows
@@ -181,7 +182,7 @@ class RunId:
         return state
 
 
-def _tags(settings: dict[str, Any]) -> list[str]:
+def _tags(settings: JsonObject) -> list[str]:
     """The arm, and what of its settings people look for."""
     bits = (settings["weight_bits"], settings["activation_bits"])
     precision = "W{}A{}".format(*bits) if None not in bits else settings["dtype"]

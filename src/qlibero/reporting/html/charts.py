@@ -8,7 +8,7 @@ width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,12 @@ def interval(scale: Scale, low: float, high: float, kind: str = "ci", colour: st
 
 def mark(scale: Scale, x: float, kind: str = "dot", colour: str = "") -> Markup:
     return el("i", class_=f"{kind} {colour}".strip(), style=f"left:{scale(x)}%")
+
+
+def xy(labels: Iterable[tuple[float, str]], canvas: Markup, foot: Markup) -> Markup:
+    """A chart in two dimensions: labels at the left, each so many percent from the top, and an axis at its foot."""
+    beside = [el("span", text, style=f"top:{top}%") for top, text in labels]
+    return el("div", el("div", beside, class_="ylabels", aria_hidden="true"), canvas, foot, class_="xy")
 
 
 def track(*marks: Markup | None, label: str, class_: str = "track") -> Markup:

@@ -25,14 +25,8 @@ def execution(m: ReportData) -> Markup | None:
         if records:
             steps = [r.success_step for r in records if r.succeeded and r.success_step is not None]
             curves.append(charts.curve(charts.success_over_time(steps, len(records), scale), m.colour(name)))
-    chart = el(
-        "div",
-        el(
-            "div",
-            [el("span", f"{100 - y} %", style=f"top:{y}%") for y in (0, 25, 50, 75, 100)],
-            class_="ylabels",
-            aria_hidden="true",
-        ),
+    chart = charts.xy(
+        [(y, f"{100 - y} %") for y in (0, 25, 50, 75, 100)],
         el(
             "div",
             charts.plot(*curves, label="Share of episodes that have succeeded by each step, per arm", height=240),
@@ -40,7 +34,6 @@ def execution(m: ReportData) -> Markup | None:
             class_="canvas",
         ),
         charts.axis(scale, "control steps (20 per second)", lambda t: f"{t:g}"),
-        class_="xy",
     )
     return section(
         "execution",

@@ -90,14 +90,8 @@ def layers(m: ReportData) -> Markup | None:
                     title=f"{layer.removeprefix(shared)}: {db:.1f} dB",
                 )
             )
-    chart = el(
-        "div",
-        el(
-            "div",
-            [el("span", f"{t:g} dB", style=f"top:{100 - y(t)}%") for t in y.ticks()],
-            class_="ylabels",
-            aria_hidden="true",
-        ),
+    chart = charts.xy(
+        [(100 - y(t), f"{t:g} dB") for t in y.ticks()],
         el(
             "div",
             *[el("i", class_="hgrid", style=f"bottom:{y(t)}%") for t in y.ticks()],
@@ -112,7 +106,6 @@ def layers(m: ReportData) -> Markup | None:
             class_="axis",
             aria_hidden="true",
         ),
-        class_="xy",
     )
     rows = [
         [

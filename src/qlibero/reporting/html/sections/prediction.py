@@ -114,13 +114,10 @@ def _chart(m: ReportData, found: dict[str, _Foretold]) -> Markup | None:
         for name, (error, share) in points.items()
     ]
     text = "; ".join(f"{m.arms[name].label}: {100 * s:.1f} % at {e:.2g}" for name, (e, s) in points.items())
-    ticks = [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()]
-    chart = el(
-        "div",
-        el("div", ticks, class_="ylabels", aria_hidden="true"),
+    chart = charts.xy(
+        [(100 - y(t), f"{100 * t:g} %") for t in y.ticks()],
         el("div", *charts.grid_lines(x), *marks, class_="canvas fixed", role="img", aria_label=text),
         charts.axis(x, f"action error {what}; upwards: flipped pairs, grey: those that A/A flips", lambda t: f"{t:g}"),
-        class_="xy",
     )
     return join(chart, legend(m, list(points), "legend under"))
 

@@ -156,14 +156,8 @@ def pareto(m: ReportData) -> Markup | None:
     if tagged:
         marks += _tags(m, [(name, x(ms), y(rate)) for name, ms, rate, *_ in dots])
     text = "; ".join(f"{m.arms[d[0]].label}: {100 * d[2]:.1f} % at {d[1]:.1f} ms" for d in dots)
-    chart = el(
-        "div",
-        el(
-            "div",
-            [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()],
-            class_="ylabels",
-            aria_hidden="true",
-        ),
+    chart = charts.xy(
+        [(100 - y(t), f"{100 * t:g} %") for t in y.ticks()],
         el(
             "div",
             *charts.grid_lines(x),
@@ -172,7 +166,6 @@ def pareto(m: ReportData) -> Markup | None:
             class_="canvas",
         ),
         charts.axis(x, "median policy call, milliseconds", lambda t: f"{t:g}"),
-        class_="xy",
     )
     return section(
         "pareto",
