@@ -252,7 +252,7 @@ def test_a_plan_counts_each_cells_own_simulators(tmp_path, monkeypatch, devices)
     made = cells.make_manifest(sweep_of(tmp_path, text, "policy.batch_size=16", "backends=[baseline]"), tmp_path / "o")
     for cell in made.cells:
         fill(cell, episode_keys(cell.experiment)[:2])
-    found = plan(made)["engines"]["slurm"]  # 4 cores, 2 GPUs; 48 episodes are missing in each of three cells
+    found = plan(made).to_json()["engines"]["slurm"]  # 4 cores, 2 GPUs; 48 episodes are missing in each of three cells
     on_cpu = 2 / 4 + 1 / 4  # seconds of an episode: 4 simulators step, and share the policy's calls
     on_gpu = 2 / 4 + 1 / 16  # four batches of 16, but no more than 4 a core
     with_three = 2 / 3 + 1 / 3
