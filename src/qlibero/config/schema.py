@@ -40,6 +40,7 @@ from qlibero.config.inits import Inits
 from qlibero.config.policies import Policy
 from qlibero.config.quantization import Quant
 from qlibero.config.suites import OFFICIAL_INITS, OwnSuite, Suites, called, said_by_own
+from qlibero.documents import JsonObject
 from qlibero.registry import EnginePlugin, SuitePlugin, TrackerPlugin, get
 
 TrackerName = Annotated[str, PluginName(TrackerPlugin)]
@@ -275,7 +276,7 @@ class Experiment(StrictModel):
         return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
 
     @model_serializer(mode="wrap")
-    def _arms_say_what_differs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _arms_say_what_differs(self, handler: SerializerFunctionWrapHandler) -> JsonObject:
         return differences_only(handler(self))
 
     @model_validator(mode="after")
