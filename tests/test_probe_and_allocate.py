@@ -104,7 +104,7 @@ def experiment(tiny_experiment, tmp_path_factory):
 
 
 def test_a_probe_orders_arms_by_their_bits(experiment):
-    document = probe(experiment)
+    document = probe(experiment).to_json()
     aa, w2, w8 = document["arms"]
     assert document["observations"] == 8 and not document["unseen"]  # the tiny file has no 32 to spare, and it is said
     assert aa["arm_error"] < 1e-4 < w8["arm_error"] < w2["arm_error"] / 4
