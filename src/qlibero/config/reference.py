@@ -21,6 +21,7 @@ from qlibero.config.launch import Launch, Ray, Slurm, SlurmMerge
 from qlibero.config.policies import settings_of
 from qlibero.config.quantization import Calibration, Quant
 from qlibero.config.schema import Experiment, Stop, Tracking
+from qlibero.config.suites import OwnSuite
 from qlibero.places import REPOSITORY
 from qlibero.registry import PolicyPlugin, built_in, get
 
@@ -44,6 +45,7 @@ def _families() -> dict[str, type[BaseModel]]:
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
+    "`suite`, when it is your own": OwnSuite,
     "`inits`, when they are not official": FreshInits,
     **_families(),
     "`execution`": Execution,

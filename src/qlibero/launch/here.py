@@ -21,7 +21,7 @@ from qlibero.launch.engine import Submission
 from qlibero.launch.local import Failed, processes, run_shards
 from qlibero.machine.environment import usable_gpus
 from qlibero.results.records import EpisodeRecord, record_from_json
-from qlibero.run.experiment import make_directory, run_directory, run_experiment, tell_mixes
+from qlibero.run.experiment import look_through, make_directory, run_directory, run_experiment, tell_mixes
 from qlibero.run.planned import finished_episodes, missing_episodes
 from qlibero.run.state import RunState, run_state
 
@@ -36,6 +36,7 @@ def run_here(
     on_result: Callable[[Path], None],
 ) -> RunState:
     """Run what is missing; arguments, result and errors are `run_experiment`'s, whichever process has them."""
+    look_through(experiment)
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
     at_once = _processes(experiment)
