@@ -61,6 +61,7 @@ class _Layer(Strict):
 
 class _Calibration(Open):
     data_sha256: _Name
+    inputs: dict[_Name, _Name] | None = Field(None, max_length=64)
 
 
 class Meta(Strict):
