@@ -9,9 +9,10 @@ import yaml
 
 from qlibero import cli
 from qlibero.config.config_hash import config_hash
+from qlibero.config.dump import dump_resolved
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.ledger import read_ledger
-from qlibero.results.runs import read_run
+from qlibero.results.runs import RunResults, read_run
 from qlibero.run.experiment import episode_keys
 
 
@@ -38,6 +39,17 @@ def test_a_list_of_one_is_that_suite_and_the_order_of_several_does_not_count(tmp
 
     assert bound_to("[libero_goal]") == bound_to("libero_goal")
     assert bound_to("[libero_goal, libero_10]") == bound_to("[libero_long, libero_goal]") != bound_to("libero_goal")
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["tasks: [9, 0]", "tasks: [3]\nseeds: [8, 7]", "tasks: [4, 2]\ninits: {fresh: 3}", "tasks: [4, 2]\nprotocol: pure"],
+)
+def test_what_reads_a_run_knows_the_order_in_which_it_was_planned(tmp_path, more):
+    made = experiment(tmp_path, "[libero_spatial, libero_goal]", more)
+    (tmp_path / "experiment.yaml").write_text(dump_resolved(made))
+    run = RunResults(tmp_path, {}, yaml.safe_load((tmp_path / "experiment.yaml").read_text()), {})
+    assert list(run.planned_order or ()) == episode_keys(made) != sorted(episode_keys(made))
 
 
 @pytest.mark.parametrize(

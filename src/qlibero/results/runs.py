@@ -37,6 +37,11 @@ class RunResults:
     @property
     def planned(self) -> frozenset[EpisodeKey] | None:
         """The episodes of each arm that the experiment asks for; None where its files do not say."""
+        return None if self.planned_order is None else frozenset(self.planned_order)
+
+    @property
+    def planned_order(self) -> tuple[EpisodeKey, ...] | None:
+        """The same in the order in which they are run: suites and tasks as they are listed."""
         said = self.experiment
         named, tasks, each = said.get("suite"), said.get("tasks") or [], said.get("episodes_per_task")
         suites: list[Any] = named if isinstance(named, list) else [named]
@@ -52,7 +57,7 @@ class RunResults:
             kind, each = FRESH, inits["fresh"]
         elif inits == BASE:
             kind = BASE
-        return frozenset(
+        return tuple(
             EpisodeKey(suite, t, init, seed, kind)
             for suite in suites
             for t in of_suite[suite]

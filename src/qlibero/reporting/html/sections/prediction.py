@@ -38,7 +38,7 @@ class _Foretold:
 def prediction(m: ReportData) -> Markup | None:
     """Action error against flipped episodes, an arm a dot, and how well the error of an episode foretells its flip."""
     found = {
-        name: _Foretold(m.arms[name].meta.get("action_error"), result)
+        name: _Foretold(_on_demonstrations(m.arms[name].meta, result), result)
         for name, result in m.compared.items()
         if not result.control and result.table.pairs
     }
@@ -72,6 +72,13 @@ def prediction(m: ReportData) -> Markup | None:
         ),
         lead=_lead(found),
     )
+
+
+def _on_demonstrations(meta: dict[str, Any], result: ArmComparison) -> dict[str, Any] | None:
+    """The error that calibration measured, which is that of quantizing alone: of an arm that differs in more from its
+    reference (flow steps, weights) it is no error of the arm. How late answers come changes none."""
+    other = [name for name, sides in result.unlike.items() if name != "latency_steps" and None not in sides]
+    return None if other else meta.get("action_error")
 
 
 def _points(found: dict[str, _Foretold]) -> tuple[str, dict[str, tuple[float, float]]]:
