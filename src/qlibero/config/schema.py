@@ -170,11 +170,14 @@ class Ray(StrictModel):
 
 
 class Launch(StrictModel):
-    """How a sweep is spread over machines. Changes nothing in the results."""
+    """How episodes are spread over processes and machines. Changes nothing in the results."""
 
     engine: Annotated[str, PluginName(EnginePlugin)] = Field("local", description="default of `sweep --engine`")
     shard_episodes: Count = Field(100, description="episodes per shard and arm; aim at ten minutes or more")
-    processes: Int = Field(1, ge=1, le=MAX_PROCESSES, description="local: shards at once")
+    processes: Literal["auto"] | Annotated[Int, Field(ge=1, le=MAX_PROCESSES)] = Field(
+        "auto",
+        description="`run`, engine local: policy processes at once; auto: one for each GPU that may be used, else one",
+    )
     slurm: Slurm = Field(default_factory=Slurm, description="Slurm's options")
     ray: Ray = Field(default_factory=Ray, description="Ray's options")
     options: dict[Word, Any] = Field(
@@ -281,7 +284,9 @@ class Experiment(StrictModel):
         Tracking,
         BeforeValidator(_trackers_alone, json_schema_input_type=Tracking | tuple[TrackerName, ...] | TrackerName),
     ] = Field(default_factory=Tracking, description="mirrors of the ledger: a list of trackers, or a mapping")
-    launch: Launch = Field(default_factory=Launch, description="how sweeps are spread over machines")
+    launch: Launch = Field(
+        default_factory=Launch, description="how a sweep is spread over machines, and a run over GPUs"
+    )
 
     @model_validator(mode="before")
     @classmethod
