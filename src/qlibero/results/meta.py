@@ -94,7 +94,7 @@ def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict
     What binds the directory: `config_hash`, `identity` ({part: digest}), `probe`, and `probes`, {probe: {"kind",
     "facts"}}, the machines that gave each.
     """
-    with _one_at_a_time(Path(run_dir) / arm):
+    with one_at_a_time(Path(run_dir) / arm):
         return _write(run_dir, arm, {**read_meta(run_dir, arm), **update})
 
 
@@ -118,7 +118,7 @@ def check(run_dir: Path | str, arm: str, wanted: Mapping[str, Any], mixed_machin
 
 def bind(run_dir: Path | str, arm: str, meta: Mapping[str, Any], mixed_machines: bool = False) -> None:
     """`check`, then put `meta` on record: beside what is known when episodes are there, in its place otherwise."""
-    with _one_at_a_time(Path(run_dir) / arm):
+    with one_at_a_time(Path(run_dir) / arm):
         known = check(run_dir, arm, meta, mixed_machines)
         probes = {**known.get("probes", {}), **meta.get("probes", {})}
         kept = {key: known[key] for key in ("probe",) if key in known}
@@ -184,8 +184,8 @@ def _write(run_dir: Path | str, arm: str, meta: Mapping[str, Any]) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Shards of one arm read and write its meta.json in turn."""
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Shards of one arm read and write what they share (its meta.json, its latency) in turn."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = open_own(directory / ".lock-meta", os.O_RDWR)
     try:
