@@ -217,7 +217,9 @@ class Experiment(StrictModel):
     suite: _Suites = Field(
         description="LIBERO suite (libero_long is libero_10), or a list: one run, verdicts for each and pooled"
     )
-    tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
+    tasks: Literal["all"] | tuple[Int, ...] | dict[Line, tuple[Int, ...]] = Field(
+        "all", description="all, or a list of task numbers; of several suites also {suite: list}, all of those unsaid"
+    )
     episodes_per_task: Int = Field(
         OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1 of each task"
     )
@@ -317,18 +319,26 @@ class Experiment(StrictModel):
             raise FieldError(("stop",), "a sequential test is over one suite; write one, or leave stop out")
         if self.inits not in ("official", "base") and self.protocol != "pure":
             raise FieldError(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
-        if self.tasks != "all":
-            fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
-            count = get(SuitePlugin, fewest).tasks
-            for i, task in enumerate(self.tasks):
-                if not 0 <= task < count:
-                    raise FieldError(("tasks", i), f"{fewest} has tasks 0 to {count - 1}")
-                if task in self.tasks[:i]:
-                    raise FieldError(("tasks", i), f"task {task} is listed twice")
-            if not self.tasks:
-                raise FieldError(("tasks",), "no task is listed; write all, or some numbers")
+        self._check_tasks()
         check_arms(self)
         return self
+
+    def _check_tasks(self) -> None:
+        fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
+        listed = {(): (fewest, self.tasks)} if isinstance(self.tasks, tuple) else {}
+        if isinstance(self.tasks, dict):
+            listed = {(suite,): (suite, tasks) for suite, tasks in self.tasks.items()}
+        for place, (suite, tasks) in listed.items():
+            if suite not in self.suites:
+                raise FieldError(("tasks", suite), f"is no suite of this experiment; it has {', '.join(self.suites)}")
+            if not tasks:
+                raise FieldError(("tasks", *place), "no task is listed; write all, or some numbers")
+            count = get(SuitePlugin, suite).tasks
+            for i, task in enumerate(tasks):
+                if not 0 <= task < count:
+                    raise FieldError(("tasks", *place, i), f"{suite} has tasks 0 to {count - 1}")
+                if task in tasks[:i]:
+                    raise FieldError(("tasks", *place, i), f"task {task} is listed twice")
 
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
@@ -349,7 +359,8 @@ class Experiment(StrictModel):
 
     def task_ids(self, suite: str) -> tuple[int, ...]:
         """Task numbers of a suite, `all` spelt out."""
-        return tuple(range(get(SuitePlugin, suite).tasks)) if self.tasks == "all" else self.tasks
+        tasks = self.tasks.get(suite, "all") if isinstance(self.tasks, dict) else self.tasks
+        return tuple(range(get(SuitePlugin, suite).tasks)) if tasks == "all" else tasks
 
     def all_tasks(self) -> tuple[tuple[str, int], ...]:
         """(suite, task) of every task."""

@@ -282,6 +282,7 @@ def _run_in(
 
     asked = {episode.arm for episode in plan}
     arms = [arm for arm in experiment.arms() if arm.name in asked]
+    begun = {episode.key.suite for episode in plan}  # a shard has few of the experiment's suites
     simulator = enforce()
     environment = {
         **describe(),
@@ -291,7 +292,9 @@ def _run_in(
     with ExitStack() as stack:
         inside = worker_environment(simulator_environment())
         guards = {
-            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"])) for suite in experiment.suites
+            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"]))
+            for suite in experiment.suites
+            if suite in begun
         }
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
@@ -313,9 +316,8 @@ def _run_in(
             log.warning(f"{suite} task {task} contradicts itself: {flaw}")
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
-    physics: dict[str, Any] = {"passport": reports[experiment.suites[0]].to_json()}
-    if len(reports) > 1:
-        physics = {"passport": {suite: report.to_json() for suite, report in reports.items()}}
+    checked = {suite: report.to_json() for suite, report in reports.items()}
+    physics: dict[str, Any] = {"passport": checked[experiment.suite] if isinstance(experiment.suite, str) else checked}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
@@ -383,10 +385,10 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
         found = recheck.finish()
         if found is not None:
             name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
-            files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
+            files.replace(run_dir / arm / name, json.dumps(found.to_json(), indent=1) + "\n")
             log.info(
-                f"arm {arm}: kernels tried again, {count_text(found['products'], 'product')} of "
-                f"{count_text(found['layers'], 'layer')}"
+                f"arm {arm}: kernels tried again, {count_text(found.products, 'product')} of "
+                f"{count_text(found.layers, 'layer')}"
             )
     wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
     for text in wrong:
