@@ -49,31 +49,36 @@ def fixed_execution(
     said = arm.execution.latency_ms
     if not isinstance(said, str):
         return {"mode": "async", "latency_ms": said, "latency_steps": control_steps(said), "measured": False}
-    directory = run_dir / arm.name
-    bound = read_meta(run_dir, arm.name).get("execution") if has_episodes(directory) else None
-    if bound is None:
-        machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
-        asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
-        with one_at_a_time(directory):
-            kept = _kept(directory, asked)
-            if kept is None:
-                kept = {**asked, "machine": machine, "ms": measured_ms(policy, prompts), "calls": CALLS}
-                files.replace(directory / FILE, json.dumps(kept) + "\n")
-                if is_simulation(dict(meta)):
-                    log.warning(
-                        f"arm {arm.name}: runs on a simulation of a kernel, so its measured latency of "
-                        f"{kept['ms']:.0f} ms is no kernel's; write execution: {{latency_ms: …}} for the latency that "
-                        "the kernel would have"
-                    )
-        if kept["machine"] != machine:
-            log.warning(
-                f"arm {arm.name}: its latency was measured on another machine ({kept['machine']}, this is {machine}) "
-                f"and holds for the whole run; as no episode is recorded yet, remove {directory / FILE} to measure it "
-                "here"
-            )
-    ms = float(kept["ms"] if bound is None else bound["latency_ms"])
+    ms = _fixed_ms(run_dir, arm.name, policy, prompts, meta, config_hash)
     log.info(f"arm {arm.name}: answers after {ms:.1f} ms, {control_steps(ms)} control steps")
     return {"mode": "async", "latency_ms": ms, "latency_steps": control_steps(ms), "measured": True}
+
+
+def _fixed_ms(
+    run_dir: Path, arm: str, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
+) -> float:
+    directory = run_dir / arm
+    bound = read_meta(run_dir, arm).get("execution") if has_episodes(directory) else None
+    if bound is not None:
+        return float(bound["latency_ms"])
+    machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
+    asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
+    with one_at_a_time(directory):
+        kept = _kept(directory, asked)
+        if kept is None:
+            kept = {**asked, "machine": machine, "ms": measured_ms(policy, prompts), "calls": CALLS}
+            files.replace(directory / FILE, json.dumps(kept) + "\n")
+            if is_simulation(dict(meta)):
+                log.warning(
+                    f"arm {arm}: runs on a simulation of a kernel, so its measured latency of {kept['ms']:.0f} ms is "
+                    "no kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"
+                )
+    if kept["machine"] != machine:
+        log.warning(
+            f"arm {arm}: its latency was measured on another machine ({kept['machine']}, this is {machine}) and holds "
+            f"for the whole run; as no episode is recorded yet, remove {directory / FILE} to measure it here"
+        )
+    return float(kept["ms"])
 
 
 def measured_ms(policy: Policy, prompts: list[str]) -> float:
