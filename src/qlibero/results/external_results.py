@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.comparison import Estimate
 from qlibero.results.importers import read_external
 from qlibero.results.imports import Cell, ExternalArm, from_run, task_numbers
 from qlibero.results.paired_outcomes import (
@@ -65,6 +65,11 @@ class ExternalResult:
     table: PairTable | None = None
     power: Power | None = None
     noninferiority_p: float | None = None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """None without finished episodes in both."""
+        return None if self.delta is None or self.interval is None else Estimate(self.delta, self.interval)
 
     @property
     def sentence(self) -> str:
@@ -198,7 +203,11 @@ def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResul
     table = PairTable.of(finished)
     found = power(table.pairs, *planning_discordance(table), margin) if table.pairs else None
     return ExternalResult(
-        **_both(base, arm),
+        name=arm.name,
+        reference=base.name,
+        tool=arm.tool,
+        counts=arm.counts[:2],
+        reference_counts=base.counts[:2],
         delta=seen.delta,
         interval=seen.interval,
         method="Tango, paired",
@@ -218,11 +227,6 @@ def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResul
 def _steps(pairs: Sequence[Outcomes]) -> list[tuple[EpisodeKey, float]]:
     """Pairs as independent evidence: files of other tools do not say what is a cluster."""
     return [(EpisodeKey("", 0, i, 0), float(worst_step(pair))) for i, pair in enumerate(pairs)]
-
-
-def _both(base: ExternalArm, arm: ExternalArm) -> dict[str, Any]:
-    counts = {"counts": arm.counts[:2], "reference_counts": base.counts[:2]}
-    return {"name": arm.name, "reference": base.name, "tool": arm.tool, **counts}
 
 
 def _same_tasks(base: ExternalArm, arm: ExternalArm) -> tuple[ExternalArm, ExternalArm, str]:
@@ -294,7 +298,11 @@ def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> External
         )
     why = arm.reason or base.reason or "the two share no episode key"
     return ExternalResult(
-        **_both(base, arm),
+        name=arm.name,
+        reference=base.name,
+        tool=arm.tool,
+        counts=arm.counts[:2],
+        reference_counts=base.counts[:2],
         delta=k1 / n1 - k0 / n0 if finished else None,
         interval=st.newcombe_independent(k1, n1, k0, n0) if finished else None,
         method="Newcombe, independent samples",
@@ -331,7 +339,7 @@ def _sentence(r: ExternalResult) -> str:
     lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
     lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []
     arm, base, margin = r.name, r.reference, r.verdict.margin
-    if r.delta is None or r.interval is None:
+    if r.estimate is None:
         return f"{arm} and {base}: no finished episodes to compare" + (f" ({', '.join(lost)})." if lost else ".")
     assert r.p is not None  # there is one wherever there is a difference
     opening = {
@@ -346,5 +354,5 @@ def _sentence(r: ExternalResult) -> str:
         size = f"{r.table.broken} broken, {r.table.repaired} repaired of {count_text(r.table.pairs, 'pair')}"
     else:
         size = f"{k1}/{n1} against {k0}/{n0}"
-    delta = f"Δ {delta_text(r.delta, r.interval, margin)} pp {interval_text(r.interval, margin)}"
+    delta = f"Δ {delta_text(*r.estimate, margin)} pp {interval_text(r.estimate.interval, margin)}"
     return f"{opening}: {', '.join([delta, size, *lost])} ({r.caveat})."

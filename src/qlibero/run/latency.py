@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +22,11 @@ from qlibero.documents import JsonObject, read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.identity import Identity
 from qlibero.policies.base import Policy
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.meta import has_episodes, one_at_a_time, read_meta
+from qlibero.results.quality import control_steps
 from qlibero.results.speed import is_simulation
 from qlibero.run.noise import call_noise
-from qlibero.sim.suites import CONTROL_HZ
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,9 @@ FILE = "latency.json"
 CALLS = 20
 
 
-def control_steps(latency_ms: float) -> int:
-    """Control steps that begin before an answer of that latency is there: 0 ms is none, 1 to 50 ms is one."""
-    return math.ceil(latency_ms * CONTROL_HZ / 1e3 - 1e-9)
-
-
 def fixed_execution(
     run_dir: Path, arm: Arm, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """What the arm's meta.json says of its execution, {"mode", "latency_ms", "latency_steps", "measured"}; None for a
     synchronous arm. `meta` is what is known of the arm: identity and machine."""
     if arm.execution.mode == "sync":
@@ -58,9 +53,9 @@ def _fixed_ms(
     run_dir: Path, arm: str, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
 ) -> float:
     directory = run_dir / arm
-    bound = read_meta(run_dir, arm).get("execution") if has_episodes(directory) else None
+    bound = read_meta(run_dir, arm).execution if has_episodes(directory) else None
     if bound is not None:
-        return float(bound["latency_ms"])
+        return bound.latency_ms
     machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
     asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
     with one_at_a_time(directory):
@@ -68,7 +63,7 @@ def _fixed_ms(
         if kept is None:
             kept = {**asked, "machine": machine, "ms": measured_ms(policy, prompts), "calls": CALLS}
             files.replace(directory / FILE, json.dumps(kept) + "\n")
-            if is_simulation(dict(meta)):
+            if is_simulation(ArmMeta.model_validate(meta)):
                 log.warning(
                     f"arm {arm}: runs on a simulation of a kernel, so its measured latency of {kept['ms']:.0f} ms is "
                     "no kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"

@@ -7,12 +7,12 @@ of its key. Where the run has an arm of that name, the error along an episode is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qlibero.activity import doing
 from qlibero.config.schema import Experiment
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.held_out import PHASES
@@ -27,7 +27,7 @@ from qlibero.sim.pool import Observed
 from qlibero.stats.ranks import auc
 
 
-def probe_along(experiment: Experiment, run_dir: Path, episodes: int) -> dict[str, Any]:
+def probe_along(experiment: Experiment, run_dir: Path, episodes: int) -> JsonObject:
     """`quant.probe.probe` on every policy call of so many episodes of the run's baseline, spread over them. An arm that
     the run has too gets {"flipped", "flip_auc", "flip_auc95"}.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlibero.errors import UserError
 from qlibero.registry import BUILT_IN, SuitePlugin, built_in, get
-from qlibero.sim.libero_pro import AXES, SCENES_OF_BASE, language_in
+from qlibero.sim.libero_pro import AXES, SCENES_OF_BASE, language_in, line_of_language
 
 SETTLE_STEPS = 10
 """Steps of `SETTLE_ACTION` before the policy sees its first frame: objects fall to rest. Not counted in the cap."""
@@ -91,6 +91,23 @@ def task_language(suite: str, task: int) -> str:
     if SUITES[suite].instructions == "bddl":
         return language_in(libero.task_files(suite, task)["goal"])
     return str(libero.task_record(suite, task).language)
+
+
+def words_at(suite: str, task: int) -> str:
+    """FILE:LINE of a task's words where they stand in its file, FILE where they are its name."""
+    from qlibero.sim import libero
+
+    goal = libero.task_files(suite, task)["goal"]
+    if task_language(suite, task) != language_in(goal):
+        return str(goal)
+    return f"{goal}:{line_of_language(goal)}"
+
+
+def flaws(suite: str, task: int) -> list[str]:
+    """What of a task's words contradicts its own file; [] for none."""
+    from qlibero.sim import contradictions, libero
+
+    return contradictions.contradictions(libero.task_files(suite, task)["goal"], task_language(suite, task))
 
 
 def init_states(suite: str, task: int) -> np.ndarray:

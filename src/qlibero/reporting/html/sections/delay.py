@@ -4,16 +4,15 @@ the one chart in which speed and success meet."""
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section
-from qlibero.results.quality import CONTROL_HZ
+from qlibero.results.arm_meta import ExecutionMeta
+from qlibero.results.quality import control_steps
 from qlibero.results.speed import is_simulation
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.results.wording import delta_text, interval_text
@@ -24,22 +23,22 @@ PLUGIN = SectionPlugin("delay", "success against the latency of execution", prov
 
 def delay(m: ReportData) -> Markup | None:
     """None where every arm was waited for."""
-    late = {name: arm.meta["execution"] for name, arm in m.arms.items() if arm.meta.get("execution")}
+    late = {name: said for name, arm in m.arms.items() if (said := arm.meta.execution) is not None}
     shown = [name for name in m.arms if counts(m.records(name))[1] and not m.arms[name].is_control]
     if not any(name in late for name in shown):
         return None
-    shown.sort(key=lambda name: (name in late, late.get(name, {}).get("latency_ms", 0.0)))
+    shown.sort(key=lambda name: (name in late, late[name].latency_ms if name in late else 0.0))
     figures = []
     for name in shown:
         k, n, _ = counts(m.records(name))
         low, high = wilson(k, n)
         said = late.get(name)
-        when = f"{said['latency_ms']:g} ms late, {said['latency_steps']} control steps" if said else "waited for"
+        when = f"{said.latency_ms:g} ms late, {said.latency_steps} control steps" if said else "waited for"
         result = m.compared.get(name)
-        paired = "–" if result is None or result.delta is None or result.interval is None else (
-            f"{delta_text(result.delta, result.interval, (margin := result.verdict.margin))} "
-            f"{interval_text(result.interval, margin)}"
-        )  # fmt: skip
+        paired = "–"
+        if result is not None and (found := result.estimate) is not None:
+            margin = result.verdict.margin
+            paired = f"{delta_text(*found, margin)} {interval_text(found.interval, margin)}"
         wilson95 = f"[{100 * low:.1f}, {100 * high:.1f}]"
         figures.append([named(m, name), when, f"{k}/{n}", wilson95, paired, _own_text(m, name)])
     return section(
@@ -58,9 +57,9 @@ def delay(m: ReportData) -> Markup | None:
     )
 
 
-def _chart(m: ReportData, late: dict[str, Any], shown: Sequence[str]) -> Markup:
+def _chart(m: ReportData, late: Mapping[str, ExecutionMeta], shown: Sequence[str]) -> Markup:
     own = {name: ms for name in shown if (ms := _own_ms(m, name)) is not None}
-    x = charts.scale_over([0.0, *(late[name]["latency_ms"] for name in shown if name in late), *own.values()])
+    x = charts.scale_over([0.0, *(late[name].latency_ms for name in shown if name in late), *own.values()])
     success = {name: counts(m.records(name))[:2] for name in shown}
     y = charts.success_scale([wilson(*success[name])[0] for name in shown])
     marks, lines = [], dict[str, list[tuple[float, float]]]()
@@ -71,7 +70,7 @@ def _chart(m: ReportData, late: dict[str, Any], shown: Sequence[str]) -> Markup:
         if name not in late:
             marks.append(el("i", class_="band", style=f"bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%"))
             continue
-        left = x(late[name]["latency_ms"])
+        left = x(late[name].latency_ms)
         lines.setdefault(_else(m, name), []).append((left, 100 - y(k / n)))
         box = f"left:{left}%;bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%"
         marks.append(el("i", class_=f"vci {colour}", style=box))
@@ -83,7 +82,7 @@ def _chart(m: ReportData, late: dict[str, Any], shown: Sequence[str]) -> Markup:
         for name, ms in own.items()
     ]
     text = "; ".join(
-        f"{m.arms[name].label}: {success[name][0]}/{success[name][1]} at {late[name]['latency_ms']:g} ms"
+        f"{m.arms[name].label}: {success[name][0]}/{success[name][1]} at {late[name].latency_ms:g} ms"
         for name in shown
         if name in late
     )
@@ -104,18 +103,19 @@ def _else(m: ReportData, name: str) -> str:
     """What an arm is but for its latency: arms of which this is equal are one line."""
     result = m.compared.get(name)
     other = sorted(set(result.unlike) - {"latency_steps"}) if result else []
-    return json.dumps([m.arms[name].meta.get("quant"), other], sort_keys=True, default=str)
+    quant = m.arms[name].meta.quant
+    return json.dumps([quant and quant.model_dump(mode="json"), other], sort_keys=True)
 
 
 def _own_ms(m: ReportData, name: str) -> float | None:
     """Median call of the arm as it ran; None where a simulation's time says nothing."""
-    timed = summarize_arm(m.records(name))["latency_ms"]
-    return float(timed["p50"]) if timed and not is_simulation(m.arms[name].meta) else None
+    timed = summarize_arm(m.records(name)).latency_ms
+    return timed.p50 if timed and not is_simulation(m.arms[name].meta) else None
 
 
 def _own_steps(m: ReportData, name: str) -> int | None:
     ms = _own_ms(m, name)
-    return None if ms is None else math.ceil(ms * CONTROL_HZ / 1e3 - 1e-9)
+    return None if ms is None else control_steps(ms)
 
 
 def _own_text(m: ReportData, name: str) -> str:
