@@ -104,7 +104,7 @@ def artifact(path: Path, found: dict) -> None:
     ("change", "named"),
     [
         (weights, {"policy file model.safetensors", "artifact"}),  # an artifact is the weights', so made anew
-        (statistics, {"policy file norm_stats.json"}),
+        (statistics, {"policy file norm_stats.json", "artifact"}),  # and of how its actions are measured
         (artifact, {"artifact"}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
