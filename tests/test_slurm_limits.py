@@ -12,7 +12,7 @@ import slurm_cluster
 from slurm_cluster import queue, wait_for
 from test_slurm_sweeps import SMALL, assert_all_once, content, light, qlibero
 
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch import cells, engine, slurm

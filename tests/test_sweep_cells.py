@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from qlibero.config.config_hash import config_hash
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
@@ -681,7 +681,7 @@ def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypat
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):
     made = submission(tmp_path, monkeypatch, 2)
     script = (
-        "import sys; from pathlib import Path; from qlibero.config.schema import Launch\n"
+        "import sys; from pathlib import Path; from qlibero.config.launch import Launch\n"
         "from qlibero.launch import engine, local\n"
         f"engine.program = lambda: [sys.executable, {light_shard.__file__!r}]\n"
         "local.submit(engine.Submission('drill', Path(sys.argv[1]), (0, 1), Launch(processes=2)))"

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from synthetic_run import make_run
@@ -44,6 +44,7 @@ def test_listed_names_are_whole_at_every_width(width: int) -> None:
 
 
 @given(rows=st.lists(st.fixed_dictionaries({"name": CELL}, optional={"file": CELL, "a": CELL, "b": CELL}), max_size=5))
+@example(rows=[{"name": [""] * 11 + ["xxxxxx"], "a": None}])
 @settings(max_examples=30, deadline=None)
 def test_no_table_is_wider_than_its_terminal_or_loses_a_letter(rows: list) -> None:
     def letters(text: str) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlibero import files
-from qlibero.config.schema import Launch, Slurm, SlurmMerge
+from qlibero.config.launch import Launch, Slurm, SlurmMerge
 from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.errors import UserError, WorkFailed

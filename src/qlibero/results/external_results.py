@@ -7,7 +7,6 @@ are compared. Every result says which of the three it is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.comparison import Estimate
-from qlibero.results.exported import is_export
 from qlibero.results.importers import read_external
-from qlibero.results.imports import Cell, ExternalArm, from_run, task_numbers
+from qlibero.results.imports import ExternalArm, from_run, task_numbers
 from qlibero.results.paired_outcomes import (
     Outcomes,
     PairTable,
@@ -35,7 +33,9 @@ from qlibero.results.paired_outcomes import (
     worst_step,
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
-from qlibero.results.runs import RunResults, common_margin, read_runs
+from qlibero.results.runs import RunResults, common_margin
+from qlibero.results.same_tasks import same_tasks
+from qlibero.results.selection import end_of, is_result_file, select
 from qlibero.results.wording import delta_text, detectable_line, interval_text, margin_text, p_text
 from qlibero.stats import proportions as st
 from qlibero.stats.proportions import Interval
@@ -126,16 +126,17 @@ def compare_external(
     margin: float | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> ExternalComparison:
-    """Compare result files, and run directories beside them.
+    """Compare result files, and run directories or single arms (DIR/ARM) beside them.
 
     The reference is the first file unless named; the margin what the runs declare; `columns` says what the
     columns of a table are (`importers.columns`). Raises UserError for a bad margin, reference or file.
     """
     inputs = [Path(path) for path in paths]
-    runs = {path: read_runs([path]) for path in inputs if path.is_dir() or is_export(path)}
-    margin = check_margin(common_margin([run for of in runs.values() for run in of]) if margin is None else margin)
+    runs = {path: select([path]) for path in inputs if not is_result_file(path)}
+    every = [run for of in runs.values() for run in of]
+    margin = check_margin(common_margin(every) if margin is None else margin)
     found = [
-        [arm for run in runs[path] for arm in _arms_of(run)] if path in runs else read_external(path, columns)
+        [arm for run in runs[path] for arm in _arms_of(run, every)] if path in runs else read_external(path, columns)
         for path in inputs
     ]
     arms = [arm for one in found for arm in one]
@@ -154,9 +155,12 @@ def compare_external(
     return ExternalComparison(base.name, margin, results)
 
 
-def _arms_of(run: RunResults) -> list[ExternalArm]:
+def _arms_of(run: RunResults, every: Sequence[RunResults]) -> list[ExternalArm]:
     instructions = run.environment.get("instructions") or {}
-    return [from_run(arm, run.name, instructions) for arm in collect_arms([run]).values()]
+    here = run.run_dir.resolve()
+    rivals = [other.run_dir for other in every if other.name == run.name and other.run_dir.resolve() != here]
+    name = end_of(run.run_dir, rivals) if rivals else run.name
+    return [from_run(arm, name, instructions) for arm in collect_arms([run]).values()]
 
 
 def _reference(names: Sequence[str], asked: str | None) -> str:
@@ -225,58 +229,8 @@ def _steps(pairs: Sequence[Outcomes]) -> list[tuple[EpisodeKey, float]]:
     return [(EpisodeKey("", 0, i, 0), float(worst_step(pair))) for i, pair in enumerate(pairs)]
 
 
-def _same_tasks(base: ExternalArm, arm: ExternalArm) -> tuple[ExternalArm, ExternalArm, str]:
-    """Both reduced to the suites and tasks that they share, and what has to be said about it.
-
-    Raises UserError where they share none: two suites are two questions, not two samples.
-    """
-    places, theirs = ({place for place in one.places if place} for one in (base, arm))
-    ran = [one.suites or {suite for suite, _ in found} for one, found in ((base, places), (arm, theirs))]
-    if (base.suites or arm.suites) and all(ran) and ran[0].isdisjoint(ran[1]):
-        left, right = (", ".join(sorted(suites)) for suites in ran)
-        raise UserError(f"{base.name} has {left}, {arm.name} has {right}: no suite in common")
-    if not places or not theirs:
-        silent = " and ".join(one.name for one, found in ((base, places), (arm, theirs)) if not found)
-        return base, arm, f"; {silent} says neither suite nor task, that they are the same is taken on trust"
-    common = places & theirs
-    if common == places == theirs:
-        return base, arm, _shares(base, arm)
-    if not common:
-        by_number = [all(task.isdigit() for _, task in found) for found in (places, theirs)]
-        if by_number[0] != by_number[1] and _tasks_per_suite(places) == _tasks_per_suite(theirs):
-            return base, arm, "; one names its tasks, the other numbers them: that they are the same is taken on trust"
-        raise UserError(
-            f"{base.name} has {_said(places)}, {arm.name} has {_said(theirs)}: no task in common; "
-            "compare files of the same suite and tasks"
-        )
-    ours, others = base.only(common), arm.only(common)
-    left = _said((places | theirs) - common)
-    return ours, others, f"; only what both have, {_said(common)}; left out is {left}{_shares(ours, others)}"
-
-
-def _shares(base: ExternalArm, arm: ExternalArm) -> str:
-    """Says where one has more of its episodes in some task than the other: that alone moves a success rate."""
-    first, second = (Counter(one.places) for one in (base, arm))
-    if all(first[place] * len(arm.episodes) == second[place] * len(base.episodes) for place in first):
-        return ""
-    return "; the tasks have different shares of the episodes, which alone can move a rate"
-
-
-def _tasks_per_suite(places: set[Cell]) -> Counter[str]:
-    return Counter(suite for suite, _ in places)
-
-
-def _said(places: set[Cell]) -> str:
-    suites = sorted({suite for suite, _ in places})
-    names = {suite: sorted((task for s, task in places if s == suite), key=lambda t: (len(t), t)) for suite in suites}
-    return ", ".join(
-        f"{suite} {'tasks' if len(tasks) > 1 else 'task'} {', '.join(tasks[:12])}{' …' if len(tasks) > 12 else ''}"
-        for suite, tasks in names.items()
-    )
-
-
 def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResult:
-    base, arm, about = _same_tasks(base, arm)
+    base, arm, about = same_tasks(base, arm)
     (k0, n0, e0), (k1, n1, e1) = base.counts, arm.counts
     finished = bool(n0 and n1)
     word, worst = _independent_word(k1, n1, k0, n0, margin), _independent_word(k1, n1 + e1, k0 + e0, n0 + e0, margin)

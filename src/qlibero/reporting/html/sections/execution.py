@@ -11,7 +11,7 @@ from qlibero.reporting.html.sections.parts import legend, named, section, table
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.execution import Divergence, Shift
 
-PLUGIN = SectionPlugin("execution", "what ran: flow, fused operations, machines", provides="execution", order=60)
+PLUGIN = SectionPlugin("execution", "how arms move, and where episodes part", provides="execution", order=60)
 
 
 def execution(m: ReportData) -> Markup | None:
