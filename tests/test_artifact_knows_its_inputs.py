@@ -22,6 +22,7 @@ from qlibero.policies.pi05 import Pi05
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.quant import artifact as artifacts
 from qlibero.quant import prepare
+from qlibero.quant.layout import select
 from qlibero.quant.observations import write_demonstrations
 from qlibero.quant.prepare import ensure_artifact, ready_artifact
 
@@ -199,17 +200,22 @@ def test_an_artifact_made_before_inputs_were_recorded_is_taken_by_name_and_that_
     assert "does not say on what inputs" in said[-1]
 
 
-def test_batch_and_threads_change_no_byte_of_a_calibration(tmp_path):
-    data = write_demonstrations(tmp_path / "calibration.npz", observations(6), "random, for tests")
-    quant = Quant(block_size=16, rotation_steps=4, layout="llm", calibration=Calibration(path=data, samples=4))
-    found = []
-    for threads, batch in ((1, 1), (2, 3)):
+@pytest.mark.parametrize("steps", [4, 10], ids=lambda steps: f"{steps} flow steps")
+def test_batch_steps_and_threads_change_no_byte_of_a_calibration(steps, tmp_path, monkeypatch):
+    data = write_demonstrations(tmp_path / "calibration.npz", observations(4), "random, for tests")
+    quant = Quant(layout="llm", method="rtn", calibration=Calibration(path=data, samples=3))
+    counted, found = [], []
+    monkeypatch.setattr(
+        "qlibero.quant.calibrate.select", lambda *a: counted.append(torch.get_num_threads()) or select(*a)
+    )
+    for threads, batch, flow_steps in ((1, 1, 10), (2, 3, steps)):
         policy = small_policy().with_batch_size(batch)
+        policy.flow_steps = flow_steps
         torch.set_num_threads(threads)
         found.append(ensure_artifact(policy, quant, [tmp_path / str(threads)]).artifact)
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
-    assert found[0].sha256 == found[1].sha256
+    assert found[0].sha256 == found[1].sha256 and counted == [1, 1]
 
 
 def test_two_that_make_one_artifact_at_one_time_leave_one_and_neither_replaces_the_others(tmp_path, monkeypatch):
