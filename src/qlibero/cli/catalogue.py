@@ -12,7 +12,7 @@ from qlibero.config.schema import Experiment
 from qlibero.config.yaml_text import short
 from qlibero.errors import QliberoError
 from qlibero.places import CHECKOUT, CONFIGS
-from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, problems
+from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, get, problems
 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
@@ -61,9 +61,9 @@ def suites() -> Rows:
             "tasks": s.tasks,
             "initial_states": s.inits,
             "max_steps": s.max_steps,
-            "perturbs": s.base or None,
+            "perturbs": s.base or s.variants_of or None,
             "instructions": s.instructions,
-            "content": content(s.name) if find_spec("libero") else None,
+            "content": content(s.name) if find_spec("libero") and not get(SuitePlugin, s.name).missing else None,
             "reference": s.name in known,
             "from": "built in",
         }

@@ -9,6 +9,7 @@ policies is told, the family says (`policies.py`).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -43,6 +44,7 @@ from qlibero.config.inits import Inits
 from qlibero.config.policies import Policy
 from qlibero.config.quantization import Quant
 from qlibero.config.vocabulary import SUITE_ALIASES
+from qlibero.errors import UserError
 from qlibero.registry import EnginePlugin, SuitePlugin, TrackerPlugin, get
 
 TrackerName = Annotated[str, PluginName(TrackerPlugin)]
@@ -197,6 +199,15 @@ def _one_or_several(found: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return found if len(found) > 1 else found[0]
 
 
+def _fewest_inits(suites: Any) -> int:
+    """Official initial states that every task of these suites has; what is no suite is refused elsewhere."""
+    fewest = OFFICIAL_INITS
+    for name in suites if isinstance(suites, list | tuple) else [suites]:
+        with suppress(UserError):
+            fewest = min(fewest, get(SuitePlugin, str(_suite(name))).inits)
+    return fewest
+
+
 _Suite = Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin)]
 _Suites = Annotated[
     Annotated[_Suite, Tag("one")] | Annotated[tuple[_Suite, ...], Tag("several")],
@@ -290,6 +301,8 @@ class Experiment(StrictModel):
         if not isinstance(data, dict):
             return data
         data, seeds = completed(data), data.get("seeds")
+        if (fewest := _fewest_inits(data.get("suite"))) < OFFICIAL_INITS:
+            data = {"episodes_per_task": fewest, **data}
         return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
 
     @model_serializer(mode="wrap")
@@ -308,6 +321,12 @@ class Experiment(StrictModel):
         for suite in self.suites:
             if self.inits == "base" and not suite.endswith(("_lan", "_task")):
                 raise FieldError(("inits",), f"{suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
+        if self.inits in ("official", "base") and self.episodes_per_task > (fewest := _fewest_inits(self.suite)):
+            raise FieldError(
+                ("episodes_per_task",),
+                f"a task of {', '.join(self.suites)} has {fewest} official initial state{'s' * (fewest > 1)}; more "
+                "episodes come from seeds: [7, 8, …] or inits: fresh(N)",
+            )
         if self.stop is not None and len(self.suites) > 1:
             raise FieldError(("stop",), "a sequential test is over one suite; write one, or leave stop out")
         if self.inits not in ("official", "base") and self.protocol != "pure":

@@ -45,6 +45,7 @@ from qlibero.quant.policy_check import check_policy
 from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, replaced_in_all
 from qlibero.quant.recheck import Recheck
 from qlibero.quant.shared_weights import QuantizedNetworks, full_policies, sharing
+from qlibero.run.instructions import require_readable
 from qlibero.run.noise import RECIPE, call_noise
 from qlibero.sim.suites import get_suite, task_language
 
@@ -79,6 +80,8 @@ def load_arms(
             horizon := unquantized[arm.name].provenance().get("action_horizon")
         ):  # a server says it with its first answer
             _require_replan(arm, horizon)
+    for policy in {id(policy): policy for policy in unquantized.values()}.values():
+        require_readable(policy, experiment)
     policies: dict[str, Policy] = {}
     quantized = QuantizedNetworks()
     meta: dict[str, dict[str, Any]] = {}

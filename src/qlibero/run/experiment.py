@@ -265,11 +265,10 @@ def _run_in(
     from qlibero.run.replay import replay
     from qlibero.run.rollout import RolloutSettings, as_run, run_episodes
     from qlibero.run.videos import Videos
-    from qlibero.sim.libero_pro import FLAWS
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
-    from qlibero.sim.suites import get_suite
+    from qlibero.sim.suites import flaw, get_suite
     from qlibero.tracking.mirror import mirror_problem, start_mirrors
 
     asked = {episode.arm for episode in plan}
@@ -301,8 +300,8 @@ def _run_in(
         doing("physics check")
         reports = {suite: guard.enforce() for suite, guard in guards.items()}
     for suite, task in experiment.all_tasks():
-        if flaw := FLAWS.get(suite, {}).get(task):
-            log.warning(f"{suite} task {task} contradicts itself: {flaw}")
+        if wrong := flaw(suite, task):
+            log.warning(f"{suite} task {task} contradicts itself: {wrong}")
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
     physics: dict[str, Any] = {"passport": reports[experiment.suites[0]].to_json()}

