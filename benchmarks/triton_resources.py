@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlibero.kernels import triton_gemm, triton_hadamard, triton_prologue
+from qlibero.kernels import triton_gemm, triton_hadamard, triton_prologue, triton_prologue_kernels
 from qlibero.kernels.triton_tiles import BUCKETS, GROUPED, NARROW, Tile
 from qlibero.policies.pi05.fast import triton_attention, triton_skinny_gemm
 from qlibero.policies.pi05.fast.triton_skinny_gemm import DEEP, GATED, TURNED
@@ -139,7 +139,7 @@ def cases() -> Iterator[Case]:
     for width in (2048, 16384):
         yield Case(
             f"plain {width}",
-            triton_prologue.plain_kernel,
+            triton_prologue_kernels.plain_kernel,
             floats,
             flags | dict(WIDTH=width, HAS_ORDER=False),
             aligned,
@@ -170,7 +170,7 @@ def cases() -> Iterator[Case]:
         warps = 4 if block <= 64 else 8
         yield Case(
             f"small_m B={block}",
-            triton_prologue.fused_small_m_kernel,
+            triton_prologue_kernels.fused_small_m_kernel,
             floats,
             flags | dict(B=block, CHUNK=2048),
             aligned,
@@ -180,14 +180,16 @@ def cases() -> Iterator[Case]:
         for name, dtype in (("first", "*bf16"), ("first of fp32", "*fp32")):
             yield Case(
                 f"{name} B={block}",
-                triton_prologue.first_kernel,
+                triton_prologue_kernels.first_kernel,
                 floats | {"x_ptr": dtype},
                 large_m,
                 aligned,
                 warps,
                 contract=False,
             )
-        yield Case(f"second B={block}", triton_prologue.second_kernel, floats, large_m, aligned, warps, contract=False)
+        yield Case(
+            f"second B={block}", triton_prologue_kernels.second_kernel, floats, large_m, aligned, warps, contract=False
+        )
     few = dict(
         x_ptr="*bf16",
         w_ptr="*bf16",
@@ -226,7 +228,7 @@ def cases() -> Iterator[Case]:
     for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8)):
         sizes |= dict(ROWS=rows, KEYS=keys)
         yield Case(f"attend {rows}x{keys}", triton_attention._attend, few, dict(sizes), aligned_few, warps, stages=2)
-    yield Case("quantize", triton_prologue.quantize_kernel, floats, dict(CHUNK=1024, TILED=False), aligned)
+    yield Case("quantize", triton_prologue_kernels.quantize_kernel, floats, dict(CHUNK=1024, TILED=False), aligned)
 
 
 def compile_case(case: Case, sm: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Risk: the full-size latency benchmark, which few machines can run, rots. Here it runs at reduced size on the CPU."""
+"""Risk: a policy's full-size benchmarks, which few machines can run, rot. Here they run at reduced size on the CPU."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def test_every_variant_runs_and_the_last_line_is_json():
     # the exact fake and every other backend must lead to the very same actions
     said = [note for row in document["rows"] for note in row["notes"] if note.startswith("answers of")]
     assert len(said) == 6 and all(note.endswith("EQUAL") for note in said), said
+
+
+def test_the_calibration_benchmark_says_its_seconds_and_what_it_rounded():
+    command = [sys.executable, BENCHMARK.with_name("calibration_cost.py"), "--device", "cpu"]
+    command += ["--samples", "3", "--layout", "expert"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert (document["settings"], document["layers"], document["held_out"]) == ("rtn W4A8 gptq expert", 21, 1)
+    assert document["rounded"].get("gptq") and document["seconds"] > 0
+    assert document["seconds_by_part"]["calibrating: input groups"] <= document["seconds"]

@@ -13,7 +13,7 @@ import torch
 from pi05_small import PROMPTS, STATISTICS, conv_config, noises, observations, random_model, siglip_config
 
 from qlibero.errors import UserError
-from qlibero.frames import FrameFormat, resize_area, resize_pil
+from qlibero.frames import FrameFormat, resize_area, resize_pil, resize_torch
 from qlibero.policies.base import Observation
 from qlibero.policies.pi05.images import as_floats, to_network
 from qlibero.policies.pi05.normalize import from_lerobot, from_openpi
@@ -70,7 +70,7 @@ def test_area_mean_is_exact():
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     expected = image.reshape(128, 2, 128, 2, 3).astype(np.float64).mean((1, 3))
     assert np.array_equal(resize_area(image, 128), expected)
-    assert to_network(image, 128, "area").shape == (3, 128, 128)
+    assert to_network(image, FrameFormat(128, "area")).shape == (3, 128, 128)
 
 
 @pytest.mark.parametrize("source,target", [(224, 128), (320, 128), (96, 128), (250, 100)])
@@ -85,6 +85,20 @@ def test_area_mean_of_sizes_that_do_not_divide(source, target):
     assert found.shape == (target, target, 3) and found.dtype == np.float32
     np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
     assert np.array_equal(resize_area(np.full_like(image, 77), target), np.full_like(found, 77))
+
+
+@pytest.mark.parametrize("source,target", [(256, 224), (64, 28), (100, 224)])
+def test_lerobots_resize_is_plain_bilinear(source, target):
+    """No antialias: a target pixel is between the four around its centre, edges repeated; floats in [-1, 1]."""
+    image = np.random.default_rng(source).integers(0, 256, (source, source, 3), dtype=np.uint8)
+    at = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+    low = np.floor(at).astype(int)
+    high, share = np.minimum(low + 1, source - 1), (at - low)[:, None, None]
+    rows = image[low] * (1 - share) + image[high] * share
+    share = share[None, :, 0]
+    expected = (rows[:, low] * (1 - share) + rows[:, high] * share) / 127.5 - 1
+    np.testing.assert_allclose(resize_torch(image, target), expected, atol=1e-4)
+    assert np.array_equal(resize_torch(image, source), image.astype(np.float32) / np.float32(255) * 2 - 1)
 
 
 def test_a_pixel_is_the_same_number_on_every_device():
@@ -112,12 +126,10 @@ def test_frames_prepared_by_a_simulator_give_the_same_actions(profile, batch_siz
         flow_steps=2,
         identity={},
     )
-    wanted = {"openpi": FrameFormat(28, "pil"), "openpi-state": FrameFormat(28, "pil"), "lerobot-0.6": None}
-    assert p.frame_format == wanted.get(profile, FrameFormat(config.vision.image_size, "area"))
+    resize = {"openpi": "pil", "openpi-state": "pil", "lerobot-0.6": "torch", "qlibero": "area"}[profile]
+    assert p.frame_format == FrameFormat(config.vision.image_size, resize)
     seen, z = observations(3), noises(3, p.noise_shape)
     expected = p.infer(seen, z).actions
-    if p.frame_format is None:
-        return
     ready = [replace(o, image=p.frame_format.of(o.image), wrist_image=p.frame_format.of(o.wrist_image)) for o in seen]
     assert ready[0].image.shape[0] == config.vision.image_size and ready[0].image.dtype == p.frame_format.dtype
     assert np.array_equal(p.infer(ready, z).actions, expected)

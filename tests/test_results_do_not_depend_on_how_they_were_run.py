@@ -7,6 +7,7 @@ does is of no interest here, only that it does the same thing every time.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -80,15 +81,21 @@ def test_another_order_and_three_shards_equal_one_process(tmp_path, tiny_experim
 
 def test_five_sigkills_at_random_moments_lose_nothing_and_change_nothing(tmp_path, tiny_experiment, reference):
     moments = random.Random(20261123)
-    for _ in range(5):
-        process = qlibero("run", tiny_experiment, "--out", tmp_path)
+    for processes in (1, 2, 1, 2, 1):  # the ledger goes on whoever wrote it
+        sets = ("--set", f"launch.processes={processes}")
+        process = qlibero("run", tiny_experiment, "--out", tmp_path, *sets, start_new_session=True)
         time.sleep(moments.uniform(4, 14))
-        process.send_signal(signal.SIGKILL)
+        if processes == 1:
+            process.send_signal(signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)  # the death of a machine: nobody is left to end anything
         process.wait()
     done = records(tmp_path)
     assert done.items() <= reference.items()
-    assert run(tiny_experiment, tmp_path)["complete"]
+    document = run(tiny_experiment, tmp_path, "launch.processes=2")
+    assert document["complete"] and document["arms"]["fake"]["episodes"] == 6
     assert records(tmp_path) == reference
+    assert len(list((tmp_path / "baseline").glob("episodes-00?of002-*.jsonl"))) >= 2
 
 
 def test_a_complete_run_is_shown_without_running_anything(tmp_path, tiny_experiment, reference):

@@ -9,6 +9,7 @@ import yaml
 
 from qlibero import cli
 from qlibero.config.config_hash import config_hash
+from qlibero.config.dump import dump_resolved
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.ledger import read_ledger
 from qlibero.results.runs import read_run
@@ -31,6 +32,20 @@ def test_each_suite_has_its_own_episodes(tmp_path):
     assert len(episode_keys(experiment(tmp_path, "[libero_90, libero_goal]"))) == 2 * (90 + 10)
 
 
+def test_tasks_may_be_said_suite_by_suite(tmp_path):
+    made = experiment(tmp_path, "[libero_goal, libero_goal_lan]", "tasks: {libero_goal_lan: [4, 1]}")
+    assert made.task_ids("libero_goal") == tuple(range(10)) and made.task_ids("libero_goal_lan") == (4, 1)
+    assert [str(key) for key in episode_keys(made)][-4:] == [
+        f"libero_goal_lan/{t}/{i}/7" for t in (4, 1) for i in (0, 1)
+    ]
+    path = tmp_path / "again.yaml"  # as a run directory keeps it
+    path.write_text(dump_resolved(made))
+    assert load_experiment(path).all_tasks() == made.all_tasks()
+    assert config_hash(made, made.arms()[0]) == config_hash(
+        experiment(tmp_path, "[libero_goal, libero_goal_lan]"), made.arms()[0]
+    )
+
+
 def test_a_list_of_one_is_that_suite_and_the_order_of_several_does_not_count(tmp_path):
     def bound_to(suite: str) -> str:
         made = experiment(tmp_path, suite)
@@ -48,6 +63,10 @@ def test_a_list_of_one_is_that_suite_and_the_order_of_several_does_not_count(tmp
         ("[libero_goal, libero_spatail]", "", "1:22: suite.1: .*did you mean libero_spatial?"),
         ("[libero_goal, 7]", "", "suite.1: should be 'libero_spatial'"),
         ("[libero_90, libero_goal]", "tasks: [3, 11]", "tasks.1: libero_goal has tasks 0 to 9"),
+        ("[libero_90, libero_goal]", "tasks: {libero_goal: [1, 11]}", "5:26: tasks.libero_goal.1: .*has tasks 0 to 9"),
+        ("[libero_90, libero_goal]", "tasks: {libero_goal: []}", "tasks.libero_goal: no task is listed"),
+        ("[libero_90, libero_goal]", "tasks: {libero_goals: [1]}", "tasks.libero_goals: is no suite of this"),
+        ("[libero_90, libero_goal]", "tasks: {libero_goal: all}", "tasks.libero_goal: should be a list"),
         ("[libero_goal_lan, libero_goal]", "inits: base", "inits: libero_goal has no scenes of another suite"),
         ("[libero_goal, libero_object]", "stop: {}", "stop: a sequential test is over one suite"),
     ],

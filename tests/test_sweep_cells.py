@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import light_shard
@@ -22,13 +23,14 @@ from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.kernels import load, names
 from qlibero.kernels.contract import GemmShape
-from qlibero.launch import cells, engine, local, ray, slurm
+from qlibero.launch import cells, engine, here, local, ray, slurm
 from qlibero.launch import status as watch
 from qlibero.launch.plan import plan, refuse_impossible
 from qlibero.launch.plan_tables import readable
 from qlibero.launch.slurm_options import seconds
 from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
+from qlibero.machine import environment
 from qlibero.machine.capacity import Capacity
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
@@ -592,6 +594,64 @@ def test_shards_beside_each_other_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", "echo cores $QLIBERO_CORES"])
     assert not local.submit(made).failed
     assert [made.log(i).read_text() for i in (0, 1)] == ["cores 4\n"] * 2
+
+
+@pytest.mark.parametrize("visible,expected", [(None, "0123"), ("2,3", "23"), ("3", "3"), ("1,-1,2", "1"), ("", "")])
+def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected):
+    monkeypatch.setattr(environment, "find_gpus", lambda: [{"index": str(i), "uuid": f"GPU-{i}"} for i in range(4)])
+    monkeypatch.setattr(local, "capacity", lambda: Capacity(8, 64.0, 64.0, ""))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = replace(submission(tmp_path, monkeypatch, 4), launch=Launch())
+    shell = "echo $CUDA_VISIBLE_DEVICES/$QLIBERO_CORES; sleep 0.5"
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", shell])
+    assert not local.submit(made).failed
+    found = {made.log(i).read_text().strip() for i in range(4)}
+    alone = len(expected) < 2  # one process has every core, and sees what was visible before
+    assert found == ({f"{visible or ''}/"} if alone else {f"{gpu}/{8 // len(expected)}" for gpu in expected})
+
+
+@pytest.mark.parametrize(
+    "gpus,sets,expected",
+    [
+        (2, ["policy.device=cuda"], 2),
+        (2, ["policy.device=auto"], 2),
+        (2, ["policy.device=cuda:1"], 1),
+        (2, ["policy.device=cpu"], 1),
+        (2, ["policy.device=cuda", "launch.processes=1"], 1),
+        (0, ["policy.device=cpu", "launch.processes=3"], 3),
+        (0, ["policy.device=auto"], 1),
+        (4, ["policy.device=cuda", "stop={}"], 1),
+        (4, ["policy.device=cuda", "tasks=[0]", "episodes_per_task=3"], 3),
+        (4, ["policy.device=cuda", "tasks=[0]", "episodes_per_task=1"], 1),
+    ],
+)
+def test_a_run_is_spread_over_the_gpus_that_its_policy_may_use(tmp_path, monkeypatch, gpus, sets, expected):
+    monkeypatch.setattr(environment, "find_gpus", lambda: [{"index": str(i), "uuid": str(i)} for i in range(gpus)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    asked = []
+
+    def alone(*_: object, **__: object) -> dict:
+        asked.append(1)
+        return {}
+
+    def spread(made: engine.Submission, _: object) -> dict[int, local.Failed]:
+        asked.append(made.launch.processes)
+        shards = cells.read_manifest(made.manifest).shards
+        assert [(s.index, s.count) for s in shards] == [(i, len(shards)) for i in range(len(made.indices))]
+        return {0: local.Failed(3, "another policy")}
+
+    monkeypatch.setattr(here, "run_experiment", alone)
+    monkeypatch.setattr(here, "run_shards", spread)
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", *sets).cells
+    hear = lambda *_: None  # noqa: E731
+    if expected == 1:
+        here.run_here(cell.experiment, tmp_path / "out", hear, hear, hear)
+    else:
+        with pytest.raises(GuardRefusal, match="another policy"):  # what refused a process refuses the run
+            here.run_here(cell.experiment, tmp_path / "out", hear, hear, hear)
+    assert asked == [expected]
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):

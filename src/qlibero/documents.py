@@ -20,6 +20,9 @@ MAX_BYTES = 2 << 30
 _SHOWN = 80
 _Model = TypeVar("_Model", bound=BaseModel)
 
+JsonObject = dict[str, Any]
+"""A mapping as JSON or YAML has it: what was parsed and not yet given types (`checked`), or is about to be written."""
+
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     """A regular file's content. Raises FileNotFoundError, UserError for anything but a file of at most `most` bytes,

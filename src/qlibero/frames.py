@@ -1,8 +1,8 @@
 """What a policy wants to be given of a camera's frame, and the functions that make it, exact to the last bit.
 
-Simulators bring frames to that form where they render them: one thread feeds the GPU, and must not touch pixels. Both
-functions are the identity on a frame that has the size already, so a policy applies its own to whatever it is given,
-and frames may come either way.
+Simulators bring frames to that form where they render them: one thread feeds the GPU, and must not touch pixels. A
+frame that has the form already stays as it is, so a policy applies its own to whatever it is given, and frames may come
+either way.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+Resize = Literal["pil", "area", "torch"]
+
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """Square frames of `size` pixels; `pil` gives uint8, `area` float32 in 0…255."""
+    """Square frames of `size` pixels; `pil` gives uint8, `area` float32 in 0…255, `torch` float32 in [-1, 1]."""
 
     size: int
-    resize: Literal["pil", "area"]
+    resize: Resize
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -34,7 +36,7 @@ class FrameFormat:
         """(S, S, 3) uint8 → (size, size, 3) of `dtype`; a frame of this format comes back as it is."""
         if frame.shape[0] == self.size and frame.dtype == self.dtype:
             return frame
-        return (resize_pil if self.resize == "pil" else resize_area)(frame, self.size)
+        return {"pil": resize_pil, "area": resize_area, "torch": resize_torch}[self.resize](frame, self.size)
 
 
 def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
@@ -67,6 +69,20 @@ def resize_area(image: np.ndarray, size: int) -> np.ndarray:
     across = shares @ image.reshape(source, -1).astype(np.float64)
     whole = np.matmul(shares, across.reshape(size, source, 3))
     return np.asarray(whole / source**2, np.float32)
+
+
+def resize_torch(image: np.ndarray, size: int) -> np.ndarray:
+    """LeRobot's: plain bilinear without antialias on floats, in [-1, 1].
+
+    torch itself, because its last bits follow the processor: a simulator that needs this imports it.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255.0
+    if image.shape[0] != size:
+        planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False).clamp(-1.0, 1.0)
+    return np.asarray((planes[0] * 2.0 - 1.0).permute(1, 2, 0))
 
 
 @cache

@@ -172,11 +172,14 @@ class Ray(StrictModel):
 
 
 class Launch(StrictModel):
-    """How a sweep is spread over machines. Changes nothing in the results."""
+    """How episodes are spread over processes and machines. Changes nothing in the results."""
 
     engine: Annotated[str, PluginName(EnginePlugin)] = Field("local", description="default of `sweep --engine`")
     shard_episodes: Count = Field(100, description="episodes per shard and arm; aim at ten minutes or more")
-    processes: Int = Field(1, ge=1, le=MAX_PROCESSES, description="local: shards at once")
+    processes: Literal["auto"] | Annotated[Int, Field(ge=1, le=MAX_PROCESSES)] = Field(
+        "auto",
+        description="`run`, engine local: policy processes at once; auto: one for each GPU that may be used, else one",
+    )
     slurm: Slurm = Field(default_factory=Slurm, description="Slurm's options")
     ray: Ray = Field(default_factory=Ray, description="Ray's options")
     options: dict[Word, Any] = Field(
@@ -225,7 +228,9 @@ class Experiment(StrictModel):
     suite: _Suites = Field(
         description="LIBERO suite (libero_long is libero_10), or a list: one run, verdicts for each and pooled"
     )
-    tasks: Literal["all"] | tuple[Int, ...] = Field("all", description="all, or a list of task numbers")
+    tasks: Literal["all"] | tuple[Int, ...] | dict[Line, tuple[Int, ...]] = Field(
+        "all", description="all, or a list of task numbers; of several suites also {suite: list}, all of those unsaid"
+    )
     episodes_per_task: Int = Field(
         OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1 of each task"
     )
@@ -292,7 +297,9 @@ class Experiment(StrictModel):
         Tracking,
         BeforeValidator(_trackers_alone, json_schema_input_type=Tracking | tuple[TrackerName, ...] | TrackerName),
     ] = Field(default_factory=Tracking, description="mirrors of the ledger: a list of trackers, or a mapping")
-    launch: Launch = Field(default_factory=Launch, description="how sweeps are spread over machines")
+    launch: Launch = Field(
+        default_factory=Launch, description="how a sweep is spread over machines, and a run over GPUs"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -331,18 +338,26 @@ class Experiment(StrictModel):
             raise FieldError(("stop",), "a sequential test is over one suite; write one, or leave stop out")
         if self.inits not in ("official", "base") and self.protocol != "pure":
             raise FieldError(("inits",), "fresh initial states are drawn by the episode's key: write protocol: pure")
-        if self.tasks != "all":
-            fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
-            count = get(SuitePlugin, fewest).tasks
-            for i, task in enumerate(self.tasks):
-                if not 0 <= task < count:
-                    raise FieldError(("tasks", i), f"{fewest} has tasks 0 to {count - 1}")
-                if task in self.tasks[:i]:
-                    raise FieldError(("tasks", i), f"task {task} is listed twice")
-            if not self.tasks:
-                raise FieldError(("tasks",), "no task is listed; write all, or some numbers")
+        self._check_tasks()
         check_arms(self)
         return self
+
+    def _check_tasks(self) -> None:
+        fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
+        listed = {(): (fewest, self.tasks)} if isinstance(self.tasks, tuple) else {}
+        if isinstance(self.tasks, dict):
+            listed = {(suite,): (suite, tasks) for suite, tasks in self.tasks.items()}
+        for place, (suite, tasks) in listed.items():
+            if suite not in self.suites:
+                raise FieldError(("tasks", suite), f"is no suite of this experiment; it has {', '.join(self.suites)}")
+            if not tasks:
+                raise FieldError(("tasks", *place), "no task is listed; write all, or some numbers")
+            count = get(SuitePlugin, suite).tasks
+            for i, task in enumerate(tasks):
+                if not 0 <= task < count:
+                    raise FieldError(("tasks", *place, i), f"{suite} has tasks 0 to {count - 1}")
+                if task in tasks[:i]:
+                    raise FieldError(("tasks", *place, i), f"task {task} is listed twice")
 
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order they are written."""
@@ -363,7 +378,8 @@ class Experiment(StrictModel):
 
     def task_ids(self, suite: str) -> tuple[int, ...]:
         """Task numbers of a suite, `all` spelt out."""
-        return tuple(range(get(SuitePlugin, suite).tasks)) if self.tasks == "all" else self.tasks
+        tasks = self.tasks.get(suite, "all") if isinstance(self.tasks, dict) else self.tasks
+        return tuple(range(get(SuitePlugin, suite).tasks)) if tasks == "all" else tasks
 
     def all_tasks(self) -> tuple[tuple[str, int], ...]:
         """(suite, task) of every task."""

@@ -23,7 +23,7 @@ from qlibero import files
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import Experiment, Tracking
+from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep
 from qlibero.documents import read_json
 from qlibero.errors import UserError, WorkFailed, cause
@@ -113,6 +113,13 @@ def make_manifest(sweep: Sweep, out: Path | None = None) -> Manifest:
     return Manifest(sweep.name, directory, cells, shards)
 
 
+def spread_over(experiment: Experiment, run_dir: Path, shards: int) -> Manifest:
+    """A run as a sweep of one cell, in so many shards. Raises GuardRefusal when its directory holds other results."""
+    cell = Cell(experiment.name, run_dir, {}, experiment)
+    _check_directory(cell)
+    return Manifest(experiment.name, run_dir, (cell,), tuple(Shard(cell.id, i, shards) for i in range(shards)))
+
+
 def next_submission(manifest: Manifest) -> Path:
     """The directory the next submission will have."""
     ours = manifest.directory / OURS
@@ -168,21 +175,15 @@ def run_shard(
 ) -> dict[str, Any]:
     """Run what one shard still lacks. `on_start` and `on_episode` are run_experiment's.
 
-    Returns {"cell", "shard": [index, count], "complete", "run_dir", "arithmetic"}. Mirrors
-    belong to whole runs, so a shard has none; a number of videos is recorded by the first shard.
+    Returns {"cell", "shard": [index, count], "complete", "run_dir", "arithmetic"}.
     """
     shard = manifest.shard(index)
-    cell = manifest.cell(shard)
-    experiment = cell.experiment
-    if shard.count > 1:
-        videos = experiment.videos if shard.index == 0 or experiment.videos == "all" else 0
-        experiment = experiment.model_copy(update={"tracking": Tracking(mode="disabled"), "videos": videos})
-    part = (shard.index, shard.count)
-    found = run_experiment(experiment, cell.run_dir, part, on_start, on_episode)
+    cell, part = manifest.cell(shard), (shard.index, shard.count)
+    found = run_experiment(cell.experiment, cell.run_dir, part, on_start, on_episode)
     return {
         "cell": cell.id,
         "shard": list(part),
-        "complete": not missing_episodes(experiment, cell.run_dir, part),
+        "complete": not missing_episodes(cell.experiment, cell.run_dir, part),
         "run_dir": str(cell.run_dir),
         "arithmetic": found["arithmetic"],
     }

@@ -13,12 +13,14 @@ import signal
 import subprocess
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from qlibero.config.schema import Launch
 from qlibero.files import open_log
 from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES, capacity
-from qlibero.machine.environment import find_gpus
+from qlibero.machine.environment import usable_gpus
 from qlibero.registry import EnginePlugin
 
 log = logging.getLogger(__name__)
@@ -29,10 +31,23 @@ NO_ROOM = 1 << 16  # bytes of free disk with which nothing can be written that m
 STOP_S = 30.0  # what a shard gets to put its current episodes down
 
 
+@dataclass(frozen=True)
+class Failed:
+    """How a shard ended: its exit status, negative for a signal, and the last thing it said."""
+
+    status: int
+    said: str
+
+
+def processes(launch: Launch) -> int:
+    """Shards at once."""
+    return max(1, len(usable_gpus())) if launch.processes == "auto" else launch.processes
+
+
 def describe(submission: Submission) -> str:
     """The command lines, in the order they are started."""
     head = (
-        f"# {min(submission.launch.processes, len(submission.indices))} at a time, logs in {submission.directory}/logs"
+        f"# {min(processes(submission.launch), len(submission.indices))} at a time, logs in {submission.directory}/logs"
     )
     lines = [shown(submission.shard_command(i)) for i in submission.indices]
     return "\n".join([head, *lines, shown(submission.merge_command())]) + "\n"
@@ -40,17 +55,24 @@ def describe(submission: Submission) -> str:
 
 def submit(submission: Submission) -> Submitted:
     """Run all shards, then the merge. Interrupted, it stops the shards (finished episodes are kept) and raises on."""
+    failed = run_shards(submission)
+    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission))
+
+
+def run_shards(submission: Submission, meanwhile: Callable[[], None] = lambda: None) -> dict[int, Failed]:
+    """Run all shards; returns those that failed. `meanwhile` is called ten times a second."""
     waiting = deque((index, 0) for index in submission.indices)
     running: dict[int, tuple[subprocess.Popen[bytes], int, int]] = {}  # slot → process, shard, restarts so far
-    failed: list[int] = []
-    gpus = [gpu["index"] for gpu in find_gpus()]
+    failed: dict[int, Failed] = {}
+    at_once, gpus = processes(submission.launch), usable_gpus()
     try:
         while waiting or running:
-            for slot in range(submission.launch.processes):
+            for slot in range(at_once):
                 if slot not in running and waiting:
                     index, restarts = waiting.popleft()
-                    running[slot] = (_start(submission, index, slot, gpus), index, restarts)
+                    running[slot] = (_start(submission, index, slot, at_once, gpus), index, restarts)
             time.sleep(0.1)
+            meanwhile()
             for slot, (process, index, restarts) in list(running.items()):
                 status = process.poll()
                 if status is None:
@@ -60,22 +82,22 @@ def submit(submission: Submission) -> Submitted:
                     log.warning(f"shard {index} was killed by {signal.Signals(-status).name}: starting it again")
                     waiting.append((index, restarts + 1))
                 elif status:
-                    failed.append(index)
-                    log.error(f"shard {index} ended with status {status}: {_last_words(submission, index)}")
+                    failed[index] = Failed(status, _last_words(submission, index))
+                    log.error(f"shard {index} ended with status {status}: {failed[index].said}")
                 else:
                     done = len(submission.indices) - len(waiting) - len(running) - len(failed)
                     log.info(f"shard {index} is done ({done} of {len(submission.indices)})")
     finally:
         _stop([process for process, _, _ in running.values()])
-    return Submitted(finished=True, failed=tuple(sorted(failed)), merge_status=run_merge(submission))
+    return failed
 
 
-def _start(submission: Submission, index: int, slot: int, gpus: list[str]) -> subprocess.Popen[bytes]:
+def _start(submission: Submission, index: int, slot: int, at_once: int, gpus: list[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if submission.launch.processes > 1:
-        environment[CORES] = str(max(1, capacity().cores // submission.launch.processes))
-    if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    if at_once > 1:  # alone, it has all cores and whichever GPU its policy names
+        environment[CORES] = str(max(1, capacity().cores // at_once))
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open_log(submission.log(index)) as log:
         return subprocess.Popen(
             submission.shard_command(index),
@@ -121,9 +143,9 @@ class Local(Engine):
     submit = staticmethod(submit)
 
     def place(self, launch: Launch) -> Place:
-        ours, processes = capacity(), launch.processes
-        gpus = min(len(find_gpus()), processes) / processes
-        return Place(max(1, ours.cores // processes), ours.memory_gb / processes, gpus, processes)
+        ours, at_once = capacity(), processes(launch)
+        gpus = min(len(usable_gpus()), at_once) / at_once
+        return Place(max(1, ours.cores // at_once), ours.memory_gb / at_once, gpus, at_once)
 
 
 ENGINE = Local()

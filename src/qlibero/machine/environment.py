@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
+from itertools import takewhile
 
 from qlibero.machine.cuda_toolkit import Agreement, Toolkit, check_agreement, find_toolkit, site_packages, torch_cuda
 
@@ -115,6 +116,15 @@ def find_gpus() -> list[dict[str, str]]:
     keys = ("index", "uuid", "name", "driver", "memory_mib", "compute_capability")
     rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines()]
     return [dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys)]
+
+
+def usable_gpus(environ: Mapping[str, str] | None = None, gpus: list[dict[str, str]] | None = None) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES must say for each GPU alone that this process may use: all, or those that it names."""
+    environ = os.environ if environ is None else environ
+    gpus = find_gpus() if gpus is None else gpus
+    if (named := environ.get("CUDA_VISIBLE_DEVICES")) is None or not gpus:
+        return [gpu["index"] for gpu in gpus]
+    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))  # as CUDA reads it
 
 
 def command_output(*command: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.results.controls import ExcessFlips, NoiseFloor
 from qlibero.results.execution import Divergence, Shift
 from qlibero.results.paired_outcomes import PairTable, Power, Verdict, Word, rounded, rounded_interval
@@ -40,7 +41,7 @@ class Adjusted:
     passed: bool  # non-inferior after it
     possible: bool  # whether as many pairs without a flip would pass
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "mcnemar_p_holm": rounded(self.mcnemar_p),
             "noninferiority_p_holm": rounded(self.noninferiority_p),
@@ -56,7 +57,7 @@ class TaskTable:
     task: int
     table: PairTable
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"suite": self.suite, "task": self.task, **self.table.to_json()}
 
 
@@ -95,7 +96,7 @@ class Row:
         unjudged = self.verdict.word in (Word.NOISE_FLOOR, Word.INTERIM, Word.CONFLICT) or self.ruled
         return None if unjudged else self.worst.noninferiority_p(self.verdict.margin)
 
-    def row_json(self) -> dict[str, Any]:
+    def row_json(self) -> JsonObject:
         v = self.verdict
         return {
             **self.table.to_json(),
@@ -116,7 +117,7 @@ class Row:
 class SuiteComparison(Row):
     suite: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return self.row_json()
 
 
@@ -131,7 +132,7 @@ class AxisComparison(Row):
     def equal_weights(self) -> bool:
         return len(set(self.pairs_of_suite.values())) == 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {**self.row_json(), "pairs_of_suite": self.pairs_of_suite, "equal_weights": self.equal_weights}
 
 
@@ -163,7 +164,7 @@ class SequentialTest:
         """The most pairs it may take."""
         return min(self.declared_pairs, self.max_pairs or self.declared_pairs)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             **asdict(self.decision),
             "interval": rounded_interval(self.decision.interval),
@@ -234,7 +235,7 @@ class ArmComparison(Row):
     def detectable(self) -> str:
         return detectable_line(self.power) if self.power else "no pairs, so nothing could be found"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         errors = {
             "arm": self.errors.arm,
             "reference": self.errors.reference,
@@ -314,7 +315,7 @@ class Comparison:
         """The verdicts of the arms under test."""
         return {arm.verdict.word for arm in self.tested.values()}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "reference": self.reference,
             "reference_label": self.reference_label,

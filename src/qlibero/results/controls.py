@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.special import gammaln, xlog1py, xlogy
 
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.results.paired_outcomes import PairTable, rounded, rounded_interval
 from qlibero.results.pairing import Arm, Pair, pair_arms
@@ -48,7 +48,7 @@ class NoiseFloor:
         flips = self.discordance * pairs
         return tango(flips / 2, flips / 2, pairs)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         per_arm = self.table.pairs // len(self.arms)
         return {
             "arm": self.arms[0],
@@ -68,7 +68,7 @@ class ExcessFlips:
     floor: float
     p: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"scenes": self.scenes, "arm": rounded(self.arm), "floor": rounded(self.floor), "p": rounded(self.p)}
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.results.episode_table import COLUMNS, SCHEMA, VERSION
 from qlibero.results.runs import RunResults
 
 
-def dataset_card(file: str, rows: Sequence[dict[str, Any]], header: dict[str, Any], runs: Sequence[RunResults]) -> str:
+def dataset_card(file: str, rows: Sequence[JsonObject], header: JsonObject, runs: Sequence[RunResults]) -> str:
     """Markdown with the front matter of a Hugging Face dataset; `file` lies beside it."""
     size = next(name for most, name in _SIZES if len(rows) < most)
-    front: dict[str, Any] = {
+    front: JsonObject = {
         "pretty_name": f"LIBERO episodes: {', '.join(header['runs'])}",
         "tags": ["robotics", "LIBERO", "evaluation", "qlibero"],
         "size_categories": [size],
@@ -58,7 +58,7 @@ def dataset_card(file: str, rows: Sequence[dict[str, Any]], header: dict[str, An
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1e18, "100K<n<1M"))
 
 
-def _about(run: RunResults, rows: Sequence[dict[str, Any]]) -> list[str]:
+def _about(run: RunResults, rows: Sequence[JsonObject]) -> list[str]:
     said, told = run.experiment, run.environment
     suite = said.get("suite", "?")
     suites = ", ".join(suite) if isinstance(suite, list) else suite

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.results.ledger import read_trajectory
 from qlibero.results.pairing import Arm, Pair
@@ -53,7 +53,7 @@ class Shift:
         ends = (*self.interval95, *self.against_floor95)
         return min(ends) > 0 or max(ends) < 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "pairs": self.pairs,
             "reference": round(self.reference, 6),
@@ -198,7 +198,7 @@ class Divergence:
     def median_gripper_step(self) -> float | None:
         return _median(self.gripper_steps)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         counted = (
             "compared",
             "diverged",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export
 from qlibero.results.importers import read_external
@@ -61,7 +62,7 @@ class Gap:
     equal: tuple[str, ...]
     unknown: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlibero.documents import read_json
+from qlibero.documents import JsonObject, read_json
 from qlibero.errors import UserError
 from qlibero.files import replace
 from qlibero.results.episode_table import COLUMNS, FLAT, SCHEMA, VERSION, arrow_schema
@@ -39,7 +39,7 @@ def export_episodes(
     arms: Sequence[str] | None = None,
     tasks: Sequence[int] | None = None,
     card: Path | str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the episodes of one or several runs to `out` (.csv, .jsonl or .parquet), and a dataset card beside it where
     `card` names one. Returns {"file", "rows", "columns", "schema", "card"}.
 
@@ -95,13 +95,13 @@ def export_episodes(
     }
 
 
-def episode_rows(run: RunResults) -> list[dict[str, Any]]:
+def episode_rows(run: RunResults) -> list[JsonObject]:
     """Rows with the same columns for every episode; `success` is 1, 0, or None for an error."""
     phases = list(dict.fromkeys(p for arm in run.arms.values() for r in arm.records for p in r.phases_ms))
     return [_row(run, name, record, phases) for name, arm in run.arms.items() for record in arm.records]
 
 
-def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]) -> dict[str, Any]:
+def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]) -> JsonObject:
     calls, by_phase = percentiles(policy_calls([record])) or {}, phase_calls([record])
     told = (run.environment.get("instructions") or {}).get(record.suite) or {}
     row = {name: value for name, value in asdict(record).items() if name in COLUMNS}
@@ -119,13 +119,13 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
     return {name: row[name] for name in COLUMNS} | medians
 
 
-def _files(run: RunResults, arms: Sequence[str] | None, tasks: Sequence[int] | None) -> dict[str, Any]:
+def _files(run: RunResults, arms: Sequence[str] | None, tasks: Sequence[int] | None) -> JsonObject:
     """{file of the run directory: its content}, all but the records. What is exported in part was planned in part."""
     experiment = {key: value for key, value in run.experiment.items() if key not in _PRIVATE}
     if tasks:
         planned = {key.task for key in run.planned or ()} or set(tasks)
         experiment["tasks"] = sorted(planned & set(tasks))
-    found: dict[str, Any] = {"experiment.yaml": experiment}
+    found: JsonObject = {"experiment.yaml": experiment}
     kept = [arm for arm in run.arms if not arms or arm in arms]
     for path in [*_documents(run.run_dir), *(path for arm in kept for path in _documents(run.run_dir / arm))]:
         if path.stat().st_size <= _MOST_BYTES:
@@ -146,7 +146,7 @@ def _public(value: Any) -> Any:
     return _PATH.sub(r"…/\1", value) if isinstance(value, str) else value
 
 
-def _csv(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> bytes:
+def _csv(rows: list[JsonObject], columns: list[str], header: JsonObject) -> bytes:
     text = io.StringIO(newline="")
     flat = [column for column in columns if column in FLAT or column not in COLUMNS]
     writer = csv.DictWriter(text, flat, restval="", extrasaction="ignore")
@@ -155,12 +155,12 @@ def _csv(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any])
     return text.getvalue().encode()
 
 
-def _jsonl(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> bytes:
+def _jsonl(rows: list[JsonObject], columns: list[str], header: JsonObject) -> bytes:
     whole = [header, *({column: row[column] for column in columns} for row in rows)]
     return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in whole).encode()
 
 
-def _parquet(rows: list[dict[str, Any]], columns: list[str], header: dict[str, Any]) -> bytes:
+def _parquet(rows: list[JsonObject], columns: list[str], header: JsonObject) -> bytes:
     try:
         import pyarrow
         import pyarrow.parquet

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlibero import files
 from qlibero.cache import cache_directory
-from qlibero.documents import parse_json, read_bytes
+from qlibero.documents import JsonObject, parse_json, read_bytes
 from qlibero.errors import UserError
 from qlibero.results.episode_table import ADDED, COLUMNS, SCHEMA, VERSION
 from qlibero.results.records import SCHEMA as RECORD_SCHEMA
@@ -51,7 +51,7 @@ def unpacked(path: Path | str) -> list[Path]:
     return [place / name for name in whole.read_text().splitlines()]
 
 
-def _read(path: Path, content: bytes) -> tuple[dict[str, Any], Iterator[tuple[str, dict[str, Any]]]]:
+def _read(path: Path, content: bytes) -> tuple[JsonObject, Iterator[tuple[str, JsonObject]]]:
     if content.startswith(b"PAR1"):
         header, rows = _parquet(path, content)
     else:
@@ -66,7 +66,7 @@ def _read(path: Path, content: bytes) -> tuple[dict[str, Any], Iterator[tuple[st
     return header, rows
 
 
-def _parquet(path: Path, content: bytes) -> tuple[Any, Iterator[tuple[str, dict[str, Any]]]]:
+def _parquet(path: Path, content: bytes) -> tuple[Any, Iterator[tuple[str, JsonObject]]]:
     try:
         from pyarrow import parquet
     except ModuleNotFoundError:
@@ -78,7 +78,7 @@ def _parquet(path: Path, content: bytes) -> tuple[Any, Iterator[tuple[str, dict[
     return header, ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _write(place: Path, path: Path, header: dict[str, Any], rows: Iterator[tuple[str, dict[str, Any]]]) -> None:
+def _write(place: Path, path: Path, header: JsonObject, rows: Iterator[tuple[str, JsonObject]]) -> None:
     ledgers: dict[tuple[str, str], list[str]] = {}
     for where, row in rows:
         if not isinstance(row, dict) or row.get("run") not in header["runs"]:

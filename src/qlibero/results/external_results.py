@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export
@@ -69,7 +70,7 @@ class ExternalResult:
     def sentence(self) -> str:
         return _sentence(self)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         arm, reference = self.errors
         v = self.verdict
         return {
@@ -109,7 +110,7 @@ class ExternalComparison:
     def words(self) -> set[Word]:
         return {arm.verdict.word for arm in self.arms.values()}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         arms = {name: arm.to_json() for name, arm in self.arms.items()}
         return {"reference": self.reference, "margin": self.margin, "foreign": True, "arms": arms}
 

@@ -122,6 +122,8 @@ def bind(run_dir: Path | str, arm: str, meta: Mapping[str, Any], mixed_machines:
         known = check(run_dir, arm, meta, mixed_machines)
         probes = {**known.get("probes", {}), **meta.get("probes", {})}
         kept = {key: known[key] for key in ("probe",) if key in known}
+        if "verdict" not in meta.get("passport", {"verdict": ""}):  # by suite; this may be a shard of some of them
+            kept["passport"] = {**known.get("passport", {}), **meta["passport"]}
         _write(run_dir, arm, {**known, **meta, **kept, **({"probes": probes} if probes else {})})
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.results.records import Outcome
 from qlibero.stats import proportions as st
@@ -198,7 +198,7 @@ class PairTable:
     def mcnemar_p(self) -> float:
         return st.mcnemar_exact(self.broken, self.repaired)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "pairs": self.pairs,
             "both_succeed": self.both_succeed,
@@ -237,7 +237,7 @@ class Power:
     noninferiority_power: float  # of truly equal arms
     pairs_for_noninferiority: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "pairs": self.pairs,
             "discordance": rounded(self.discordance),

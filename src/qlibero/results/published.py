@@ -15,8 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.results.external_results import fisher_p
 from qlibero.results.paired_outcomes import ALPHA, Word, check_margin, plain_word, rounded, rounded_interval
@@ -84,7 +84,7 @@ class Bounds:
             f"flips, {interval_text(self.widest, margin)} with the most."
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "counts": [self.arm.successes, self.arm.episodes],
             "reference_counts": [self.reference.successes, self.reference.episodes],
@@ -115,7 +115,7 @@ class CountsComparison:
             for of in self.arms.values()
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         arms = {name: bounds.to_json() for name, bounds in self.arms.items()}
         return {"reference": self.reference, "margin": self.margin, "published": True, "arms": arms}
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.results.pairing import Arm, Pair
 from qlibero.results.records import EpisodeRecord
 from qlibero.stats.shifts import SEED
@@ -54,7 +55,7 @@ class Speed:
             return "as fast"
         return "faster" if low > 1 else "slower" if high < 1 else "unclear"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "ratio": None if self.ratio is None else round(self.ratio, 4),
             "ratio95": None if self.interval is None else [round(x, 4) for x in self.interval],

@@ -24,7 +24,7 @@ from qlibero import files
 from qlibero.activity import doing
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
-from qlibero.config.schema import Experiment
+from qlibero.config.schema import Experiment, Tracking
 from qlibero.console import count_text
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
@@ -133,7 +133,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run what is missing and return the summary that `qlibero run` prints as its last line.
 
-    `most_pairs`: run no more than so many of the missing pairs now, the first ones.
+    `most_pairs`: run no more than so many of the missing pairs now, the first ones. One shard of several has no
+    mirrors, which belong to whole runs, and a number of videos is recorded by the first.
     `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: videos, mirrors.
     "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
@@ -141,7 +142,7 @@ def run_experiment(
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
     run_dir = run_directory(experiment, out)
-    _make_directory(run_dir)
+    make_directory(run_dir)
     for arm in experiment.arms():
         check(run_dir, arm.name, {"config_hash": config_hash(experiment, arm)})
     mirrors: list[dict[str, Any]] = []
@@ -165,15 +166,20 @@ def run_experiment(
                 missing = [(arm, key) for arm, key in missing if key in first]
             on_start(len(missing), total)
             if missing:
-                mirrors = _run(experiment, run_dir, missing, ledgers, on_episode, on_result)
+                mirrors = _run(experiment, run_dir, shard, missing, ledgers, on_episode, on_result)
     else:
         on_start(0, total)
     if not missing:
         on_result(run_dir)
+    tell_mixes(experiment, run_dir)
+    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
+
+
+def tell_mixes(experiment: Experiment, run_dir: Path) -> None:
+    """Warn of arms whose episodes come from machines that answer differently."""
     for arm in experiment.arms():
         if mix := mix_in_words(read_ledger(run_dir, arm.name)):
             log.warning(f"arm {arm.name}: {mix}")
-    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
 
 
 def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
@@ -201,7 +207,7 @@ def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
     return document
 
 
-def _make_directory(run_dir: Path) -> None:
+def make_directory(run_dir: Path) -> None:
     """Make the run directory. Raises UserError when a file is in its place, WorkFailed when it cannot be made."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -217,6 +223,7 @@ def _make_directory(run_dir: Path) -> None:
 def _run(
     experiment: Experiment,
     run_dir: Path,
+    shard: tuple[int, int],
     missing: list[tuple[str, EpisodeKey]],
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
@@ -238,7 +245,7 @@ def _run(
         if not any(_is_timed(arm) for arm in experiment.arms()):
             for worker, (suite, task) in enumerate(first_tasks(plan, pool.workers)):
                 pool.prepare(worker, suite, task, experiment.protocol)
-        return _run_in(pool, plan, experiment, run_dir, sequential, ledgers, on_episode, on_result)
+        return _run_in(pool, plan, experiment, run_dir, shard, sequential, ledgers, on_episode, on_result)
 
 
 def _is_timed(arm: Arm) -> bool:
@@ -251,6 +258,7 @@ def _run_in(
     plan: Sequence[PlannedEpisode],
     experiment: Experiment,
     run_dir: Path,
+    shard: tuple[int, int],
     sequential: SequentialRun | None,
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
@@ -273,6 +281,7 @@ def _run_in(
 
     asked = {episode.arm for episode in plan}
     arms = [arm for arm in experiment.arms() if arm.name in asked]
+    begun = {episode.key.suite for episode in plan}  # a shard has few of the experiment's suites
     simulator = enforce()
     environment = {
         **describe(),
@@ -282,7 +291,9 @@ def _run_in(
     with ExitStack() as stack:
         inside = worker_environment(simulator_environment())
         guards = {
-            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"])) for suite in experiment.suites
+            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"]))
+            for suite in experiment.suites
+            if suite in begun
         }
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
@@ -304,9 +315,8 @@ def _run_in(
             log.warning(f"{suite} task {task} contradicts itself: {wrong}")
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
-    physics: dict[str, Any] = {"passport": reports[experiment.suites[0]].to_json()}
-    if len(reports) > 1:
-        physics = {"passport": {suite: report.to_json() for suite, report in reports.items()}}
+    checked = {suite: report.to_json() for suite, report in reports.items()}
+    physics: dict[str, Any] = {"passport": checked[experiment.suite] if isinstance(experiment.suite, str) else checked}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
@@ -324,7 +334,9 @@ def _run_in(
     )
 
     names = [arm.name for arm in experiment.arms()]
-    videos = Videos(run_dir, names, experiment.videos, [r for name in names for r in read_ledger(run_dir, name)])
+    wanted_videos = experiment.videos if shard[0] == 0 or experiment.videos == "all" else 0
+    tracking = experiment.tracking if shard[1] == 1 else Tracking(mode="disabled")
+    videos = Videos(run_dir, names, wanted_videos, [r for name in names for r in read_ledger(run_dir, name)])
 
     def finished(record: EpisodeRecord, trajectory: np.ndarray | None) -> None:
         record = as_run(record, settings, meta[record.arm]["kernels_hash"], environment["versions"])
@@ -346,7 +358,7 @@ def _run_in(
     with videos:
         settings = replace(settings, videos=videos.directory)
         doing("episodes", pool.workers)
-        mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
+        mirrors, ended = start_mirrors(run_dir, tracking), []
         try:
             run_episodes(plan, policies, pool, settings, finished, needs, on_call)
             tell_memory(pool)
@@ -360,7 +372,7 @@ def _run_in(
             raise
         finally:
             ended += mirrors.finish()
-            for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
+            for said in filter(None, (mirror_problem(one, tracking) for one in ended)):
                 log.warning(said)
     return ended
 

@@ -31,15 +31,15 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.frames import FrameFormat
 from qlibero.sim.scene import SimObservation
-from qlibero.sim.worker import frame_bytes, frame_views
+from qlibero.sim.worker import frame_bytes, frame_views, room
 
 
 @dataclass(frozen=True)
 class Assignment:
     """One episode to run: `max_steps` policy steps at most; what is seen goes into `video` when it is a path.
 
-    Observations show frames in `frame_format`, prepared by the simulator; None, or one larger than the frames
-    themselves: as the cameras give them.
+    Observations show frames in `frame_format`, prepared by the simulator; None, or one for which its memory has no
+    room: as the cameras give them.
     """
 
     key: EpisodeKey
@@ -226,7 +226,7 @@ class SimulatorPool:
     def start(self, worker: int, assignment: Assignment) -> None:
         """Begin an episode on a worker that runs none (one that does drops it)."""
         process, wanted = self._processes[worker], assignment.frame_format
-        if wanted is not None and wanted.nbytes > 3 * self.resolution**2:
+        if wanted is not None and wanted.nbytes > room(self.resolution):
             assignment = replace(assignment, frame_format=None)
         process.in_episode = True
         process.views = frame_views(process.memory, self.resolution, assignment.frame_format)

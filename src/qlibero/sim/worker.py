@@ -34,21 +34,25 @@ ROW = 10  # of a trajectory: action 7, end effector position 3
 
 
 def frame_bytes(resolution: int) -> int:
-    """Size of a worker's shared memory: two (R, R, 3) uint8 frames, then the (8,) float32 state."""
-    return 2 * resolution * resolution * 3 + suites.STATE_DIM * 4
+    """Size of a worker's shared memory: room for two frames, then the (8,) float32 state."""
+    return 2 * room(resolution) + suites.STATE_DIM * 4
+
+
+def room(resolution: int) -> int:
+    """Bytes for a frame, in whatever form: an (R, R, 3) one of float32 fits. Memory that is not written costs none."""
+    return resolution * resolution * 3 * 4
 
 
 def frame_views(
     memory: mmap.mmap, resolution: int, prepared: FrameFormat | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The shared memory as image, wrist image, state (8,) float32; no copies. Images are (R, R, 3) uint8, or `prepared`
-    where that has at most as many bytes."""
-    room = resolution * resolution * 3
+    where there is `room` for it."""
     size, dtype = (prepared.size, prepared.dtype) if prepared else (resolution, np.dtype(np.uint8))
     image, wrist_image = (
-        np.frombuffer(memory, dtype, size * size * 3, offset=at).reshape(size, size, 3) for at in (0, room)
+        np.frombuffer(memory, dtype, size * size * 3, offset=at).reshape(size, size, 3) for at in (0, room(resolution))
     )
-    return image, wrist_image, np.frombuffer(memory, np.float32, suites.STATE_DIM, offset=2 * room)
+    return image, wrist_image, np.frombuffer(memory, np.float32, suites.STATE_DIM, offset=2 * room(resolution))
 
 
 def die_with_parent(parent: int) -> None:

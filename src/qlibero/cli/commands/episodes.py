@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> Document:
     from qlibero.cli.progress import RunProgress
     from qlibero.config.load import load_experiment
-    from qlibero.run.experiment import run_experiment
+    from qlibero.launch.here import run_here
 
     experiment = load_experiment(args.config, args.set)
     with RunProgress(experiment) as progress:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> Document:
             progress.stop()
             print_run(run_dir)
 
-        document = run_experiment(
+        document = run_here(
             experiment,
             args.out,
             on_start=progress.start,

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qlibero.errors import UserError
+from qlibero.frames import FrameFormat
 from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST
-from qlibero.policies.pi05.images import as_floats, frame_format, to_network
+from qlibero.policies.pi05.images import as_floats, to_network
 from qlibero.policies.pi05.layers import attend
 from qlibero.policies.pi05.linears import attentions, layout, linears
 from qlibero.policies.pi05.model import Pi05Model
@@ -101,7 +102,7 @@ class Pi05Policy:
         self.batch_size = batch_size
         self.flow_steps = flow_steps
         self.profile = profile
-        self.frame_format = frame_format(config.vision.image_size, profile.resize)
+        self.frame_format = FrameFormat(config.vision.image_size, profile.resize)
         self._cameras = cameras
         self._statistics = statistics
         self._encode = lru_cache(1024)(tokenizer.encode)
@@ -282,9 +283,8 @@ class Pi05Policy:
 
     def preprocess(self, observation: Observation) -> tuple[list[Tensor], list[int], np.ndarray]:
         """An image a camera as `to_network` has them, token ids, normalised state, all on the CPU."""
-        size = self.model.config.vision.image_size
         views = {AGENT: observation.image, WRIST: observation.wrist_image}
-        images = [to_network(views[camera], size, self.profile.resize) for camera in self._cameras]
+        images = [to_network(views[camera], self.frame_format) for camera in self._cameras]
         state = self._statistics["state"].normalize(observation.state)
         return images, self._tokens(observation.prompt, state), state
 

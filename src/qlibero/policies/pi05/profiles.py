@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from qlibero.policies.pi05.images import Resize
+from qlibero.frames import Resize
 
 PromptMode = Literal["none", "prompt", "proj", "suffix"]
 STATE_NUMBERS = 8

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.results.importers.file import ResultFile, number, outcome
 from qlibero.results.imports import ExternalArm, Key
@@ -105,13 +106,13 @@ def _rows(file: ResultFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"line {reader.line_num}", row
 
 
-def parquet_rows(file: ResultFile) -> list[dict[str, Any]]:
+def parquet_rows(file: ResultFile) -> list[JsonObject]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ModuleNotFoundError:
         raise UserError(f"{file.path}: Parquet needs pyarrow (pip install 'qlibero[parquet]')") from None
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(file.content)).to_pylist()
+        rows: list[JsonObject] = parquet.read_table(io.BytesIO(file.content)).to_pylist()
         return rows
     except ArrowInvalid as problem:
         raise ValueError(f"no Parquet file ({problem})") from None

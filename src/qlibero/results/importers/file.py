@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qlibero.documents import read_bytes
+from qlibero.documents import JsonObject, read_bytes
 from qlibero.results.records import Outcome
 
 SUITE = re.compile(r"libero_(?:spatial|object|goal|10|90)(?:_(?:swap|object|lan|task))?(?![a-z0-9])")
@@ -52,7 +52,7 @@ class ResultFile:
                 return None
             raise
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[tuple[str, JsonObject]]:
         """The JSON objects of its lines, each with where it stands. Zeros after a power loss are no line."""
         for number, line in enumerate(self.text.split("\n"), 1):
             if not line.strip(" \t\r\0"):

@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.results.importers.file import ResultFile, number, outcome
 from qlibero.results.imports import ExternalArm, task_text
 
@@ -38,7 +39,7 @@ def read(file: ResultFile) -> ExternalArm | None:
     return None
 
 
-def _arm(file: ResultFile, suite: str, seed: int | None, rows: Iterable[tuple[str, dict[str, Any]]]) -> ExternalArm:
+def _arm(file: ResultFile, suite: str, seed: int | None, rows: Iterable[tuple[str, JsonObject]]) -> ExternalArm:
     episodes, names = [], {}
     caps: set[Any] = set()
     for where, row in rows:

@@ -16,6 +16,7 @@ import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.results.importers.file import SUITE, ResultFile, number, outcome
 from qlibero.results.imports import ExternalArm, Key, task_text
 from qlibero.results.records import Outcome
@@ -39,7 +40,7 @@ def read(file: ResultFile) -> ExternalArm | None:
     return _arm(file, [(data["benchmark"], _parameters(data), seed, rows)])
 
 
-Benchmark = tuple[str, dict[str, Any], Any, Iterable[tuple[str, dict[str, Any]]]]
+Benchmark = tuple[str, JsonObject, Any, Iterable[tuple[str, JsonObject]]]
 """Its name, its parameters, its seed, and each episode with its task."""
 
 
@@ -61,7 +62,7 @@ def _arm(file: ResultFile, benchmarks: Iterable[Benchmark]) -> ExternalArm:
     return ExternalArm(file.name, TOOL, tuple(episodes), names=names, constants=constants)
 
 
-def _ended(episode: dict[str, Any], task: str) -> Outcome:
+def _ended(episode: JsonObject, task: str) -> Outcome:
     success = episode["success"] if "success" in episode else (episode.get("metrics") or {}).get("success")
     if episode.get("failure_reason"):
         return "error"
@@ -70,7 +71,7 @@ def _ended(episode: dict[str, Any], task: str) -> Outcome:
     return outcome(success, f"success of episode {episode['episode_id']} of task {task!r}")
 
 
-def _parameters(said: dict[str, Any]) -> dict[str, Any]:
+def _parameters(said: JsonObject) -> JsonObject:
     """The benchmark's parameters in its configuration."""
     return (said.get("config") or {}).get("params") or {}
 

@@ -10,8 +10,7 @@ CALVIN, SIMPLER and VLABench the number of the episode stands for it.
 
 from __future__ import annotations
 
-from typing import Any
-
+from qlibero.documents import JsonObject
 from qlibero.results.importers.file import ResultFile, number, outcome
 from qlibero.results.imports import ExternalArm, task_text
 
@@ -24,7 +23,7 @@ def read(file: ResultFile) -> ExternalArm | None:
         return None
     header = next((row for _, row in rows if row["kind"] == "header"), {})
     episodes, names, sizes = [], {}, set()
-    caps: dict[str, Any] = {}
+    caps: JsonObject = {}
     for where, row in rows:
         if row["kind"] != "episode":
             continue
@@ -41,7 +40,7 @@ def read(file: ResultFile) -> ExternalArm | None:
     return ExternalArm(_name(file, header), "VLAQuantBench", tuple(episodes), names=names, constants=constants)
 
 
-def _name(file: ResultFile, header: dict[str, Any]) -> str:
+def _name(file: ResultFile, header: JsonObject) -> str:
     """The cell as its header names it, so that cells of one name in two folders stay apart; else the file's name."""
     parts = [str(header.get(key) or "") for key in ("suite", "model", "method", "preset", "scope")]
     return f"{parts[0]}/{parts[1]}/{file.path.stem}" if all(parts) else file.name

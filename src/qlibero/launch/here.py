@@ -1,0 +1,146 @@
+"""`qlibero run`: an experiment in this process, or, where its policy may use several GPUs, in one process for each.
+
+Processes are shards of the local engine: each loads the policy on a GPU of its own and has its part of the cores for
+simulators. They share the run directory, so another number of them, or none, continues it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qlibero import files
+from qlibero.activity import doing
+from qlibero.config.dump import dump_resolved
+from qlibero.config.schema import Experiment
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
+from qlibero.launch import cells
+from qlibero.launch.engine import Submission
+from qlibero.launch.local import Failed, processes, run_shards
+from qlibero.machine.environment import usable_gpus
+from qlibero.results.arm_equality import refusal
+from qlibero.results.records import EpisodeRecord, record_from_json
+from qlibero.run.experiment import (
+    finished_episodes,
+    make_directory,
+    missing_episodes,
+    run_directory,
+    run_experiment,
+    summary,
+    tell_mixes,
+)
+
+log = logging.getLogger(__name__)
+
+
+def run_here(
+    experiment: Experiment,
+    out: Path | None,
+    on_start: Callable[[int, int], None],
+    on_episode: Callable[[EpisodeRecord], None],
+    on_result: Callable[[Path], None],
+) -> dict[str, Any]:
+    """Run what is missing; arguments, document and errors are `run_experiment`'s. WorkFailed too when a process
+    failed after the last episode."""
+    run_dir = run_directory(experiment, out)
+    make_directory(run_dir)
+    at_once = _processes(experiment)
+    if at_once > 1:
+        cells.spread_over(experiment, run_dir, at_once)  # refuses other results before they are counted
+        missing = missing_episodes(experiment, run_dir)
+        at_once = min(at_once, len({key for _, key in missing}))
+    if at_once < 2:
+        return run_experiment(experiment, out, on_start=on_start, on_episode=on_episode, on_result=on_result)
+    total = len(finished_episodes(experiment, run_dir)) + len(missing)
+    on_start(len(missing), total)
+    return _spread(experiment, run_dir, at_once, on_episode, on_result)
+
+
+def _processes(experiment: Experiment) -> int:
+    """As many as `launch.processes` says; `auto`: one for each GPU, where a policy takes whichever there is."""
+    asked = experiment.launch.processes
+    if asked == "auto":
+        devices = {getattr(arm.policy, "device", "cpu") for arm in experiment.arms()}
+        asked = processes(experiment.launch) if devices & {"auto", "cuda"} and not any(":" in d for d in devices) else 1
+    if asked > 1 and experiment.stop is not None:
+        log.info("one process: `stop` looks at all episodes together")
+        return 1
+    return asked
+
+
+def _spread(
+    experiment: Experiment,
+    run_dir: Path,
+    at_once: int,
+    on_episode: Callable[[EpisodeRecord], None],
+    on_result: Callable[[Path], None],
+) -> dict[str, Any]:
+    from qlibero.tracking.mirror import mirror_problem, start_mirrors
+
+    manifest = cells.spread_over(experiment, run_dir, at_once)
+    directory = cells.write_manifest(manifest)
+    launch = experiment.launch.model_copy(update={"processes": at_once})
+    submission = Submission(manifest.name, directory, manifest.missing(), launch)
+    files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
+    gpus = usable_gpus()
+    on_gpus = f" on GPUs {', '.join(gpus[:at_once])}" if len(gpus) > 1 else ""
+    log.info(f"{at_once} processes{on_gpus}, logs in {directory / 'logs'}")
+    doing(f"starting {at_once} processes")
+    written = _Written(run_dir, [arm.name for arm in experiment.arms()])
+
+    def meanwhile() -> None:
+        for number, record in enumerate(written.since_last_time()):
+            if not number:
+                doing("episodes")
+            on_episode(record)
+
+    mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
+    try:
+        failed = run_shards(submission, meanwhile)
+        meanwhile()
+        document = summary(experiment, run_dir)
+        _raise(failed, document)
+        on_result(run_dir)
+    finally:
+        ended = mirrors.finish()
+        for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
+            log.warning(said)
+    tell_mixes(experiment, run_dir)
+    return {**document, **({"mirrors": ended} if ended else {})}
+
+
+def _raise(failed: dict[int, Failed], document: dict[str, Any]) -> None:
+    """What a process was refused, or could not do; wrong kernels and episodes that lack are in the document."""
+    if refusal(document["arithmetic"]):
+        return
+    for one in failed.values():
+        if one.status in (2, 3):
+            raise {2: UserError, 3: GuardRefusal}[one.status](one.said)
+    if failed and document["complete"]:
+        raise WorkFailed(next(iter(failed.values())).said)
+
+
+class _Written:
+    """The lines that other processes add to the ledgers of a run from now on."""
+
+    def __init__(self, run_dir: Path, arms: Iterable[str]):
+        self._arms = [run_dir / arm for arm in arms]
+        self._read: dict[Path, int] = {}
+        for _ in self._lines():
+            pass
+
+    def since_last_time(self) -> Iterator[EpisodeRecord]:
+        for path, line in self._lines():
+            if line.strip() and b"\0" not in line:
+                yield record_from_json(line, str(path))
+
+    def _lines(self) -> Iterator[tuple[Path, bytes]]:
+        for path in (path for arm in self._arms for path in sorted(arm.glob("episodes-*.jsonl"))):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                whole = file.read().rpartition(b"\n")[0]
+            if whole:
+                self._read[path] = self._read.get(path, 0) + len(whole) + 1
+                yield from ((path, line) for line in whole.split(b"\n"))
