@@ -49,12 +49,13 @@ def of_kind(kinds: str) -> Rows:
 
 def suites() -> Rows:
     """The LIBERO suites with the constants of their published protocol, and what is installed under their names."""
+    from qlibero.sim.libero_plus import INSTALL
     from qlibero.sim.physics_check import references
     from qlibero.sim.provenance import content
     from qlibero.sim.suites import SUITES
 
     known = references()
-
+    missing = {name: ", ".join(f"needs {package}" for package in get(SuitePlugin, name).missing) for name in SUITES}
     return [
         {
             "suite": s.name,
@@ -63,9 +64,9 @@ def suites() -> Rows:
             "max_steps": s.max_steps,
             "perturbs": s.base or s.variants_of or None,
             "instructions": s.instructions,
-            "content": content(s.name) if find_spec("libero") and not get(SuitePlugin, s.name).missing else None,
+            "content": None if missing[s.name] or not find_spec("libero") else content(s.name),
             "reference": s.name in known,
-            "from": "built in",
+            "from": f"{missing[s.name]}: {INSTALL}" if missing[s.name] else "built in",
         }
         for s in SUITES.values()
     ] + [

@@ -232,7 +232,10 @@ class Experiment(StrictModel):
         "all", description="all, or a list of task numbers; of several suites also {suite: list}, all of those unsaid"
     )
     episodes_per_task: Int = Field(
-        OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1 of each task"
+        OFFICIAL_INITS,
+        ge=1,
+        le=OFFICIAL_INITS,
+        description="official initial states 0…N-1 of each task; LIBERO-plus has one",
     )
     inits: Inits = Field(
         "official",

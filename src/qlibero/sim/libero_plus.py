@@ -86,8 +86,8 @@ def read_name(name: str) -> Variant | None:
     """What a variant's name says; None for axes that are not offered, and for a name that says two things or none."""
     found = _VIEW.fullmatch(name)
     if found is None:
-        task = re.fullmatch(r"(.+?)(?:_moved)?_level\d+_sample\d+", name)
-        return Variant(name, task[1], name, "level") if task else None
+        level = re.fullmatch(r"(.+?)(?:_moved)?_level\d+_sample\d+", name)
+        return Variant(name, level[1], name, "level") if level else None
     scene = found[1]
     around, up, percent, sideways, upwards, robot, noise = (int(number or 0) for number in found.groups()[1:])
     view = (around, up, percent, sideways, upwards)

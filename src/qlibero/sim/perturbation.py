@@ -32,8 +32,8 @@ class Perturbation:
         from robosuite.utils.mjcf_utils import find_elements
 
         camera = find_elements(arena.worldbody, "camera", {"name": "agentview"}, return_first=True)
-        pose = (np.array(camera.get(key).split(), dtype=np.float64) for key in ("pos", "quat"))
-        position, quaternion = moved(*pose, self.view)
+        stood, looked = (np.array(camera.get(key).split(), dtype=np.float64) for key in ("pos", "quat"))
+        position, quaternion = moved(stood, looked, self.view)
         arena.set_camera("agentview", position, quaternion)
 
     def place_arm(self, env: Any) -> None:

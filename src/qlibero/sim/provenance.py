@@ -97,11 +97,12 @@ def content(suite: str) -> str:
 def _tasks(suite: str, inits: str) -> dict[str, str]:
     from qlibero.sim.libero import task_files
 
+    hashed = functools.cache(file_sha256)  # hundreds of variants share a file
     return {
         f"task {task} of {suite} (goal, initial states, instruction)": Identity(
             {
                 "instruction": text_sha256(task_language(suite, task)),
-                **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
+                **{kind: hashed(path) for kind, path in task_files(suite, task).items()},
                 **({"perturbation": repr(found)} if (found := perturbation(suite, task)) != UNPERTURBED else {}),
                 **({"states": file_sha256(task_files(SUITES[suite].base, task)["states"])} if inits == BASE else {}),
             }

@@ -117,7 +117,8 @@ def _clouds(size: int, decay: float, draws: RandomState) -> Reals:
         clouds[half:size:step, 0:size:step] = mean(above)
         step, wobble = half, wobble / decay
     clouds -= clouds.min()
-    return clouds / clouds.max()
+    clouds /= clouds.max()
+    return clouds
 
 
 def _glass(frame: Frame, strength: int, draws: RandomState) -> Frame:
@@ -130,4 +131,5 @@ def _glass(frame: Frame, strength: int, draws: RandomState) -> Frame:
 
 
 def _as_bytes(frame: NDArray[np.floating]) -> Frame:
-    return (np.clip(frame, 0, 1) * 255).astype(np.uint8)
+    found: Frame = (np.clip(frame, 0, 1) * 255).astype(np.uint8)
+    return found
