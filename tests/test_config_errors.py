@@ -65,7 +65,7 @@ backends: [baseline, fake]
         ("seed: yes", "7:1: seed: should be a whole number (got 'yes')"),
         ("seed: true", "7:1: seed: should be a whole number (got true)"),
         ("tasks: [0, 10]", "7:12: tasks.1: libero_object has tasks 0 to 9"),
-        ("tasks: some", "7:1: tasks: should be 'all' or a list (got 'some')"),
+        ("tasks: some", "7:1: tasks: should be 'all' or a list or `key: value` lines (got 'some')"),
         ("workers: -1", "7:1: workers: should be 'auto' or greater than or equal to 1 (got -1)"),
         ("stop: {margin: .nan}", "7:8: stop.margin: should be a finite number (got nan)"),
         ("stop: {margin: 2}", "7:8: stop.margin: should be less than 1 (got 2)"),

@@ -347,7 +347,9 @@ class Experiment(StrictModel):
 
     def _check_tasks(self) -> None:
         fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
-        listed = {(): (fewest, self.tasks)} if isinstance(self.tasks, tuple) else {}
+        listed: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
+        if isinstance(self.tasks, tuple):
+            listed[()] = (fewest, self.tasks)
         if isinstance(self.tasks, dict):
             listed = {(suite,): (suite, tasks) for suite, tasks in self.tasks.items()}
         for place, (suite, tasks) in listed.items():
@@ -381,8 +383,8 @@ class Experiment(StrictModel):
 
     def task_ids(self, suite: str) -> tuple[int, ...]:
         """Task numbers of a suite, `all` spelt out."""
-        tasks = self.tasks.get(suite, "all") if isinstance(self.tasks, dict) else self.tasks
-        return tuple(range(get(SuitePlugin, suite).tasks)) if tasks == "all" else tasks
+        tasks = self.tasks.get(suite) if isinstance(self.tasks, dict) else self.tasks
+        return tasks if isinstance(tasks, tuple) else tuple(range(get(SuitePlugin, suite).tasks))
 
     def all_tasks(self) -> tuple[tuple[str, int], ...]:
         """(suite, task) of every task."""
