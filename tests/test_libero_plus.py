@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ import pytest
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
 from qlibero.registry import SuitePlugin, get
+from qlibero.run.arms import load_arms
 from qlibero.sim import libero, libero_plus, provenance, suites
 from qlibero.sim.perturbation import Perturbation, moved
 from qlibero.sim.scene import Scene
 from qlibero.sim.sensor_noise import disturb
 from qlibero.sim.torch_array import array_in
 
+ROOT = Path(__file__).parents[1]
 PLUS = [name for name, suite in suites.SUITES.items() if suite.variants_of]
 CAMERAS = [
     ((13, 15, 100, 0, 0), [0.4155, 0.0959, 1.7532], [0.5919, 0.1928, 0.2424, 0.7441]),
@@ -218,6 +221,29 @@ def test_a_task_has_one_state_unless_more_are_drawn(tmp_path):
     path.write_text(text + "libero_plus_goal_robot\nepisodes_per_task: 20\n")
     with pytest.raises(UserError, match=r"x.yaml:4.*episodes_per_task.*has 1 official initial state; more"):
         load_experiment(path, [])
+
+
+@here
+@pytest.mark.parametrize(
+    "tasks, cannot",
+    [
+        (
+            "{libero_plus_goal_language: [47, 48, 49, 50, 52]}",
+            "libero_plus_goal_language 47-48, 50, 52; libero_goal_lan 0",
+        ),
+        ("[49]", "libero_goal_lan has tasks 0 to 9"),
+    ],
+)
+def test_tasks_that_the_embedded_policy_cannot_read_are_named_before_any_episode(tmp_path, tasks, cannot):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"extends: {ROOT}/configs/policies/embedded.yaml\nsuite: [libero_plus_goal_language, libero_goal_lan]\n"
+        f"tasks: {tasks}\nbackends: [baseline]\n"
+    )
+    with pytest.raises(UserError, match="does not know: .*cannot read|has tasks") as refused:
+        experiment = load_experiment(path, [])
+        load_arms(experiment, experiment.arms())
+    assert cannot in str(refused.value)
 
 
 # one of each axis: suite, task, what the shared run below looks at
