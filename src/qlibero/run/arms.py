@@ -80,8 +80,9 @@ def load_arms(
             horizon := unquantized[arm.name].provenance().get("action_horizon")
         ):  # a server says it with its first answer
             _require_replan(arm, horizon)
-    for policy in {id(policy): policy for policy in unquantized.values()}.values():
-        require_readable(policy, experiment)
+    told = {(suite, task): task_language(suite, task) for suite, task in experiment.all_tasks()}
+    for full in {id(policy): policy for policy in unquantized.values()}.values():
+        require_readable(full, told)
     policies: dict[str, Policy] = {}
     quantized = QuantizedNetworks()
     meta: dict[str, dict[str, Any]] = {}

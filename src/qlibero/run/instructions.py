@@ -1,22 +1,20 @@
-"""Which of an experiment's tasks a policy cannot read, all at once and before the first episode."""
+"""Which tasks a policy cannot read, all at once and before the first episode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from qlibero.config.schema import Experiment
 from qlibero.errors import UserError
 from qlibero.policies.base import Policy
-from qlibero.sim.suites import task_language
 
 
-def require_readable(policy: Policy, experiment: Experiment) -> None:
-    """Raises UserError naming, suite by suite, the tasks whose instructions are outside the policy's vocabulary."""
+def require_readable(policy: Policy, instructions: Mapping[tuple[str, int], str]) -> None:
+    """Raises UserError naming, suite by suite, the tasks (suite, number) whose words the policy does not know."""
     unreadable: dict[str, list[int]] = {}
     first: UserError | None = None
-    for suite, task in experiment.all_tasks():
+    for (suite, task), words in instructions.items():
         try:
-            policy.warmup_observations([task_language(suite, task)])
+            policy.warmup_observations([words])
         except UserError as problem:
             first = first or problem
             unreadable.setdefault(suite, []).append(task)

@@ -156,6 +156,7 @@ class VariantSuite:
         return FLAWS.get(self.variants()[task].scene, "")
 
 
+@functools.cache
 def _root() -> Path:
     spec = importlib.util.find_spec("liberoplus")  # of a package at the top level, which imports nothing
     if spec is None or not spec.submodule_search_locations:
