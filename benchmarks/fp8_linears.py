@@ -3,6 +3,8 @@
 What `qlibero.kernels.fp8` defines, with a scale a token and a scale a row, and what deployments ship: no transform,
 one quantizer launch an input (gelu(gate)·up inside it), joint products where W4A8 has them. The sum is the tensor
 cores' own, so answers are close to the definition's and not equal to them. Needs SM89 or newer and Triton.
+
+    PYTHONPATH=src python benchmarks/fp8_linears.py         # how far from it, at three layers of pi0.5
 """
 
 from __future__ import annotations
@@ -146,3 +148,45 @@ def _quantize(
     value = tl.minimum(tl.maximum(tl.div_rn(x, scale), -limit), limit)
     tl.store(codes_ptr + row * K + k, value.to(tl.float8e4nv), mask=there)
     tl.store(scales_ptr + row, scale)
+
+
+def errors(n: int, k: int, m: int) -> dict[str, float | bool]:
+    """A product of m tokens, some channels 40 times louder, against the definition.
+
+    codes: whether codes and scales are its own; one-hot: whether such tokens read every weight back; fast, slow: the
+    largest |sum - definition| of either accumulation beyond the output's own rounding, as a share of Σ|q_x q_w|;
+    allowed: the share that `qlibero.kernels.fp8` allows.
+    """
+    g = torch.Generator("cuda").manual_seed(m)
+    x = torch.randn(m, k, device="cuda", generator=g).bfloat16()
+    x[:, ::97] *= 40
+    w = torch.randn(n, k, device="cuda", generator=g).bfloat16() / k**0.5
+    (codes_x, s_x), (defined, s_defined) = quantize(x), quantize_e4m3(x)
+    codes_w, s_w = quantize_e4m3(w)
+    s_w = s_w.bfloat16().float()
+    exact = ((codes_x.double() @ codes_w.double().t()).float() * s_x[:, None] * s_w).double()
+    whole = codes_x.double().abs() @ codes_w.double().abs().t() * s_x[:, None] * s_w
+    found: dict[str, float | bool] = {
+        "codes": torch.equal(codes_x.view(torch.uint8), defined.view(torch.uint8)) and torch.equal(s_x, s_defined)
+    }
+    kernel = ScaledMm()
+    for kernel.fast in (True, False):
+        y = kernel.matmul(codes_x, s_x, kernel.pack(codes_w), s_w).double()
+        beyond = ((y - exact).abs() - exact.abs() * 2**-8).clamp_min(0)
+        found["fast" if kernel.fast else "slow"] = float((beyond / whole).max())
+    hot, place = torch.zeros(16, k, device="cuda"), torch.arange(16, device="cuda")
+    hot[place, place * 7] = 1.0
+    ones = [torch.ones(count, device="cuda") for count in (16, n)]
+    read = kernel.matmul(hot.to(torch.float8_e4m3fn), ones[0], kernel.pack(codes_w), ones[1])
+    found["one-hot"] = torch.equal(read.float(), codes_w.float()[:, place * 7].t())
+    return found | {"allowed": 33 * 2**-13 * -(-k // 32)}
+
+
+if __name__ == "__main__":
+    print("| N×K | tokens | codes are the definition's | one-hot | fast sums | slow sums | allowed |")
+    print(f"|{'---|' * 7}")
+    for n, k in ((2560, 2048), (2048, 16384), (1152, 4304)):
+        for m in (1, 10, 542):
+            e = errors(n, k, m)
+            numbers = " | ".join(f"{e[name]:.2g}" for name in ("fast", "slow", "allowed"))
+            print(f"| {n}×{k} | {m} | {e['codes']} | {e['one-hot']} | {numbers} |", flush=True)

@@ -2,15 +2,15 @@
 
     python benchmarks/policy_latency.py                      # full size on a GPU, reduced size on a CPU
     python benchmarks/policy_latency.py --variants llm/smooth_hadamard/cuda_w4a8 --cameras 2 --batches 1 --json out.json
-    python benchmarks/policy_latency.py --text 200 --horizon 50 --cameras 3 --batches 1      # flash-vla's shape
 
 Random weights: time and memory do not depend on their values, and no checkpoint is needed. Every variant is
 the same sampler on the same shapes (unless asked otherwise 10 flow steps, 10 action tokens, 32 text positions of
 which three quarters are live); W4A8 stands beside *graphed* bf16, so that what graphs gain is never sold as what fewer
-bits gain. LAYOUT/rtn/fp8 is FP8 W8A8 in the same graphs (`fp8_linears.py`, layouts llm, vision, llm+vision), and
-`+fp8_vision` behind another layout puts the vision tower in FP8 beside it. The quantized variants
-are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB at full
-size), and have their method's whole online work before every quantized input: DuQuant's two block rotations
+bits gain. `--extra` adds 1, 2 and 4 flow steps, each with graphs of its own, and the shape that flash-vla publishes
+(3 views, 200 text positions, 50 action tokens). LAYOUT/rtn/fp8 is FP8 W8A8 in the same graphs (`fp8_linears.py`,
+layouts llm, vision, llm+vision), and `+fp8_vision` behind another layout puts the vision tower in FP8 beside it. The
+quantized variants are made as a run makes them, from an artifact file (of random numbers, in a temporary folder: 1.2 GB
+at full size), and have their method's whole online work before every quantized input: DuQuant's two block rotations
 and a permutation, smooth_hadamard's one transform, nothing for rtn.
 
 Beside the call from host tensors to host tensors ("p50"), at two cameras: a call as a run makes it, from frames that
@@ -28,6 +28,7 @@ Rows are Markdown on stderr; the last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -36,7 +37,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import numpy as np
 import torch
+from floors import PEAKS, floor_ms
 
 from qlibero.config.quantization import Quant
 from qlibero.kernels.hadamard import fold
@@ -84,18 +86,21 @@ ON_GPU = ",".join(
 Made = tuple[str, str]  # layout, method: what an artifact is made for
 Variant = tuple[str, str, str]  # layout, method, backend
 SHA256 = "0" * 64  # of weights that are in no file
-# (bytes/s, bf16 FLOP/s, int8 OP/s), dense, from the vendors' data sheets: the floor is what these allow, not
-# what is reached
-PEAKS = {
-    "H100 80GB HBM3": (3.35e12, 989e12, 1979e12),
-    "H200": (4.8e12, 989e12, 1979e12),
-    "A100": (2.04e12, 312e12, 624e12),
-    "A40": (0.696e12, 150e12, 299e12),
-    "L40S": (0.864e12, 362e12, 733e12),
-    "4090": (1.008e12, 165e12, 660e12),
-    "5090": (1.792e12, 209e12, 838e12),
-    "B200": (8.0e12, 2250e12, 4500e12),
-}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a call is given, and how many flow steps it takes."""
+
+    cameras: int
+    batch: int
+    text: int
+    horizon: int
+    steps: int
+
+
+FLASH_VLA = Shape(cameras=3, batch=1, text=200, horizon=50, steps=10)
+OTHER_STEPS = (1, 2, 4)
 
 
 @dataclass
@@ -105,6 +110,9 @@ class Row:
     variant: str
     cameras: int
     batch: int
+    text: int
+    horizon: int
+    steps: int
     p50_ms: float
     p95_ms: float
     p99_less_min_ms: float
@@ -226,8 +234,18 @@ def compiled(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def inputs(config: Pi05Config, cameras: int, batch: int, text: int, device: torch.device) -> dict[str, Any]:
+def at(sampler: Sampler, shape: Shape) -> Sampler:
+    """The sampler of the same network for that many action tokens and flow steps."""
+    if (sampler.model.config.action_horizon, sampler.steps) == (shape.horizon, shape.steps):
+        return sampler
+    twin = copy.copy(sampler.model)  # shares every module
+    twin.config = replace(twin.config, action_horizon=shape.horizon)
+    return Sampler(twin, shape.steps, graphs=sampler.graphs)
+
+
+def inputs(config: Pi05Config, shape: Shape, device: torch.device) -> dict[str, Any]:
     """Pinned host tensors, as a policy call has them."""
+    cameras, batch, text = shape.cameras, shape.batch, shape.text
     g = torch.Generator().manual_seed(2)
     size = config.vision.image_size
     made = {
@@ -239,57 +257,10 @@ def inputs(config: Pi05Config, cameras: int, batch: int, text: int, device: torc
     return {k: v.pin_memory() for k, v in made.items()} if device.type == "cuda" else made
 
 
-def floor_ms(
-    config: Pi05Config,
-    cameras: int,
-    batch: int,
-    text: int,
-    weight_bits: dict[str, int],
-    peaks: tuple[float, float, float],
-) -> float:
-    """max(bytes, operations) of each phase at the data sheet's peaks, summed. `weight_bits`: {"llm": 4 or 16, …}.
-
-    Matrix products only: live weights are read once a phase (the expert's once a step), activations are free.
-    """
-    memory, bf16, int8 = peaks
-    v, llm, e = config.vision, config.llm, config.expert
-    vision_weights = v.depth * (4 * v.width**2 + 2 * v.width * v.mlp_dim) + v.width * llm.width
-    attention = 2 * llm.num_heads * llm.head_dim * llm.width + 2 * llm.head_dim * llm.width
-    llm_weights = (llm.depth - 1) * (attention + 3 * llm.width * llm.mlp_dim) + 2 * llm.head_dim * llm.width
-    e_attention = e.depth * (2 * e.num_heads * e.head_dim * e.width + 2 * e.head_dim * e.width)
-    e_mlp = e.depth * 3 * e.width * e.mlp_dim
-    image, prefix, horizon = cameras * v.tokens, cameras * v.tokens + text, config.action_horizon
-
-    def phase(parts: list[tuple[float, int]], tokens: int, extra: float, times: int = 1) -> float:
-        read = sum(weights * bits / 8 for weights, bits in parts) / memory
-        work = (
-            sum(2 * weights * tokens * batch / (int8 if bits <= 8 else bf16) for weights, bits in parts)
-            + extra * batch / bf16
-        )
-        return times * max(read, work) * 1e3
-
-    vit_attention = v.depth * cameras * 4 * v.tokens**2 * v.width
-    llm_attention = (llm.depth - 1) * 4 * prefix**2 * llm.num_heads * llm.head_dim
-    flow_attention = e.depth * 4 * horizon * (prefix + horizon) * e.num_heads * e.head_dim
-    return (
-        phase([(vision_weights, weight_bits.get("vision", 16))], image, vit_attention)
-        + phase([(llm_weights, weight_bits["llm"])], prefix, llm_attention)
-        + phase(
-            [(e_attention, 16), (e_mlp, weight_bits["expert_mlp"])],
-            horizon,
-            flow_attention,
-            config.flow_steps,
-        )
-    )
-
-
 def measure(
     name: str,
     sampler: Sampler,
-    config: Pi05Config,
-    cameras: int,
-    batch: int,
-    text: int,
+    shape: Shape,
     device: torch.device,
     repeats: int,
     bits: dict[str, int],
@@ -298,7 +269,8 @@ def measure(
     """Time one variant at one shape: the median call from host tensors to host tensors, and each phase's median."""
     cuda = device.type == "cuda"
     started = time.perf_counter()
-    given = inputs(config, cameras, batch, text, device)
+    config = replace(sampler.model.config, flow_steps=shape.steps)
+    given = inputs(config, shape, device)
     noise = given.pop("noise")
     for _ in range(3):
         out, _ = sampler(given["images"], given["tokens"], noise, token_mask=given["token_mask"])
@@ -315,13 +287,12 @@ def measure(
     peaks = next((p for key, p in PEAKS.items() if cuda and key in torch.cuda.get_device_name()), None)
     row = Row(
         name,
-        cameras,
-        batch,
+        *astuple(shape),
         round(statistics.median(times), 3),
         round(times[min(len(times) - 1, int(0.95 * len(times)))], 3),
         round(times[min(len(times) - 1, int(0.99 * len(times)))] - times[0], 3),
         {key: round(statistics.median(p[key] for p in phases), 3) for key in phases[0]},
-        peaks and round(floor_ms(config, cameras, batch, text, bits, peaks), 2),
+        peaks and round(floor_ms(config, shape.cameras, shape.batch, shape.text, bits, peaks), 2),
         gib(torch.cuda.memory_allocated) if cuda else None,
         gib(torch.cuda.max_memory_allocated) if cuda else None,
         kernels=kernels,
@@ -369,7 +340,8 @@ def gib(measure: Callable[[], int]) -> float:
 
 
 COLUMNS = (
-    "variant", "cameras", "batch", "p50", "p95", "p99 - min", "a run's", "a server's", "vision", "prefix", "flow",
+    "variant", "cameras", "batch", "text", "actions", "steps", "p50", "p95", "p99 - min", "a run's", "a server's",
+    "vision", "prefix", "flow",
     "floor", "static GiB", "peak GiB", "loading GiB", "notes",
 )  # fmt: skip
 
@@ -385,6 +357,9 @@ def cells(row: Row) -> list[Any]:
         row.variant,
         row.cameras,
         row.batch,
+        row.text,
+        row.horizon,
+        row.steps,
         row.p50_ms,
         row.p95_ms,
         row.p99_less_min_ms,
@@ -402,21 +377,19 @@ def cells(row: Row) -> list[Any]:
 class Bench:
     """The variants in their order, and what they answered."""
 
-    def __init__(
-        self, config: Pi05Config, text: int, device: torch.device, repeats: int, shapes: list[tuple[int, int]]
-    ):
-        self.config, self.text, self.device, self.repeats, self.shapes = config, text, device, repeats, shapes
+    def __init__(self, config: Pi05Config, device: torch.device, repeats: int, shapes: list[Shape], extra: list[Shape]):
+        self.config, self.device, self.repeats, self.shapes, self.extra = config, device, repeats, shapes, extra
         self.cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.word = "bf16" if self.cuda else "float32"
         self.rows: list[Row] = []
-        self.answers: dict[tuple[str, int, int], torch.Tensor] = {}
+        self.answers: dict[tuple[str, Shape], torch.Tensor] = {}
 
     def run(
         self,
         name: str,
         make: Callable[[], Sampler],
-        shapes: list[tuple[int, int]],
+        shapes: list[Shape],
         bits: dict[str, int],
         kernels: str = "",
     ) -> None:
@@ -425,17 +398,15 @@ class Bench:
         try:
             sampler = make()
             loading = gib(torch.cuda.max_memory_allocated) if self.cuda else None
-            for cameras, batch in shapes:
-                row, out = measure(
-                    name, sampler, self.config, cameras, batch, self.text, self.device, self.repeats, bits, kernels
-                )
+            for shape in shapes:
+                row, out = measure(name, at(sampler, shape), shape, self.device, self.repeats, bits, kernels)
                 row.loading_gib = loading
-                if cameras == CAMERAS:
-                    row.run_ms, row.server_ms = from_frames(sampler, batch, self.text, self.repeats)
+                if shape.cameras == CAMERAS and shape in self.shapes:
+                    row.run_ms, row.server_ms = from_frames(sampler, shape.batch, shape.text, self.repeats)
                 row.notes.append(sampler.layer_ops_reason)
                 if not bool(torch.isfinite(out).all()):
                     row.notes.append("ANSWER NOT FINITE")
-                self.answers[name, cameras, batch] = out
+                self.answers[name, shape] = out
                 self.rows.append(row)
                 show(cells(row))
         except Exception as error:
@@ -443,15 +414,10 @@ class Bench:
             self.rows.append(
                 Row(
                     name,
-                    0,
-                    0,
-                    0.0,
-                    0.0,
-                    0.0,
+                    *(0, 0, 0, 0, 0),
+                    *(0.0, 0.0, 0.0),
                     {},
-                    None,
-                    None,
-                    None,
+                    *(None, None, None),
                     kernels=kernels,
                     notes=[f"{type(error).__name__}: {error}"[:400]],
                 )
@@ -459,8 +425,8 @@ class Bench:
 
     def compare(self, one: str, other: str) -> None:
         """Whether two variants answered the same at every shape both ran."""
-        for (name, cameras, batch), answer in self.answers.items():
-            twin = self.answers.get((other, cameras, batch))
+        for (name, shape), answer in self.answers.items():
+            twin = self.answers.get((other, shape))
             if name == one and twin is not None:
                 worst = float((answer - twin).abs().max())
                 said = (
@@ -468,10 +434,10 @@ class Bench:
                     if worst == 0
                     else f"differ by at most {worst:.2e} (largest value {float(twin.abs().max()):.2f})"
                 )
-                text = f"answers of {one} and {other}, {cameras} cameras, batch {batch}: {said}"
-                next(r for r in self.rows if (r.variant, r.cameras, r.batch) == (one, cameras, batch)).notes.append(
-                    text
-                )
+                text = f"answers of {one} and {other}, {shape.cameras} cameras, batch {shape.batch}: {said}"
+                where = (one, *astuple(shape))
+                row = next(r for r in self.rows if (r.variant, r.cameras, r.batch, r.text, r.horizon, r.steps) == where)
+                row.notes.append(text)
                 print(text, file=sys.stderr, flush=True)
 
     def clean(self) -> None:
@@ -496,6 +462,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="flow steps (default: %(default)s)")
     parser.add_argument("--horizon", type=int, default=10, help="action tokens (default: %(default)s)")
     parser.add_argument("--text", type=int, default=TEXT, help="text positions (default: %(default)s)")
+    parser.add_argument(
+        "--extra",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="rows of 1, 2 and 4 flow steps, and of flash-vla's shape (default: %(default)s)",
+    )
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None, help="also write the document here")
     args = parser.parse_args()
@@ -504,9 +476,14 @@ def main() -> None:
     if not cuda:
         torch.set_num_threads(1)
     cameras, batches = args.cameras if cuda else "2", args.batches or ("1,8,16" if cuda else "1,2")
-    shapes = [(int(c), int(b)) for b in batches.split(",") for c in cameras.split(",")]
+    shapes = [
+        Shape(int(c), int(b), args.text, args.horizon, args.steps)
+        for b in batches.split(",")
+        for c in cameras.split(",")
+    ]
+    extra = [replace(shapes[0], steps=steps) for steps in OTHER_STEPS if steps != args.steps] + [FLASH_VLA]
     config = replace(PI05_FULL if cuda else REDUCED, flow_steps=args.steps, action_horizon=args.horizon)
-    bench = Bench(config, args.text, device, args.repeats or (30 if cuda else 5), shapes)
+    bench = Bench(config, device, args.repeats or (30 if cuda else 5), shapes, extra if args.extra else [])
     asked = (args.variants or (ON_GPU if cuda else "llm/duquant/fake,llm+expert_mlp/duquant/fake")).split(",")
     variants = [tuple(variant.split("/")) for variant in asked]
     if any(len(variant) != 3 for variant in variants):
@@ -537,7 +514,7 @@ def main() -> None:
         "python": platform.python_version(),
         "horizon": bench.config.action_horizon,
         "flow_steps": bench.config.flow_steps,
-        "text_positions": bench.text,
+        "text_positions": args.text,
         "rows": [asdict(row) for row in bench.rows],
     }
     if args.json:
@@ -571,10 +548,10 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
     eager = f"eager {bench.word}"
     bench.run(eager, lambda: Sampler(model), one, FULL)
     if cuda:
-        bench.run("graphed bf16", lambda: Sampler(model, graphs=True), bench.shapes, FULL)
+        bench.run("graphed bf16", lambda: Sampler(model, graphs=True), [*bench.shapes, *bench.extra], FULL)
         bench.compare("graphed bf16", eager)
 
-    def run(variant: Variant, shapes: list[tuple[int, int]]) -> None:
+    def run(variant: Variant, shapes: list[Shape]) -> None:
         layout, method, backend = variant
         if backend == "fp8":
             bits = {"llm": 8 if "llm" in layout else 16, "expert_mlp": 16, "vision": 8 if "vision" in layout else 16}
@@ -591,7 +568,7 @@ def beside_full_precision(bench: Bench, artifacts: dict[Made, Artifact], variant
         )
 
     for variant in variants:
-        run(variant, bench.shapes)
+        run(variant, [*bench.shapes, *bench.extra])
     for made in artifacts:
         real = [variant for variant in variants if variant[:2] == made and variant[2] != "fake"]
         twin = (*made, "fake")

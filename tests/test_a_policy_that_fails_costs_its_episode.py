@@ -96,8 +96,9 @@ def test_a_server_s_answer_that_is_not_finite_is_one_episode_s_failure_across_th
     import asyncio
     import threading
 
+    from qlibero.policies.listening import ServerSettings
     from qlibero.policies.remote import RemotePolicy
-    from qlibero.policies.server import PolicyServer, ServerSettings
+    from qlibero.policies.server import PolicyServer
 
     policy = small_policy()
     plain = policy.infer

@@ -25,12 +25,13 @@ from websockets.sync.client import connect
 from qlibero import cli
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.frames import resize_pil
+from qlibero.policies.listening import ServerSettings
 from qlibero.policies.pi05.normalize import from_openpi
 from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import PROFILES
 from qlibero.policies.pi05.tokenizer import WordTokenizer, split_words
 from qlibero.policies.remote import RemotePolicy
-from qlibero.policies.server import PolicyServer, ServerSettings
+from qlibero.policies.server import PolicyServer
 from qlibero.policies.wire import pack, unpack
 from qlibero.run import arms
 

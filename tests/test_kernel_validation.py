@@ -11,7 +11,7 @@ from torch import nn
 
 from qlibero.cache import cache_directory
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import load, names, validation
+from qlibero.kernels import load, names, passes, validation
 from qlibero.kernels.contract import GemmShape, epilogue, quantize_activations, quantize_weights
 from qlibero.kernels.exactness import try_kernel, try_layer
 from qlibero.kernels.fake import Fake
@@ -267,20 +267,18 @@ def test_auto_refuses_when_nothing_real_passes(monkeypatch):
 def test_passes_are_remembered_until_anything_they_depend_on_changes(monkeypatch):
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
     assert validation.check(LAYERS, "cpu_int4")[0].cached
-    assert validation.validation_status("cpu_int4").startswith("passed 2 shapes on")
-    monkeypatch.setattr(validation, "_source_hash", lambda: "another source")
-    assert (
-        validation.validation_status("cpu_int4") == "unproven"
-    )  # the kernel that passed is not the one that would run
+    assert passes.validation_status("cpu_int4").startswith("passed 2 shapes on")
+    monkeypatch.setattr(passes, "_source_hash", lambda: "another source")
+    assert passes.validation_status("cpu_int4") == "unproven"  # the kernel that passed is not the one that would run
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
     monkeypatch.setattr(validation.torch, "__version__", "9.9")
-    assert validation.validation_status("cpu_int4") == "unproven"
+    assert passes.validation_status("cpu_int4") == "unproven"
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
 
 
 def test_what_others_left_in_the_cache_is_passed_over():
     validation.check(LAYERS, "cpu_int4")
-    proven = validation.validation_status("cpu_int4")
+    proven = passes.validation_status("cpu_int4")
     ours = list(cache_directory("kernels").glob("cpu_int4-*.json"))
     known = json.loads(ours[0].read_text())
     old = {key: value for key, value in known["facts"].items() if key != "processor"}
@@ -296,12 +294,11 @@ def test_what_others_left_in_the_cache_is_passed_over():
     for i, entry in enumerate(foreign):
         ours[0].with_name(f"cpu_int4-{i}.json").write_text(json.dumps(entry))
     ours[0].with_name("cpu_int4-torn.json").write_bytes(b"\xff{")
-    assert validation.validation_status("cpu_int4") == proven
+    assert passes.validation_status("cpu_int4") == proven
     for path in ours:
         path.write_text("null")
     assert (
-        validation.validation_status("cpu_int4") == "unproven"
-        and validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
+        passes.validation_status("cpu_int4") == "unproven" and validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
     )
 
 
@@ -313,7 +310,7 @@ def test_a_pass_under_the_interpreter_says_nothing_about_this_machine(monkeypatc
                 validation.check(LAYERS, "cpu_int4")[0].verdict == "pass"
                 and not validation.check(LAYERS, "cpu_int4")[0].cached
             )
-    assert validation.validation_status("cpu_int4") == "unproven"
+    assert passes.validation_status("cpu_int4") == "unproven"
     assert not validation.check(LAYERS, "cpu_int4")[0].cached
 
 
@@ -341,7 +338,7 @@ def test_16_bit_activations_are_never_credited_to_a_kernel():
 
 def test_failures_are_not_remembered(lying):
     validation.check(LAYERS, "liar")
-    assert validation.check(LAYERS, "liar")[0].cached is False and validation.validation_status("humming") == "unproven"
+    assert validation.check(LAYERS, "liar")[0].cached is False and passes.validation_status("humming") == "unproven"
 
 
 def test_what_a_machine_lacks_is_a_verdict_not_a_crash():

@@ -111,10 +111,8 @@ def ran(policy, artifact, backend: str, calls: int) -> Recheck:
 def test_the_end_of_a_short_run_finds_it(policy, artifact, registered, kind):
     watch = ran(policy, artifact, registered(kind), calls=3)
     found = watch.finish()
-    assert (
-        found["wrong"] and found["products"] >= PRODUCTS and found["layers"] == sum(x.executed for x in artifact.layers)
-    )
-    assert "products of paligemma_with_expert." in found["wrong"][-1]
+    assert found.wrong and found.products >= PRODUCTS and found.layers == sum(x.executed for x in artifact.layers)
+    assert "products of paligemma_with_expert." in found.wrong[-1]
 
 
 def test_a_call_is_put_to_the_twin_and_what_was_executed_counts(policy, artifact):
@@ -138,8 +136,8 @@ def test_a_call_is_put_to_the_twin_and_what_was_executed_counts(policy, artifact
 def test_an_honest_kernel_is_left_alone(policy, changes):
     watch = ran(policy, made(policy, **changes), "cpu_int4", calls=EVERY // 2)
     found = watch.finish()
-    assert found["wrong"] == [] and (found["calls"], found["repeated"]) == (EVERY // 2, 1)
-    assert found["products"] > PRODUCTS // 5  # a loaded machine may end it by its time
+    assert not found.wrong and (found.calls, found.repeated) == (EVERY // 2, 1)
+    assert found.products > PRODUCTS // 5  # a loaded machine may end it by its time
 
 
 def test_an_arm_that_was_not_asked_has_nothing_to_say(policy, artifact):
@@ -235,7 +233,8 @@ def test_a_served_kernel_that_changes_ends_the_server(policy, artifact, register
     from websockets.sync.client import connect
 
     from qlibero.errors import GuardRefusal
-    from qlibero.policies.server import ServerSettings, serve
+    from qlibero.policies.listening import ServerSettings
+    from qlibero.policies.server import serve
     from qlibero.policies.wire import pack
 
     monkeypatch.setattr("qlibero.quant.recheck.EVERY", 2)

@@ -27,13 +27,19 @@ def test_every_variant_runs_and_the_last_line_is_json():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads(done.stdout.splitlines()[-1])
-    rows = {(row["variant"], row["batch"]): row for row in document["rows"]}
+    usual = [row for row in document["rows"] if (row["text"], row["horizon"], row["steps"]) == (32, 10, 10)]
+    rows = {(row["variant"], row["batch"]): row for row in usual}
     assert not [row for row in document["rows"] if not row["p50_ms"] > 0], "a variant failed"
     assert {"eager float32", "W4A8 llm smooth_hadamard fake", "W4A8 llm duquant int_ref"} <= {v for v, _ in rows}
     alone = rows["W4A8 llm+expert_mlp rtn cpu_int4, straight from its artifact", 1]
     beside = rows["W4A8 llm+expert_mlp rtn cpu_int4", 1]
     assert alone["phases_ms"].keys() == beside["phases_ms"].keys()
     assert {"vision", "prefix", "flow"} <= set(rows["eager float32", 1]["phases_ms"])
+    # each variant at fewer flow steps, and at flash-vla's shape
+    asked = [tuple(row[key] for key in ("cameras", "batch", "text", "horizon", "steps")) for row in document["rows"]]
+    assert all(
+        asked.count(shape) == len(variants) for shape in ((2, 1, 32, 10, 1), (2, 1, 32, 10, 2), (3, 1, 200, 50, 10))
+    )
     # the exact fake and every other backend must lead to the very same actions
     said = [note for row in document["rows"] for note in row["notes"] if note.startswith("answers of")]
     assert len(said) == 6 and all(note.endswith("EQUAL") for note in said), said

@@ -21,8 +21,9 @@ from websockets.sync.client import connect
 
 from qlibero.policies.base import Observation
 from qlibero.policies.limits import Limits
+from qlibero.policies.listening import ServerSettings
 from qlibero.policies.request import read_observation
-from qlibero.policies.server import PolicyServer, ServerSettings, _told
+from qlibero.policies.server import PolicyServer, _told
 from qlibero.policies.wire import pack, unpack
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,8 @@ import sys, time
 import numpy as np
 from pathlib import Path
 from qlibero.policies.base import Chunk
-from qlibero.policies.server import ServerSettings, serve
+from qlibero.policies.listening import ServerSettings
+from qlibero.policies.server import serve
 
 class Quick:
     noise_shape, batch_size, name = (10, 7), 4, "quick"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +238,22 @@ def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     assert slurm_cost["gpu_h"] == pytest.approx(300 * 1.5 * 2 / 3600, abs=1e-3)
     assert slurm_cost["wall_h"] == pytest.approx(34 * 1.5 / 3600, abs=1e-3)
     assert [seconds(t) for t in ("30", "01:00:00", "2-01", "1-00:00:30", "10:30")] == [1800, 3600, 176400, 86430, 630]
+
+
+@pytest.mark.parametrize("devices", ["[cpu, cuda]", "[cuda, cpu]"])
+def test_a_plan_counts_each_cells_own_simulators(tmp_path, monkeypatch, devices):
+    monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
+    axes = f"  policy.device: {devices}\ncells:\n  three: {{{{policy.device: cuda, workers: 3}}}}\n"
+    text = GRID.partition("  seed:")[0] + axes + GRID[GRID.index("launch:") :]
+    made = cells.make_manifest(sweep_of(tmp_path, text, "policy.batch_size=16", "backends=[baseline]"), tmp_path / "o")
+    for cell in made.cells:
+        fill(cell, episode_keys(cell.experiment)[:2])
+    found = plan(made)["engines"]["slurm"]  # 4 cores, 2 GPUs; 48 episodes are missing in each of three cells
+    on_cpu = 2 / 4 + 1 / 4  # seconds of an episode: 4 simulators step, and share the policy's calls
+    on_gpu = 2 / 4 + 1 / 16  # four batches of 16, but no more than 4 a core
+    with_three = 2 / 3 + 1 / 3
+    assert found["gpu_h"] == pytest.approx(48 * (on_cpu + on_gpu + with_three) * 2 / 3600, abs=1e-3)
+    assert "up to 16 simulators" in found["basis"]
 
 
 def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypatch):
@@ -640,18 +657,23 @@ def test_a_run_is_spread_over_the_gpus_that_its_policy_may_use(tmp_path, monkeyp
         asked.append(made.launch.processes)
         shards = cells.read_manifest(made.manifest).shards
         assert [(s.index, s.count) for s in shards] == [(i, len(shards)) for i in range(len(made.indices))]
-        return {0: local.Failed(3, "another policy")}
+        return {0: local.Failed(3, "said by it")}
 
     monkeypatch.setattr(here, "run_experiment", alone)
     monkeypatch.setattr(here, "run_shards", spread)
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", *sets).cells
-    hear = lambda *_: None  # noqa: E731
-    if expected == 1:
-        here.run_here(cell.experiment, tmp_path / "out", hear, hear, hear)
-    else:
-        with pytest.raises(GuardRefusal, match="another policy"):  # what refused a process refuses the run
-            here.run_here(cell.experiment, tmp_path / "out", hear, hear, hear)
+    with suppress(GuardRefusal):
+        here.run_here(cell.experiment, tmp_path / "out", print, print, print)
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("status,error", [(1, WorkFailed), (2, UserError), (3, GuardRefusal), (-9, WorkFailed)])
+def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypatch, status, error):
+    monkeypatch.setattr(here, "run_shards", lambda *_: {1: local.Failed(status, "said by it")})
+    sets = "tracking=[]", "launch.processes=2", "policy.device=cpu"
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells
+    with pytest.raises(error, match="said by it"):
+        here.run_here(cell.experiment, tmp_path / "out", print, print, print)
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):

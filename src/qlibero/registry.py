@@ -121,7 +121,9 @@ class MethodPlugin(Plugin):
     must_have = ("fit",)
 
     def called(self) -> tuple[str, ...]:
-        return ("choose",) if self.chooses else self.must_have
+        if self.chooses:
+            return ("choose",)
+        return (*self.must_have, "output_rotation") if self.rotates_outputs else self.must_have
 
 
 @dataclass(frozen=True)

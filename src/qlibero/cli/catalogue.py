@@ -134,7 +134,7 @@ def backends() -> Rows:
 
 
 def _backend(plugin: KernelPlugin) -> dict[str, Any]:
-    from qlibero.kernels import load, validation
+    from qlibero.kernels import load, passes
     from qlibero.kernels.contract import GemmShape
 
     try:
@@ -153,7 +153,7 @@ def _backend(plugin: KernelPlugin) -> dict[str, Any]:
         "backend": plugin.name,
         "runs_on": ", ".join(runs_on),
         "here": bool(runs_on),
-        "validation": validation.validation_status(plugin.name),
+        "validation": passes.validation_status(plugin.name),
         "from": plugin.origin,
         "about": says,
     }

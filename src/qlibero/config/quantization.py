@@ -37,7 +37,7 @@ class Quant(StrictModel):
     method: Annotated[str, PluginName(MethodPlugin)] = Field("duquant", description="the transform before rounding")
     layout: Word | None = Field(None, description="which linears, by one of the policy's names; or give include")
     include: tuple[Regex, ...] = Field(
-        (), max_length=MAX_PATTERNS, description="regexes over openpi layer names, instead of layout"
+        (), max_length=MAX_PATTERNS, description="regexes over the policy's layer names, instead of layout"
     )
     exclude: tuple[Regex, ...] = Field(
         (), max_length=MAX_PATTERNS, description="regexes of layers to leave alone, applied after layout or include"

@@ -15,8 +15,8 @@ largest of them and keeps about 13 bits below it (DeepSeek-V3 report, arXiv 2412
 
     |acc_hardware - acc| ≤ TOLERANCE · S · ceil(K / 32),     TOLERANCE = 33 · 2^-13
 
-is what a kernel would be held to, and its one-hot tokens, whose sums have one term, to equality. None is here yet: no
-machine to try one on.
+is what a kernel is held to, and its one-hot tokens, whose sums have one term, to equality. No backend of a run has it;
+`benchmarks/fp8_linears.py` prints where `torch._scaled_mm` stands.
 """
 
 from __future__ import annotations

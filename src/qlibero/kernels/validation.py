@@ -3,9 +3,7 @@
     requested backend ── exactness.py ──▶  pass | fall back to X | refuse      with the reason, per layer
 
 `on_failure: refuse` (the default) stops the run; `fallback` goes to the next kernel that passes, and says so in every
-record. Passes are cached per (package versions, processor, shape, tokens, source of this room): any change of those is
-a new test. Failures are never cached, so that a mended machine is believed at once; nor are passes under
-Triton's interpreter, which say nothing about a GPU.
+record. Passes are remembered (`passes.py`).
 
 Layers with 16-bit activations multiply no integers: their codes are dequantized once and an ordinary linear runs. They
 are listed too, so that a record says what ran and nobody takes it for the kernel that was asked for.
@@ -13,25 +11,18 @@ are listed too, so that a record says what ran and nobody takes it for the kerne
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 
 from qlibero.activity import doing
-from qlibero.cache import cache_directory, keep
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.kernels import DEQUANTIZED, SIMULATED, load, names
+from qlibero.kernels import DEQUANTIZED, SIMULATED, load, names, passes
 from qlibero.kernels.benchmark import seconds
 from qlibero.kernels.contract import GemmShape, Kernel
 from qlibero.kernels.exactness import ExactnessResult, quantized_weight, try_kernel
@@ -55,7 +46,7 @@ class KernelCheck:
     cached: bool
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
@@ -196,33 +187,9 @@ def choose(layers: Sequence[Layer]) -> tuple[str, str]:
     return best, f"auto: fastest of those that pass ({ranking})"
 
 
-def validation_status(name: str) -> str:
-    """Which shapes a backend has passed on this machine as it is now, for `ls backends`.
-
-    Files that another version or another program left in the cache, whatever they hold, are passed over.
-    """
-    kernel = load(name)
-    if not kernel.real:
-        return "reference"
-    passed: dict[str, set[str]] = {}
-    for path in cache_directory("kernels").glob(f"{name}-*.json"):
-        try:
-            known = json.loads(path.read_text())
-            if known["facts"] == _facts(kernel, known["device"]):
-                shape = str(known["shape"])
-                passed.setdefault(known["facts"]["processor"], set()).add(shape)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    if not passed:
-        return "unproven"
-    return "; ".join(
-        f"passed {count_text(len(shapes), 'shape')} on {processor}" for processor, shapes in sorted(passed.items())
-    )
-
-
-def table(verdicts: Sequence[KernelCheck]) -> list[dict[str, Any]]:
+def table(verdicts: Sequence[KernelCheck]) -> list[JsonObject]:
     """Rows for people: layers that share shape, kernel and verdict in one."""
-    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    rows: dict[tuple[object, ...], JsonObject] = {}
     for v in verdicts:
         key = (v.shape, v.tokens, v.requested, v.verdict, v.reason)
         row = rows.setdefault(
@@ -258,12 +225,12 @@ class _Results:
             return self._done[key], True, 0.0
         kernel = load(name)
         start = time.perf_counter()
-        finding = _remembered(kernel, layer) if self._remember else None
+        finding = passes.recall(kernel, layer) if self._remember else None
         cached = finding is not None
         if finding is None:
             finding = try_kernel(kernel, layer.shape, layer.tokens)
             if finding.ok:
-                _keep(kernel, layer, finding)
+                passes.remember(kernel, layer, finding)
         self._done[key] = finding
         return finding, cached, time.perf_counter() - start
 
@@ -279,73 +246,3 @@ def _seconds(kernel: Kernel, layer: Layer) -> float:
         matmul, x = (kernel.matmul_tiles, tile(x)) if kernel.in_tiles else (kernel.matmul, x)
         total += seconds(partial(matmul, x, s_x, packed, scales), shape.device, budget_s=0.05)
     return total
-
-
-# --------------------------------------------------------------------------------------------- what is remembered
-def _facts(kernel: Kernel, device: str) -> dict[str, Any]:
-    """What a result depends on besides the layer."""
-    return {
-        "kernel": kernel.name,
-        "processor": _processor(device),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "package": _version(kernel.package),
-        "source": _source_hash(),
-        "core": getattr(kernel, "core", None),
-    }
-
-
-def _place(kernel: Kernel, layer: Layer) -> Path:
-    facts = {**_facts(kernel, layer.shape.device), "shape": asdict(layer.shape), "tokens": layer.tokens}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_directory("kernels") / f"{kernel.name}-{digest}.json"
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _source_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".cu")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def _version(package: str | None) -> str | None:
-    try:
-        return metadata.version(package) if package else None
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor(device: str) -> str:
-    if device == "cuda" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return f"{torch.cuda.get_device_name()} (SM{major}{minor}, CUDA {torch.version.cuda})"
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _remembered(kernel: Kernel, layer: Layer) -> ExactnessResult | None:
-    try:
-        return (
-            None if _interpreted() else ExactnessResult(True, json.loads(_place(kernel, layer).read_text())["reason"])
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _keep(kernel: Kernel, layer: Layer, finding: ExactnessResult) -> None:
-    if _interpreted():
-        return
-    device = layer.shape.device
-    known = {
-        "reason": finding.reason,
-        "shape": str(layer.shape),
-        "tokens": layer.tokens,
-        "device": device,
-        "facts": _facts(kernel, device),
-    }
-    keep(_place(kernel, layer), json.dumps(known))

@@ -42,8 +42,7 @@ def run_here(
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
 ) -> dict[str, Any]:
-    """Run what is missing; arguments, document and errors are `run_experiment`'s. WorkFailed too when a process
-    failed after the last episode."""
+    """Run what is missing; arguments, document and errors are `run_experiment`'s, whichever process has them."""
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
     at_once = _processes(experiment)
@@ -112,13 +111,13 @@ def _spread(
 
 
 def _raise(failed: dict[int, Failed], document: dict[str, Any]) -> None:
-    """What a process was refused, or could not do; wrong kernels and episodes that lack are in the document."""
+    """What a process was refused, or could not do; wrong kernels and episodes in error are in the document."""
     if refusal(document["arithmetic"]):
         return
     for one in failed.values():
         if one.status in (2, 3):
             raise {2: UserError, 3: GuardRefusal}[one.status](one.said)
-    if failed and document["complete"]:
+    if failed and not any(arm["errors"] for arm in document["arms"].values()):
         raise WorkFailed(next(iter(failed.values())).said)
 
 

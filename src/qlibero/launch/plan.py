@@ -298,18 +298,16 @@ def _discordance(cell: Cell) -> tuple[float, str]:
 
 def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, dict[str, Any]]:
     """Per engine: {"wall_h", "gpu_h", "basis"} for what is missing, without start-up and queueing."""
-    first = manifest.cells[0].experiment
-    launch = first.launch
+    launch = manifest.cells[0].experiment.launch  # the cells share it
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
     by_engine = {}
     for name, engine in engines(launch.engine).items():
         place = engine.place(launch)
-        most = wanted(place.cores, gpu_batch(first, _auto(first, engine)))
-        workers = most if place.memory_gb is None else fitting(most, place.memory_gb)
+        workers = {cell.id: _simulators(cell.experiment, engine) for cell in manifest.cells}
         shards = [
             s
             for shard in manifest.shards
-            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers, engine, known))
+            if (s := _shard_seconds(manifest, shard, missing[shard.cell], workers[shard.cell], engine, known))
         ]
         # the longest shard is a bound of its own; below it the slots share the sum
         wall = max(max(shards, default=0.0), sum(shards) / min(place.at_once or 10**9, len(shards) or 1))
@@ -318,9 +316,17 @@ def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, dict[str,
             "gpu_h": round(sum(shards) * place.gpus / 3600, 3),
             "longest_shard_min": round(max(shards, default=0.0) / 60, 1),
             "basis": f"shards at once: {place.at_once or 'all'}; of each: {count_text(place.cores, 'core')}, "
-            f"up to {count_text(workers, 'simulator')}",
+            f"up to {count_text(max(workers.values()), 'simulator')}",
         }
     return by_engine
+
+
+def _simulators(experiment: Experiment, engine: Engine) -> int:
+    """As many as a shard of this cell starts on an engine."""
+    place = engine.place(experiment.launch)
+    most = wanted(place.cores, gpu_batch(experiment, _auto(experiment, engine)))
+    workers = most if place.memory_gb is None else fitting(most, place.memory_gb)
+    return workers if experiment.workers == "auto" else experiment.workers
 
 
 def _shard_seconds(
@@ -334,7 +340,6 @@ def _shard_seconds(
     """Simulators run beside each other, as many at once as there are cores; the policy serves batches of the episodes
     that wait, one batch at a time."""
     experiment = manifest.cell(shard).experiment
-    workers = workers if experiment.workers == "auto" else min(workers, experiment.workers)
     batches = {arm.name: arm.policy.batch_size for arm in experiment.arms()}
     # auto: one at a time on a CPU; on a GPU this is pessimistic
     together = {arm: min(workers, batch) if batch != "auto" else 1 for arm, batch in batches.items()}

@@ -109,6 +109,7 @@ def egl_device(visible: str | None, gpus: list[dict[str, str]]) -> int | None:
     return 0
 
 
+@cache
 def find_gpus() -> list[dict[str, str]]:
     """NVIDIA GPUs as nvidia-smi lists them: index, uuid, name, driver, memory_mib, compute_capability; or []."""
     fields = ("index", "uuid", "name", "driver_version", "memory.total", "compute_cap")

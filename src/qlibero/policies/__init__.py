@@ -12,6 +12,7 @@ from qlibero.registry import PolicyPlugin, every, get
 
 if TYPE_CHECKING:
     from qlibero.config.policies import PolicySettings
+    from qlibero.documents import JsonObject
     from qlibero.policies.base import Policy, PolicyFamily
 
 
@@ -58,9 +59,9 @@ def weights_sha256(settings: PolicySettings) -> str | None:
     return digest(settings) if digest else None
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path) -> JsonObject:
     """A report on a checkpoint directory, by the family that takes it for its own; by the first where none does, which
     says what it is instead. UserError when there is no checkpoint to speak of."""
     families = [family for plugin in every(PolicyPlugin) if hasattr(family := plugin.load(), "verify")]
-    report: dict[str, Any] = next((f for f in families if f.claims(path)), families[0]).verify(path)
+    report: JsonObject = next((f for f in families if f.claims(path)), families[0]).verify(path)
     return report

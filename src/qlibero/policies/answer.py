@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal
 from qlibero.policies.wire import short
 
@@ -19,7 +20,7 @@ MAX_ACTION = 20.0
 """LIBERO's controller clips actions to ±1; normalised actions of a policy that overshoots stay within a few."""
 
 
-def read_metadata(metadata: Any, url: str) -> dict[str, Any]:
+def read_metadata(metadata: Any, url: str) -> JsonObject:
     """The server's metadata; {} for one that says nothing.
 
     Raises GuardRefusal when it declares actions of another robot, or is not of the protocol.
@@ -45,7 +46,7 @@ def read_metadata(metadata: Any, url: str) -> dict[str, Any]:
     return metadata
 
 
-def declared_horizon(metadata: dict[str, Any]) -> int | None:
+def declared_horizon(metadata: JsonObject) -> int | None:
     """The actions of a chunk as the metadata declares them; None where it does not."""
     horizon = metadata.get("action_horizon")
     if horizon is None and metadata.get("qlibero"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard, cast
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from qlibero.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from qlibero.config.policies import PolicySettings
+    from qlibero.documents import JsonObject
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Policy(Protocol):
         """Observations that together need all a call with these prompts can need (shapes, kernels, graphs)."""
         ...
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """JSON-ready identity. `type` and `name` always. Where they are known: `sha256` and `checkpoint` of the
         weights, `profile`, `dtype`, `device`, `parameters`, `action_horizon`; `guarantees`: {"noise": false} of one
         that draws its own noise; `remarks`: lines for people; `execution`: which implementations ran, once asked."""
@@ -115,15 +117,54 @@ class Linear:
     """Key of `token_counts`: how many rows a call puts through it."""
     executed: bool = True
     """False where no action depends on it."""
+    block: str = ""
+    """The layer of the network that it is part of: what sequential calibration takes one after the other."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a policy's network, by the names of its query projection and its output projection."""
+    """One attention of a policy's network: what a correction may scale."""
 
     name: str
     query: str
+    """The linear that makes the queries: its rows are `heads` equal parts, in order."""
     output: str
+    """The linear that all heads' results go through."""
+    heads: int
+    """Query heads."""
+
+
+class SharingLinear(Protocol):
+    """What a quantized linear may have beside `forward`: linears of one group compute their input's codes once."""
+
+    def prepare(self, x: Tensor) -> Any:
+        """x (..., K) -> what `from_prepared` of every quantized linear of the group takes."""
+        ...
+
+    def from_prepared(self, prepared: Any) -> Tensor:
+        """(..., N)"""
+        ...
+
+    def precedes(self, *others: nn.Module) -> bool:
+        """Whether `joined` gives the outputs of this linear and of `others` without a copy."""
+        ...
+
+    def joined(self, x: Tensor, last: Any) -> Tensor:
+        """x (..., K) -> the outputs of this linear to `last` side by side."""
+        ...
+
+    def takes_gated(self, device: torch.device) -> bool:
+        """Whether `of_gated` saves a pass over the input there; else it is not to be called."""
+        ...
+
+    def of_gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """This linear of gelu_tanh(gate)·up, each (..., K)."""
+        ...
+
+
+def shares_input(linear: nn.Module) -> TypeGuard[SharingLinear]:
+    """Whether it is quantized so that linears with one input share its codes; else it is only ever called."""
+    return hasattr(linear, "prepare")
 
 
 class Quantizable(Protocol):
@@ -143,8 +184,7 @@ class Quantizable(Protocol):
 class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
     """A policy whose network is here: all that calibration, kernel check and recheck ask of one.
 
-    Its linears are `torch.nn.Linear` and are called by forward, or by `prepare` and `from_prepared` where they have
-    those (`quant.linear.QuantLinear`: linears of one group share what was prepared).
+    Its linears are `torch.nn.Linear` and are called by forward, or as `SharingLinear` says where `shares_input`.
     """
 
     @property
@@ -154,6 +194,11 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
 
     def with_model(self, model: torch.nn.Module) -> Self:
         """The same policy around a twin of its network (`surgery.swap_modules`)."""
+        ...
+
+    def for_calibration(self) -> Self:
+        """The same policy as it is calibrated, whatever its settings say that changes no weight (flow steps): an
+        artifact's key knows weights, settings and data, so nothing else may decide what is in it."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -171,7 +216,8 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
         nothing fused, replayed or padded, every linear called by itself, so that hooks see what acts.
 
         `model` is a twin to be asked instead. `hear(name, q, k)` is told of each attention (see `attentions`) as it is
-        computed: rotated queries (1, T, heads, d) and keys (1, P, d), all of them live.
+        computed: rotated queries (1, T, heads, d) and keys, (1, P, d) where all heads share them, else (1, P, groups,
+        d) of as many consecutive heads each; all of them live.
         """
         ...
 

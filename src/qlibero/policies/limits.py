@@ -87,10 +87,11 @@ class LimitedConnection(ServerConnection):
     def __init__(self, crowd: Crowd, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.crowd = crowd
-        self.held, self.began, self.heard = 0, None, time.monotonic()
+        self.held, self.heard = 0, time.monotonic()
+        self.began: float | None = None
         self.open = self.busy = self.spare = False
         self._request_bytes = 0
-        self.work: asyncio.Future | None = None
+        self.work: asyncio.Future[Any] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -115,7 +116,7 @@ class LimitedConnection(ServerConnection):
             super().data_received(data)
 
     @contextmanager
-    def answering(self, message: bytes | str, work: asyncio.Future) -> Iterator[None]:
+    def answering(self, message: bytes | str, work: asyncio.Future[Any]) -> Iterator[None]:
         """While `message` is answered; `work` is told when the client leaves meanwhile."""
         self.busy, self.work, self.held = True, work, len(message)
         self._request_bytes = len(message)
@@ -130,3 +131,13 @@ class LimitedConnection(ServerConnection):
         _log.warning("cut off %s: %s", self.remote_address, reason)
         self.crowd.leave(self)
         self.transport.abort()
+
+
+def connections_of(crowd: Crowd) -> type[LimitedConnection]:
+    """What websockets makes of each client that comes to this crowd."""
+
+    class Admitted(LimitedConnection):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(crowd, *arguments, **options)
+
+    return Admitted

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlibero.documents import JsonObject
 from qlibero.policies.settings import CheckpointSettings
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class OpenpiFamily:
 
         return declared_type(path) == self.name
 
-    def verify(self, path: Path) -> dict[str, Any]:
+    def verify(self, path: Path) -> JsonObject:
         from qlibero.policies.pi05.verify import verify_checkpoint
 
         return verify_checkpoint(path, self._network)

@@ -20,6 +20,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.frames import FrameFormat
 from qlibero.policies.answer import declared_horizon, read_actions, read_metadata
@@ -54,7 +55,7 @@ class RemotePolicy:
         self.metadata = read_metadata(_understood(self._greeting, url), url)
         self._horizon, self._heard = declared_horizon(self.metadata), False
         ours = self.metadata.get("qlibero")
-        self._ours: dict[str, Any] | None = ours
+        self._ours: JsonObject | None = ours
         self.frame_format = None if ours else OPENPI_FRAMES  # our server gets the frames as they are and does it itself
         self.noise_shape: tuple[int, int] = tuple(ours["noise_shape"]) if ours else OPENPI_NOISE_SHAPE
         where = urlsplit(url)
@@ -76,7 +77,7 @@ class RemotePolicy:
         """See `Pi05Policy.rearranged`; how its server arranges what it computes is not to be had from here."""
         return self.with_batch_size(self.batch_size + replicate)
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """See `Policy.provenance`; `guarantees` says which of the contracts hold across the wire."""
         theirs = self._ours["provenance"] if self._ours else {}
         return {
@@ -85,7 +86,7 @@ class RemotePolicy:
             "url": self.url,
             "sha256": theirs.get("sha256"),
             "server": theirs,
-            "metadata_sha256": hashlib.sha256(self._greeting).hexdigest(),
+            "metadata_sha256": hashlib.sha256(_bytes_of(self._greeting)).hexdigest(),
             "guarantees": {
                 "noise": bool(self._ours),
                 "kernel_attestation": False,
@@ -130,7 +131,7 @@ class RemotePolicy:
             request["noise"] = noise
         return pack(request)
 
-    def _ask(self, request: bytes) -> dict[str, Any]:
+    def _ask(self, request: bytes) -> JsonObject:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -159,9 +160,10 @@ class RemotePolicy:
                     return {"actions": np.full((self.noise_shape[0], 7), np.nan, np.float32)}
                 raise WorkFailed(f"the policy server at {self.url} reported an error:\n{answer.strip()[-4000:]}")
             self._idle.put(connection)
-            return _understood(answer, self.url)
+            understood: JsonObject = _understood(answer, self.url)
+            return understood
 
-    def _recognize(self, greeting: bytes) -> None:
+    def _recognize(self, greeting: str | bytes) -> None:
         """`GuardRefusal` when this is not the metadata that the run began with."""
         if greeting == self._greeting:
             return
@@ -177,7 +179,7 @@ class RemotePolicy:
             + "; serve the first one again, or give the new one a run directory of its own"
         )
 
-    def _open(self, deadline: float) -> tuple[ClientConnection, bytes]:
+    def _open(self, deadline: float) -> tuple[ClientConnection, str | bytes]:
         while True:
             try:
                 connection = connect(
@@ -206,21 +208,25 @@ class RemotePolicy:
             time.sleep(_RETRY_S)
 
 
+def _bytes_of(frame: str | bytes) -> bytes:
+    return frame.encode() if isinstance(frame, str) else frame
+
+
 def _understood(frame: str | bytes, url: str) -> Any:
     try:
-        return unpack(frame.encode() if isinstance(frame, str) else frame)
+        return unpack(_bytes_of(frame))
     except ValueError as problem:
         raise GuardRefusal(f"{url}: {problem}") from None
 
 
-def _server_ms(answer: dict[str, Any]) -> float:
+def _server_ms(answer: JsonObject) -> float:
     """What the server says its call took (ms); 0 where it says nothing that is a time."""
     timing = answer.get("server_timing")
     said = timing.get("infer_ms") if isinstance(timing, dict) else None
     return float(said) if isinstance(said, int | float) and 0 <= said < 1e9 else 0.0
 
 
-def _provenance(metadata: Any) -> dict[str, Any]:
+def _provenance(metadata: Any) -> JsonObject:
     """What a server says of its policy: qlibero's own says it all, of another one it is whatever the metadata holds."""
     if not isinstance(metadata, dict):
         return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.policies.base import Observation
 
 IMAGES = ("observation/image", "observation/wrist_image")
@@ -26,10 +27,11 @@ def read_observation(request: Any) -> Observation:
     if missing:
         raise ValueError(f"the request lacks {', '.join(missing)}")
     state = _finite(request[STATE], STATE, (8,))
-    return Observation(*(_image(request[key], key) for key in IMAGES), state, _prompt(request[PROMPT]))
+    image, wrist_image = (_image(request[key], key) for key in IMAGES)
+    return Observation(image, wrist_image, state, _prompt(request[PROMPT]))
 
 
-def read_noise(request: dict[str, Any], shape: tuple[int, int]) -> np.ndarray | None:
+def read_noise(request: JsonObject, shape: tuple[int, int]) -> np.ndarray | None:
     """The request's own flow noise, float32 of `shape`; None when it brings none."""
     return None if request.get("noise") is None else _finite(request["noise"], "noise", shape)
 

@@ -17,7 +17,6 @@ Another thread reads the messages and prepares their frames, small ones first; t
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
 import http
 import ipaddress
@@ -26,93 +25,34 @@ import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.server import Request, Response
+from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from qlibero import files
-from qlibero.errors import GuardRefusal, QliberoError, UserError, WorkFailed
+from qlibero.documents import JsonObject
+from qlibero.errors import GuardRefusal, WorkFailed
 from qlibero.policies.base import Observation, Policy
-from qlibero.policies.limits import Crowd, Gone, LimitedConnection, Limits
+from qlibero.policies.limits import Crowd, Gone, LimitedConnection, connections_of
+from qlibero.policies.listening import ServerSettings
 from qlibero.policies.request import read_noise, read_observation
 from qlibero.policies.wire import NOT_FINITE, pack, short, unpack
 
-MAX_MESSAGE_BYTES = 8 << 20
-"""Two 1024 px frames and to spare; a request at 256 px has 0.4 MB."""
 CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER = 1011, 1013
 _TRACEBACK_LINES = 12
 _log = logging.getLogger(__name__)
 _handshakes = logging.getLogger(f"{__name__}.handshakes")
 _handshakes.setLevel(logging.CRITICAL)  # websockets logs a traceback for each stranger that speaks no HTTP
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """Where and how to listen. `port` 0 takes a free one; `ready_file` then tells launchers which."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    """Clients send it as `Authorization: Api-Key <token>`; required to listen anywhere but on loopback."""
-    ready_file: Path | None = None
-    """Written (JSON: host, port, pid) once connections are accepted, removed at the end."""
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-    limits: Limits = field(default_factory=Limits)
-    seed: int = 0
-    """Of the noise of requests that bring none."""
-
-    def require_possible(self) -> None:
-        """Refuse what cannot become a server, so that nobody waits for a policy to be loaded first.
-
-        Raises `UserError` for a port, host or ready file that cannot be, and for strangers without a token;
-        `WorkFailed` for a port that is taken.
-        """
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port {self.port}: ports are 1 to 65535, and 0 takes a free one")
-        folder = self.ready_file.parent if self.ready_file is not None else None
-        if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UserError(f"--ready-file {self.ready_file}: {folder} is no directory to write in")
-        try:
-            # as asyncio resolves it: an empty host is every interface, a name may be several addresses
-            found = socket.getaddrinfo(self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        except OSError:
-            raise UserError(f"--host {self.host}: no such host is known here; 127.0.0.1 is this machine") from None
-        loopback = all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
-        if self.token is None and not loopback:
-            raise UserError(
-                f"serving on {self.host or 'every interface'} lets anybody who reaches it use the policy: give a "
-                "token (--token-env), or listen on 127.0.0.1 (and tunnel)"
-            )
-        family, kind, _, _, address = found[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                raise self.cannot_listen(error) from None
-
-    def cannot_listen(self, error: OSError) -> QliberoError:
-        """The system's refusal, as an error with its hint."""
-        if error.errno == errno.EADDRNOTAVAIL:
-            return UserError(
-                f"--host {self.host}: this is no address of this machine; 127.0.0.1 is one, and 0.0.0.0 is all of them"
-            )
-        return WorkFailed(
-            f"cannot listen on {self.host}:{self.port}: {os.strerror(error.errno or 0)}; choose another --port "
-            "(0 takes a free one)"
-        )
 
 
 OnCall = Callable[[list[Observation], np.ndarray, np.ndarray, float], None]
@@ -139,11 +79,11 @@ class PolicyServer:
         self.port: int | None = None
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._crowd = Crowd(settings.limits)
-        self._frames: asyncio.PriorityQueue[tuple[int, int, str | bytes, asyncio.Future]] = asyncio.PriorityQueue()
+        self._frames: asyncio.PriorityQueue[tuple[int, int, str | bytes, asyncio.Future[Any]]] = asyncio.PriorityQueue()
         self._arrivals = itertools.count()
         self._random = np.random.default_rng(settings.seed)
         self._batch = getattr(policy, "batch_size", 1)
-        self.metadata: dict[str, Any] = {
+        self.metadata: JsonObject = {
             "qlibero": {"noise_shape": list(policy.noise_shape), "provenance": policy.provenance()}
         }
         """The first frame, the same for every connection. Clients that know nothing of it ignore it."""
@@ -160,7 +100,7 @@ class PolicyServer:
                 compression=None,
                 max_size=settings.max_message_bytes,
                 process_request=self._admit,
-                create_connection=partial(LimitedConnection, self._crowd),
+                create_connection=connections_of(self._crowd),
                 max_queue=None,  # `limits` counts bytes; a paused connection would not notice that its client left
                 ping_interval=None,
                 logger=_handshakes,
@@ -188,7 +128,8 @@ class PolicyServer:
                     settings.ready_file.unlink(missing_ok=True)
 
     # -- connections -------------------------------------------------------------------------------------------------
-    def _admit(self, connection: LimitedConnection, request: Request) -> Response | None:
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        assert isinstance(connection, LimitedConnection)
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if connection.spare:
@@ -201,7 +142,8 @@ class PolicyServer:
                 return connection.respond(http.HTTPStatus.UNAUTHORIZED, "Authorization: Api-Key <token> is required\n")
         return None
 
-    async def _converse(self, connection: LimitedConnection) -> None:
+    async def _converse(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, LimitedConnection)
         connection.open, previous_ms = True, None
         try:
             await connection.send(pack(self.metadata))
@@ -228,7 +170,7 @@ class PolicyServer:
         except ConnectionClosed:
             return
 
-    async def _answer(self, frame: str | bytes, work: asyncio.Future[tuple[np.ndarray, float]]) -> dict[str, Any]:
+    async def _answer(self, frame: str | bytes, work: asyncio.Future[tuple[np.ndarray, float]]) -> JsonObject:
         """The answer to a request; `work` is what the policy gives for it, and may fail with `Gone` meanwhile."""
         started = time.monotonic()
         read = asyncio.get_running_loop().create_future()

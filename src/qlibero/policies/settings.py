@@ -64,3 +64,10 @@ class CheckpointSettings(PolicySettings):
                 else "give checkpoint: DIRECTORY (or untrained: …)",
             )
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's, where it is not `untrained`."""
+        if self.checkpoint is None:
+            raise ValueError("an untrained policy has no checkpoint")
+        return self.checkpoint

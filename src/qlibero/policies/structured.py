@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from qlibero.documents import read_bytes
+from qlibero.documents import JsonObject, read_bytes
 from qlibero.errors import UserError
 
 MAX_BYTES = 64 * 2**20
@@ -38,7 +39,7 @@ class Open(Strict):
     model_config = ConfigDict(extra="allow")
 
 
-def read_json(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = MAX_BYTES) -> JsonObject:
     """The JSON object in a regular file of at most `most_bytes`. UserError when it is anything else, WorkFailed when it
     cannot be read."""
     try:
@@ -50,7 +51,7 @@ def read_json(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return parse_json(raw, str(path))
 
 
-def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
+def parse_json(raw: bytes | str, where: str) -> JsonObject:
     """The JSON object in `raw`; UserError, beginning with `where`, for anything else."""
     try:
         content = json.loads(raw, object_pairs_hook=_once_each)
@@ -86,7 +87,7 @@ def short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _fault(item: dict[str, Any], at: str) -> str:
+def _fault(item: ErrorDetails, at: str) -> str:
     key = ".".join(short(str(part)) for part in (*([at] if at else []), *item["loc"])) or "the file"
     if item["type"] == "missing":
         return f"{key} is missing"
@@ -95,12 +96,14 @@ def _fault(item: dict[str, Any], at: str) -> str:
     return f"{key} is {short(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(pairs: list[tuple[str, Any]]) -> JsonObject:
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {short(twice)} stands there twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {short(key)} stands there twice")
+            seen.add(key)
     return content
 
 

@@ -10,13 +10,14 @@ may send the prompt), exactly as many bytes as the shape says, and no more items
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
 
 NOT_FINITE = "the policy answered with actions that are not finite"
 """What our server says instead of sending them; to a `RemotePolicy` it is the failure of that one episode."""
+Counted = TypeVar("Counted", list[Any], dict[Any, Any])
 _KINDS = "biuf"
 """Boolean, signed, unsigned, floating point: neither objects nor anything with structure."""
 MAX_DIMENSIONS = 32
@@ -26,7 +27,8 @@ MAX_ITEMS = 420_000
 
 def pack(message: Any) -> bytes:
     """One message as one binary frame."""
-    return msgpack.packb(message, default=_encode)
+    frame: bytes = msgpack.packb(message, default=_encode)
+    return frame
 
 
 def unpack(frame: bytes) -> Any:
@@ -36,7 +38,7 @@ def unpack(frame: bytes) -> Any:
     """
     items = 0
 
-    def count(found: list | dict) -> list | dict:
+    def count(found: Counted) -> Counted:
         nonlocal items
         items += len(found) + 1
         if items > MAX_ITEMS:
@@ -76,7 +78,7 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot travel")
 
 
-def _decode(value: dict) -> Any:
+def _decode(value: dict[Any, Any]) -> Any:
     if b"__ndarray__" in value:
         shape, data = _shape(value[b"shape"]), value[b"data"]
         dtype = _type(value[b"dtype"], alone=math.prod(shape) == 1)

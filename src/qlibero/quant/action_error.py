@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtr
 
+from qlibero.documents import JsonObject
+
 ARM, GRIPPER = slice(0, 6), 6  # of an action for LIBERO
 FEWEST = 6  # observations; fewer have no 95 % interval of the median
 
@@ -33,7 +35,7 @@ class ActionError:
     gripper_actions: int
     largest: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Six significant digits; an interval as a list."""
         found = asdict(self)
         return {
@@ -45,7 +47,8 @@ class ActionError:
 def arm_error(exact: np.ndarray, found: np.ndarray, steps: int | None = None) -> np.ndarray:
     """(n,) root mean square change of each chunk's first `steps` arm actions; exact, found (n, H, 7)."""
     change = found[:, :steps, ARM].astype(np.float64) - exact[:, :steps, ARM]
-    return np.sqrt((change**2).mean((1, 2)))
+    errors: np.ndarray = np.sqrt((change**2).mean((1, 2)))
+    return errors
 
 
 def action_error(exact: np.ndarray, found: np.ndarray, steps: int | None = None) -> ActionError:

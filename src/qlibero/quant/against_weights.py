@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qlibero.console import count_text
 from qlibero.errors import GuardRefusal
+from qlibero.policies.surgery import linear_in
 from qlibero.quant.artifact import HINT, Artifact, LayerRecord
 from qlibero.quant.number_formats import Grid, grid_of
 from qlibero.quant.rounding import astray, values_of
@@ -44,7 +45,7 @@ def require_of_weights(model: nn.Module, artifact: Artifact) -> None:
     """
     every = sum(layer.out_features * layer.in_features for layer in artifact.layers) <= ALL
     for layer in artifact.layers:
-        weight = model.get_submodule(layer.name).weight
+        weight = linear_in(model, layer.name).weight
         if weight.device.type == "meta" or tuple(weight.shape) != (layer.out_features, layer.in_features):
             continue  # another model's shape has an error of its own, see `apply`
         rows = _rows(layer, artifact, every)

@@ -21,6 +21,7 @@ from qlibero.activity import doing
 from qlibero.config.fields import FieldError
 from qlibero.config.number_formats import BITS, require_of_format
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.quant.action_error import ActionError, action_error, arm_error
 from qlibero.quant.artifact import Artifact
@@ -42,7 +43,7 @@ class Linear:
 
 def allocate(
     experiment: Experiment, *, budget_mb: float | None, mean_bits: float | None, bits: Sequence[int], out: Path | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """What `qlibero allocate` does: measure, choose, verify, and write `quant.per_layer_bits` to `out` if it is given.
 
     budget_mb counts weight codes, in 10^6 bytes.
@@ -92,7 +93,7 @@ def allocate(
         return action_error(exact, found, steps)
 
     evenly = max((b for b in levels if b * total <= budget), default=levels[0])
-    document: dict[str, Any] = {
+    document: JsonObject = {
         "experiment": experiment.name,
         "observations": len(exact),
         "unseen": fresh,
@@ -182,7 +183,7 @@ def bits_of(text: str) -> list[int]:
     return bits
 
 
-def readable(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def readable(document: Mapping[str, Any]) -> list[JsonObject]:
     """Linears by number of bits, the ones that matter most first."""
     return [
         {"layer": row["layer"], "bits": row["bits"], "weights": row["weights"], "effect": f"{row['effect']:.3g}"}

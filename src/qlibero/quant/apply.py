@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.kernels import DEQUANTIZED, SIMULATED
 from qlibero.kernels import load as load_kernel
 from qlibero.kernels.contract import GemmShape, live_bytes
 from qlibero.policies.base import QuantizablePolicy
-from qlibero.policies.surgery import swap_modules
+from qlibero.policies.structured import short
+from qlibero.policies.surgery import linear_in, swap_modules
 from qlibero.quant.artifact import Artifact, LayerRecord, require
 from qlibero.quant.float_linear import FloatLinear, assemble_floats
-from qlibero.quant.layout import select
+from qlibero.quant.layout import scaled, select
 from qlibero.quant.linear import QuantLinear, Weights, assemble
 from qlibero.quant.transform import InputTransform
 
@@ -58,6 +59,8 @@ def quantize_policy(
                     f"the artifact says {field} {have} of {layer.name}, in this model it is {want}: make it again with "
                     "`qlibero quantize CONFIG`"
                 )
+    if artifact.corrections:
+        _require_corrections(policy, artifact)
     device = next(p.device for p in policy.model.parameters() if p.device.type != "meta")
     modules: dict[str, nn.Module] = {}
     transforms: dict[str, InputTransform] = {}
@@ -78,7 +81,7 @@ def quantize_policy(
 
 def products(artifact: Artifact, only: frozenset[str] | None = None) -> list[list[LayerRecord]]:
     """Layers that are multiplied together: same input, same bits, and both executed or both not."""
-    found: dict[tuple, list[LayerRecord]] = {}
+    found: dict[tuple[str, int, bool, str | None], list[LayerRecord]] = {}
     for layer in artifact.layers:
         if only is None or layer.name in only:
             alone = layer.name if artifact.spec.row_rotation else None
@@ -90,7 +93,7 @@ def gemm_shapes(artifact: Artifact, device: str = "cpu", *, executed_only: bool 
     """What each linear asks of its kernel, by name: what validation goes through. Linears that are multiplied together
     have the shape of their common product; weight-only ones (16-bit activations) are multiplied by themselves.
     """
-    shapes = {}
+    shapes: dict[str, GemmShape] = {}
     for together in products(artifact):
         if together[0].executed or not executed_only:
             for layers in _multiplied(together):
@@ -117,15 +120,16 @@ def _modules(
     backend: str,
     device: torch.device,
 ) -> dict[str, nn.Module]:
-    parts, dtype = [], None
+    parts = []
+    dtype = linear_in(model, layers[0].name).weight.dtype
     for layer in layers:
-        linear = model.get_submodule(layer.name)
+        linear = linear_in(model, layer.name)
         if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
             raise GuardRefusal(
                 f"{layer.name} is {linear.out_features}×{linear.in_features} in this model and "
                 f"{layer.out_features}×{layer.in_features} in the artifact"
             )
-        rotation, dtype = artifact.tensor(f"{layer.name}.output_rotation"), linear.weight.dtype
+        rotation = artifact.tensor(f"{layer.name}.output_rotation")
         parts.append(
             Weights(
                 artifact.codes(layer.name).to(device),
@@ -161,17 +165,31 @@ def _modules(
     return dict(zip((layer.name for layer in layers), made, strict=True))
 
 
+def _require_corrections(policy: QuantizablePolicy, artifact: Artifact) -> None:
+    """GuardRefusal for factors of a linear that the settings' corrections do not scale in this policy."""
+    may = scaled(policy, artifact.spec)
+    for name, values in artifact.corrections.items():
+        by = may.get(name)
+        low, high = (by.correction.low, by.correction.high) if by else (0.0, 0.0)
+        if by is None or len(values) != by.factors or not all(low <= value <= high for value in values):
+            what = f"{count_text(len(values), 'factor')} of {short(name)}"
+            raise GuardRefusal(
+                f"the artifact's corrections hold {what}, which its settings cannot make for this model: make it again "
+                "with `qlibero quantize CONFIG`"
+            )
+
+
 def _corrected(model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
     """Linears that the layout left in full precision but a calibrated correction scales: a copy with scaled rows.
 
     In quantized linears the factors are already in the stored weights.
     """
-    scaled = {}
+    scaled: dict[str, nn.Module] = {}
     quantized = {layer.name for layer in artifact.layers}
     for name, factors in artifact.corrections.items():
         if name in quantized:
             continue
-        linear = model.get_submodule(name)
+        linear = linear_in(model, name)
         rows = torch.tensor(factors, device=linear.weight.device).repeat_interleave(linear.out_features // len(factors))
         copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         copy.weight = _scaled(linear.weight, rows[:, None])
@@ -194,7 +212,7 @@ class Memory:
     transforms: int
     bf16: int
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """JSON-ready, with two ratios: for weights with their scales alone, and with the online transforms."""
         kept, whole = self.weights + self.scales, max(self.bf16, 1)
         return {
@@ -212,14 +230,14 @@ def memory(model: nn.Module, artifact: Artifact) -> Memory:
     as what it is, a full weight of the model's dtype."""
     found = [model.get_submodule(layer.name) for layer in artifact.layers]
     quantized = [module for module in found if isinstance(module, QuantLinear)]
+    plain = [module for module in found if isinstance(module, FloatLinear | nn.Linear)]
     products = {id(m.product): m.product for m in quantized}.values()
     online = [module for module in found if isinstance(module, QuantLinear | FloatLinear)]
     transforms = {id(m.transform): m.transform for m in online}.values()
     rotations = [m.output_rotation for m in quantized if m.output_rotation is not None]
-    plain = [module for module in found if not isinstance(module, QuantLinear)]
     return Memory(
         weights=sum(product.packed.nbytes for product in products) + sum(m.weight.nbytes for m in plain),
         scales=sum(product.scales.untyped_storage().nbytes() for product in products),
         transforms=sum(transform.nbytes for transform in transforms) + live_bytes(rotations),
-        bf16=sum(2 * m.in_features * m.out_features for m in found),
+        bf16=sum(2 * layer.in_features * layer.out_features for layer in artifact.layers),
     )

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qlibero import files
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
@@ -75,7 +76,7 @@ class Artifact:
 
     spec: Quant
     checkpoint_sha256: str
-    calibration: dict[str, Any]
+    calibration: JsonObject
     layers: tuple[LayerRecord, ...]
     corrections: dict[str, list[float]]
     """output factors by linear name, one value per head (attention temperature, on q_proj) or one for all
@@ -100,18 +101,31 @@ class Artifact:
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (not a dict)
 
+    def stored(self, name: str) -> Tensor:
+        """`tensor` of a name that an artifact that was checked has."""
+        tensor = self.tensor(name)
+        if tensor is None:
+            raise KeyError(f"the artifact holds no tensor {name}")
+        return tensor
+
+    def in_memory(self) -> dict[str, Tensor]:
+        """All tensors of an artifact that was just made. ValueError for one that lies on disk."""
+        if self.tensors is None:
+            raise ValueError(f"the tensors of {self.path} are read one by one")
+        return self.tensors
+
     def transform(self, group: str) -> Transform:
         """The online transform of one shared input."""
         return Transform(**{factor: self.tensor(f"{group}.{factor}") for factor in FACTORS})
 
     def codes(self, name: str) -> Tensor:
         """Weight codes of a linear, int8 or float8_e4m3fn (N, K)."""
-        stored = self.tensor(f"{name}.codes")
+        stored = self.stored(f"{name}.codes")
         return unpack_nibbles(stored) if stored.dtype == torch.uint8 else stored
 
     def scales(self, name: str) -> Tensor:
         """Weight scales of a linear, float32 (N,) or (N, G)."""
-        return self.tensor(f"{name}.scales").float()
+        return self.stored(f"{name}.scales").float()
 
 
 def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str) -> str:
@@ -120,7 +134,7 @@ def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def content_hash(meta: dict[str, Any], names, tensor) -> str:
+def content_hash(meta: JsonObject, names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
     """sha256 over the metadata and every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(names):
@@ -133,7 +147,7 @@ def content_hash(meta: dict[str, Any], names, tensor) -> str:
 def build(
     spec: Quant,
     checkpoint_sha256: str,
-    calibration: dict[str, Any],
+    calibration: JsonObject,
     layers: tuple[LayerRecord, ...],
     corrections: dict[str, list[float]],
     tensors: dict[str, Tensor],
@@ -151,7 +165,7 @@ def save(artifact: Artifact, path: Path) -> Path:
     meta = {"qlibero": json.dumps(_meta(artifact)), "sha256": artifact.sha256}
     try:
         partial = files.beside(path)
-        save_file({name: t.contiguous() for name, t in artifact.tensors.items()}, partial, metadata=meta)
+        save_file({name: t.contiguous() for name, t in artifact.in_memory().items()}, partial, metadata=meta)
         files.settle(partial, path)
     except (OSError, SafetensorError) as error:
         if partial is not None:
@@ -226,7 +240,7 @@ def require(artifact: Artifact, spec: Quant | None, checkpoint_sha256: str) -> N
         )
 
 
-def _meta(artifact: Artifact) -> dict[str, Any]:
+def _meta(artifact: Artifact) -> JsonObject:
     return {
         "format": FORMAT,
         "spec": artifact.spec.identity(),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlibero.config.quantization import ROUNDINGS, Quant
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
 from qlibero.quant.nibbles import unpack_nibbles
@@ -63,7 +64,7 @@ class Meta(Strict):
     """The metadata of an artifact file."""
 
     format: int
-    spec: dict[str, Any]
+    spec: JsonObject
     spec_hash: _Hash
     checkpoint_sha256: _Hash
     calibration: _Calibration
@@ -71,7 +72,7 @@ class Meta(Strict):
     corrections: dict[_Name, Annotated[list[float], Field(min_length=1, max_length=1024)]] = Field(max_length=4096)
 
 
-def require_schema(content: dict[str, Any], where: str, hint: str) -> Quant:
+def require_schema(content: JsonObject, where: str, hint: str) -> Quant:
     """The settings in an artifact's metadata. GuardRefusal for metadata that is none, or contradicts itself."""
     try:
         fit(Meta, content, where)
@@ -140,13 +141,9 @@ def require_consistent(
                 or not bool(((value >= 0) & value.isfinite()).all())
             ):
                 refuse(f"{group}.importance is no vector of {width} mean squares")
-    corrected = {plugin.scales: plugin for plugin in (get(CorrectionPlugin, name) for name in spec.corrections)}
-    scaled = {"q_proj": corrected.get("query"), "o_proj": corrected.get("output")}
-    for name, values in corrections.items():
-        kind = name.rpartition(".")[2]
-        asked = scaled.get(kind)
-        fits = asked and all(asked.low <= value <= asked.high for value in values)
-        if not fits or (kind == "o_proj" and len(values) != 1):
+    plugins = [get(CorrectionPlugin, name) for name in spec.corrections]
+    for name, values in corrections.items():  # which linears they are of, `apply` holds against the policy
+        if not any(all(plugin.low <= value <= plugin.high for value in values) for plugin in plugins):
             refuse(f"corrections of {short(name)} are none that its settings can make")
 
 

@@ -8,12 +8,12 @@ statistics but no action), and an artifact says what it was fitted on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError, WorkFailed
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.action_error import action_error
@@ -28,7 +28,7 @@ def calibrate(
     observations: Sequence[Observation],
     noise: np.ndarray,
     spec: Quant,
-    data: dict[str, Any],
+    data: JsonObject,
 ) -> Artifact:
     """Fit, round and measure every selected linear of `policy`.
 
@@ -58,7 +58,7 @@ def calibrate(
             "observations": len(observations),
             "held_out": sum(held_out(len(observations))),
             "prompts": len({o.prompt for o in observations}),
-            **fitting.account,
+            **fitting.account.to_json(spec.method),
             "kept_in_full_precision": list(selection.kept),
             "policy": {key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity},
             "torch": torch.__version__,
@@ -101,5 +101,5 @@ def _with_action_error(
         artifact.calibration | {"action_error": measured},
         artifact.layers,
         artifact.corrections,
-        artifact.tensors,
+        artifact.in_memory(),
     )

@@ -7,11 +7,10 @@ methods made, on tokens of the rest.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -19,14 +18,15 @@ from torch import Tensor, nn
 
 from qlibero.activity import doing
 from qlibero.config.quantization import Quant
+from qlibero.documents import JsonObject
 from qlibero.kernels import load as load_kernel
-from qlibero.policies.base import Observation, Policy
-from qlibero.policies.surgery import swap_modules
+from qlibero.policies.base import Observation, QuantizablePolicy
+from qlibero.policies.surgery import linear_in, swap_modules
 from qlibero.quant import methods
 from qlibero.quant.activation_stats import ActivationStats, executed_groups, group_seed, observe
 from qlibero.quant.artifact import LayerRecord
 from qlibero.quant.float_linear import assemble_floats
-from qlibero.quant.layout import Choice, Selection
+from qlibero.quant.layout import Choice, Selection, scaled
 from qlibero.quant.linear import Weights, assemble
 from qlibero.quant.measure import Measures, measure, outlier_ratio
 from qlibero.quant.nibbles import pack_nibbles
@@ -63,18 +63,44 @@ class Fitted:
     measures: Measures | None
 
 
+class Chosen(TypedDict):
+    """What a method that chooses took for one input, and the dB of every method it tried."""
+
+    kept: str
+    db: dict[str, float]
+
+
+@dataclass
+class Account:
+    """What an artifact says of the data: tokens by input, notes for people, choices by input."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    chosen: dict[str, Chosen] = field(default_factory=dict)
+
+    def to_json(self, method: str) -> JsonObject:
+        """As it is kept; choices under the name of the method that made them."""
+        made = {method: self.chosen} if self.chosen else {}
+        return {"tokens": self.tokens, "notes": self.notes, **made}
+
+
 class Fitting:
-    """All inputs of a selection. After `run`: `layers`, `tensors`, and `account`, what the artifact says of the
-    data."""
+    """All inputs of a selection. After `run`: `layers`, `tensors` and `account`."""
 
     def __init__(
-        self, policy: Policy, observations: Sequence[Observation], noise: np.ndarray, spec: Quant, selection: Selection
+        self,
+        policy: QuantizablePolicy,
+        observations: Sequence[Observation],
+        noise: np.ndarray,
+        spec: Quant,
+        selection: Selection,
     ):
         self.policy, self.observations, self.noise = policy, observations, noise
         self.spec, self.selection = spec, selection
         self.layers: list[LayerRecord] = []
         self.tensors: dict[str, Tensor] = {}
-        self.account: dict[str, Any] = {"tokens": {}, "notes": []}
+        self.account = Account()
+        self._scaled = scaled(policy, spec)
         self._bases: dict[str, Basis] = {}  # of those inputs whose linears a correction may scale
 
     @torch.no_grad()
@@ -103,7 +129,7 @@ class Fitting:
         """Tensors of a linear whose output rows are multiplied by `rows` (N,), rounded in the way that it keeps."""
         kept = next(layer.rounding for layer in self.layers if layer.name == name)
         choice = next(choice for choice in self.selection.choices if choice.name == name)
-        linear = copy(self.policy.model.get_submodule(name))
+        linear = copy(linear_in(self.policy.model, name))
         linear._parameters = {
             "weight": nn.Parameter(linear.weight.detach() * rows[:, None].to(linear.weight)),
             "bias": None if linear.bias is None else nn.Parameter(linear.bias.detach() * rows.to(linear.bias)),
@@ -112,31 +138,30 @@ class Fitting:
         return on_disk(fitted.stored, choice, self.spec)
 
     def _passes(self, groups: dict[str, list[Choice]]) -> Iterator[list[str]]:
-        """Inputs that are observed together: all; as many as memory takes; or, sequentially, those of a decoder
-        layer."""
+        """Inputs that are observed together: all; as many as memory takes; or, sequentially, those of a block."""
         together: list[str] = []
-        size, layer = 0, ""
+        size, block = 0, ""
         for group, choices in groups.items():
-            width = self.policy.model.get_submodule(choices[0].name).in_features
+            width = linear_in(self.policy.model, choices[0].name).in_features
             more = 4 * width * width if self.spec.rounding == "gptq" else 0
-            own = re.sub(r"(\.layers\.\d+)\..*", r"\1", group)
-            if together and (size + more > SECOND_MOMENT_BYTES or (self.spec.sequential and own != layer)):
+            own = choices[0].block
+            if together and (size + more > SECOND_MOMENT_BYTES or (self.spec.sequential and own != block)):
                 yield together
                 together, size = [], 0
             together.append(group)
-            size, layer = size + more, own
+            size, block = size + more, own
         yield together
 
     def _quantize(self, group: str, choices: list[Choice], seen: ActivationStats | None) -> dict[str, nn.Module]:
         """Fit one input and its linears, by the one method or by the best of several."""
         if seen is not None:
-            self.account["tokens"][group] = seen.tokens
+            self.account.tokens[group] = seen.tokens
             self._note(group, seen)
         chooser = get(MethodPlugin, self.spec.method)
         names = chooser.chooses if chooser.chooses and seen is not None else (self.spec.method,)
         found: dict[str, tuple[list[LayerRecord], dict[str, Tensor], dict[str, nn.Module], Basis]] = {}
         decibels: dict[str, float] = {}
-        width = self.policy.model.get_submodule(choices[0].name).in_features
+        width = linear_in(self.policy.model, choices[0].name).in_features
         for name in names:
             if get(MethodPlugin, name).blocks and width % self.spec.block_size:
                 continue
@@ -146,16 +171,16 @@ class Fitting:
         kept = chooser.load().choose(decibels) if len(names) > 1 else names[0]
         if len(names) > 1:
             rounded = {name: round(db, 4) for name, db in decibels.items()}
-            self.account.setdefault(self.spec.method, {})[group] = {"kept": kept, "db": rounded}
+            self.account.chosen[group] = {"kept": kept, "db": rounded}
         records, tensors, modules, basis = found[kept]
         self.layers += records
         self.tensors |= tensors
-        if self.spec.corrections and any(c.name.endswith((".q_proj", ".o_proj")) for c in choices):
+        if any(choice.name in self._scaled for choice in choices):
             self._bases[group] = basis
         return modules
 
     def _note(self, group: str, seen: ActivationStats) -> None:
-        width, notes = len(seen.peak), self.account["notes"]
+        width, notes = len(seen.peak), self.account.notes
         if seen.dead:
             notes.append(
                 f"{group}: {seen.dead} of {width} channels were zero in every token; their weights are rounded"
@@ -170,7 +195,7 @@ class Fitting:
     def _by_method(
         self, group: str, choices: list[Choice], seen: ActivationStats | None, spec: Quant
     ) -> tuple[list[LayerRecord], dict[str, Tensor], dict[str, nn.Module], Basis]:
-        linears = {choice.name: self.policy.model.get_submodule(choice.name) for choice in choices}
+        linears = {choice.name: linear_in(self.policy.model, choice.name) for choice in choices}
         transform = fit_transform([linear.weight.detach().float() for linear in linears.values()], group, seen, spec)
         basis = basis_of(transform, next(iter(linears.values())), seen)
         tensors = {f"{group}.{factor}": value.cpu() for factor, value in transform.tensors().items()}
@@ -200,8 +225,8 @@ class Fitting:
                     method=spec.method if seen is not None or spec.transform.data_free else "rtn",
                     rounding=fitted.rounding,
                     tried=fitted.tried,
-                    sqnr_db=fitted.measures and fitted.measures.sqnr_db,
-                    max_error=fitted.measures and fitted.measures.max_error,
+                    sqnr_db=None if fitted.measures is None else fitted.measures.sqnr_db,
+                    max_error=None if fitted.measures is None else fitted.measures.max_error,
                     outlier_before=before if choice.executed else None,
                     outlier_after=after if choice.executed else None,
                     codes_bytes=stored["codes"].nbytes,
@@ -286,9 +311,15 @@ def quantize_linear(linear: nn.Linear, choice: Choice, basis: Basis, spec: Quant
 
 def as_run(shared: InputTransform, part: Weights, choice: Choice, spec: Quant) -> nn.Module:
     """The linear under `fake`."""
-    bits = {"activation_bits": choice.activation_bits, "activation_clip": spec.activation_clip}
     if spec.number_format != "int" and choice.activation_bits < 16:
         return assemble_floats(shared, [part], spec.number_format, spec.activation_clip)[0]
     kernel = None if choice.activation_bits == 16 else load_kernel("fake")
-    weight_bits = spec.kernel_bits(choice.weight_bits)
-    return assemble(kernel, shared, [part], weight_bits=weight_bits, dtype=torch.float32, **bits)[0]
+    return assemble(
+        kernel,
+        shared,
+        [part],
+        weight_bits=spec.kernel_bits(choice.weight_bits),
+        activation_bits=choice.activation_bits,
+        activation_clip=spec.activation_clip,
+        dtype=torch.float32,
+    )[0]

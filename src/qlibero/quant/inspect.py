@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.quant.action_error import action_error, arm_error
 from qlibero.quant.artifact import Artifact, LayerRecord, load
@@ -28,7 +29,7 @@ SORTS = {
 HINTS = 5
 
 
-def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> dict[str, Any]:
+def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> JsonObject:
     """The document of `qlibero inspect ARTIFACT [--diff OTHER] [--sort COLUMN]`.
 
     Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape
@@ -51,7 +52,7 @@ def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db
     return document
 
 
-def facts(artifact: Artifact) -> dict[str, Any]:
+def facts(artifact: Artifact) -> JsonObject:
     """What the artifact is, in a few JSON-ready values."""
     executed = sum(layer.executed for layer in artifact.layers)
     return {
@@ -71,7 +72,7 @@ def facts(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def row(layer: LayerRecord) -> dict[str, Any]:
+def row(layer: LayerRecord) -> JsonObject:
     """One layer as a table row."""
     return {
         "layer": layer.name,
@@ -89,33 +90,33 @@ def row(layer: LayerRecord) -> dict[str, Any]:
     }
 
 
-def hint(artifact: Artifact, count: int = HINTS) -> list[dict[str, Any]]:
+def hint(artifact: Artifact, count: int = HINTS) -> list[JsonObject]:
     """The layers whose own output carries the most rounding noise, and what each would cost to keep in bf16.
 
     It looks at each layer alone; what its noise does to the *actions* only a run can tell, see `sensitivity`.
     """
-    measured = [layer for layer in artifact.layers if layer.sqnr_db is not None]
-    noisiest = sorted(measured, key=lambda layer: layer.sqnr_db)[:count]
-    total = sum(10 ** (-layer.sqnr_db / 10) for layer in measured)
+    measured = [(layer.sqnr_db, layer) for layer in artifact.layers if layer.sqnr_db is not None]
+    noisiest = sorted(measured, key=lambda pair: pair[0])[:count]
+    total = sum(10 ** (-db / 10) for db, _ in measured)
     return [
         {
             "layer": layer.name,
-            "sqnr_db": layer.sqnr_db,
-            "share_of_layer_noise": round(10 ** (-layer.sqnr_db / 10) / total, 4),
+            "sqnr_db": db,
+            "share_of_layer_noise": round(10 ** (-db / 10) / total, 4),
             "extra_bytes": _extra_bytes(layer),
         }
-        for layer in noisiest
+        for db, layer in noisiest
     ]
 
 
-def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
+def diff(a: Artifact, b: Artifact) -> JsonObject:
     """Where `b` differs from `a`: settings, layers only one of them has, and per common layer the change in dB."""
     ours, theirs = a.spec.identity(), b.spec.identity()
     left, right = ({layer.name: layer for layer in x.layers} for x in (a, b))
     rows = []
     for name in left.keys() & right.keys():
         x, y = left[name], right[name]
-        change = None if None in (x.sqnr_db, y.sqnr_db) else round(y.sqnr_db - x.sqnr_db, 3)
+        change = None if x.sqnr_db is None or y.sqnr_db is None else round(y.sqnr_db - x.sqnr_db, 3)
         rows.append(
             {
                 "layer": name,
@@ -139,7 +140,7 @@ def diff(a: Artifact, b: Artifact) -> dict[str, Any]:
 
 def sensitivity(
     policy: QuantizablePolicy, artifact: Artifact, observations: Sequence[Observation], noise: np.ndarray
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Which layers' return to full precision would buy most, measured on actions, greatest share first.
 
     Each executed layer is quantized *alone* and the policy asked: arm_error is the median over observations of the
@@ -150,7 +151,7 @@ def sensitivity(
     from qlibero.quant.apply import quantize_policy
 
     exact = policy.infer(observations, noise).actions.astype(np.float64)
-    rows = []
+    rows: list[JsonObject] = []
     for layer in artifact.layers:
         if not layer.executed:
             continue
@@ -180,7 +181,7 @@ def _extra_bytes(layer: LayerRecord) -> int:
     return 2 * layer.out_features * layer.in_features - layer.codes_bytes - layer.scales_bytes
 
 
-def _sort_key(r: dict[str, Any], column: str) -> tuple:
+def _sort_key(r: JsonObject, column: str) -> tuple[Any, ...]:
     if SORTS[column] is None:
         return (r["layer"],)
     value = r[column]
@@ -188,7 +189,7 @@ def _sort_key(r: dict[str, Any], column: str) -> tuple:
     return (value is None, 0.0 if value is None else -value if SORTS[column] else value, r["layer"])
 
 
-def readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def readable(rows: Sequence[JsonObject]) -> list[JsonObject]:
     """The same rows for a terminal: `language_model.3.mlp.up_proj` for a name as wide as a screen, few decimals."""
 
     def cell(key: str, value: Any) -> Any:

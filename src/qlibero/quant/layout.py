@@ -1,4 +1,4 @@
-"""Which linears are quantized: the policy's named layouts, regexes, per-layer bits.
+"""Which linears are quantized: the policy's named layouts, regexes, per-layer bits; and which a correction scales.
 
 The code this grew from matched zero layers when a pattern missed a `.model.` and went on in full precision;
 here a pattern that matches nothing, or a named layout that is not whole, is an error. What linears there are, and what
@@ -12,19 +12,23 @@ from dataclasses import dataclass
 
 from qlibero.config.quantization import Quant
 from qlibero.errors import UserError
-from qlibero.policies.base import Quantizable
+from qlibero.policies.base import Attention, Quantizable, QuantizablePolicy
+from qlibero.policies.surgery import linear_in
 from qlibero.quant.patterns import matching
+from qlibero.registry import CorrectionPlugin, get
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One selected linear. `group` names the input it shares; `executed` is False where no action depends on it."""
+    """One selected linear. `group` names the input it shares; `executed` is False where no action depends on it;
+    `block` the layer of the network that it is part of."""
 
     name: str
     group: str
     weight_bits: int
     activation_bits: int
     executed: bool
+    block: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def select(network: Quantizable, spec: Quant) -> Selection:
         chosen.update(_matching(pattern, linears, "include", where))
     for pattern in spec.exclude:
         chosen.difference_update(_matching(pattern, sorted(chosen), "exclude", "any selected linear"))
-    bits = dict.fromkeys(chosen, spec.weight_bits)
+    bits: dict[str, int] = dict.fromkeys(chosen, spec.weight_bits)
     for pattern, exception in spec.per_layer_bits.items():
         bits.update(
             dict.fromkeys(_matching(pattern, sorted(chosen), "per_layer_bits", "any selected linear"), exception)
@@ -73,11 +77,32 @@ def select(network: Quantizable, spec: Quant) -> Selection:
         if bits[name] == 16:
             kept.append(name)
             continue
-        _check_width(name, network.model.get_submodule(name).in_features, spec)
-        choices.append(Choice(name, linear.group, bits[name], spec.activation_bits, linear.executed))
+        _check_width(name, linear_in(network.model, name).in_features, spec)
+        choices.append(Choice(name, linear.group, bits[name], spec.activation_bits, linear.executed, linear.block))
     if not choices:
         raise UserError("quant: layout, include, exclude and per_layer_bits together leave no linear to quantize")
     return Selection(tuple(choices), tuple(kept))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What a correction does to a linear: its output rows, in `factors` equal parts, are multiplied by one each."""
+
+    correction: CorrectionPlugin
+    attention: Attention
+    factors: int
+
+
+def scaled(policy: QuantizablePolicy, spec: Quant) -> dict[str, Scaled]:
+    """The linears that the spec's corrections may scale, by name; of attentions that a chunk depends on."""
+    found: dict[str, Scaled] = {}
+    for name in spec.corrections:
+        plugin = get(CorrectionPlugin, name)
+        for each in policy.attentions():
+            of_query = plugin.scales == "query"
+            linear = each.query if of_query else each.output
+            found[linear] = Scaled(plugin, each, each.heads if of_query else 1)
+    return found
 
 
 def _matching(pattern: str, names: Iterable[str], key: str, where: str) -> list[str]:

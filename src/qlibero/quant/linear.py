@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -131,24 +132,27 @@ class QuantLinear(nn.Module):
 
     def of_gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """This linear of gelu_tanh(gate)·up, each (..., K), which is computed on the way to the codes."""
-        rows = (part.reshape(-1, part.shape[-1]) for part in (gate, up))
         in_tiles = self.product.kernel.in_tiles
         codes, scales = self.transform.quantize_gated(
-            *rows, self.activation_bits, self.activation_clip, in_tiles=in_tiles
+            gate.reshape(-1, gate.shape[-1]),
+            up.reshape(-1, up.shape[-1]),
+            self.activation_bits,
+            self.activation_clip,
+            in_tiles=in_tiles,
         )
         return self.from_prepared(Prepared(codes, in_tiles, scales, gate.shape[:-1], gate.dtype))
 
     def from_prepared(self, prepared: Prepared) -> Tensor:
         """(..., N) in the dtype of the input that was prepared."""
         if self.output_rotation is not None:
-            return self._rotated(prepared)
+            return self._rotated(prepared, self.output_rotation)
         return prepared.product(self.product).narrow(-1, self.start, self.stop - self.start)
 
     def precedes(self, *others: nn.Module) -> bool:
         """Whether `others` are quantized linears whose rows follow these, in their order, in the same product."""
         stop = self.stop
         for other in others:
-            if getattr(other, "product", None) is not self.product or other.start != stop:
+            if not isinstance(other, QuantLinear) or other.product is not self.product or other.start != stop:
                 return False
             stop = other.stop
         return self.output_rotation is None
@@ -157,8 +161,8 @@ class QuantLinear(nn.Module):
         """x (..., K) -> the outputs of this linear to `last` side by side, where one precedes the other: no copy."""
         return self.prepare(x).product(self.product).narrow(-1, self.start, last.stop - self.start)
 
-    def _rotated(self, prepared: Prepared) -> Tensor:
-        y = block_product(prepared.multiply(self.product), self.output_rotation)
+    def _rotated(self, prepared: Prepared, rotation: Tensor) -> Tensor:
+        y = block_product(prepared.multiply(self.product), rotation)
         y = y if self.late_bias is None else y + self.late_bias
         return y.to(prepared.dtype).view(*prepared.leading, -1)
 
@@ -189,23 +193,24 @@ def assemble(
     if activation_bits == 16:
         assert kernel is None
         return [_dequantized(shared, part, dtype) for part in parts]
-    settings = {"activation_bits": activation_bits, "activation_clip": activation_clip}
+    assert kernel is not None
+    made = partial(QuantLinear, activation_bits=activation_bits, activation_clip=activation_clip)
     if any(part.output_rotation is not None for part in parts):  # rotated outputs need the product before its bias
         return [
-            QuantLinear(
+            made(
                 shared,
                 _product(kernel, [Weights(part.codes, part.scales)], weight_bits),
                 0,
                 len(part.codes),
                 output_rotation=part.output_rotation,
                 late_bias=None if part.bias is None else part.bias.float(),
-                **settings,
             )
             for part in parts
         ]
-    product, modules, start = _product(kernel, parts, weight_bits), [], 0
+    modules: list[nn.Module] = []
+    product, start = _product(kernel, parts, weight_bits), 0
     for part in parts:
-        modules.append(QuantLinear(shared, product, start, start + len(part.codes), **settings))
+        modules.append(made(shared, product, start, start + len(part.codes)))
         start += len(part.codes)
     return modules
 

@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.exactness import try_layer
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.linear import QuantLinear
+from qlibero.quant.transform import InputTransform
 
 ROWS = 16  # tokens of a layer's input that are multiplied again as integers
 
@@ -36,7 +38,7 @@ class PolicyCheck:
     layers_consuming_int8: int
     action_difference: float | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
@@ -55,10 +57,9 @@ def check_policy(
     kernel that claims to be exact changes an action.
     """
     inputs = listen(quantized, observation, noise)
-    layers = {record.name: quantized.model.get_submodule(record.name) for record in artifact.layers if record.executed}
-    layers = {
-        name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)
-    }  # weight-only ones have no kernel
+    found = {record.name: quantized.model.get_submodule(record.name) for record in artifact.layers if record.executed}
+    # weight-only ones have no kernel
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, QuantLinear)}
     for name, layer in layers.items():
         finding = try_layer(layer, inputs[id(layer.transform)][:ROWS], artifact.codes(name).to(quantized.device))
         if not finding.ok:
@@ -83,7 +84,7 @@ def listen(policy: QuantizablePolicy, observation: Observation, noise: np.ndarra
     heard: dict[int, Tensor] = {}
     transforms = {id(m.transform): m.transform for m in policy.model.modules() if isinstance(m, QuantLinear)}
 
-    def listening(key: int, transform: nn.Module) -> Callable[..., Any]:
+    def listening(key: int, transform: InputTransform) -> Callable[..., Any]:
         plain = transform.quantize
 
         def quantize(x: Tensor, *how: Any, **layout: Any) -> Any:
@@ -93,13 +94,13 @@ def listen(policy: QuantizablePolicy, observation: Observation, noise: np.ndarra
         return quantize
 
     for key, transform in transforms.items():
-        transform.quantize = listening(key, transform)
+        vars(transform)["quantize"] = listening(key, transform)
     try:
         policy.sample_eagerly(observation, noise)
         return heard
     finally:
         for transform in transforms.values():
-            del transform.quantize  # the method shows again
+            del vars(transform)["quantize"]  # the method shows again
 
 
 def room_for_twin(artifact: Artifact, device: torch.device) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qlibero.activity import doing
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.quant.action_error import action_error, arm_error, between
 from qlibero.quant.held_out import PHASES, unseen
@@ -47,7 +48,7 @@ def of_demonstrations(experiment: Experiment, policy: QuantizablePolicy) -> Ques
 
 def probe(
     experiment: Experiment, questions: Callable[[Experiment, QuantizablePolicy], Questions] = of_demonstrations
-) -> dict[str, Any]:
+) -> JsonObject:
     """Ask every arm. Returns {"experiment", "observations", "source", "episodes": of which each observation is part,
     "arms": [{"arm", "label", "arm_error", "arm95", "ratio", "ratio95", "gripper_changed", "gripper_actions", "phases":
     {phase: median}, "errors": one an observation}]}.
@@ -76,7 +77,7 @@ def probe(
     noise, phases = asked_of.noise, np.array(asked_of.phases)
     steps = experiment.policy.replan_steps
     exact = policy.infer(asked_of.observations, noise).actions
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     first: np.ndarray | None = None
     for index, arm in enumerate(arms):
         doing("probing arms", index, len(arms))
@@ -121,7 +122,7 @@ def probe(
     }
 
 
-def ratio(errors: np.ndarray, first: np.ndarray | None) -> dict[str, Any]:
+def ratio(errors: np.ndarray, first: np.ndarray | None) -> JsonObject:
     """{"ratio", "ratio95"}: geometric mean of paired ratios and Student's interval of its logarithm; None without a
     reference, of one observation, or where an error is zero."""
     if first is None or len(errors) < 2 or not (errors > 0).all() or not (first > 0).all():
@@ -134,7 +135,7 @@ def ratio(errors: np.ndarray, first: np.ndarray | None) -> dict[str, Any]:
     return {"ratio": math.exp(middle), "ratio95": (math.exp(middle - half), math.exp(middle + half))}
 
 
-def readable(document: dict[str, Any]) -> list[dict[str, Any]]:
+def readable(document: JsonObject) -> list[JsonObject]:
     """The arms as rows for a terminal."""
     return [
         {

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal
 from qlibero.kernels.exactness import agrees
 from qlibero.kernels.int_ref import IntRef
@@ -34,6 +34,22 @@ EVERY = 100  # policy calls; one of so many is asked twice, which costs about 1 
 PRODUCTS = 10_000  # of an arm's end test: (1 - 1/2000)^10000 is 0.7 %
 LEAST_BUDGET_S = 30.0  # for the end test, or 1 % of the arm's policy time where that is more
 FEW_ROWS = 16  # every second product is one of few tokens: other tiles, and faster
+
+
+@dataclass(frozen=True)
+class Rechecked:
+    """Policy calls, those put to the twin (and why not), layers and products tried at the end, and what was wrong."""
+
+    calls: int
+    repeated: int
+    not_repeated: str
+    layers: int
+    products: int
+    wrong: tuple[str, ...]
+
+    def to_json(self) -> JsonObject:
+        """As it is kept."""
+        return asdict(self)
 
 
 class Recheck:
@@ -53,8 +69,10 @@ class Recheck:
         due = self.calls % EVERY == EVERY // 2
         if due or self._kept is None:
             first = observations[0]
-            copied = {"image": first.image.copy(), "wrist_image": first.wrist_image.copy(), "state": first.state.copy()}
-            self._kept = replace(first, **copied), noise[0].copy()
+            kept = replace(
+                first, image=first.image.copy(), wrist_image=first.wrist_image.copy(), state=first.state.copy()
+            )
+            self._kept = kept, noise[0].copy()
         if due and self.twin is not None:
             self.repeated += 1
             expected = self.twin.infer(observations, noise).actions
@@ -73,19 +91,12 @@ class Recheck:
                 "served. Choose another backend, and see `qlibero kernels check --forget`"
             )
 
-    def finish(self) -> dict[str, Any] | None:
-        """Try every product again; the arm's result as it is kept, None when the arm was not asked at all."""
+    def finish(self) -> Rechecked | None:
+        """Try every product again; the arm's result, None when the arm was not asked at all."""
         if self._kept is None:
             return None
         layers, products = self._try_again(*self._kept)
-        return {
-            "calls": self.calls,
-            "repeated": self.repeated,
-            "not_repeated": self.why,
-            "layers": layers,
-            "products": products,
-            "wrong": self.wrong,
-        }
+        return Rechecked(self.calls, self.repeated, self.why, layers, products, tuple(self.wrong))
 
     @torch.inference_mode()
     def _try_again(self, observation: Observation, noise: np.ndarray) -> tuple[int, int]:

@@ -17,9 +17,8 @@ in a kernel are a consequence, not a hope.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -123,18 +122,43 @@ def block_product(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _inverse_transpose(blocks: Tensor) -> Tensor:
-    return torch.linalg.inv(blocks.double()).transpose(1, 2)
+    inverse: Tensor = torch.linalg.inv(blocks.double())
+    return inverse.transpose(1, 2)
+
+
+class Fused(Protocol):
+    """Transform and quantizer in one computation on a GPU, see `InputTransform.quantize`."""
+
+    def __call__(self, x: Tensor, bits: int = 8, clip: float = 1.0, *, in_tiles: bool = False) -> tuple[Tensor, Tensor]:
+        """Codes and scales of x (M, K)."""
+        ...
+
+
+class GatedFused(Protocol):
+    """A `Fused` that has `gated = True`."""
+
+    def __call__(
+        self, x: Tensor, bits: int = 8, clip: float = 1.0, *, up: Tensor | None = None, in_tiles: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales of x (M, K), with `up` of gelu_tanh(x)·up."""
+        ...
 
 
 class InputTransform(nn.Module):
     """A Transform as a module (its factors follow `.to(device)`), shared by the linears that read one input."""
+
+    scale: Tensor | None
+    first: Tensor | None
+    order: Tensor | None
+    second: Tensor | None
+    hadamard: Tensor | None
 
     def __init__(self, transform: Transform, width: int):
         super().__init__()
         for name in FACTORS:
             self.register_buffer(name, getattr(transform, name), persistent=False)
         self.width = width
-        self._fused: Any = None
+        self._fused: tuple[torch.device, Fused | None] | None = None
 
     def factors(self) -> Transform:
         """The same factors as plain data; not after `finalize`."""
@@ -174,15 +198,18 @@ class InputTransform(nn.Module):
 
     def takes_gated(self, device: torch.device) -> bool:
         """Whether `quantize_gated` saves a pass over the input there; else it is not to be called."""
-        return getattr(self._fused_on(device), "gated", False)
+        return _is_gated(self._fused_on(device))
 
     def quantize_gated(
         self, gate: Tensor, up: Tensor, bits: int, clip: float, *, in_tiles: bool = False
     ) -> tuple[Tensor, Tensor]:
         """`quantize` of gelu_tanh(gate)·up, each (M, K) with contiguous rows, computed on the way."""
-        return self._fused_on(gate.device)(gate, bits, clip, up=up, in_tiles=in_tiles)
+        fused = self._fused_on(gate.device)
+        if not _is_gated(fused):
+            raise TypeError("this transform takes no gated input: ask `takes_gated` first")
+        return fused(gate, bits, clip, up=up, in_tiles=in_tiles)
 
-    def _fused_on(self, device: torch.device) -> Any:
+    def _fused_on(self, device: torch.device) -> Fused | None:
         if device.type != "cuda":
             return None
         if self._fused is None or self._fused[0] != device:
@@ -190,7 +217,7 @@ class InputTransform(nn.Module):
         return self._fused[1]
 
 
-def _prologue(transform: Transform, width: int, device: torch.device) -> Any:
+def _prologue(transform: Transform, width: int, device: torch.device) -> Fused | None:
     try:
         from qlibero.kernels.hadamard_quantizer import HadamardQuantizer
         from qlibero.kernels.triton_prologue import Prologue
@@ -206,9 +233,7 @@ def _prologue(transform: Transform, width: int, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def verify_fused(
-    fused: Callable[..., tuple[Tensor, Tensor]], transform: Transform, width: int, device: torch.device
-) -> None:
+def verify_fused(fused: Fused, transform: Transform, width: int, device: torch.device) -> None:
     """Hold a fused transform against torch's, on few rows and on many. Every backend, `fake` included, computes
     its codes with it, so no comparison of backends could see it err.
 
@@ -242,6 +267,10 @@ def verify_fused(
             )
 
 
-def _tensors(fused: Any) -> list[Tensor]:
+def _is_gated(fused: Fused | None) -> TypeGuard[GatedFused]:
+    return bool(getattr(fused, "gated", False))
+
+
+def _tensors(fused: tuple[torch.device, Fused | None] | None) -> list[Tensor]:
     """The tensors that the fused kernel of an `InputTransform` holds on to."""
     return [] if fused is None or fused[1] is None else [t for t in vars(fused[1]).values() if isinstance(t, Tensor)]

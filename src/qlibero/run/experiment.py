@@ -385,10 +385,10 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
         found = recheck.finish()
         if found is not None:
             name = RECHECK.format(shard=ledgers[arm].shard, attempt=ledgers[arm].attempt)
-            files.replace(run_dir / arm / name, json.dumps(found, indent=1) + "\n")
+            files.replace(run_dir / arm / name, json.dumps(found.to_json(), indent=1) + "\n")
             log.info(
-                f"arm {arm}: kernels tried again, {count_text(found['products'], 'product')} of "
-                f"{count_text(found['layers'], 'layer')}"
+                f"arm {arm}: kernels tried again, {count_text(found.products, 'product')} of "
+                f"{count_text(found.layers, 'layer')}"
             )
     wrong = [f"arm {arm}: {text}" for arm, recheck in watched.items() for text in recheck.wrong]
     for text in wrong:

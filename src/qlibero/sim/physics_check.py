@@ -25,10 +25,11 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, QliberoError, WorkFailed, import_cause
 from qlibero.sim.suites import SUITES as ALL_SUITES
 
@@ -63,6 +64,30 @@ class PhysicsFinding:
     hint: str
 
 
+class SeenFrame(TypedDict):
+    """See `_summary`."""
+
+    sha256: str
+    blocks: str
+
+
+class SeenEpisode(TypedDict):
+    """MuJoCo's state when settled and after the fixed actions, flat, and the first frame of each camera."""
+
+    settled: list[float]
+    moved: list[float]
+    frames: dict[str, SeenFrame]
+
+
+class Seen(TypedDict):
+    """What `observe` sees, and the references' file holds. `error`: why the episodes do not run."""
+
+    versions: dict[str, str]
+    renderer: str
+    episodes: dict[str, SeenEpisode]
+    error: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class PhysicsReport:
     """`verdict` is "valid" (equal to the last bit), "warning" or "refused"; `renderer` is OpenGL's name for itself."""
@@ -85,7 +110,7 @@ class PhysicsReport:
             return f"physics as in the references; {'; '.join(finding.what for finding in self.findings)}"
         return f"states and frames equal the references to the last bit ({self.renderer})"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For environment.json and meta.json."""
         return {
             "verdict": self.verdict,
@@ -149,9 +174,10 @@ class ReferenceRun:
         self._seen.close()
 
 
-def compare(here: dict[str, Any], reference: dict[str, Any], suites: Iterable[str] = SUITES) -> PhysicsReport:
-    """Compare two observations (dicts as `observe` makes them) of these suites; no simulator needed."""
-    findings, suites = [], tuple(suites)
+def compare(here: Seen, reference: Seen, suites: Iterable[str] = SUITES) -> PhysicsReport:
+    """Compare two observations of these suites; no simulator needed."""
+    findings: list[PhysicsFinding] = []
+    suites = tuple(suites)
     for package in PACKAGES[:3]:
         if here["versions"][package] != reference["versions"][package]:
             found, wanted = here["versions"][package], reference["versions"][package]
@@ -183,7 +209,7 @@ def _arithmetic(here: dict[str, str], reference: dict[str, str]) -> str:
     return f"numpy {here['numpy']}{blas}, references were made with numpy {reference['numpy']}"
 
 
-def _states(name: str, here: dict[str, Any], expected: dict[str, Any], whose: str) -> list[PhysicsFinding]:
+def _states(name: str, here: SeenEpisode, expected: SeenEpisode, whose: str) -> list[PhysicsFinding]:
     found, wanted = (np.array(side["settled"] + side["moved"]) for side in (here, expected))
     if found.shape != wanted.shape:
         return [PhysicsFinding("refusal", f"{name}: {found.size} state numbers, expected {wanted.size}", HINT)]
@@ -201,7 +227,7 @@ def _states(name: str, here: dict[str, Any], expected: dict[str, Any], whose: st
 
 
 def _frames(
-    name: str, here: dict[str, Any], expected: dict[str, Any], renderer: str, reference_renderer: str
+    name: str, here: SeenEpisode, expected: SeenEpisode, renderer: str, reference_renderer: str
 ) -> list[PhysicsFinding]:
     findings = []
     for camera, frame in here["frames"].items():
@@ -223,13 +249,14 @@ def _frames(
     return findings
 
 
-def observe(suites: Iterable[str] = SUITES) -> dict[str, Any]:
+def observe(suites: Iterable[str] = SUITES) -> Seen:
     """Begin the suites' reference episodes here: states, frame digests and block averages, versions, renderer."""
     from qlibero.sim.scene import Scene
     from qlibero.sim.suites import SETTLE_STEPS
 
     actions = np.random.RandomState(0).uniform(-0.8, 0.8, (SETTLE_STEPS, 7))
-    episodes, renderer, wanted = {}, "", tuple(suites)
+    episodes: dict[str, SeenEpisode] = {}
+    renderer, wanted = "", tuple(suites)
     for suite, task, init, seed in EPISODES:
         if suite not in wanted:
             continue
@@ -258,7 +285,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _summary(frame: np.ndarray) -> dict[str, str]:
+def _summary(frame: np.ndarray) -> SeenFrame:
     """A frame's sha256 and its 8x8 block averages (R/8, R/8, 3) uint8, base64."""
     side = frame.shape[0] // _BLOCK
     blocks = frame.reshape(side, _BLOCK, side, _BLOCK, 3).mean(axis=(1, 3)).round().astype(np.uint8)
@@ -289,8 +316,12 @@ def _main(arguments: list[str]) -> None:
         os._exit(1)
     except Exception as error:  # noqa: BLE001 - MuJoCo 3.4.0 and later raise inside robosuite
         first_line = (str(error).splitlines() or [""])[0]
-        seen = {"versions": versions(), "renderer": "", "error": f"{type(error).__name__}: {first_line}"}
+        error_line = f"{type(error).__name__}: {first_line}"
+        seen = {"versions": versions(), "renderer": "", "episodes": {}, "error": error_line}
     if what == "write":
+        if "error" in seen:
+            print(seen["error"], file=sys.stderr, flush=True)
+            os._exit(1)
         seen["episodes"] = {**json.loads(REFERENCES.read_text())["episodes"], **seen["episodes"]}
         REFERENCES.write_text(json.dumps(seen, indent=1) + "\n")
     else:

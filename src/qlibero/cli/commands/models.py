@@ -214,7 +214,7 @@ def serve(args: argparse.Namespace) -> Document:
     if args.token_env and not token:
         raise UserError(f"--token-env {args.token_env}: no such variable in the environment")
 
-    from qlibero.policies.server import ServerSettings
+    from qlibero.policies.listening import ServerSettings
     from qlibero.policies.server import serve as listen
     from qlibero.run.arms import load_arms
 

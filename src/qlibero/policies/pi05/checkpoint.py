@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlibero import files
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.pi05.architecture import architecture
 from qlibero.policies.pi05.config import Pi05Config
@@ -89,7 +90,7 @@ class Checkpoint:
     """Why it is proven or likely."""
     weights: Weights
     declared: Declared
-    raw: dict[str, Any] = field(repr=False)
+    raw: JsonObject = field(repr=False)
     """config.json."""
     lerobot: LerobotFiles | None = None
 
@@ -111,7 +112,8 @@ class Checkpoint:
         UserError when nobody says it, or both do and differ.
         """
         known = self.config.action_horizon
-        if not known and said is None:
+        horizon = known or said
+        if not horizon:
             raise UserError(
                 f"policy.action_horizon: no file of {self.path} says how many actions a chunk has, and the weights do "
                 "not depend on it; write the number they were trained with (the published pi05_libero: 10)"
@@ -120,7 +122,7 @@ class Checkpoint:
             raise UserError(
                 f"policy.action_horizon: {said}, but {self.path}/config.json says {known}; leave the key out"
             )
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, action_horizon=known or said))
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, action_horizon=horizon))
 
 
 def open_checkpoint(path: Path, family: Family = FAMILY) -> Checkpoint:
@@ -148,7 +150,7 @@ def open_checkpoint(path: Path, family: Family = FAMILY) -> Checkpoint:
     return Checkpoint(path, family, "openpi", config, None, guess, why, weights, declared, raw)
 
 
-def _open_ours(path: Path, raw: dict[str, Any], family: Family) -> Checkpoint:
+def _open_ours(path: Path, raw: JsonObject, family: Family) -> Checkpoint:
     where = path / "config.json"
     if raw["format"] != family.format:
         raise UserError(
@@ -171,7 +173,7 @@ def _open_ours(path: Path, raw: dict[str, Any], family: Family) -> Checkpoint:
     )
 
 
-def _open_lerobot(path: Path, raw: dict[str, Any], weights: Weights, family: Family) -> Checkpoint:
+def _open_lerobot(path: Path, raw: JsonObject, weights: Weights, family: Family) -> Checkpoint:
     files = read_lerobot(path, raw, family)
     config = _sizes(weights, files.declared, files.config.max_action_dim, path / "config.json", family)
     guess, why = family.lerobot(raw)

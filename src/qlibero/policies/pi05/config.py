@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.structured import fit
 
@@ -136,7 +137,7 @@ class Pi05Config:
                     "layer i of the expert attends to the keys of layer i of the language model"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """JSON-ready."""
         return dataclasses.asdict(self)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlibero.policies.base import shares_input
 from qlibero.policies.pi05.config import GemmaConfig
 
 MASKED = -2.3819763e38
@@ -24,12 +25,15 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     Those with `prepare` are quantized: their input's transform and codes are computed once and shared. When
     all are plain and have been laid out together (`fuse`), one matmul does the work of all.
     """
-    if quantized := [linear for linear in linears if hasattr(linear, "prepare")]:
-        prepared = quantized[0].prepare(x)
-        return tuple(linear.from_prepared(prepared) if linear in quantized else linear(x) for linear in linears)
+    first = next(filter(shares_input, linears), None)
+    if first is not None:
+        prepared = first.prepare(x)
+        return tuple(linear.from_prepared(prepared) if shares_input(linear) else linear(x) for linear in linears)
     whole = plain(linears)
     if whole is not None:
-        return F.linear(x, *whole).split([linear.out_features for linear in linears], -1)
+        sizes = [cast(nn.Linear, linear).out_features for linear in linears]
+        parts: tuple[Tensor, ...] = F.linear(x, *whole).split(sizes, -1)
+        return parts
     return tuple(linear(x) for linear in linears)
 
 
@@ -40,7 +44,7 @@ def project_joined(x: Tensor, *linears: nn.Module) -> Tensor:
     if whole is not None:
         return F.linear(x, *whole)
     first = linears[0]
-    if hasattr(first, "precedes") and first.precedes(*linears[1:]):
+    if shares_input(first) and first.precedes(*linears[1:]):
         return first.joined(x, linears[-1])
     return torch.cat(project(x, *linears), -1)
 
@@ -51,20 +55,21 @@ def fuse(*linears: nn.Module) -> None:
     For inference. Left as they are: quantized linears, linears of which only some have a bias, and linears of
     which some are already laid out elsewhere (a twin model that shares them).
     """
-    if any(type(linear) is not nn.Linear or linear.weight.is_meta or "fused" in linear.__dict__ for linear in linears):
+    ours = [linear for linear in linears if type(linear) is nn.Linear]
+    if len(ours) < len(linears) or any(linear.weight.is_meta or "fused" in vars(linear) for linear in ours):
         return
-    if len({linear.bias is None for linear in linears}) > 1:
+    if len({linear.bias is None for linear in ours}) > 1:
         return
-    sizes = [linear.out_features for linear in linears]
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-    for linear, rows in zip(linears, weight.split(sizes), strict=True):
+    sizes = [linear.out_features for linear in ours]
+    weight = torch.cat([linear.weight.detach() for linear in ours])
+    bias = None if ours[0].bias is None else torch.cat([linear.bias.detach() for linear in ours])
+    for linear, rows in zip(ours, weight.split(sizes), strict=True):
         linear.weight = nn.Parameter(rows, requires_grad=False)
-        linear.fused = True
+        vars(linear)["fused"] = True
     if bias is not None:
-        for linear, rows in zip(linears, bias.split(sizes), strict=True):
+        for linear, rows in zip(ours, bias.split(sizes), strict=True):
             linear.bias = nn.Parameter(rows, requires_grad=False)
-    linears[0].__dict__["fused_tensors"] = (weight, bias)
+    vars(ours[0])["fused_tensors"] = (weight, bias)
 
 
 def plain(linears: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None] | None:
@@ -73,7 +78,7 @@ def plain(linears: tuple[nn.Module, ...]) -> tuple[Tensor, Tensor | None] | None
     first = linears[0]
     if len(linears) == 1:
         return (first.weight, first.bias) if type(first) is nn.Linear and not _listened(first) else None
-    whole = first.__dict__.get("fused_tensors")
+    whole: tuple[Tensor, Tensor | None] | None = first.__dict__.get("fused_tensors")
     if whole is None or torch.compiler.is_compiling():
         return whole
     row = 0
@@ -106,8 +111,7 @@ class RMSNorm(nn.Module):
         self.width, self.eps = width, eps
         if cond_dim is None:
             self.weight = nn.Parameter(torch.zeros(width))
-        else:
-            self.dense = nn.Linear(cond_dim, width * 3)
+        self.dense = None if cond_dim is None else nn.Linear(cond_dim, width * 3)
 
     def normalize(self, x: Tensor) -> Tensor:
         """x / rms(x) over the last dimension, float32."""
@@ -120,7 +124,7 @@ class RMSNorm(nn.Module):
     def modulation(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(1 + scale, shift, gate), each (B, 1, width) in the dense layer's dtype, from `cond` (B, cond_dim); of a
         plain norm its factor, no shift and an open gate, (1, 1, width)."""
-        if not hasattr(self, "dense"):
+        if self.dense is None:
             factor = (1.0 + self.weight.float())[None, None]
             return factor, torch.zeros_like(factor), torch.ones_like(factor)
         scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, -1)
@@ -211,8 +215,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        (y,) = project(F.gelu(gate, approximate="tanh") * up, self.down_proj)
-        return y
+        return project(F.gelu(gate, approximate="tanh") * up, self.down_proj)[0]
 
 
 class GemmaLayer(nn.Module):

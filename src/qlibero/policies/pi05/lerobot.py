@@ -129,8 +129,8 @@ def read_lerobot(path: Path, raw: dict[str, Any], family: Family) -> LerobotFile
         _require_once(steps, str(file))
     _require_order(pre, str(path / PRE), family.order)
     tokenizer = next((step for step in pre if step.registry_name == "tokenizer_processor"), Step())
-    limits = {fit(_Limit, tokenizer.config, f"{path / PRE}: tokenizer_processor").max_length}
-    limits = (limits | {config.tokenizer_max_length}) - {None}
+    limit = fit(_Limit, tokenizer.config, f"{path / PRE}: tokenizer_processor").max_length
+    limits = {said for said in (limit, config.tokenizer_max_length) if said is not None}
     if len(limits) > 1:
         raise UserError(
             f"{where} says tokenizer_max_length {config.tokenizer_max_length}, {PRE} says max_length "

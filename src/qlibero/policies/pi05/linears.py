@@ -14,6 +14,7 @@ from torch import nn
 from qlibero.console import count_text
 from qlibero.errors import UserError
 from qlibero.policies.base import Attention, Linear
+from qlibero.policies.pi05.config import Pi05Config
 
 LLM = "paligemma_with_expert.paligemma.model.language_model.layers."
 EXPERT = "paligemma_with_expert.gemma_expert.model.layers."
@@ -27,6 +28,7 @@ NAMED = {
     "llm+expert_mlp": ((LLM, ATTENTION + MLP), (EXPERT, MLP)),
     "llm+expert": ((LLM, ATTENTION + MLP), (EXPERT, ATTENTION + MLP)),
 }
+_LAYER = re.compile(r"(\.layers\.\d+)\..*")
 #: what may be quantized at all: linears that the model only ever calls. Projector, adaptive norms and heads
 #: are not among them; they are 1.7 % of the parameters, and the model reads their dtype
 QUANTIZABLE = r"\.layers\.\d+\.(self_attn|mlp)\.\w+$"
@@ -61,7 +63,11 @@ def linears(model: nn.Module) -> dict[str, Linear]:
     last = f"{LLM}{_depth(names, LLM) - 1}."
     return {
         name: Linear(
-            name, _group(name), part_of(name), not (name.startswith(last) and _kind(name) in UNREAD_IN_LAST_LLM_LAYER)
+            name,
+            _group(name),
+            part_of(name),
+            executed=not (name.startswith(last) and _kind(name) in UNREAD_IN_LAST_LLM_LAYER),
+            block=_LAYER.sub(r"\1", name),
         )
         for name in names
     }
@@ -87,10 +93,12 @@ def layout(model: nn.Module, name: str) -> list[str]:
     return found
 
 
-def attentions(depth: int) -> list[Attention]:
+def attentions(config: Pi05Config) -> list[Attention]:
     """In the order in which a chunk first meets them; the last LLM layer has no attention of its own."""
-    stems = [f"{LLM}{i}.self_attn" for i in range(depth - 1)] + [f"{EXPERT}{i}.self_attn" for i in range(depth)]
-    return [Attention(stem, f"{stem}.q_proj", f"{stem}.o_proj") for stem in stems]
+    depth = config.llm.depth
+    stems = [(f"{LLM}{i}.self_attn", config.llm.num_heads) for i in range(depth - 1)]
+    stems += [(f"{EXPERT}{i}.self_attn", config.expert.num_heads) for i in range(depth)]
+    return [Attention(stem, f"{stem}.q_proj", f"{stem}.o_proj", heads) for stem, heads in stems]
 
 
 def part_of(name: str) -> str:

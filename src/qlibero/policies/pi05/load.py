@@ -12,13 +12,15 @@ import torch
 from pydantic import Field
 
 from qlibero.config.policies import GPU_BATCH
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
 from qlibero.policies.pi05.declared import AGENT, WRIST, differences
 from qlibero.policies.pi05.family import FAMILY, Family
+from qlibero.policies.pi05.match import ACTION_NUMBERS
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
-from qlibero.policies.pi05.policy import ACTION_NUMBERS, Pi05Policy
+from qlibero.policies.pi05.policy import Pi05Policy
 from qlibero.policies.pi05.profiles import Profile
 from qlibero.policies.pi05.statistics import load_statistics, statistics_files
 from qlibero.policies.pi05.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +62,7 @@ def load_policy(
 def _load(
     config: CheckpointSettings, skip: frozenset[str], family: Family, loaded: Pi05Policy | None = None
 ) -> Pi05Policy:
-    checkpoint = open_checkpoint(Path(config.checkpoint), family).with_horizon(config.action_horizon)
+    checkpoint = open_checkpoint(config.folder, family).with_horizon(config.action_horizon)
     digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
@@ -73,7 +75,7 @@ def _load(
     device, dtype = _place(config)
     model = loaded.model if loaded is not None else load_model(checkpoint, dtype, device, skip)
     name = checkpoint.raw.get("name") or checkpoint.path.name
-    identity = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
+    identity: JsonObject = {"checkpoint": str(checkpoint.path), "kind": checkpoint.kind, "sha256": digest}
     remarks = [*differences(checkpoint.declared, config.flow_steps, config.replan_steps), *checkpoint.declared.remarks]
     if remarks:
         identity["remarks"] = remarks
@@ -88,7 +90,7 @@ def _policy(
     profile: Profile,
     statistics: dict[str, Statistics],
     tokenizer: Tokenizer,
-    identity: dict[str, Any],
+    identity: JsonObject,
     cameras: tuple[int, ...] = (AGENT, WRIST),
 ) -> Pi05Policy:
     return family.policy(
@@ -120,7 +122,7 @@ def files_of(config: CheckpointSettings, family: Family = FAMILY) -> list[Path]:
     if config.untrained is not None:
         path = Path(config.untrained.config)
         return [path, _tokenizer_path(config, path.parent)]
-    checkpoint = open_checkpoint(Path(config.checkpoint), family)
+    checkpoint = open_checkpoint(config.folder, family)
     statistics = statistics_files(checkpoint, config.asset_id, config.norm_stats)
     return [*checkpoint.files, *statistics, _tokenizer_path(config, checkpoint.path)]
 
@@ -129,7 +131,7 @@ def weights_sha256(config: CheckpointSettings, family: Family = FAMILY) -> str |
     """The sha256 that the policy's provenance will name, without loading it; None where there is no checkpoint."""
     if config.checkpoint is None:
         return None
-    return open_checkpoint(Path(config.checkpoint), family).weights.sha256
+    return open_checkpoint(config.folder, family).weights.sha256
 
 
 def choose_profile(checkpoint: Checkpoint, wanted: str) -> Profile:

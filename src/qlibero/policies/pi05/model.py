@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.layers import MASKED, GemmaStack, RMSNorm, attend, project, rope_tables
-from qlibero.policies.pi05.vision import VisionFeatures, vision_tower
+from qlibero.policies.pi05.vision import ConvTower, SiglipTower, VisionFeatures, vision_tower
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,41 @@ class Prefix:
     """The vision tower's features (and keypoint heat maps). For auxiliary training losses only."""
 
 
+class Projector(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+
+class PaliGemmaModel(nn.Module):
+    def __init__(self, config: Pi05Config):
+        super().__init__()
+        self.vision_tower = vision_tower(config.vision)
+        self.multi_modal_projector = Projector(self.vision_tower.out_width, config.llm.width)
+        self.language_model = GemmaStack(config.llm, vocab_size=config.vocab_size)
+
+
+class PaliGemma(nn.Module):
+    def __init__(self, config: Pi05Config):
+        super().__init__()
+        self.model = PaliGemmaModel(config)
+
+
+class Expert(nn.Module):
+    def __init__(self, config: Pi05Config, cond_dim: int | None):
+        super().__init__()
+        self.model = GemmaStack(config.expert, cond_dim=cond_dim)
+
+
+class Networks(nn.Module):
+    """Language model and action expert under openpi's names."""
+
+    def __init__(self, config: Pi05Config, cond_dim: int | None):
+        super().__init__()
+        self.paligemma = PaliGemma(config)
+        self.gemma_expert = Expert(config, cond_dim)
+
+
 class Pi05Model(nn.Module):
     """See the module's docstring. Construct under `torch.device("meta")` so that loading does not allocate twice."""
 
@@ -53,18 +88,8 @@ class Pi05Model(nn.Module):
     def __init__(self, config: Pi05Config):
         super().__init__()
         self.config = config
-        llm, expert = config.llm, config.expert
-        model = nn.Module()
-        model.vision_tower = vision_tower(config.vision)
-        model.multi_modal_projector = nn.Module()
-        model.multi_modal_projector.linear = nn.Linear(model.vision_tower.out_width, llm.width)
-        model.language_model = GemmaStack(llm, vocab_size=config.vocab_size)
-        self.paligemma_with_expert = nn.Module()
-        self.paligemma_with_expert.paligemma = nn.Module()
-        self.paligemma_with_expert.paligemma.model = model
-        self.paligemma_with_expert.gemma_expert = nn.Module()
-        cond_dim = expert.width if self.adaptive else None
-        self.paligemma_with_expert.gemma_expert.model = GemmaStack(expert, cond_dim=cond_dim)
+        expert = config.expert
+        self.paligemma_with_expert = Networks(config, cond_dim=expert.width if self.adaptive else None)
         self.action_in_proj = nn.Linear(config.action_dim, expert.width)
         self.action_out_proj = nn.Linear(expert.width, config.action_dim)
         self.make_heads()
@@ -82,7 +107,7 @@ class Pi05Model(nn.Module):
 
     # -- parts, by short names ------------------------------------------------------------------------------------
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> SiglipTower | ConvTower:
         """The vision tower."""
         return self.paligemma_with_expert.paligemma.model.vision_tower
 
@@ -113,7 +138,8 @@ class Pi05Model(nn.Module):
         """(B, cameras, 3, S, S) in [-1, 1] → tokens (B, cameras · tokens, llm width); image tokens are not scaled.
         `run` is what runs the tower."""
         features = self.vision(images) if run is None else run(self.vision, images)
-        return self.projector(features.tokens.to(self.projector.weight.dtype)).flatten(1, 2), features
+        tokens: Tensor = self.projector(features.tokens.to(self.projector.weight.dtype))
+        return tokens.flatten(1, 2), features
 
     def embed_prefix(self, image_tokens: Tensor, tokens: Tensor, state: Tensor | None) -> Tensor:
         """Images, then the state token if there is one, then text (so that padding comes last)."""
@@ -197,11 +223,13 @@ class Pi05Model(nn.Module):
     def time_condition(self, t: Tensor) -> Tensor:
         """What of the flow times (B,) the expert is given, (B, expert width): here the AdaRMS condition."""
         embedding = self.time_embedding(t).to(self.time_mlp_in.weight.dtype)
-        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
+        hidden: Tensor = self.time_mlp_out(F.silu(self.time_mlp_in(embedding)))
+        return F.silu(hidden)
 
     def embed_actions(self, x_t: Tensor, condition: Tensor) -> Tensor:
         """Noisy actions (N, H, D) as the expert's tokens (N, H, width), in the stream's dtype."""
-        return self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype)).to(self.stream_dtype)
+        tokens: Tensor = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
+        return tokens.to(self.stream_dtype)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t), (N, H, D) float32, for x_t (N, H, D) and t (N,), where N = K·B: K flow samples of each
@@ -226,7 +254,8 @@ class Pi05Model(nn.Module):
             x = x + layer.mlp(layer.post_attention_layernorm.modulated(x, scale, shift)) * gate.to(x.dtype)
         scale, shift, _ = self.expert.norm.modulation(condition)
         x = self.expert.norm.modulated(x, scale, shift)
-        return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float()
+        velocity: Tensor = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
+        return velocity.float()
 
 
 @torch.no_grad()

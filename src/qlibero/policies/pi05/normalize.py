@@ -6,10 +6,11 @@ A policy without its statistics is not a policy: reading them is strict, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 
 Mode = Literal["quantile", "mean_std"]
@@ -37,14 +38,16 @@ class Statistics:
             raise UserError(f"normalisation statistics: lengths differ, {len(self.low)} and {len(self.high)}")
 
     def _spread(self, epsilon: float) -> np.ndarray:
-        spread = (self.high - self.low if self.mode == "quantile" else self.high) + epsilon
-        return np.where(spread == 0, 1e-8, spread)
+        spread: np.ndarray = (self.high - self.low if self.mode == "quantile" else self.high) + epsilon
+        spread[spread == 0] = 1e-8
+        return spread
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """x (..., n ≤ dims) → network units, float32."""
         n = x.shape[-1]
         y = (np.asarray(x, np.float64) - self.low[:n]) / self._spread(self.epsilon)[:n]
-        return (y * 2.0 - 1.0 if self.mode == "quantile" else y).astype(np.float32)
+        unit: np.ndarray = y * 2.0 - 1.0 if self.mode == "quantile" else y
+        return unit.astype(np.float32)
 
     def denormalize(self, y: np.ndarray) -> np.ndarray:
         """Network units (..., n) → environment units, float32; dimensions beyond the statistics pass unchanged."""
@@ -55,17 +58,17 @@ class Statistics:
         return np.concatenate([x, y[..., n:]], -1).astype(np.float32)
 
 
-def from_openpi(entry: dict[str, Any], mode: Mode, where: str) -> Statistics:
+def from_openpi(entry: JsonObject, mode: Mode, where: str) -> Statistics:
     """From one entry ("state" or "actions") of `norm_stats.json`."""
     return _read(entry, mode, where, 1e-6, 1e-6)
 
 
-def from_lerobot(entry: dict[str, Any], mode: Mode, where: str) -> Statistics:
+def from_lerobot(entry: JsonObject, mode: Mode, where: str) -> Statistics:
     """From the tensors `<feature>.{mean,std,q01,q99}` of a LeRobot normaliser file."""
     return _read(entry, mode, where, 1e-8 if mode == "mean_std" else 0.0, 0.0)
 
 
-def _read(entry: dict[str, Any], mode: Mode, where: str, epsilon: float, epsilon_inverse: float) -> Statistics:
+def _read(entry: JsonObject, mode: Mode, where: str, epsilon: float, epsilon_inverse: float) -> Statistics:
     keys = ("q01", "q99") if mode == "quantile" else ("mean", "std")
     missing = [key for key in keys if entry.get(key) is None]
     if missing:

@@ -13,62 +13,34 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.frames import FrameFormat
 from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
-from qlibero.policies.pi05.config import Pi05Config
 from qlibero.policies.pi05.declared import AGENT, WRIST
 from qlibero.policies.pi05.images import as_floats, to_network
 from qlibero.policies.pi05.layers import attend
 from qlibero.policies.pi05.linears import attentions, layout, linears
+from qlibero.policies.pi05.match import ACTION_NUMBERS, require_match
 from qlibero.policies.pi05.model import Pi05Model
 from qlibero.policies.pi05.normalize import Statistics
-from qlibero.policies.pi05.profiles import STATE_NUMBERS, Profile
+from qlibero.policies.pi05.profiles import Profile
 from qlibero.policies.pi05.rearrange import MLP, rearranged
 from qlibero.policies.pi05.sampler import Sampler, Sampling
 from qlibero.policies.pi05.tokenizer import Tokenizer
 from qlibero.policies.surgery import swap_modules
 
-ACTION_NUMBERS = 7
 CAMERAS = 2
 CALIBRATION_STEPS = 10
 """Flow steps at which activations are recorded, however many an arm takes."""
 BUCKET = 16
 """Padded text lengths are multiples of this: few shapes (and CUDA graphs), little padding."""
-
-
-def require_match(config: Pi05Config, profile: Profile, tokenizer: Tokenizer) -> None:
-    """`UserError` when these cannot be parts of one policy."""
-    if profile.prompt == "proj" and config.state_dim != profile.state_numbers:
-        raise UserError(
-            f"profile {profile.name} feeds {profile.state_numbers} state numbers, the network's state token "
-            f"takes {config.state_dim}"
-        )
-    if profile.prompt == "suffix" and config.state_dim < STATE_NUMBERS:
-        raise UserError(
-            f"the network's state token takes {config.state_dim} numbers, LIBERO's robot has {STATE_NUMBERS}"
-        )
-    if config.action_dim < ACTION_NUMBERS:
-        raise UserError(
-            f"the network's actions have {config.action_dim} numbers, LIBERO's robot takes {ACTION_NUMBERS}"
-        )
-    if config.vision.type == "conv" and config.vision.cameras != 2:
-        raise UserError(f"the network has {config.vision.cameras} cameras, LIBERO feeds two")
-    if config.state_dim and profile.prompt not in ("proj", "suffix"):
-        raise UserError(
-            f"the network has a state token of {config.state_dim} numbers, which profile {profile.name} does not feed"
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the network's embedding {config.vocab_size}: "
-            "they do not belong together"
-        )
 
 
 class Pi05Policy:
@@ -91,7 +63,7 @@ class Pi05Policy:
         *,
         batch_size: int,
         flow_steps: int,
-        identity: dict[str, Any],
+        identity: JsonObject,
         cameras: tuple[int, ...] = (AGENT, WRIST),
     ):
         require_match(model.config, profile, tokenizer)
@@ -130,7 +102,7 @@ class Pi05Policy:
         return twin
 
     def for_calibration(self) -> Pi05Policy:
-        """The same policy at `CALIBRATION_STEPS` flow steps."""
+        """See `QuantizablePolicy.for_calibration`: at `CALIBRATION_STEPS` flow steps."""
         if self.flow_steps == CALIBRATION_STEPS:
             return self
         twin = self.with_model(self.model)
@@ -157,7 +129,7 @@ class Pi05Policy:
         twin._arrangement = f"{MLP}: channels in order {replicate}; text padded by {twin._padding} buckets more"
         return twin
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """See `Policy.provenance`. Once it has been asked, `execution` says what ran (`Sampler.execution`)."""
         config = self.model.config
         return {
@@ -197,7 +169,7 @@ class Pi05Policy:
 
     def attentions(self) -> list[Attention]:
         """See `QuantizablePolicy.attentions`."""
-        return attentions(self.model.config.llm.depth)
+        return attentions(self.model.config)
 
     def _attentions_in_order(self) -> list[str]:
         """Names of all that a chunk computes, as it meets them: the expert's in every flow step."""
@@ -218,7 +190,7 @@ class Pi05Policy:
         asked = cast(Pi05Model, model or self.model)
         if hear is not None:
             order = iter(self._attentions_in_order())
-            asked = cast(Pi05Model, swap_modules(asked, {}))
+            asked = swap_modules(asked, {})
 
             def attend_and_tell(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 hear(next(order), q, k)
@@ -316,7 +288,9 @@ class Pi05Policy:
             for i in range(0, len(rows), size)
         ]
 
-    def _run(self, rows: list[tuple], length: int | None, noise: np.ndarray) -> Sampling:
+    def _run(
+        self, rows: list[tuple[list[Tensor], list[int], np.ndarray]], length: int | None, noise: np.ndarray
+    ) -> Sampling:
         count = len(rows)
         padded = [rows[i] if i < count else rows[0] for i in range(self.batch_size)]
         z = torch.from_numpy(np.stack([noise[i] if i < count else noise[0] for i in range(self.batch_size)]))

@@ -22,7 +22,7 @@ MLP = "paligemma_with_expert.gemma_expert.model.layers.0.mlp"
 @torch.no_grad()
 def rearranged(model: Pi05Model, seed: int) -> Pi05Model:
     """A twin whose expert's first MLP has its channels in the order that `seed` draws; every other tensor is shared."""
-    mlp = model.get_submodule(MLP)
+    mlp = model.expert.layers[0].mlp
     order = torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).permutation(mlp.down_proj.in_features))
     order = order.to(mlp.down_proj.weight.device)
     twin = GatedMLP.__new__(GatedMLP)

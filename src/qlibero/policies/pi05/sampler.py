@@ -15,6 +15,7 @@ here allocates in a replayed region: inputs and outputs are the fixed tensors of
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ class Workspace:
     sin: Tensor
     mask: Tensor | None
     """(B, 1, P + H) additive, or None."""
-    phases: dict[str, object]
+    phases: dict[str, Callable[[Workspace], object]]
     """What runs each phase: the plain method, or its captured graph."""
 
 
@@ -80,7 +81,7 @@ class Sampling:
         return self._out, self._watch.read_ms()
 
 
-def _cpu_flow(model: Pi05Model, modulations: list) -> tuple[CpuFlow | None, str]:
+def _cpu_flow(model: Pi05Model, modulations: list[list[tuple[Tensor, Tensor, Tensor]]]) -> tuple[CpuFlow | None, str]:
     """The compiled flow where there can be one, and why or why not."""
     if model.action_in_proj.weight.device.type != "cpu":
         return None, "the model is on a GPU"
@@ -237,9 +238,11 @@ class Sampler:
         w.images.copy_(as_floats(self._uploaded(images)))
         w.tokens.copy_(self._uploaded(tokens))
         w.x.copy_(self._uploaded(noise))
-        if token_mask is not None:
+        if token_mask is not None and w.live is not None:
             w.live[:, w.live.shape[1] - tokens.shape[1] :].copy_(self._uploaded(token_mask))
         if w.state is not None:
+            if state is None:
+                raise ValueError("this network has a state token; pass state (B, state_dim)")
             w.state.copy_(self._uploaded(state))
         watch.mark("upload")
         for name, phase in w.phases.items():
@@ -311,7 +314,7 @@ class Sampler:
         cos, sin = rope_tables(positions, self.model.config.llm.head_dim, w.cos.dtype)
         w.cos.copy_(cos)
         w.sin.copy_(sin)
-        if w.mask is not None:
+        if w.mask is not None and w.live is not None:
             w.mask[..., : w.live.shape[1]].copy_(torch.where(w.live, 0.0, MASKED)[:, None])
 
     def _flow(self, w: Workspace) -> None:
@@ -319,6 +322,7 @@ class Sampler:
             self.step(w, condition, modulations)
 
     def _flow_compiled(self, w: Workspace) -> None:
+        assert self.cpu_flow is not None
         self.cpu_flow.run(w.x, w.keys, w.values, w.cos, w.sin, w.mask)
 
     def step(self, w: Workspace, condition: Tensor, modulations: list[tuple[Tensor, Tensor, Tensor]]) -> None:

@@ -4,15 +4,16 @@ so are those of another robot than LIBERO's."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint
-from qlibero.policies.pi05.lerobot import POST, PRE
+from qlibero.policies.pi05.lerobot import POST, PRE, LerobotFiles
 from qlibero.policies.pi05.normalize import Mode, Statistics, from_lerobot, from_openpi
 from qlibero.policies.structured import Open, fit, read_json, short
 
@@ -36,7 +37,7 @@ class _Entry(Open):
 
 
 class _NormStats(Open):
-    norm_stats: dict[str, Any] = Field(max_length=64)
+    norm_stats: JsonObject = Field(max_length=64)
 
 
 def load_statistics(
@@ -51,7 +52,7 @@ def load_statistics(
     for name, (mode, _) in modes.items():
         if checkpoint.lerobot is not None:
             _not_for_lerobot(checkpoint, asset_id, norm_stats)
-            entry, where = _lerobot_entry(checkpoint, name)
+            entry, where = _lerobot_entry(checkpoint, checkpoint.lerobot, name)
         else:
             path = statistics_file(checkpoint, asset_id, norm_stats)
             stats = fit(_NormStats, read_json(path), str(path)).norm_stats
@@ -68,16 +69,17 @@ def load_statistics(
 def normalization(checkpoint: Checkpoint) -> dict[str, tuple[Mode, str]]:
     """{"state": (mode, why), "actions": …}. `UserError` when the files name no mode, or one that is not known."""
     if checkpoint.lerobot is not None:
-        return {name: _lerobot_mode(checkpoint, name) for name in NUMBERS}
+        return {name: _lerobot_mode(checkpoint, checkpoint.lerobot, name) for name in NUMBERS}
     mode = checkpoint.raw.get("normalization")
     if mode is None and checkpoint.kind == "openpi":
         return dict.fromkeys(NUMBERS, checkpoint.family.openpi_mode)
-    if mode not in get_args(Mode):
+    known: dict[str, Mode] = {word: word for word in get_args(Mode)}
+    if not isinstance(mode, str) or mode not in known:
         raise UserError(
             f"{checkpoint.path}/config.json: normalization is {short(mode)!r}; write one of "
-            f"{', '.join(get_args(Mode))}, whichever the weights were trained with"
+            f"{', '.join(known)}, whichever the weights were trained with"
         )
-    return dict.fromkeys(NUMBERS, (mode, "config.json names it"))
+    return dict.fromkeys(NUMBERS, (known[mode], "config.json names it"))
 
 
 def statistics_files(checkpoint: Checkpoint, asset_id: str | None = None, norm_stats: Path | None = None) -> list[Path]:
@@ -87,7 +89,7 @@ def statistics_files(checkpoint: Checkpoint, asset_id: str | None = None, norm_s
     _not_for_lerobot(checkpoint, asset_id, norm_stats)
     found = []
     for processor, _, _ in _LEROBOT.values():
-        found += [checkpoint.path / processor, _state_file(checkpoint, processor)]
+        found += [checkpoint.path / processor, _state_file(checkpoint, checkpoint.lerobot, processor)]
     return found
 
 
@@ -196,11 +198,12 @@ def _not_for_lerobot(checkpoint: Checkpoint, asset_id: str | None, norm_stats: P
             )
 
 
-def _lerobot_mode(checkpoint: Checkpoint, name: str) -> tuple[Mode, str]:
+def _lerobot_mode(checkpoint: Checkpoint, lerobot: LerobotFiles, name: str) -> tuple[Mode, str]:
     processor, _, kind = _LEROBOT[name]
-    said = checkpoint.lerobot.normalizer(processor).config.get("norm_map")
+    said = lerobot.normalizer(processor).config.get("norm_map")
     said = said.get(kind) if isinstance(said, dict) else said
-    mode = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}.get(said) if isinstance(said, str) else None
+    modes: dict[str, Mode] = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}
+    mode = modes.get(said) if isinstance(said, str) else None
     if mode is None:
         raise UserError(
             f"{checkpoint.path / processor}: normalisation {short(said)!r} of {kind} is not supported; known: "
@@ -209,10 +212,10 @@ def _lerobot_mode(checkpoint: Checkpoint, name: str) -> tuple[Mode, str]:
     return mode, f"{processor} says {said}"
 
 
-def _lerobot_entry(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Any], str]:
+def _lerobot_entry(checkpoint: Checkpoint, lerobot: LerobotFiles, name: str) -> tuple[JsonObject, str]:
     processor, feature, _ = _LEROBOT[name]
-    file = _state_file(checkpoint, processor)
-    images = checkpoint.lerobot.normalizer(processor).config["norm_map"].get("VISUAL", "IDENTITY")
+    file = _state_file(checkpoint, lerobot, processor)
+    images = lerobot.normalizer(processor).config["norm_map"].get("VISUAL", "IDENTITY")
     entry = {}
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -230,8 +233,8 @@ def _lerobot_entry(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Any], s
     return entry, f"{file}: {feature}"
 
 
-def _state_file(checkpoint: Checkpoint, processor: str) -> Path:
-    name = checkpoint.lerobot.normalizer(processor).state_file
+def _state_file(checkpoint: Checkpoint, lerobot: LerobotFiles, processor: str) -> Path:
+    name = lerobot.normalizer(processor).state_file
     file = checkpoint.path / (name or "")
     if name is None or not file.is_file():
         raise UserError(

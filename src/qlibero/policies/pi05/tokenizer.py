@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -127,7 +127,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return _HuggingFace(path)
 
 
-def _optional(package: str, path: Path):
+def _optional(package: str, path: Path) -> Any:
     try:
         return __import__(package)
     except ImportError:

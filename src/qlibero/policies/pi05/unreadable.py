@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError, UserError
 from qlibero.policies.structured import read_json, short
 
@@ -65,7 +65,7 @@ def why_no_weights(path: Path, weights: str, index: str) -> str | None:
     return f"checkpoint {path} has no {weights}; found: {short(found)}"
 
 
-def require_type(raw: dict[str, Any], where: Path, family: str, title: str) -> None:
+def require_type(raw: JsonObject, where: Path, family: str, title: str) -> None:
     """UserError when config.json says that this is another policy than the `family`, which people call `title`."""
     for key in ("type", "model_type"):
         said = raw.get(key)
@@ -115,7 +115,9 @@ def other_network(names: Iterable[str], family: str) -> str | None:
 
 def _adapter(path: Path) -> str | None:
     found = [name for name in ("adapter_config.json", "adapter_model.safetensors") if (path / name).exists()]
-    return found and (
+    if not found:
+        return None
+    return (
         f"{path} holds LoRA adapters ({', '.join(found)}), which alone are no policy: merge them into their base "
         "(base_model_name_or_path in adapter_config.json; peft: merge_and_unload(), then save_pretrained()) and give "
         "the merged directory"
@@ -146,7 +148,8 @@ def _elsewhere(path: Path) -> str | None:
 
 def _below(path: Path) -> list[Path]:
     """Folders below `path` with weights in them, or that hubs and trainers keep weights in."""
-    found, level, looked = [], [path], 0
+    found: list[Path] = []
+    level, looked = [path], 0
     for _ in range(_BELOW):
         folders = []
         for folder in level:

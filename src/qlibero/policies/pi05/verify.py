@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, file_hashes, open_checkpoint, tensors
 from qlibero.policies.pi05.declared import differences
 from qlibero.policies.pi05.family import FAMILY, Family
-from qlibero.policies.pi05.policy import require_match
+from qlibero.policies.pi05.match import require_match
 from qlibero.policies.pi05.statistics import asset_ids, load_statistics, normalization
 from qlibero.policies.pi05.tensor_table import faulty, listed, tensor_table
 from qlibero.policies.pi05.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from qlibero.policies.pi05.weights import fault_of
 from qlibero.policies.settings import CheckpointSettings
 
 
-def verify_checkpoint(path: Path, family: Family = FAMILY) -> dict[str, Any]:
+def verify_checkpoint(path: Path, family: Family = FAMILY) -> JsonObject:
     """A JSON-ready report on a checkpoint directory.
 
     Keys: path, family, kind, ok, problems (list of sentences, empty when ok), conditions (what a config has to say

@@ -39,7 +39,8 @@ class SiglipAttention(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
 
 
 class SiglipMLP(nn.Module):
@@ -49,7 +50,8 @@ class SiglipMLP(nn.Module):
         self.fc2 = nn.Linear(c.mlp_dim, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return y
 
 
 class SiglipLayer(nn.Module):
@@ -62,7 +64,8 @@ class SiglipLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        y: Tensor = self.mlp(self.layer_norm2(x))
+        return x + y
 
 
 class SiglipEmbeddings(nn.Module):
@@ -72,8 +75,24 @@ class SiglipEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.tokens, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        return patches.contiguous() + self.position_embedding.weight  # or every layer would read across rows
+        patches: Tensor = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
+        return (
+            patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding.weight
+        )  # or every layer would read across rows
+
+
+class SiglipEncoder(nn.Module):
+    def __init__(self, c: SiglipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipLayer(c) for _ in range(c.depth))
+
+
+class SiglipModel(nn.Module):
+    def __init__(self, c: SiglipConfig):
+        super().__init__()
+        self.embeddings = SiglipEmbeddings(c)
+        self.encoder = SiglipEncoder(c)
+        self.post_layernorm = nn.LayerNorm(c.width, eps=1e-6)
 
 
 class SiglipTower(nn.Module):
@@ -82,11 +101,7 @@ class SiglipTower(nn.Module):
     def __init__(self, c: SiglipConfig):
         super().__init__()
         self.out_width = c.width
-        self.vision_model = nn.Module()
-        self.vision_model.embeddings = SiglipEmbeddings(c)
-        self.vision_model.encoder = nn.Module()
-        self.vision_model.encoder.layers = nn.ModuleList(SiglipLayer(c) for _ in range(c.depth))
-        self.vision_model.post_layernorm = nn.LayerNorm(c.width, eps=1e-6)
+        self.vision_model = SiglipModel(c)
 
     def forward(self, images: Tensor) -> VisionFeatures:
         vision = self.vision_model
@@ -112,15 +127,14 @@ class ConvCamera(nn.Module):
         self.stride8 = nn.Sequential(_conv(3, c2, 2), _conv(c2, c4, 2), _conv(c4, c8, 2), _conv(c8, c8, 1))
         self.stride16 = _conv(c8, c.width, 2)
         self.position_embedding = nn.Embedding((c.image_size // 16) ** 2, c.width + c8)
-        if c.keypoints:
-            self.heat = nn.Conv2d(c8, c.keypoints, 1)
-            self.keypoint_token = nn.Linear(2 * c.keypoints, c.width + c8)
+        self.heat = nn.Conv2d(c8, c.keypoints, 1) if c.keypoints else None
+        self.keypoint_token = nn.Linear(2 * c.keypoints, c.width + c8) if c.keypoints else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         fine = self.stride8(x)
         coarse = torch.cat([self.stride16(fine), F.avg_pool2d(fine, 2)], 1)
         tokens = coarse.flatten(2).transpose(1, 2) + self.position_embedding.weight
-        if not hasattr(self, "heat"):
+        if self.heat is None or self.keypoint_token is None:
             return tokens, None
         heat = self.heat(fine)
         coordinates = soft_argmax(heat).flatten(1)
@@ -149,7 +163,7 @@ class ConvTower(nn.Module):
             raise ValueError(
                 f"the conv tower was built for {count_text(len(self.cameras), 'camera')}, got {images.shape[1]}"
             )
-        images = images.to(self.cameras[0].position_embedding.weight.dtype)
+        images = images.to(next(self.parameters()).dtype)
         outs = [camera(images[:, i]) for i, camera in enumerate(self.cameras)]
         heat = None if outs[0][1] is None else torch.stack([heat for _, heat in outs], 1)
         return VisionFeatures(torch.stack([tokens for tokens, _ in outs], 1), heat)

@@ -75,14 +75,16 @@ def find_weights(path: Path) -> Weights:
     problem = why_no_weights(path, WEIGHTS, INDEX)
     if problem:
         raise UserError(problem)
-    if whole.is_file():
-        files, listed = (whole,), None
-    else:
+    files: tuple[Path, ...] = (whole,)
+    listed: dict[str, str] | None = None
+    if not whole.is_file():
         listed = fit(_Index, read_json(index), str(index)).weight_map
         files = tuple(path / name for name in sorted(set(listed.values())))
         if gone := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{index} names shards that are not there: {', '.join(gone)}; the download is incomplete")
-    shapes, dtypes, file_of = {}, {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    file_of: dict[str, Path] = {}
     for file in files:
         for name, (shape, dtype) in header(file).items():
             if name in file_of:

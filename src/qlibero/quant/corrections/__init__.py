@@ -21,7 +21,7 @@ from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.policies.surgery import swap_modules
 from qlibero.quant.apply import quantize_policy
 from qlibero.quant.artifact import Artifact, build
-from qlibero.registry import CorrectionPlugin, get
+from qlibero.quant.layout import scaled
 
 Requantize = Callable[[str, Tensor], dict[str, Tensor]]
 
@@ -69,15 +69,12 @@ def fit_corrections(
     if calls[0] != calls[1] or not any(calls[0].values()):
         raise WorkFailed("corrections: teacher and student did not run the same attention layers")
     found: dict[str, list[float]] = {}
-    for name in artifact.spec.corrections:
-        plugin = get(CorrectionPlugin, name)
-        factors_of = plugin.load().factors
-        for each in policy.attentions():
-            if teacher[each.name].calls:
-                linear = each.query if plugin.scales == "query" else each.output
-                found[linear] = factors_of(teacher[each.name], student[each.name])
+    for linear, by in scaled(policy, artifact.spec).items():
+        attention = by.attention.name
+        if teacher[attention].calls:
+            found[linear] = by.correction.load().factors(teacher[attention], student[attention])
     found = {name: factors for name, factors in found.items() if any(f != 1.0 for f in factors)}
-    tensors = dict(artifact.tensors)
+    tensors = dict(artifact.in_memory())
     for layer in artifact.layers:
         if layer.name in found:
             factors = torch.tensor(found[layer.name])
@@ -102,6 +99,11 @@ def _observe(
 
 
 def _add_logits(seen: dict[str, AttentionSeen], name: str, q: Tensor, k: Tensor) -> None:
-    """q (1, T, heads, d), k (1, P, d), all of it live (`QuantizablePolicy.sample_eagerly`)."""
-    logits = torch.einsum("thd,pd->htp", q[0].float(), k[0].float()) * q.shape[-1] ** -0.5
+    """q (1, T, heads, d), k (1, P, d) or (1, P, groups, d), all of it live (`QuantizablePolicy.sample_eagerly`)."""
+    one, other = q[0].float(), k[0].float()
+    if other.dim() == 2:
+        logits = torch.einsum("thd,pd->htp", one, other)
+    else:
+        logits = torch.einsum("thd,phd->htp", one, other.repeat_interleave(one.shape[1] // other.shape[1], 1))
+    logits = logits * q.shape[-1] ** -0.5
     seen[name].logit_std = seen[name].logit_std + logits.flatten(1).std(1)

@@ -29,11 +29,13 @@ class GroupData:
 
 def fit(data: GroupData, spec: Quant) -> Transform:
     """The transform of `spec.method` for this input, as it is kept, on the device of the data."""
-    return get(MethodPlugin, spec.method).load().fit(data, spec).stored().to(data.peak.device)
+    made: Transform = get(MethodPlugin, spec.method).load().fit(data, spec)
+    return made.stored().to(data.peak.device)
 
 
 def output_rotation(weight: Tensor, spec: Quant) -> Tensor | None:
     """A rotation of the outputs, (N/B, B, B) float32, where the spec asks for one."""
     if not spec.row_rotation:
         return None
-    return get(MethodPlugin, spec.method).load().output_rotation(weight, spec)
+    rotation: Tensor = get(MethodPlugin, spec.method).load().output_rotation(weight, spec)
+    return rotation

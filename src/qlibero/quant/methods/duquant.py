@@ -76,6 +76,8 @@ def greedy_rotation(x: Tensor, steps: int, seed: int) -> Tensor:
         stale = 0 if bool(better.any()) else stale + 1
         if stale == PATIENCE:
             break
+    left: Tensor
+    right: Tensor
     left, _, right = torch.linalg.svd(best.double())
     return left @ right
 

@@ -49,5 +49,5 @@ def output_rotation(weight: Tensor, spec: Quant) -> Tensor:
 
 def _left_axes(blocks: Tensor) -> Tensor:
     """U of each block's singular value decomposition, (G, B, M) -> (G, B, B), from the small Gram matrix."""
-    _, axes = torch.linalg.eigh(blocks @ blocks.transpose(1, 2))
+    axes: Tensor = torch.linalg.eigh(blocks @ blocks.transpose(1, 2)).eigenvectors
     return axes.flip(-1)

@@ -8,6 +8,9 @@ the expert in full precision; anything else takes the torch path.
 Same mathematics as `Sampler.step`, in float32; the sums are grouped differently, so the last bits differ.
 """
 
+# What numba compiles is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 import hashlib
@@ -22,6 +25,7 @@ from numba import njit
 from torch import Tensor, nn
 
 from qlibero.policies.pi05.model import Pi05Model
+from qlibero.policies.surgery import linear_in
 
 # Reassociation and contraction only: NaN and infinity must travel to the check of the actions.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -75,9 +79,7 @@ class CpuFlow:
         """For a model that is not `unfit`."""
 
         def stacked(*names: str) -> np.ndarray:
-            rows = [
-                torch.cat([layer.get_submodule(name).weight for name in names]).t() for layer in model.expert.layers
-            ]
+            rows = [torch.cat([linear_in(layer, name).weight for name in names]).t() for layer in model.expert.layers]
             return np.ascontiguousarray(torch.stack(rows).numpy())
 
         def pair(linear: nn.Linear) -> tuple[np.ndarray, np.ndarray]:

@@ -68,24 +68,28 @@ class EagerOps:
 
     name = "torch"
 
-    def residual_norm(self, h, delta, gate, scale, shift):
+    def residual_norm(
+        self, h: Tensor, delta: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if delta is not None:
             h = h + delta if gate is None else torch.addcmul(h, delta, gate)
         if shift is None:
             return h, F.rms_norm(h.float(), (h.shape[-1],), scale.flatten(), 1e-6).to(h.dtype)
         return h, modulated(h, scale, shift)
 
-    def parts(self, x, linear):
+    def parts(self, x: Tensor, linear: nn.Module) -> Tensor:
         return project(x, linear)[0]
 
-    def gated(self, x, gate, up):
-        gate, up = project(x, gate, up)
-        return F.gelu(gate, approximate="tanh") * up
+    def gated(self, x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+        opened, passed = project(x, gate, up)
+        return F.gelu(opened, approximate="tanh") * passed
 
-    def mlp(self, x, gate, up, down):
+    def mlp(self, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
         return self.parts(self.gated(x, gate, up), down)
 
-    def rotated(self, x, qkv, cos, sin, keys, values):
+    def rotated(
+        self, x: Tensor, qkv: tuple[nn.Module, ...], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         dim = cos.shape[-1]
         joined = project_joined(x, *qkv)
         qk, v = joined.split([joined.shape[-1] - dim, dim], -1)
@@ -94,7 +98,7 @@ class EagerOps:
         values.copy_(v)
         return qk[:, :, :-1]
 
-    def attend(self, q, k, v, mask):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attend(q, k, v, mask)
 
     def vision(self, tower: nn.Module, images: Tensor) -> VisionFeatures:
@@ -136,7 +140,7 @@ def _compare(one: LayerOps, other: LayerOps, device: torch.device, dtype: torch.
         .contiguous()
     )
 
-    def linears(*outputs: int) -> list[nn.Module]:
+    def linears(*outputs: int) -> list[nn.Linear]:
         made = [nn.Linear(width, n, bias=False, device="meta") for n in outputs]
         for linear, n in zip(made, outputs, strict=True):
             linear.weight = nn.Parameter(random(n, width) / width**0.5, requires_grad=False)

@@ -7,9 +7,13 @@ of 256 channels, take twice as long at a batch of one.
 Imports triton at the top, as `triton_fused_ops.py` does.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -105,7 +109,10 @@ def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 @cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 @triton.jit

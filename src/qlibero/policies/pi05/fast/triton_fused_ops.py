@@ -5,6 +5,9 @@ some twenty more launches of a few microseconds lie between them. Here a layer i
 with their rotation, attention in two, o, norm, gate and up with their gelu, down.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from typing import cast
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from qlibero.kernels.triton_pdl import launch, pdl_wait
 from qlibero.kernels.triton_quantizer import gelu_times
+from qlibero.policies.base import shares_input
 from qlibero.policies.pi05.fast import triton_attention, triton_siglip, triton_skinny_gemm
 from qlibero.policies.pi05.fast.triton_skinny_gemm import DEEP, GATED, TURNED, fits, turn
 from qlibero.policies.pi05.layers import plain, project, project_joined
@@ -27,7 +31,9 @@ class TritonOps:
 
     name = "triton"
 
-    def residual_norm(self, h, delta, gate, scale, shift):
+    def residual_norm(
+        self, h: Tensor, delta: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         rows, width = h.shape[0] * h.shape[1], h.shape[2]
         h = h.contiguous()
         out = h if delta is None else torch.empty_like(h)
@@ -51,30 +57,32 @@ class TritonOps:
         )
         return out, y
 
-    def rotated(self, x, qkv, cos, sin, keys, values):
+    def rotated(
+        self, x: Tensor, qkv: tuple[nn.Module, ...], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         whole = plain(qkv)
         if whole is not None and fits(TURNED, x, *whole) and cos.shape[-1] % (2 * TURNED.outputs) == 0:
             return triton_skinny_gemm.rotated(x, whole[0], cos, sin, keys, values)
         return self._rotate_split(project_joined(x, *qkv), cos, sin, keys, values)
 
-    def parts(self, x, linear):
+    def parts(self, x: Tensor, linear: nn.Module) -> Tensor:
         whole = plain((linear,))
         if whole is None or not fits(DEEP, x, *whole):
             return project(x, linear)[0]
         return triton_skinny_gemm.parts(x, whole[0])
 
-    def gated(self, x, gate, up):
+    def gated(self, x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
         whole = plain((gate, up))
         if whole is not None and fits(GATED, x, *whole):
             return triton_skinny_gemm.gated(x, whole[0])
         return self._gelu_gate(*project(x, gate, up))
 
-    def mlp(self, x, gate, up, down):
-        if hasattr(down, "takes_gated") and down.takes_gated(x.device):
+    def mlp(self, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+        if shares_input(down) and down.takes_gated(x.device):
             return down.of_gated(*project(x, gate, up))
         return self.parts(self.gated(x, gate, up), down)
 
-    def _rotate_split(self, joined, cos, sin, keys, values):
+    def _rotate_split(self, joined: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         batch, length, total = joined.shape
         dim = cos.shape[-1]
         heads = total // dim - 2
@@ -105,7 +113,7 @@ class TritonOps:
         )
         return q
 
-    def _gelu_gate(self, gate, up):
+    def _gelu_gate(self, gate: Tensor, up: Tensor) -> Tensor:
         batch, length, width = gate.shape
         gate, up = gate.reshape(-1, width), up.reshape(-1, width)  # views: batch and length fold
         out = torch.empty(batch * length, width, dtype=gate.dtype, device=gate.device)

@@ -12,6 +12,9 @@ A library's product of so few rows reads weights at a quarter to two thirds of t
 Imports triton at the top, as `triton_fused_ops.py` does.
 """
 
+# What triton.jit takes is no Python: its types are the compiler's
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from typing import NamedTuple
