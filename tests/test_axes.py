@@ -8,9 +8,12 @@ import pytest
 from synthetic_run import make_run
 
 from qlibero.reporting.terminal import print_comparison
+from qlibero.reporting.wandb_workspace import metrics_of
 from qlibero.results.axes import axis_of
 from qlibero.results.compare import compare_paths
+from qlibero.results.ledger import read_arm
 from qlibero.results.runs import read_run
+from qlibero.tracking.replay import arm_summary, versus_baseline
 
 SUITES = ("libero_goal", "libero_goal_swap", "libero_10_swap")
 
@@ -40,6 +43,33 @@ def test_every_axis_has_the_pairs_of_its_suites(runs, capsys):
     print_comparison({"": found})
     assert "by position" in capsys.readouterr().err
     assert json.dumps(found.to_json())
+
+
+def test_trackers_show_what_compare_says_of_an_axis_and_keep_suites_apart(runs, tmp_path):
+    """One run of three suites, as a mirror of its two arms summarises it."""
+    for arm in ("baseline", "w4a4"):
+        (tmp_path / "all" / arm).mkdir(parents=True)
+        lines = [line for run in runs for file in sorted((run / arm).glob("episodes-*")) for line in file.open()]
+        (tmp_path / "all" / arm / "episodes-000of001-1.jsonl").write_text("".join(lines))
+    (found,) = compare_paths([tmp_path / "all"]).values()
+    seen = versus_baseline(tmp_path / "all", "w4a4")
+    for axis, row in found.arms["w4a4"].axes.items():
+        at = f"versus_baseline/axis/{axis}/"
+        assert [seen[at + n] for n in ("pairs", "delta", "verdict")] == [
+            row.table.pairs,
+            row.delta,
+            str(row.verdict.word),
+        ]
+        assert (seen[at + "low95"], seen[at + "high95"]) == row.interval
+    summary = arm_summary(read_arm(tmp_path / "all", "w4a4"))
+    records = read_run(tmp_path / "all").arms["w4a4"].records
+    assert summary["axis/position/successes"] == sum(r.succeeded for r in records if r.suite.endswith("swap"))
+    assert summary["axis/position/episodes"] == 60 and summary["axis/unperturbed/episodes"] == 30
+    won = sum(r.succeeded for r in records if (r.suite, r.task) == ("libero_goal", 0))
+    assert summary["task/libero_goal/0/successes"] == won and "task/0/successes" not in summary
+    tasks, axes = metrics_of([read_run(tmp_path / "all")])
+    assert "libero_10_swap/0" in tasks and axes == ["position", "unperturbed"]
+    assert metrics_of([read_run(runs[0])]) == (["0", "1", "2"], [])
 
 
 def test_one_axis_alone_is_no_axis(runs):

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from qlibero.config import arms, inits, quantization, schema
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved, editor_schema
-from qlibero.config.load import PATH_KEYS, ConfigError, known_backends, load_experiment
+from qlibero.config.load import PATH_KEYS, SUITE_PATHS, ConfigError, known_backends, load_experiment
 from qlibero.config.policies import path_keys
 from qlibero.config.schema import Experiment, Quant
 from qlibero.config.yaml_text import parse
@@ -445,7 +445,7 @@ def test_every_path_of_the_schema_is_resolved_against_its_file() -> None:
 
     rooms = {**vars(quantization), **vars(schema)}
     models = [m for m in rooms.values() if isinstance(m, type) and issubclass(m, BaseModel)]
-    assert set().union(*map(names, models)) == set(PATH_KEYS)
+    assert set().union(*map(names, models)) == {*PATH_KEYS, *SUITE_PATHS}
     assert path_keys("pi05") == {"checkpoint", "tokenizer", "norm_stats", "config"}
     assert path_keys("remote") == path_keys("nothing") == set()
 

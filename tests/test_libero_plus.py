@@ -127,8 +127,10 @@ def test_what_a_variant_changes_is_part_of_the_runs_identity():
 
 @here
 def test_the_instruction_that_is_none_is_said():
-    wrong = {(name, task) for name in PLUS for task in range(suites.get_suite(name).tasks) if suites.flaw(name, task)}
+    of = {name: libero_plus.VariantSuite(name) for name in PLUS}
+    wrong = [(name, task) for name, suite in of.items() for task in range(len(suite.variants())) if suite.flaw(task)]
     ((name, task),) = wrong
+    assert "before it came to the point" in suites.flaws(name, task)[0]
     assert name == "libero_plus_10_language" and suites.task_language(name, task).startswith("here are 20 variations")
 
 
@@ -220,7 +222,7 @@ def test_a_task_has_one_state_unless_more_are_drawn(tmp_path):
     path.write_text(text + "libero_goal\n")
     assert load_experiment(path, []).initial_states() == ("official", 50)
     path.write_text(text + "libero_plus_goal_robot\nepisodes_per_task: 20\n")
-    with pytest.raises(UserError, match=r"x.yaml:4.*episodes_per_task.*has 1 official initial state; more"):
+    with pytest.raises(UserError, match=r"x.yaml:4.*episodes_per_task.*has 1 initial state a task; more"):
         load_experiment(path, [])
 
 
@@ -230,7 +232,7 @@ def test_a_task_has_one_state_unless_more_are_drawn(tmp_path):
     [
         (
             "{libero_plus_goal_language: [47, 48, 49, 50, 52]}",
-            "libero_plus_goal_language 47-48, 50, 52; libero_goal_lan 0",
+            "libero_plus_goal_language: [49]",
         ),
         ("[49]", "libero_goal_lan has tasks 0 to 9"),
     ],
@@ -241,7 +243,7 @@ def test_tasks_that_the_embedded_policy_cannot_read_are_named_before_any_episode
         f"extends: {ROOT}/configs/policies/embedded.yaml\nsuite: [libero_plus_goal_language, libero_goal_lan]\n"
         f"tasks: {tasks}\nbackends: [baseline]\n"
     )
-    with pytest.raises(UserError, match="does not know: .*cannot read|has tasks") as refused:
+    with pytest.raises(UserError, match="does not know: |has tasks") as refused:
         experiment = load_experiment(path, [])
         load_arms(experiment, experiment.arms())
     assert cannot in str(refused.value)

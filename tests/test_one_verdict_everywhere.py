@@ -212,7 +212,7 @@ def test_every_reader_of_every_kind_of_run_says_one_verdict(name, tmp_path, caps
         alone = compare_runs([run])["arms"]["w4a8"]["verdict"]
         assert versus_baseline(run, "w4a8")["versus_baseline/verdict"] == alone
         assert len(kind.suites) > 1 or alone == kind.verdict
-        spec = as_sent(workspace("p", "", {"one": None}, list(range(10))))
+        spec = as_sent(workspace("p", "", {"one": None}, list(map(str, range(10)))))
         assert COLUMNS[7] == "versus_baseline/verdict" and '"summary:versus_baseline/verdict"' in json.dumps(spec)
 
         # what is counted as missing is what has no verdict yet

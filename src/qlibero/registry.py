@@ -15,9 +15,12 @@ on the import path is known under its own name (`method: package.module`, `packa
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -188,6 +191,44 @@ class SuitePlugin(Plugin):
     must_have = ("task_files", "language")
 
 
+FOLDERS = "QLIBERO_SUITES"
+"""Variable with the `FolderSuite`s that configurations of this process name: its simulators are told by it."""
+
+
+@dataclass(frozen=True)
+class FolderSuite(SuitePlugin):
+    """A directory of tasks that a configuration names (`config/suites.py`)."""
+
+    goals: tuple[str, ...] = ()
+    """BDDL files, one a task."""
+    states: tuple[str, ...] = ()
+    """Their initial states; none where those are drawn."""
+    instructions: str = "bddl"
+    module: str = field(default="qlibero.sim.own_suite", kw_only=True)
+    provides: str = "OwnTasks"
+
+    def load(self) -> Any:
+        return super().load()(self)
+
+    def make_known(self) -> None:
+        """Under its name, to this process and those that it starts; a later one of that name takes its place."""
+        known = json.loads(os.environ.get(FOLDERS, "{}"))
+        said = {key: getattr(self, key) for key in _OF_FOLDER}
+        os.environ[FOLDERS] = json.dumps(known | {self.name: said})
+
+
+_OF_FOLDER = ("name", "about", "tasks", "inits", "max_steps", "origin", "goals", "states", "instructions")
+
+
+@lru_cache(maxsize=8)
+def _folders(text: str) -> dict[str, FolderSuite]:
+    found = {}
+    for name, settings in json.loads(text).items():
+        known: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in settings.items()}
+        found[name] = FolderSuite(**known)
+    return found
+
+
 KINDS: dict[str, type[Plugin]] = {
     kind.kinds: kind
     for kind in (
@@ -216,6 +257,8 @@ def get(kind: type[P], name: str) -> P:
     for found in (_built_in(kind), _installed(kind)[0]):
         if plugin := found.get(name):
             return plugin
+    if isinstance(named := _folders(os.environ.get(FOLDERS, "{}")).get(name), kind):
+        return named
     by_path = _by_path(kind, name) if _MODULE.fullmatch(name) else None
     if by_path is not None:
         return by_path

@@ -353,10 +353,19 @@ def build_parser() -> Parser:
     )
     command.add_argument("checkpoint", type=Path, metavar="PATH", help="an openpi or LeRobot checkpoint directory")
 
-    command = add(
-        "lint", installation.lint, "say what is wrong with tasks of your own (BDDL files), before any simulator"
+    command = add("lint", installation.lint, "say what is wrong with tasks: BDDL files of your own, or a suite's")
+    command.add_argument(
+        "tasks",
+        nargs="+",
+        type=Path,
+        metavar="TASKS",
+        help=".bddl files, directories of them, or names of suites, whose words are held against their goals",
     )
-    command.add_argument("tasks", nargs="+", type=Path, metavar="FILE", help=".bddl files, or directories of them")
+    command.add_argument(
+        "--settle",
+        action="store_true",
+        help="settle every initial state of these suites in a simulator, about 15 s a task: what is thrown apart?",
+    )
 
     command = add("doctor", installation.doctor, "say what is wrong with this machine, and the command that mends it")
 

@@ -25,7 +25,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     if policy.get("type") == "remote":
         policy = {key: policy[key] for key in ("type", "replan_steps")}
     decides = {
-        "suite": experiment.suite if isinstance(experiment.suite, str) else sorted(experiment.suite),
+        "suite": suites[0] if len(suites := experiment.suites) == 1 else sorted(suites),
         "seed": experiment.seed,
         "protocol": experiment.protocol,
         "max_steps": experiment.max_steps,
@@ -36,6 +36,8 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     }
     if experiment.inits != "official":  # official ones were there before the key was
         decides["inits"] = experiment.initial_states()[0]
+    if own := experiment.own_suites():
+        decides["own suites"] = {suite.called: [suite.max_steps, suite.instructions] for suite in own}
     if arm.execution.mode != "sync":  # the only one there was before the key
         decides["execution"] = arm.execution.model_dump()
     text = json.dumps(_without_paths(decides), sort_keys=True, separators=(",", ":"))

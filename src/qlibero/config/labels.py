@@ -79,7 +79,7 @@ def value_label(value: Any, stem: bool = False) -> str:
     if isinstance(value, list):
         return "+".join(value_label(item, stem) for item in value)
     if isinstance(value, dict):
-        named = value.get("name") or value.get("backend")
+        named = value.get("name") or value.get("backend") or PurePath(str(value.get("bddl") or "")).name
         return (
             value_label(named) if named else hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
         )

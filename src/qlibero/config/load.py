@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 SWEEP_KEYS = ("grid", "exclude", "cells")
 # every Path of the schema but the policy's, which its family says; a test compares
 PATH_KEYS = ("path", "artifact", "artifact_dir")
+SUITE_PATHS = ("bddl", "init_states")
 MAX_SHOWN = 40  # problems in one message
 
 
@@ -221,7 +222,8 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
 
     policy = source.data.get("policy")
     of_policy = path_keys(policy.get("type")) if isinstance(policy, dict) else ()
-    for room, paths in (("policy", of_policy), ("quant", PATH_KEYS), ("arms", PATH_KEYS)):
+    rooms = (("policy", of_policy), ("quant", PATH_KEYS), ("arms", PATH_KEYS), ("suite", SUITE_PATHS))
+    for room, paths in rooms:
         if isinstance(source.data.get(room), dict | list):
             visit(source.data[room], (room,), paths)
     arms = source.data.get("arms")

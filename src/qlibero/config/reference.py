@@ -28,6 +28,7 @@ from qlibero.config.schema import (
     Stop,
     Tracking,
 )
+from qlibero.config.suites import OwnSuite
 from qlibero.places import REPOSITORY
 from qlibero.registry import PolicyPlugin, built_in, get
 
@@ -51,6 +52,7 @@ def _families() -> dict[str, type[BaseModel]]:
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "The experiment": Experiment,
+    "`suite`, when it is your own": OwnSuite,
     "`inits`, when they are not official": FreshInits,
     **_families(),
     "`execution`": Execution,

@@ -9,17 +9,13 @@ policies is told, the family says (`policies.py`).
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
-    Tag,
     model_serializer,
     model_validator,
 )
@@ -43,13 +39,11 @@ from qlibero.config.fields import (
 from qlibero.config.inits import Inits
 from qlibero.config.policies import Policy
 from qlibero.config.quantization import Quant
-from qlibero.config.vocabulary import SUITE_ALIASES
-from qlibero.errors import UserError
+from qlibero.config.suites import OFFICIAL_INITS, OwnSuite, Suites, called, said_by_own
 from qlibero.registry import EnginePlugin, SuitePlugin, TrackerPlugin, get
 
 TrackerName = Annotated[str, PluginName(TrackerPlugin)]
 
-OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 MAX_PROCESSES = 10_000
 
 
@@ -188,45 +182,15 @@ class Launch(StrictModel):
 
 
 # -------------------------------------------------------------------------------------------------- experiment
-def _suite(name: Any) -> Any:
-    return SUITE_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-def _one_or_several(found: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    if isinstance(found, str):
-        return found
-    if not found:
-        raise ValueError("lists no suite; write e.g. [libero_spatial, libero_goal]")
-    if twice := next((name for i, name in enumerate(found) if name in found[:i]), None):
-        raise ValueError(f"lists {twice} twice")
-    return found if len(found) > 1 else found[0]
-
-
-def _fewest_inits(suites: Any) -> int:
-    """Official initial states that every task of these suites has; what is no suite is refused elsewhere."""
-    fewest = OFFICIAL_INITS
-    for name in suites if isinstance(suites, list | tuple) else [suites]:
-        with suppress(UserError):
-            fewest = min(fewest, get(SuitePlugin, str(_suite(name))).inits)
-    return fewest
-
-
-_Suite = Annotated[str, BeforeValidator(_suite), PluginName(SuitePlugin)]
-_Suites = Annotated[
-    Annotated[_Suite, Tag("one")] | Annotated[tuple[_Suite, ...], Tag("several")],
-    Discriminator(lambda found: "several" if isinstance(found, list | tuple) else "one"),
-    AfterValidator(_one_or_several),
-]
-
-
 class Experiment(StrictModel):
     """One cell: a policy on a suite, the same episodes under every arm."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     name: Slug = Field(description="names the run directory; by default the file's name")
-    suite: _Suites = Field(
-        description="LIBERO suite (libero_long is libero_10), or a list: one run, verdicts for each and pooled"
+    suite: Suites = Field(
+        description="LIBERO suite (libero_long is libero_10), tasks of your own ({bddl: DIR, …}), or a list of such: "
+        "one run, verdicts for each and pooled"
     )
     tasks: Literal["all"] | tuple[Int, ...] | dict[Line, tuple[Int, ...]] = Field(
         "all", description="all, or a list of task numbers; of several suites also {suite: list}, all of those unsaid"
@@ -310,9 +274,7 @@ class Experiment(StrictModel):
         """`seed` is the first of `seeds` unless it is written; arms have whole sections."""
         if not isinstance(data, dict):
             return data
-        data, seeds = completed(data), data.get("seeds")
-        if (fewest := _fewest_inits(data.get("suite"))) < OFFICIAL_INITS:
-            data = {"episodes_per_task": fewest, **data}
+        data, seeds = said_by_own(data) | completed(data), data.get("seeds")
         return {"seed": seeds[0], **data} if isinstance(seeds, list | tuple) and seeds else data
 
     @model_serializer(mode="wrap")
@@ -328,15 +290,10 @@ class Experiment(StrictModel):
                 raise FieldError(("seeds",), f"a seed is listed twice in {list(self.seeds)}")
             if self.seed != self.seeds[0]:
                 raise FieldError(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
+        self._check_inits()
         for suite in self.suites:
             if self.inits == "base" and not suite.endswith(("_lan", "_task")):
                 raise FieldError(("inits",), f"{suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
-        if self.inits in ("official", "base") and self.episodes_per_task > (fewest := _fewest_inits(self.suite)):
-            raise FieldError(
-                ("episodes_per_task",),
-                f"a task of {', '.join(self.suites)} has {fewest} official initial state{'s' * (fewest > 1)}; more "
-                "episodes come from seeds: [7, 8, …] or inits: fresh(N)",
-            )
         if self.stop is not None and len(self.suites) > 1:
             raise FieldError(("stop",), "a sequential test is over one suite; write one, or leave stop out")
         if self.inits not in ("official", "base") and self.protocol != "pure":
@@ -345,19 +302,31 @@ class Experiment(StrictModel):
         check_arms(self)
         return self
 
+    def _check_inits(self) -> None:
+        kind, count = self.initial_states()
+        for suite in self._suites():
+            if isinstance(suite, OwnSuite) and suite.fresh and (kind, count) != ("fresh", suite.fresh):
+                said = f"{suite.called} says fresh: {suite.fresh}"
+                raise FieldError(("inits",), f"{said}; leave inits out, or write it there only")
+            if kind == "official" and count > (there := self.plugin(called(suite)).inits):
+                raise FieldError(
+                    ("episodes_per_task",),
+                    f"{called(suite)} has {there} initial state{'s' * (there != 1)} a task; more episodes come from "
+                    "seeds: [7, 8, …] or inits: fresh(N)",
+                )
+
     def _check_tasks(self) -> None:
-        fewest = min(self.suites, key=lambda suite: get(SuitePlugin, suite).tasks)
         listed: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
         if isinstance(self.tasks, tuple):
-            listed[()] = (fewest, self.tasks)
-        if isinstance(self.tasks, dict):
-            listed = {(suite,): (suite, tasks) for suite, tasks in self.tasks.items()}
+            listed[()] = (min(self.suites, key=lambda suite: self.plugin(suite).tasks), self.tasks)
+        elif isinstance(self.tasks, dict):
+            listed |= {(suite,): (suite, tasks) for suite, tasks in self.tasks.items()}
         for place, (suite, tasks) in listed.items():
             if suite not in self.suites:
                 raise FieldError(("tasks", suite), f"is no suite of this experiment; it has {', '.join(self.suites)}")
             if not tasks:
                 raise FieldError(("tasks", *place), "no task is listed; write all, or some numbers")
-            count = get(SuitePlugin, suite).tasks
+            count = self.plugin(suite).tasks
             for i, task in enumerate(tasks):
                 if not 0 <= task < count:
                     raise FieldError(("tasks", *place, i), f"{suite} has tasks 0 to {count - 1}")
@@ -376,15 +345,27 @@ class Experiment(StrictModel):
         """`seeds`, or `seed` alone."""
         return self.seeds or (self.seed,)
 
+    def _suites(self) -> tuple[str | OwnSuite, ...]:
+        return self.suite if isinstance(self.suite, tuple) else (self.suite,)
+
     @property
     def suites(self) -> tuple[str, ...]:
-        """One, or several."""
-        return (self.suite,) if isinstance(self.suite, str) else self.suite
+        """Names of the suite, or of several."""
+        return tuple(map(called, self._suites()))
+
+    def plugin(self, suite: str) -> SuitePlugin:
+        """One of the suites: what it declares."""
+        own = next((one for one in self.own_suites() if one.called == suite), None)
+        return own.plugin() if own else get(SuitePlugin, suite)
+
+    def own_suites(self) -> tuple[OwnSuite, ...]:
+        """Those of the suites that are directories of one's own."""
+        return tuple(one for one in self._suites() if isinstance(one, OwnSuite))
 
     def task_ids(self, suite: str) -> tuple[int, ...]:
         """Task numbers of a suite, `all` spelt out."""
-        tasks = self.tasks.get(suite) if isinstance(self.tasks, dict) else self.tasks
-        return tasks if isinstance(tasks, tuple) else tuple(range(get(SuitePlugin, suite).tasks))
+        tasks = self.tasks.get(suite, "all") if isinstance(self.tasks, dict) else self.tasks
+        return tasks if isinstance(tasks, tuple) else tuple(range(self.plugin(suite).tasks))
 
     def all_tasks(self) -> tuple[tuple[str, int], ...]:
         """(suite, task) of every task."""

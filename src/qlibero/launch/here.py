@@ -24,6 +24,7 @@ from qlibero.results.arm_equality import refusal
 from qlibero.results.records import EpisodeRecord, record_from_json
 from qlibero.run.experiment import (
     finished_episodes,
+    look_through,
     make_directory,
     missing_episodes,
     run_directory,
@@ -43,6 +44,7 @@ def run_here(
     on_result: Callable[[Path], None],
 ) -> dict[str, Any]:
     """Run what is missing; arguments, document and errors are `run_experiment`'s, whichever process has them."""
+    look_through(experiment)
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
     at_once = _processes(experiment)

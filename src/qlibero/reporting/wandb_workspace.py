@@ -7,10 +7,12 @@ network, and `spec` is what would be sent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlibero.errors import UserError, WorkFailed
+from qlibero.results.axes import axis_of, task_name
+from qlibero.results.runs import RunResults
 
 RATE = ("success_rate", "success_rate_low95", "success_rate_high95")
 PERCENTILES = tuple(f"latency_ms/{p}" for p in ("p50", "p95", "p99"))
@@ -30,9 +32,26 @@ interval. **Broken**: the baseline succeeds and this arm fails on the same episo
 A difference is evidence only as a paired verdict: `qlibero compare` prints it, `versus_baseline/verdict` shows it."""
 
 
-def workspace(project: str, entity: str, experiments: Mapping[str, Sequence[str] | None], tasks: Sequence[int]) -> Any:
-    """A `wandb_workspaces` workspace over the runs of `experiments`, with the arms to show of each (None: all).
-    Without experiments it is over all runs of the project."""
+def metrics_of(runs: Iterable[RunResults]) -> tuple[list[str], list[str]]:
+    """What tasks are called in these runs' summaries (SUITE/TASK where a run has several suites), and their axes."""
+    tasks: dict[str, None] = {}
+    axes: set[str] = set()
+    for run in runs:
+        seen = sorted({(r.suite, r.task) for arm in run.arms.values() for r in arm.records})
+        tasks |= dict.fromkeys(task_name(suite, task, {suite for suite, _ in seen}) for suite, task in seen)
+        axes |= {axis_of(suite) for suite, _ in seen}
+    return list(tasks), sorted(axes) if len(axes) > 1 else []
+
+
+def workspace(
+    project: str,
+    entity: str,
+    experiments: Mapping[str, Sequence[str] | None],
+    tasks: Sequence[str],
+    axes: Sequence[str] = (),
+) -> Any:
+    """A `wandb_workspaces` workspace over the runs of `experiments`, with the arms to show of each (None: all), and
+    panels for these tasks and perturbation axes. Without experiments it is over all runs of the project."""
     ws, wr = _libraries()
     name = "qlibero: " + (", ".join(experiments) or "all experiments")
 
@@ -50,7 +69,15 @@ def workspace(project: str, entity: str, experiments: Mapping[str, Sequence[str]
         y=wr.SummaryMetric("success_rate"),
         range_y=(0, 1),
     )
-    videos = [f"rollout/task{task}/{outcome}" for task in tasks for outcome in ("success", "failure")]
+    numbers = dict.fromkeys(task.rpartition("/")[2] for task in tasks)
+    videos = [f"rollout/task{task}/{outcome}" for task in numbers for outcome in ("success", "failure")]
+    by_axis = [
+        bars(
+            f"Difference in success, {axis}",
+            *(f"versus_baseline/axis/{axis}/{n}" for n in ("delta", "low95", "high95")),
+        )
+        for axis in axes
+    ]
     sections = [
         ws.Section(
             "Verdict",
@@ -70,6 +97,7 @@ def workspace(project: str, entity: str, experiments: Mapping[str, Sequence[str]
             ],
             is_open=True,
         ),
+        *([ws.Section("By perturbation axis", by_axis, is_open=True)] if axes else []),
         ws.Section(
             "Latency of a policy call",
             [

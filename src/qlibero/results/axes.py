@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 UNPERTURBED = "unperturbed"
 _AXES = {"swap": "position", "object": "object", "lan": "instruction", "language": "instruction"}
@@ -15,3 +16,8 @@ def axis_of(suite: str) -> str:
     `instruction` or `level` for one of LIBERO-plus, `unperturbed` for any other."""
     found = _PRO.fullmatch(suite) or _PLUS.fullmatch(suite)
     return _AXES.get(found[1], found[1]) if found else UNPERTURBED
+
+
+def task_name(suite: str, task: int, suites: Collection[str]) -> str:
+    """What a task is called among those of `suites`: its number, or SUITE/NUMBER where they are several."""
+    return f"{suite}/{task}" if len(suites) > 1 else str(task)

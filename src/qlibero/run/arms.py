@@ -45,9 +45,8 @@ from qlibero.quant.policy_check import check_policy
 from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, replaced_in_all
 from qlibero.quant.recheck import Recheck
 from qlibero.quant.shared_weights import QuantizedNetworks, full_policies, sharing
-from qlibero.run.instructions import require_readable
 from qlibero.run.noise import RECIPE, call_noise
-from qlibero.sim.suites import get_suite, task_language
+from qlibero.sim.suites import get_suite, task_language, words_at
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +79,8 @@ def load_arms(
             horizon := unquantized[arm.name].provenance().get("action_horizon")
         ):  # a server says it with its first answer
             _require_replan(arm, horizon)
-    told = {(suite, task): task_language(suite, task) for suite, task in experiment.all_tasks()}
-    for full in {id(policy): policy for policy in unquantized.values()}.values():
-        require_readable(full, told)
+    for group in sharing(arms):
+        require_readable(unquantized[group[0].name], experiment)
     policies: dict[str, Policy] = {}
     quantized = QuantizedNetworks()
     meta: dict[str, dict[str, Any]] = {}
@@ -278,6 +276,26 @@ def _quantized(
 def prompts(experiment: Experiment) -> list[str]:
     """The instructions of the experiment's tasks."""
     return list(dict.fromkeys(task_language(suite, task) for suite, task in experiment.all_tasks()))
+
+
+def require_readable(policy: Policy, experiment: Experiment) -> None:
+    """Raise UserError naming every task whose words the policy cannot read, with their file and line."""
+    wrong: dict[str, dict[int, str]] = {}
+    for suite, task in experiment.all_tasks():
+        try:
+            policy.warmup_observations([task_language(suite, task)])
+        except UserError as problem:
+            wrong.setdefault(suite, {})[task] = f"{words_at(suite, task)}: {problem}"
+    if wrong:
+        readable = {s: [t for t in experiment.task_ids(s) if t not in wrong.get(s, {})] for s in experiment.suites}
+        lines = [f"{suite} task {task}: {said}" for suite, tasks in wrong.items() for task, said in tasks.items()]
+        kept = ", ".join(f"{suite}: {tasks}" for suite, tasks in readable.items() if tasks and suite in wrong)
+        none = ", ".join(suite for suite, tasks in readable.items() if not tasks)
+        hint = [
+            f"write tasks: {{{kept}}}" if kept else "",
+            f"leave out {none}, of which it can read none" if none else "",
+        ]
+        raise UserError("\n".join([*lines, "; ".join(filter(None, hint))]))
 
 
 def _label(experiment: Experiment, full: Policy, arm: Arm) -> str:

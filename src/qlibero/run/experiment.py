@@ -38,6 +38,7 @@ from qlibero.results.stopping import Declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.run.sequential import SequentialRun, declaration_of
 from qlibero.run.simulators import gpu_batch, start_pool, tell_memory
+from qlibero.sim.own_suite import lint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,6 +123,14 @@ def finished_episodes(
     }
 
 
+def look_through(experiment: Experiment) -> None:
+    """Raise UserError for tasks of one's own that nobody should run. They are known by their names from here on."""
+    own = [suite.plugin() for suite in experiment.own_suites()]
+    for plugin in own:
+        plugin.make_known()
+    lint(own)
+
+
 def run_experiment(
     experiment: Experiment,
     out: Path | None = None,
@@ -141,6 +150,7 @@ def run_experiment(
     simulator has other physics than the references (`sim/physics_check_cache.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
     """
+    look_through(experiment)
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
     for arm in experiment.arms():
@@ -276,12 +286,12 @@ def _run_in(
     from qlibero.sim.physics_check_cache import PhysicsCheck
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
-    from qlibero.sim.suites import flaw, get_suite
+    from qlibero.sim.suites import flaws, get_suite
     from qlibero.tracking.mirror import mirror_problem, start_mirrors
 
     asked = {episode.arm for episode in plan}
     arms = [arm for arm in experiment.arms() if arm.name in asked]
-    begun = {episode.key.suite for episode in plan}  # a shard has few of the experiment's suites
+    suites = list(dict.fromkeys(episode.key.suite for episode in plan))  # a shard has few of the experiment's
     simulator = enforce()
     environment = {
         **describe(),
@@ -291,11 +301,8 @@ def _run_in(
     }
     with ExitStack() as stack:
         inside = worker_environment(simulator_environment())
-        guards = {
-            suite: stack.enter_context(PhysicsCheck(suite, inside, environment["gl"]))
-            for suite in experiment.suites
-            if suite in begun
-        }
+        guards = [PhysicsCheck(suite, inside, environment["gl"]) for suite in suites]
+        stack.enter_context(guards[0])  # looks while the policy loads; the others one by one, each is a simulator
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, before, run_dir, watched)
@@ -310,14 +317,18 @@ def _run_in(
             wanted = meta[arm.name] | {"config_hash": hash_}
             check(run_dir, arm.name, wanted, experiment.mixed_machines)
         doing("physics check")
-        reports = {suite: guard.enforce() for suite, guard in guards.items()}
+        reports = {suites[0]: guards[0].enforce()}
+        for suite, guard in zip(suites[1:], guards[1:], strict=True):
+            with guard:
+                reports[suite] = guard.enforce()
     for suite, task in experiment.all_tasks():
-        if wrong := flaw(suite, task):
-            log.warning(f"{suite} task {task} contradicts itself: {wrong}")
+        for flaw in flaws(suite, task):
+            log.warning(f"{suite} task {task} contradicts itself: {flaw}")
     for suite, report in reports.items():
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
     checked = {suite: report.to_json() for suite, report in reports.items()}
-    physics: dict[str, Any] = {"passport": checked[experiment.suite] if isinstance(experiment.suite, str) else checked}
+    single = experiment.suites[0] if len(experiment.suites) == 1 else None
+    physics: dict[str, Any] = {"passport": checked[single] if single else checked}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))

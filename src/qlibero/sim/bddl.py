@@ -39,6 +39,9 @@ class Vocabulary:
     predicates: dict[str, int]
 
 
+Tree = list[Any]
+"""Words, and lists of the same."""
+
 WORKSPACES = frozenset("table floor coffee_table kitchen_table living_room_table study_table".split())
 """Fixtures that a problem class brings itself: `main_table - table`."""
 PREDICATES = {"on": 2, "in": 2, "up": 1, "open": 1, "close": 1, "turnon": 1, "turnoff": 1, "true": 0, "false": 0}
@@ -74,11 +77,12 @@ def installed() -> Vocabulary:
 def lint(path: Path, vocabulary: Vocabulary) -> list[str]:
     """What is wrong with a task's file, each as `FILE:LINE: what`; [] for a sound one. Raises UserError for a file that
     cannot be read or whose parentheses do not balance."""
-    found = list(_complaints(_parse(path), vocabulary))
+    found = list(_complaints(parse(path), vocabulary))
     return [f"{path}:{line}: {what}" for line, what in sorted(found)]
 
 
-def _parse(path: Path) -> list[Any]:
+def parse(path: Path) -> Tree:
+    """A file as nested lists of words. Raises UserError for one that cannot be read or does not balance."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
@@ -102,13 +106,33 @@ def _parse(path: Path) -> list[Any]:
             stack[-1].append(Word(token, line))
     if opened:
         raise UserError(f"{path}:{opened[-1]}: a parenthesis opens here that is never closed")
-    if len(stack[0]) != 1 or not isinstance(stack[0][0], list) or _head(stack[0][0]) != "define":
+    if len(stack[0]) != 1 or not isinstance(stack[0][0], list) or head(stack[0][0]) != "define":
         raise UserError(f"{path}:1: not one (define (problem …) …)")
     return stack[0][0]
 
 
-def _head(tree: list[Any]) -> str:
+def head(tree: Tree) -> str:
+    """A block's first word in lower case."""
     return tree[0].text.lower() if tree and isinstance(tree[0], Word) else ""
+
+
+def blocks(tree: Tree) -> dict[str, Tree]:
+    """The lists in a list by their first word."""
+    return {head(part): part for part in tree if isinstance(part, list)}
+
+
+def declared_names(block: Tree) -> dict[str, str]:
+    """`a b - class` of (:objects …) or (:fixtures …): name → class."""
+    words = [str(part).lower() for part in block[1:]]
+    found: dict[str, str] = {}
+    waiting: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "-":
+            found |= dict.fromkeys(waiting, word)
+            waiting = []
+        elif word != "-":
+            waiting.append(word)
+    return found
 
 
 def _line(tree: list[Any]) -> int:
@@ -116,48 +140,48 @@ def _line(tree: list[Any]) -> int:
 
 
 def _complaints(tree: list[Any], vocabulary: Vocabulary) -> Iterator[tuple[int, str]]:
-    blocks = {_head(part): part for part in tree if isinstance(part, list)}
+    parts = blocks(tree)
     for name in (":language", ":fixtures", ":objects", ":init", ":goal"):
-        if name not in blocks:
+        if name not in parts:
             yield _line(tree), f"no ({name} …)"
-    problem = blocks.get("problem", [])
+    problem = parts.get("problem", [])
     if len(problem) != 2 or str(problem[1]).lower() not in vocabulary.problems:
         known = ", ".join(sorted(vocabulary.problems))
         yield _line(problem or tree), f"problem {' '.join(map(str, problem[1:])) or 'unnamed'} is none of {known}"
-    language = blocks.get(":language")
+    language = parts.get(":language")
     if language is not None:
         words = " ".join(map(str, language[1:]))
         if not words or len(words) > MAX_WORDS:
             yield _line(language), f"an instruction of {len(words)} characters; it says what a policy is told"
     declared: dict[str, Word] = {}
     for block in (":fixtures", ":objects"):
-        yield from _declared(blocks.get(block, [])[1:], declared, vocabulary)
+        yield from _declared(parts.get(block, [])[1:], declared, vocabulary)
     regions = set()
-    for region in (part for part in blocks.get(":regions", [])[1:] if isinstance(part, list)):
-        target = next((str(p[1]) for p in region[1:] if isinstance(p, list) and _head(p) == ":target"), "")
+    for region in (part for part in parts.get(":regions", [])[1:] if isinstance(part, list)):
+        target = next((str(p[1]) for p in region[1:] if isinstance(p, list) and head(p) == ":target"), "")
         if target in declared:  # LIBERO's own files have regions of objects that are not there, and never name them
             regions.add(f"{target}_{region[0]}")
     placed = set()
-    for fact in blocks.get(":init", [])[1:]:
+    for fact in parts.get(":init", [])[1:]:
         yield from _fact(fact, declared, regions, vocabulary, "init")
         if isinstance(fact, list) and len(fact) > 1 and isinstance(fact[1], Word):
             placed.add(fact[1].text)
-    for thing in _names(blocks.get(":objects", [])[1:]):
+    for thing in _names(parts.get(":objects", [])[1:]):
         if thing.text not in placed:
             yield thing.line, f"object {thing} has no line in (:init …): where it stands is nobody's choice"
-    if ":goal" in blocks:
-        yield from _goal(blocks[":goal"], declared, regions, vocabulary)
+    if ":goal" in parts:
+        yield from _goal(parts[":goal"], declared, regions, vocabulary)
 
 
 def _goal(
     block: list[Any], declared: dict[str, Word], regions: set[str], vocabulary: Vocabulary
 ) -> Iterator[tuple[int, str]]:
     goal = block[1] if len(block) == 2 and isinstance(block[1], list) else []
-    if _head(goal) != "and" and _head(goal) in vocabulary.predicates:
+    if head(goal) != "and" and head(goal) in vocabulary.predicates:
         goal = [Word("And", _line(goal)), goal]
-    if _head(goal) in ("or", "not"):
+    if head(goal) in ("or", "not"):
         yield _line(goal), f"({goal[0]} …) in the goal: LIBERO judges (And …) of predicates only"
-    elif len(goal) < 2 or _head(goal) != "and":
+    elif len(goal) < 2 or head(goal) != "and":
         yield _line(block), "the goal is empty: every episode would succeed at its first step"
     else:
         for fact in goal[1:]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from qlibero import files
 from qlibero.cache import cache_directory
-from qlibero.errors import WorkFailed
+from qlibero.errors import UserError, WorkFailed
 from qlibero.registry import BUILT_IN, SuitePlugin, get
 from qlibero.sim import libero_plus
 from qlibero.sim.compiling_once import compiling_once
@@ -130,7 +130,9 @@ def tasks_of(suite: str) -> Any:
 def load_init_states(suite: str, task: int) -> np.ndarray:
     """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the original's pickle. LIBERO-plus: the
     first of them, or its only one. Raises WorkFailed for a file that holds something else."""
-    path = task_files(suite, task)["states"]
+    path = task_files(suite, task).get("states")
+    if path is None:  # drawn, not kept
+        return np.empty((0, 0))
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             return np.asarray(archive["states"], dtype=np.float64)
@@ -257,3 +259,6 @@ def make_environment(suite: str, task: int, resolution: int, perturbation: Pertu
                 hint = _APT.get(backend, _APT["egl"])[1]
                 raise WorkFailed(f"{backend} cannot render here ({error}); {hint}") from error
             raise
+        except (KeyError, FileNotFoundError, placement_failure()) as error:
+            what = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{bddl}: LIBERO cannot build this scene: {what}") from error

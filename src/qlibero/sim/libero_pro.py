@@ -41,15 +41,6 @@ AXES = {"swap": "name", "object": "name", "lan": "bddl", "task": "bddl"}
 """Axis → where its instructions stand."""
 SCENES_OF_BASE = ("lan", "task")
 """Axes whose scenes are the base suite's, so that they can start from its very initial states."""
-FLAWS = {
-    "libero_10_task": {8: "says the left moka pot; its goal is moka_pot_1 on the stove, which is the right one"},
-    "libero_goal_task": {7: "the stove is off from the start; a nudge of its knob makes the goal true"},
-    "libero_spatial_swap": {
-        0: "the plate has moved: the bowl is no longer between it and the ramekin",
-        8: "the plate has moved: the bowl is no longer next to it",
-    },
-}
-"""What contradicts itself in LIBERO-PRO's own files, by suite and task. Nothing is left out for it; a run says it."""
 _LANGUAGE = re.compile(r"\(\s*:language\s+([^()]*)\)", re.IGNORECASE)
 
 
@@ -59,3 +50,10 @@ def language_in(bddl: Path) -> str:
     if not found or not found[1].strip():
         raise ValueError(f"{bddl}: no (:language …), so the task says nothing to a policy")
     return " ".join(found[1].lower().split())
+
+
+def line_of_language(bddl: Path) -> int:
+    """The line on which a file's instruction begins, 1 without one."""
+    text = bddl.read_text(encoding="utf-8")
+    found = _LANGUAGE.search(text)
+    return text.count("\n", 0, found.start()) + 1 if found else 1

@@ -36,14 +36,15 @@ class Perturbation:
         position, quaternion = moved(stood, looked, self.view)
         arena.set_camera("agentview", position, quaternion)
 
-    def place_arm(self, env: Any) -> None:
-        """Arm joints of a robosuite environment to `arm`, at rest. An initial state, entered before, moves them away:
-        that alone is why LIBERO-plus, run as it is distributed, has no robot axis."""
+    def with_arm(self, state: np.ndarray, env: Any) -> np.ndarray:
+        """An initial state (n,) of a robosuite environment with the arm's joints in `arm`, at rest. As it is, it puts
+        them back: that alone is why LIBERO-plus, run as it is distributed, has no robot axis."""
         if self.arm is None:
-            return
-        robot, data = env.robots[0], env.sim.data
-        data.qpos[robot._ref_joint_pos_indexes] = self.arm
-        data.qvel[robot._ref_joint_vel_indexes] = 0.0
+            return state
+        state, robot = state.copy(), env.robots[0]
+        state[1 + np.array(robot._ref_joint_pos_indexes)] = self.arm
+        state[1 + env.sim.model.nq + np.array(robot._ref_joint_vel_indexes)] = 0.0
+        return state
 
     def noisy(self, frame: np.ndarray, moment: str) -> np.ndarray:
         """The third-person camera's frame (R, R, 3) uint8, as rendered, with its noise. What is random in it is a

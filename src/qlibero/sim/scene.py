@@ -31,6 +31,7 @@ import numpy as np
 
 from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
+from qlibero.registry import FolderSuite, SuitePlugin, get
 from qlibero.sim import libero, suites
 from qlibero.sim.control import ArmControl
 
@@ -65,6 +66,7 @@ class Scene:
         self._seen: SimObservation | None = None
         self.render_s = 0.0
         self._inits = suites.init_states(suite, task)
+        self._check_states()
         self._initializers = list(self.env.object_property_initializers)
         self._streams: dict[int, list[Any]] = {}
         self._fingerprint = self._episode = ""
@@ -92,16 +94,31 @@ class Scene:
                 self.env.seed(seed)
             self._hard_reset()
         if state is not None:
-            # LIBERO's set_init_state without its forced rendering
-            self.env.sim.set_state_from_flattened(state)
-            if inits != FRESH:  # which was drawn about the perturbed pose
-                self.perturbation.place_arm(self.env)
-            self.env.sim.forward()
-            self.env._check_success()
-            self.env._post_process()
+            # a fresh one was drawn about the perturbed pose
+            self.enter(state if inits == FRESH else self.perturbation.with_arm(state, self.env))
+        done = False
         for index in range(suites.SETTLE_STEPS):
-            self.step(suites.SETTLE_ACTION, observe=index == suites.SETTLE_STEPS - 1)
+            done = self.step(suites.SETTLE_ACTION, observe=index == suites.SETTLE_STEPS - 1)
+        if done and init is not None and isinstance(get(SuitePlugin, self.suite), FolderSuite):
+            goal = libero.task_files(self.suite, self.task)["goal"]
+            raise UserError(f"{goal}: the goal holds before anybody has moved ({inits} initial state {init})")
         self._fingerprint = self._hash_scene()
+
+    def _check_states(self) -> None:
+        size = self.env.sim.get_state().flatten().size
+        if len(self._inits) and self._inits.shape[1] != size:
+            files = libero.task_files(self.suite, self.task)
+            raise UserError(
+                f"{files['states']}: states of {self._inits.shape[1]} numbers, but {files['goal']} makes a scene of "
+                f"{size}: these are initial states of another scene"
+            )
+
+    def enter(self, state: np.ndarray) -> None:
+        """Put everything where an initial state, (n,) float64, has it: set_init_state without its rendering."""
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
+        self.env._check_success()
+        self.env._post_process()
 
     def step(self, action: Any, *, observe: bool = False) -> bool:
         """One control step (50 ms) of a (7,) action; returns the BDDL success predicate.

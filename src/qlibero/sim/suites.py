@@ -16,7 +16,7 @@ import numpy as np
 from qlibero.errors import UserError
 from qlibero.registry import SuitePlugin, built_in, get
 from qlibero.sim import libero_plus
-from qlibero.sim.libero_pro import AXES, FLAWS, SCENES_OF_BASE
+from qlibero.sim.libero_pro import AXES, SCENES_OF_BASE, language_in, line_of_language
 from qlibero.sim.perturbation import UNPERTURBED, Perturbation
 
 SETTLE_STEPS = 10
@@ -104,11 +104,23 @@ def perturbation(suite: str, task: int) -> Perturbation:
     return said(task) if said else UNPERTURBED
 
 
-def flaw(suite: str, task: int) -> str:
-    """What is wrong with a task by its own files, e.g. that it contradicts itself; empty for nothing."""
-    if libero_plus.split(suite):
-        return libero_plus.VariantSuite(suite).flaw(task)
-    return FLAWS.get(suite, {}).get(task, "")
+def words_at(suite: str, task: int) -> str:
+    """FILE:LINE of a task's words where they stand in its file, FILE where they are its name."""
+    from qlibero.sim import libero
+
+    goal = libero.task_files(suite, task)["goal"]
+    if task_language(suite, task) != language_in(goal):
+        return str(goal)
+    return f"{goal}:{line_of_language(goal)}"
+
+
+def flaws(suite: str, task: int) -> list[str]:
+    """What of a task's words contradicts its own file; [] for none."""
+    from qlibero.sim import contradictions, libero
+
+    known = libero_plus.VariantSuite(suite).flaw(task) if libero_plus.split(suite) else ""
+    found = contradictions.contradictions(libero.task_files(suite, task)["goal"], task_language(suite, task))
+    return [known, *found] if known else found
 
 
 def init_states(suite: str, task: int) -> np.ndarray:

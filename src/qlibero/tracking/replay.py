@@ -33,6 +33,7 @@ from typing import Any, Protocol
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.results.arm_equality import SameArithmetic, arithmetic
+from qlibero.results.axes import axis_of, task_name
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
 from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
@@ -333,9 +334,16 @@ def arm_summary(ledger: ArmLedger) -> Row:
         summary |= {"success_rate": rate, "success_rate_low95": low, "success_rate_high95": high}
     for percentile, ms in (numbers["latency_ms"] or {}).items():
         summary[f"latency_ms/{percentile}"] = ms
-    for task in sorted({record.task for record in ledger.records}):
-        k, n, _ = counts(record for record in ledger.records if record.task == task)
-        summary |= {f"task/{task}/successes": k, f"task/{task}/episodes": n}
+    tasks = sorted({(record.key.suite, record.task) for record in ledger.records})
+    suites = {suite for suite, _ in tasks}
+    for suite, task in tasks:
+        k, n, _ = counts(record for record in ledger.records if (record.key.suite, record.task) == (suite, task))
+        name = task_name(suite, task, suites)
+        summary |= {f"task/{name}/successes": k, f"task/{name}/episodes": n}
+    axes = sorted({axis_of(suite) for suite, _ in tasks})
+    for axis in axes if len(axes) > 1 else ():
+        k, n, _ = counts(record for record in ledger.records if axis_of(record.key.suite) == axis)
+        summary |= {f"axis/{axis}/successes": k, f"axis/{axis}/episodes": n}
     if mix := mix_in_words(ledger.records):
         summary["machines"] = mix
     for kernel, layers in sorted(kernel_counts(ledger.meta).items()):
@@ -364,6 +372,11 @@ def versus_baseline(run_dir: Path, arm: str) -> Row:
         "missing_pairs": found.missing,
         "speedup": found.speed.ratio if found.speed.claim in ("faster", "slower", "as fast") else None,
     }
+    for axis, row in found.axes.items():
+        low, high = row.interval or (None, None)
+        at = f"axis/{axis}"
+        numbers |= {f"{at}/pairs": row.table.pairs, f"{at}/delta": row.delta, f"{at}/verdict": str(row.verdict.word)}
+        numbers |= {f"{at}/low95": low, f"{at}/high95": high}
     return {f"versus_{BASELINE}/{name}": value for name, value in numbers.items() if value is not None}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import asdict
 
 from qlibero.cli.outcomes import Document, Incomplete
 from qlibero.console import count_text, table
@@ -26,19 +27,41 @@ def doctor(args: argparse.Namespace) -> Document:
 
 
 def lint(args: argparse.Namespace) -> Document:
-    from qlibero.sim import bddl
+    from qlibero.sim import bddl, libero, suites
 
-    found = bddl.lint_all(args.tasks, bddl.installed())
+    asked = [name for name in map(str, args.tasks) if name in suites.SUITES]
+    if args.settle and not asked:
+        raise UserError("--settle: name a suite that `qlibero ls suites` lists; files have no initial states")
+    tasks = [(name, task) for name in asked for task in range(suites.SUITES[name].tasks)]
+    goals = [libero.task_files(*task)["goal"] for task in tasks]
+    found = bddl.lint_all([*(path for path in args.tasks if str(path) not in asked), *goals], bddl.installed())
     complaints = [complaint for of in found.values() for complaint in of]
+    complaints += [
+        f"{suites.words_at(*task)}: {task[0]} task {task[1]} {f}" for task in tasks for f in suites.flaws(*task)
+    ]
     for complaint in complaints:
         log.info(complaint)
-    document = {"files": len(found), "complaints": complaints}
-    if complaints:
-        raise Incomplete(
-            f"{count_text(len(complaints), 'complaint')} about {count_text(len(found), 'file')}, see above", document
-        )
+    thrown = _settled(tasks) if args.settle else []
+    document = {"files": len(found), "complaints": complaints, **({"thrown": thrown} if args.settle else {})}
+    if complaints or thrown:
+        count = count_text(len(complaints) + len(thrown), "complaint")
+        raise Incomplete(f"{count} about {count_text(len(found), 'file')}, see above", document)
     log.info(f"{count_text(len(found), 'file')}, nothing to complain about")
     return document
+
+
+def _settled(tasks: list[tuple[str, int]]) -> list[Document]:
+    """What settling does to the initial states of tasks, where it does anything."""
+    from qlibero.sim.settling import settle
+
+    rows: list[Document] = []
+    for suite, task in tasks:
+        for one in settle(suite, task):
+            rows.append({"suite": suite, "task": task, **asdict(one)})
+            what = f"{one.thing} is thrown {one.sideways:.2f} m" if one.thing else "nothing is thrown"
+            what += ", and what the goal names is lost" * one.lost + ", and the goal holds as it stands" * one.solved
+            log.info(f"{suite} task {task} initial state {one.init}: {what}")
+    return rows
 
 
 def config_show(args: argparse.Namespace) -> Document:

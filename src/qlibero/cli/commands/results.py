@@ -106,12 +106,12 @@ def dashboard(args: argparse.Namespace) -> Document:
     from qlibero.results.selection import select
 
     runs = select(args.run_dirs)
-    tasks = sorted({record.task for run in runs for arm in run.arms.values() for record in arm.records})
+    tasks, axes = wandb_workspace.metrics_of(runs)
     shown: dict[str, list[str] | None] = {run.name: None for run in runs}
     if any(run.chosen for run in runs):  # arms that are named are shown beside all arms of whole runs
         for name in shown:
             shown[name] = [arm.arm for run in runs if run.name == name for arm in run.arms.values()]
-    made = wandb_workspace.workspace(args.project, args.entity or "", shown, tasks)
+    made = wandb_workspace.workspace(args.project, args.entity or "", shown, tasks, axes)
     document = {"workspace": made.name, "project": args.project, "entity": args.entity, "saved": not args.offline}
     if args.offline:
         return {**document, "spec": wandb_workspace.spec(made)}
