@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 from scipy.special import gammaln, xlogy
 
-from qlibero.results.stopping import BLOCK_PAIRS
+from qlibero.results.declaration import BLOCK_PAIRS
 from qlibero.stats.evalues import margin_martingales
 from qlibero.stats.group_sequential import declared_looks
 from qlibero.stats.proportions import normal_quantile, pairs_for_noninferiority, tango_zs

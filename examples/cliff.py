@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from qlibero.errors import UserError  # noqa: E402
+from qlibero.results.arm_meta import ActionError  # noqa: E402
 from qlibero.results.pairing import Arm, collect_arms  # noqa: E402
 from qlibero.results.runs import read_run  # noqa: E402
 from qlibero.results.summary import counts  # noqa: E402
@@ -42,18 +43,18 @@ class Point:
     layout: str
     rate: float
     rate95: tuple[float, float]
-    error: dict[str, Any] | None
+    error: ActionError | None
 
 
 def point(arm: Arm) -> Point | None:
     """None for an arm that is not quantized or has not finished an episode."""
-    quant, (won, run, _) = arm.meta.get("quant"), counts(list(arm.records.values()))
+    quant, (won, run, _) = arm.meta.quant, counts(list(arm.records.values()))
     if not quant or not run:
         return None
-    precision = f"W{quant['weight_bits']}A{quant['activation_bits']}"
-    formats = precision if quant["number_format"] == "int" else f"{quant['number_format']}\n{precision}"
-    recipe = "rtn" if (quant["method"], quant["rounding"]) == ("rtn", "nearest") else "best"
-    return Point(formats, recipe, quant["layout"], won / run, wilson(won, run), arm.meta.get("action_error"))
+    precision = f"W{quant.weight_bits}A{quant.activation_bits}"
+    formats = precision if quant.number_format == "int" else f"{quant.number_format}\n{precision}"
+    recipe = "rtn" if (quant.method, quant.rounding) == ("rtn", "nearest") else "best"
+    return Point(formats, recipe, quant.layout or "", won / run, wilson(won, run), arm.meta.action_error)
 
 
 def places(points: list[Point]) -> list[str]:
@@ -78,7 +79,7 @@ def draw(run_dir: Path, to: Path) -> None:
         shift = SPREAD * (number - (len(lines) - 1) / 2)
         label = f"{'round to nearest' if recipe == 'rtn' else 'auto + gptq'}, {layout}"
         _line(success, of, axis, shift, label, {p.formats: (100 * p.rate, *(100 * x for x in p.rate95)) for p in of})
-        measured = {p.formats: (p.error["arm"], *(p.error["arm95"] or (p.error["arm"],) * 2)) for p in of if p.error}
+        measured = {p.formats: (p.error.arm, *(p.error.arm95 or (p.error.arm,) * 2)) for p in of if p.error}
         _line(error, of, axis, shift, label, measured)
     _reference(success, arms)
     integers = sum(f.startswith("W") and f.endswith("A8") for f in axis)

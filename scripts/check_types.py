@@ -30,7 +30,7 @@ def main() -> int:
         print(mypy.stdout + mypy.stderr, file=sys.stderr)
         return mypy.returncode or 1
     errors = defaultdict(list)
-    for line in mypy.stdout.splitlines():
+    for line in mypy.stdout.splitlines() if mypy.returncode else ():  # without an error it says so in words
         error = json.loads(line)
         if error["severity"] == "error":
             errors[room(error["file"])].append(error)

@@ -58,6 +58,6 @@ def test_the_report_says_it(run, tmp_path):
 def test_the_summary_in_wandb_says_it(run):
     directory, mixed = run
     ended = start_mirror(directory).finish(300)
-    assert ended["complete"], ended
+    assert ended.complete, ended
     (fake,), (baseline,) = (offline_runs(directory, arm) for arm in ("fake", "baseline"))
     assert fake.summary.get("machines") == (SAID if mixed else None) and "machines" not in baseline.summary

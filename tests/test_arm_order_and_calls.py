@@ -14,8 +14,8 @@ from qlibero.places import REPOSITORY
 from qlibero.policies.base import Chunk
 from qlibero.results.summary import policy_calls
 from qlibero.run.episode import PlannedEpisode
-from qlibero.run.experiment import missing_episodes
 from qlibero.run.noise import call_noise
+from qlibero.run.planned import missing_episodes
 from qlibero.run.rollout import RolloutSettings, run_episodes
 from qlibero.sim.pool import Died, Finished, Observed
 from qlibero.sim.scene import SimObservation

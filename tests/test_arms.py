@@ -110,7 +110,7 @@ def test_grids_of_cells_and_of_arms_multiply_and_a_set_reaches_into_an_arm(study
     assert [cell.experiment.arms()[1].policy.flow_steps for cell in found] == [1, 2, 1, 2]
     assert all(len(cell.experiment.arms()) == 6 for cell in found)
     manifest = cells.make_manifest(load_sweep(study, ["arms.0.policy.flow_steps=4"]), study.parent / "out")
-    document = plan(manifest)
+    document = plan(manifest).to_json()
     assert document["cells"][0]["overrides"]["baseline"] == ["flow_steps 4"]
     assert document["cells"][0]["overrides"]["long"] == ["replan_steps 10"]
 

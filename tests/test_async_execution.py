@@ -15,7 +15,7 @@ from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.compare import compare_runs
 from qlibero.results.ledger import read_ledger, read_trajectory
 from qlibero.results.meta import read_meta
-from qlibero.run.latency import control_steps
+from qlibero.results.quality import control_steps
 from qlibero.run.pace import Chunks, Pace
 
 HORIZON = 10
@@ -125,12 +125,12 @@ def test_late_answers_in_real_simulators(study, tmp_path):
     """No latency is bit for bit the waiting arm; a late one holds still first; what was measured is kept."""
     out = tmp_path / "run"
     assert cli.main(["run", str(study), "--out", str(out), "--set", "episodes_per_task=1"]) == 0
-    measured = read_meta(out, "measured")["execution"]
-    assert measured["measured"] and measured["latency_steps"] == control_steps(measured["latency_ms"]) >= 1
+    measured = read_meta(out, "measured").execution
+    assert measured is not None and measured.latency_steps == control_steps(measured.latency_ms) >= 1
     kept = json.loads((out / "measured/latency.json").read_text())
-    assert kept["ms"] == measured["latency_ms"] and kept["calls"] == 20
+    assert kept["ms"] == measured.latency_ms and kept["calls"] == 20
     assert cli.main(["run", str(study), "--out", str(out)]) == 0
-    assert read_meta(out, "measured")["execution"] == measured
+    assert read_meta(out, "measured").execution == measured
     records = {
         arm: read_ledger(out, arm) for arm in ("baseline", "async.latency_ms-0", "async.latency_ms-100", "measured")
     }

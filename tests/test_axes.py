@@ -13,7 +13,7 @@ from qlibero.results.axes import axis_of
 from qlibero.results.compare import compare_paths
 from qlibero.results.ledger import read_arm
 from qlibero.results.runs import read_run
-from qlibero.tracking.replay import arm_summary, versus_baseline
+from qlibero.tracking.rows import arm_summary, versus_baseline
 
 SUITES = ("libero_goal", "libero_goal_swap", "libero_10_swap")
 

@@ -201,7 +201,7 @@ def test_episodes_of_a_packed_kernel_are_those_of_fake(tiny_experiment, tmp_path
     from qlibero.run.experiment import run_experiment
 
     sets = ["backends=[baseline,fake,cpu_int4]", "tasks=[0]", "episodes_per_task=2", "quant.layout=llm+expert"]
-    assert run_experiment(load_experiment(tiny_experiment, sets), tmp_path)["complete"]
+    assert run_experiment(load_experiment(tiny_experiment, sets), tmp_path).complete
     arms = {
         arm: {record.key: (record.action_digest, record.outcome, record.steps) for record in read_ledger(tmp_path, arm)}
         for arm in ("baseline", "fake", "cpu_int4")

@@ -146,6 +146,27 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one_and_said_
     assert stat.S_IMODE((tmp_path / f"tmp/qlibero-{os.getuid()}").stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize(
+    "kept", [None, "TRITON_CACHE_DIR", "TRITON_HOME"], ids=["nowhere", "where told", "in the home told"]
+)
+def test_triton_gets_a_place_where_its_own_cannot_be_written(tmp_path, monkeypatch, kept):
+    """Or its kernels fail, and others that round otherwise take their place: in one shard of a run, say."""
+    (tmp_path / "no home").write_text("x")
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "no home"))
+    monkeypatch.setenv("QLIBERO_CACHE", str(tmp_path / "ours"))
+    if kept:
+        monkeypatch.setenv(kept, str(tmp_path / "theirs"))
+    cache.triton_cache()
+    expected = {None: "ours/triton", "TRITON_CACHE_DIR": "theirs", "TRITON_HOME": None}[kept]
+    assert os.environ.get("TRITON_CACHE_DIR") == (expected and str(tmp_path / expected))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "no home/triton"))
+    cache.triton_cache()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "ours/triton")
+
+
 def test_a_planted_temporary_directory_is_passed_over(tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "planted").mkdir()

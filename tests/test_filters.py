@@ -101,7 +101,7 @@ COUNTS = [  # 3 tasks × 10 initial states × 2 arms, of which w4a8's 1/1 ended 
 
 @pytest.mark.parametrize(("tasks", "arms", "done", "episodes"), COUNTS)
 def test_status_counts_what_is_asked_for(synthetic, tasks, arms, done, episodes):
-    found = status(synthetic, tasks, arms)
+    found = status(synthetic, tasks, arms).to_json()
     assert (found["done"], found["episodes"], found["complete"]) == (done, episodes, done == episodes)
     assert found["errors"] == episodes - done
 

@@ -17,8 +17,8 @@ from qlibero.results.ledger import Ledger, read_ledger
 from qlibero.results.pairing import collect_arms, pair_arms
 from qlibero.results.records import EpisodeRecord, record_from_dict
 from qlibero.results.runs import read_run, video_path
-from qlibero.run.experiment import episode_keys
 from qlibero.run.noise import call_noise
+from qlibero.run.planned import episode_keys
 from qlibero.sim.pool import Assignment, Finished, Observed, SimulatorPool
 from qlibero.sim.scene import Scene
 from qlibero.sim.suites import init_states

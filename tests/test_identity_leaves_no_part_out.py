@@ -104,7 +104,7 @@ def artifact(path: Path, found: dict) -> None:
     ("change", "named"),
     [
         (weights, {"policy file model.safetensors", "artifact"}),  # an artifact is the weights', so made anew
-        (statistics, {"policy file norm_stats.json"}),
+        (statistics, {"policy file norm_stats.json", "artifact"}),  # and of how its actions are measured
         (artifact, {"artifact"}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -211,8 +211,9 @@ def test_auto_keeps_the_kernel_that_its_episodes_ran_on(place, fastest):
         fastest(later)
         assert ran(meta_of(asked)) == {later}, "by timing alone it would be another now"
         again = meta_of(asked, check(place / first, "auto", {}))
-        assert ran(again) == ran(read_meta(place / first, "auto")) == {first}
-        assert again["kernels_hash"] == read_meta(place / first, "auto")["kernels_hash"]
+        kept = read_meta(place / first, "auto")
+        assert ran(again) == set(kept.executed) == {first}
+        assert again["kernels_hash"] == kept.kernels_hash
         with Ledger(place / first, "auto", 0, "h") as ledger:
             ledger.bind(again)
 

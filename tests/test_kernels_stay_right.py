@@ -151,7 +151,7 @@ def test_a_run_without_fake_ends_with_status_3_and_every_view_says_so(
     """Real LIBERO, one episode: refused, kept, marked, and refused again by the same command."""
     from qlibero import cli
     from qlibero.reporting.html.document import write_report
-    from qlibero.tracking.replay import arithmetic_summary
+    from qlibero.tracking.rows import arithmetic_summary
 
     out = tmp_path / "run"
     sets = ["backends=[baseline,lying]", "tasks=[0]", "episodes_per_task=1", "quant.layout=llm+expert"]
@@ -196,7 +196,7 @@ def test_arms_that_differ_end_with_status_3(tiny_experiment, tmp_path, registere
 
 
 def test_a_recheck_file_that_is_none_is_named(tmp_path):
-    from qlibero.results.arm_equality import rechecks
+    from qlibero.results.arm_equality import Rechecks, rechecks
 
     (tmp_path / "arm").mkdir()
     assert rechecks(tmp_path, "arm") is None
@@ -211,7 +211,7 @@ def test_a_recheck_file_that_is_none_is_named(tmp_path):
         with pytest.raises(UserError, match="recheck-000of001-1.json: "):
             rechecks(tmp_path, "arm")
     path.write_text(json.dumps(good))
-    assert rechecks(tmp_path, "arm")["products"] == 3
+    assert rechecks(tmp_path, "arm") == Rechecks(processes=1, calls=1, repeated=0, layers=2, products=3, wrong=())
 
 
 @pytest.mark.parametrize("found", [{}, {"layers_consuming_int8": -1, "action_difference": 0.0}, [], "fine"], ids=str)
@@ -219,7 +219,8 @@ def test_a_record_of_the_policy_check_that_is_none_is_named(tmp_path, found):
     from qlibero.results.meta import read_meta, write_meta
 
     write_meta(tmp_path, "arm", {"witness": {"layers_consuming_int8": 37, "action_difference": None}})
-    assert read_meta(tmp_path, "arm")["witness"]["layers_consuming_int8"] == 37
+    said = read_meta(tmp_path, "arm").witness
+    assert said is not None and said.layers_consuming_int8 == 37
     (tmp_path / "arm" / "meta.json").write_text(json.dumps({"schema": 1, "witness": found}))
     with pytest.raises(UserError, match="meta.json: witness"):
         read_meta(tmp_path, "arm")

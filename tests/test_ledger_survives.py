@@ -20,10 +20,10 @@ from hypothesis import strategies as hy
 
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.results import ledger as room
+from qlibero.results.declaration import declare, make_declaration
 from qlibero.results.ledger import Ledger, read_arm, read_ledger, read_trajectory, write_meta
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run
-from qlibero.results.stopping import declare, make_declaration
 
 
 def record(init: int, outcome: str = "success", digest: str = "cd", task: int = 0) -> EpisodeRecord:
@@ -135,13 +135,13 @@ def test_two_writers_of_one_shard_are_refused(tmp_path):
 
 
 def test_meta_is_merged_and_replaced_whole(tmp_path):
-    write_meta(tmp_path, "fake", {"config_hash": "h", "memory": {"weights_bytes": 5}})
+    write_meta(tmp_path, "fake", {"config_hash": "h", "memory": {"weight_bytes": 5}})
     write_meta(tmp_path, "fake", {"artifact": "x"})
-    assert read_arm(tmp_path, "fake").meta == {
+    assert read_arm(tmp_path, "fake").meta.model_dump(exclude_unset=True) == {
         "schema": 1,
         "arm": "fake",
         "config_hash": "h",
-        "memory": {"weights_bytes": 5},
+        "memory": {"weight_bytes": 5},
         "artifact": "x",
     }
     assert sorted(os.listdir(tmp_path / "fake")) == [".lock-meta", "meta.json"]

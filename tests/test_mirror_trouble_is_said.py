@@ -5,22 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from qlibero import cli
 from qlibero.config.schema import Tracking
 from qlibero.tracking import mirror
-from qlibero.tracking.mirror import mirror_problem
+from qlibero.tracking.mirror import MirrorEnd
 
-WELL = {
-    "tracker": "wandb",
-    "complete": True,
-    "mode": "offline",
-    "rows": {},
-    "problem": None,
-    "again": "python -m x DIR",
-}
+WELL = MirrorEnd("wandb", complete=True, mode="offline", rows={}, problem=None, again="python -m x DIR")
 
 
 def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_succeeds(
@@ -64,12 +58,12 @@ def test_a_run_whose_mirror_fails_says_so_with_the_command_that_mends_it_and_suc
         (WELL, "offline", None),
         (WELL, "online", "went on offline"),
         (
-            WELL | {"complete": False, "problem": "did not end within 60 s and was stopped"},
+            replace(WELL, complete=False, problem="did not end within 60 s and was stopped"),
             "offline",
             "python -m x DIR",
         ),
     ],
 )
 def test_what_is_said_of_a_mirror(said, mode, words):
-    found = mirror_problem(said, Tracking(mode=mode))
+    found = said.told(Tracking(mode=mode))
     assert found is None if words is None else words in found

@@ -28,13 +28,13 @@ from qlibero.reporting.terminal import print_comparison, print_run
 from qlibero.reporting.wandb_workspace import COLUMNS, workspace
 from qlibero.reporting.wandb_workspace import spec as as_sent
 from qlibero.results.compare import compare_paths, compare_runs
+from qlibero.results.declaration import declare
 from qlibero.results.export import export_episodes
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import declare
-from qlibero.run.experiment import planned_keys, stopping_rule
+from qlibero.run.planned import planned_keys, stopping_rule
 from qlibero.tracking.mirror import start_mirrors
-from qlibero.tracking.replay import versus_baseline
+from qlibero.tracking.rows import versus_baseline
 
 pytestmark = pytest.mark.slow
 
@@ -216,7 +216,7 @@ def test_every_reader_of_every_kind_of_run_says_one_verdict(name, tmp_path, caps
         assert COLUMNS[7] == "versus_baseline/verdict" and '"summary:versus_baseline/verdict"' in json.dumps(spec)
 
         # what is counted as missing is what has no verdict yet
-        seen = status(run)
+        seen = status(run).to_json()
         assert seen["complete"] == (seen["done"] == seen["episodes"])
         waiting = alone in ("interim", "inconclusive (errors)")
         assert seen["complete"] != waiting, seen
@@ -232,7 +232,7 @@ def test_the_mirror_through_the_real_client_says_what_compare_says(tmp_path):
     run = make(tmp_path / "run", KINDS["looks: futile"], "libero_goal")
     (mirror,) = start_mirrors(run, Tracking(mode="offline")).mirrors
     said = mirror.finish(300)
-    assert said["complete"], said
+    assert said.complete, said
     (file,) = (run / "w4a8" / "wandb").glob("*run-*/*.wandb")
     arm, seen = compare_runs([run])["arms"]["w4a8"], read_offline_run(file).summary
     assert seen["versus_baseline/verdict"] == arm["verdict"] == "inconclusive (futile)"

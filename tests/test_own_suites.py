@@ -19,7 +19,7 @@ from qlibero.errors import UserError
 from qlibero.policies import load_policy
 from qlibero.results.ledger import read_ledger
 from qlibero.run.arms import require_readable
-from qlibero.run.experiment import episode_keys
+from qlibero.run.planned import episode_keys
 from qlibero.sim.suites import get_suite, task_language
 
 EXAMPLE = Path(__file__).parents[1] / "examples/own_tasks/own_tasks.yaml"

@@ -142,10 +142,12 @@ def test_a_simulator_that_cannot_run_says_why(monkeypatch):
 
 
 def test_every_suite_has_a_reference():
+    from qlibero.sim import libero_pro
     from qlibero.sim.suites import SUITES
 
     names = {name.partition("/")[0] for name in json.loads(physics_check.REFERENCES.read_text())["episodes"]}
     shipped = {name: suite for name, suite in SUITES.items() if not suite.variants_of}  # LIBERO-plus is not installed
     assert {suite for suite, *_ in physics_check.EPISODES} == set(shipped)
-    assert set(physics_check.SUITES) <= names == physics_check.references() <= set(shipped)
+    assert set(physics_check.SUITES) | {plugin.name for plugin in libero_pro.PLUGINS} <= names
+    assert names == physics_check.references() <= set(shipped)
     assert set(physics_check.SUITES) == {name for name, suite in shipped.items() if not suite.base}  # doctor's look

@@ -318,7 +318,7 @@ def test_a_checkpoint_runs_in_libero_paired_under_two_backends(checkpoints, cali
     }
     (tmp_path / "pi0.yaml").write_text(yaml.safe_dump(config))
     document = run_experiment(load_experiment(tmp_path / "pi0.yaml"), tmp_path / "run")
-    assert document["complete"]
+    assert document.complete
     records = {arm: read_ledger(tmp_path / "run", arm)[0] for arm in ("baseline", "fake", "cpu_int4")}
     assert {(r.outcome, r.steps, r.fingerprint) for r in records.values()} == {
         ("failure", 8, records["baseline"].fingerprint)

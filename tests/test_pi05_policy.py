@@ -223,7 +223,7 @@ def test_normalisation_in_both_modes_and_spellings():
 class DigitTokenizer:
     """As PaliGemma's: words are a token each, numbers a token for each digit and sign."""
 
-    vocab_size = 300
+    vocab_size, sha256 = 300, "7" * 64
 
     def encode(self, pieces):
         return [2, *(3 + ord(piece[0]) for piece in re.findall(r"[A-Za-z]+|\S", " ".join(pieces)))]

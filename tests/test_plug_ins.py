@@ -332,6 +332,10 @@ BEGIN = "from qlibero.registry import MethodPlugin\n"
         (BEGIN + "PLUGIN = MethodPlugin('x', 'y', data_free='no')\n", r"line 2: data_free is 'no'; it should be"),
         (BEGIN + "PLUGIN = {'name': 'x'}\n", r"line 2: PLUGIN is one of KernelPlugin, MethodPlugin"),
         (BEGIN + "PLUGIN = MethodPlugin('x', 'y')\n", r"lacks fit: a method has fit"),
+        (
+            BEGIN + "PLUGIN = MethodPlugin('x', 'y', rotates_outputs=True)\n\n\ndef fit(data, spec):\n    pass\n",
+            r"lacks output_rotation: a method has fit, output_rotation",
+        ),
         (BEGIN + "PLUGIN = MethodPlugin('x', 'y', provides='Best')\n", r"provides Best, which is not in the file"),
         ("", r"declares no method"),
     ],

@@ -31,7 +31,7 @@ from qlibero.quant.prepare import ensure_artifact
 from qlibero.quant.recheck import Recheck
 from qlibero.run import arms
 from qlibero.run.episode import PlannedEpisode
-from qlibero.run.experiment import missing_episodes
+from qlibero.run.planned import missing_episodes
 from qlibero.run.rollout import RolloutSettings, run_episodes
 
 WIDTH, HEADS, GROUPS, HORIZON, BLOCKS, STEPS = 64, 4, 2, 4, 2, 2

@@ -72,7 +72,7 @@ def test_a_run_says_whether_first_errors_foretold_its_flips(tmp_path):
     cliff = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "cliff.py"))
     points = {name: cliff["point"](arm) for name, arm in collect_arms([read_run(run)]).items()}
     assert points.pop("baseline") is None and points.pop("aa") is None
-    seen = {name: (p.formats, p.recipe, p.error["arm"]) for name, p in points.items()}
+    seen = {name: (p.formats, p.recipe, p.error.arm) for name, p in points.items()}
     assert seen == {"told": ("W8A8", "rtn", 0.04), "blind": ("W6A8", "rtn", 0.02), "wild": ("W4A8", "rtn", 0.3)}
     cliff["draw"](run, tmp_path / "cliff.png")
     assert (tmp_path / "cliff.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ from qlibero.errors import UserError
 from qlibero.quant.action_error import action_error, arm_error, median_interval
 from qlibero.quant.allocate import Linear, allocate, bits_of, spend
 from qlibero.quant.held_out import phase_of
-from qlibero.quant.probe import probe, ratio
+from qlibero.quant.probe import Ratio, probe, ratio
 
 
 def test_the_interval_of_a_median_is_that_of_the_tables():
@@ -50,10 +50,10 @@ def test_a_ratio_is_paired():
     """Errors vary tenfold between observations, one arm is 20 % above the other in each: the interval is a point."""
     first = np.exp(np.random.default_rng(0).normal(size=40))
     said = ratio(first * 1.2, first)
-    assert said["ratio"] == pytest.approx(1.2) and said["ratio95"] == pytest.approx((1.2, 1.2))
-    low, high = ratio(first * np.exp(np.random.default_rng(1).normal(size=40)), first)["ratio95"]
+    assert said.mean == pytest.approx(1.2) and said.interval95 == pytest.approx((1.2, 1.2))
+    low, high = ratio(first * np.exp(np.random.default_rng(1).normal(size=40)), first).interval95
     assert low < 1 < high
-    assert ratio(np.zeros(4), first[:4]) == {"ratio": None, "ratio95": None}
+    assert ratio(np.zeros(4), first[:4]) == Ratio(None, None)
 
 
 def test_phases_are_thirds_of_a_demonstration():
@@ -104,7 +104,7 @@ def experiment(tiny_experiment, tmp_path_factory):
 
 
 def test_a_probe_orders_arms_by_their_bits(experiment):
-    document = probe(experiment)
+    document = probe(experiment).to_json()
     aa, w2, w8 = document["arms"]
     assert document["observations"] == 8 and not document["unseen"]  # the tiny file has no 32 to spare, and it is said
     assert aa["arm_error"] < 1e-4 < w8["arm_error"] < w2["arm_error"] / 4

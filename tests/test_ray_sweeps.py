@@ -13,7 +13,7 @@ from pathlib import Path
 import light_shard
 import pytest
 
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.errors import UserError
 from qlibero.launch import engine
 from qlibero.launch import ray as ray_engine

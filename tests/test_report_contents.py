@@ -28,10 +28,10 @@ from qlibero.reporting.terminal import console, print_comparison, print_run
 from qlibero.results.arm_equality import same_arithmetic
 from qlibero.results.cells import cells_of
 from qlibero.results.compare import compare, compare_paths, compare_runs
+from qlibero.results.declaration import declare, make_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.runs import read_run
 from qlibero.results.speed import Speed
-from qlibero.results.stopping import declare, make_declaration
 from qlibero.results.wording import interval_text, points, speed_text
 from qlibero.run.experiment import _instructions
 
@@ -331,8 +331,8 @@ def test_markup_escapes_everything_that_is_not_markup():
 
 def test_tables_to_copy_hold_the_counts_and_survive_odd_names(tmp_path):
     run = make_run(tmp_path / "run")
-    result = compare_runs([run])
-    rows = [Row("a|b_c & 100 %", result["arms"]["w4a8"]["summary"], compare([read_run(run)]).arms["w4a8"], "25.5")]
+    result, found = compare_runs([run]), compare([read_run(run)]).arms["w4a8"]
+    rows = [Row("a|b_c & 100 %", found.summary, found, "25.5")]
     text = markdown(rows)
     assert len({line.count("|") - line.count("\\|") for line in text.split("\n")}) == 1
     arm = result["arms"]["w4a8"]

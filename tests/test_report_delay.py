@@ -24,7 +24,7 @@ def test_every_late_arm_stands_at_its_latency_with_the_measured_calls_beside_it(
     for arm, ms, steps in (("late-100", 100.0, 2), ("late-50", 50.0, 1)):
         write_meta(run, arm, {"execution": {"mode": "async", "latency_ms": ms, "latency_steps": steps}, "kernels": {}})
     found = read_run(run).arms["baseline"]
-    p50 = summarize_arm(found.records)["latency_ms"]["p50"]
+    p50 = summarize_arm(found.records).latency_ms.p50
     page = re.search(r'<section id="delay".*?</section>', page_of(run), re.DOTALL)
     assert page is not None
     text = re.sub(r"<[^>]+>", " ", page[0])

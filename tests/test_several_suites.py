@@ -13,7 +13,7 @@ from qlibero.config.dump import dump_resolved
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.ledger import read_ledger
 from qlibero.results.runs import read_run
-from qlibero.run.experiment import episode_keys
+from qlibero.run.planned import episode_keys
 
 
 def experiment(tmp_path, suite: str, more: str = ""):

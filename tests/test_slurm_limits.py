@@ -12,7 +12,7 @@ import slurm_cluster
 from slurm_cluster import queue, wait_for
 from test_slurm_sweeps import SMALL, assert_all_once, content, light, qlibero
 
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch import cells, engine, slurm
@@ -72,7 +72,7 @@ def test_plan_says_how_many_arrays_a_sweep_becomes(
     manifest = cells.make_manifest(load_sweep(config, [f"launch.engine={chosen}"]), tmp_path / "out")
     if not asked:
         monkeypatch.setenv("PATH", str(tmp_path))
-    jobs = plan(manifest)["queued_as"].get("slurm")
+    jobs = plan(manifest).queued_as.get("slurm")
     assert "\n".join(said).startswith(expected) and len(said) == bool(expected)
     assert (jobs or {}).get("arrays") == arrays
     assert jobs is None or (jobs["tasks"], jobs["max_array_size"]) == (10, 4 if asked else 1001)

@@ -15,8 +15,8 @@ import slurm_cluster
 from slurm_cluster import kill, queue, wait_for
 
 from qlibero.config.config_hash import config_hash
+from qlibero.config.launch import Launch
 from qlibero.config.load import load_experiment
-from qlibero.config.schema import Launch
 from qlibero.launch import cells, engine, slurm
 from qlibero.places import REPOSITORY
 from qlibero.results.ledger import read_ledger

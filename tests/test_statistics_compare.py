@@ -13,15 +13,15 @@ from qlibero.errors import UserError
 from qlibero.reporting.html.document import write_report
 from qlibero.reporting.terminal import print_comparison, print_run
 from qlibero.results.compare import compare, compare_paths, compare_runs
+from qlibero.results.declaration import declare, make_declaration
 from qlibero.results.ledger import Ledger, write_meta
 from qlibero.results.paired_outcomes import plain_word
 from qlibero.results.quality import first_divergence, gripper_flips, jerk, path_length_m
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run
-from qlibero.results.stopping import declare, make_declaration
 from qlibero.results.wording import sequential_text
 from qlibero.stats.sampling import Sample
-from qlibero.tracking.replay import versus_baseline
+from qlibero.tracking.rows import versus_baseline
 
 
 @pytest.fixture(autouse=True)

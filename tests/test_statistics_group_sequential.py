@@ -15,7 +15,8 @@ from hypothesis import strategies as hy
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.results.stopping import decide_at_looks, declare, make_declaration, read_declaration
+from qlibero.results.declaration import declare, make_declaration, read_declaration
+from qlibero.results.stopping import decide_at_looks
 from qlibero.stats.group_sequential import critical_values, declared_looks
 from qlibero.stats.sequential_power import pairs_needed, prospect
 

@@ -13,14 +13,8 @@ from hypothesis import strategies as hy
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.results.comparison import SequentialTest
-from qlibero.results.stopping import (
-    decide_by_evalues,
-    declare,
-    declared_order,
-    make_declaration,
-    pair_step,
-    read_declaration,
-)
+from qlibero.results.declaration import declare, declared_order, make_declaration, read_declaration
+from qlibero.results.stopping import decide_by_evalues, pair_step
 from qlibero.results.wording import sequential_text
 
 KEYS = [EpisodeKey("libero_object", task, init, 7) for task in range(10) for init in range(50)]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from qlibero.config.config_hash import config_hash
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.config.sweep import load_sweep
 from qlibero.console import table
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
@@ -26,17 +26,20 @@ from qlibero.kernels import load, names
 from qlibero.kernels.contract import GemmShape
 from qlibero.launch import cells, engine, here, local, ray, slurm
 from qlibero.launch import status as watch
-from qlibero.launch.plan import plan, refuse_impossible
+from qlibero.launch.impossible import refuse_impossible
+from qlibero.launch.plan import plan
 from qlibero.launch.plan_tables import readable
 from qlibero.launch.slurm_options import seconds
 from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.machine import environment
 from qlibero.machine.capacity import Capacity
+from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import read_declaration
-from qlibero.run.experiment import episode_keys, missing_episodes, planned_keys, run_experiment, summary
+from qlibero.run.experiment import run_experiment
+from qlibero.run.planned import episode_keys, missing_episodes, planned_keys
+from qlibero.run.state import run_state
 from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
 
 pytestmark = pytest.mark.slow
@@ -122,7 +125,7 @@ def test_only_shards_that_lack_something_are_submitted(tmp_path, said):
     fill(first, episode_keys(first.experiment, (2, 3)), arms=("baseline",))
     assert manifest.missing() == (0, *range(2, 12))  # shard 2 lacks its other arm
     before = sorted((tmp_path / "out").rglob("*"))
-    document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
+    document = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True).to_json()
     assert document["submitted"] == {"count": 11, "shards": "0,2-11"} and "--array=0,2-11\n" in document["dry_run"]
     assert sorted((tmp_path / "out").rglob("*")) == before  # a dry run writes nothing
 
@@ -204,7 +207,8 @@ def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
         )
     made = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.slurm.mem=4G"), tmp_path / "out")
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    slurm_cost = plan(made)["engines"]["slurm"]  # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    # 4 cores, but memory for two simulators: 2 s on 2 and 1 s of policy
+    slurm_cost = plan(made).to_json()["engines"]["slurm"]
     assert (
         slurm_cost["wall_h"] == pytest.approx(34 * 2.0 / 3600, abs=1e-3) and "up to 2 simulators" in slurm_cost["basis"]
     )
@@ -213,9 +217,9 @@ def test_workers_auto_is_held_against_memory_in_the_plan(tmp_path, monkeypatch):
 def test_plan_says_what_it_costs_and_what_it_can_find(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path), tmp_path / "out")
-    assert plan(made)["engines"] is None  # nothing like it has been run: no time is made up
+    assert plan(made).engines is None  # nothing like it has been run: no time is made up
     fill(made.cells[0], episode_keys(made.cells[0].experiment))
-    found = plan(made)
+    found = plan(made).to_json()
     assert (found["episodes"], found["done"], found["without_cost"]) == (400, 100, 0)
     assert found["cells"][1]["seconds_each"] == {
         "baseline": 3.0,
@@ -248,7 +252,7 @@ def test_a_plan_counts_each_cells_own_simulators(tmp_path, monkeypatch, devices)
     made = cells.make_manifest(sweep_of(tmp_path, text, "policy.batch_size=16", "backends=[baseline]"), tmp_path / "o")
     for cell in made.cells:
         fill(cell, episode_keys(cell.experiment)[:2])
-    found = plan(made)["engines"]["slurm"]  # 4 cores, 2 GPUs; 48 episodes are missing in each of three cells
+    found = plan(made).to_json()["engines"]["slurm"]  # 4 cores, 2 GPUs; 48 episodes are missing in each of three cells
     on_cpu = 2 / 4 + 1 / 4  # seconds of an episode: 4 simulators step, and share the policy's calls
     on_gpu = 2 / 4 + 1 / 16  # four batches of 16, but no more than 4 a core
     with_three = 2 / 3 + 1 / 3
@@ -262,7 +266,7 @@ def test_plan_finds_a_difference_where_there_are_pairs_enough(tmp_path, monkeypa
         cells.make_manifest(
             sweep_of(tmp_path, STOPPING, "stop=null", "tasks=all", "episodes_per_task=50"), tmp_path / "out"
         ),
-    )["cells"]
+    ).to_json()["cells"]
     assert cell["pairs"] == 500 and cell["detectable_difference"] == pytest.approx(
         minimum_detectable_difference(500, 0.05), rel=1e-4
     )
@@ -276,7 +280,7 @@ def test_no_arm_is_planned_below_the_noise_of_the_reference(tmp_path, monkeypatc
     (cell,), keys = made.cells, episode_keys(made.cells[0].experiment)
     fill(cell, keys, arms=("baseline", "fake"))
     fill(cell, keys, arms=("aa",), succeeds=keys[:10])
-    assert plan(made)["cells"][0]["discordance"] == "20.0% observed in aa"
+    assert plan(made).to_json()["cells"][0]["discordance"] == "20.0% observed in aa"
 
 
 # ------------------------------------------------------------------------------------------------ sequential stopping
@@ -295,12 +299,12 @@ launch: {{shard_episodes: 20}}
 def test_asking_about_a_stopping_run_neither_fails_nor_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("qlibero.launch.plan.RUNS", tmp_path / "no-other-runs")
     made = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.max_episodes=30"), tmp_path / "out")
-    (cell,) = plan(made)["cells"]
+    (cell,) = plan(made).to_json()["cells"]
     assert (cell["pairs"], cell["episodes"], cell["missing"], cell["done"], cell["shards"]) == (30, 60, 60, 0, 1)
     assert cell["margin"] == 0.3 and "With 2 looks (α 0.2 an arm) an equal arm" in cell["detectable"]
     assert cell["sequential"]["expected_pairs"] <= 30 and cell["sequential"]["pairs_for_noninferiority"] % 20 == 0
     made.cells[0].run_dir.mkdir(parents=True)
-    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True)
+    document = run_sweep(sweep_of(tmp_path, STOPPING), "slurm", tmp_path / "out", True).to_json()
     assert (
         document["submitted"] == {"count": 1, "shards": "0"} and not document["complete"]
     )  # 50 pairs, one shard: the test needs them together
@@ -323,23 +327,21 @@ def test_a_stopping_run_is_complete_when_decided_and_retries_its_errors_until_th
     assert set(lacking) == {
         ("fake", key) for key in keys[15:]
     }  # all 50 pairs are spent, the question is open: tried again
-    document = summary(cell.experiment, cell.run_dir)
+    document = run_state(cell.experiment, cell.run_dir).to_json()
     assert not document["complete"] and document["stop"]["episodes_saved"] == 0
     assert document["stop"]["arms"]["fake"]["errors"] == 35
 
     decided = cells.make_manifest(sweep_of(tmp_path, STOPPING, "stop.method=evalues"), tmp_path / "decided").cells[0]
     fill(decided, order[:20])
     assert missing_episodes(decided.experiment, decided.run_dir) == []
-    document = summary(decided.experiment, decided.run_dir)
+    document = run_state(decided.experiment, decided.run_dir).to_json()
     assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == "non-inferior"
     assert document["stop"]["episodes_saved"] == 100 - 40
-    assert (
-        status(decided.run_dir)["done"] == status(decided.run_dir)["episodes"] == 40
-    )  # what was run, not what was spared
+    assert status(decided.run_dir).done == status(decided.run_dir).episodes == 40  # what was run, not what was spared
     capped = decided.experiment.model_copy(
         update={"stop": decided.experiment.stop.model_copy(update={"max_episodes": 3})}
     )
-    document = summary(capped, decided.run_dir)
+    document = run_state(capped, decided.run_dir).to_json()
     assert (
         document["complete"]
         and document["stop"]["arms"]["fake"]["verdict"] == "undecided"
@@ -360,12 +362,12 @@ def test_an_arm_ends_when_it_is_decided_and_the_control_holds_nothing_up(tmp_pat
     fill(cell, order[:20], arms=("baseline",), succeeds=order)
     fill(cell, order[:20], arms=("w4a4",), succeeds=())
     fill(cell, order[:20], arms=("fake",), succeeds=order[:16])
-    found = summary(cell.experiment, cell.run_dir)["stop"]["arms"]
+    found = run_state(cell.experiment, cell.run_dir).to_json()["stop"]["arms"]
     assert (found["w4a4"]["verdict"], found["fake"]["verdict"]) == ("inferior", None)
     assert {arm for arm, _ in missing_episodes(cell.experiment, cell.run_dir)} == {"baseline", "aa", "fake"}
     fill(cell, order[20:], arms=("baseline", "fake"), succeeds=order)
     assert missing_episodes(cell.experiment, cell.run_dir) == []
-    document = summary(cell.experiment, cell.run_dir)
+    document = run_state(cell.experiment, cell.run_dir).to_json()
     ended = {"group_sequential": "non-inferior", "evalues": "undecided"}  # of 50 pairs, all spent
     assert document["complete"] and document["stop"]["arms"]["fake"]["verdict"] == ended[method]
 
@@ -376,18 +378,19 @@ def test_a_stopping_run_declares_before_its_first_episode_also_when_calibrated(t
     (cell,) = made.cells
     ran: list[list] = []
 
-    def instead_of_simulators(experiment, run_dir, missing, ledgers, *_):
+    def instead_of_simulators(experiment, run_dir, shard, missing, ledgers, *_):
         assert read_declaration(run_dir).order == planned_keys(cell.experiment)
         ran.append(missing)
         for arm, key in missing:
             ledgers[arm].append(outcome_of(key, arm))
+        return []
 
     monkeypatch.setattr("qlibero.run.experiment._run", instead_of_simulators)
-    assert plan(made, calibrate=True)["engines"] is not None
+    assert plan(made, calibrate=True).engines is not None
     assert [sorted(pairs) for pairs in ran] == [
         [(arm, planned_keys(cell.experiment)[0]) for arm in ("baseline", "fake")]
     ]
-    assert run_experiment(cell.experiment, cell.run_dir)["complete"] and len(ran[1]) == 98
+    assert run_experiment(cell.experiment, cell.run_dir).complete and len(ran[1]) == 98
     assert read_declaration(cell.run_dir).max_pairs is None
     other = cell.experiment.model_copy(
         update={"margin": 0.1, "stop": cell.experiment.stop.model_copy(update={"margin": 0.1})}
@@ -412,7 +415,7 @@ def test_the_plan_is_readable_on_a_terminal_of_100_columns(tmp_path, monkeypatch
         f" {word} " in f" {' '.join(said.split())} "
         for word in (cell, "detectable", "libero_object", "0 of 1,500 episodes in the")
     )
-    assert len(said.splitlines()) < 2 * len(document["cells"])
+    assert len(said.splitlines()) < 2 * len(document.cells)
     assert (
         " ".join(said.split()).count("a difference is found with 80 % power only if") == 1
     )  # one sentence, true of all cells
@@ -437,15 +440,15 @@ def test_status_counts_files_not_promises(tmp_path):
     cells.write_manifest(manifest)
     fill(manifest.cells[0], episode_keys(manifest.cells[0].experiment, (0, 3)))
     found = status(tmp_path / "out")
-    assert (found["done"], found["episodes"], found["shards_done"], found["shards"]) == (
+    assert (found.done, found.episodes, found.shards_done, found.shards) == (
         32,
         400,
         1,
         12,
     )  # the first 16 of 50 scenes, two arms
-    assert found["episodes_per_hour"] == pytest.approx(31 / 15 * 60, abs=0.1)  # two arms, one episode a minute each
+    assert found.episodes_per_hour == pytest.approx(31 / 15 * 60, abs=0.1)  # two arms, one episode a minute each
     assert headline(found) == "32 of 400 episodes, 1 of 12 shards, 124 episodes/h, nothing under way here"
-    assert headline(found | {"queue": {"RUNNING": 2}}).startswith(
+    assert headline(replace(found, queue={"RUNNING": 2})).startswith(
         "32 of 400 episodes, 1 of 12 shards, 2 running, 124 episodes/h, done about 20"
     )
     with pytest.raises(UserError, match="neither a sweep"):
@@ -461,12 +464,12 @@ def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch, 
         fill(cell, episode_keys(cell.experiment))
     assert not cells.merged(manifest)
     (tmp_path / "out/sweep/result.json").write_text(
-        json.dumps(cells.result(manifest) | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}})
+        json.dumps(cells.sweep_state(manifest).to_json() | {"mirrors": {"seed-7": {"wandb": "ended with status 1"}}})
     )
     assert not cells.merged(manifest)  # as good as killed for who waits for wandb's rows
-    assert run_sweep(made, "local", tmp_path / "out", False)["complete"]
+    assert run_sweep(made, "local", tmp_path / "out", False).state.complete
     assert cells.merged(manifest) and len(said) == 1 and "merge" in said[0]
-    assert run_sweep(made, "local", tmp_path / "out", False)["submitted"]["count"] == 0 and len(said) == 1
+    assert run_sweep(made, "local", tmp_path / "out", False).submitted == () and len(said) == 1
 
 
 def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monkeypatch):
@@ -478,8 +481,8 @@ def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monke
     clock = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    seen: list[dict] = []
-    assert not follow(tmp_path / "out", seen.append)["complete"] and clock[0] == watch.QUIET_S + watch.FOLLOW_S
+    seen: list[watch.Status] = []
+    assert not follow(tmp_path / "out", seen.append).complete and clock[0] == watch.QUIET_S + watch.FOLLOW_S
     assert headline(seen[-1]).endswith("nothing under way here")
 
     first = manifest.cells[0]
@@ -487,14 +490,14 @@ def test_following_ends_when_nothing_is_under_way_and_not_before(tmp_path, monke
     with Ledger(first.run_dir, arm.name, shard="working", config_hash=config_hash(first.experiment, arm)):
         begun = clock[0]
 
-        def look(found: dict) -> None:
-            assert found["writing"] == 1
+        def look(found: watch.Status) -> None:
+            assert found.writing == 1
             if clock[0] - begun > 600:
                 raise KeyboardInterrupt  # held open by a living process: it would go on
 
         with pytest.raises(KeyboardInterrupt):
             follow(tmp_path / "out", look)
-    assert status(tmp_path / "out")["writing"] == 0
+    assert status(tmp_path / "out").writing == 0
 
 
 def test_cells_that_ask_for_other_resources_are_refused_not_given_the_first_ones(tmp_path):
@@ -598,9 +601,8 @@ def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, s
 
     from qlibero import cli
 
-    monkeypatch.setattr(
-        "qlibero.launch.sweep.run_sweep", lambda *_: {"finished": True, "complete": True, "merge_status": 5}
-    )
+    done = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
+    monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: replace(done, merge_status=5))
     (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
     assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
 
@@ -679,7 +681,7 @@ def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypat
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):
     made = submission(tmp_path, monkeypatch, 2)
     script = (
-        "import sys; from pathlib import Path; from qlibero.config.schema import Launch\n"
+        "import sys; from pathlib import Path; from qlibero.config.launch import Launch\n"
         "from qlibero.launch import engine, local\n"
         f"engine.program = lambda: [sys.executable, {light_shard.__file__!r}]\n"
         "local.submit(engine.Submission('drill', Path(sys.argv[1]), (0, 1), Launch(processes=2)))"

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from synthetic_run import make_run
@@ -44,6 +44,7 @@ def test_listed_names_are_whole_at_every_width(width: int) -> None:
 
 
 @given(rows=st.lists(st.fixed_dictionaries({"name": CELL}, optional={"file": CELL, "a": CELL, "b": CELL}), max_size=5))
+@example(rows=[{"name": [""] * 11 + ["xxxxxx"], "a": None}])
 @settings(max_examples=30, deadline=None)
 def test_no_table_is_wider_than_its_terminal_or_loses_a_letter(rows: list) -> None:
     def letters(text: str) -> list[str]:
@@ -84,8 +85,8 @@ def test_one_of_a_thing_is_not_told_in_the_plural(tmp_path: Path, capsys: pytest
     print_run(run)
     write_report([run], tmp_path / "report.html")
     page = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]+>", " ", (tmp_path / "report.html").read_text())
-    done = {"episodes": 1, "done": 1, "shards": 1, "shards_done": 1, "errors": 1, "queue": {}, "queue_problem": None}
-    line = status.headline({**done, "complete": True})
+    cell = status.CellStatus("run", done=1, episodes=1, errors=1, last_error="", successes=1, machines={})
+    line = status.headline(status.Status(run, 1, 1, 0, {}, None, None, None, (cell,)))
     for text in (capsys.readouterr().err, page.replace("\u00a0", " "), line):
         assert not re.findall(
             r"(?<![\d.,/−+-])1 (?:[a-z]+ ){0,2}(?:episodes|arms|tasks|shards|pairs|errors|lines|scenes|calls|suites)\b",

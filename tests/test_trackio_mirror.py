@@ -33,7 +33,7 @@ def test_database_equals_the_ledger_after_a_kill(tmp_path):
     write(run, "baseline", range(5, 8))
     write(run, "fake", range(8))
     said = mirror.finish(90)
-    assert said["complete"] and said["rows"] == {"baseline": 8, "fake": 8}, (said, log_path(run, "trackio").read_text())
+    assert said.complete and said.rows == {"baseline": 8, "fake": 8}, (said, log_path(run, "trackio").read_text())
     for arm in ("baseline", "fake"):
         assert_equal_to_ledger(rows(run, arm), run, arm)
     assert rows(run, "fake")[-1]["summary/versus_baseline/pairs"] == 8

@@ -117,12 +117,12 @@ def test_a_policy_that_was_moved_is_still_itself(begun, tmp_path):
     assert run(place / "tiny.yaml", place / "out", "episodes_per_task=2") == 0
     first, second = read_ledger(place / "out", "baseline")
     meta = read_meta(place / "out", "baseline")
-    assert first.identity == second.identity == Identity(meta["identity"]).digest and len(first.identity) == 16
-    assert first.probe == second.probe == meta["probe"] and len(first.probe) == 16
-    assert first.machine == second.machine == meta["probes"][first.probe]["kind"]
+    assert first.identity == second.identity == Identity(meta.identity).digest and len(first.identity) == 16
+    assert first.probe == second.probe == meta.probe and len(first.probe) == 16
+    assert first.machine == second.machine == meta.probes[first.probe].kind
     assert (first.max_steps, first.replan_steps) == (5, 5)
-    assert not [part for part in meta["identity"].values() if "/" in part], "a path in an identity"
-    assert {"policy file tokenizer.json", "robosuite as imported", "mujoco as imported"} <= meta["identity"].keys()
+    assert not [part for part in meta.identity.values() if "/" in part], "a path in an identity"
+    assert {"policy file tokenizer.json", "robosuite as imported", "mujoco as imported"} <= meta.identity.keys()
 
 
 def test_a_failed_start_binds_nothing(tmp_path, tiny_experiment):
@@ -160,8 +160,8 @@ def test_another_answer_to_the_probe_is_refused_with_the_machines_difference_unl
         ledger.append(record_of(1))
     arm = read_arm(tmp_path, "fake")
     assert [(r.probe[:2], r.machine) for r in arm.records] == [("aa", "EPYC"), ("bb", "Xeon")]
-    assert arm.meta["probe"] == "aa" * 8 and set(arm.meta["probes"]) == {"aa" * 8, "bb" * 8}
-    assert summarize_arm(arm.records)["machines"] == {"EPYC": 1, "Xeon": 1}
+    assert arm.meta.probe == "aa" * 8 and set(arm.meta.probes) == {"aa" * 8, "bb" * 8}
+    assert summarize_arm(arm.records).machines == {"EPYC": 1, "Xeon": 1}
 
 
 def test_under_a_mix_both_sides_of_a_pair_come_from_one_kind_of_machine():
@@ -248,6 +248,6 @@ def test_whoever_records_first_binds_and_the_other_is_told(tmp_path):
         first.append(record_of(0))
         with pytest.raises(GuardRefusal, match="another configuration"):
             second.append(record_of(1))
-    assert read_meta(tmp_path, "fake")["label"] == "one"
+    assert read_meta(tmp_path, "fake").label == "one"
     bind(tmp_path, "fake", {"config_hash": "one", "label": "still one"})
-    assert read_meta(tmp_path, "fake")["label"] == "still one"
+    assert read_meta(tmp_path, "fake").label == "still one"

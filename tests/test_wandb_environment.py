@@ -63,7 +63,7 @@ def test_what_was_asked_for_stands_in_the_run(tmp_path, monkeypatch) -> None:
     (mirror,) = start_mirrors(
         run, Tracking(tags=("nightly-tag",), notes="what is new", job_type="ablation-job")
     ).mirrors
-    assert mirror.finish(120.0)["complete"]
+    assert mirror.finish(120.0).complete
     (stored,) = (run / "baseline" / "wandb").glob("offline-run-*/*.wandb")
     content = stored.read_bytes()
     for text in ("nightly-tag", "paper-2026", "what is new", "ablation-job"):

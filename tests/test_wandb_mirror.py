@@ -106,8 +106,8 @@ def test_offline_view_equals_the_ledger(tmp_path, monkeypatch):
     video.parent.mkdir()
     subprocess.run(f"ffmpeg -v error -f lavfi -i color=red:s=64x64:d=0.2 -pix_fmt yuv420p {video}".split(), check=True)
     said = mirror.finish(300)
-    assert said["complete"] and said["mode"] == "offline", (said, log_path(run, "wandb").read_text())
-    assert said["rows"] == {"baseline": 4, "fake": 4}
+    assert said.complete and said.mode == "offline", (said, log_path(run, "wandb").read_text())
+    assert said.rows == {"baseline": 4, "fake": 4}
     assert read_state(run, "wandb")["attempt"] == 1
 
     for arm in ("baseline", "fake"):
@@ -115,7 +115,7 @@ def test_offline_view_equals_the_ledger(tmp_path, monkeypatch):
         assert view.finished and view.group == "drill" and view.run_id.startswith(arm)
         assert view.config["suite"] == "libero_object" and view.config["arm"] == arm
         assert_equal_to_ledger(view.history, run, arm)
-        truth = summarize_arm(read_ledger(run, arm))
+        truth = summarize_arm(read_ledger(run, arm)).to_json()
         assert {n: view.summary[n] for n in ("successes", "episodes", "errors")} == {
             n: truth[n] for n in ("successes", "episodes", "errors")
         }
@@ -162,7 +162,7 @@ def test_equal_x_is_the_same_episode_in_every_arm_and_each_arm_says_what_it_is(t
     write_meta(run, "w4a4", of_w4a4)
     write(run, "baseline", [3, 1])
     said = mirror.finish(300)
-    assert said["complete"], log_path(run, "wandb").read_text()
+    assert said.complete, log_path(run, "wandb").read_text()
     views = {arm: offline_runs(run, arm)[0] for arm in ("baseline", "w4a4")}
     places = {arm: {row["episode"]: row["key"] for row in view.history} for arm, view in views.items()}
     keys = [f"libero_object/{task}/0/7" for task in range(4)]
@@ -194,7 +194,7 @@ def test_no_row_lost_or_doubled_when_mirror_or_service_is_killed(tmp_path):
     mirror.process.kill()
     write(run, "baseline", range(8, 11))
     said = mirror.finish(300)
-    assert said["complete"], (said, log_path(run, "wandb").read_text())
+    assert said.complete, (said, log_path(run, "wandb").read_text())
     (view,) = offline_runs(run, "baseline")
     assert_equal_to_ledger(view.history, run, "baseline")
     wait_until(
@@ -206,17 +206,17 @@ def test_episode_whose_record_was_torn_after_it_was_mirrored_gets_its_row_when_i
     """Power loss takes the last line; the next run's mirror knows the row's place before the ledger has it again."""
     run = tmp_path / "run"
     write(run, "baseline", range(3))
-    assert start_mirror(run).finish(300)["complete"]
+    assert start_mirror(run).finish(300).complete
     (ledger,) = (run / "baseline").glob("episodes-*.jsonl")
     os.truncate(ledger, ledger.stat().st_size - 40)
     mirror = start_mirror(run)
     wait_until(lambda: mirrored(run, "baseline") == 2)
     write(run, "baseline", [2, 3])
-    assert mirror.finish(300)["rows"] == {"baseline": 4}
+    assert mirror.finish(300).rows == {"baseline": 4}
     for _ in range(2):  # as it stands, and when the order that now names the episode twice is replayed from row 0
         (view,) = offline_runs(run, "baseline")
         assert_equal_to_ledger(view.history, run, "baseline")
-        assert start_mirror(run).finish(300)["complete"]
+        assert start_mirror(run).finish(300).complete
 
 
 def test_mirror_outlives_a_killed_launcher_drains_and_ends(tmp_path):
@@ -242,7 +242,7 @@ def test_mirror_outlives_a_killed_launcher_drains_and_ends(tmp_path):
     assert view.finished
     assert_equal_to_ledger(view.history, run, "fake")
     write(run, "fake", range(6, 9))  # the run is continued: same id, replayed from row 0, one directory
-    assert start_mirror(run).finish(300)["complete"]
+    assert start_mirror(run).finish(300).complete
     (again,) = offline_runs(run, "fake")
     assert again.run_id == view.run_id
     assert_equal_to_ledger(again.history, run, "fake")
@@ -260,7 +260,7 @@ def test_online_restart_continues_exactly_and_host_and_key_are_written_nowhere(t
         mirror.process.kill()
         write(run, "baseline", range(4, 7))
         said = mirror.finish(300)
-        assert said["complete"] and said["mode"] == "online", (said, log_path(run, "wandb").read_text())
+        assert said.complete and said.mode == "online", (said, log_path(run, "wandb").read_text())
         (run_id,) = server.history
         assert_equal_to_ledger(server.rows(run_id), run, "baseline")
         assert server.group[run_id] == "drill"
@@ -280,7 +280,7 @@ def test_offline_run_synced_later_equals_the_ledger(tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_API_KEY", wandb_endpoint.KEY)
         monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home"))
         for more in (range(3, 5), range(5, 6)):  # synced, continued, synced again
-            assert start_mirror(run).finish(300)["mode"] == "offline"
+            assert start_mirror(run).finish(300).mode == "offline"
             directories = sorted((run / "baseline" / "wandb").glob("offline-run-*"))
             subprocess.run(
                 [str(Path(sys.executable).parent / "wandb"), "sync", str(directories[-1])],
@@ -319,14 +319,14 @@ def test_dead_wandb_is_bounded_and_keeps_every_row(tmp_path, monkeypatch, fault)
         said = mirror.finish(timeout_s)
         assert time.monotonic() - started < timeout_s + 2.0
         if fault == "refused":
-            assert said["complete"] and said["mode"] == "offline", (said, log_path(run, "wandb").read_text())
+            assert said.complete and said.mode == "offline", (said, log_path(run, "wandb").read_text())
         else:
-            assert not said["complete"] and "did not end within" in said["problem"]
+            assert not said.complete and "did not end within" in said.problem
             for pid in pids:
                 wait_until(
                     lambda pid=pid: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
                 )
-            assert start_mirror(run).finish(300)["complete"]  # what `again` tells the user to do, offline
+            assert start_mirror(run).finish(300).complete  # what `again` tells the user to do, offline
     (view,) = offline_runs(run, "baseline")
     assert_equal_to_ledger(view.history, run, "baseline")
 
@@ -336,6 +336,6 @@ def test_directory_that_cannot_be_written_is_named(tmp_path):
     write(run, "baseline", range(1))
     (run / "baseline" / "wandb").write_text("a file where the directory should be")
     said = start_mirror(run).finish(240)
-    assert not said["complete"] and said["problem"]
+    assert not said.complete and said.problem
     assert "baseline/wandb cannot be written" in log_path(run, "wandb").read_text()
     assert json.loads((run / "baseline" / "meta.json").read_text())["config_hash"] == "c0ffee"

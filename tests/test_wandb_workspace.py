@@ -11,7 +11,7 @@ from test_wandb_mirror import write
 
 from qlibero.cli import main
 from qlibero.results.ledger import arms_of, read_arm
-from qlibero.tracking.replay import arm_summary, episode_row, versus_baseline
+from qlibero.tracking.rows import arm_summary, episode_row, versus_baseline
 
 
 @pytest.fixture

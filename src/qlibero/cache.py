@@ -29,6 +29,18 @@ def cache_directory(name: str) -> Path:
         return _made(instead / name)
 
 
+def triton_cache() -> None:
+    """Where Triton's machine code cannot be kept (a batch account without a home, a read-only one), name it a part of
+    the cache: left alone it fails, and its kernels' place is taken by others that round otherwise."""
+    try:
+        home = os.environ.get("TRITON_HOME") or Path.home()
+        _made(Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache"))
+    except (OSError, RuntimeError) as problem:
+        why, instead = cause(problem) if isinstance(problem, OSError) else str(problem), cache_directory("triton")
+        log.warning(f"Triton's cache cannot be written ({why}); using {instead}")
+        os.environ["TRITON_CACHE_DIR"] = str(instead)
+
+
 def keep(path: Path, content: str | bytes) -> None:
     """Keep a file of the cache, if that is possible: without it something is made again, nothing else."""
     try:

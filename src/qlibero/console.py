@@ -119,8 +119,11 @@ def _one_below_the_other(columns: list[list[str]], to: Console) -> None:
 
 
 def _widths(least: dict[str, int], texts: dict[str, list[str]], room: int) -> dict[str, int]:
-    """`room` more columns, each for the text that is cut into most lines: rich's own sharing breaks words."""
+    """`room` more columns, each for the text that is cut into most lines: rich's own sharing breaks words, and where
+    two columns need more than there is takes one of them away: the wider one folds."""
     widths = least.copy()
+    for _ in range(-room):
+        widths[max(widths, key=lambda key: widths[key])] -= 1
     wanted = {key: max(map(len, texts[key])) for key in least}
     for _ in range(room):
         key = max(widths, key=lambda key: wanted[key] / widths[key])

@@ -68,6 +68,14 @@ def checked(model: type[_Model], data: Any, where: str | Path) -> _Model:
         raise UserError(f"{where}: {complaint(problem)}") from None
 
 
+def flattened(tree: JsonObject, prefix: str = "") -> JsonObject:
+    """Nested mappings as one, by their dotted keys."""
+    flat: JsonObject = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def complaint(problem: ValidationError) -> str:
     """The first error of a validation: key, what is wrong, what was found (shortened)."""
     first = problem.errors(include_url=False)[0]

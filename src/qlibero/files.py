@@ -52,13 +52,28 @@ def beside(path: Path) -> Path:
     return Path(temporary)
 
 
-def settle(temporary: Path, path: Path) -> None:
-    """Put a whole file from `beside` in the place of `path`, durably and with the umask's mode. Raises OSError."""
+def settle(temporary: Path, path: Path, over: bool = True) -> None:
+    """Put a whole file from `beside` in the place of `path`, durably and with the umask's mode. Raises OSError.
+
+    `over` False leaves a file that is there by now, where the file system has hard links."""
     with open(temporary, "rb") as file:
         os.fchmod(file.fileno(), 0o666 & ~_umask())
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if over or not _linked(temporary, path):
+        os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Whether `path` is there now without having been replaced; `temporary` then is gone."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False  # a file system without links
+    os.unlink(temporary)
+    return True
 
 
 def create(path: Path) -> int:

@@ -34,12 +34,11 @@ class Identity:
         """16 hex digits over all parts."""
         return hashlib.sha256(json.dumps(dict(self.parts), sort_keys=True).encode()).hexdigest()[:16]
 
-    def differences(self, now: Identity, partial: bool = False) -> list[str]:
-        """In words, what `now` has otherwise. `partial`: `now` holds only some of its parts, others do not count."""
-        names = now.parts.keys() if partial else self.parts.keys() | now.parts.keys()
+    def differences(self, now: Identity) -> list[str]:
+        """In words, what `now` has otherwise."""
         return [
             f"{name} {_short(self.parts.get(name))}, now {_short(now.parts.get(name))}"
-            for name in sorted(names)
+            for name in sorted(self.parts.keys() | now.parts.keys())
             if self.parts.get(name) != now.parts.get(name)
         ]
 

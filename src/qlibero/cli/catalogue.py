@@ -6,10 +6,11 @@ from __future__ import annotations
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlibero.config.schema import Experiment
 from qlibero.config.yaml_text import short
+from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError
 from qlibero.places import CHECKOUT, CONFIGS
 from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, get, problems
@@ -17,7 +18,7 @@ from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
 
-Rows = list[dict[str, Any]]
+Rows = list[JsonObject]
 # of the others there is more to say than they declare
 KINDS_ONLY = (
     "methods",
@@ -133,7 +134,7 @@ def backends() -> Rows:
     return rows + [_backend(plugin) for plugin in every(KernelPlugin)]
 
 
-def _backend(plugin: KernelPlugin) -> dict[str, Any]:
+def _backend(plugin: KernelPlugin) -> JsonObject:
     from qlibero.kernels import load, passes
     from qlibero.kernels.contract import GemmShape
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, WorkFailed
 
-Document = dict[str, Any]
+Document = JsonObject
 
 
 class Incomplete(WorkFailed):

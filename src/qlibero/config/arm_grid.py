@@ -16,6 +16,7 @@ from typing import Any
 from qlibero.config.labels import axes_id, setting_label
 from qlibero.config.yaml_source import copied, put
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, locations, short, shown
+from qlibero.documents import JsonObject
 
 MAX_ARMS = 200  # of one grid; a scene is run once for each
 
@@ -39,7 +40,7 @@ def expand_arms(source: Source) -> None:
 
 
 def _arms_of(
-    entry: dict[str, Any], marks: dict[Location, Mark], place: int, source: Source
+    entry: JsonObject, marks: dict[Location, Mark], place: int, source: Source
 ) -> list[tuple[Any, dict[Location, Mark]]]:
     grid = entry["grid"]
 

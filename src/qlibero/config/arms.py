@@ -29,6 +29,7 @@ from qlibero.config.quantization import Quant, QuantOverrides, quant_of_arm
 from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import OLDER_WORDS, laid_over
 from qlibero.config.yaml_text import short, shown
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Arm:
     replicate: int = 1  # of an A/A arm: which one, from 1
 
 
-def completed(data: dict[str, Any]) -> dict[str, Any]:
+def completed(data: JsonObject) -> JsonObject:
     """An experiment's data with its arms under today's word, each with whole sections where it overrides keys of one.
 
     What cannot be laid over the experiment's, because that is wrong itself, is left out: the experiment's is told.
@@ -113,7 +114,7 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "arms": [_completed(entry, data) for entry in arms]}
 
 
-def _completed(entry: Any, data: dict[str, Any]) -> Any:
+def _completed(entry: Any, data: JsonObject) -> Any:
     if not isinstance(entry, dict):
         return entry
     whole = dict(entry)
@@ -133,14 +134,14 @@ def _completed(entry: Any, data: dict[str, Any]) -> Any:
     return whole
 
 
-def differences_only(data: dict[str, Any]) -> dict[str, Any]:
+def differences_only(data: JsonObject) -> JsonObject:
     """A dumped experiment whose arms say of each section only what is not the experiment's own."""
     if "arms" not in data:  # a dump of some keys
         return data
     return {**data, "arms": [_shortened(entry, data) for entry in data["arms"]]}
 
 
-def _shortened(entry: Any, data: dict[str, Any]) -> Any:
+def _shortened(entry: Any, data: JsonObject) -> Any:
     if not isinstance(entry, dict):
         return entry
     short = dict(entry)
@@ -178,7 +179,7 @@ def overrides_of(experiment: Experiment, arm: Arm) -> list[str]:
     return said + ([] if arm.execution == experiment.execution else [arm.execution.label])
 
 
-def _different(own: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _different(own: JsonObject, base: JsonObject) -> Iterator[tuple[str, Any]]:
     for key, value in own.items():
         if base.get(key) == value:
             continue

@@ -10,6 +10,7 @@ from typing import Any
 from qlibero.config.arms import Arm
 from qlibero.config.quantization import with_older_words
 from qlibero.config.schema import Experiment
+from qlibero.documents import JsonObject
 
 
 def config_hash(experiment: Experiment, arm: Arm) -> str:
@@ -44,7 +45,7 @@ def config_hash(experiment: Experiment, arm: Arm) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _ordered(quant: dict[str, Any]) -> dict[str, Any]:
+def _ordered(quant: JsonObject) -> JsonObject:
     decides = {key: value for key, value in quant.items() if key != "artifact_dir"}
     return {**decides, "per_layer_bits": list(quant["per_layer_bits"].items())}  # later patterns win: order counts
 

@@ -13,6 +13,7 @@ from qlibero.config.policies import path_keys
 from qlibero.config.schema import Experiment
 from qlibero.config.yaml_source import OLDER_WORDS
 from qlibero.config.yaml_text import CoreLoader
+from qlibero.documents import JsonObject
 from qlibero.places import REPOSITORY
 
 
@@ -50,7 +51,7 @@ def _make_relative(value: Any, directory: Path, paths: set[str]) -> None:
                 value[key] = os.path.relpath(inner, directory)
 
 
-def editor_schema() -> dict[str, Any]:
+def editor_schema() -> JsonObject:
     """JSON Schema (draft 2020-12) of an experiment file, for completion and tooltips in editors."""
     schema = Experiment.model_json_schema()
     files = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}

@@ -14,6 +14,7 @@ from qlibero.config.schema import Experiment
 from qlibero.config.vocabulary import did_you_mean, suite_hint
 from qlibero.config.yaml_text import Location, Mark, Problem, Source, short, shown
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 
 MAX_TOLD = 30  # nobody reads more; each costs a search for the nearest key
 MAX_TEXT = 6_000  # characters of all of them together
@@ -120,14 +121,14 @@ def walk(data: Any, loc: Iterable[str | int]) -> tuple[Location, Location]:
 
 
 @cache
-def _schema() -> dict[str, Any]:
+def _schema() -> JsonObject:
     return Experiment.model_json_schema()
 
 
-def _schemas_at(location: Location) -> list[dict[str, Any]]:
+def _schemas_at(location: Location) -> list[JsonObject]:
     """Every JSON Schema that may describe the value at `location`, unions opened."""
 
-    def opened(node: dict[str, Any]) -> list[dict[str, Any]]:
+    def opened(node: JsonObject) -> list[JsonObject]:
         if "$ref" in node:
             return opened(_schema()["$defs"][node["$ref"].rpartition("/")[2]])
         return [
@@ -161,7 +162,7 @@ def _keys_at(location: Location) -> list[str]:
     return keys if location else [*keys, "extends"]
 
 
-def _property(location: Location) -> dict[str, Any]:
+def _property(location: Location) -> JsonObject:
     found = (n["properties"] for n in _schemas_at(location[:-1]) if "properties" in n)
     return next((keys[location[-1]] for keys in found if location[-1] in keys), {})
 

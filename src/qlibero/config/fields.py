@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from qlibero.documents import JsonObject
 from qlibero.plugin_source import BrokenPlugin
 from qlibero.registry import Plugin, UnknownPlugin, get, names
 
@@ -100,7 +101,7 @@ class PluginName:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._found, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         return {"anyOf": [{"enum": list(names(self.kind))}, {"type": "string", "pattern": r"\."}]}
 
     def _found(self, name: str) -> str:

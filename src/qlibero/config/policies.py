@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, GetJsonSchemaHandler, Se
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from qlibero.config.fields import Int, StrictModel, one_of
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.plugin_source import BrokenPlugin
 from qlibero.registry import PolicyPlugin, UnknownPlugin, every, get, names
@@ -68,7 +69,7 @@ def as_settings(value: Any) -> Any:
 class _OneOfFamilies:
     """For editors: the settings of every family that is installed."""
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         found = [handler(settings_of(plugin).__pydantic_core_schema__) for plugin in every(PolicyPlugin)]
         return {"anyOf": [*found, {"type": "object", "properties": {"type": {"type": "string", "pattern": r"\."}}}]}
 

@@ -12,6 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from qlibero.config.fields import Count, FieldError, Float, Int, PluginName, Regex, Seed, StrictModel, Word
 from qlibero.config.number_formats import SCALE_GROUP, NumberFormat, require_of_format
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.registry import CorrectionPlugin, MethodPlugin, get
 
@@ -185,7 +186,7 @@ class Quant(StrictModel):
         how = "" if self.rounding == "nearest" else f" {self.rounding}"
         return f"{self.method} {self.precision}{how} {self.layout or 'include'}"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """Everything that can change a number of an artifact, and nothing about where things lie. JSON types only."""
         values = with_older_words(self.model_dump(mode="json", exclude={"calibration", "artifact", "artifact_dir"}))
         return values | {"calibration_samples": self.calibration_samples, "calibration_seed": self.calibration_seed}
@@ -212,7 +213,7 @@ class Quant(StrictModel):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def with_older_words(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_older_words(values: Mapping[str, Any]) -> JsonObject:
     """Dumped settings as they are hashed: corrections that had keys of their own still do, so no hash changed."""
     named = values["corrections"]
     other = [name for name in named if name not in OLDER_CORRECTIONS]
@@ -228,7 +229,7 @@ class QuantOverrides(Quant):
         return self  # only the merged Quant has to be whole
 
     @model_serializer(mode="wrap")
-    def _only_what_is_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _only_what_is_said(self, handler: SerializerFunctionWrapHandler) -> JsonObject:
         return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 

@@ -17,17 +17,10 @@ from qlibero.config.arms import ArmEntry
 from qlibero.config.execution import Execution
 from qlibero.config.fields import PluginName
 from qlibero.config.inits import FreshInits
+from qlibero.config.launch import Launch, Ray, Slurm, SlurmMerge
 from qlibero.config.policies import settings_of
 from qlibero.config.quantization import Calibration, Quant
-from qlibero.config.schema import (
-    Experiment,
-    Launch,
-    Ray,
-    Slurm,
-    SlurmMerge,
-    Stop,
-    Tracking,
-)
+from qlibero.config.schema import Experiment, Stop, Tracking
 from qlibero.config.suites import OwnSuite
 from qlibero.places import REPOSITORY
 from qlibero.registry import PolicyPlugin, built_in, get

@@ -25,6 +25,7 @@ from qlibero.config.vocabulary import did_you_mean
 from qlibero.config.yaml_source import copied, extended, overlay, read
 from qlibero.config.yaml_text import Location, Problem, Source, locations, short, shown
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 
 MAX_CELLS = 10_000
 
@@ -103,7 +104,7 @@ def _fail(file: Source, at: Location, message: str) -> ConfigError:
     return ConfigError([Problem(mark_of(file, at), message)])
 
 
-def _combinations(own: dict[str, Any], file: Source) -> list[tuple[str, tuple[_Choice, ...]]]:
+def _combinations(own: JsonObject, file: Source) -> list[tuple[str, tuple[_Choice, ...]]]:
     """(id, choices) of every cell, the grid's without the excluded ones and then the named."""
     grid, named = own.get("grid") or {}, own.get("cells") or {}
     if not isinstance(grid, dict) or not isinstance(named, dict):
@@ -123,7 +124,7 @@ def _combinations(own: dict[str, Any], file: Source) -> list[tuple[str, tuple[_C
     return result
 
 
-def _product(grid: dict[str, Any], file: Source) -> list[tuple[_Choice, ...]]:
+def _product(grid: JsonObject, file: Source) -> list[tuple[_Choice, ...]]:
     total = 1
     for key, values in grid.items():
         if key == "name":
@@ -138,7 +139,7 @@ def _product(grid: dict[str, Any], file: Source) -> list[tuple[_Choice, ...]]:
 
 
 def _without(
-    exclude: Any, combinations: list[tuple[_Choice, ...]], grid: dict[str, Any], file: Source
+    exclude: Any, combinations: list[tuple[_Choice, ...]], grid: JsonObject, file: Source
 ) -> list[tuple[_Choice, ...]]:
     """The combinations that no rule of `exclude` names."""
     if not isinstance(exclude, list):
@@ -191,6 +192,6 @@ def _choose(source: Source, choice: _Choice, file: Source, directory: Path, know
         source.marks[(*place, *inner)] = marked(mark_of(file, (*choice.at, *inner)), word=word)
 
 
-def _matches(choice: _Choice, rule: dict[str, Any]) -> bool:
+def _matches(choice: _Choice, rule: JsonObject) -> bool:
     wanted = rule[choice.key]
     return bool(choice.value == wanted) or (isinstance(wanted, list) and choice.value in wanted)

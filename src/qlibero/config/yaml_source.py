@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlibero.config.yaml_text import MAX_DEPTH, Mark, Problem, Source, convert_text, locations, short, shown
+from qlibero.documents import JsonObject
 from qlibero.errors import cause
 
 LARGEST = 500_000  # bytes of one file: far beyond any experiment, and a second's work
@@ -189,17 +190,17 @@ def laid_over(low: Any, high: Any) -> Any:
     return kept | {key: laid_over(kept[key], value) if key in kept else value for key, value in high.items()}
 
 
-def _same_type(low: dict[str, Any], high: dict[str, Any]) -> bool:
+def _same_type(low: JsonObject, high: JsonObject) -> bool:
     """Whether both may be one thing: a remote policy inherits nothing from a pi05."""
     return bool(high.get("type", low.get("type")) == low.get("type"))
 
 
-def left_behind(key: str, newer: dict[str, Any]) -> bool:
+def left_behind(key: str, newer: JsonObject) -> bool:
     """A hash belongs to the checkpoint it was written for: another checkpoint does not inherit it."""
     return key == "sha256" and "checkpoint" in newer and "sha256" not in newer
 
 
-def put(data: dict[str, Any], keys: Iterable[str], value: Any) -> None:
+def put(data: JsonObject, keys: Iterable[str], value: Any) -> None:
     """`--set a.b=value` into `data`. Raises ValueError when the way leads below a value that is no mapping."""
     *path, last = keys
     if len(path) > MAX_DEPTH:

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from qlibero.documents import JsonObject
+
 Location = tuple[str | int, ...]
 
 MAX_NODES = 20_000  # far beyond any experiment; stops alias and merge bombs
@@ -215,11 +217,11 @@ class _Converter:
         self.count(node, len(ancestors))
         return [self.convert(item, (*at, i), inside) for i, item in enumerate(node.value)]
 
-    def mapping(self, node: yaml.MappingNode, at: Location, inside: tuple[int, ...]) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, at: Location, inside: tuple[int, ...]) -> JsonObject:
         self.count(node, len(inside) - 1)
         first: dict[str, yaml.Node] = {}
         merged_in: list[yaml.Node] = []
-        result: dict[str, Any] = {}
+        result: JsonObject = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.complain(key_node, "a key should be a word")

@@ -20,6 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from qlibero.cache import triton_cache
+
+triton_cache()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_ROWS = 16
 """Rows up to which overlapping pays: with more, waiting programs take registers and shared memory from working ones."""

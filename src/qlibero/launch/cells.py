@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero import files
 from qlibero.config.config_hash import config_hash
@@ -25,13 +24,16 @@ from qlibero.config.dump import dump_resolved
 from qlibero.config.load import load_experiment
 from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep
-from qlibero.documents import read_json
+from qlibero.documents import JsonObject, flattened, read_json
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.launch.manifest import SCHEMA, read_document
 from qlibero.places import RUNS
+from qlibero.results.arm_equality import Arithmetic
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import episode_keys, missing_episodes, run_experiment, summary
+from qlibero.run.experiment import run_experiment
+from qlibero.run.planned import episode_keys, missing_episodes
+from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
 
@@ -172,44 +174,35 @@ def run_shard(
     index: int,
     on_start: Callable[[int, int], None] = lambda missing, total: None,
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
-) -> dict[str, Any]:
-    """Run what one shard still lacks. `on_start` and `on_episode` are run_experiment's.
-
-    Returns {"cell", "shard": [index, count], "complete", "run_dir", "arithmetic"}.
-    """
+) -> ShardState:
+    """Run what one shard still lacks. `on_start` and `on_episode` are run_experiment's."""
     shard = manifest.shard(index)
     cell, part = manifest.cell(shard), (shard.index, shard.count)
     found = run_experiment(cell.experiment, cell.run_dir, part, on_start, on_episode)
-    return {
-        "cell": cell.id,
-        "shard": list(part),
-        "complete": not missing_episodes(cell.experiment, cell.run_dir, part),
-        "run_dir": str(cell.run_dir),
-        "arithmetic": found["arithmetic"],
-    }
+    complete = not missing_episodes(cell.experiment, cell.run_dir, part)
+    return ShardState(cell.id, part, complete, cell.run_dir, found.arithmetic)
 
 
-def merge(manifest: Manifest) -> dict[str, Any]:
+def merge(manifest: Manifest) -> SweepState:
     """What is done once, after all shards: mirror every cell's ledger, and write sweep/result.json. Can be repeated.
 
-    Returns `result`; the file has also {"mirrors": {cell: {tracker: problem or None}}}.
+    Returns `sweep_state`; the file has also {"mirrors": {cell: {tracker: problem or None}}}.
     """
-    from qlibero.tracking.mirror import mirror_problem, start_mirrors
+    from qlibero.tracking.mirror import start_mirrors
 
-    document = result(manifest)
+    state = sweep_state(manifest)
     mirrors: dict[str, dict[str, str | None]] = {}
     for cell in manifest.cells:
-        if any(arm["episodes"] for arm in document["cells"][cell.id]["arms"].values()):
-            for said in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
-                if problem := mirror_problem(said, cell.experiment.tracking):
+        if any(arm.episodes for arm in state.cells[cell.id].arms.values()):
+            for ended in start_mirrors(cell.run_dir, cell.experiment.tracking).finish(300.0):
+                if problem := ended.told(cell.experiment.tracking):
                     log.warning(f"{cell.id}: {problem}")
                 else:
-                    log.info(f"{cell.id}: {said['tracker']}: {said['mode'] or 'mirrored'}")
-                mirrors.setdefault(cell.id, {})[said["tracker"]] = said["problem"]
-    files.replace(
-        manifest.directory / OURS / "result.json", json.dumps({**document, "mirrors": mirrors}, indent=1) + "\n"
-    )
-    return document
+                    log.info(f"{cell.id}: {ended.tracker}: {ended.mode or 'mirrored'}")
+                mirrors.setdefault(cell.id, {})[ended.tracker] = ended.problem
+    whole = {**state.to_json(), "mirrors": mirrors}
+    files.replace(manifest.directory / OURS / "result.json", json.dumps(whole, indent=1) + "\n")
+    return state
 
 
 def merged(manifest: Manifest) -> bool:
@@ -221,14 +214,56 @@ def merged(manifest: Manifest) -> bool:
     if not isinstance(found, dict):
         return False
     problems = [problem for cell in found.pop("mirrors", {}).values() for problem in cell.values()]
-    return found == result(manifest) and not any(problems)
+    return found == json.loads(json.dumps(sweep_state(manifest).to_json())) and not any(problems)
 
 
-def result(manifest: Manifest) -> dict[str, Any]:
-    """{"sweep", "directory", "complete", "cells": {id: {"axes", "run_dir", "complete", "arms"}}} from the ledgers."""
-    cells = {cell.id: {"axes": cell.axes, **summary(cell.experiment, cell.run_dir)} for cell in manifest.cells}
-    complete = all(cell["complete"] for cell in cells.values())
-    return {"sweep": manifest.name, "directory": str(manifest.directory), "complete": complete, "cells": cells}
+@dataclass(frozen=True)
+class ShardState:
+    """What a job of a sweep prints last. `shard` is (index, count)."""
+
+    cell: str
+    shard: tuple[int, int]
+    complete: bool
+    run_dir: Path
+    arithmetic: Arithmetic
+
+    def to_json(self) -> JsonObject:
+        return {
+            "cell": self.cell,
+            "shard": list(self.shard),
+            "complete": self.complete,
+            "run_dir": str(self.run_dir),
+            "arithmetic": self.arithmetic.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class SweepState:
+    """How far a sweep is: its cells by id, with the axes that tell them apart."""
+
+    sweep: str
+    directory: Path
+    axes: dict[str, JsonObject]
+    cells: dict[str, RunState]
+
+    @property
+    def complete(self) -> bool:
+        return all(cell.complete for cell in self.cells.values())
+
+    def to_json(self) -> JsonObject:
+        return {
+            "sweep": self.sweep,
+            "directory": str(self.directory),
+            "complete": self.complete,
+            "cells": {name: {"axes": self.axes[name], **cell.to_json()} for name, cell in self.cells.items()},
+        }
+
+
+def sweep_state(manifest: Manifest) -> SweepState:
+    """From the ledgers."""
+    axes = {cell.id: cell.axes for cell in manifest.cells}
+    cells = {cell.id: run_state(cell.experiment, cell.run_dir) for cell in manifest.cells}
+    return SweepState(manifest.name, manifest.directory, axes, cells)
 
 
 def spans(indices: Sequence[int]) -> str:
@@ -251,9 +286,9 @@ def _check_directory(cell: Cell) -> None:
 def _check_launch(cells: Sequence[Cell]) -> None:
     """A submission is one array (or set of processes), so its resources are one choice: none is dropped in silence."""
     first, *others = cells
-    ours = _flat(first.experiment.launch.model_dump(exclude={"shard_episodes"}))
+    ours = flattened(first.experiment.launch.model_dump(exclude={"shard_episodes"}))
     for cell in others:
-        theirs = _flat(cell.experiment.launch.model_dump(exclude={"shard_episodes"}))
+        theirs = flattened(cell.experiment.launch.model_dump(exclude={"shard_episodes"}))
         if differing := [key for key in ours if ours[key] != theirs[key]]:
             key = differing[0]
             raise UserError(
@@ -261,14 +296,6 @@ def _check_launch(cells: Sequence[Cell]) -> None:
                 "the cells of a sweep are submitted together and share launch (but shard_episodes); "
                 "write one sweep file for each kind of job"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}).items()
-    }
 
 
 def _experiment_file(directory: Path, cell_id: str) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.registry import EnginePlugin, every, get
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qlibero import files
 from qlibero.activity import doing
@@ -20,18 +20,10 @@ from qlibero.launch import cells
 from qlibero.launch.engine import Submission
 from qlibero.launch.local import Failed, processes, run_shards
 from qlibero.machine.environment import usable_gpus
-from qlibero.results.arm_equality import refusal
 from qlibero.results.records import EpisodeRecord, record_from_json
-from qlibero.run.experiment import (
-    finished_episodes,
-    look_through,
-    make_directory,
-    missing_episodes,
-    run_directory,
-    run_experiment,
-    summary,
-    tell_mixes,
-)
+from qlibero.run.experiment import look_through, make_directory, run_directory, run_experiment, tell_mixes
+from qlibero.run.planned import finished_episodes, missing_episodes
+from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +34,8 @@ def run_here(
     on_start: Callable[[int, int], None],
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
-) -> dict[str, Any]:
-    """Run what is missing; arguments, document and errors are `run_experiment`'s, whichever process has them."""
+) -> RunState:
+    """Run what is missing; arguments, result and errors are `run_experiment`'s, whichever process has them."""
     look_through(experiment)
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
@@ -77,8 +69,8 @@ def _spread(
     at_once: int,
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
-) -> dict[str, Any]:
-    from qlibero.tracking.mirror import mirror_problem, start_mirrors
+) -> RunState:
+    from qlibero.tracking.mirror import start_mirrors
 
     manifest = cells.spread_over(experiment, run_dir, at_once)
     directory = cells.write_manifest(manifest)
@@ -101,25 +93,25 @@ def _spread(
     try:
         failed = run_shards(submission, meanwhile)
         meanwhile()
-        document = summary(experiment, run_dir)
-        _raise(failed, document)
+        found = run_state(experiment, run_dir)
+        _raise(failed, found)
         on_result(run_dir)
     finally:
         ended = mirrors.finish()
-        for said in filter(None, (mirror_problem(one, experiment.tracking) for one in ended)):
+        for said in filter(None, (one.told(experiment.tracking) for one in ended)):
             log.warning(said)
     tell_mixes(experiment, run_dir)
-    return {**document, **({"mirrors": ended} if ended else {})}
+    return replace(found, mirrors=tuple(ended))
 
 
-def _raise(failed: dict[int, Failed], document: dict[str, Any]) -> None:
-    """What a process was refused, or could not do; wrong kernels and episodes in error are in the document."""
-    if refusal(document["arithmetic"]):
+def _raise(failed: dict[int, Failed], found: RunState) -> None:
+    """What a process was refused, or could not do; wrong kernels and episodes in error are in what was found."""
+    if found.arithmetic.problems:
         return
     for one in failed.values():
         if one.status in (2, 3):
             raise {2: UserError, 3: GuardRefusal}[one.status](one.said)
-    if failed and not any(arm["errors"] for arm in document["arms"].values()):
+    if failed and not any(arm.errors for arm in found.arms.values()):
         raise WorkFailed(next(iter(failed.values())).said)
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.files import open_log
 from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with_parent, run_merge, shown
 from qlibero.machine.capacity import CORES, capacity

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
+from qlibero.launch.plan import CellPlan, Plan
 
-Rows = list[dict[str, Any]]
+Rows = list[JsonObject]
 
 DETECTABLE = "detectable"  # a sentence: what so many pairs can find
 ALONE = "one arm alone: there is no difference to detect"
 
 
-def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
-    """(title, rows) of each table, from the document that `plan` returns."""
-    cells = [_row(cell) for cell in document["cells"]]
+def readable(found: Plan) -> list[tuple[str, Rows]]:
+    """(title, rows) of each table."""
+    cells = [_row(cell) for cell in found.cells]
     title = (
-        f"{document['sweep']}: {document['done']:,} of {count_text(document['episodes'], 'episode')} in the ledger, "
-        f"in {count_text(document['shards'], 'shard')}"
+        f"{found.sweep}: {found.done:,} of {count_text(found.episodes, 'episode')} in the ledger, "
+        f"in {count_text(found.shards, 'shard')}"
     )
     tables = []
     if len(cells) > 1:
@@ -34,26 +36,26 @@ def readable(document: dict[str, Any]) -> list[tuple[str, Rows]]:
         tables.append(
             (title, [{"of the experiment": key, "": value} for key, value in cells[0].items() if key != "cell"])
         )
-    if document["engines"]:
+    if found.engines:
         tables.append(
             (
                 "what is missing, on each engine",
-                [{"engine": name, **cost} for name, cost in document["engines"].items()],
+                [{"engine": name, **asdict(cost)} for name, cost in found.engines.items()],
             )
         )
     return tables
 
 
-def _row(cell: dict[str, Any]) -> dict[str, Any]:
-    each = cell["seconds_each"] or {}
+def _row(cell: CellPlan) -> JsonObject:
+    each = cell.seconds_each or {}
     return {
-        "cell": cell["cell"],
-        "suite": cell["suite"],
-        "arms": ", ".join(_arm(name, cell["overrides"]) for name in cell["arms"]),
-        "episodes": f"{cell['done']:,} of {cell['episodes']:,} done",
-        "shards": cell["shards"],
+        "cell": cell.cell,
+        "suite": cell.suite,
+        "arms": ", ".join(_arm(name, cell.overrides) for name in cell.arms),
+        "episodes": f"{cell.done:,} of {cell.episodes:,} done",
+        "shards": cell.shards,
         "s per episode": ", ".join(f"{arm} {seconds:g}" for arm, seconds in each.items()) or "not known yet",
-        DETECTABLE: cell.get("detectable", ALONE),
+        DETECTABLE: cell.detectable.sentence if cell.detectable else ALONE,
     }
 
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from qlibero.config.schema import Launch
+from qlibero.config.launch import Launch
 from qlibero.errors import UserError
 from qlibero.files import open_log
 from qlibero.launch.engine import Engine, Place, Submission, Submitted, end_with_parent, run_merge, shown

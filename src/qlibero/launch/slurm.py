@@ -18,11 +18,11 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero import files
-from qlibero.config.schema import Launch, Slurm, SlurmMerge
+from qlibero.config.launch import Launch, Slurm, SlurmMerge
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import OURS, Shard, spans
 from qlibero.launch.engine import Engine, Place, Submission, Submitted
@@ -218,7 +218,7 @@ def merge_is_queued(sweep_directory: Path) -> bool:
     return any(job and _queued(job) for job in jobs)
 
 
-def _arrays_of(note: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def _arrays_of(note: JsonObject) -> Iterator[tuple[str, int]]:
     yield from ((each["job"], each["offset"]) for each in note.get("arrays", ()))
     if "array" in note:  # as it was noted while a submission was one array
         yield note["array"], 0
@@ -297,7 +297,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise WorkFailed(f"{command[0]} did not answer within 60 s") from None
 
 
-def _note_jobs(submission: Submission, jobs: dict[str, Any]) -> None:
+def _note_jobs(submission: Submission, jobs: JsonObject) -> None:
     files.replace(submission.directory / JOBS, json.dumps(jobs))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlibero.config.schema import Slurm
+from qlibero.config.launch import Slurm
 
 
 def seconds(time: str) -> int:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from qlibero.config.load import load_experiment
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed
 from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
@@ -20,25 +21,91 @@ from qlibero.launch.engine import engines
 from qlibero.results.ledger import is_locked, read_ledger
 from qlibero.results.machines import in_words, is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import episode_keys, finished_episodes, missing_episodes
+from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
 
 RATE_WINDOW = timedelta(minutes=30)
 FOLLOW_S = 10.0
 QUIET_S = 120.0  # longer than a shard takes to start, so that the pause between two is not taken for the end
 
 
-def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CellStatus:
+    """`machines`, {arm: {kind: episodes}}, has the arms whose episodes come from machines that answer differently."""
+
+    cell: str
+    done: int
+    episodes: int
+    errors: int
+    last_error: str | None
+    successes: int
+    machines: dict[str, dict[str, int]]
+
+    def row(self) -> JsonObject:
+        """For a table."""
+        return {name: value for name, value in asdict(self).items() if name != "machines"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """`queue` is {state: shards}, `queue_problem` why it cannot be asked; `writing` counts ledgers that a process of
+    this machine holds open; the rate is that of the last half hour in which episodes finished."""
+
+    directory: Path
+    shards: int
+    shards_done: int
+    writing: int
+    queue: dict[str, int]
+    queue_problem: str | None
+    episodes_per_hour: float | None
+    eta: str | None
+    cells: tuple[CellStatus, ...]
+
+    @property
+    def episodes(self) -> int:
+        return sum(cell.episodes for cell in self.cells)
+
+    @property
+    def done(self) -> int:
+        return sum(cell.done for cell in self.cells)
+
+    @property
+    def errors(self) -> int:
+        return sum(cell.errors for cell in self.cells)
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.episodes
+
+    @property
+    def under_way(self) -> bool:
+        """Whether somebody works on it as far as can be seen from here, or nobody can tell."""
+        return bool(self.queue or self.queue_problem or self.writing)
+
+    def to_json(self) -> JsonObject:
+        return {
+            "directory": str(self.directory),
+            "complete": self.complete,
+            "episodes": self.episodes,
+            "done": self.done,
+            "errors": self.errors,
+            "shards": self.shards,
+            "shards_done": self.shards_done,
+            "writing": self.writing,
+            "queue": self.queue,
+            "queue_problem": self.queue_problem,
+            "episodes_per_hour": self.episodes_per_hour and round(self.episodes_per_hour, 1),
+            "eta": self.eta,
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> Status:
     """Of a sweep directory or a single run directory; `tasks`, `arms`: only these episodes are counted.
 
     Raises UserError when it is neither, and for an arm or task that it does not have.
-
-    Returns {"directory", "complete", "episodes", "done", "errors", "shards", "shards_done", "queue": {state: n},
-    "writing": ledgers that a process of this machine holds open, "episodes_per_hour", "eta", "cells": [...]}; the rate
-    is that of the last half hour in which episodes finished. A cell's "machines", {arm: {kind: episodes}}, has the arms
-    whose episodes come from machines that answer differently.
     """
     manifest = latest_manifest(directory) or _single_run(directory)
-    cells: list[dict[str, Any]] = []
+    cells: list[CellStatus] = []
     records: list[EpisodeRecord] = []
     missing_keys: dict[str, set[EpisodeKey]] = {}
     _check_filters(directory, manifest, tasks, arms)
@@ -58,35 +125,31 @@ def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[s
         finished = sum(counted(a, key.task) for a, key in finished_episodes(cell.experiment, cell.run_dir))
         errors = [r for r in found if r.outcome == "error"]
         cells.append(
-            {
-                "cell": cell.id,
-                "done": finished,
-                "episodes": finished + len(missing),
-                "errors": len(errors),
-                "last_error": errors[-1].error if errors else None,
-                "successes": sum(r.succeeded for r in found),
-                "machines": {name: machines_of(of_arm) for name, of_arm in by_arm.items() if is_mixed(of_arm)},
-            }
+            CellStatus(
+                cell.id,
+                finished,
+                finished + len(missing),
+                len(errors),
+                errors[-1].error if errors else None,
+                sum(r.succeeded for r in found),
+                {name: machines_of(of_arm) for name, of_arm in by_arm.items() if is_mixed(of_arm)},
+            )
         )
-    done, total = sum(c["done"] for c in cells), sum(c["episodes"] for c in cells)
+    left = sum(cell.episodes - cell.done for cell in cells)
     rate = episodes_per_hour(records)
     queue, queue_problem = _queue(directory, manifest.cells[0].experiment.launch.engine)
     lacking = [s for s in manifest.shards if missing_keys[s.cell].intersection(_keys(manifest, s))]
-    return {
-        "directory": str(directory),
-        "complete": done == total,
-        "episodes": total,
-        "done": done,
-        "errors": sum(c["errors"] for c in cells),
-        "shards": len(manifest.shards),
-        "shards_done": len(manifest.shards) - len(lacking),
-        "writing": sum(is_locked(lock) for cell in manifest.cells for lock in cell.run_dir.glob("*/.lock-*")),
-        "queue": queue,
-        "queue_problem": queue_problem,
-        "episodes_per_hour": rate and round(rate, 1),
-        "eta": _eta(total - done, rate),
-        "cells": cells,
-    }
+    return Status(
+        directory,
+        len(manifest.shards),
+        len(manifest.shards) - len(lacking),
+        sum(is_locked(lock) for cell in manifest.cells for lock in cell.run_dir.glob("*/.lock-*")),
+        queue,
+        queue_problem,
+        rate,
+        _eta(left, rate),
+        tuple(cells),
+    )
 
 
 def _check_filters(
@@ -102,10 +165,10 @@ def _check_filters(
 
 def follow(
     directory: Path,
-    show: Callable[[dict[str, Any]], None],
+    show: Callable[[Status], None],
     tasks: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> Status:
     """`show` the status every ten seconds until everything is done, or nothing has been under way for two minutes.
 
     Under way is what stands in a queue, holds a shard's lock, or adds to the ledgers. Returns the last status.
@@ -114,42 +177,42 @@ def follow(
     while True:
         found = status(directory, tasks, arms)
         show(found)
-        growth = (found["done"], found["errors"])
-        if found["queue"] or found["queue_problem"] or found["writing"] or growth != grown:
+        growth = (found.done, found.errors)
+        if found.under_way or growth != grown:
             alive, grown = time.monotonic(), growth
-        if found["complete"] or time.monotonic() - alive > QUIET_S:
+        if found.complete or time.monotonic() - alive > QUIET_S:
             return found
         time.sleep(FOLLOW_S)
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(found: Status) -> str:
     """One line for people."""
     parts = [
-        f"{found['done']:,} of {count_text(found['episodes'], 'episode')}",
-        f"{found['shards_done']:,} of {count_text(found['shards'], 'shard')}",
+        f"{found.done:,} of {count_text(found.episodes, 'episode')}",
+        f"{found.shards_done:,} of {count_text(found.shards, 'shard')}",
     ]
-    if found["errors"]:
-        parts.append(count_text(found["errors"], "error"))
-    parts += [f"{n} {state.lower()}" for state, n in sorted(found["queue"].items())]
-    if found["queue_problem"]:
-        parts.append(found["queue_problem"])
-    if found["complete"]:
+    if found.errors:
+        parts.append(count_text(found.errors, "error"))
+    parts += [f"{n} {state.lower()}" for state, n in sorted(found.queue.items())]
+    if found.queue_problem:
+        parts.append(found.queue_problem)
+    if found.complete:
         return ", ".join(parts)
-    if found["episodes_per_hour"]:
-        parts.append(f"{found['episodes_per_hour']:g} episodes/h")
-    if not found["queue"] and not found["writing"] and not found["queue_problem"]:
+    if found.episodes_per_hour:
+        parts.append(f"{round(found.episodes_per_hour, 1):g} episodes/h")
+    if not found.under_way:
         parts.append("nothing under way here")
-    elif found["eta"]:
-        parts.append(f"done about {found['eta']}")
+    elif found.eta:
+        parts.append(f"done about {found.eta}")
     return ", ".join(parts)
 
 
-def mixes(found: dict[str, Any]) -> list[str]:
+def mixes(found: Status) -> list[str]:
     """A line for people for each arm whose episodes come from machines that answer differently."""
     return [
-        f"{cell['cell']}, arm {arm}: {in_words(machines)}"
-        for cell in found["cells"]
-        for arm, machines in cell["machines"].items()
+        f"{cell.cell}, arm {arm}: {in_words(machines)}"
+        for cell in found.cells
+        for arm, machines in cell.machines.items()
     ]
 
 

@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero.config.sweep import Sweep
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.launch import cells
 from qlibero.launch.engine import Submission, Submitted, engines, load_engine
-from qlibero.launch.plan import refuse_impossible
+from qlibero.launch.impossible import refuse_impossible
 
 log = logging.getLogger(__name__)
 
 
-def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool) -> dict[str, Any]:
-    """Submit what the ledgers lack. Returns `cells.result` with what was submitted added.
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep has, and what was submitted of it now: shards by number; `under_way`: how many were before.
 
-    That is {"engine", "submitted": {"count", "shards"}, "jobs", "failed": {"count", "shards"}, "merge_status"}; shards
-    are written as Slurm writes them, "0,2-11".
+    `finished`: nothing is queued or running any more. `dry_run`: what would have been submitted, as text.
+    """
+
+    state: cells.SweepState
+    engine: str
+    submitted: tuple[int, ...]
+    under_way: int
+    failed: tuple[int, ...]
+    merge_status: int | None
+    jobs: tuple[str, ...]
+    finished: bool
+    dry_run: str | None
+
+    def to_json(self) -> JsonObject:
+        """Shards are written as Slurm writes them, "0,2-11"."""
+        return {
+            **self.state.to_json(),
+            "engine": self.engine,
+            "submitted": _counted(self.submitted),
+            "under_way": self.under_way,
+            "failed": _counted(self.failed),
+            "merge_status": self.merge_status,
+            "jobs": list(self.jobs),
+            "finished": self.finished,
+            **({} if self.dry_run is None else {"dry_run": self.dry_run}),
+        }
+
+
+def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool) -> Swept:
+    """Submit what the ledgers lack.
 
     `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
     """
@@ -51,21 +81,20 @@ def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool)
     elif not missing and not dry_run and _merge_was_lost(manifest):
         log.info("every episode is there, but the merge after them was not finished: doing it here")
         cells.merge(manifest)
-    document = cells.result(manifest)
-    return {
-        **document,
-        "engine": name,
-        "submitted": _counted(indices),
-        "under_way": len(missing) - len(indices),
-        "failed": _counted(submitted.failed),
-        "merge_status": submitted.merge_status,
-        "jobs": list(submitted.jobs),
-        "finished": submitted.finished and not under_way,
-        **({"dry_run": text} if dry_run else {}),
-    }
+    return Swept(
+        cells.sweep_state(manifest),
+        name,
+        indices,
+        len(missing) - len(indices),
+        submitted.failed,
+        submitted.merge_status,
+        submitted.jobs,
+        submitted.finished and not under_way,
+        text if dry_run else None,
+    )
 
 
-def _counted(indices: Sequence[int]) -> dict[str, Any]:
+def _counted(indices: Sequence[int]) -> JsonObject:
     return {"count": len(indices), "shards": cells.spans(indices)}
 
 

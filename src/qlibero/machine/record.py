@@ -10,8 +10,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.machine.capacity import memory_bytes
 from qlibero.machine.cuda_toolkit import site_packages, torch_cuda
 from qlibero.machine.environment import agreement, command_output, find_gpus, simulator_environment, toolkit
@@ -49,7 +49,7 @@ os._exit(0)
 """
 
 
-def describe() -> dict[str, Any]:
+def describe() -> JsonObject:
     """The machine and software of this run, for environment.json. Slow parts (GL, nvcc) cost about two seconds."""
     from qlibero.sim.pool import worker_environment
 
@@ -90,7 +90,7 @@ def packages(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def git_state() -> dict[str, Any]:
+def git_state() -> JsonObject:
     """The checkout's commit and whether tracked files differ from it; {} outside a checkout."""
     commit = command_output("git", "-C", str(CHECKOUT), "rev-parse", "HEAD") if CHECKOUT else None
     if not commit:

@@ -185,6 +185,10 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
     """A policy whose network is here: all that calibration, kernel check and recheck ask of one.
 
     Its linears are `torch.nn.Linear` and are called by forward, or as `SharingLinear` says where `shares_input`.
+
+    It may also have `calibration_inputs() -> {name: text or hash}`: all that decides, beside weights and data, what its
+    linears see in calibration, no paths. Without it two arms that differ in more than `provenance` says share one
+    artifact.
     """
 
     @property
@@ -197,8 +201,8 @@ class QuantizablePolicy(Quantizable, RearrangeablePolicy, Protocol):
         ...
 
     def for_calibration(self) -> Self:
-        """The same policy as it is calibrated, whatever its settings say that changes no weight (flow steps): an
-        artifact's key knows weights, settings and data, so nothing else may decide what is in it."""
+        """The same policy as it is calibrated, whatever its settings say of flow steps and batch: an artifact's key
+        knows weights, settings, data and `calibration_inputs`, so nothing else may decide what is in it."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -237,7 +241,8 @@ class PolicyFamily(Protocol):
     """A module that declares a `PolicyPlugin`. Importing it is cheap: what is heavy is imported inside the functions.
 
     It may also have `files(settings)`: every file that is read, in a fixed order; `weights_sha256(settings)`: what the
-    policy's provenance will name, without loading it; and `claims(path)` with `verify(path)`: whether a checkpoint is
+    policy's provenance will name, without loading it; `calibration_inputs(settings)`, likewise, what the policy will
+    say under that name, or None; and `claims(path)` with `verify(path)`: whether a checkpoint is
     of this family, and a report on it (see `pi05/verify.py`). So that arms share what they have in common:
     `shares_weights(one, other)`, whether one loaded network serves both settings, and `with_weights_of(loaded,
     settings)`, the policy of `settings` around the network of another policy.

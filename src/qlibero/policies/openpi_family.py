@@ -55,6 +55,11 @@ class OpenpiFamily:
 
         return weights_sha256(settings, self._network)
 
+    def calibration_inputs(self, settings: CheckpointSettings) -> dict[str, str] | None:
+        from qlibero.policies.pi05.load import inputs_of
+
+        return inputs_of(settings, self._network)
+
     def claims(self, path: Path) -> bool:
         """Whether a checkpoint directory says that it is one of these; one that says nothing is tried as a pi0.5."""
         from qlibero.policies.pi05.unreadable import declared_type

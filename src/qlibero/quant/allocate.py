@@ -11,9 +11,9 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from qlibero.config.number_formats import BITS, require_of_format
 from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.errors import UserError
-from qlibero.quant.action_error import ActionError, action_error, arm_error
+from qlibero.quant.action_error import ActionError, action_error, arm_error, between
 from qlibero.quant.artifact import Artifact
 from qlibero.quant.held_out import unseen
 
@@ -39,6 +39,51 @@ class Linear:
     name: str
     weights: int
     effect: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class GivenBits:
+    """What a linear got, its number of weights, and what the fewest bits do to the actions."""
+
+    layer: str
+    bits: int
+    weights: int
+    effect: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits of every linear, the settings that say so, and what they do together and what the same budget does, spent
+    evenly."""
+
+    experiment: str
+    observations: int
+    unseen: bool
+    levels: list[int]
+    mean_bits: float
+    weight_mb: float
+    weight_bits: int
+    per_layer_bits: dict[str, int]
+    layers: list[GivenBits]
+    together: ActionError
+    even_bits: int
+    evenly: ActionError
+
+    def to_json(self) -> JsonObject:
+        """What the command prints."""
+        return {
+            "experiment": self.experiment,
+            "observations": self.observations,
+            "unseen": self.unseen,
+            "bits": self.levels,
+            "mean_bits": self.mean_bits,
+            "weight_mb": self.weight_mb,
+            "weight_bits": self.weight_bits,
+            "per_layer_bits": self.per_layer_bits,
+            "layers": [asdict(layer) for layer in self.layers],
+            "together": self.together.to_json(),
+            "evenly": {"bits": self.even_bits, **self.evenly.to_json()},
+        }
 
 
 def allocate(
@@ -93,26 +138,28 @@ def allocate(
         return action_error(exact, found, steps)
 
     evenly = max((b for b in levels if b * total <= budget), default=levels[0])
-    document: JsonObject = {
-        "experiment": experiment.name,
-        "observations": len(exact),
-        "unseen": fresh,
-        "bits": levels,
-        "mean_bits": round(sum(chosen[x.name] * x.weights for x in linears) / total, 4),
-        "weight_mb": round(sum(chosen[x.name] * x.weights for x in linears) / 8e6, 4),
-        "weight_bits": usual,
-        "per_layer_bits": wanted,
-        "layers": [
-            {"layer": x.name, "bits": chosen[x.name], "weights": x.weights, "effect": effects[x.name]}
+    spent = sum(chosen[linear.name] * linear.weights for linear in linears)
+    made = Allocation(
+        experiment=experiment.name,
+        observations=len(exact),
+        unseen=fresh,
+        levels=levels,
+        mean_bits=round(spent / total, 4),
+        weight_mb=round(spent / 8e6, 4),
+        weight_bits=usual,
+        per_layer_bits=wanted,
+        layers=[
+            GivenBits(x.name, chosen[x.name], x.weights, effects[x.name])
             for x in sorted(linears, key=lambda x: -effects[x.name])
         ],
-        "together": verified(mixed).to_json(),
-        "evenly": {"bits": evenly, **verified(settings_of[evenly]).to_json()},
-    }
-    if out is not None:
-        write(out, document)
-        document["file"] = str(out)
-    return document
+        together=verified(mixed),
+        even_bits=evenly,
+        evenly=verified(settings_of[evenly]),
+    )
+    if out is None:
+        return made.to_json()
+    write(out, made)
+    return made.to_json() | {"file": str(out)}
 
 
 def with_bits(quant: Quant, weight_bits: int, per_layer_bits: Mapping[str, int]) -> Quant:
@@ -183,7 +230,7 @@ def bits_of(text: str) -> list[int]:
     return bits
 
 
-def readable(document: Mapping[str, Any]) -> list[JsonObject]:
+def readable(document: JsonObject) -> list[JsonObject]:
     """Linears by number of bits, the ones that matter most first."""
     return [
         {"layer": row["layer"], "bits": row["bits"], "weights": row["weights"], "effect": f"{row['effect']:.3g}"}
@@ -191,19 +238,17 @@ def readable(document: Mapping[str, Any]) -> list[JsonObject]:
     ]
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Path, made: Allocation) -> None:
     """A fragment for `extends:`, with what was measured as its comment."""
     import yaml
 
     from qlibero import files
 
-    together, evenly = document["together"], document["evenly"]
+    together, evenly = (f"{error.arm:.4g} {between(error.arm95)}".rstrip() for error in (made.together, made.evenly))
     head = (
-        f"# qlibero allocate: {document['mean_bits']:g} bits a weight on average, "
-        f"{document['weight_mb']:g} MB of codes.\n"
-        f"# Arm error on {count_text(document['observations'], 'held-out observation')}: {together['arm']:.4g} "
-        f"{together['arm95']}, with "
-        f"{evenly['bits']} bits everywhere {evenly['arm']:.4g} {evenly['arm95']}.\n"
+        f"# qlibero allocate: {made.mean_bits:g} bits a weight on average, {made.weight_mb:g} MB of codes.\n"
+        f"# Arm error on {count_text(made.observations, 'held-out observation')}: {together}, "
+        f"with {made.even_bits} bits everywhere {evenly}.\n"
     )
-    content = {"quant": {"weight_bits": document["weight_bits"], "per_layer_bits": dict(document["per_layer_bits"])}}
+    content = {"quant": {"weight_bits": made.weight_bits, "per_layer_bits": made.per_layer_bits}}
     files.replace(path, head + yaml.safe_dump(content, sort_keys=False))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.policies.structured import parse_json, short
 from qlibero.quant.artifact_schema import require_consistent, require_schema
+from qlibero.quant.inputs import ARITHMETIC, differences
 from qlibero.quant.nibbles import unpack_nibbles
 from qlibero.quant.transform import FACTORS, Transform
 
@@ -87,8 +88,13 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """What the artifact was made from: spec, checkpoint and calibration data. Known before it is made."""
-        return artifact_key(self.spec, self.checkpoint_sha256, self.calibration["data_sha256"])
+        """What the artifact was made from: spec, checkpoint, data and inputs. Known before it is made."""
+        return artifact_key(self.spec, self.checkpoint_sha256, self.calibration["data_sha256"], self.inputs)
+
+    @property
+    def inputs(self) -> dict[str, str] | None:
+        """See `quant/inputs.py`; None in artifacts that were made before those were recorded."""
+        return self.calibration.get("inputs")
 
     def layer(self, name: str) -> LayerRecord:
         """The record of the linear called `name`."""
@@ -128,9 +134,11 @@ class Artifact:
         return self.stored(f"{name}.scales").float()
 
 
-def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str) -> str:
-    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data and code, same key."""
-    text = json.dumps([FORMAT, spec.hash, checkpoint_sha256, data_sha256])
+def artifact_key(spec: Quant, checkpoint_sha256: str, data_sha256: str, inputs: Mapping[str, str] | None) -> str:
+    """16 hex digits that name an artifact before it exists: same settings, checkpoint, data, inputs and code, same
+    key."""
+    made_from = [FORMAT, spec.hash, checkpoint_sha256, data_sha256]
+    text = json.dumps(made_from if inputs is None else [*made_from, sorted(inputs.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -158,15 +166,15 @@ def build(
     return Artifact(spec, checkpoint_sha256, calibration, layers, corrections, sha256, tensors)
 
 
-def save(artifact: Artifact, path: Path) -> Path:
-    """Write atomically: a reader sees the whole file or none."""
+def save(artifact: Artifact, path: Path, over: bool = True) -> Path:
+    """Write atomically: a reader sees the whole file or none. `over` False: not over one that is there by now."""
     path, partial = Path(path), None
     # not sorted: later patterns of per_layer_bits win, so their order is part of the settings
     meta = {"qlibero": json.dumps(_meta(artifact)), "sha256": artifact.sha256}
     try:
         partial = files.beside(path)
         save_file({name: t.contiguous() for name, t in artifact.in_memory().items()}, partial, metadata=meta)
-        files.settle(partial, path)
+        files.settle(partial, path, over)
     except (OSError, SafetensorError) as error:
         if partial is not None:
             files.remove(partial)
@@ -222,8 +230,11 @@ def load(path: Path) -> Artifact:
     )
 
 
-def require(artifact: Artifact, spec: Quant | None, checkpoint_sha256: str) -> None:
-    """Refuse an artifact made with other settings or for another checkpoint. `spec` None checks the checkpoint only.
+def require(
+    artifact: Artifact, spec: Quant | None, checkpoint_sha256: str, inputs: Mapping[str, str] | None = None
+) -> None:
+    """Refuse an artifact made with other settings, for another checkpoint or from other inputs but for the arithmetic.
+    What is None is not checked, nor inputs of an artifact that names none.
 
     Raises:
         GuardRefusal: what differs, value by value, and the hint.
@@ -238,6 +249,11 @@ def require(artifact: Artifact, spec: Quant | None, checkpoint_sha256: str) -> N
             f"{where} is foreign: made for checkpoint {artifact.checkpoint_sha256[:12]}…, this policy is "
             f"{checkpoint_sha256[:12]}…. {HINT[0].upper()}{HINT[1:]}, or load that checkpoint"
         )
+    if inputs is not None and artifact.inputs is not None:
+        if others := differences(artifact.inputs, inputs, but=ARITHMETIC):
+            raise GuardRefusal(
+                f"{where} was calibrated on other inputs: {'; '.join(others)}. {HINT[0].upper()}{HINT[1:]}"
+            )
 
 
 def _meta(artifact: Artifact) -> JsonObject:

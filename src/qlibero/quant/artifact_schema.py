@@ -8,7 +8,7 @@ actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.structured import Open, Strict, fit, short
 from qlibero.quant.nibbles import unpack_nibbles
 from qlibero.registry import CorrectionPlugin, MethodPlugin, get
+
+if TYPE_CHECKING:
+    from qlibero.quant.artifact import LayerRecord
 
 LARGEST_SCALE = 1e4
 ORTHOGONAL_WITHIN = 0.05
@@ -58,6 +61,7 @@ class _Layer(Strict):
 
 class _Calibration(Open):
     data_sha256: _Name
+    inputs: dict[_Name, _Name] | None = Field(None, max_length=64)
 
 
 class Meta(Strict):
@@ -86,7 +90,7 @@ def require_schema(content: JsonObject, where: str, hint: str) -> Quant:
 
 def require_consistent(
     spec: Quant,
-    layers: Collection[Any],
+    layers: Collection[LayerRecord],
     corrections: dict[str, list[float]],
     names: Collection[str],
     tensor: Callable[[str], Tensor],
@@ -147,7 +151,7 @@ def require_consistent(
             refuse(f"corrections of {short(name)} are none that its settings can make")
 
 
-def _choice_fault(spec: Quant, layer: Any, group_method: str, alive: bool) -> str | None:
+def _choice_fault(spec: Quant, layer: LayerRecord, group_method: str, alive: bool) -> str | None:
     """Of the method and the rounding that a linear's record names."""
     # an input that no action depends on is left as it is by a method that has to see data
     possible = spec.transform.chooses or (spec.method,)
@@ -161,7 +165,7 @@ def _choice_fault(spec: Quant, layer: Any, group_method: str, alive: bool) -> st
     return None
 
 
-def _layer_fault(spec: Quant, layer: Any, tensor: Callable[[str], Tensor]) -> str | None:
+def _layer_fault(spec: Quant, layer: LayerRecord, tensor: Callable[[str], Tensor]) -> str | None:
     n, k = layer.out_features, layer.in_features
     codes, scales = tensor(f"{layer.name}.codes"), tensor(f"{layer.name}.scales")
     floats = spec.number_format in ("nvfp4", "mxfp4") or (spec.number_format == "fp8" and layer.weight_bits == 8)
@@ -187,7 +191,7 @@ def _layer_fault(spec: Quant, layer: Any, tensor: Callable[[str], Tensor]) -> st
     return None
 
 
-def _range_fault(spec: Quant, layer: Any, codes: Tensor) -> str | None:
+def _range_fault(spec: Quant, layer: LayerRecord, codes: Tensor) -> str | None:
     """Of codes that their bits do not hold."""
     low, high = (float(value) for value in torch.aminmax(codes.float()))
     bits = layer.weight_bits

@@ -7,7 +7,8 @@ statistics but no action), and an artifact says what it was fitted on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,9 +21,22 @@ from qlibero.quant.action_error import action_error
 from qlibero.quant.artifact import Artifact, build
 from qlibero.quant.fitting import Fitting
 from qlibero.quant.held_out import held_out
+from qlibero.quant.inputs import inputs_of
 from qlibero.quant.layout import select
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A sum that is split over threads is another sum, and so another artifact."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def calibrate(
     policy: QuantizablePolicy,
     observations: Sequence[Observation],
@@ -60,7 +74,7 @@ def calibrate(
             "prompts": len({o.prompt for o in observations}),
             **fitting.account.to_json(spec.method),
             "kept_in_full_precision": list(selection.kept),
-            "policy": {key: identity[key] for key in ("type", "dtype", "device", "flow_steps") if key in identity},
+            "inputs": inputs_of(policy, spec),
             "torch": torch.__version__,
         },
         layers=tuple(layers),

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlibero.documents import JsonObject
 from qlibero.errors import GuardRefusal, UserError
-from qlibero.quant.action_error import action_error, arm_error
+from qlibero.quant.action_error import ActionError, action_error, arm_error
 from qlibero.quant.artifact import Artifact, LayerRecord, load
 from qlibero.quant.patterns import short_name
 
@@ -151,30 +151,29 @@ def sensitivity(
     from qlibero.quant.apply import quantize_policy
 
     exact = policy.infer(observations, noise).actions.astype(np.float64)
-    rows: list[JsonObject] = []
+    measured: list[tuple[LayerRecord, ActionError, float]] = []
     for layer in artifact.layers:
         if not layer.executed:
             continue
         alone = quantize_policy(policy, artifact, "fake", only=frozenset([layer.name]))
         found = alone.infer(observations, noise).actions
-        summary, mean_square = action_error(exact, found), float(np.mean(arm_error(exact, found) ** 2))
-        rows.append(
-            {
-                "layer": layer.name,
-                "arm_error": summary.arm,
-                "arm95": summary.arm95,
-                "gripper_changed": summary.gripper_changed,
-                "share_of_action_error": mean_square,
-                "sqnr_db": layer.sqnr_db,
-                "extra_bytes": _extra_bytes(layer),
-            }
-        )
-    if not rows:
+        measured.append((layer, action_error(exact, found), float(np.mean(arm_error(exact, found) ** 2))))
+    if not measured:
         raise GuardRefusal("the artifact holds no executed layer, so none can be measured")
-    total = sum(r["share_of_action_error"] for r in rows) or 1.0
-    for r in rows:
-        r["share_of_action_error"] = round(r["share_of_action_error"] / total, 4)
-    return sorted(rows, key=lambda r: -r["share_of_action_error"])
+    total = sum(mean_square for _, _, mean_square in measured) or 1.0
+    shares = [(round(mean_square / total, 4), layer, change) for layer, change, mean_square in measured]
+    return [
+        {
+            "layer": layer.name,
+            "arm_error": change.arm,
+            "arm95": change.arm95,
+            "gripper_changed": change.gripper_changed,
+            "share_of_action_error": share,
+            "sqnr_db": layer.sqnr_db,
+            "extra_bytes": _extra_bytes(layer),
+        }
+        for share, layer, change in sorted(shares, key=lambda item: -item[0])
+    ]
 
 
 def _extra_bytes(layer: LayerRecord) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -29,10 +29,12 @@ from qlibero.policies.base import quantizable
 from qlibero.quant.action_error import between
 from qlibero.quant.against_weights import require_of_weights
 from qlibero.quant.artifact import Artifact, artifact_key, load, require, save
+from qlibero.quant.inputs import differences, inputs_of, inputs_of_settings
 from qlibero.quant.observations import Demonstrations, read_demonstrations
 from qlibero.quant.shared_weights import full_policies
 
 if TYPE_CHECKING:
+    from qlibero.config.policies import PolicySettings
     from qlibero.config.schema import Experiment
     from qlibero.policies.base import Policy
 
@@ -115,18 +117,19 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
     from qlibero.quant.calibrate import calibrate
 
     policy = quantizable(policy)
-    checkpoint = policy.provenance()["sha256"]
+    checkpoint, inputs = policy.provenance()["sha256"], inputs_of(policy, quant)
     if quant.artifact is not None:
         artifact = load(Path(quant.artifact))
-        require(artifact, quant, checkpoint)
+        require(artifact, quant, checkpoint, inputs)
+        _say_what_may_differ(artifact, inputs)
         require_of_weights(policy.model, artifact)
         return Found(artifact, Path(quant.artifact), made=False, seconds=0.0)
     data = demonstrations(quant)
     places = _places(quant, places)
-    key = artifact_key(quant, checkpoint, data.sha256)
+    key = artifact_key(quant, checkpoint, data.sha256, inputs)
     if path := _found(key, places):
         artifact = load(path)
-        require(artifact, quant, checkpoint)
+        require(artifact, quant, checkpoint, inputs)
         require_of_weights(policy.model, artifact)
         return Found(artifact, path, made=False, seconds=0.0)
     path = _first_writable(places) / key / FILE
@@ -139,12 +142,18 @@ def ensure_artifact(policy: Policy, quant: Quant, places: Sequence[Path] = ()) -
         "file": quant.calibration.path.name if quant.calibration and quant.calibration.path else None,
     }
     made = calibrate(policy.for_calibration(), data.observations, noise, quant, provenance)
-    if not path.is_file():  # else another process was first, and may be running on it
-        save(made, path)
+    save(made, path, over=False)  # where another process was first, it may be running on its own
     # From disk on purpose: what runs is what was written, and reading it back proves that it is whole.
     artifact = load(path)
-    require(artifact, quant, checkpoint)
+    require(artifact, quant, checkpoint, inputs)
     return Found(artifact, path, made=True, seconds=time.perf_counter() - started)
+
+
+def _say_what_may_differ(artifact: Artifact, inputs: Mapping[str, str]) -> None:
+    if artifact.inputs is None:
+        log.warning(f"{artifact.path} does not say on what inputs (profile, statistics, …) it was calibrated")
+    elif told := differences(artifact.inputs, inputs):  # those that `require` lets pass
+        log.warning(f"{artifact.path} was calibrated in another arithmetic: {'; '.join(told)}")
 
 
 def _places(quant: Quant, places: Sequence[Path]) -> Sequence[Path]:
@@ -168,14 +177,18 @@ def _first_writable(places: Sequence[Path]) -> Path:
     raise WorkFailed("no place for an artifact can be written: " + "; ".join(problems))
 
 
-def ready_artifact(checkpoint: str, quant: Quant, places: Sequence[Path] = ()) -> Artifact | None:
-    """The artifact that `ensure_artifact` would find for weights of that sha256, or None if it must be made.
+def ready_artifact(
+    settings: PolicySettings, checkpoint: str, quant: Quant, places: Sequence[Path] = ()
+) -> Artifact | None:
+    """The artifact that `ensure_artifact` would find for the policy of `settings`, whose weights have that sha256; None
+    if it must be made, or cannot be known without the policy.
 
     Needs no policy: a policy whose artifact is ready need not load the weights that the artifact replaces.
     """
     path = quant.artifact
-    if path is None:
-        path = _found(artifact_key(quant, checkpoint, demonstrations(quant).sha256), _places(quant, places))
+    if path is None and (inputs := inputs_of_settings(settings, quant)) is not None:
+        key = artifact_key(quant, checkpoint, demonstrations(quant).sha256, inputs)
+        path = _found(key, _places(quant, places))
     return load(Path(path)) if path and Path(path).is_file() else None
 
 
@@ -183,13 +196,14 @@ def replaced_in_all(arms: Sequence[Arm], places: Sequence[Path] = ()) -> frozens
     """Weights that none of these arms of one checkpoint needs in full precision, because each is quantized and its
     artifact is ready: they are not even read, so that a full-size W4A8 policy fits where its bf16 language model would
     not."""
-    quants = [arm.quant for arm in arms if arm.quant is not None]
+    quants = [(arm.policy, arm.quant) for arm in arms if arm.quant is not None]
     if not quants or len(quants) < len(arms):
         return frozenset()
     checkpoint = weights_sha256(arms[0].policy)
     if checkpoint is None:
         return frozenset()
-    artifacts = [found for quant in quants if (found := ready_artifact(checkpoint, quant, places)) is not None]
+    ready = [ready_artifact(settings, checkpoint, quant, places) for settings, quant in quants]
+    artifacts = [artifact for artifact in ready if artifact is not None]
     if len(artifacts) < len(quants):
         return frozenset()
     names = [{f"{layer.name}.weight" for layer in artifact.layers} for artifact in artifacts]

@@ -16,7 +16,7 @@ import numpy as np
 from qlibero.activity import doing
 from qlibero.documents import JsonObject
 from qlibero.errors import UserError
-from qlibero.quant.action_error import action_error, arm_error, between
+from qlibero.quant.action_error import ActionError, action_error, arm_error, between
 from qlibero.quant.held_out import PHASES, unseen
 
 if TYPE_CHECKING:
@@ -46,15 +46,94 @@ def of_demonstrations(experiment: Experiment, policy: QuantizablePolicy) -> Ques
     return Questions(data.observations, noise, phases, fresh, data.source)
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """Geometric mean of paired ratios and its 95 % interval; None without a reference, of one observation, or where an
+    error is zero."""
+
+    mean: float | None
+    interval95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Of `pairs` recorded episodes, those that ended otherwise than the baseline's; area under the curve by which the
+    error along an episode tells them, with its 95 % interval."""
+
+    flipped: int
+    pairs: int
+    auc: float | None
+    auc95: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        return f"{self.flipped}/{self.pairs}" + ("" if self.auc is None else f", {self.auc:.2f}")
+
+
+@dataclass(frozen=True)
+class ProbedArm:
+    """change: of the executed actions; ratio: of this arm's change to the first quantized arm's; phases: median change
+    by phase of an episode; errors (n,): root mean square change of each observation's arm actions."""
+
+    arm: str
+    label: str
+    change: ActionError
+    ratio: Ratio
+    phases: dict[str, float]
+    errors: np.ndarray
+    flips: Flips | None = None
+
+    def to_json(self) -> JsonObject:
+        """One of `Probed.to_json`'s arms."""
+        flips: JsonObject = {}
+        if self.flips is not None:
+            flips = {"flipped": self.flips.flipped, "flip_auc": self.flips.auc, "flip_auc95": self.flips.auc95}
+            flips["flips"] = str(self.flips)
+        return {
+            "arm": self.arm,
+            "label": self.label,
+            "arm_error": self.change.arm,
+            "arm95": self.change.arm95,
+            "ratio": self.ratio.mean,
+            "ratio95": self.ratio.interval95,
+            "gripper_changed": self.change.gripper_changed,
+            "gripper_actions": self.change.gripper_actions,
+            "phases": self.phases,
+            "errors": self.errors.tolist(),
+            **flips,
+        }
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What every arm does; `steps` of a chunk are executed; episodes: of which each observation is part, if of any."""
+
+    experiment: str
+    observations: int
+    unseen: bool
+    steps: int
+    source: str
+    episodes: tuple[str, ...]
+    arm_action: float
+    arms: tuple[ProbedArm, ...]
+
+    def to_json(self) -> JsonObject:
+        """What the command prints."""
+        return {
+            "experiment": self.experiment,
+            "observations": self.observations,
+            "unseen": self.unseen,
+            "steps": self.steps,
+            "source": self.source,
+            "episodes": list(self.episodes),
+            "arm_action": self.arm_action,
+            "arms": [arm.to_json() for arm in self.arms],
+        }
+
+
 def probe(
     experiment: Experiment, questions: Callable[[Experiment, QuantizablePolicy], Questions] = of_demonstrations
-) -> JsonObject:
-    """Ask every arm. Returns {"experiment", "observations", "source", "episodes": of which each observation is part,
-    "arms": [{"arm", "label", "arm_error", "arm95", "ratio", "ratio95", "gripper_changed", "gripper_actions", "phases":
-    {phase: median}, "errors": one an observation}]}.
-
-    arm_error is the median over observations of the root mean square change of the arm's executed actions; ratio the
-    geometric mean, over observations, of this arm's change over the first quantized arm's, with its 95 % interval.
+) -> Probed:
+    """Ask every arm.
 
     Raises UserError without an arm but the baseline, or without demonstrations.
     """
@@ -77,7 +156,7 @@ def probe(
     noise, phases = asked_of.noise, np.array(asked_of.phases)
     steps = experiment.policy.replan_steps
     exact = policy.infer(asked_of.observations, noise).actions
-    rows: list[JsonObject] = []
+    probed: list[ProbedArm] = []
     first: np.ndarray | None = None
     for index, arm in enumerate(arms):
         doing("probing arms", index, len(arms))
@@ -95,59 +174,53 @@ def probe(
         errors, summary = arm_error(exact, found, steps), action_error(exact, found, steps)
         if first is None and arm.quant is not None:
             first = errors
-        rows.append(
-            {
-                "arm": arm.name,
-                "label": ", ".join([arm.quant.label if arm.quant else arm.backend, *overrides_of(experiment, arm)]),
-                "arm_error": summary.arm,
-                "arm95": summary.arm95,
-                **ratio(errors, first),
-                "gripper_changed": summary.gripper_changed,
-                "gripper_actions": summary.gripper_actions,
-                "phases": {
-                    phase: float(np.median(errors[here])) for phase in PHASES if (here := phases == phase).any()
-                },
-                "errors": errors.tolist(),
-            }
+        probed.append(
+            ProbedArm(
+                arm.name,
+                ", ".join([arm.quant.label if arm.quant else arm.backend, *overrides_of(experiment, arm)]),
+                summary,
+                ratio(errors, first),
+                {phase: float(np.median(errors[here])) for phase in PHASES if (here := phases == phase).any()},
+                errors,
+            )
         )
-    return {
-        "experiment": experiment.name,
-        "observations": len(exact),
-        "unseen": asked_of.unseen,
-        "steps": steps,
-        "source": asked_of.source,
-        "episodes": list(asked_of.episodes),
-        "arm_action": action_error(exact, exact, steps).arm_action,
-        "arms": rows,
-    }
+    return Probed(
+        experiment=experiment.name,
+        observations=len(exact),
+        unseen=asked_of.unseen,
+        steps=steps,
+        source=asked_of.source,
+        episodes=tuple(asked_of.episodes),
+        arm_action=action_error(exact, exact, steps).arm_action,
+        arms=tuple(probed),
+    )
 
 
-def ratio(errors: np.ndarray, first: np.ndarray | None) -> JsonObject:
-    """{"ratio", "ratio95"}: geometric mean of paired ratios and Student's interval of its logarithm; None without a
-    reference, of one observation, or where an error is zero."""
+def ratio(errors: np.ndarray, first: np.ndarray | None) -> Ratio:
+    """Of paired errors; the interval is Student's, of the logarithm."""
     if first is None or len(errors) < 2 or not (errors > 0).all() or not (first > 0).all():
-        return {"ratio": None, "ratio95": None}
+        return Ratio(None, None)
     from scipy.special import stdtrit
 
     logs = np.log(errors / first)
     half = float(stdtrit(len(logs) - 1, 0.975)) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
     middle = float(logs.mean())
-    return {"ratio": math.exp(middle), "ratio95": (math.exp(middle - half), math.exp(middle + half))}
+    return Ratio(math.exp(middle), (math.exp(middle - half), math.exp(middle + half)))
 
 
-def readable(document: JsonObject) -> list[JsonObject]:
+def readable(found: Probed) -> list[JsonObject]:
     """The arms as rows for a terminal."""
     return [
         {
-            "arm": row["arm"],
-            "settings": row["label"],
-            "arm error": f"{row['arm_error']:.4f}",
-            "95 %": between(row["arm95"]),
-            "over the first": "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            "95 % ": between(row["ratio95"], 2),
-            "gripper": f"{row['gripper_changed']}/{row['gripper_actions']}",
-            **{phase: f"{value:.4f}" for phase, value in row["phases"].items()},
-            **({"flips, AUC": row["flips"]} if "flips" in row else {}),
+            "arm": row.arm,
+            "settings": row.label,
+            "arm error": f"{row.change.arm:.4f}",
+            "95 %": between(row.change.arm95),
+            "over the first": "" if row.ratio.mean is None else f"{row.ratio.mean:.2f}",
+            "95 % ": between(row.ratio.interval95, 2),
+            "gripper": f"{row.change.gripper_changed}/{row.change.gripper_actions}",
+            **{phase: f"{value:.4f}" for phase, value in row.phases.items()},
+            **({"flips, AUC": str(row.flips)} if row.flips is not None else {}),
         }
-        for row in document["arms"]
+        for row in found.arms
     ]

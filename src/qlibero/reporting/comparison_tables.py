@@ -44,7 +44,7 @@ def comparison_tables(found: Comparison) -> Group:
         parts += [Text(f"  unpaired: {key}, {reason}", style=OPEN) for key, reason in unpaired[:5]]
         if len(unpaired) > 5:
             parts.append(Text(f"  and {len(unpaired) - 5} more unpaired; the JSON lists every one", style=OPEN))
-    for problem in found.arithmetic["problems"]:
+    for problem in (problem for run in found.arithmetic for problem in run.problems):
         parts.append(Text(problem if "NOT THE" in problem else f"{problem} (NOT THE SAME ARITHMETIC)", style="red"))
     if found.copies:
         parts.append(Text(copies_text(found.copies), style="yellow"))
@@ -73,7 +73,7 @@ def _verdicts(found: Comparison) -> Table:
         fixed_column(table, title, "left" if title == "verdict" else "right")
     table.columns[-1].no_wrap = False  # the heading may break, its numbers do not reach its width
     for name, row in _rows(found):
-        if not row.table.pairs:
+        if row.estimate is None:
             table.add_row(name, word_text(row.verdict.word), "", "", "0")
             continue
         shown = word_text(row.verdict.word)
@@ -83,8 +83,8 @@ def _verdicts(found: Comparison) -> Table:
         table.add_row(
             name,
             shown,
-            delta_text(row.delta, row.interval, found.margin),
-            interval_text(row.interval, found.margin),
+            delta_text(*row.estimate, found.margin),
+            interval_text(row.estimate.interval, found.margin),
             f"{t.broken}/{t.repaired} of {t.pairs:,}",
         )
     return table
@@ -119,7 +119,7 @@ def _evidence(found: Comparison) -> Table:
             bare_p(holm.mcnemar_p) if holm else "",
             bare_p(row.noninferiority_p),
             bare_p(holm.noninferiority_p) if holm and row.noninferiority_p is not None else "",
-            interval_text(row.new_tasks.interval, found.margin) if row.new_tasks.clusters != 1 else "",
+            interval_text(new_tasks, found.margin) if (new_tasks := row.over_new_tasks) else "",
         )
     return table
 
@@ -169,11 +169,10 @@ def external_table(found: ExternalComparison) -> Group:
     for title in ("verdict", "Δ pp", "95 % interval", "successes", "p"):
         fixed_column(table, title)
     for name, r in found.arms.items():
-        delta, interval = (
-            ("", "")
-            if r.interval is None
-            else (delta_text(r.delta, r.interval, found.margin), interval_text(r.interval, found.margin))
-        )
+        delta, interval = "", ""
+        if r.estimate is not None:
+            delta = delta_text(*r.estimate, found.margin)
+            interval = interval_text(r.estimate.interval, found.margin)
         p = "" if r.p is None else bare_p(r.p)
         table.add_row(name, word_text(r.verdict.word), delta, interval, "/".join(map(str, r.counts)), p)
     lines = [line for r in found.arms.values() for line in (r.sentence, f"  {r.tool}, {r.method}. {r.detectable}")]

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +61,7 @@ def titled_table(title: str, first: str) -> TitledTable:
     return table
 
 
-def fixed_column(table: Table, title: str, justify: str = "left") -> None:
+def fixed_column(table: Table, title: str, justify: JustifyMethod = "left") -> None:
     table.add_column(title, justify=justify, overflow="fold", no_wrap=True)
 
 

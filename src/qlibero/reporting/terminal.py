@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -19,11 +18,12 @@ from qlibero.console import console, count_text
 from qlibero.places import pasteable
 from qlibero.reporting.comparison_tables import comparison_tables, external_table
 from qlibero.reporting.rich_tables import fixed_column, titled_table
-from qlibero.results.arm_equality import rechecks, same_arithmetic
+from qlibero.results.arm_equality import Rechecks, rechecks, same_arithmetic
 from qlibero.results.compare import compare
 from qlibero.results.comparison import Comparison
 from qlibero.results.external_results import ExternalComparison
 from qlibero.results.published import CountsComparison
+from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, RunResults, read_run, video_path
 from qlibero.results.summary import calls, counts, summarize_arm
 from qlibero.results.wording import grouped_text
@@ -49,21 +49,21 @@ def print_run(run_dir: Path | str, to: Console | None = None, reference: str = R
         to.print(Text(str(same), style="green" if same.ok else "red"))
     for name in run.arms:
         if found := rechecks(run.run_dir, name):
-            to.print(Text(_tried_again(name, found), style="red" if found["wrong"] else "green"))
+            to.print(Text(_tried_again(name, found), style="red" if found.wrong else "green"))
     to.print(cost_table(run))
     if (memory := memory_table(run)).row_count:
         to.print(memory)
     to.print(_places(run))
 
 
-def _tried_again(name: str, found: dict[str, Any]) -> str:
-    if found["wrong"]:
-        return "\n".join(f"{name}: {text} (NOT THE SAME ARITHMETIC)" for text in found["wrong"])
-    repeated = f"repeated with `fake`: {found['repeated']} of {count_text(found['calls'], 'policy call')}"
+def _tried_again(name: str, found: Rechecks) -> str:
+    if found.wrong:
+        return "\n".join(f"{name}: {text} (NOT THE SAME ARITHMETIC)" for text in found.wrong)
+    repeated = f"repeated with `fake`: {found.repeated} of {count_text(found.calls, 'policy call')}"
     return (
-        f"{name}: its kernels gave the reference's integers in {count_text(found['products'], 'product')} of "
-        f"{count_text(found['layers'], 'layer')} after the run; {repeated}"
-        + (", with equal actions" if found["repeated"] else "")
+        f"{name}: its kernels gave the reference's integers in {count_text(found.products, 'product')} of "
+        f"{count_text(found.layers, 'layer')} after the run; {repeated}"
+        + (", with equal actions" if found.repeated else "")
     )
 
 
@@ -85,14 +85,14 @@ def print_comparison(
 
 def success_tables(run: RunResults, width: int) -> list[Table]:
     """k/n with Wilson interval, per task and arm; errors beside, never inside. As many arms a table as fit."""
-    cells: dict[str, dict] = {name: {} for name in run.arms}
+    cells: dict[str, dict[tuple[str, int], list[EpisodeRecord]]] = {name: {} for name in run.arms}
     for name, arm in run.arms.items():
         for record in arm.records:
             cells[name].setdefault((record.suite, record.task), []).append(record)
     tasks = sorted({task for of_arm in cells.values() for task in of_arm})
     beside = max((len(f"{suite} {task}") for suite, task in tasks), default=0) + 2
     names = list(run.arms)
-    labels = {name: str(run.arms[name].meta.get("label") or name) for name in names}
+    labels = {name: run.arms[name].meta.label or name for name in names}
     groups: list[list[str]] = []
     room = 0
     for name in names:
@@ -116,7 +116,7 @@ def success_tables(run: RunResults, width: int) -> list[Table]:
     return tables
 
 
-def _success(records: list) -> str:
+def _success(records: list[EpisodeRecord]) -> str:
     if not records:
         return "–"
     k, n, errors = counts(records)
@@ -133,11 +133,11 @@ def cost_table(run: RunResults) -> Table:
         finished = [r for r in arm.records if r.outcome != "error"]
         if not finished:
             continue
-        latency = summarize_arm(arm.records)["latency_ms"] or {}
+        latency = summarize_arm(arm.records).latency_ms
         table.add_row(
-            str(arm.meta.get("label") or name),
+            arm.meta.label or name,
             f"{calls(arm.records):,.0f}",
-            *(f"{latency[p]:.1f}" if latency else "–" for p in ("p50", "p95", "p99")),
+            *(f"{ms:.1f}" for ms in latency) if latency else ("–",) * 3,
             *(f"{np.mean([getattr(r, field) for r in finished]) / 1e3:.1f}" for field in ("sim_ms", "render_ms")),
             f"{np.mean([r.steps for r in finished]):.0f}",
         )
@@ -152,17 +152,17 @@ def memory_table(run: RunResults) -> Table:
         fixed_column(table, title, "right")
     table.add_column("", overflow="fold")
     for name, arm in run.arms.items():
-        found = arm.meta.get("memory")
-        if not found or not found["bf16_bytes"]:
+        found = arm.meta.memory
+        if not found or not found.bf16_bytes:
             continue
-        kept, bf16 = found["weight_bytes"] + found["scale_bytes"], found["bf16_bytes"]
-        executed = {kernel["kernel"] for kernel in (arm.meta.get("kernels") or {}).values()}
+        kept, bf16 = found.weight_bytes + found.scale_bytes, found.bf16_bytes
+        executed = set(arm.meta.executed)
         table.add_row(
-            str(arm.meta.get("label") or name),
+            arm.meta.label or name,
             f"{kept / 1e6:.2f}",
             f"{bf16 / 1e6:.2f}",
             f"{kept / bf16:.2f}",
-            f"{(kept + found['transform_bytes']) / bf16:.2f}",
+            f"{found.kept / bf16:.2f}",
             "; ".join(SAVES_NOTHING[kernel] for kernel in sorted(executed & SAVES_NOTHING.keys())),
         )
     return table

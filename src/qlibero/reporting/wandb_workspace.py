@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError, WorkFailed
 from qlibero.results.axes import axis_of, task_name
 from qlibero.results.runs import RunResults
@@ -131,9 +132,10 @@ def workspace(
     )
 
 
-def spec(made: Any) -> dict[str, Any]:
+def spec(made: Any) -> JsonObject:
     """The workspace as it would be stored: plain data, the same each time."""
-    return _without_ids(made._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True))
+    found: JsonObject = _without_ids(made._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True))
+    return found
 
 
 def push(made: Any) -> str:
@@ -142,7 +144,7 @@ def push(made: Any) -> str:
         made.save()
     except Exception as problem:  # the client raises whatever its transport does
         raise WorkFailed(f"the workspace could not be saved: {type(problem).__name__}: {problem}") from problem
-    return made.name
+    return str(made.name)
 
 
 def _libraries() -> tuple[Any, Any]:

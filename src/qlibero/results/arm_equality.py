@@ -8,7 +8,7 @@ says so for ever. `run` ends with exit status 3 then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +16,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, Strict
 
 from qlibero.console import count_text
-from qlibero.documents import checked, read_json
+from qlibero.documents import JsonObject, checked, read_json
 from qlibero.episode_key import EpisodeKey
+from qlibero.results.arm_meta import ArtifactMeta
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import RunResults
 
@@ -66,9 +67,9 @@ def _pairs(arms: Mapping[str, ArmLedger]) -> list[SameArithmetic]:
     found: list[SameArithmetic] = []
     first: dict[tuple[Any, ...], tuple[str, dict[EpisodeKey, Any]]] = {}
     for name, arm in arms.items():
-        artifact = arm.meta.get("artifact")
-        sha256 = artifact.get("sha256") if isinstance(artifact, Mapping) else None
-        if sha256 is None or arm.meta.get("exact") is False:
+        artifact = arm.meta.artifact
+        sha256 = artifact.sha256 if isinstance(artifact, ArtifactMeta) else None
+        if sha256 is None or arm.meta.exact is False:
             continue
         seen = {r.key: (r.action_digest, r.outcome, r.steps) for r in arm.records if r.outcome != "error"}
         alike = (sha256, *_asked(arm))
@@ -84,58 +85,89 @@ def _pairs(arms: Mapping[str, ArmLedger]) -> list[SameArithmetic]:
 
 def _asked(arm: ArmLedger) -> tuple[Any, ...]:
     """What decides the actions beside the artifact: equal for arms that differ in their kernels alone."""
-    of_policy = {name: value for name, value in (arm.meta.get("identity") or {}).items() if name.startswith("policy ")}
+    of_policy = {name: value for name, value in arm.meta.identity.items() if name.startswith("policy ")}
     return frozenset(of_policy.items()), frozenset((r.replan_steps, r.latency_steps) for r in arm.records)
 
 
-def rechecks(run_dir: Path, arm: str) -> dict[str, Any] | None:
-    """What the processes that ran this arm found, added up: {"processes", "calls", "repeated", "layers", "products",
-    "wrong": [text]}; None when none left anything (no real kernel, or none that came to its end).
+@dataclass(frozen=True)
+class Rechecks:
+    """What the processes that ran an arm found when they tried its kernels again, added up; `wrong` in sentences."""
+
+    processes: int
+    calls: int
+    repeated: int
+    layers: int
+    products: int
+    wrong: tuple[str, ...]
+
+    def to_json(self) -> JsonObject:
+        return {**asdict(self), "wrong": list(self.wrong)}
+
+
+def rechecks(run_dir: Path, arm: str) -> Rechecks | None:
+    """None when no process left anything (no real kernel, or none that came to its end).
 
     Raises UserError for a file that is none of these.
     """
-    total: dict[str, Any] = {"processes": 0, "calls": 0, "repeated": 0, "layers": 0, "products": 0, "wrong": []}
-    for path in sorted((run_dir / arm).glob(RECHECK.format(shard="*", attempt="*"))):
-        found = checked(_Recheck, read_json(path), path)
-        total["calls"] += found.calls
-        total["repeated"] += found.repeated
-        total["layers"] = max(total["layers"], found.layers)
-        total["products"] += found.products
-        total["wrong"] += [text[:500] for text in found.wrong]
-        total["processes"] += 1
-    return total if total["processes"] else None
+    paths = sorted((run_dir / arm).glob(RECHECK.format(shard="*", attempt="*")))
+    found = [checked(_Recheck, read_json(path), path) for path in paths]
+    if not found:
+        return None
+    return Rechecks(
+        processes=len(found),
+        calls=sum(one.calls for one in found),
+        repeated=sum(one.repeated for one in found),
+        layers=max(one.layers for one in found),
+        products=sum(one.products for one in found),
+        wrong=tuple(text[:500] for one in found for text in one.wrong),
+    )
 
 
-def arithmetic(run_dir: Path, arms: Mapping[str, ArmLedger]) -> dict[str, Any]:
-    """{"ok", "same": [{"arm", "other", "equal", "episodes"}], "rechecks": {arm: …}, "problems": [sentence]}."""
-    same = _pairs(arms)
-    tried = {name: found for name, arm in arms.items() if (found := rechecks(run_dir, arm.arm)) is not None}
-    problems = [str(pair) for pair in same if not pair.ok]
-    problems += [f"{name}: {text}" for name, found in tried.items() for text in found["wrong"]]
-    return {"ok": not problems, "same": [asdict(pair) for pair in same], "rechecks": tried, "problems": problems}
+@dataclass(frozen=True)
+class Arithmetic:
+    """Both proofs of one run directory; `rechecks` of the arms that have any."""
+
+    same: tuple[SameArithmetic, ...]
+    rechecks: dict[str, Rechecks]
+
+    @property
+    def problems(self) -> list[str]:
+        unequal = [str(pair) for pair in self.same if not pair.ok]
+        return unequal + [f"{name}: {text}" for name, found in self.rechecks.items() for text in found.wrong]
+
+    def to_json(self) -> JsonObject:
+        return {
+            "ok": not self.problems,
+            "same": [asdict(pair) for pair in self.same],
+            "rechecks": {name: found.to_json() for name, found in self.rechecks.items()},
+            "problems": self.problems,
+        }
 
 
-def together(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """`arithmetic` of several run directories as one; of several processes' rechecks the lists are joined."""
-    tried: dict[str, Any] = {}
+def arithmetic(run_dir: Path, arms: Mapping[str, ArmLedger]) -> Arithmetic:
+    """What the run directory's actions and rechecks prove."""
+    tried = {name: rechecks(run_dir, arm.arm) for name, arm in arms.items()}
+    return Arithmetic(tuple(_pairs(arms)), {name: found for name, found in tried.items() if found is not None})
+
+
+def together_json(found: Sequence[Arithmetic]) -> JsonObject:
+    """Of several run directories as one; of an arm that is in several, the rechecks are listed."""
+    tried: dict[str, list[JsonObject]] = {}
     for one in found:
-        for arm, what in one["rechecks"].items():
-            tried.setdefault(arm, []).append(what)
-    return {
-        "ok": all(one["ok"] for one in found),
-        "same": [pair for one in found for pair in one["same"]],
-        "rechecks": tried,
-        "problems": [problem for one in found for problem in one["problems"]],
-    }
+        for arm, what in one.rechecks.items():
+            tried.setdefault(arm, []).append(what.to_json())
+    problems = [problem for one in found for problem in one.problems]
+    same = [asdict(pair) for one in found for pair in one.same]
+    return {"ok": not problems, "same": same, "rechecks": tried, "problems": problems}
 
 
-def refusal(found: Mapping[str, Any]) -> str:
-    """What `run` is refused with for an `arithmetic` that is not ok; "" for one that is."""
-    if found["ok"]:
+def refusal(problems: Sequence[str]) -> str:
+    """What `run` is refused with for an `Arithmetic` with problems; "" without."""
+    if not problems:
         return ""
     return (
         "not one arithmetic:\n"
-        + "\n".join(f"  {problem}" for problem in found["problems"])
+        + "\n".join(f"  {problem}" for problem in problems)
         + "\nThe episodes are kept and stay marked. Their success rate is not that of `fake`: choose another backend "
         "and another --out, and see `qlibero kernels check --forget`"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlibero.documents import flattened
 from qlibero.results.pairing import collect_arms
 from qlibero.results.runs import RunResults
 
@@ -60,7 +61,7 @@ def _belongs(run: RunResults, group: list[RunResults], reference: str) -> bool:
 
 def _labels(runs: list[RunResults]) -> list[str]:
     """A sweep's axes as values: "rtn", "seed 7"; the directory's name where the configurations do not tell."""
-    flat = [_flat({k: v for k, v in run.experiment.items() if k not in NO_AXIS}) for run in runs]
+    flat = [flattened({k: v for k, v in run.experiment.items() if k not in NO_AXIS}) for run in runs]
     axes = [
         key for key in dict.fromkeys(k for of_run in flat for k in of_run) if len({repr(f.get(key)) for f in flat}) > 1
     ]
@@ -81,17 +82,10 @@ def _value(key: str, value: Any) -> str:
     return Path(value).stem if isinstance(value, str) else f"{key.rpartition('.')[2]} {value}"
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _labelled(run: RunResults, label: str) -> RunResults:
     """The run with its cell in every arm's label: two arms of one name are told apart wherever they are shown."""
     arms = {
-        name: replace(arm, meta={**arm.meta, "label": f"{arm.meta.get('label') or name} · {label}"})
+        name: replace(arm, meta=arm.meta.labelled(f"{arm.meta.label or name} · {label}"))
         for name, arm in run.arms.items()
     }
     return replace(run, arms=arms)

@@ -8,34 +8,36 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
-from qlibero.results.arm_equality import arithmetic, together
+from qlibero.results.arm_equality import arithmetic
 from qlibero.results.axes import axis_of
 from qlibero.results.cells import cells_of
 from qlibero.results.comparison import (
-    Adjusted,
     ArmComparison,
     AxisComparison,
     Comparison,
     Errors,
     LedgerState,
     Question,
+    Row,
     SuiteComparison,
     TaskTable,
 )
 from qlibero.results.controls import NoiseFloor, copies, excess_flips, noise_floor, pooled_steps
+from qlibero.results.declaration import Declaration, read_declaration
 from qlibero.results.execution import action_noise, divergences, execution_quality, measured
 from qlibero.results.exported import is_export
 from qlibero.results.external_results import ExternalComparison, compare_external
+from qlibero.results.multiplicity import adjusted
 from qlibero.results.paired_outcomes import (
     PairTable,
     Ruling,
-    Word,
     check_margin,
     judge,
     planning_discordance,
@@ -55,14 +57,11 @@ from qlibero.results.runs import (
 from qlibero.results.selection import first_reference, select
 from qlibero.results.sequential import sequential_tests
 from qlibero.results.speed import speed
-from qlibero.results.stopping import Declaration, read_declaration
 from qlibero.results.summary import summarize_arm
 from qlibero.results.unlike import unlike
 from qlibero.results.wording import margin_text
-from qlibero.stats import proportions as st
 from qlibero.stats.sampling import Step, check_estimand, sample
 
-ONE_SIDED_ALPHA = 0.025
 Cells = Mapping[str, Comparison | ExternalComparison | CountsComparison]
 """What is compared, by the label of the cell; "" where there is one."""
 
@@ -72,12 +71,12 @@ def compare_runs(
     reference: str | None = None,
     margin: float | None = None,
     estimand: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """`compare_paths` as the document that becomes the JSON line."""
     return as_document(compare_paths(paths, reference, margin, estimand))
 
 
-def as_document(cells: Cells) -> dict[str, Any]:
+def as_document(cells: Cells) -> JsonObject:
     """The JSON line of one cell, or of several by their labels."""
     documents = {label: cell.to_json() for label, cell in cells.items()}
     return {"cells": documents} if len(documents) > 1 else next(iter(documents.values()))
@@ -132,7 +131,7 @@ def compare(
     declarations = [d for run in runs if (d := read_declaration(run.run_dir)) is not None]
     context = _context(base, controls, question, declarations, len(runs) == 1)
     compared = {name: _compare_arm(context, arm) for name, arm in arms.items()}
-    compared, family = _adjusted(compared, question)
+    compared, family = adjusted(compared, question)
     return Comparison(
         reference,
         base.label,
@@ -145,7 +144,7 @@ def compare(
         context.floor,
         context.copies,
         _ledger_state(runs),
-        together([arithmetic(run.run_dir, run.arms) for run in runs]),
+        tuple(arithmetic(run.run_dir, run.arms) for run in runs),
     )
 
 
@@ -192,21 +191,23 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
     row = _row(context, everything, replicates, control, ruling)
     suite_rulings = {test.suite: test.ruling(question.margin) for test in tests}
     suites = {
-        suite: SuiteComparison(**_row(context, evidence, replicates, control, suite_rulings.get(suite)), suite=suite)
+        suite: SuiteComparison(
+            **vars(_row(context, evidence, replicates, control, suite_rulings.get(suite))), suite=suite
+        )
         for suite, evidence in by_suite.items()
         if evidence.pairs
     }
     by_axis = everything.grouped(lambda key: axis_of(key.suite))
     axes = {
         axis: AxisComparison(
-            **_row(context, evidence, replicates, control, Ruling.undecidable() if tests else None),
+            **vars(_row(context, evidence, replicates, control, Ruling.undecidable() if tests else None)),
             axis=axis,
             pairs_of_suite=dict(sorted(Counter(pair.key.suite for pair in evidence.pairs).items())),
         )
         for axis, evidence in by_axis.items()
         if evidence.pairs and len(by_axis) > 1
     }
-    table: PairTable = row["table"]
+    table = row.table
     floor = None if control else context.floor
     pooled = replicates and table.pairs and sample(pooled_steps(pairing.pairs, replicates), question.estimand)
     paired = [{pair.key: pair for pair in context.control_pairings[c.name].pairs} for c in replicates]
@@ -214,7 +215,7 @@ def _compare_arm(context: _Context, arm: Arm) -> ArmComparison:
     floors = [measured(context.control_pairings[c.name].pairs, base, c) for c in replicates]
     psi = planning_discordance(table, floor.discordance if floor else None)
     return ArmComparison(
-        **row,
+        **vars(row),
         name=arm.name,
         label=arm.label,
         reference_label=base.label,
@@ -267,8 +268,7 @@ class _Evidence:
 
 def _row(
     context: _Context, evidence: _Evidence, replicates: Sequence[Arm], control: bool, ruling: Ruling | None
-) -> dict[str, Any]:
-    """The fields of a `Row`."""
+) -> Row:
     question = context.question
     against_mean = question.against == "pooled" and replicates
     steps: list[Step] = (
@@ -286,16 +286,16 @@ def _row(
         control=control,
         ruling=ruling,
     )
-    return {
-        "table": PairTable.of(outcomes_of(evidence.pairs)),
-        "verdict": verdict,
-        "seen": seen,
-        "worst": worst,
-        "new_tasks": sample(steps, "new_tasks"),
-        "missing": len(evidence.missing),
-        "ruled": ruling is not None,
-        "ruled_interval": ruling.interval if ruling else None,
-    }
+    return Row(
+        PairTable.of(outcomes_of(evidence.pairs)),
+        verdict,
+        seen,
+        worst,
+        sample(steps, "new_tasks"),
+        len(evidence.missing),
+        ruled=ruling is not None,
+        ruled_interval=ruling.interval if ruling else None,
+    )
 
 
 def _missing(base: Arm, arm: Arm) -> frozenset[EpisodeKey]:
@@ -323,36 +323,6 @@ def _noise_source(context: _Context) -> str:
         f"99th percentile of the arm-motion differences between {context.base.name} and {context.controls[0].name} "
         "in the first executed chunk"
     )
-
-
-def _adjusted(arms: dict[str, ArmComparison], question: Question) -> tuple[dict[str, ArmComparison], int]:
-    """Holm over the confirmatory family, and its size: arms under test, or arms × suites where each suite is a claim.
-
-    A control is no hypothesis. Under a stopping rule the arms share α, so there is nothing left to adjust.
-    """
-    tested = [arm for arm in arms.values() if not arm.control and arm.sequential is None and arm.note is None]
-    per_suite = question.primary == "per-suite"
-    rows = [row for arm in tested for row in (arm.suites.values() if per_suite else [arm]) if row.table.pairs]
-    noninferiority = st.holm([1.0 if row.noninferiority_p is None else row.noninferiority_p for row in rows])
-    difference = st.holm([1.0 if row.seen.difference_p is None else row.seen.difference_p for row in rows])
-    found = {}
-    for row, ni, different in zip(rows, noninferiority, difference, strict=True):
-        n, passed = row.table.pairs, row.verdict.word == Word.NON_INFERIOR and ni <= ONE_SIDED_ALPHA
-        best = st.noninferiority_p(0, 0, n, question.margin) * len(rows)
-        found[id(row)] = Adjusted(different, ni, len(rows), passed, best <= ONE_SIDED_ALPHA)
-
-    def with_holm(arm: ArmComparison) -> ArmComparison:
-        own = found.get(id(arm))
-        suites = {
-            # the row of an only suite is the arm's own
-            name: replace(suite, adjusted=found.get(id(suite)) or (own if len(arm.suites) == 1 else None))
-            for name, suite in arm.suites.items()
-        }
-        if per_suite and len(suites) == 1:
-            own = next(iter(suites.values())).adjusted
-        return replace(arm, adjusted=own, suites=suites)
-
-    return {name: with_holm(arm) for name, arm in arms.items()}, len(rows)
 
 
 def _ledger_state(runs: Sequence[RunResults]) -> LedgerState:

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 from qlibero.documents import JsonObject
+from qlibero.results.arm_equality import Arithmetic, together_json
 from qlibero.results.controls import ExcessFlips, NoiseFloor
 from qlibero.results.execution import Divergence, Shift
 from qlibero.results.paired_outcomes import PairTable, Power, Verdict, Word, rounded, rounded_interval
 from qlibero.results.speed import Speed
 from qlibero.results.stopping import Decision
+from qlibero.results.summary import ArmSummary
 from qlibero.results.unlike import Unlike
 from qlibero.results.wording import detectable_line, sentence
 from qlibero.stats.proportions import Interval
@@ -61,6 +63,19 @@ class TaskTable:
         return {"suite": self.suite, "task": self.task, **self.table.to_json()}
 
 
+class Estimate(NamedTuple):
+    delta: float
+    interval: Interval
+
+    @property
+    def low(self) -> float:
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        return self.interval[1]
+
+
 @dataclass(frozen=True)
 class Row:
     """A table with its verdict: an arm over all its episodes, or over those of one suite.
@@ -88,6 +103,16 @@ class Row:
     @property
     def delta(self) -> float | None:
         return self.seen.delta
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """Δ and its interval; None without a pair."""
+        return None if self.delta is None or self.interval is None else Estimate(self.delta, self.interval)
+
+    @property
+    def over_new_tasks(self) -> Interval | None:
+        """95 %, of Δ on new tasks; None where a single one ran, which says nothing of others."""
+        return None if self.new_tasks.clusters == 1 else self.new_tasks.interval
 
     @property
     def noninferiority_p(self) -> float | None:
@@ -200,7 +225,7 @@ class ArmComparison(Row):
     note: str | None
     quality: dict[str, Shift | None]
     divergence: Divergence
-    summary: dict[str, Any]
+    summary: ArmSummary
     speed: Speed
 
     @property
@@ -269,7 +294,7 @@ class ArmComparison(Row):
             "note": self.note,
             "quality": {name: shift.to_json() if shift else None for name, shift in self.quality.items()},
             "divergence": self.divergence.to_json(),
-            "summary": self.summary,
+            "summary": self.summary.to_json(),
             "speedup_p50": None if self.speed.ratio is None else round(self.speed.ratio, 4),
             "speed": self.speed.to_json(),
             "sentence": self.sentence,
@@ -297,11 +322,11 @@ class Comparison:
     """Which runs each arm's episodes are of, the reference first."""
     arms: dict[str, ArmComparison]
     family: int
-    reference_summary: dict[str, Any]
+    reference_summary: ArmSummary
     floor: NoiseFloor | None
     copies: dict[str, str]  # A/A arms that are another arm to the bit, and which
     ledger: LedgerState
-    arithmetic: dict[str, Any]  # `arithmetic.together`: whether the kernels computed what they claim
+    arithmetic: tuple[Arithmetic, ...]  # of each run: whether the kernels computed what they claim
 
     @property
     def margin(self) -> float:
@@ -327,7 +352,7 @@ class Comparison:
             "grouped": {name: list(runs) for name, runs in self.grouped.items()},
             "arms": {name: arm.to_json() for name, arm in self.arms.items()},
             "holm_family": self.family,
-            "reference_summary": self.reference_summary,
+            "reference_summary": self.reference_summary.to_json(),
             "noise_floor": self.floor.to_json() if self.floor else None,
             "aa_copies": self.copies,
             "ledger": {
@@ -335,5 +360,5 @@ class Comparison:
                 "repeated_lines": self.ledger.repeated_lines,
                 "conflicting_episodes": list(self.ledger.conflicting_episodes),
             },
-            "arithmetic": self.arithmetic,
+            "arithmetic": together_json(self.arithmetic),
         }

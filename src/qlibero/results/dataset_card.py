@@ -75,9 +75,8 @@ def _about(run: RunResults, rows: Sequence[JsonObject]) -> list[str]:
     for name, arm in run.arms.items():
         mine = [row for row in rows if row["run"] == run.name and row["arm"] == name]
         finished = [row["success"] for row in mine if row["success"] is not None]
-        policy = arm.meta.get("policy") or {}
-        what = " ".join(str(policy[key]) for key in ("name", "dtype") if policy.get(key))
+        what = " ".join(filter(None, (arm.meta.policy.name, arm.meta.policy.dtype)))
         if mine:
-            label = arm.meta.get("label") or name
+            label = arm.meta.label or name
             lines.append(f"| {label} | {what} | {sum(finished)}/{len(finished)} | {len(mine) - len(finished)} |")
     return [*lines, ""]

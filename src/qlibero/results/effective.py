@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qlibero.documents import JsonObject
+from qlibero.results.arm_meta import ArmMeta, QuantMeta
 from qlibero.results.runs import listed_arms
 
 OF_QUANT = ("method", "layout", "number_format", "weight_bits", "activation_bits", "group_size", "rounding")
@@ -16,43 +18,46 @@ OF_POLICY = ("profile", "dtype", "device", "flow_steps", "batch_size", "action_h
 OF_EXPERIMENT = ("suite", "seed", "protocol", "inits", "max_steps", "episodes_per_task")
 
 
-def effective_settings(experiment: Mapping[str, Any], arm: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+def effective_settings(experiment: Mapping[str, Any], arm: str, meta: ArmMeta) -> JsonObject:
     """Of one arm, from the experiment as resolved and the arm's meta.json. JSON types, None where it does not apply."""
     replicated = arm.rpartition("-")[0]
     entry: Mapping[str, Any] = next(
         (e for e in listed_arms(dict(experiment)) if e["name"] == (replicated if e.get("replicates") else arm)), {}
     )
-    policy, quant = meta.get("policy") or {}, meta.get("quant") or {}
+    policy, quant = meta.policy, meta.quant or QuantMeta()
     base, own = experiment.get("policy") or {}, entry.get("policy") or {}
     asked = {**(base if own.get("type", base.get("type")) == base.get("type") else {}), **own}
-    execution = meta.get("execution") or {}
-    weights = policy.get("sha256")
+    execution = meta.execution
     return {
         "arm": arm,
         "experiment": experiment.get("name"),
-        "backend": meta.get("backend") or entry.get("backend"),
-        **{key: quant.get(key) for key in OF_QUANT},
-        "policy": policy.get("name"),
-        "policy_type": policy.get("type") or asked.get("type"),
-        "weights": str(weights)[:12] if weights else None,
-        **{key: policy.get(key, asked.get(key)) for key in OF_POLICY},
+        "backend": meta.backend or entry.get("backend"),
+        **{key: getattr(quant, key) for key in OF_QUANT},
+        "policy": policy.name,
+        "policy_type": policy.type or asked.get("type"),
+        "weights": policy.sha256[:12] if policy.sha256 else None,
+        **{key: getattr(policy, key) if key in policy.model_fields_set else asked.get(key) for key in OF_POLICY},
         "replan_steps": asked.get("replan_steps"),
-        "execution": execution.get("mode", "sync"),
-        "latency_ms": execution.get("latency_ms"),
-        "latency_steps": execution.get("latency_steps"),
+        "execution": execution.mode if execution else "sync",
+        "latency_ms": execution and execution.latency_ms,
+        "latency_steps": execution and execution.latency_steps,
         **{key: experiment.get(key) for key in OF_EXPERIMENT},
-        "config_hash": meta.get("config_hash"),
+        "config_hash": meta.config_hash,
     }
 
 
-def kernel_rows(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+def kernel_rows(meta: ArmMeta) -> list[JsonObject]:
     """A row for each layer: the kernel that ran, what was asked for, the verdict with its reason, shape and noise."""
-    noise = {layer["name"]: layer.get("sqnr_db") for layer in meta.get("layers") or ()}
+    noise = {layer.name: layer.sqnr_db for layer in meta.layers}
     return [
         {
             "layer": name,
-            **{key: str(said.get(key) or "") for key in ("kernel", "requested", "verdict", "reason", "shape")},
+            "kernel": said.kernel or "",
+            "requested": said.requested or "",
+            "verdict": said.verdict,
+            "reason": said.reason,
+            "shape": said.shape,
             "sqnr_db": noise.get(name),
         }
-        for name, said in (meta.get("kernels") or {}).items()
+        for name, said in meta.kernels.items()
     ]

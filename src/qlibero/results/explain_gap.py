@@ -104,7 +104,7 @@ def explain_gap(run: Path | str, other: Path | str, arm: str | None = None) -> G
     return Gap(str(run), name, label, _rate(records), rate, ranked, tuple(equal), tuple(unknown))
 
 
-def _of_run(path: Path | str, asked: str | None) -> tuple[dict[str, Any], str, Sequence[EpisodeRecord]]:
+def _of_run(path: Path | str, asked: str | None) -> tuple[JsonObject, str, Sequence[EpisodeRecord]]:
     runs = read_runs([path])
     arms = list(dict.fromkeys(name for run in runs for name in run.arms))
     name = asked or (REFERENCE if REFERENCE in arms else arms[0])
@@ -118,9 +118,9 @@ def _of_run(path: Path | str, asked: str | None) -> tuple[dict[str, Any], str, S
     return merged, name, records
 
 
-def _constants(run: RunResults, arm: str) -> dict[str, Any]:
-    said, meta = run.experiment, run.arms[arm].meta
-    policy, versions = meta.get("policy") or {}, run.environment.get("versions") or {}
+def _constants(run: RunResults, arm: str) -> JsonObject:
+    said, policy = run.experiment, run.arms[arm].meta.policy
+    versions = run.environment.get("versions") or {}
     asked = said.get("policy") or {}
     records = run.arms[arm].records
     caps = {r.suite: r.max_steps for r in records if r.max_steps is not None}
@@ -133,9 +133,9 @@ def _constants(run: RunResults, arm: str) -> dict[str, Any]:
     return OURS | {
         "max_steps": caps,
         "replan_steps": replan.pop() if len(replan) == 1 else None,
-        "action_horizon": policy.get("action_horizon"),
-        "flow_steps": policy.get("flow_steps", asked.get("flow_steps")),
-        "resize": _RESIZE.get(str(policy.get("profile"))),
+        "action_horizon": policy.action_horizon,
+        "flow_steps": policy.flow_steps or asked.get("flow_steps"),
+        "resize": _RESIZE.get(str(policy.profile)),
         "mujoco": versions.get("mujoco"),
         "robosuite": versions.get("robosuite"),
         "random_stream": stream,
@@ -145,7 +145,7 @@ def _constants(run: RunResults, arm: str) -> dict[str, Any]:
     }
 
 
-def _of_file(path: Path | str) -> tuple[dict[str, Any], dict[str, str], str, tuple[int, int]]:
+def _of_file(path: Path | str) -> tuple[JsonObject, dict[str, str], str, tuple[int, int]]:
     """The protocol of the file's tool, and what the file itself says."""
     (arm, *_) = read_external(path)
     usual = protocols()[OF_TOOL[arm.tool]].constants if arm.tool in OF_TOOL else {}

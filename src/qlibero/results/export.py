@@ -102,7 +102,7 @@ def episode_rows(run: RunResults) -> list[JsonObject]:
 
 
 def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]) -> JsonObject:
-    calls, by_phase = percentiles(policy_calls([record])) or {}, phase_calls([record])
+    calls, by_phase = percentiles(policy_calls([record])), phase_calls([record])
     told = (run.environment.get("instructions") or {}).get(record.suite) or {}
     row = {name: value for name, value in asdict(record).items() if name in COLUMNS}
     row |= {
@@ -110,12 +110,14 @@ def _row(run: RunResults, arm: str, record: EpisodeRecord, phases: Sequence[str]
         "arm": arm,
         "instruction": told.get(str(record.task)),
         "success": None if record.outcome == "error" else int(record.succeeded),
-        **{f"policy_ms_{p}": calls.get(p) for p in ("p50", "p95", "p99")},
+        "policy_ms_p50": calls and calls.p50,
+        "policy_ms_p95": calls and calls.p95,
+        "policy_ms_p99": calls and calls.p99,
     }
     medians = {}
     for phase in phases:
         found = percentiles(by_phase[phase]) if phase in by_phase else None
-        medians[f"{phase}_ms_p50"] = found["p50"] if found else None
+        medians[f"{phase}_ms_p50"] = found.p50 if found else None
     return {name: row[name] for name in COLUMNS} | medians
 
 

@@ -7,19 +7,18 @@ are compared. Every result says which of the three it is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.comparison import Estimate
 from qlibero.results.exported import is_export
 from qlibero.results.importers import read_external
-from qlibero.results.imports import Cell, ExternalArm, from_run, task_numbers
+from qlibero.results.imports import ExternalArm, from_run, task_numbers
 from qlibero.results.paired_outcomes import (
     Outcomes,
     PairTable,
@@ -36,6 +35,7 @@ from qlibero.results.paired_outcomes import (
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
 from qlibero.results.runs import RunResults, common_margin, read_runs
+from qlibero.results.same_tasks import same_tasks
 from qlibero.results.wording import delta_text, detectable_line, interval_text, margin_text, p_text
 from qlibero.stats import proportions as st
 from qlibero.stats.proportions import Interval
@@ -65,6 +65,11 @@ class ExternalResult:
     table: PairTable | None = None
     power: Power | None = None
     noninferiority_p: float | None = None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """None without finished episodes in both."""
+        return None if self.delta is None or self.interval is None else Estimate(self.delta, self.interval)
 
     @property
     def sentence(self) -> str:
@@ -194,7 +199,11 @@ def _paired(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResul
     table = PairTable.of(finished)
     found = power(table.pairs, *planning_discordance(table), margin) if table.pairs else None
     return ExternalResult(
-        **_both(base, arm),
+        name=arm.name,
+        reference=base.name,
+        tool=arm.tool,
+        counts=arm.counts[:2],
+        reference_counts=base.counts[:2],
         delta=seen.delta,
         interval=seen.interval,
         method="Tango, paired",
@@ -216,63 +225,8 @@ def _steps(pairs: Sequence[Outcomes]) -> list[tuple[EpisodeKey, float]]:
     return [(EpisodeKey("", 0, i, 0), float(worst_step(pair))) for i, pair in enumerate(pairs)]
 
 
-def _both(base: ExternalArm, arm: ExternalArm) -> dict[str, Any]:
-    counts = {"counts": arm.counts[:2], "reference_counts": base.counts[:2]}
-    return {"name": arm.name, "reference": base.name, "tool": arm.tool, **counts}
-
-
-def _same_tasks(base: ExternalArm, arm: ExternalArm) -> tuple[ExternalArm, ExternalArm, str]:
-    """Both reduced to the suites and tasks that they share, and what has to be said about it.
-
-    Raises UserError where they share none: two suites are two questions, not two samples.
-    """
-    places, theirs = ({place for place in one.places if place} for one in (base, arm))
-    ran = [one.suites or {suite for suite, _ in found} for one, found in ((base, places), (arm, theirs))]
-    if (base.suites or arm.suites) and all(ran) and ran[0].isdisjoint(ran[1]):
-        left, right = (", ".join(sorted(suites)) for suites in ran)
-        raise UserError(f"{base.name} has {left}, {arm.name} has {right}: no suite in common")
-    if not places or not theirs:
-        silent = " and ".join(one.name for one, found in ((base, places), (arm, theirs)) if not found)
-        return base, arm, f"; {silent} says neither suite nor task, that they are the same is taken on trust"
-    common = places & theirs
-    if common == places == theirs:
-        return base, arm, _shares(base, arm)
-    if not common:
-        by_number = [all(task.isdigit() for _, task in found) for found in (places, theirs)]
-        if by_number[0] != by_number[1] and _tasks_per_suite(places) == _tasks_per_suite(theirs):
-            return base, arm, "; one names its tasks, the other numbers them: that they are the same is taken on trust"
-        raise UserError(
-            f"{base.name} has {_said(places)}, {arm.name} has {_said(theirs)}: no task in common; "
-            "compare files of the same suite and tasks"
-        )
-    ours, others = base.only(common), arm.only(common)
-    left = _said((places | theirs) - common)
-    return ours, others, f"; only what both have, {_said(common)}; left out is {left}{_shares(ours, others)}"
-
-
-def _shares(base: ExternalArm, arm: ExternalArm) -> str:
-    """Says where one has more of its episodes in some task than the other: that alone moves a success rate."""
-    first, second = (Counter(one.places) for one in (base, arm))
-    if all(first[place] * len(arm.episodes) == second[place] * len(base.episodes) for place in first):
-        return ""
-    return "; the tasks have different shares of the episodes, which alone can move a rate"
-
-
-def _tasks_per_suite(places: set[Cell]) -> Counter[str]:
-    return Counter(suite for suite, _ in places)
-
-
-def _said(places: set[Cell]) -> str:
-    suites = sorted({suite for suite, _ in places})
-    names = {suite: sorted((task for s, task in places if s == suite), key=lambda t: (len(t), t)) for suite in suites}
-    return ", ".join(
-        f"{suite} {'tasks' if len(tasks) > 1 else 'task'} {', '.join(tasks[:12])}{' …' if len(tasks) > 12 else ''}"
-        for suite, tasks in names.items()
-    )
-
-
 def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> ExternalResult:
-    base, arm, about = _same_tasks(base, arm)
+    base, arm, about = same_tasks(base, arm)
     (k0, n0, e0), (k1, n1, e1) = base.counts, arm.counts
     finished = bool(n0 and n1)
     word, worst = _independent_word(k1, n1, k0, n0, margin), _independent_word(k1, n1 + e1, k0 + e0, n0 + e0, margin)
@@ -290,7 +244,11 @@ def _independent(base: ExternalArm, arm: ExternalArm, margin: float) -> External
         )
     why = arm.reason or base.reason or "the two share no episode key"
     return ExternalResult(
-        **_both(base, arm),
+        name=arm.name,
+        reference=base.name,
+        tool=arm.tool,
+        counts=arm.counts[:2],
+        reference_counts=base.counts[:2],
         delta=k1 / n1 - k0 / n0 if finished else None,
         interval=st.newcombe_independent(k1, n1, k0, n0) if finished else None,
         method="Newcombe, independent samples",
@@ -327,7 +285,7 @@ def _sentence(r: ExternalResult) -> str:
     lost = [f"{count_text(in_arm, 'error')} in {r.name}"] if in_arm else []
     lost += [f"{count_text(in_base, 'error')} in {r.reference}"] if in_base else []
     arm, base, margin = r.name, r.reference, r.verdict.margin
-    if r.delta is None or r.interval is None:
+    if r.estimate is None:
         return f"{arm} and {base}: no finished episodes to compare" + (f" ({', '.join(lost)})." if lost else ".")
     assert r.p is not None  # there is one wherever there is a difference
     opening = {
@@ -342,5 +300,5 @@ def _sentence(r: ExternalResult) -> str:
         size = f"{r.table.broken} broken, {r.table.repaired} repaired of {count_text(r.table.pairs, 'pair')}"
     else:
         size = f"{k1}/{n1} against {k0}/{n0}"
-    delta = f"Δ {delta_text(r.delta, r.interval, margin)} pp {interval_text(r.interval, margin)}"
+    delta = f"Δ {delta_text(*r.estimate, margin)} pp {interval_text(r.estimate.interval, margin)}"
     return f"{opening}: {', '.join([delta, size, *lost])} ({r.caveat})."

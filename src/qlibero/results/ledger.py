@@ -17,19 +17,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlibero import files
-from qlibero.documents import read_bytes
+from qlibero.documents import JsonObject, checked, read_bytes
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.identity import Identity
 from qlibero.results import meta as binding
 from qlibero.results import quality
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.locks import is_locked, lock
 from qlibero.results.meta import EPISODES, read_meta, write_meta
 from qlibero.results.records import EpisodeRecord, TrajectorySlice, record_from_json, sealed
@@ -55,7 +56,7 @@ class ArmLedger:
 
     arm: str
     records: list[EpisodeRecord]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: ArmMeta = ArmMeta()
     torn: int = 0
     repeated: int = 0
     conflicts: tuple[EpisodeKey, ...] = ()
@@ -76,7 +77,8 @@ class Ledger:
             raise UserError(f"arm name {arm!r}: use letters, digits and . _ + = - (it names a directory)")
         self.arm, self.shard = arm, str(shard)
         self.directory = Path(run_dir) / arm
-        self._meta: dict[str, Any] = {"config_hash": config_hash}
+        self._meta: JsonObject = {"config_hash": config_hash}
+        self._said = ArmMeta(config_hash=config_hash)
         self._mixed_machines = self._bound = False
         self._lock: int | None = None
         self._episodes = self._trajectory = CLOSED
@@ -95,12 +97,13 @@ class Ledger:
             raise
 
     def bind(self, meta: Mapping[str, Any], mixed_machines: bool = False) -> None:
-        """Say what this arm is: `results.meta.write_meta` lists what may stand there. On record at once where episodes
+        """Say what this arm is: `ArmMeta` has what may stand there. On record at once where episodes
         are, else again with the first one: until then another start may take the directory.
 
         Raises GuardRefusal when the directory holds episodes of something else; then nothing was written.
         """
         self._meta, self._mixed_machines = {**self._meta, **meta}, mixed_machines
+        self._said = checked(ArmMeta, self._meta, self.directory)
         binding.bind(self.directory.parent, self.arm, self._meta, mixed_machines)
 
     def append(self, record: EpisodeRecord, trajectory: np.ndarray | None = None) -> EpisodeRecord:
@@ -124,13 +127,13 @@ class Ledger:
                 jerk=quality.jerk(rows),
                 gripper_flips=quality.gripper_flips(rows),
             )
-        probe = self._meta.get("probe", "")
+        said = self._said
         record = replace(
             record,
-            config_hash=self._meta["config_hash"],
-            identity=Identity(self._meta["identity"]).digest if "identity" in self._meta else "",
-            probe=probe,
-            machine=self._meta.get("probes", {}).get(probe, {}).get("kind", ""),
+            config_hash=said.config_hash or "",
+            identity=_digest(said),
+            probe=said.probe,
+            machine=said.probes[said.probe].kind if said.probe in said.probes else "",
         )
         line = sealed(record.to_json())
         path = self._name("episodes", "jsonl")
@@ -188,7 +191,7 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
     """
     directory = Path(run_dir) / arm
     meta = read_meta(run_dir, arm)
-    identity = Identity(meta["identity"]).digest if meta.get("identity") else ""
+    identity = _digest(meta)
     found = [(int(m["attempt"]), m["shard"], name) for name in _listdir(directory) if (m := EPISODES.fullmatch(name))]
     records: dict[EpisodeKey, EpisodeRecord] = {}
     conflicts: set[EpisodeKey] = set()
@@ -206,10 +209,10 @@ def read_arm(run_dir: Path | str, arm: str) -> ArmLedger:
             record = record_from_json(line, where)
             if record.arm != arm:
                 raise UserError(f"{where}: a record of arm {record.arm!r} among those of {arm!r}; remove that line")
-            if meta.get("config_hash", record.config_hash) != record.config_hash:
+            if meta.config_hash is not None and meta.config_hash != record.config_hash:
                 raise GuardRefusal(
                     f"{where}: written under configuration {record.config_hash[:12]}, "
-                    f"the arm is {meta['config_hash'][:12]}; two experiments are mixed in one directory"
+                    f"the arm is {meta.config_hash[:12]}; two experiments are mixed in one directory"
                 )
             if identity and record.identity and record.identity != identity:
                 raise GuardRefusal(
@@ -252,6 +255,11 @@ def arms_of(run_dir: Path | str) -> list[str]:
     """Names of the arms that have a ledger in the run directory, sorted."""
     run_dir = Path(run_dir)
     return [name for name in _listdir(run_dir) if any(map(EPISODES.fullmatch, _listdir(run_dir / name)))]
+
+
+def _digest(meta: ArmMeta) -> str:
+    """Of its identity; "" where an earlier version recorded none."""
+    return Identity(meta.identity).digest if meta.identity else ""
 
 
 def _content(record: EpisodeRecord) -> tuple[str, str, str]:

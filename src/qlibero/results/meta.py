@@ -14,104 +14,43 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
-
-from qlibero.documents import checked, read_bytes, read_json
+from qlibero.documents import JsonObject, checked, read_bytes, read_json
 from qlibero.errors import GuardRefusal, UserError
 from qlibero.files import open_own, replace
 from qlibero.identity import Identity
+from qlibero.results.arm_meta import ArmMeta
 
 META_SCHEMA = 1
 EPISODES = re.compile(r"episodes-(?P<shard>[A-Za-z0-9_.]+)-(?P<attempt>\d{1,30})\.jsonl")
 
 
-class _Machine(BaseModel):
-    kind: str
-    facts: dict[str, str] = {}
+def read_meta(run_dir: Path | str, arm: str) -> ArmMeta:
+    """What an arm's meta.json says; nothing without one. UserError for a file that is none, naming the key."""
+    return checked(ArmMeta, _content(run_dir, arm), _place(run_dir, arm))
 
 
-class _PolicyCheck(BaseModel):
-    layers_consuming_int8: Annotated[int, Strict(), Field(ge=0)]
-    action_difference: Annotated[float, Field(ge=0)] | None
-
-
-class _ActionError(BaseModel):
-    observations: Annotated[int, Field(ge=1)]
-    arm: Annotated[float, Field(ge=0)]
-    arm95: tuple[float, float] | None
-
-
-class _Schema(BaseModel):
-    """The types of what is read back; whatever else stands there is handed on."""
-
-    model_config = ConfigDict(extra="allow")
-
-    arm: str | None = None
-    label: str | None = None
-    backend: str | None = None
-    control: bool | None = None
-    config_hash: Annotated[str, Strict(), Field(max_length=500)] | None = None
-    identity: dict[str, str] | None = None
-    probe: str | None = None
-    probes: dict[str, _Machine] | None = None
-    policy: dict[str, Any] | None = None
-    quant: dict[str, Any] | None = None
-    artifact: dict[str, Any] | str | None = None
-    kernels: dict[str, dict[str, Any]] | None = None
-    layers: list[dict[str, Any]] | None = None
-    action_error: _ActionError | None = None
-    memory: dict[str, Any] | None = None
-    witness: _PolicyCheck | None = None
-    passport: dict[str, Any] | None = None
-    execution: dict[str, Any] | None = None
-    warmup_ms: list[float] | None = None
-
-
-def read_meta(run_dir: Path | str, arm: str) -> dict[str, Any]:
-    """The content of an arm's meta.json, {} without one. UserError for a file that is none, naming the key."""
-    path = Path(run_dir) / arm / "meta.json"
-    try:
-        meta = read_json(path)
-    except FileNotFoundError:
-        return {}
-    if not isinstance(meta, dict):
-        raise UserError(f"{path}: not a mapping; it is written atomically, so something else changed it")
-    if meta.get("schema") != META_SCHEMA:
-        raise UserError(f"{path}: meta schema {str(meta.get('schema'))[:40]!r}, this qlibero reads {META_SCHEMA}")
-    checked(_Schema, meta, path)
-    return meta
-
-
-def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `update` into the arm's meta.json and replace it atomically; returns the whole.
-
-    What reports look for there, all optional: `label` (the arm's name for people), `control` (an A/A arm),
-    `policy`, `quant`, `artifact` (mappings), `kernels` ({layer: {"kernel", "verdict", "reason", "shape"}}),
-    `layers` ([{"name", "sqnr_db"}]), `action_error` (on held-out demonstrations: {"observations", "arm", "arm95"}),
-    `memory` ({"weight_bytes", "scale_bytes", "transform_bytes", "bf16_bytes"}), `warmup_ms` (list).
-    What binds the directory: `config_hash`, `identity` ({part: digest}), `probe`, and `probes`, {probe: {"kind",
-    "facts"}}, the machines that gave each.
-    """
+def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> None:
+    """Merge `update` (fields of `ArmMeta`, and whatever else is to be kept) into the arm's meta.json, atomically."""
     with _one_at_a_time(Path(run_dir) / arm):
-        return _write(run_dir, arm, {**read_meta(run_dir, arm), **update})
+        _write(run_dir, arm, {**_content(run_dir, arm), **update})
 
 
-def check(run_dir: Path | str, arm: str, wanted: Mapping[str, Any], mixed_machines: bool = False) -> dict[str, Any]:
-    """The arm's meta.json as far as it binds: {} when no episode was recorded yet.
+def check(run_dir: Path | str, arm: str, wanted: Mapping[str, Any], mixed_machines: bool = False) -> ArmMeta:
+    """The arm's meta.json as far as it binds: nothing when no episode was recorded yet.
 
-    `wanted` may hold `config_hash`, `identity` (all parts, or those known so far), `probe` and `probes`. Raises
-    GuardRefusal, naming what differs, when the directory holds episodes of something else.
+    `wanted`: what is known so far of what is to run; it binds by its `config_hash`, `identity` (all parts), `probe` and
+    `probes`. Raises GuardRefusal, naming what differs, when the directory holds episodes of something else.
     """
     directory = Path(run_dir) / arm
     if not has_episodes(directory):
-        return {}
-    known = read_meta(run_dir, arm)
+        return ArmMeta()
+    known, now = read_meta(run_dir, arm), checked(ArmMeta, wanted, f"{directory}: what is to run")
     for compare in (_same_configuration, _same_identity):
-        if problem := compare(known, wanted):
+        if problem := compare(known, now):
             raise GuardRefusal(f"{directory} holds episodes {problem}")
-    if not mixed_machines and (problem := _same_probe(known, wanted)):
+    if not mixed_machines and (problem := _same_probe(known, now)):
         raise GuardRefusal(f"{directory} holds episodes {problem}")
     return known
 
@@ -119,7 +58,8 @@ def check(run_dir: Path | str, arm: str, wanted: Mapping[str, Any], mixed_machin
 def bind(run_dir: Path | str, arm: str, meta: Mapping[str, Any], mixed_machines: bool = False) -> None:
     """`check`, then put `meta` on record: beside what is known when episodes are there, in its place otherwise."""
     with _one_at_a_time(Path(run_dir) / arm):
-        known = check(run_dir, arm, meta, mixed_machines)
+        check(run_dir, arm, meta, mixed_machines)
+        known = _content(run_dir, arm) if has_episodes(Path(run_dir) / arm) else {}
         probes = {**known.get("probes", {}), **meta.get("probes", {})}
         kept = {key: known[key] for key in ("probe",) if key in known}
         if "verdict" not in meta.get("passport", {"verdict": ""}):  # by suite; this may be a shard of some of them
@@ -133,9 +73,9 @@ def has_episodes(directory: Path) -> bool:
     return any(b"\n" in read_bytes(directory / name) for name in names if EPISODES.fullmatch(name))
 
 
-def _same_configuration(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    before, now = known.get("config_hash"), wanted.get("config_hash")
-    if before is not None and "identity" not in known and "identity" in wanted:
+def _same_configuration(known: ArmMeta, wanted: ArmMeta) -> str:
+    before, now = known.config_hash, wanted.config_hash
+    if before is not None and not known.identity and wanted.identity:
         return (
             "that an earlier qlibero recorded, which did not record by content what decided their actions. They are "
             "read and compared as they are, but not continued: choose another --out"
@@ -148,10 +88,10 @@ def _same_configuration(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     )
 
 
-def _same_identity(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    if not known.get("identity") or not wanted.get("identity"):
+def _same_identity(known: ArmMeta, wanted: ArmMeta) -> str:
+    if not known.identity or not wanted.identity:
         return ""
-    differences = Identity(known["identity"]).differences(Identity(wanted["identity"]), wanted.get("partial", False))
+    differences = Identity(known.identity).differences(Identity(wanted.identity))
     if not differences:
         return ""
     return (
@@ -161,12 +101,11 @@ def _same_identity(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     )
 
 
-def _same_probe(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    before, now = known.get("probe"), wanted.get("probe")
+def _same_probe(known: ArmMeta, wanted: ArmMeta) -> str:
+    before, now = known.probe, wanted.probe
     if not before or not now or before == now:
         return ""
-    theirs = known.get("probes", {}).get(before, {}).get("facts", {})
-    ours = wanted.get("probes", {}).get(now, {}).get("facts", {})
+    theirs, ours = (said.probes[said.probe].facts if said.probe in said.probes else {} for said in (known, wanted))
     changed = [
         f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
         for name in sorted(theirs.keys() | ours.keys())
@@ -179,10 +118,30 @@ def _same_probe(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     )
 
 
-def _write(run_dir: Path | str, arm: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _place(run_dir: Path | str, arm: str) -> Path:
+    return Path(run_dir) / arm / "meta.json"
+
+
+def _content(run_dir: Path | str, arm: str) -> JsonObject:
+    """The file as it is written again; {} without one."""
+    path = _place(run_dir, arm)
+    try:
+        meta = read_json(path)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(meta, dict):
+        raise UserError(f"{path}: not a mapping; it is written atomically, so something else changed it")
+    if meta.get("schema") != META_SCHEMA:
+        raise UserError(f"{path}: meta schema {str(meta.get('schema'))[:40]!r}, this qlibero reads {META_SCHEMA}")
+    return meta
+
+
+def _write(run_dir: Path | str, arm: str, meta: JsonObject) -> None:
+    """What no reader would take is not written."""
+    path = _place(run_dir, arm)
     whole = {"schema": META_SCHEMA, "arm": arm, **meta}
-    replace(Path(run_dir) / arm / "meta.json", json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False))
-    return whole
+    checked(ArmMeta, whole, path)
+    replace(path, json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.machines import is_mixed
 from qlibero.results.records import EpisodeRecord, Outcome
 from qlibero.results.runs import RunResults
@@ -27,14 +27,14 @@ class Arm:
     name: str
     records: dict[EpisodeKey, EpisodeRecord]
     run_dirs: dict[EpisodeKey, Path]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: ArmMeta = ArmMeta()
     planned: frozenset[EpisodeKey] = frozenset()  # what it is to run, as far as its run says; at least what it has
     conflicts: frozenset[EpisodeKey] = frozenset()  # recorded twice with different results
     caps: dict[EpisodeKey, int | None] = field(default_factory=dict)  # max_steps as the experiment says it
 
     @property
     def label(self) -> str:
-        return str(self.meta.get("label") or self.name)
+        return self.meta.label or self.name
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -44,8 +44,8 @@ class Arm:
     @property
     def is_control(self) -> bool:
         """Whether this is the reference run again (A/A), the noise floor of every other difference."""
-        named = self.name.rsplit("/", 1)[-1] == "aa" or self.meta.get("backend") == "aa"
-        return bool(self.meta.get("control", named))
+        named = self.name.rsplit("/", 1)[-1] == "aa" or self.meta.backend == "aa"
+        return named if self.meta.control is None else self.meta.control
 
 
 RUN_ALIKE = {"protocol": "protocols", "max_steps": "step caps"}
@@ -165,5 +165,5 @@ def _joined(one: Arm, more: Arm) -> Arm:
     )
 
 
-def _identity(meta: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(repr(meta.get(name)) for name in ("policy", "quant", "artifact", "backend"))
+def _identity(meta: ArmMeta) -> tuple[object, ...]:
+    return meta.policy, meta.quant, meta.artifact, meta.backend

@@ -6,6 +6,8 @@ row per executed step (settle steps excluded): 7 action values, then the end-eff
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 CONTROL_HZ = 20.0  # LIBERO's control rate
@@ -61,6 +63,11 @@ def first_apart(reference: np.ndarray, other: np.ndarray, metres: float) -> int 
     """First common step at which the two grippers are more than `metres` from each other; None if never."""
     steps = min(len(reference), len(other))
     return first_true(np.linalg.norm(reference[:steps, EEF] - other[:steps, EEF], axis=1) > metres)
+
+
+def control_steps(latency_ms: float) -> int:
+    """Control steps that begin before an answer of that latency is there: 0 ms is none, 1 to 50 ms is one."""
+    return math.ceil(latency_ms * CONTROL_HZ / 1e3 - 1e-9)
 
 
 def motion_difference(reference: np.ndarray, other: np.ndarray) -> np.ndarray:

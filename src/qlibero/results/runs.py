@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qlibero.documents import read_json
+from qlibero.documents import JsonObject, read_json
 from qlibero.episode_key import BASE, FRESH, OFFICIAL, EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.exported import is_export, unpacked
@@ -29,8 +29,8 @@ class RunResults:
 
     run_dir: Path
     arms: dict[str, ArmLedger]
-    experiment: dict[str, Any]
-    environment: dict[str, Any]
+    experiment: JsonObject
+    environment: JsonObject
     chosen: bool = False
     """Whether its arms were named one by one (`selection.py`): then they are what is compared, and all of it."""
 
@@ -106,14 +106,14 @@ def read_run(run_dir: Path | str) -> RunResults:
     return RunResults(run_dir, {name: read_arm(run_dir, name) for name in names}, experiment, _environment(run_dir))
 
 
-def listed_arms(experiment: dict[str, Any]) -> list[dict[str, Any]]:
+def listed_arms(experiment: JsonObject) -> list[JsonObject]:
     """The arms that an experiment (resolved, as in experiment.yaml) lists, each as a mapping with `name` and `backend`.
     Earlier versions wrote them under `backends`."""
     listed = experiment.get("arms") or experiment.get("backends") or ()
     return [{"name": entry, "backend": entry} if isinstance(entry, str) else entry for entry in listed]
 
 
-def declared_margin(experiment: dict[str, Any]) -> float:
+def declared_margin(experiment: JsonObject) -> float:
     """The non-inferiority margin an experiment (resolved, as in experiment.yaml) was declared with, as a fraction."""
     return float((experiment.get("stop") or {}).get("margin") or experiment.get("margin") or DEFAULT_MARGIN)
 
@@ -140,7 +140,7 @@ def common_reference(runs: Sequence[RunResults]) -> str:
     return _common(runs, "compare_with", lambda said: said.get("compare_with") or REFERENCE, REFERENCE)
 
 
-def _common(runs: Sequence[RunResults], what: str, declared: Callable[[dict[str, Any]], T], default: T) -> T:
+def _common(runs: Sequence[RunResults], what: str, declared: Callable[[JsonObject], T], default: T) -> T:
     found = {run.run_dir: declared(run.experiment) for run in runs}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{run_dir} {value}" for run_dir, value in found.items())
@@ -157,7 +157,7 @@ def video_path(run_dir: Path, record: EpisodeRecord) -> Path:
     return run_dir / record.arm / "videos" / f"{record.suite}-{record.task}-{record.key.init_name}-{record.seed}.mp4"
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(path: Path) -> JsonObject:
     if not path.exists():
         return {}
     try:
@@ -167,7 +167,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _environment(run_dir: Path) -> dict[str, Any]:
+def _environment(run_dir: Path) -> JsonObject:
     try:
         data = read_json(run_dir / "environment.json")
     except FileNotFoundError:

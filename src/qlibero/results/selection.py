@@ -100,13 +100,13 @@ def _labelled(
             raise UserError(f"--label {said}={label}: no such arm; here are {', '.join(known)}")
         for i, name in hits:
             arms = dict(runs[i].arms)
-            arms[name] = replace(arms[name], meta={**arms[name].meta, "label": label})
+            arms[name] = replace(arms[name], meta=arms[name].meta.labelled(label))
             runs[i] = replace(runs[i], arms=arms)
     return runs
 
 
 def _called(arm: ArmLedger, name: str, now: str) -> ArmLedger:
     """The arm under a name that tells it from another; its label, which begins with its name, follows."""
-    label = str(arm.meta.get("label") or name)
+    label = arm.meta.label or name
     told = now + label.removeprefix(name) if label.startswith(name) else f"{now} ({label})"
-    return arm if now == name else replace(arm, meta={**arm.meta, "label": told})
+    return arm if now == name else replace(arm, meta=arm.meta.labelled(told))

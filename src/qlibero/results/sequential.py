@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlibero.results.comparison import SequentialTest
+from qlibero.results.declaration import Declaration
 from qlibero.results.paired_outcomes import Ruling, Word
 from qlibero.results.pairing import Arm, Pairing
 from qlibero.results.runs import REFERENCE
-from qlibero.results.stopping import Declaration, pair_step
+from qlibero.results.stopping import pair_step
 from qlibero.results.wording import ruling_text
 
 

@@ -14,11 +14,11 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from qlibero.documents import JsonObject
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.pairing import Arm, Pair
 from qlibero.results.records import EpisodeRecord
 from qlibero.stats.shifts import SEED
@@ -73,9 +73,9 @@ def speed(pairs: Sequence[Pair], arm: Arm) -> Speed:
     return Speed(math.exp(logs.mean()), interval, len(logs), is_simulation(arm.meta))
 
 
-def is_simulation(meta: dict[str, Any]) -> bool:
+def is_simulation(meta: ArmMeta) -> bool:
     """Whether any layer ran on a backend that imitates a kernel's arithmetic and not its speed."""
-    return any(v.get("kernel") in SIMULATIONS for v in (meta.get("kernels") or {}).values() if isinstance(v, dict))
+    return not SIMULATIONS.isdisjoint(meta.executed)
 
 
 def _log_ratio(reference: EpisodeRecord, other: EpisodeRecord) -> float | None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from qlibero.documents import JsonObject
 from qlibero.results.machines import is_mixed, machines_of
 from qlibero.results.records import EpisodeRecord
-from qlibero.stats.proportions import wilson
-
-PERCENTILES = (50, 95, 99)
+from qlibero.stats.proportions import Interval, wilson
 
 
 def counts(records: Iterable[EpisodeRecord]) -> tuple[int, int, int]:
@@ -80,22 +79,43 @@ def calls(records: Iterable[EpisodeRecord]) -> float:
     return policy_calls(records).count
 
 
-def percentiles(found: Calls) -> dict[str, float] | None:
-    """{"p50": …, "p95": …, "p99": …}; None without calls."""
-    if not len(found):
-        return None
-    return {f"p{p}": round(x, 3) for p, x in zip(PERCENTILES, found.percentile(*PERCENTILES), strict=True)}
+class Percentiles(NamedTuple):
+    """Of the time of a policy call, in ms."""
+
+    p50: float
+    p95: float
+    p99: float
 
 
-def summarize_arm(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """{"successes": k, "episodes": n, "errors": e, "wilson95": [lo, hi] | None, "latency_ms": {…} | None}, and
-    "machines", {kind: episodes}, where they come from machines that answer differently."""
+def percentiles(found: Calls) -> Percentiles | None:
+    """None without calls."""
+    return Percentiles(*(round(x, 3) for x in found.percentile(50, 95, 99))) if len(found) else None
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """`episodes` are the finished ones, `wilson95` their success rate's interval (None without one), `machines` how
+    many come from which kind, where they come from machines that answer differently."""
+
+    successes: int
+    episodes: int
+    errors: int
+    wilson95: Interval | None
+    latency_ms: Percentiles | None
+    machines: dict[str, int] | None
+
+    def to_json(self) -> JsonObject:
+        return {
+            "successes": self.successes,
+            "episodes": self.episodes,
+            "errors": self.errors,
+            "wilson95": self.wilson95 and [round(x, 6) for x in self.wilson95],
+            "latency_ms": self.latency_ms and self.latency_ms._asdict(),
+            **({"machines": self.machines} if self.machines else {}),
+        }
+
+
+def summarize_arm(records: Sequence[EpisodeRecord]) -> ArmSummary:
     k, n, errors = counts(records)
-    return {
-        "successes": k,
-        "episodes": n,
-        "errors": errors,
-        "wilson95": [round(x, 6) for x in wilson(k, n)] if n else None,
-        "latency_ms": percentiles(policy_calls(records)),
-        **({"machines": machines_of(records)} if is_mixed(records) else {}),
-    }
+    interval, machines = wilson(k, n) if n else None, machines_of(records) if is_mixed(records) else None
+    return ArmSummary(k, n, errors, interval, percentiles(policy_calls(records)), machines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from qlibero.documents import JsonObject
 from qlibero.results.pairing import Arm
 
 Unlike = dict[str, tuple[Any, Any]]
@@ -27,13 +28,12 @@ def unlike(reference: Arm, other: Arm) -> Unlike:
     return {name: (a, b) for name in names if (a := sides[0].get(name)) != (b := sides[1].get(name))}
 
 
-def _about(arm: Arm) -> dict[str, Any]:
-    said = arm.meta.get("policy") or {}
-    weights = f"{said.get('name', '')} {str(said['sha256'])[:8]}".strip() if said.get("sha256") else None
+def _about(arm: Arm) -> JsonObject:
+    said = arm.meta.policy
     return {
-        "policy": said.get("type"),
-        "weights": weights,
-        **{name: said.get(name) for name in OF_POLICY},
+        "policy": said.type,
+        "weights": f"{said.name or ''} {said.sha256[:8]}".strip() if said.sha256 else None,
+        **{name: getattr(said, name) for name in OF_POLICY},
         "replan_steps": _only(record.replan_steps for record in arm.records.values()),
         "latency_steps": _only(record.latency_steps for record in arm.records.values()),
     }

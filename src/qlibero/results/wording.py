@@ -82,12 +82,12 @@ def sentence(arm: ArmComparison) -> str:
     if arm.unpaired:
         lost.append(f"{len(arm.unpaired):,} unpaired")
     label, reference = arm.label, arm.reference_label
-    if arm.delta is None or arm.interval is None:
+    if arm.estimate is None:
         why = f" ({', '.join(lost)})" if lost else ""
         return f"{label} and {reference} share no finished pair, so nothing can be said{why}."
     margin = arm.question.margin
     pieces = [
-        f"Δ {delta_text(arm.delta, arm.interval, margin)} pp {interval_text(arm.interval, margin)}",
+        f"Δ {delta_text(*arm.estimate, margin)} pp {interval_text(arm.estimate.interval, margin)}",
         f"{arm.table.broken} broken, {arm.table.repaired} repaired of {count_text(arm.table.pairs, 'pair')}",
         *lost,
     ]

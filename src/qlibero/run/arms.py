@@ -23,6 +23,7 @@ from qlibero.config.arms import Arm, overrides_of
 from qlibero.config.quantization import Quant
 from qlibero.config.schema import Experiment
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.identity import file_sha256
@@ -45,6 +46,7 @@ from qlibero.quant.policy_check import check_policy
 from qlibero.quant.prepare import artifact_for, artifact_places, demonstrations, replaced_in_all
 from qlibero.quant.recheck import Recheck
 from qlibero.quant.shared_weights import QuantizedNetworks, full_policies, sharing
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.run.noise import RECIPE, call_noise
 from qlibero.sim.suites import get_suite, task_language, words_at
 
@@ -56,10 +58,10 @@ WARMUP_CALLS = 3
 def load_arms(
     experiment: Experiment,
     arms: Sequence[Arm],
-    before: Mapping[str, Mapping[str, Any]] | None = None,
+    before: Mapping[str, ArmMeta] | None = None,
     run_dir: Path | None = None,
     rechecks: dict[str, Recheck] | None = None,
-) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Policy], dict[str, JsonObject]]:
     """Policy and meta.json content by arm name. Arms share every tensor that they do not quantize.
 
     `before` is the meta.json of arms that hold episodes already: `auto` keeps to the kernel it once chose by timing.
@@ -83,15 +85,15 @@ def load_arms(
         require_readable(unquantized[group[0].name], experiment)
     policies: dict[str, Policy] = {}
     quantized = QuantizedNetworks()
-    meta: dict[str, dict[str, Any]] = {}
+    meta: dict[str, JsonObject] = {}
     for arm in arms:
         full = unquantized[arm.name]
         if arm.quant is None:
             # A/A: the same policy in another arrangement is what rounding alone does to success
             policy = _rearranged(full, arm.replicate) if arm.backend == "aa" else full
-            found: dict[str, Any] = {"label": _label(experiment, full, arm)}
+            found: JsonObject = {"label": _label(experiment, full, arm)}
         else:
-            settled = _settled(arm, (before or {}).get(arm.name, {}))
+            settled = _settled(arm, (before or {}).get(arm.name, ArmMeta()))
             policy, found, recheck = _quantized(experiment, settled, arm.quant, quantizable(full), places, quantized)
             if recheck is not None and rechecks is not None:
                 rechecks[arm.name] = recheck
@@ -118,9 +120,9 @@ def _rearranged(full: Policy, replicate: int) -> Policy:
     return cast(RearrangeablePolicy, full).rearranged(replicate)
 
 
-def _settled(arm: Arm, before: Mapping[str, Any]) -> Arm:
+def _settled(arm: Arm, before: ArmMeta) -> Arm:
     """`auto` chooses by timing, which another day or machine may decide otherwise; what ran once runs again."""
-    ran = {said["kernel"] for said in before.get("kernels", {}).values() if said["kernel"] not in NO_KERNEL}
+    ran = set(before.executed) - set(NO_KERNEL)
     return replace(arm, backend=ran.pop()) if arm.backend == "auto" and len(ran) == 1 else arm
 
 
@@ -149,7 +151,7 @@ def identity_parts(arm: Arm, policy: Policy, found: Mapping[str, Any]) -> dict[s
     return parts
 
 
-def probe(policy: Policy, suite: str) -> dict[str, Any]:
+def probe(policy: Policy, suite: str) -> JsonObject:
     """{"probe": 16 hex digits over the actions of a call on a fixed observation and noise, "probes": {that: machine}}.
 
     It differs where the arithmetic does, whatever the reason. A server that draws its own noise answers every call
@@ -185,7 +187,7 @@ def describe(policy: Policy) -> str:
     return size + ", ".join(str(about[key]) for key in ("dtype", "device", "url") if about.get(key))
 
 
-def digest(verdicts: dict[str, Any]) -> str:
+def digest(verdicts: JsonObject) -> str:
     """16 hex digits over which kernel runs each layer, not over why: reasons name times. "" for an unquantized arm."""
     ran = {layer: [said["kernel"], said["shape"]] for layer, said in verdicts.items()}
     return hashlib.sha256(json.dumps(ran, sort_keys=True).encode()).hexdigest()[:16] if ran else ""
@@ -224,7 +226,7 @@ def _quantized(
     full: QuantizablePolicy,
     places: Sequence[Path],
     networks: QuantizedNetworks,
-) -> tuple[Policy, dict[str, Any], Recheck | None]:
+) -> tuple[Policy, JsonObject, Recheck | None]:
     artifact = artifact_for(full, quant, places)
     verdicts = validation.check(layers_of(full, artifact, prompts(experiment)), arm.backend, experiment.on_failure)
     executed = validation.enforce(verdicts)

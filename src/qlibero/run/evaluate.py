@@ -20,6 +20,7 @@ import yaml
 
 from qlibero import files
 from qlibero.config.vocabulary import OF_PYTHON
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed, cause
 from qlibero.identity import text_sha256
@@ -175,14 +176,14 @@ def _run_missing(
     policy: Policy,
     keys: Sequence[EpisodeKey],
     settings: RolloutSettings,
-    said: dict[str, Any],
+    said: JsonObject,
     run_dir: Path,
     workers: int | Literal["auto"],
 ) -> None:
     """Append to the ledger what it lacks of `keys`; refuse a directory that is bound to anything else."""
     suite = said["suite"]
     simulator = enforce()
-    meta: dict[str, Any] = {
+    meta: JsonObject = {
         "config_hash": _settings_hash(said),
         "backend": OF_PYTHON,
         "label": said["policy"]["name"],
@@ -245,7 +246,7 @@ def _describe(run_dir: Path, said: Mapping[str, Any]) -> None:
     files.replace(run_dir / "experiment.yaml", whole)
 
 
-def _described(run_dir: Path) -> dict[str, Any]:
+def _described(run_dir: Path) -> JsonObject:
     path = run_dir / "experiment.yaml"
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
@@ -297,7 +298,7 @@ def _identity(policy: Policy) -> dict[str, str]:
     return found
 
 
-def _settings_hash(said: dict[str, Any]) -> str:
+def _settings_hash(said: JsonObject) -> str:
     """Over what decides an episode; more tasks or initial states continue a directory."""
     decides = {key: said[key] for key in ("suite", "seed", "protocol", "max_steps")}
     decides["replan_steps"] = said["policy"]["replan_steps"]

@@ -9,7 +9,6 @@ the result is shown without loading a policy. A shard is the same thing over a p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlibero import files
 from qlibero.activity import doing
@@ -26,19 +25,21 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment, Tracking
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed, cause
 from qlibero.places import RUNS
-from qlibero.results.arm_equality import RECHECK, arithmetic
-from qlibero.results.ledger import Ledger, read_arm, read_ledger
+from qlibero.results.arm_equality import RECHECK
+from qlibero.results.ledger import Ledger, read_ledger
 from qlibero.results.machines import mix_in_words
 from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.stopping import Declaration
-from qlibero.results.summary import summarize_arm
-from qlibero.run.sequential import SequentialRun, declaration_of
+from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
+from qlibero.run.sequential import SequentialRun
 from qlibero.run.simulators import gpu_batch, start_pool, tell_memory
+from qlibero.run.state import RunState, run_state
 from qlibero.sim.own_suite import lint
+from qlibero.tracking.mirror import MirrorEnd
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,72 +58,6 @@ def run_directory(experiment: Experiment, out: Path | None) -> Path:
     return (out or RUNS / experiment.name).resolve()
 
 
-def episode_keys(experiment: Experiment, shard: tuple[int, int] = (0, 1)) -> list[EpisodeKey]:
-    """The episodes of shard `(index, count)`, in order; all arms of an episode belong to the same shard.
-
-    A shard is a contiguous piece, so that it has few tasks: building a task's scene costs as much as an episode.
-    """
-    kind, count = experiment.initial_states()
-    keys = [
-        EpisodeKey(suite, task, init, seed, kind)
-        for suite, task in experiment.all_tasks()
-        for init in range(count)
-        for seed in experiment.all_seeds()
-    ]
-    index, count = shard
-    return keys[index * len(keys) // count : (index + 1) * len(keys) // count]
-
-
-def planned_keys(experiment: Experiment) -> Sequence[EpisodeKey]:
-    """The most episodes an arm will run: all, or as many as `stop` may spend, in its declared order.
-
-    Raises UserError for a `stop` without two arms to compare.
-    """
-    keys = episode_keys(experiment)
-    return keys if experiment.stop is None else stopping_rule(experiment).spendable
-
-
-def stopping_rule(experiment: Experiment) -> Declaration:
-    """What an experiment with `stop` declares. Raises UserError without two arms to compare."""
-    return declaration_of(experiment, episode_keys(experiment))
-
-
-def missing_episodes(
-    experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
-) -> list[tuple[str, EpisodeKey]]:
-    """(arm, key) of everything the ledger does not hold yet. Episodes that ended in an error are missing: they get
-    another chance each time the experiment is run. Under `stop` nothing of an arm is missing once it is decided."""
-    done = finished_episodes(experiment, run_dir, shard)
-    arms = [arm.name for arm in experiment.arms()]
-    keys: Sequence[EpisodeKey] = episode_keys(experiment, shard)
-    if experiment.stop is not None:
-        if shard[1] > 1:
-            raise UserError("stop: a sequential test needs all its episodes in one process; run this cell as one shard")
-        sequential = SequentialRun(experiment, run_dir, keys)
-        keys, arms = sequential.order, [arm for arm in arms if sequential.needs(arm)]
-    return [(arm, key) for key in keys for arm in _rotated(arms, key) if (arm, key) not in done]
-
-
-def _rotated(arms: list[str], key: EpisodeKey) -> list[str]:
-    """The arms of a scene in an order of its own: what comes first on a scene or a host that drifts is no arm's lot."""
-    first = int.from_bytes(hashlib.sha256(f"arms/{key}".encode()).digest()[:4], "little") % max(1, len(arms))
-    return arms[first:] + arms[:first]
-
-
-def finished_episodes(
-    experiment: Experiment, run_dir: Path, shard: tuple[int, int] = (0, 1)
-) -> set[tuple[str, EpisodeKey]]:
-    """(arm, key) of the experiment's episodes that are in the ledger with an outcome. With the missing ones these are
-    all it will run, as far as can be said now: under `stop` fewer than all keys."""
-    keys = set(episode_keys(experiment, shard))
-    return {
-        (arm.name, record.key)
-        for arm in experiment.arms()
-        for record in read_ledger(run_dir, arm.name)
-        if record.outcome != "error" and record.key in keys
-    }
-
-
 def look_through(experiment: Experiment) -> None:
     """Raise UserError for tasks of one's own that nobody should run. They are known by their names from here on."""
     own = [suite.plugin() for suite in experiment.own_suites()]
@@ -139,13 +74,12 @@ def run_experiment(
     on_episode: Callable[[EpisodeRecord], None] = lambda record: None,
     on_result: Callable[[Path], None] = lambda run_dir: None,
     most_pairs: int | None = None,
-) -> dict[str, Any]:
-    """Run what is missing and return the summary that `qlibero run` prints as its last line.
+) -> RunState:
+    """Run what is missing and return what there is then.
 
     `most_pairs`: run no more than so many of the missing pairs now, the first ones. One shard of several has no
     mirrors, which belong to whole runs, and a number of videos is recorded by the first.
     `on_result(run_dir)` is called when every episode is in the ledger, before what can wait: videos, mirrors.
-    "mirrors" is added when there were any: what each said at its end (`tracking.mirror.Mirror.finish`).
     Raises `GuardRefusal` when the directory holds another configuration, a kernel or an artifact is refused, or the
     simulator has other physics than the references (`sim/physics_check_cache.py`);
     `WorkFailed` when the directory cannot be written or the disk is full (finished episodes are kept).
@@ -155,7 +89,7 @@ def run_experiment(
     make_directory(run_dir)
     for arm in experiment.arms():
         check(run_dir, arm.name, {"config_hash": config_hash(experiment, arm)})
-    mirrors: list[dict[str, Any]] = []
+    mirrors: list[MirrorEnd] = []
     missing = missing_episodes(experiment, run_dir, shard)
     if not missing or not (run_dir / "experiment.yaml").exists():
         files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
@@ -182,7 +116,7 @@ def run_experiment(
     if not missing:
         on_result(run_dir)
     tell_mixes(experiment, run_dir)
-    return {**summary(experiment, run_dir), **({"mirrors": mirrors} if mirrors else {})}
+    return replace(run_state(experiment, run_dir), mirrors=tuple(mirrors))
 
 
 def tell_mixes(experiment: Experiment, run_dir: Path) -> None:
@@ -190,31 +124,6 @@ def tell_mixes(experiment: Experiment, run_dir: Path) -> None:
     for arm in experiment.arms():
         if mix := mix_in_words(read_ledger(run_dir, arm.name)):
             log.warning(f"arm {arm.name}: {mix}")
-
-
-def summary(experiment: Experiment, run_dir: Path) -> dict[str, Any]:
-    """The experiment's state on disk, in the form design.md fixes for the last line of `qlibero run`."""
-    arms = {arm.name: read_arm(run_dir, arm.name) for arm in experiment.arms()}
-    document = {
-        "experiment": experiment.name,
-        "run_dir": str(run_dir),
-        "complete": not missing_episodes(experiment, run_dir),
-        "arms": {name: summarize_arm(arm.records) for name, arm in arms.items()},
-        "arithmetic": arithmetic(run_dir, arms),
-    }
-    if experiment.stop is not None:
-        keys = episode_keys(experiment)
-        sequential = SequentialRun(experiment, run_dir, keys)
-        spent = sum(len(read_ledger(run_dir, arm.name)) for arm in experiment.arms())
-        most = len(sequential.order) * len(experiment.arms())
-        document["stop"] = {
-            "arms": {arm: asdict(decision) for arm, decision in sequential.decisions().items()},
-            "episodes_spent": spent,
-            "episodes_saved": max(0, most - spent)
-            if document["complete"]
-            else 0,  # an open question has saved nothing yet
-        }
-    return document
 
 
 def make_directory(run_dir: Path) -> None:
@@ -238,7 +147,7 @@ def _run(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
-) -> list[dict[str, Any]]:
+) -> list[MirrorEnd]:
     """Run these episodes; returns what each mirror said at its end, no reason to fail: the ledger is the truth.
 
     The simulators start, and build their first scenes, while the policy is loaded; not where something is timed then.
@@ -273,7 +182,7 @@ def _run_in(
     ledgers: Mapping[str, Ledger],
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
-) -> list[dict[str, Any]]:
+) -> list[MirrorEnd]:
     # Here, not above: torch and the simulator take seconds to import, and a finished experiment needs neither.
     from qlibero.machine.environment import simulator_environment
     from qlibero.machine.record import describe
@@ -287,7 +196,7 @@ def _run_in(
     from qlibero.sim.pool import worker_environment
     from qlibero.sim.provenance import enforce, parts
     from qlibero.sim.suites import flaws, get_suite
-    from qlibero.tracking.mirror import mirror_problem, start_mirrors
+    from qlibero.tracking.mirror import start_mirrors
 
     asked = {episode.arm for episode in plan}
     arms = [arm for arm in experiment.arms() if arm.name in asked]
@@ -328,7 +237,7 @@ def _run_in(
         log.info(f"physics check{f' of {suite}' if len(reports) > 1 else ''}: {report.summary()}")
     checked = {suite: report.to_json() for suite, report in reports.items()}
     single = experiment.suites[0] if len(experiment.suites) == 1 else None
-    physics: dict[str, Any] = {"passport": checked[single] if single else checked}
+    physics: JsonObject = {"passport": checked[single] if single else checked}
     for arm in arms:
         ledgers[arm.name].bind(meta[arm.name] | physics, experiment.mixed_machines)
     files.replace(run_dir / "experiment.yaml", dump_resolved(experiment))
@@ -384,7 +293,7 @@ def _run_in(
             raise
         finally:
             ended += mirrors.finish()
-            for said in filter(None, (mirror_problem(one, tracking) for one in ended)):
+            for said in filter(None, (one.told(tracking) for one in ended)):
                 log.warning(said)
     return ended
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -19,14 +18,15 @@ import numpy as np
 
 from qlibero import files
 from qlibero.config.arms import Arm
-from qlibero.documents import read_json
+from qlibero.documents import JsonObject, read_json
 from qlibero.episode_key import EpisodeKey
 from qlibero.identity import Identity
 from qlibero.policies.base import Policy
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.meta import has_episodes
+from qlibero.results.quality import control_steps
 from qlibero.results.speed import is_simulation
 from qlibero.run.noise import call_noise
-from qlibero.sim.suites import CONTROL_HZ
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,9 @@ FILE = "latency.json"
 CALLS = 20
 
 
-def control_steps(latency_ms: float) -> int:
-    """Control steps that begin before an answer of that latency is there: 0 ms is none, 1 to 50 ms is one."""
-    return math.ceil(latency_ms * CONTROL_HZ / 1e3 - 1e-9)
-
-
 def fixed_execution(
     run_dir: Path, arm: Arm, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """What the arm's meta.json says of its execution, {"mode", "latency_ms", "latency_steps", "measured"}; None for a
     synchronous arm. `meta` is what is known of the arm: identity and machine."""
     if arm.execution.mode == "sync":
@@ -54,7 +49,7 @@ def fixed_execution(
     ms = _kept(run_dir / arm.name, asked, machine)
     if ms is None:
         ms = _keep(run_dir / arm.name, asked, machine, measured_ms(policy, prompts))
-        if is_simulation(dict(meta)):
+        if is_simulation(ArmMeta.model_validate(meta)):
             log.warning(
                 f"arm {arm.name}: runs on a simulation of a kernel, so its measured latency of {ms:.0f} ms is no "
                 "kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"

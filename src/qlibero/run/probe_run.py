@@ -6,8 +6,8 @@ of its key. Where the run has an arm of that name, the error along an episode is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from qlibero.config.schema import Experiment
 from qlibero.errors import UserError
 from qlibero.policies.base import Observation, QuantizablePolicy
 from qlibero.quant.held_out import PHASES
-from qlibero.quant.probe import Questions, probe
+from qlibero.quant.probe import Flips, Probed, Questions, probe
 from qlibero.results.ledger import read_ledger, read_trajectory
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE
@@ -27,20 +27,21 @@ from qlibero.sim.pool import Observed
 from qlibero.stats.ranks import auc
 
 
-def probe_along(experiment: Experiment, run_dir: Path, episodes: int) -> dict[str, Any]:
+def probe_along(experiment: Experiment, run_dir: Path, episodes: int) -> Probed:
     """`quant.probe.probe` on every policy call of so many episodes of the run's baseline, spread over them. An arm that
-    the run has too gets {"flipped", "flip_auc", "flip_auc95"}.
+    the run has too gets its `flips`.
 
     Raises UserError for a directory without finished baseline episodes that have their trajectories, and WorkFailed
     where a replay differs from its record: it needs the simulator and renderer that the records came from.
     """
     chosen = recorded(run_dir, episodes)
-    document = probe(experiment, lambda asked, policy: questions_of(asked, policy, chosen, run_dir))
-    episodes_of = np.array(document["episodes"])  # of those whose replay came to its end
+    found = probe(experiment, lambda asked, policy: questions_of(asked, policy, chosen, run_dir))
+    episodes_of = np.array(found.episodes)  # of those whose replay came to its end
     reference = {str(record.key): record for record, _ in chosen if str(record.key) in episodes_of}
-    for row in document["arms"]:
-        squares = np.array(row["errors"]) ** 2
-        others = {str(r.key): r for r in read_ledger(run_dir, row["arm"]) if str(r.key) in reference}
+    arms = []
+    for arm in found.arms:
+        squares = arm.errors**2
+        others = {str(r.key): r for r in read_ledger(run_dir, arm.arm) if str(r.key) in reference}
         pairs = {
             key: record.succeeded != reference[key].succeeded
             for key, record in others.items()
@@ -52,9 +53,9 @@ def probe_along(experiment: Experiment, run_dir: Path, episodes: int) -> dict[st
                 [along[k] for k, flip in pairs.items() if flip == which] for which in (True, False)
             )
             area, area95 = auc(of_flipped, of_others) or (None, None)
-            row |= {"flipped": sum(pairs.values()), "flip_auc": area, "flip_auc95": area95}
-            row["flips"] = f"{row['flipped']}/{len(pairs)}" + ("" if area is None else f", {area:.2f}")
-    return document
+            arm = replace(arm, flips=Flips(sum(pairs.values()), len(pairs), area, area95))
+        arms.append(arm)
+    return replace(found, arms=tuple(arms))
 
 
 def recorded(run_dir: Path, episodes: int) -> list[tuple[EpisodeRecord, np.ndarray]]:

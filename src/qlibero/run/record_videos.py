@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qlibero.config.schema import Experiment
+from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed
 from qlibero.results.ledger import read_ledger, read_trajectory
@@ -20,7 +20,7 @@ def record_videos(
     tasks: Sequence[int] | None = None,
     inits: Sequence[int] | None = None,
     arms: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Videos of a run's episodes, the same in every arm, flipped ones first; what has a video already stays.
 
     `tasks`, `inits`, `arms`: only these. The document lists the `videos` that were made, those that were `there`, and

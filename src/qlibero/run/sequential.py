@@ -14,18 +14,11 @@ from pathlib import Path
 from qlibero.config.schema import Experiment
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
+from qlibero.results.declaration import BLOCK_PAIRS, Declaration, check_declaration, declare, make_declaration
 from qlibero.results.ledger import read_ledger
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE, declared_margin
-from qlibero.results.stopping import (
-    BLOCK_PAIRS,
-    Decision,
-    Declaration,
-    check_declaration,
-    declare,
-    make_declaration,
-    pair_step,
-)
+from qlibero.results.stopping import Decision, pair_step
 
 
 def declaration_of(experiment: Experiment, keys: Sequence[EpisodeKey]) -> Declaration:

@@ -21,11 +21,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlibero import files
+from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError, UserError
 from qlibero.registry import TrackerPlugin, get
 from qlibero.tracking import wandb_environment
@@ -34,6 +35,33 @@ if TYPE_CHECKING:
     from qlibero.config.schema import Tracking
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MirrorEnd:
+    """How a mirror ended: how many rows it has of each arm, and the command that replays the ledger `again`."""
+
+    tracker: str
+    complete: bool
+    mode: str | None
+    rows: dict[str, int]
+    problem: str | None
+    again: str
+
+    def told(self, tracking: Tracking) -> str | None:
+        """What to tell people; None when all is well."""
+        if not self.complete:
+            problem = self.problem or "failed"
+            return f"{self.tracker} mirror {problem}; the ledger has everything, and this replays it: {self.again}"
+        if tracking.mode == "online" and self.mode == "offline":
+            return (
+                f"{self.tracker} could not be reached and went on offline; once it can, this replays the ledger: "
+                f"{self.again}"
+            )
+        return None
+
+    def to_json(self) -> JsonObject:
+        return asdict(self)
 
 
 @dataclass
@@ -53,13 +81,11 @@ class Mirror:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
 
-    def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
+    def finish(self, timeout_s: float = 60.0) -> MirrorEnd:
         """Tell the mirror that the run is over and wait at most `timeout_s` seconds for it.
 
         A mirror that was killed is started once more to replay the ledger; one that does not end in time is killed.
         Never raises.
-
-        Returns {"tracker", "complete", "mode", "rows": {arm: n}, "problem": str | None, "again": command}.
         """
         deadline = time.monotonic() + timeout_s
         self.end()
@@ -75,14 +101,8 @@ class Mirror:
             problem = f"did not end within {timeout_s:g} s and was stopped"
         elif status:
             problem = f"ended with status {status}, see {log_path(self.run_dir, self.tracker)}"
-        return {
-            "tracker": self.tracker,
-            "complete": status == 0,
-            "mode": state.get("mode"),
-            "rows": state.get("rows", {}),
-            "problem": problem,
-            "again": shlex.join([sys.executable, "-m", self.module, str(self.run_dir), *self.arguments]),
-        }
+        again = shlex.join([sys.executable, "-m", self.module, str(self.run_dir), *self.arguments])
+        return MirrorEnd(self.tracker, status == 0, state.get("mode"), state.get("rows", {}), problem, again)
 
 
 @dataclass(frozen=True)
@@ -91,8 +111,8 @@ class Mirrors:
 
     mirrors: tuple[Mirror, ...]
 
-    def finish(self, timeout_s: float = 60.0) -> list[dict[str, Any]]:
-        """End all of them, `timeout_s` seconds at most in total; what each says (see `Mirror.finish`). Never raises."""
+    def finish(self, timeout_s: float = 60.0) -> list[MirrorEnd]:
+        """End all of them, `timeout_s` seconds at most in total; how each ended. Never raises."""
         deadline = time.monotonic() + timeout_s
         for mirror in self.mirrors:
             mirror.end()
@@ -130,19 +150,6 @@ def _mirror(tracker: str, run_dir: Path, tracking: Tracking) -> Mirror:
     except UserError as problem:
         return Mirror(tracker, tracker, run_dir, (), problem=f"could not be started: {problem}")
     return Mirror(tracker, plugin.module, run_dir, tuple(arguments(tracking)) if arguments else ())
-
-
-def mirror_problem(said: dict[str, Any], tracking: Tracking) -> str | None:
-    """What to tell people about a mirror that has ended (`said`: what `Mirror.finish` says); None when all is well."""
-    if not said["complete"]:
-        problem = said["problem"] or "failed"
-        return f"{said['tracker']} mirror {problem}; the ledger has everything, and this replays it: {said['again']}"
-    if tracking.mode == "online" and said["mode"] == "offline":
-        return (
-            f"{said['tracker']} could not be reached and went on offline; once it can, this replays the ledger: "
-            f"{said['again']}"
-        )
-    return None
 
 
 def _spawn(mirror: Mirror) -> None:
@@ -199,14 +206,14 @@ def state_path(run_dir: Path, tracker: str) -> Path:
     return Path(run_dir) / f"{tracker}-mirror.json"
 
 
-def read_state(run_dir: Path, tracker: str) -> dict[str, Any]:
+def read_state(run_dir: Path, tracker: str) -> JsonObject:
     """What the mirror last said about itself: {"mode", "rows": {arm: n}, "problem"}; empty when it said nothing."""
     try:
-        found: dict[str, Any] = json.loads(state_path(run_dir, tracker).read_text())
+        found: JsonObject = json.loads(state_path(run_dir, tracker).read_text())
         return found
     except (OSError, ValueError):
         return {}
 
 
-def write_state(run_dir: Path, tracker: str, state: dict[str, Any]) -> None:
+def write_state(run_dir: Path, tracker: str, state: JsonObject) -> None:
     files.replace(state_path(run_dir, tracker), json.dumps(state, indent=1))

@@ -1,8 +1,8 @@
 """Replaying a run's ledger into a tracker while the run goes on, or after it.
 
-What every tracker shows is decided here; the trackers only know how to log. The rows of an arm have a fixed order,
-written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows it
-holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. It is the order of the
+What every tracker shows is decided in `rows.py`; the trackers only know how to log. The rows of an arm have a fixed
+order, written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows
+it holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. It is the order of the
 episodes' keys (under `stop` the declared one), and a row's x is its episode's place among all that are planned: equal x
 is the same episode in every arm. So while a run goes on an episode is shown once all before it are; the summary counts
 what has finished. A note of what *was* logged
@@ -28,31 +28,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from qlibero import files
 from qlibero.errors import QliberoError, WorkFailed
-from qlibero.results.arm_equality import SameArithmetic, arithmetic
-from qlibero.results.axes import axis_of, task_name
+from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import ArmLedger, arms_of, read_arm
-from qlibero.results.machines import mix_in_words
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import read_run, video_path
-from qlibero.results.stopping import read_declaration
-from qlibero.results.summary import counts, summarize_arm
-from qlibero.stats.proportions import wilson
 from qlibero.tracking.mirror import children, write_state
+from qlibero.tracking.rows import Row, arithmetic_summary, arm_summary, episode_row, versus_baseline
 
 log = logging.getLogger(__name__)
 
-BASELINE = "baseline"
 LOCK_WAIT_S = 120
 DRAIN_LIMIT_S = 90  # from the end of the launcher to the end of a mirror
 POLL_S = 2.0  # how often a live mirror looks for new rows
-
-
-Row = dict[str, str | float]
-"""Flat: what a tracker draws or lists."""
 
 
 class TrackerRun(Protocol):
@@ -287,119 +278,3 @@ def planned_places(run_dir: Path) -> dict[str, int]:
     declared = read_declaration(run_dir)
     order = declared.spendable if declared is not None else sorted(read_run(run_dir).planned or ())
     return {str(key): place for place, key in enumerate(order, start=1)}
-
-
-def episode_row(record: EpisodeRecord, place: int, number: int, wins: int) -> Row:
-    """A finished episode as a flat row of numbers and short texts.
-
-    `place` is the x axis, the same for the episode in every arm; `number` counts the arm's rows from 1, `wins` the
-    successes among them, this one included.
-    """
-    low, high = wilson(wins, number)
-    row: Row = {
-        "episode": place,
-        "key": str(record.key),
-        "suite": record.suite,
-        "task": record.task,
-        "init": record.init,
-        "inits": record.inits,
-        "seed": record.seed,
-        "outcome": record.outcome,
-        "success": int(record.succeeded),
-        "success_rate": wins / number,
-        "success_rate_low95": low,
-        "success_rate_high95": high,
-        "steps": record.steps,
-        "replans": record.replans,
-        "time/sim_s": round(record.sim_ms / 1e3, 3),
-        "time/render_s": round(record.render_ms / 1e3, 3),
-    }
-    timed = sorted(record.policy_ms)
-    if timed:
-        row["latency_ms/episode_median"] = timed[len(timed) // 2]
-    for name in ("path_length_m", "jerk", "gripper_flips"):
-        if getattr(record, name) is not None:
-            row[f"quality/{name}"] = getattr(record, name)
-    return row
-
-
-def arm_summary(ledger: ArmLedger) -> Row:
-    """What a runs table compares: success with Wilson interval, latency percentiles in ms, kernels, per-task counts,
-    and the machines where they answer differently."""
-    numbers = summarize_arm(ledger.records)
-    summary: Row = {"arm": ledger.arm} | {name: numbers[name] for name in ("successes", "episodes", "errors")}
-    if numbers["episodes"]:
-        low, high = numbers["wilson95"]
-        rate = numbers["successes"] / numbers["episodes"]
-        summary |= {"success_rate": rate, "success_rate_low95": low, "success_rate_high95": high}
-    for percentile, ms in (numbers["latency_ms"] or {}).items():
-        summary[f"latency_ms/{percentile}"] = ms
-    tasks = sorted({(record.key.suite, record.task) for record in ledger.records})
-    suites = {suite for suite, _ in tasks}
-    for suite, task in tasks:
-        k, n, _ = counts(record for record in ledger.records if (record.key.suite, record.task) == (suite, task))
-        name = task_name(suite, task, suites)
-        summary |= {f"task/{name}/successes": k, f"task/{name}/episodes": n}
-    axes = sorted({axis_of(suite) for suite, _ in tasks})
-    for axis in axes if len(axes) > 1 else ():
-        k, n, _ = counts(record for record in ledger.records if axis_of(record.key.suite) == axis)
-        summary |= {f"axis/{axis}/successes": k, f"axis/{axis}/episodes": n}
-    if mix := mix_in_words(ledger.records):
-        summary["machines"] = mix
-    for kernel, layers in sorted(kernel_counts(ledger.meta).items()):
-        summary[f"kernels/{kernel}"] = layers
-    return summary
-
-
-def versus_baseline(run_dir: Path, arm: str) -> Row:
-    """The paired comparison with the baseline, as `qlibero compare` says it; {} for the baseline and without one."""
-    if arm == BASELINE or BASELINE not in arms_of(run_dir):
-        return {}
-    from qlibero.results.compare import compare  # scipy takes a second to import
-
-    found = compare([read_run(run_dir)], BASELINE).arms[arm]
-    low, high = found.interval or (None, None)
-    numbers = {
-        "pairs": found.table.pairs,
-        "broken": found.table.broken,
-        "repaired": found.table.repaired,
-        "delta": found.delta,
-        "low95": low,
-        "high95": high,
-        "mcnemar_p": found.table.mcnemar_p,
-        "verdict": str(found.verdict.word),
-        "sentence": found.sentence,
-        "missing_pairs": found.missing,
-        "speedup": found.speed.ratio if found.speed.claim in ("faster", "slower", "as fast") else None,
-    }
-    for axis, row in found.axes.items():
-        low, high = row.interval or (None, None)
-        at = f"axis/{axis}"
-        numbers |= {f"{at}/pairs": row.table.pairs, f"{at}/delta": row.delta, f"{at}/verdict": str(row.verdict.word)}
-        numbers |= {f"{at}/low95": low, f"{at}/high95": high}
-    return {f"versus_{BASELINE}/{name}": value for name, value in numbers.items() if value is not None}
-
-
-def arithmetic_summary(run_dir: Path, arm: str) -> Row:
-    """Whether the arm's kernels were found to compute what they claim: "arithmetic/ok", and what there is to say."""
-    found = arithmetic(run_dir, {name: read_arm(run_dir, name) for name in arms_of(run_dir)})
-    pairs = [pair for pair in found["same"] if arm in (pair["arm"], pair["other"])]
-    tried = found["rechecks"].get(arm, {})
-    problems = [
-        *tried.get("wrong", ()),
-        *(str(SameArithmetic(**pair)) for pair in pairs if pair["equal"] != pair["episodes"]),
-    ]
-    summary: Row = {"arithmetic/ok": not problems, "arithmetic/problems": "; ".join(problems)}
-    summary |= {f"arithmetic/{name}": tried[name] for name in ("repeated", "products") if name in tried}
-    if pairs:
-        summary |= {f"arithmetic/{name}": sum(pair[name] for pair in pairs) for name in ("equal", "episodes")}
-    return summary
-
-
-def kernel_counts(meta: Mapping[str, Any]) -> dict[str, int]:
-    """How many layers each kernel serves, from the verdict table in the arm's meta.json."""
-    counts: dict[str, int] = {}
-    for verdict in (meta.get("kernels") or {}).values():
-        name = verdict["kernel"] if isinstance(verdict, dict) else str(verdict)
-        counts[name] = counts.get(name, 0) + 1
-    return counts

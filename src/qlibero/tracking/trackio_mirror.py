@@ -22,6 +22,7 @@ from qlibero.results.effective import effective_settings
 from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay
+from qlibero.tracking.rows import Row
 
 PLUGIN = TrackerPlugin("trackio", "a dashboard without an account, on this machine", needs=("trackio",), order=2)
 
@@ -42,18 +43,18 @@ class TrackioRun:
         quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self.run = trackio.init(project=project, name=arm, group=project, config=config, **quiet)
 
-    def log(self, row: replay.Row, step: int) -> None:
+    def log(self, row: Row, step: int) -> None:
         place = int(row.get("episode", self.following))  # trackio's x axis is its step
         self.run.log(row, step=place)
         self.following = max(self.following, place + 1)
         self.rows += 1
 
-    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: Row, step: int) -> None:
         import trackio
 
         self.log({**row, key: trackio.Video(path, format="mp4")}, step)
 
-    def summarize(self, summary: replay.Row) -> None:
+    def summarize(self, summary: Row) -> None:
         self.last = {f"summary/{name}": value for name, value in summary.items()}
 
     def finish(self, rows: int) -> None:

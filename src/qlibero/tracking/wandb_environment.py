@@ -7,7 +7,9 @@ no tracking at all; `online` has to be written, because it sends data away.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qlibero.documents import JsonObject
 
 if TYPE_CHECKING:
     from qlibero.config.schema import Tracking
@@ -38,7 +40,7 @@ def apply(tracking: Tracking, environ: Mapping[str, str]) -> tuple[Tracking, lis
     """
     if "wandb" not in tracking.trackers or tracking.mode == "disabled":
         return tracking, []
-    changes: dict[str, Any] = {}
+    changes: JsonObject = {}
     notes = []
     mode = environ.get("WANDB_MODE", "").lower()
     if mode == "disabled" or environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):

@@ -26,9 +26,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlibero import files
+from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError, WorkFailed
 from qlibero.registry import TrackerPlugin
 from qlibero.results.effective import effective_settings, kernel_rows
@@ -36,6 +37,7 @@ from qlibero.results.ledger import ArmLedger
 from qlibero.results.runs import read_run
 from qlibero.tracking import replay, wandb_environment
 from qlibero.tracking.mirror import children, read_state, write_state
+from qlibero.tracking.rows import Row
 
 if TYPE_CHECKING:
     import wandb
@@ -133,15 +135,15 @@ class WandbRun:
             record.add(wandb.Table(list(rows[0]), [list(row.values()) for row in rows]), "kernels")
         self.run.log_artifact(record)
 
-    def log(self, row: replay.Row, step: int) -> None:
+    def log(self, row: Row, step: int) -> None:
         self.run.log(row, step=step, commit=True)
 
-    def log_video(self, key: str, path: Path, row: replay.Row, step: int) -> None:
+    def log_video(self, key: str, path: Path, row: Row, step: int) -> None:
         import wandb
 
         self.run.log({**row, key: wandb.Video(str(path), format="mp4")}, step=step, commit=True)
 
-    def summarize(self, summary: replay.Row) -> None:
+    def summarize(self, summary: Row) -> None:
         self.run.summary.update(summary)
 
     def finish(self, rows: int) -> None:
@@ -180,7 +182,7 @@ class RunId:
         return state
 
 
-def _tags(settings: dict[str, Any]) -> list[str]:
+def _tags(settings: JsonObject) -> list[str]:
     """The arm, and what of its settings people look for."""
     bits = (settings["weight_bits"], settings["activation_bits"])
     precision = "W{}A{}".format(*bits) if None not in bits else settings["dtype"]

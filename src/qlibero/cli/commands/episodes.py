@@ -6,9 +6,13 @@ import argparse
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlibero.cli.outcomes import Document, Incomplete, Refused
 from qlibero.console import count_text, table
+
+if TYPE_CHECKING:
+    from qlibero.results.arm_equality import Arithmetic
 
 MAX_NAMED = 8  # files
 
@@ -29,25 +33,25 @@ def run(args: argparse.Namespace) -> Document:
             progress.stop()
             print_run(run_dir)
 
-        document = run_here(
+        found = run_here(
             experiment,
             args.out,
             on_start=progress.start,
             on_episode=progress.episode,
             on_result=verdict,
         )
-    _one_arithmetic(document, [document])
-    if not document["complete"]:
-        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
-    return document
+    return _checked(found.to_json(), found.complete, [found.arithmetic])
 
 
-def _one_arithmetic(document: Document, cells: Iterable[Document]) -> None:
-    """Raises Refused, with the whole document, when an arm's kernels were found to compute something else."""
+def _checked(document: Document, complete: bool, found: Iterable[Arithmetic]) -> Document:
+    """The document; raises Refused with it when an arm's kernels were found to compute something else, Incomplete."""
     from qlibero.results.arm_equality import refusal
 
-    if said := "\n".join(filter(None, (refusal(cell["arithmetic"]) for cell in cells))):
+    if said := "\n".join(filter(None, (refusal(one.problems) for one in found))):
         raise Refused(said, document)
+    if not complete:
+        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
+    return document
 
 
 def videos(args: argparse.Namespace) -> Document:
@@ -78,27 +82,28 @@ def plan(args: argparse.Namespace) -> Document:
     from qlibero.launch.plan import plan as make_plan
     from qlibero.launch.plan_tables import readable
 
-    document = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), args.calibrate)
-    for title, rows in readable(document):
+    found = make_plan(cells.make_manifest(load_sweep(args.config, args.set), args.out), args.calibrate)
+    for title, rows in readable(found):
         table(rows, title)
-    if document["without_cost"]:
+    if found.without_cost:
         log.info(
             "no episode like these has been run yet, so no time can be told; "
             "--calibrate runs one of each (and keeps it)"
         )
-    return document
+    return found.to_json()
 
 
 def sweep(args: argparse.Namespace) -> Document:
     from qlibero.config.sweep import load_sweep
     from qlibero.launch.sweep import run_sweep
 
-    document = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run)
-    if document["finished"] and not document["complete"] and not args.dry_run:
+    found = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run)
+    document = found.to_json()
+    if found.finished and not found.state.complete and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
-    if document["merge_status"] and not document["finished"]:
+    if found.merge_status and not found.finished:
         raise Incomplete("the shards are queued, the merge job after them is not: see above", document)
-    if document["merge_status"]:
+    if found.merge_status:
         raise Incomplete(
             "every episode is there, but the merge after them failed; the same command does it again", document
         )
@@ -111,32 +116,27 @@ def run_shard(args: argparse.Namespace) -> Document:
 
     manifest = cells.read_manifest(args.manifest)
     if args.merge:
-        document = cells.merge(manifest)
-        _one_arithmetic(document, document["cells"].values())
-        return document
+        merged = cells.merge(manifest)
+        return _checked(merged.to_json(), True, (cell.arithmetic for cell in merged.cells.values()))
     with RunProgress(manifest.experiment_of(args.index)) as progress:
-        document = cells.run_shard(manifest, args.index, progress.start, progress.episode)
-    _one_arithmetic(document, [document])
-    if not document["complete"]:
-        raise Incomplete("some episodes ended in an error; the same command tries them again", document)
-    return document
+        found = cells.run_shard(manifest, args.index, progress.start, progress.episode)
+    return _checked(found.to_json(), found.complete, [found.arithmetic])
 
 
 def status(args: argparse.Namespace) -> Document:
     from qlibero.launch import status as watch
 
-    document = (
+    found = (
         watch.follow(args.dir, lambda found: log.info(watch.headline(found)), args.task, args.arm)
         if args.follow
         else watch.status(args.dir, args.task, args.arm)
     )
-    cells = [{key: value for key, value in cell.items() if key != "machines"} for cell in document["cells"]]
-    table(cells, title=watch.headline(document))
-    for line in watch.mixes(document):
+    table([cell.row() for cell in found.cells], title=watch.headline(found))
+    for line in watch.mixes(found):
         log.info(line)
-    if args.follow and not document["complete"]:
+    if args.follow and not found.complete:
         raise Incomplete(
             "nothing has been under way for two minutes; `qlibero sweep` (or `run`) again runs what is missing",
-            document,
+            found.to_json(),
         )
-    return document
+    return found.to_json()

@@ -40,14 +40,14 @@ def probe(args: argparse.Namespace) -> Document:
 
     experiment = load_experiment(args.config, args.set)
     with PhaseProgress():
-        document = ask(experiment) if args.run is None else probe_along(experiment, args.run, args.episodes)
-    seen = "that no arm was fitted on" if document["unseen"] else "some of which arms were fitted on"
+        found = ask(experiment) if args.run is None else probe_along(experiment, args.run, args.episodes)
+    seen = "that no arm was fitted on" if found.unseen else "some of which arms were fitted on"
     table(
-        readable(document),
-        title=f"change of the arm's actions (their size: {document['arm_action']:.3f}), median of "
-        f"{count_text(document['observations'], 'observation')} {seen}",
+        readable(found),
+        title=f"change of the arm's actions (their size: {found.arm_action:.3f}), median of "
+        f"{count_text(found.observations, 'observation')} {seen}",
     )
-    return document
+    return found.to_json()
 
 
 def allocate(args: argparse.Namespace) -> Document:

@@ -17,6 +17,7 @@ from qlibero.errors import GuardRefusal, UserError
 from qlibero.policies.pi05.checkpoint import Checkpoint, load_model, open_checkpoint, profile_named
 from qlibero.policies.pi05.declared import AGENT, WRIST, differences
 from qlibero.policies.pi05.family import FAMILY, Family
+from qlibero.policies.pi05.inputs import calibration_inputs
 from qlibero.policies.pi05.match import ACTION_NUMBERS
 from qlibero.policies.pi05.model import Pi05Model, cast, initialize
 from qlibero.policies.pi05.normalize import Statistics
@@ -62,15 +63,13 @@ def load_policy(
 def _load(
     config: CheckpointSettings, skip: frozenset[str], family: Family, loaded: Pi05Policy | None = None
 ) -> Pi05Policy:
-    checkpoint = open_checkpoint(config.folder, family).with_horizon(config.action_horizon)
+    checkpoint, profile, statistics = _opened(config, family)
     digest = checkpoint.weights.sha256
     if config.sha256 and digest != config.sha256:
         raise GuardRefusal(
             f"{checkpoint.weights} has sha256 {digest}, the config expects {config.sha256}: these are other "
             "weights than the ones the config was written for"
         )
-    profile = choose_profile(checkpoint, config.profile)
-    statistics = load_statistics(checkpoint, config.asset_id, config.norm_stats)
     tokenizer = _tokenizer(config, checkpoint.path)
     device, dtype = _place(config)
     model = loaded.model if loaded is not None else load_model(checkpoint, dtype, device, skip)
@@ -80,6 +79,25 @@ def _load(
     if remarks:
         identity["remarks"] = remarks
     return _policy(config, family, name, model, profile, statistics, tokenizer, identity, checkpoint.declared.cameras)
+
+
+def _opened(config: CheckpointSettings, family: Family) -> tuple[Checkpoint, Profile, dict[str, Statistics]]:
+    """All that is read of a checkpoint before its weights."""
+    checkpoint = open_checkpoint(config.folder, family).with_horizon(config.action_horizon)
+    profile = choose_profile(checkpoint, config.profile)
+    return checkpoint, profile, load_statistics(checkpoint, config.asset_id, config.norm_stats)
+
+
+def inputs_of(config: CheckpointSettings, family: Family = FAMILY) -> dict[str, str] | None:
+    """What `Pi05Policy.calibration_inputs` will say, without the weights; None where there is no checkpoint."""
+    if config.checkpoint is None:
+        return None
+    checkpoint, profile, statistics = _opened(config, family)
+    tokenizer, (device, dtype) = _tokenizer(config, checkpoint.path), _place(config)
+    cameras = checkpoint.declared.cameras
+    return calibration_inputs(
+        family.name, checkpoint.config, profile, statistics, tokenizer.sha256, cameras, dtype, device
+    )
 
 
 def _policy(

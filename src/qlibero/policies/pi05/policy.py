@@ -25,6 +25,7 @@ from qlibero.frames import FrameFormat
 from qlibero.policies.base import Attention, Chunk, Linear, Observation, blank_observation
 from qlibero.policies.pi05.declared import AGENT, WRIST
 from qlibero.policies.pi05.images import as_floats, to_network
+from qlibero.policies.pi05.inputs import calibration_inputs
 from qlibero.policies.pi05.layers import attend
 from qlibero.policies.pi05.linears import attentions, layout, linears
 from qlibero.policies.pi05.match import ACTION_NUMBERS, require_match
@@ -77,6 +78,7 @@ class Pi05Policy:
         self.frame_format = FrameFormat(config.vision.image_size, profile.resize)
         self._cameras = cameras
         self._statistics = statistics
+        self._tokenizer_sha256 = tokenizer.sha256
         self._encode = lru_cache(1024)(tokenizer.encode)
         self._identity = identity
         self._sampler: Sampler | None = None
@@ -102,12 +104,25 @@ class Pi05Policy:
         return twin
 
     def for_calibration(self) -> Pi05Policy:
-        """See `QuantizablePolicy.for_calibration`: at `CALIBRATION_STEPS` flow steps."""
+        """See `QuantizablePolicy.for_calibration`: at `CALIBRATION_STEPS` flow steps, by single rows."""
         if self.flow_steps == CALIBRATION_STEPS:
-            return self
+            return self if self.batch_size == 1 else self.with_batch_size(1)
         twin = self.with_model(self.model)
-        twin.flow_steps = CALIBRATION_STEPS
+        twin.flow_steps, twin.batch_size = CALIBRATION_STEPS, 1
         return twin
+
+    def calibration_inputs(self) -> dict[str, str]:
+        """See `QuantizablePolicy.calibration_inputs`."""
+        return calibration_inputs(
+            self.type,
+            self.model.config,
+            self.profile,
+            self._statistics,
+            self._tokenizer_sha256,
+            self._cameras,
+            self.model.stream_dtype,
+            self.device,
+        )
 
     def with_batch_size(self, batch_size: int) -> Pi05Policy:
         """The same policy run at another number of rows."""

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from qlibero.console import count_text
 from qlibero.errors import UserError
+from qlibero.identity import file_sha256, text_sha256
 from qlibero.policies.structured import MAX_BYTES, Strict, fit, read_json, short
 
 PINS = {"sentencepiece": "sentencepiece==0.2.2", "tokenizers": "tokenizers==0.23.2"}
@@ -30,6 +31,11 @@ class _WordList(Strict):
 class Tokenizer(Protocol):
     vocab_size: int
 
+    @property
+    def sha256(self) -> str:
+        """Of its content: the same text and hash, the same ids."""
+        ...
+
     def encode(self, pieces: tuple[str, ...]) -> list[int]:
         """Ids of the pieces encoded one after the other, beginning-of-sequence token first. Padding is id 0."""
         ...
@@ -42,6 +48,11 @@ class WordTokenizer:
         self.words = list(words)
         self._ids = {word: i + 2 for i, word in enumerate(self.words)}
         self.vocab_size = len(self.words) + 2
+
+    @property
+    def sha256(self) -> str:
+        """See `Tokenizer`."""
+        return text_sha256(self.to_json())
 
     def encode(self, pieces: tuple[str, ...]) -> list[int]:
         found = split_words(" ".join(pieces))
@@ -71,7 +82,7 @@ class _SentencePiece:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
             raise UserError(f"{path} is not a sentencepiece model: {error}") from None
-        self.vocab_size = self._model.get_piece_size()
+        self.vocab_size, self.sha256 = self._model.get_piece_size(), file_sha256(path)
         if self._model.bos_id() < 0:
             raise UserError(f"{path} has no beginning-of-sequence piece; it is not PaliGemma's tokenizer")
 
@@ -94,7 +105,7 @@ class _HuggingFace:
             raise UserError(f"{path} has no <bos> token; it is not PaliGemma's tokenizer")
         self._model.no_padding()
         self._model.no_truncation()
-        self.vocab_size = self._model.get_vocab_size()
+        self.vocab_size, self.sha256 = self._model.get_vocab_size(), file_sha256(path)
 
     def encode(self, pieces: tuple[str, ...]) -> list[int]:
         ids = [self._model.encode(piece, add_special_tokens=False).ids for piece in pieces]

@@ -8,7 +8,7 @@ width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ def success_scale(lows: Sequence[float]) -> Scale:
     return Scale(max(0.0, math.floor(10 * min(lows, default=0) - 1e-9) / 10), 1.0)
 
 
-def axis(scale: Scale, label: str, form, about: int = 5) -> Markup:
+def axis(scale: Scale, label: str, form: Callable[[float], str], about: int = 5) -> Markup:
     """Tick labels under a track, and what they measure."""
     ticks = [el("span", form(t), style=f"left:{scale(t)}%") for t in scale.ticks(about)]
     return el(
@@ -102,7 +102,13 @@ def mark(scale: Scale, x: float, kind: str = "dot", colour: str = "") -> Markup:
     return el("i", class_=f"{kind} {colour}".strip(), style=f"left:{scale(x)}%")
 
 
-def track(*marks, label: str, class_: str = "track") -> Markup:
+def xy(labels: Iterable[tuple[float, str]], canvas: Markup, foot: Markup) -> Markup:
+    """A chart in two dimensions: labels at the left, each so many percent from the top, and an axis at its foot."""
+    beside = [el("span", text, style=f"top:{top}%") for top, text in labels]
+    return el("div", el("div", beside, class_="ylabels", aria_hidden="true"), canvas, foot, class_="xy")
+
+
+def track(*marks: Markup | None, label: str, class_: str = "track") -> Markup:
     """A strip with marks on it. `label` is what a screen reader says instead."""
     return el("div", *marks, class_=class_, role="img", aria_label=label)
 

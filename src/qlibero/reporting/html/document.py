@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.errors import UserError
 from qlibero.files import replace
 from qlibero.registry import BUILT_IN, SectionPlugin, every
@@ -38,7 +38,7 @@ def write_report(
     margin: float | None = None,
     megabytes: float = MEGABYTES,
     labels: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the report of one or several runs; `out` defaults to report.html in the first run directory.
 
     `reference` defaults to the baseline, without which a report has no verdicts; `margin` to the one that each cell's
@@ -68,7 +68,8 @@ def write_report(
 
 def fitting(m: ReportData, recorded: list[Video], limit: float, state: str | None = None) -> tuple[bytes, list[Video]]:
     """The page as bytes with as many of the videos as keep it within `limit`. Without videos it is as long as it is."""
-    page, chosen = render(m, [], len(recorded), state).encode(), []
+    page = render(m, [], len(recorded), state).encode()
+    chosen: list[Video] = []
     wanted = _within(recorded, limit - len(page))
     while wanted and not chosen:
         full = render(m, wanted, len(recorded) - len(wanted), state).encode()
@@ -80,7 +81,8 @@ def fitting(m: ReportData, recorded: list[Video], limit: float, state: str | Non
 
 def _within(recorded: list[Video], budget: float) -> list[Video]:
     """As many as fit, in order; a file shared by two entries counts once."""
-    chosen, paid = [], set()
+    chosen: list[Video] = []
+    paid: set[Path] = set()
     for video in recorded:
         new = {video.reference_file, video.arm_file} - paid
         cost = sum(path.stat().st_size for path in new) * 4 / 3
@@ -123,7 +125,7 @@ def _section(plugin: SectionPlugin, m: ReportData) -> Markup | None:
         return section(plugin.name, plugin.about, el("p", said, class_="lead"))
 
 
-def document(title: str, body: Markup, data: dict[str, Any], state: str | None = None) -> str:
+def document(title: str, body: Markup, data: JsonObject, state: str | None = None) -> str:
     """A page with the report's style and script. Nothing else may run in it, be loaded by it, or be sent from it."""
     assets = files("qlibero.reporting.html")
     style = assets.joinpath("report.css").read_text()
@@ -187,7 +189,7 @@ def _header(m: ReportData) -> Markup:
 
 def _not_one_arithmetic(m: ReportData) -> Markup | None:
     """At the top: a page whose kernels were found wrong must not be read without it."""
-    found = [refusal(arithmetic(run.run_dir, run.arms)) for run in m.runs]
+    found = [refusal(arithmetic(run.run_dir, run.arms).problems) for run in m.runs]
     return el("pre", "\n".join(filter(None, found)), class_="refused", role="alert") if any(found) else None
 
 

@@ -38,7 +38,7 @@ def el(tag: str, *children: Any, **attributes: Any) -> Markup:
 
 def join(*children: Any) -> Markup:
     """Children one after another; lists and generators are opened, None and False skipped, text is escaped."""
-    out = []
+    out: list[str] = []
     for child in children:
         if child is None or child is False:
             continue

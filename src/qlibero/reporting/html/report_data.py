@@ -84,7 +84,10 @@ class ReportData:
         return next(part for part in self.parts if arm in part.arms)
 
     def reference_of(self, arm: str) -> Arm:
-        return self.arms[self.part_of(arm).reference]
+        """Of an arm that is compared, what with."""
+        reference = self.part_of(arm).reference
+        assert reference is not None, f"{arm} has no comparison"
+        return self.arms[reference]
 
     def floor_of(self, arm: str) -> NoiseFloor | None:
         """What the A/A controls of the arm's cell flip; None without one."""
@@ -92,7 +95,8 @@ class ReportData:
         return comparison.floor if comparison else None
 
     def margin_of(self, arm: str) -> float:
-        return self.part_of(arm).comparison.margin
+        """Of an arm that is compared."""
+        return self.part_of(arm).compared[arm].question.margin
 
     def colour(self, arm: str) -> str:
         """The arm's colour classes, the same everywhere on the page."""
@@ -152,7 +156,8 @@ def gather(runs: Sequence[RunResults], reference: str | None, margin: float | No
         names = dict.fromkeys(name for run in runs for name in run.arms)
         raise UserError(f"--reference {reference}: no such arm; here are {', '.join(names)}")
     reference = reference or first_reference(runs)
-    parts, arms = [], {}
+    parts: list[Part] = []
+    arms: dict[str, Arm] = {}
     for cell in cells_of(runs, reference):
         found = collect_arms(cell.runs)
         present = reference if reference in found else None
@@ -171,6 +176,11 @@ def planned_episodes(run: RunResults) -> int | None:
     return None if run.planned is None else len(run.planned)
 
 
+def _parts_at(steps: dict[str, int | None], key: EpisodeKey) -> int | str:
+    step = steps.get(str(key), "unknown")
+    return "never" if step is None else step
+
+
 def flipped_videos(m: ReportData) -> list[Video]:
     """Flipped episodes with a video, broken before repaired, one arm after the other so that each gets its share."""
     queues = []
@@ -181,11 +191,10 @@ def flipped_videos(m: ReportData) -> list[Video]:
             left, right = base.records[key], arm.records[key]
             if {left.outcome, right.outcome} != {"success", "failure"}:
                 continue
-            files = [video_path(a.run_dirs[key], r) for a, r in ((base, left), (arm, right))]
-            if all(file.exists() for file in files):
-                parts_at = result.divergence.steps, result.divergence.visible_steps, result.divergence.gripper_steps
-                steps = [of.get(str(key), "unknown") for of in parts_at]
-                steps = ["never" if step is None else step for step in steps]
-                found.append(Video(key, id_, *files, left.outcome, right.outcome, *steps))
+            films = video_path(base.run_dirs[key], left), video_path(arm.run_dirs[key], right)
+            if all(film.exists() for film in films):
+                d = result.divergence
+                steps = (_parts_at(of, key) for of in (d.steps, d.visible_steps, d.gripper_steps))
+                found.append(Video(key, id_, *films, left.outcome, right.outcome, *steps))
         queues.append(sorted(found, key=lambda v: v.arm_outcome == "success"))
     return [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)]

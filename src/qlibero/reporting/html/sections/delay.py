@@ -3,15 +3,13 @@ the one chart in which speed and success meet."""
 
 from __future__ import annotations
 
-import math
-
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import named, numbers, section
-from qlibero.results.quality import CONTROL_HZ
+from qlibero.results.quality import control_steps
 from qlibero.results.speed import is_simulation
 from qlibero.results.summary import counts, summarize_arm
 from qlibero.stats.proportions import wilson
@@ -21,11 +19,11 @@ PLUGIN = SectionPlugin("delay", "success against the latency of execution", prov
 
 def delay(m: ReportData) -> Markup | None:
     """None where every arm was waited for."""
-    late = {name: arm.meta["execution"] for name, arm in m.arms.items() if arm.meta.get("execution")}
+    late = {name: said for name, arm in m.arms.items() if (said := arm.meta.execution) is not None}
     shown = [name for name in m.arms if counts(m.records(name))[1] and not m.arms[name].is_control]
     if not any(name in late for name in shown):
         return None
-    shown.sort(key=lambda name: (name in late, late.get(name, {}).get("latency_ms", 0.0)))
+    shown.sort(key=lambda name: (name in late, late[name].latency_ms if name in late else 0.0))
     own = {name: _own_steps(m, name) for name in shown}
     lows = [_interval(m, name)[0] for name in shown]
     scale = charts.success_scale(lows)
@@ -34,10 +32,10 @@ def delay(m: ReportData) -> Markup | None:
         k, n, _ = counts(m.records(name))
         low, high = _interval(m, name)
         said = late.get(name)
-        steps = int(said["latency_steps"]) if said else None
+        steps = said.latency_steps if said else None
         here = [m.arms[a].label for a, s in own.items() if s is not None and s == steps and a not in placed]
         placed |= {a for a, s in own.items() if s is not None and s == steps}
-        when = f"{said['latency_ms']:g} ms late, {steps} control steps" if said else "waited for"
+        when = f"{said.latency_ms:g} ms late, {steps} control steps" if said else "waited for"
         note = f"here lies the measured call of {', '.join(here)}" if here else None
         strip = charts.track(
             *charts.grid_lines(scale),
@@ -65,13 +63,13 @@ def _interval(m: ReportData, name: str) -> tuple[float, float]:
 
 def _own_ms(m: ReportData, name: str) -> float | None:
     """Median call of the arm as it ran; None where a simulation's time says nothing."""
-    timed = summarize_arm(m.records(name))["latency_ms"]
-    return float(timed["p50"]) if timed and not is_simulation(m.arms[name].meta) else None
+    timed = summarize_arm(m.records(name)).latency_ms
+    return timed.p50 if timed and not is_simulation(m.arms[name].meta) else None
 
 
 def _own_steps(m: ReportData, name: str) -> int | None:
     ms = _own_ms(m, name)
-    return None if ms is None else math.ceil(ms * CONTROL_HZ / 1e3 - 1e-9)
+    return None if ms is None else control_steps(ms)
 
 
 def _own_text(m: ReportData, name: str) -> str:

@@ -11,7 +11,7 @@ from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import named, numbers, section
 from qlibero.reporting.html.sections.standing import standing
-from qlibero.results.comparison import Row
+from qlibero.results.comparison import Estimate, Row
 from qlibero.results.wording import delta_text, interval_text, margin_text, p_text, points
 from qlibero.stats.proportions import Interval
 from qlibero.stats.sampling import population
@@ -20,18 +20,20 @@ PLUGIN = SectionPlugin("differences", "paired differences", provides="difference
 
 
 def difference_scale(m: ReportData) -> charts.Scale:
-    ends = [x for r in m.compared.values() if r.table.pairs for x in r.interval]
+    ends = [x for r in m.compared.values() if r.estimate for x in r.estimate.interval]
     margins = [m.margin_of(name) for name in m.compared]
     return charts.scale_over(ends or [0.0], include=(-max(margins), 0.0, max(margins)))
 
 
-def difference(m: ReportData, name: str, row: Row, scale: charts.Scale) -> Markup:
+def difference(m: ReportData, name: str, row: Row, found: Estimate, scale: charts.Scale) -> Markup:
     """One arm's difference (or that of one suite, `row`) on its strip, with its cell's margin and noise band."""
-    low, high = row.interval
-    t95 = row.new_tasks.interval if row.new_tasks.clusters != 1 else None
+    low, high = found.interval
+    t95 = row.over_new_tasks
     floor, margin = m.floor_of(name), m.margin_of(name)
     control = m.arms[name].is_control
-    label = f"Δ {points(row.delta)} pp, 95 % interval {points(low)} to {points(high)} pp, margin {margin_text(margin)}"
+    label = (
+        f"Δ {points(found.delta)} pp, 95 % interval {points(low)} to {points(high)} pp, margin {margin_text(margin)}"
+    )
     return charts.track(
         charts.interval(scale, *floor.band(row.table.pairs), kind="floor") if floor else None,
         None if control else charts.interval(scale, scale.low, -margin, kind="beyond"),
@@ -39,7 +41,7 @@ def difference(m: ReportData, name: str, row: Row, scale: charts.Scale) -> Marku
         charts.mark(scale, 0, "zero"),
         charts.interval(scale, *t95, kind="wide", colour=m.colour(name)) if t95 and not control else None,
         charts.interval(scale, low, high, "ci", m.colour(name)),
-        charts.mark(scale, row.delta, "dot", m.colour(name)),
+        charts.mark(scale, found.delta, "dot", m.colour(name)),
         label=label,
         class_="track tall",
     )
@@ -51,13 +53,13 @@ def differences(m: ReportData) -> Markup | None:
     drawn, figures = [], []
     scale = difference_scale(m)
     for name, r in m.compared.items():
-        if not r.table.pairs:
-            continue
         suites = r.suites if len(r.suites) > 1 else {}
         for title, row in (("noise floor" if r.control else "", r), *r.axes.items(), *suites.items()):
+            if row.estimate is None:
+                continue
             margin = m.margin_of(name)
-            text = f"{delta_text(row.delta, row.interval, margin)} {interval_text(row.interval, margin)}"
-            strip = parts.lane(difference(m, name, row, scale), text)
+            text = f"{delta_text(*row.estimate, margin)} {interval_text(row.estimate.interval, margin)}"
+            strip = parts.lane(difference(m, name, row, row.estimate, scale), text)
             drawn.append(parts.row(named(m, name, el("small", title) if title else None), strip))
         figures += [_figures(m, name, suite, row) for suite, row in r.suites.items()]
     tasks = [
@@ -67,13 +69,13 @@ def differences(m: ReportData) -> Markup | None:
             t.table.pairs,
             t.table.broken,
             t.table.repaired,
-            points(t.table.delta),
+            _points(t.table.delta, 1),
             _pp(t.table.tango95),
         ]
         for name, r in m.compared.items()
         for t in r.tasks
     ]
-    references = dict.fromkeys(m.arms[part.reference].label for part in m.parts if part.comparison)
+    references = dict.fromkeys(m.reference_of(name).label for name in m.compared)
     reference = next(iter(references)) if len(references) == 1 else "the reference of its cell"
     return section(
         "differences",
@@ -136,20 +138,24 @@ def _figures(m: ReportData, name: str, suite: str, row: Row) -> list[Any]:
         t.broken,
         t.repaired,
         t.both_fail,
-        points(row.delta, 2),
+        _points(row.delta, 2),
         _pp(t.tango95),
         _pp(t.newcombe95),
         p_text(t.mcnemar_p),
         p_text(adjusted.mcnemar_p) if adjusted else "–",
         "–" if row.noninferiority_p is None else p_text(row.noninferiority_p),
         p_text(adjusted.noninferiority_p) if adjusted and row.noninferiority_p is not None else "–",
-        _pp(row.new_tasks.interval if row.new_tasks.clusters != 1 else None),
+        _pp(row.over_new_tasks),
         word,
     ]
 
 
 def _tick(delta: float) -> str:
     return "0" if abs(delta) < 1e-9 else points(delta, 0 if abs(100 * delta - round(100 * delta)) < 1e-6 else 1)
+
+
+def _points(delta: float | None, digits: int) -> str:
+    return "–" if delta is None else points(delta, digits)
 
 
 def _pp(interval: Interval | None) -> str:

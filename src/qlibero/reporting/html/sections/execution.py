@@ -11,7 +11,7 @@ from qlibero.reporting.html.sections.parts import legend, named, section, table
 from qlibero.results.comparison import ArmComparison
 from qlibero.results.execution import Divergence, Shift
 
-PLUGIN = SectionPlugin("execution", "what ran: flow, fused operations, machines", provides="execution", order=60)
+PLUGIN = SectionPlugin("execution", "how arms move, and where episodes part", provides="execution", order=60)
 
 
 def execution(m: ReportData) -> Markup | None:
@@ -23,16 +23,10 @@ def execution(m: ReportData) -> Markup | None:
     for name in m.arms:
         records = [r for r in m.records(name) if r.outcome != "error"]
         if records:
-            steps = [r.success_step for r in records if r.succeeded]
+            steps = [r.success_step for r in records if r.succeeded and r.success_step is not None]
             curves.append(charts.curve(charts.success_over_time(steps, len(records), scale), m.colour(name)))
-    chart = el(
-        "div",
-        el(
-            "div",
-            [el("span", f"{100 - y} %", style=f"top:{y}%") for y in (0, 25, 50, 75, 100)],
-            class_="ylabels",
-            aria_hidden="true",
-        ),
+    chart = charts.xy(
+        [(y, f"{100 - y} %") for y in (0, 25, 50, 75, 100)],
         el(
             "div",
             charts.plot(*curves, label="Share of episodes that have succeeded by each step, per arm", height=240),
@@ -40,7 +34,6 @@ def execution(m: ReportData) -> Markup | None:
             class_="canvas",
         ),
         charts.axis(scale, "control steps (20 per second)", lambda t: f"{t:g}"),
-        class_="xy",
     )
     return section(
         "execution",
@@ -56,10 +49,10 @@ def execution(m: ReportData) -> Markup | None:
 
 def _quality(m: ReportData) -> Markup | None:
     rows = [
-        [named(m, name), title, *_shifted(r, r.quality[measure])]
+        [named(m, name), title, *_shifted(r, shift)]
         for name, r in m.compared.items()
         for measure, title in QUALITY.items()
-        if r.quality[measure]
+        if (shift := r.quality[measure])
     ]
     if not rows:
         return None

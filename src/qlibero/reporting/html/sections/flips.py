@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from qlibero.console import count_text
+from qlibero.documents import JsonObject
 from qlibero.episode_key import OFFICIAL, EpisodeKey
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
@@ -25,7 +25,7 @@ LONGEST_LINE = 100
 """Cells in a line of a map: what has more is folded, a line for each seed where that fits."""
 
 
-def flip_data(m: ReportData) -> dict[str, Any]:
+def flip_data(m: ReportData) -> JsonObject:
     """What the page's script knows of the maps.
 
     {"cells": [{"tasks": […], "keys": […], "columns": […], "line": number of cells in a line}],
@@ -61,20 +61,20 @@ def _task(m: ReportData, suite: str, task: int) -> str:
 def flip_rows(m: ReportData, part: Part, arm: str) -> list[str]:
     """Per task a string with one letter per initial state: s both succeed, f both fail, b broken, r repaired,
     e error, u unpaired, · not run."""
-    unpaired = m.compared[arm].unpaired
+    unpaired, sides = m.compared[arm].unpaired, (m.reference_of(arm), m.arms[arm])
     columns = flip_columns(m, part)
     rows = []
     for suite, task in m.tasks_of(part.arms):
         row = []
         for inits, seed, init in columns:
             key = EpisodeKey(suite, task, init, seed, inits)
-            pair = [m.arms[n].records.get(key) for n in (part.reference, arm)]
-            if None in pair:
-                row.append("u" if any(pair) else "·")
-            elif str(pair[0].key) in unpaired:
+            left, right = (side.records.get(key) for side in sides)
+            if left is None or right is None:
+                row.append("u" if left or right else "·")
+            elif str(key) in unpaired:
                 row.append("u")
             else:
-                row.append(CODES.get((pair[0].outcome, pair[1].outcome), "e"))
+                row.append(CODES.get((left.outcome, right.outcome), "e"))
         rows.append("".join(row))
     return rows
 

@@ -26,8 +26,9 @@ def latency(m: ReportData) -> Markup | None:
     drawn = []
     for name, found in calls.items():
         p, values = percentiles(found), found.ms
+        assert p is not None, "there are calls"
         beyond = int(np.count_nonzero(values > scale.high))
-        text = " · ".join(f"{q} {_ms(p[q])}" for q in p)
+        text = " · ".join(f"{q} {_ms(ms)}" for q, ms in p._asdict().items())
         size = f"{count_text(round(found.count), 'call')}" + (f", {beyond} beyond the axis" if beyond else "")
         control = "; batches of another size" if m.arms[name].is_control else ""
         picture = el(
@@ -38,7 +39,7 @@ def latency(m: ReportData) -> Markup | None:
                 height=46,
             ),
             *charts.grid_lines(scale, 7),
-            *(charts.mark(scale, p[q], "tick") for q in p),
+            *(charts.mark(scale, ms, "tick") for ms in p),
             class_="canvas short",
         )
         drawn.append(parts.row(named(m, name, el("small", size + control)), parts.lane(picture, text)))
@@ -69,9 +70,9 @@ def _ms(x: float) -> str:
 
 def _warmup(m: ReportData) -> Markup | None:
     shown = [
-        [named(m, name), ", ".join(f"{ms:.0f}" for ms in arm.meta["warmup_ms"][:8])]
+        [named(m, name), ", ".join(f"{ms:.0f}" for ms in arm.meta.warmup_ms[:8])]
         for name, arm in m.arms.items()
-        if arm.meta.get("warmup_ms")
+        if arm.meta.warmup_ms
     ]
     return numbers("First calls, warm-up that no statistic counts", ["arm", "ms"], shown) if shown else None
 

@@ -20,14 +20,14 @@ PLUGINS = (
 def kernels(m: ReportData) -> Markup | None:
     parts = []
     for name, arm in m.arms.items():
-        verdicts = arm.meta.get("kernels") or {}
+        verdicts = arm.meta.kernels
         if not verdicts:
             continue
-        kinds = Counter(v["verdict"] for v in verdicts.values())
+        kinds = Counter(v.verdict for v in verdicts.values())
         shared = _shared_prefix(list(verdicts))
         alike: dict[tuple[str, ...], list[str]] = {}  # layers of one shape and verdict are one row
         for layer, v in verdicts.items():
-            said = v.get("shape", ""), v.get("kernel") or "none", v["verdict"], v.get("reason", "")
+            said = v.shape, v.kernel or "none", v.verdict, v.reason
             alike.setdefault(said, []).append(layer.removeprefix(shared))
         rows = []
         for (shape, kernel, verdict, reason), of in alike.items():
@@ -71,12 +71,7 @@ def _prefix_caption(prefix: str) -> str:
 def layers(m: ReportData) -> Markup | None:
     series: dict[str, list[tuple[str, float]]] = {}
     for name, arm in m.arms.items():
-        found = [
-            (str(x.get("name") or x.get("layer")), x.get("sqnr_db"))
-            for x in arm.meta.get("layers") or []
-            if isinstance(x, dict)
-        ]
-        if kept := [(layer, float(db)) for layer, db in found if db is not None]:
+        if kept := [(layer.name, layer.sqnr_db) for layer in arm.meta.layers if layer.sqnr_db is not None]:
             series[name] = kept
     if not series:
         return None
@@ -95,14 +90,8 @@ def layers(m: ReportData) -> Markup | None:
                     title=f"{layer.removeprefix(shared)}: {db:.1f} dB",
                 )
             )
-    chart = el(
-        "div",
-        el(
-            "div",
-            [el("span", f"{t:g} dB", style=f"top:{100 - y(t)}%") for t in y.ticks()],
-            class_="ylabels",
-            aria_hidden="true",
-        ),
+    chart = charts.xy(
+        [(100 - y(t), f"{t:g} dB") for t in y.ticks()],
         el(
             "div",
             *[el("i", class_="hgrid", style=f"bottom:{y(t)}%") for t in y.ticks()],
@@ -117,7 +106,6 @@ def layers(m: ReportData) -> Markup | None:
             class_="axis",
             aria_hidden="true",
         ),
-        class_="xy",
     )
     rows = [
         [

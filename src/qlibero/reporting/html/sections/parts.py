@@ -55,7 +55,7 @@ def table(
         "table",
         el("thead", el("tr", map(heading, head))),
         el("tbody", body),
-        class_=" ".join(filter(None, (sortable and "sortable", stacked and "stacked"))) or None,
+        class_=" ".join(["sortable"] * sortable + ["stacked"] * stacked) or None,
     )
     return join(
         el("p", caption, class_="caption") if caption else None,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import legend, named, section, table
+from qlibero.results.arm_meta import ActionError
 from qlibero.results.comparison import ArmComparison
+from qlibero.stats.proportions import Interval
 from qlibero.stats.ranks import rank_correlation
 
 PLUGIN = SectionPlugin("prediction", "whether action errors foretell flips", provides="prediction", order=45)
@@ -20,9 +21,9 @@ FEWEST = 3  # arms of which a correlation says something
 
 @dataclass(frozen=True)
 class _Foretold:
-    """`error` on demonstrations, before any rollout ({"arm", "arm95"}), and what the ledger says."""
+    """`error` on demonstrations, before any rollout, and what the ledger says."""
 
-    error: dict[str, Any] | None
+    error: ActionError | None
     result: ArmComparison
 
     @property
@@ -38,7 +39,7 @@ class _Foretold:
 def prediction(m: ReportData) -> Markup | None:
     """Action error against flipped episodes, an arm a dot, and how well the error of an episode foretells its flip."""
     found = {
-        name: _Foretold(m.arms[name].meta.get("action_error"), result)
+        name: _Foretold(m.arms[name].meta.action_error, result)
         for name, result in m.compared.items()
         if not result.control and result.table.pairs
     }
@@ -48,7 +49,7 @@ def prediction(m: ReportData) -> Markup | None:
     rows = [
         [
             named(m, name),
-            "–" if of.error is None else _between(of.error["arm"], of.error["arm95"], 2),
+            "–" if of.error is None else _between(of.error.arm, of.error.arm95, 2),
             "–" if of.first_chunk is None else f"{of.first_chunk:.2g}",
             f"{of.result.table.broken + of.result.table.repaired} of {of.result.table.pairs}",
             "–" if (area := of.result.divergence.flip_auc) is None
@@ -78,7 +79,7 @@ def _points(found: dict[str, _Foretold]) -> tuple[str, dict[str, tuple[float, fl
     """Which error stands for the arms, and (error, flipped share) of each that has it: one measure for all."""
     on_demonstrations = all(of.error for of in found.values())
     what = "on demonstrations, before any rollout" if on_demonstrations else "in the first executed chunk"
-    errors = {name: of.error["arm"] if on_demonstrations and of.error else of.first_chunk for name, of in found.items()}
+    errors = {name: of.error.arm if on_demonstrations and of.error else of.first_chunk for name, of in found.items()}
     return what, {name: (x, found[name].flipped) for name, x in errors.items() if x}
 
 
@@ -113,18 +114,15 @@ def _chart(m: ReportData, found: dict[str, _Foretold]) -> Markup | None:
         for name, (error, share) in points.items()
     ]
     text = "; ".join(f"{m.arms[name].label}: {100 * s:.1f} % at {e:.2g}" for name, (e, s) in points.items())
-    ticks = [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()]
-    chart = el(
-        "div",
-        el("div", ticks, class_="ylabels", aria_hidden="true"),
+    chart = charts.xy(
+        [(100 - y(t), f"{100 * t:g} %") for t in y.ticks()],
         el("div", *charts.grid_lines(x), *marks, class_="canvas fixed", role="img", aria_label=text),
         charts.axis(x, f"action error {what}; upwards: flipped pairs, grey: those that A/A flips", lambda t: f"{t:g}"),
-        class_="xy",
     )
     return join(chart, legend(m, list(points), "legend under"))
 
 
-def _between(value: float, interval: Any, digits: int) -> Markup:
+def _between(value: float, interval: Interval | None, digits: int) -> Markup:
     text = f"{value:.{digits}g}"
     if interval:
         text += f" [{interval[0]:.{digits}g}, {interval[1]:.{digits}g}]"

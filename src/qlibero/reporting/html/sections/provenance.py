@@ -11,8 +11,9 @@ from qlibero.registry import SectionPlugin
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import numbers, section, table
-from qlibero.reporting.html.sections.tradeoff import is_unpacked, linear_bytes
+from qlibero.reporting.html.sections.tradeoff import is_unpacked
 from qlibero.reporting.tables import Row, latex, markdown
+from qlibero.results.arm_meta import ArmMeta, PolicyMeta
 from qlibero.results.machines import mix_in_words
 from qlibero.results.summary import summarize_arm
 
@@ -42,11 +43,11 @@ def copyable(m: ReportData) -> Markup:
     return section("tables", "Tables to copy", el("div", blocks, class_="copyable"))
 
 
-def _memory_text(meta: dict[str, Any]) -> str:
+def _memory_text(meta: ArmMeta) -> str:
     """Megabytes of the quantized linears; not those of `fake`, which are no kernel's and would be quoted as if."""
-    if not meta.get("memory"):
+    if not meta.memory:
         return ""
-    return "unpacked (fake)" if is_unpacked(meta) else f"{linear_bytes(meta['memory']) / 1e6:.1f}"
+    return "unpacked (fake)" if is_unpacked(meta) else f"{meta.memory.kept / 1e6:.1f}"
 
 
 def provenance(m: ReportData) -> Markup:
@@ -65,8 +66,8 @@ def provenance(m: ReportData) -> Markup:
                     class_="numbers",
                 )
             )
-    hidden = ("kernels", "layers", "memory", "label", "schema", "arm", "control", "warmup_ms")
-    settings = [_flat({k: v for k, v in arm.meta.items() if k not in hidden}) for arm in m.arms.values()]
+    hidden = {"kernels", "layers", "memory", "label", "schema", "arm", "control", "warmup_ms"}
+    settings = [_flat(arm.meta.model_dump(exclude_unset=True, exclude=hidden)) for arm in m.arms.values()]
     shared = [row for row in settings[0] if all(row in of for of in settings)] if len(settings) > 1 else []
     if shared:
         parts.append(numbers("Hashes and settings that all arms share", ["what", "value"], shared))
@@ -126,7 +127,7 @@ def _software(m: ReportData) -> list[list[Any]]:
             **(of.get("versions") or {}),
         }
         for arm in run.arms.values():
-            found["policy"] = _policy(arm.meta.get("policy") or {})
+            found["policy"] = _policy(arm.meta.policy)
             for record in arm.records[:1]:
                 found |= record.versions
         for what, value in found.items():
@@ -138,10 +139,9 @@ def _software(m: ReportData) -> list[list[Any]]:
     return [[what, "; ".join(seen[what])] for what in order] + missing
 
 
-def _policy(policy: dict[str, Any]) -> str:
-    named = [policy.get("type"), policy.get("name"), policy.get("dtype"), policy.get("device")]
-    weights = str(policy.get("sha256") or "")[:12]
-    return ", ".join([*map(str, filter(None, named)), *([f"weights {weights}…"] if weights else [])])
+def _policy(policy: PolicyMeta) -> str:
+    weights = f"weights {policy.sha256[:12]}…" if policy.sha256 else None
+    return ", ".join(filter(None, (policy.type, policy.name, policy.dtype, policy.device, weights)))
 
 
 def _flat(data: Any, prefix: str = "") -> list[list[Any]]:

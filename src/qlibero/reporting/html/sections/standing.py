@@ -47,5 +47,5 @@ def holm_text(arm: ArmComparison) -> str:
         return ""
     if arm.adjusted:
         return f"{'yes' if arm.adjusted.passed else 'no'}, {p_text(arm.adjusted.noninferiority_p)}"
-    passed = sum(suite.adjusted.passed for suite in arm.suites.values())
+    passed = sum(bool(suite.adjusted and suite.adjusted.passed) for suite in arm.suites.values())
     return f"in {passed} of {count_text(len(arm.suites), 'suite')}"

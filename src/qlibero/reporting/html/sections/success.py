@@ -29,7 +29,8 @@ def success(m: ReportData) -> Markup:
         groups.append((title, m.instruction(suite, task), of_task))
     lows = [_wilson(records)[0] for *_, arms in groups for records in arms.values() if _finished(records)]
     scale = charts.success_scale(lows)
-    drawn, figures = [], []
+    drawn: list[Markup] = []
+    figures = []
     for title, told, arms in groups:
         lanes = [_lane(m, title, name, records, scale) for name, records in arms.items()]
         heading = [title, el("small", told, class_="told") if told else None]

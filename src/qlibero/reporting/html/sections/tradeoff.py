@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
 
 from qlibero.console import count_text
 from qlibero.registry import SectionPlugin
@@ -12,6 +11,7 @@ from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections import parts
 from qlibero.reporting.html.sections.parts import legend, named, numbers, section
+from qlibero.results.arm_meta import ArmMeta, MemoryMeta
 from qlibero.results.speed import is_simulation
 from qlibero.results.summary import summarize_arm
 
@@ -23,23 +23,22 @@ PLUGINS = (
 
 def memory(m: ReportData) -> Markup | None:
     """The quantized linears of each arm (codes, scales, online transforms) against the same linears in bf16."""
-    found = {
-        name: arm.meta["memory"] for name, arm in m.arms.items() if (arm.meta.get("memory") or {}).get("bf16_bytes")
-    }
+    found = {name: of for name, arm in m.arms.items() if (of := arm.meta.memory) is not None and of.bf16_bytes}
     if not found:
         return None
-    scale = charts.Scale(0, 1.02 * max(max(of["bf16_bytes"], linear_bytes(of)) for of in found.values()))
+    scale = charts.Scale(0, 1.02 * max(max(of.bf16_bytes, of.kept) for of in found.values()))
     drawn, figures = [], []
     for name, of in found.items():
         meta = m.arms[name].meta
-        ends = list(accumulate(of.get(kind, 0) for kind in KINDS))
-        text = f"{_mega(ends[-1])}, {ends[-1] / of['bf16_bytes']:.2f}× of {_mega(of['bf16_bytes'])}"
+        held = of.weight_bytes, of.scale_bytes, of.transform_bytes
+        ends = list(accumulate(held))
+        text = f"{_mega(of.kept)}, {of.kept / of.bf16_bytes:.2f}× of {_mega(of.bf16_bytes)}"
         note = None
         if is_unpacked(meta):
-            text = f"{_mega(ends[-1])} unpacked"
+            text = f"{_mega(of.kept)} unpacked"
             note = el("small", f"{_on_fake(meta)} on fake: not a kernel's memory")
         strip = charts.track(
-            charts.interval(scale, 0, of["bf16_bytes"], "bar faint"),
+            charts.interval(scale, 0, of.bf16_bytes, "bar faint"),
             *(
                 charts.interval(scale, left, right, f"bar {kind}{' unpacked' * is_unpacked(meta)}", m.colour(name))
                 for left, right, kind in zip([0, *ends], ends, ("codes", "scales", "online"), strict=False)
@@ -52,7 +51,7 @@ def memory(m: ReportData) -> Markup | None:
         figures.append(
             [
                 named(m, name),
-                *(f"{of.get(kind, 0):,}" for kind in (*KINDS, "bf16_bytes")),
+                *(f"{size:,}" for size in (*held, of.bf16_bytes)),
                 f"{codes:,}" if codes else "–",
                 "unpacked in floating point" if is_unpacked(meta) else "as its kernel keeps them",
             ]
@@ -88,37 +87,32 @@ def memory(m: ReportData) -> Markup | None:
     )
 
 
-KINDS = ("weight_bytes", "scale_bytes", "transform_bytes")
+def _on_fake(meta: ArmMeta) -> str:
+    layers = len(meta.kernels)
+    on_fake = meta.executed.count("fake")
+    return "all layers" if on_fake == layers else f"{on_fake} of {count_text(layers, 'layer')}"
 
 
-def _on_fake(meta: dict[str, Any]) -> str:
-    names = [v.get("kernel") for v in meta["kernels"].values()]
-    return "all layers" if set(names) == {"fake"} else f"{names.count('fake')} of {count_text(len(names), 'layer')}"
-
-
-def is_unpacked(meta: dict[str, Any]) -> bool:
+def is_unpacked(meta: ArmMeta) -> bool:
     """Whether any layer ran on `fake`, which holds its integers in floating point."""
-    return any(v.get("kernel") == "fake" for v in (meta.get("kernels") or {}).values())
+    return "fake" in meta.executed
 
 
-def packed_bytes(of: dict[str, Any], meta: dict[str, Any]) -> int | None:
+def packed_bytes(of: MemoryMeta, meta: ArmMeta) -> int | None:
     """The integer codes at their width, without scales; None where layers differ in bits or none are said."""
-    quant = meta.get("quant") or {}
-    bits = quant.get("weight_bits")
-    return None if not bits or quant.get("per_layer_bits") else of["bf16_bytes"] * bits // 16
+    quant = meta.quant
+    if quant is None or quant.per_layer_bits or not quant.weight_bits:
+        return None
+    return of.bf16_bytes * quant.weight_bits // 16
 
 
-def _packed_mark(scale: charts.Scale, of: dict[str, Any], meta: dict[str, Any]) -> Markup | None:
+def _packed_mark(scale: charts.Scale, of: MemoryMeta, meta: ArmMeta) -> Markup | None:
     codes = packed_bytes(of, meta)
     return charts.mark(scale, codes, "packed") if codes and is_unpacked(meta) else None
 
 
 def _mega(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size > 2e9 else f"{size / 1e6:.1f} MB"
-
-
-def linear_bytes(of: dict[str, Any]) -> int:
-    return sum(of.get(kind, 0) for kind in KINDS)
 
 
 def pareto(m: ReportData) -> Markup | None:
@@ -129,8 +123,8 @@ def pareto(m: ReportData) -> Markup | None:
         if m.arms[name].is_control:
             continue
         s = summarize_arm(m.records(name))
-        if s["latency_ms"] and s["episodes"]:
-            dots.append((name, s["latency_ms"]["p50"], s["successes"] / s["episodes"], *s["wilson95"]))
+        if s.latency_ms and s.wilson95:
+            dots.append((name, s.latency_ms.p50, s.successes / s.episodes, *s.wilson95))
     if len(dots) < 2:
         return None
     x = charts.scale_over([d[1] for d in dots], room=0.25)
@@ -162,14 +156,8 @@ def pareto(m: ReportData) -> Markup | None:
     if tagged:
         marks += _tags(m, [(name, x(ms), y(rate)) for name, ms, rate, *_ in dots])
     text = "; ".join(f"{m.arms[d[0]].label}: {100 * d[2]:.1f} % at {d[1]:.1f} ms" for d in dots)
-    chart = el(
-        "div",
-        el(
-            "div",
-            [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()],
-            class_="ylabels",
-            aria_hidden="true",
-        ),
+    chart = charts.xy(
+        [(100 - y(t), f"{100 * t:g} %") for t in y.ticks()],
         el(
             "div",
             *charts.grid_lines(x),
@@ -178,7 +166,6 @@ def pareto(m: ReportData) -> Markup | None:
             class_="canvas",
         ),
         charts.axis(x, "median policy call, milliseconds", lambda t: f"{t:g}"),
-        class_="xy",
     )
     return section(
         "pareto",
@@ -207,7 +194,8 @@ def pareto(m: ReportData) -> Markup | None:
 
 def _tags(m: ReportData, places: list[tuple[str, float, float]]) -> list[Markup]:
     """Names beside their dots, on the side with room, moved down where two would lie upon each other."""
-    tags, taken = [], {"left": [], "right": []}
+    tags: list[Markup] = []
+    taken: dict[str, list[tuple[float, float]]] = {"left": [], "right": []}
     for name, left, bottom in sorted(places, key=lambda place: -place[2]):
         side = "left" if left > 60 else "right"
         reach = (left - NAME, left) if side == "left" else (left, left + NAME)
@@ -234,10 +222,10 @@ def _floor_band(m: ReportData, y: charts.Scale) -> Markup | None:
         len(m.parts) > 1
         or not part.comparison
         or not part.comparison.floor
-        or not part.comparison.reference_summary["episodes"]
+        or not part.comparison.reference_summary.episodes
     ):
         return None
     s = part.comparison.reference_summary
-    rate = s["successes"] / s["episodes"]
-    low, high = (rate + end for end in part.comparison.floor.band(s["episodes"]))
+    rate = s.successes / s.episodes
+    low, high = (rate + end for end in part.comparison.floor.band(s.episodes))
     return el("i", class_="band", style=f"bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%")

@@ -80,19 +80,19 @@ def _headline(m: ReportData) -> str:
 
 
 def _lead(m: ReportData) -> Markup:
-    alone = m.parts[0] if len(m.parts) == 1 else None
-    opening = "Every arm is compared with the reference of its own cell, on the same episodes"
+    alone = m.parts[0].comparison if len(m.parts) == 1 else None
+    opening: str = "Every arm is compared with the reference of its own cell, on the same episodes"
     if alone:
-        n = alone.comparison.reference_summary["episodes"]
-        planned = sum(planned_episodes(run) or 0 for run in m.runs if alone.comparison.reference in run.arms)
+        n = alone.reference_summary.episodes
+        planned = sum(planned_episodes(run) or 0 for run in m.runs if alone.reference in run.arms)
         of = f" of {planned:,} planned" if planned > n else ""
-        opening = join(f"Every arm runs the same episodes ({n:,}{of}) as ", el("b", m.arms[alone.reference].label))
+        opening = join(f"Every arm runs the same episodes ({n:,}{of}) as ", el("b", alone.reference_label))
     return join(
         opening,
         ": same scenes, same policy noise. "
         "An arm is non-inferior when the whole 95 % interval of its difference lies above "
         f"{m.margins}. Every term is explained at the end of this page.",
-        _floor_text(alone.comparison) if alone else None,
+        _floor_text(alone) if alone else None,
     )
 
 
@@ -130,14 +130,14 @@ def _card(m: ReportData, name: str, scale: charts.Scale, folded: bool) -> Markup
         el("h3", named(m, name)),
         el("span", el("i", found.glyph, aria_hidden="true"), found.word, class_="chip"),
     )
-    if not r.table.pairs:
+    if r.estimate is None:
         return el("article", head, el("p", r.sentence), _error_text(r), class_=f"card {found.tone}")
     margin = r.question.margin
     big = el(
         "p",
-        el("b", delta_text(r.delta, r.interval, margin), class_="big"),
+        el("b", delta_text(*r.estimate, margin), class_="big"),
         " pp ",
-        el("span", interval_text(r.interval, margin)),
+        el("span", interval_text(r.estimate.interval, margin)),
         class_="delta",
     )
     facts = [
@@ -158,7 +158,7 @@ def _card(m: ReportData, name: str, scale: charts.Scale, folded: bool) -> Markup
         "article",
         head,
         big,
-        difference(m, name, r, scale),
+        difference(m, name, r, r.estimate, scale),
         None if r.control else el("dl", [el("div", el("dt", t), el("dd", v)) for v, t in facts], class_="facts"),
         el("p", unbroken(_control_text(r) if r.control else r.sentence), class_="sentence"),
         el("details", el("summary", "What this could have found"), small) if folded and small else small,
@@ -213,16 +213,16 @@ def _table(m: ReportData, open_: bool) -> Markup:
     rows = []
     for name, r in sorted(m.compared.items(), key=lambda item: -(item[1].delta if item[1].delta is not None else -2)):
         found, shown = standing(r), "–"
-        if r.interval:
+        if r.estimate:
             margin = r.question.margin
-            shown = f"{delta_text(r.delta, r.interval, margin)} {interval_text(r.interval, margin)}"
+            shown = f"{delta_text(*r.estimate, margin)} {interval_text(r.estimate.interval, margin)}"
         rows.append(
             [
                 named(m, name),
                 el("span", found.word, class_=f"word {found.tone}"),
                 _nobr(shown),
                 f"{r.table.broken} / {r.table.repaired} of {r.table.pairs:,}",
-                _sorts(holm_text(r) or "–", r.adjusted and r.adjusted.noninferiority_p),
+                _sorts(holm_text(r) or "–", r.adjusted.noninferiority_p if r.adjusted else None),
                 _sorts(p_text(r.adjusted.mcnemar_p), r.adjusted.mcnemar_p) if r.adjusted else "–",
                 "–" if r.control else _sorts(_nobr(speed_text(r.speed) or "–"), _claimed_ratio(r)),
             ]
@@ -255,13 +255,13 @@ def _claimed_ratio(r: ArmComparison) -> float | None:
 
 def _single(m: ReportData, name: str) -> Markup:
     s = summarize_arm(m.records(name))
-    low, high = s["wilson95"] or (0, 1)
+    low, high = s.wilson95 or (0, 1)
     return el(
         "article",
         el("header", el("h3", named(m, name))),
         el(
             "p",
-            el("b", f"{s['successes']}/{s['episodes']}", class_="big"),
+            el("b", f"{s.successes}/{s.episodes}", class_="big"),
             f" [{100 * low:.1f}, {100 * high:.1f}] %",
             class_="delta",
         ),
