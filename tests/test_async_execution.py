@@ -4,18 +4,22 @@ on a clock."""
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_run import episode
 
 from qlibero import cli
 from qlibero.config.config_hash import config_hash
 from qlibero.config.load import ConfigError, load_experiment
+from qlibero.policies import load_policy
 from qlibero.results.compare import compare_runs
-from qlibero.results.ledger import read_ledger, read_trajectory
+from qlibero.results.ledger import Ledger, read_ledger, read_trajectory
 from qlibero.results.meta import read_meta
 from qlibero.results.quality import control_steps
+from qlibero.run.latency import fixed_execution
 from qlibero.run.pace import Chunks, Pace
 
 HORIZON = 10
@@ -119,6 +123,30 @@ def test_execution_is_part_of_an_arm_and_of_its_hash(study, tiny_experiment):
     ):
         with pytest.raises(ConfigError, match=told.replace("{", r"\{").replace("}", r"\}").replace("(", r"\(")):
             load_experiment(study, sets)
+
+
+def test_shards_that_begin_together_share_one_measured_latency(study, tmp_path):
+    """Four at once, on machines of two kinds; then one whose code has changed, before and after an episode."""
+    experiment = load_experiment(study)
+    arm = next(arm for arm in experiment.arms() if arm.name == "measured")
+    policy = load_policy(arm.policy)
+    told = ["pick up the cream cheese and place it in the basket"]
+
+    def begin(kind: str, identity: str = "a") -> dict:
+        meta = {"identity": {"code": identity}, "probes": {"p": {"kind": kind}}}
+        found = fixed_execution(tmp_path, arm, policy, told, meta, "hash")
+        assert found is not None
+        return found
+
+    with ThreadPoolExecutor(4) as shards:
+        found = list(shards.map(begin, ["fast", "slow", "fast", "slow"]))
+    kept = (tmp_path / "measured/latency.json").read_text()
+    assert {one["latency_ms"] for one in found} == {json.loads(kept)["ms"]} and begin("slow") == found[0]
+    with Ledger(tmp_path, "measured", 0, "hash") as ledger:
+        ledger.bind({"execution": found[0], "identity": {"code": "a"}})
+        ledger.append(*episode("libero_object", 0, 0, "measured", False, False, 0))
+    assert begin("slow", identity="b") == found[0]  # refused later, for its code; nothing is measured again
+    assert (tmp_path / "measured/latency.json").read_text() == kept
 
 
 def test_late_answers_in_real_simulators(study, tmp_path):

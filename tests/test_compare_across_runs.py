@@ -84,6 +84,32 @@ def test_any_arms_of_any_directories_with_the_reference_that_is_named(weeks, cap
     assert "this week" in page.read_text() and "no verdicts" not in page.read_text()
 
 
+def test_a_single_arm_beside_a_file_of_another_tool_and_alone_in_a_table(weeks, capsys, tmp_path):
+    old, new = weeks
+    other = tmp_path / "EVAL.txt"
+    lines = ["Task suite: libero_object"]
+    for task in range(3):
+        lines += [f"Task: put object {task} away"]
+        lines += [line for i in range(10) for line in (f"Starting episode {i + 1}...", "Success: True")]
+    other.write_text("\n".join(lines))
+    found = document(capsys, "compare", f"{new}/w4a8", str(other), f"{old}/w4a8")
+    assert found["reference"] == "friday/run/w4a8"
+    assert list(found["arms"])[1:] == ["monday/run/w4a8"] and len(found["arms"]) == 2  # no other arm of either run
+    external, before = found["arms"].values()
+    won = list(outcomes(new, "w4a8").values())
+    assert external["repaired"] == won.count("failure") and external["broken"] == 0
+    assert (before["repaired"], before["broken"]) == flips(compare_runs([f"{old}/w4a8", f"{new}/w4a8"]))
+    assert cli.main(["compare", f"{new}/w9", str(other)]) == 2
+    assert "has the arms baseline, w4a4, w4a8" in capsys.readouterr().out
+    assert cli.main(["compare", f"{new}/w4a8", f"{other}.gone", str(other)]) == 2
+    assert "EVAL.txt.gone: no such file" in capsys.readouterr().out
+    table = tmp_path / "one.jsonl"
+    assert document(capsys, "export", f"{new}/w4a8", f"{new}/w4a4", "-o", str(table))["rows"] == 2 * len(won)
+    again = document(capsys, "compare", f"{table}/w4a8", f"{table}/w4a4")
+    straight = document(capsys, "compare", f"{new}/w4a8", f"{new}/w4a4")
+    assert flips(again) == flips(straight) and "baseline" not in table.read_text().partition("\n")[2]
+
+
 def flips(found: dict) -> tuple[int, int]:
     (arm,) = found["arms"].values()
     return arm["broken"], arm["repaired"]

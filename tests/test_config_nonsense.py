@@ -150,6 +150,17 @@ def test_what_does_not_look_right_comes_with_an_example(tmp_path: Path, text: st
     assert example in refused(tmp_path, text, setting)
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["policy.checkpoint", "policy.tokenizer", "policy.norm_stats", "quant.artifact", "quant.artifact_dir"]
+    + ["quant.calibration.path", "arms.1.quant.artifact", "arms.1.policy.norm_stats"],
+)
+def test_an_empty_path_is_not_the_directory_that_somebody_stands_in(tmp_path: Path, key: str) -> None:
+    text = GOOD.replace("[baseline, fake]", "[baseline, {backend: fake, quant: {}, policy: {}}]")
+    told = refused(tmp_path, text.replace("backends", "arms"), f"{key}=''")
+    assert f": {key}: is empty: write a path, or null for none" in told
+
+
 @pytest.mark.parametrize("value", ["false", "null"])
 def test_no_tracking_is_an_empty_list(tmp_path: Path, value: str) -> None:
     assert "tracking: write [] for no tracker" in refused(tmp_path, GOOD + f"tracking: {value}\n")

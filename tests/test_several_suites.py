@@ -12,7 +12,7 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.ledger import read_ledger
-from qlibero.results.runs import read_run
+from qlibero.results.runs import RunResults, read_run
 from qlibero.run.planned import episode_keys
 
 
@@ -53,6 +53,24 @@ def test_a_list_of_one_is_that_suite_and_the_order_of_several_does_not_count(tmp
 
     assert bound_to("[libero_goal]") == bound_to("libero_goal")
     assert bound_to("[libero_goal, libero_10]") == bound_to("[libero_long, libero_goal]") != bound_to("libero_goal")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "tasks: [9, 0]",
+        "tasks: [3]\nseeds: [8, 7]",
+        "tasks: [4, 2]\ninits: {fresh: 3}",
+        "tasks: {libero_goal: [1], libero_spatial: [9, 0]}",
+    ],
+)
+def test_what_reads_a_run_knows_the_order_in_which_it_was_planned(tmp_path, more):
+    made = experiment(tmp_path, "[libero_spatial, libero_goal]", more)
+    (tmp_path / "experiment.yaml").write_text(dump_resolved(made))
+    run = RunResults(tmp_path, {}, yaml.safe_load((tmp_path / "experiment.yaml").read_text()), {})
+    assert list(run.planned_order or ()) == episode_keys(made) != sorted(episode_keys(made))
+    own = RunResults(tmp_path, {}, {**run.experiment, "suite": {"bddl": "/tasks/mine"}, "tasks": [1]}, {})
+    assert {key.suite for key in own.planned_order or ()} == {"mine"}
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,13 @@ def config(command: Parser) -> None:
     sets(command)
 
 
-def runs(command: Parser, arms: bool = True) -> None:
+def runs(command: Parser) -> None:
     command.add_argument(
         "run_dirs",
         nargs="+",
         type=Path,
         metavar="RUN_DIR",
-        help="a run's directory, or a sweep's for all its cells" + ("; DIR/ARM for one arm" if arms else ""),
+        help="a run's directory, or a sweep's for all its cells; DIR/ARM for one arm",
     )
 
 

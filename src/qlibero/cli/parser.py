@@ -107,7 +107,7 @@ def build_parser() -> Parser:
     command.add_argument("--arm", metavar="NAME", help="which arm (default: baseline)")
 
     command = add("export", results.export, "write the episodes of runs as one table, to analyse or to publish")
-    arguments.runs(command, arms=False)
+    arguments.runs(command)
     command.add_argument(
         "-o",
         "--output",

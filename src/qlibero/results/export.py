@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from dataclasses import replace as with_fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from qlibero.errors import UserError
 from qlibero.files import replace
 from qlibero.results.episode_table import COLUMNS, FLAT, SCHEMA, VERSION, arrow_schema
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import RunResults, read_runs
+from qlibero.results.runs import RunResults
+from qlibero.results.selection import select
 from qlibero.results.summary import percentiles, phase_calls, policy_calls
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -40,8 +42,8 @@ def export_episodes(
     tasks: Sequence[int] | None = None,
     card: Path | str | None = None,
 ) -> JsonObject:
-    """Write the episodes of one or several runs to `out` (.csv, .jsonl or .parquet), and a dataset card beside it where
-    `card` names one. Returns {"file", "rows", "columns", "schema", "card"}.
+    """Write the episodes of one or several runs, or of arms given as DIR/ARM, to `out` (.csv, .jsonl, .parquet), and a
+    dataset card beside it where `card` names one. Returns {"file", "rows", "columns", "schema", "card"}.
 
     `arms`, `tasks`: only these. Raises UserError for another suffix, a missing pyarrow or an arm that no run has,
     WorkFailed if a file cannot be written.
@@ -51,7 +53,8 @@ def export_episodes(
         raise UserError(f"export: {out.name} ends in neither {' nor '.join(SUFFIXES)}")
     if card and out.suffix == ".csv":
         raise UserError(f"export: --card describes a .jsonl or .parquet, and {out.name} is neither")
-    runs = read_runs(paths)
+    # a row names its run, so arms keep the names that they have there
+    runs = [with_fields(run, arms={arm.arm: arm for arm in run.arms.values()}) for run in select(paths)]
     known = dict.fromkeys(arm for run in runs for arm in run.arms)
     for arm in arms or ():
         if arm not in known:

@@ -16,7 +16,6 @@ from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError
 from qlibero.results.comparison import Estimate
-from qlibero.results.exported import is_export
 from qlibero.results.importers import read_external
 from qlibero.results.imports import ExternalArm, from_run, task_numbers
 from qlibero.results.paired_outcomes import (
@@ -34,8 +33,9 @@ from qlibero.results.paired_outcomes import (
     worst_step,
 )
 from qlibero.results.pairing import collect_arms, outcomes_of, pair_arms
-from qlibero.results.runs import RunResults, common_margin, read_runs
+from qlibero.results.runs import RunResults, common_margin
 from qlibero.results.same_tasks import same_tasks
+from qlibero.results.selection import end_of, is_result_file, select
 from qlibero.results.wording import delta_text, detectable_line, interval_text, margin_text, p_text
 from qlibero.stats import proportions as st
 from qlibero.stats.proportions import Interval
@@ -126,16 +126,17 @@ def compare_external(
     margin: float | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> ExternalComparison:
-    """Compare result files, and run directories beside them.
+    """Compare result files, and run directories or single arms (DIR/ARM) beside them.
 
     The reference is the first file unless named; the margin what the runs declare; `columns` says what the
     columns of a table are (`importers.columns`). Raises UserError for a bad margin, reference or file.
     """
     inputs = [Path(path) for path in paths]
-    runs = {path: read_runs([path]) for path in inputs if path.is_dir() or is_export(path)}
-    margin = check_margin(common_margin([run for of in runs.values() for run in of]) if margin is None else margin)
+    runs = {path: select([path]) for path in inputs if not is_result_file(path)}
+    every = [run for of in runs.values() for run in of]
+    margin = check_margin(common_margin(every) if margin is None else margin)
     found = [
-        [arm for run in runs[path] for arm in _arms_of(run)] if path in runs else read_external(path, columns)
+        [arm for run in runs[path] for arm in _arms_of(run, every)] if path in runs else read_external(path, columns)
         for path in inputs
     ]
     arms = [arm for one in found for arm in one]
@@ -154,9 +155,12 @@ def compare_external(
     return ExternalComparison(base.name, margin, results)
 
 
-def _arms_of(run: RunResults) -> list[ExternalArm]:
+def _arms_of(run: RunResults, every: Sequence[RunResults]) -> list[ExternalArm]:
     instructions = run.environment.get("instructions") or {}
-    return [from_run(arm, run.name, instructions) for arm in collect_arms([run]).values()]
+    here = run.run_dir.resolve()
+    rivals = [other.run_dir for other in every if other.name == run.name and other.run_dir.resolve() != here]
+    name = end_of(run.run_dir, rivals) if rivals else run.name
+    return [from_run(arm, name, instructions) for arm in collect_arms([run]).values()]
 
 
 def _reference(names: Sequence[str], asked: str | None) -> str:

@@ -33,7 +33,7 @@ def read_meta(run_dir: Path | str, arm: str) -> ArmMeta:
 
 def write_meta(run_dir: Path | str, arm: str, update: Mapping[str, Any]) -> None:
     """Merge `update` (fields of `ArmMeta`, and whatever else is to be kept) into the arm's meta.json, atomically."""
-    with _one_at_a_time(Path(run_dir) / arm):
+    with one_at_a_time(Path(run_dir) / arm):
         _write(run_dir, arm, {**_content(run_dir, arm), **update})
 
 
@@ -57,7 +57,7 @@ def check(run_dir: Path | str, arm: str, wanted: Mapping[str, Any], mixed_machin
 
 def bind(run_dir: Path | str, arm: str, meta: Mapping[str, Any], mixed_machines: bool = False) -> None:
     """`check`, then put `meta` on record: beside what is known when episodes are there, in its place otherwise."""
-    with _one_at_a_time(Path(run_dir) / arm):
+    with one_at_a_time(Path(run_dir) / arm):
         check(run_dir, arm, meta, mixed_machines)
         known = _content(run_dir, arm) if has_episodes(Path(run_dir) / arm) else {}
         probes = {**known.get("probes", {}), **meta.get("probes", {})}
@@ -145,8 +145,8 @@ def _write(run_dir: Path | str, arm: str, meta: JsonObject) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Shards of one arm read and write its meta.json in turn."""
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Shards of one arm read and write what they share (its meta.json, its latency) in turn."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = open_own(directory / ".lock-meta", os.O_RDWR)
     try:

@@ -37,12 +37,19 @@ class RunResults:
     @property
     def planned(self) -> frozenset[EpisodeKey] | None:
         """The episodes of each arm that the experiment asks for; None where its files do not say."""
+        return None if self.planned_order is None else frozenset(self.planned_order)
+
+    @property
+    def planned_order(self) -> tuple[EpisodeKey, ...] | None:
+        """The same in the order in which they are run: suites and tasks as they are listed."""
         said = self.experiment
         named, tasks, each = said.get("suite"), said.get("tasks") or [], said.get("episodes_per_task")
-        suites: list[Any] = named if isinstance(named, list) else [named]
+        suites = [_suite_name(suite) for suite in (named if isinstance(named, list) else [named])]
         told = self.environment.get("instructions") or {}
+        asked = {suite: tasks.get(suite, "all") if isinstance(tasks, dict) else tasks for suite in suites}
         of_suite = {
-            suite: [int(task) for task in told.get(suite) or ()] if tasks == "all" else tasks for suite in suites
+            suite: [int(task) for task in told.get(suite) or ()] if chosen == "all" else list(chosen)
+            for suite, chosen in asked.items()
         }
         seeds = said.get("seeds") or [said.get("seed")]
         if not all(suites) or not all(of_suite.values()) or not each or None in seeds:
@@ -52,7 +59,7 @@ class RunResults:
             kind, each = FRESH, inits["fresh"]
         elif inits == BASE:
             kind = BASE
-        return frozenset(
+        return tuple(
             EpisodeKey(suite, t, init, seed, kind)
             for suite in suites
             for t in of_suite[suite]
@@ -63,6 +70,11 @@ class RunResults:
     @property
     def name(self) -> str:
         return str(self.experiment.get("name") or self.run_dir.resolve().name)
+
+
+def _suite_name(said: Any) -> str:
+    """Of a suite as experiment.yaml has it: a name, or where the files of one's own lie."""
+    return str(said.get("name") or Path(said.get("bddl") or "").name) if isinstance(said, dict) else str(said or "")
 
 
 def keeps_a_sweep(path: Path) -> bool:

@@ -43,6 +43,11 @@ def select(paths: Sequence[Path | str], labels: Mapping[str, str] | None = None)
     return _labelled(_told_apart(runs, places), labels or {}, places)
 
 
+def is_result_file(path: Path) -> bool:
+    """Whether it is a file of another tool's: neither a run, nor an arm, nor an exported table."""
+    return not path.is_dir() and not is_export(path) and _arm(path) is None
+
+
 def first_reference(runs: Sequence[RunResults]) -> str:
     """What verdicts are against where nobody says: the baseline; of arms named one by one, the first."""
     return next(iter(runs[0].arms)) if runs[0].chosen else REFERENCE
@@ -79,14 +84,19 @@ def _told_apart(runs: list[RunResults], places: dict[str, tuple[int, str]]) -> l
             continue
         names = {}
         for name in run.arms:
-            rivals = [other.run_dir.resolve().parts for other in runs if other is not run and name in other.arms]
-            own = run.run_dir.resolve().parts
-            depth = next((k for k in range(1, len(own)) if all(own[-k:] != parts[-k:] for parts in rivals)), len(own))
-            names[name] = "/".join((*own[-depth:], name)) if every.count(name) > 1 else name
+            rivals = [other.run_dir for other in runs if other is not run and name in other.arms]
+            names[name] = f"{end_of(run.run_dir, rivals)}/{name}" if every.count(name) > 1 else name
         arms = {names[name]: _called(arm, name, names[name]) for name, arm in run.arms.items()}
         told[index] = replace(run, arms=arms)
         places |= {given: (i, names[name]) for given, (i, name) in places.items() if i == index}
     return told
+
+
+def end_of(path: Path, rivals: Sequence[Path]) -> str:
+    """As much of the end of a path as tells it from its rivals."""
+    own, others = path.resolve().parts, [rival.resolve().parts for rival in rivals]
+    depth = next((k for k in range(1, len(own)) if all(own[-k:] != parts[-k:] for parts in others)), len(own))
+    return "/".join(own[-depth:])
 
 
 def _labelled(

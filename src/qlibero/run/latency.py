@@ -1,14 +1,14 @@
 """How late an asynchronous arm's answers are: fixed before its first episode, in control steps, and kept.
 
 A latency that is measured would be another one on every start, and with it every episode. So the first start of an arm
-measures it and leaves it in <arm>/latency.json; every later one, and every other shard, takes it from there.
+measures it and leaves it in <arm>/latency.json; every later one, and every other shard, takes it from there. Shards
+that begin together wait for the one that measures, whatever machine that is on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from qlibero.episode_key import EpisodeKey
 from qlibero.identity import Identity
 from qlibero.policies.base import Policy
 from qlibero.results.arm_meta import ArmMeta
-from qlibero.results.meta import has_episodes
+from qlibero.results.meta import has_episodes, one_at_a_time, read_meta
 from qlibero.results.quality import control_steps
 from qlibero.results.speed import is_simulation
 from qlibero.run.noise import call_noise
@@ -44,18 +44,36 @@ def fixed_execution(
     said = arm.execution.latency_ms
     if not isinstance(said, str):
         return {"mode": "async", "latency_ms": said, "latency_steps": control_steps(said), "measured": False}
-    machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
-    asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
-    ms = _kept(run_dir / arm.name, asked, machine)
-    if ms is None:
-        ms = _keep(run_dir / arm.name, asked, machine, measured_ms(policy, prompts))
-        if is_simulation(ArmMeta.model_validate(meta)):
-            log.warning(
-                f"arm {arm.name}: runs on a simulation of a kernel, so its measured latency of {ms:.0f} ms is no "
-                "kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"
-            )
+    ms = _fixed_ms(run_dir, arm.name, policy, prompts, meta, config_hash)
     log.info(f"arm {arm.name}: answers after {ms:.1f} ms, {control_steps(ms)} control steps")
     return {"mode": "async", "latency_ms": ms, "latency_steps": control_steps(ms), "measured": True}
+
+
+def _fixed_ms(
+    run_dir: Path, arm: str, policy: Policy, prompts: list[str], meta: Mapping[str, Any], config_hash: str
+) -> float:
+    directory = run_dir / arm
+    bound = read_meta(run_dir, arm).execution if has_episodes(directory) else None
+    if bound is not None:
+        return bound.latency_ms
+    machine = next((about["kind"] for about in meta.get("probes", {}).values()), "")
+    asked = {"config_hash": config_hash, "identity": Identity(meta["identity"]).digest}
+    with one_at_a_time(directory):
+        kept = _kept(directory, asked)
+        if kept is None:
+            kept = {**asked, "machine": machine, "ms": measured_ms(policy, prompts), "calls": CALLS}
+            files.replace(directory / FILE, json.dumps(kept) + "\n")
+            if is_simulation(ArmMeta.model_validate(meta)):
+                log.warning(
+                    f"arm {arm}: runs on a simulation of a kernel, so its measured latency of {kept['ms']:.0f} ms is "
+                    "no kernel's; write execution: {latency_ms: …} for the latency that the kernel would have"
+                )
+    if kept["machine"] != machine:
+        log.warning(
+            f"arm {arm}: its latency was measured on another machine ({kept['machine']}, this is {machine}) and holds "
+            f"for the whole run; as no episode is recorded yet, remove {directory / FILE} to measure it here"
+        )
+    return float(kept["ms"])
 
 
 def measured_ms(policy: Policy, prompts: list[str]) -> float:
@@ -70,29 +88,10 @@ def measured_ms(policy: Policy, prompts: list[str]) -> float:
     return round(float(np.median(times)), 2)
 
 
-def _kept(directory: Path, asked: Mapping[str, str], machine: str) -> float | None:
-    """What an earlier start of the same arm has measured; of one that has no episode yet only on such a machine."""
+def _kept(directory: Path, asked: Mapping[str, str]) -> JsonObject | None:
+    """What an earlier start of the same arm has measured."""
     try:
         found = read_json(directory / FILE)
     except FileNotFoundError:
         return None
-    same = isinstance(found, dict) and all(found.get(key) == value for key, value in asked.items())
-    return float(found["ms"]) if same and (has_episodes(directory) or found.get("machine") == machine) else None
-
-
-def _keep(directory: Path, asked: Mapping[str, str], machine: str, ms: float) -> float:
-    """Leave it for every later start; what another process has left just now counts instead."""
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**asked, "machine": machine, "ms": ms, "calls": CALLS}) + "\n"
-    ours = directory / f".{FILE}-{os.getpid()}"
-    files.replace(ours, text)
-    try:
-        os.link(ours, directory / FILE)
-    except OSError:  # it is there, or the disk has no links
-        other = _kept(directory, asked, machine)
-        if other is not None:
-            return other
-        files.replace(directory / FILE, text)
-    finally:
-        ours.unlink(missing_ok=True)
-    return ms
+    return found if isinstance(found, dict) and all(found.get(key) == value for key, value in asked.items()) else None

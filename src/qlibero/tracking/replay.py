@@ -2,12 +2,12 @@
 
 What every tracker shows is decided in `rows.py`; the trackers only know how to log. The rows of an arm have a fixed
 order, written down *before* a row is logged (`Order`): row i is logged as step i, so a tracker that says how many rows
-it holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. It is the order of the
-episodes' keys (under `stop` the declared one), and a row's x is its episode's place among all that are planned: equal x
-is the same episode in every arm. So while a run goes on an episode is shown once all before it are; the summary counts
-what has finished. A note of what *was* logged
-would not do: a mirror killed between the two loses or doubles a row. A row whose record the ledger has lost since (its
-tail was torn) and which the tracker does not hold is void: the episode is run again and gets a new row.
+it holds can be continued exactly, and one that cannot say is emptied and replayed from row 0. It is the order in which
+episodes are planned (under `stop` the declared one), and a row's x is its episode's place in it: equal x is the same
+episode in every arm. So while a run goes on an episode is shown once all before it are; the summary counts what has
+finished. A note of what *was* logged would not do: a mirror killed between the two loses or doubles a row. A row whose
+record the ledger has lost since (its tail was torn) and which the tracker does not hold is void: the episode is run
+again and gets a new row.
 
 Only finished episodes have rows. Errors are tried again by the next run, and a row cannot be taken back from a
 tracker; they are counted in the summary.
@@ -276,5 +276,5 @@ def planned_places(run_dir: Path) -> dict[str, int]:
     """Place from 1 of every planned episode, by its key, in order; {} where the run's files do not say what is
     planned."""
     declared = read_declaration(run_dir)
-    order = declared.spendable if declared is not None else sorted(read_run(run_dir).planned or ())
+    order = declared.spendable if declared is not None else read_run(run_dir).planned_order or ()
     return {str(key): place for place, key in enumerate(order, start=1)}

@@ -3,15 +3,19 @@ the one chart in which speed and success meet."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+
 from qlibero.registry import SectionPlugin
 from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el
 from qlibero.reporting.html.report_data import ReportData
-from qlibero.reporting.html.sections import parts
-from qlibero.reporting.html.sections.parts import named, numbers, section
+from qlibero.reporting.html.sections.parts import legend, named, numbers, section
+from qlibero.results.arm_meta import ExecutionMeta
 from qlibero.results.quality import control_steps
 from qlibero.results.speed import is_simulation
 from qlibero.results.summary import counts, summarize_arm
+from qlibero.results.wording import delta_text, interval_text
 from qlibero.stats.proportions import wilson
 
 PLUGIN = SectionPlugin("delay", "success against the latency of execution", provides="delay", order=82)
@@ -24,41 +28,83 @@ def delay(m: ReportData) -> Markup | None:
     if not any(name in late for name in shown):
         return None
     shown.sort(key=lambda name: (name in late, late[name].latency_ms if name in late else 0.0))
-    own = {name: _own_steps(m, name) for name in shown}
-    lows = [_interval(m, name)[0] for name in shown]
-    scale = charts.success_scale(lows)
-    drawn, figures, placed = [], [], set()
+    figures = []
     for name in shown:
         k, n, _ = counts(m.records(name))
-        low, high = _interval(m, name)
+        low, high = wilson(k, n)
         said = late.get(name)
-        steps = said.latency_steps if said else None
-        here = [m.arms[a].label for a, s in own.items() if s is not None and s == steps and a not in placed]
-        placed |= {a for a, s in own.items() if s is not None and s == steps}
-        when = f"{said.latency_ms:g} ms late, {steps} control steps" if said else "waited for"
-        note = f"here lies the measured call of {', '.join(here)}" if here else None
-        strip = charts.track(
-            *charts.grid_lines(scale),
-            charts.interval(scale, low, high, "ci", m.colour(name)),
-            charts.mark(scale, k / n, "dot", m.colour(name)),
-            label=f"{m.arms[name].label}, {when}: {k}/{n}",
-        )
-        title = named(m, name, el("small", when), el("small", note, class_="told") if note else None)
-        drawn.append(parts.row(title, parts.lane(strip, f"{k}/{n}")))
-        figures.append([named(m, name), when, f"{k}/{n}", f"[{100 * low:.1f}, {100 * high:.1f}]", _own_text(m, name)])
+        when = f"{said.latency_ms:g} ms late, {said.latency_steps} control steps" if said else "waited for"
+        result = m.compared.get(name)
+        paired = "–"
+        if result is not None and (found := result.estimate) is not None:
+            margin = result.verdict.margin
+            paired = f"{delta_text(*found, margin)} {interval_text(found.interval, margin)}"
+        wilson95 = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        figures.append([named(m, name), when, f"{k}/{n}", wilson95, paired, _own_text(m, name)])
     return section(
         "delay",
         "Success when nobody waits for the policy",
-        parts.rows(drawn, axis=charts.axis(scale, "success rate", lambda t: f"{100 * t:g} %")),
-        numbers("The rows", ["arm", "execution", "success", "Wilson 95 %", "its own call, p50"], figures),
+        _chart(m, late, shown),
+        legend(m, shown, "legend under"),
+        numbers(
+            "The points", ["arm", "execution", "success", "Wilson 95 %", "Δ pp, 95 %", "its own call, p50"], figures
+        ),
         lead="Late arms go on with the chunk they have while the policy thinks, in control steps of 50 ms; all else is "
-        "as in their reference. Bars are Wilson intervals of single arms: the paired differences above rank them.",
+        "as in their reference. Dots stand at the latency that an arm was executed with, lines join arms that differ "
+        "in it alone, the band is the success of the reference, which is waited for. Ticks below the dots: the median "
+        "call that each arm was measured to have on the machine of this run. Bars are Wilson intervals of single "
+        "arms: the paired differences rank them.",
     )
 
 
-def _interval(m: ReportData, name: str) -> tuple[float, float]:
-    k, n, _ = counts(m.records(name))
-    return wilson(k, n)
+def _chart(m: ReportData, late: Mapping[str, ExecutionMeta], shown: Sequence[str]) -> Markup:
+    own = {name: ms for name in shown if (ms := _own_ms(m, name)) is not None}
+    x = charts.scale_over([0.0, *(late[name].latency_ms for name in shown if name in late), *own.values()])
+    success = {name: counts(m.records(name))[:2] for name in shown}
+    y = charts.success_scale([wilson(*success[name])[0] for name in shown])
+    marks, lines = [], dict[str, list[tuple[float, float]]]()
+    for name in shown:
+        k, n = success[name]
+        low, high = wilson(k, n)
+        colour = m.colour(name)
+        if name not in late:
+            marks.append(el("i", class_="band", style=f"bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%"))
+            continue
+        left = x(late[name].latency_ms)
+        lines.setdefault(_else(m, name), []).append((left, 100 - y(k / n)))
+        box = f"left:{left}%;bottom:{y(low)}%;height:{round(y(high) - y(low), 2)}%"
+        marks.append(el("i", class_=f"vci {colour}", style=box))
+        marks.append(
+            el("i", class_=f"dot {colour}", style=f"left:{left}%;bottom:{y(k / n)}%", title=m.arms[name].label)
+        )
+    marks += [
+        el("i", class_=f"own {m.colour(name)}", style=f"left:{x(ms)}%", title=f"{m.arms[name].label}: {ms:.1f} ms")
+        for name, ms in own.items()
+    ]
+    text = "; ".join(
+        f"{m.arms[name].label}: {success[name][0]}/{success[name][1]} at {late[name].latency_ms:g} ms"
+        for name in shown
+        if name in late
+    )
+    return el(
+        "div",
+        el("div", [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()],
+           class_="ylabels", aria_hidden="true"),
+        el("div", *charts.grid_lines(x),
+           charts.plot(*(charts.curve(points, "front") for points in lines.values() if len(points) > 1),
+                       label=text, height=320),
+           *marks, class_="canvas"),
+        charts.axis(x, "latency of execution, milliseconds", lambda t: f"{t:g}"),
+        class_="xy",
+    )  # fmt: skip
+
+
+def _else(m: ReportData, name: str) -> str:
+    """What an arm is but for its latency: arms of which this is equal are one line."""
+    result = m.compared.get(name)
+    other = sorted(set(result.unlike) - {"latency_steps"}) if result else []
+    quant = m.arms[name].meta.quant
+    return json.dumps([quant and quant.model_dump(mode="json"), other], sort_keys=True)
 
 
 def _own_ms(m: ReportData, name: str) -> float | None:

@@ -9,7 +9,7 @@ from qlibero.reporting.html import charts
 from qlibero.reporting.html.markup import Markup, el, join
 from qlibero.reporting.html.report_data import ReportData
 from qlibero.reporting.html.sections.parts import legend, named, section, table
-from qlibero.results.arm_meta import ActionError
+from qlibero.results.arm_meta import ActionError, ArmMeta
 from qlibero.results.comparison import ArmComparison
 from qlibero.stats.proportions import Interval
 from qlibero.stats.ranks import rank_correlation
@@ -39,7 +39,7 @@ class _Foretold:
 def prediction(m: ReportData) -> Markup | None:
     """Action error against flipped episodes, an arm a dot, and how well the error of an episode foretells its flip."""
     found = {
-        name: _Foretold(m.arms[name].meta.action_error, result)
+        name: _Foretold(_on_demonstrations(m.arms[name].meta, result), result)
         for name, result in m.compared.items()
         if not result.control and result.table.pairs
     }
@@ -73,6 +73,13 @@ def prediction(m: ReportData) -> Markup | None:
         ),
         lead=_lead(found),
     )
+
+
+def _on_demonstrations(meta: ArmMeta, result: ArmComparison) -> ActionError | None:
+    """The error that calibration measured, which is that of quantizing alone: of an arm that differs in more from its
+    reference (flow steps, weights) it is no error of the arm. How late answers come changes none."""
+    other = [name for name, sides in result.unlike.items() if name != "latency_steps" and None not in sides]
+    return None if other else meta.action_error
 
 
 def _points(found: dict[str, _Foretold]) -> tuple[str, dict[str, tuple[float, float]]]:
