@@ -150,6 +150,17 @@ def test_what_does_not_look_right_comes_with_an_example(tmp_path: Path, text: st
     assert example in refused(tmp_path, text, setting)
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["policy.checkpoint", "policy.tokenizer", "policy.norm_stats", "quant.artifact", "quant.artifact_dir"]
+    + ["quant.calibration.path", "arms.1.quant.artifact", "arms.1.policy.norm_stats"],
+)
+def test_an_empty_path_is_not_the_directory_that_somebody_stands_in(tmp_path: Path, key: str) -> None:
+    text = GOOD.replace("[baseline, fake]", "[baseline, {backend: fake, quant: {}, policy: {}}]")
+    told = refused(tmp_path, text.replace("backends", "arms"), f"{key}=''")
+    assert f": {key}: is empty: write a path, or null for none" in told
+
+
 @pytest.mark.parametrize("value", ["false", "null"])
 def test_no_tracking_is_an_empty_list(tmp_path: Path, value: str) -> None:
     assert "tracking: write [] for no tracker" in refused(tmp_path, GOOD + f"tracking: {value}\n")
@@ -175,9 +186,11 @@ def test_an_arm_is_called_after_what_computes_it(tmp_path: Path, word: str) -> N
     [
         ("libero_90_swap", "LIBERO-PRO"),
         ("libero_object_with_red_box", "LIBERO-PRO"),
-        ("libero_10_env", "not supported yet"),
-        ("libero_pro", "not supported yet"),
-        ("LIBERO-plus", "not supported yet"),
+        ("libero_10_env", "not supported"),
+        ("libero_pro", "not supported"),
+        ("LIBERO-plus", "libero_plus_{spatial,object,goal,10}_{camera,robot,noise,language,level}"),
+        ("libero_plus_goal_light", "not supported"),
+        ("libero_spatial_camera", "libero_plus_{"),
         ("libero_100", "libero_10 and libero_90"),
         ("libero_goal_no_noops", "training set; the suite is libero_goal"),
         ("libero_objct", "did you mean libero_object?"),

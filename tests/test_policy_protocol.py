@@ -42,7 +42,7 @@ DECLARED = {
     for name in (*vars(protocol), *vars(protocol).get("__annotations__", {}))
     if not name.startswith("_")
 }
-OPTIONAL = {"frame_format", "begin"}  # "It may also have", says `Policy`
+OPTIONAL = {"frame_format", "begin", "calibration_inputs"}  # "It may also have", say the docstrings
 
 
 class Block(nn.Module):

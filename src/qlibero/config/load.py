@@ -217,7 +217,10 @@ def _resolve_paths(source: Source, check_files: bool) -> None:
             here = (*at, key)
             if isinstance(inner, dict | list):
                 visit(inner, here, paths)
-            elif key in paths and isinstance(inner, str) and inner:
+            elif key in paths and inner == "":  # which would be the directory that somebody stands in
+                problem = f"{dotted(here)}: is empty: write a path, or null for none"
+                source.problems.append(Problem(mark_of(source, here), problem))
+            elif key in paths and isinstance(inner, str):
                 _resolve(source, value, here, check_files)
 
     policy = source.data.get("policy")
