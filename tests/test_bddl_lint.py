@@ -124,7 +124,7 @@ def test_a_directory_without_a_task_is_refused(tmp_path):
 
 
 def test_none_of_liberos_own_290_tasks_has_a_complaint():
-    folders = {libero.task_files(name, 0)["goal"].parent for name in suites.SUITES}
+    folders = {libero.task_files(name, 0)["goal"].parent for name, s in suites.SUITES.items() if not s.variants_of}
     found = bddl.lint_all(sorted(folders), bddl.installed())
     assert len(found) == 290 and [said for of in found.values() for said in of] == []
     assert all(isinstance(name, str) and Path(name).suffix == ".bddl" for name in found)

@@ -13,7 +13,7 @@ from qlibero.config.yaml_text import short
 from qlibero.documents import JsonObject
 from qlibero.errors import QliberoError
 from qlibero.places import CHECKOUT, CONFIGS
-from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, problems
+from qlibero.registry import BUILT_IN, KINDS, KernelPlugin, SuitePlugin, every, get, problems
 
 if TYPE_CHECKING:
     from qlibero.kernels.contract import GemmShape
@@ -50,23 +50,24 @@ def of_kind(kinds: str) -> Rows:
 
 def suites() -> Rows:
     """The LIBERO suites with the constants of their published protocol, and what is installed under their names."""
+    from qlibero.sim.libero_plus import INSTALL
     from qlibero.sim.physics_check import references
     from qlibero.sim.provenance import content
     from qlibero.sim.suites import SUITES
 
     known = references()
-
+    missing = {name: ", ".join(f"needs {package}" for package in get(SuitePlugin, name).missing) for name in SUITES}
     return [
         {
             "suite": s.name,
             "tasks": s.tasks,
             "initial_states": s.inits,
             "max_steps": s.max_steps,
-            "perturbs": s.base or None,
+            "perturbs": s.base or s.variants_of or None,
             "instructions": s.instructions,
-            "content": content(s.name) if find_spec("libero") else None,
+            "content": None if missing[s.name] or not find_spec("libero") else content(s.name),
             "reference": s.name in known,
-            "from": "built in",
+            "from": f"{missing[s.name]}: {INSTALL}" if missing[s.name] else "built in",
         }
         for s in SUITES.values()
     ] + [

@@ -123,7 +123,10 @@ class Experiment(StrictModel):
         "all", description="all, or a list of task numbers; of several suites also {suite: list}, all of those unsaid"
     )
     episodes_per_task: Int = Field(
-        OFFICIAL_INITS, ge=1, le=OFFICIAL_INITS, description="official initial states 0…N-1 of each task"
+        OFFICIAL_INITS,
+        ge=1,
+        le=OFFICIAL_INITS,
+        description="official initial states 0…N-1 of each task; LIBERO-plus has one",
     )
     inits: Inits = Field(
         "official",
@@ -233,7 +236,11 @@ class Experiment(StrictModel):
                 said = f"{suite.called} says fresh: {suite.fresh}"
                 raise FieldError(("inits",), f"{said}; leave inits out, or write it there only")
             if kind == "official" and count > (there := self.plugin(called(suite)).inits):
-                raise FieldError(("episodes_per_task",), f"{called(suite)} has {there} initial states a task")
+                raise FieldError(
+                    ("episodes_per_task",),
+                    f"{called(suite)} has {there} initial state{'s' * (there != 1)} a task; more episodes come from "
+                    "seeds: [7, 8, …] or inits: fresh(N)",
+                )
 
     def _check_tasks(self) -> None:
         listed: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from qlibero.config.fields import FieldError, Int, PluginName, Slug, StrictModel
 from qlibero.config.vocabulary import SUITE_ALIASES
-from qlibero.registry import FolderSuite, SuitePlugin, names
+from qlibero.registry import FolderSuite, SuitePlugin, get, names
 
 OFFICIAL_INITS = 50  # every LIBERO task ships 50 initial states
 
@@ -134,7 +134,7 @@ Suites = Annotated[
 
 
 def said_by_own(data: dict[str, Any]) -> dict[str, Any]:
-    """What suites of one's own say of the experiment: that states are drawn, or how many there are."""
+    """What suites say of the experiment: that states are drawn, or how many there are where they are few."""
     written = data.get("suite")
     found = []
     for each in written if isinstance(written, list | tuple) else (written,):
@@ -143,6 +143,13 @@ def said_by_own(data: dict[str, Any]) -> dict[str, Any]:
                 found.append(OwnSuite.model_validate(each))
     drawn = {suite.fresh for suite in found if suite.fresh}
     states = [suite.plugin().inits for suite in found if suite.init_states]
+    for each in written if isinstance(written, list | tuple) else (written,):
+        if (
+            isinstance(each, str)
+            and each in names(SuitePlugin)
+            and (inits := get(SuitePlugin, each).inits) < OFFICIAL_INITS
+        ):
+            states.append(inits)
     return ({"inits": {"fresh": drawn.pop()}} if len(drawn) == 1 else {}) | (
         {"episodes_per_task": min(*states, OFFICIAL_INITS)} if states else {}
     )

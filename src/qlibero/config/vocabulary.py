@@ -40,8 +40,9 @@ def suite_hint(word: Any, known: Iterable[str]) -> str:
         return f"; did you mean {SUITE_ALIASES.get(name, name)}?"
     if PERTURBED.match(name):
         return (
-            "; of LIBERO-PRO there are libero_{spatial,object,goal,10}_{swap,object,lan,task}; its other variants, of "
-            "which assets are missing, and LIBERO-plus are not supported yet"
+            "; of LIBERO-PRO there are libero_{spatial,object,goal,10}_{swap,object,lan,task}, of LIBERO-plus "
+            "libero_plus_{spatial,object,goal,10}_{camera,robot,noise,language,level}; other variants, whose assets "
+            "no package has, are not supported"
         )
     return did_you_mean(name, known, cutoff=0.85)
 

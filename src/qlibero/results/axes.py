@@ -6,14 +6,16 @@ import re
 from collections.abc import Collection
 
 UNPERTURBED = "unperturbed"
-_AXES = {"swap": "position", "object": "object", "lan": "instruction", "task": "task"}
-_PERTURBED = re.compile(r"libero_(?:spatial|object|goal|10)_(swap|object|lan|task)")
+_AXES = {"swap": "position", "object": "object", "lan": "instruction", "language": "instruction"}
+_PRO = re.compile(r"libero_(?:spatial|object|goal|10)_(swap|object|lan|task)")
+_PLUS = re.compile(r"libero_plus_(?:spatial|object|goal|10)_(camera|robot|noise|language|level)")
 
 
 def axis_of(suite: str) -> str:
-    """`position`, `object`, `instruction` or `task` for a suite of LIBERO-PRO, `unperturbed` for any other."""
-    found = _PERTURBED.fullmatch(suite)
-    return _AXES[found[1]] if found else UNPERTURBED
+    """`position`, `object`, `instruction` or `task` for a suite of LIBERO-PRO, `camera`, `robot`, `noise`,
+    `instruction` or `level` for one of LIBERO-plus, `unperturbed` for any other."""
+    found = _PRO.fullmatch(suite) or _PLUS.fullmatch(suite)
+    return _AXES.get(found[1], found[1]) if found else UNPERTURBED
 
 
 def task_name(suite: str, task: int, suites: Collection[str]) -> str:

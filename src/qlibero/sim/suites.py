@@ -1,10 +1,10 @@
-"""The five LIBERO suites, the sixteen of LIBERO-PRO, and the constants of their published evaluation protocol.
+"""The five LIBERO suites, LIBERO-PRO's, LIBERO-plus's, and the constants of their published evaluation protocol.
 
 The constants are those of openpi's `examples/libero/main.py` (step caps from the longest demonstration of each suite,
 ten settle steps that do not count against the cap). Importing this module is cheap: LIBERO itself is touched only by
-`task_language` and `init_states`; what `libero.py` and `libero_pro.py` declare is read, not run. A suite that is a
-plug-in provides an object with `language(task)` and `task_files(task)`: {"goal": BDDL file, "states": .npz of initial
-states}.
+`task_language` and `init_states`; what `libero*.py` declare is read, not run. A suite that is a plug-in provides an
+object with `language(task)` and `task_files(task)`: {"goal": BDDL file, "states": .npz of initial states}, and where
+files do not say everything, `perturbation(task)`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlibero.errors import UserError
-from qlibero.registry import BUILT_IN, SuitePlugin, built_in, get
+from qlibero.registry import SuitePlugin, built_in, get
+from qlibero.sim import libero_plus
 from qlibero.sim.libero_pro import AXES, SCENES_OF_BASE, language_in, line_of_language
+from qlibero.sim.perturbation import UNPERTURBED, Perturbation
 
 SETTLE_STEPS = 10
 """Steps of `SETTLE_ACTION` before the policy sees its first frame: objects fall to rest. Not counted in the cap."""
@@ -40,12 +42,14 @@ class Suite:
     base: str = ""
     """Of LIBERO-PRO: the suite of which it is a perturbation; task k perturbs its task k."""
     axis: str = ""
-    """Of LIBERO-PRO: what was changed, see `libero_pro`."""
+    """What was changed, see `libero_pro` and `libero_plus`."""
+    variants_of: str = ""
+    """Of LIBERO-plus: the suite of whose tasks its tasks are variants, many of each."""
 
     @property
     def instructions(self) -> str:
         """Where its tasks' words come from: the `name` of the task's file, or the `bddl` file itself."""
-        return AXES.get(self.axis, "name")
+        return "bddl" if self.axis == "language" else AXES.get(self.axis, "name")
 
     @property
     def has_scenes_of_base(self) -> bool:
@@ -55,13 +59,16 @@ class Suite:
 
 def _as_declared(name: str) -> Suite:
     """A built-in suite; those of LIBERO-PRO are called BASE_AXIS."""
+    if parts := libero_plus.split(name):
+        plugin = get(SuitePlugin, name)
+        return Suite(name, plugin.tasks, plugin.inits, plugin.max_steps, axis=parts[1], variants_of=parts[0])
     plugin, (base, _, axis) = get(SuitePlugin, name), name.rpartition("_")
     perturbed = (base, axis) if axis in AXES and base in built_in(SuitePlugin) else ()
     return Suite(name, plugin.tasks, plugin.inits, plugin.max_steps, *perturbed)
 
 
 SUITES = {name: _as_declared(name) for name in built_in(SuitePlugin)}
-BASE_SUITES = tuple(suite for suite in SUITES.values() if not suite.base)
+BASE_SUITES = tuple(suite for suite in SUITES.values() if not suite.axis)
 
 
 def get_suite(name: str) -> Suite:
@@ -85,12 +92,16 @@ def task_language(suite: str, task: int) -> str:
     check_task(suite, task)
     from qlibero.sim import libero
 
-    plugin = get(SuitePlugin, suite)
-    if plugin.origin != BUILT_IN:
-        return str(plugin.load().language(task))
-    if SUITES[suite].instructions == "bddl":
-        return language_in(libero.task_files(suite, task)["goal"])
-    return str(libero.task_record(suite, task).language)
+    return str(libero.tasks_of(suite).language(task))
+
+
+def perturbation(suite: str, task: int) -> Perturbation:
+    """What a task changes that its files do not say."""
+    check_task(suite, task)
+    from qlibero.sim import libero
+
+    said = getattr(libero.tasks_of(suite), "perturbation", None)
+    return said(task) if said else UNPERTURBED
 
 
 def words_at(suite: str, task: int) -> str:
@@ -107,11 +118,13 @@ def flaws(suite: str, task: int) -> list[str]:
     """What of a task's words contradicts its own file; [] for none."""
     from qlibero.sim import contradictions, libero
 
-    return contradictions.contradictions(libero.task_files(suite, task)["goal"], task_language(suite, task))
+    known = libero_plus.VariantSuite(suite).flaw(task) if libero_plus.split(suite) else ""
+    found = contradictions.contradictions(libero.task_files(suite, task)["goal"], task_language(suite, task))
+    return [known, *found] if known else found
 
 
 def init_states(suite: str, task: int) -> np.ndarray:
-    """The official initial states, (50, n) float64: time, qpos, qvel. n differs between scenes."""
+    """The official initial states, (50, n) float64: time, qpos, qvel. n differs between scenes. LIBERO-plus: (1, n)."""
     check_task(suite, task)
     from qlibero.sim import libero
 
