@@ -301,10 +301,14 @@ def test_a_module_is_known_by_its_own_name_where_it_is_not_installed(tmp_path, m
 
 
 def test_the_method_that_the_page_shows_is_one(tmp_path, monkeypatch):
-    """As a reader does it: the page's code into a file, its module's name into a configuration."""
+    """As a reader does it: the page's code into a file, its module's name into a configuration; then calibrated, read
+    back, and run on kernels."""
     import torch
+    from test_fake_equals_kernel import asked, made, small_policy
 
     from qlibero.config.quantization import Quant
+    from qlibero.quant.apply import quantize_policy
+    from qlibero.quant.artifact import load, save
     from qlibero.quant.methods import GroupData, fit
 
     page = (Path(__file__).parents[1] / "docs" / "plug_ins.md").read_text()
@@ -312,9 +316,14 @@ def test_the_method_that_the_page_shows_is_one(tmp_path, monkeypatch):
     (tmp_path / "from_the_page.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     x, w, nothing = torch.randn(5, 32), torch.randn(4, 32), torch.zeros(32)
-    made = fit(GroupData((w,), *(nothing,) * 3, x, 3), Quant(layout="llm", method="from_the_page"))
-    assert list(made.tensors()) == ["order"] and not torch.equal(made.forward(x), x)
-    assert torch.allclose(made.forward(x).double() @ made.weights(w).T, x.double() @ w.double().T)
+    transform = fit(GroupData((w,), *(nothing,) * 3, x, 3), Quant(layout="llm", method="from_the_page"))
+    assert list(transform.tensors()) == ["order"] and not torch.equal(transform.forward(x), x)
+    assert torch.allclose(transform.forward(x).double() @ transform.weights(w).T, x.double() @ w.double().T)
+    policy = small_policy()
+    artifact = load(save(made(policy, method="from_the_page", rounding="gptq"), tmp_path / "artifact.safetensors"))
+    assert artifact.spec.label == "from_the_page W4A8 gptq llm"
+    on_fake, packed = (asked(quantize_policy(policy, artifact, kernel)) for kernel in ("fake", "cpu_int4"))
+    assert np.array_equal(on_fake, packed) and 0 < np.abs(packed - asked(policy)).max() < 0.5
 
 
 BEGIN = "from qlibero.registry import MethodPlugin\n"

@@ -58,7 +58,7 @@ def test_a_run_says_whether_first_errors_foretold_its_flips(tmp_path):
                 ledger.append(record, rows)
         measured = {"observations": 32, "arm": error, "arm95": [0.01, 0.4]}
         quant = Quant(layout="llm", method="rtn", rounding="nearest", weight_bits=8 - 2 * number).identity()
-        write_meta(run, arm, {"label": arm, "action_error": measured, "quant": quant})
+        write_meta(run, arm, {"label": f"{arm} (rtn of {arm})", "action_error": measured, "quant": quant})
     found = {name: arm["divergence"] for name, arm in compare_runs([run])["arms"].items()}
     assert (found["told"]["flip_auc"], found["told"]["flip_auc95"]) == (1.0, (1.0, 1.0))
     low, high = found["blind"]["flip_auc95"]
@@ -76,6 +76,14 @@ def test_a_run_says_whether_first_errors_foretold_its_flips(tmp_path):
     assert seen == {"told": ("W8A8", "rtn", 0.04), "blind": ("W6A8", "rtn", 0.02), "wild": ("W4A8", "rtn", 0.3)}
     cliff["draw"](run, tmp_path / "cliff.png")
     assert (tmp_path / "cliff.png").read_bytes().startswith(b"\x89PNG")
+    examples = Path(__file__).parents[1] / "examples" / "libero"
+    card = runpy.run_path(str(examples / "card.py"))
+    assert f"| {' | '.join(card['QUANTIZATION'])} |" in (examples / "embedded/MODEL_CARD.md").read_text()
+    rows = [dict(zip(card["QUANTIZATION"], row, strict=True)) for row in card["quantization"](run)]
+    assert rows[0]["arm"] == "aa" and rows[0]["on demonstrations"] == "–"
+    assert [rows[0][column] for column in ("broken", "repaired", "Δ (pp)", "McNemar p")] == ["0", "0", "+0.0", "1"]
+    told = next(row for row in rows if row["arm"] == "rtn of told")
+    assert told["on demonstrations"] == "0.04 [0.01, 0.4]" and told["first chunk"] == "0.04"
 
 
 def test_a_run_without_trajectories_or_errors_says_nothing_of_it(tmp_path):

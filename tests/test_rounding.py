@@ -11,13 +11,16 @@ from pi05_small import observations
 from test_fake_equals_kernel import small_policy
 
 from qlibero.config.quantization import Quant
-from qlibero.errors import UserError, WorkFailed
+from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.kernels.contract import quantize_weights, weight_grid
+from qlibero.quant import fitting
 from qlibero.quant.activation_stats import ActivationObserver
+from qlibero.quant.artifact import build, load, save
 from qlibero.quant.calibrate import calibrate
 from qlibero.quant.fitting import Basis, basis_of, fit_transform, quantize_linear
 from qlibero.quant.gptq import gptq
 from qlibero.quant.held_out import held_out
+from qlibero.quant.inspect import inspect_artifact
 from qlibero.quant.layout import Choice
 from qlibero.quant.methods.auto import WITHIN_DB
 from qlibero.quant.transform import Transform
@@ -52,7 +55,7 @@ def test_gptq_is_what_its_paper_defines(bits, group, symmetric):
     x, w = tokens(0, k, 600), torch.randn(6, k, generator=torch.Generator().manual_seed(1))
     h = x.T @ x / len(x)
     grid = weight_grid(w, bits, group, search=True, symmetric=symmetric)
-    found = gptq(w, h, lambda values, channel: grid.nearest(values, channel, k), "here")
+    found = gptq(w, h, grid.nearest(k), "here")
 
     def spread(value: torch.Tensor) -> torch.Tensor:
         return value.double().repeat_interleave(k // value.shape[1], 1)
@@ -67,15 +70,14 @@ def test_a_channel_that_is_always_zero_is_rounded_to_nearest_and_harms_no_other(
     x, w = tokens(0, 64, 400), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     x[:, [3, 40]] = 0
     grid = weight_grid(w)
-    found = gptq(w, x.T @ x, lambda values, channel: grid.nearest(values, channel, 64), "here")
+    found = gptq(w, x.T @ x, grid.nearest(64), "here")
     nearest = grid.codes(w).double() * grid.scales.double()
     assert torch.equal(found[:, [3, 40]], nearest[:, [3, 40]])
     assert float(((found - w) @ x.T.double()).norm()) < float(((nearest - w) @ x.T.double()).norm())
 
 
 def test_second_moments_that_are_none_are_refused_by_name():
-    w, grid = torch.randn(3, 8), weight_grid(torch.randn(3, 8))
-    near = lambda values, channel: grid.nearest(values, channel, 8)  # noqa: E731
+    w, near = torch.randn(3, 8), weight_grid(torch.randn(3, 8)).nearest(8)
     indefinite = torch.eye(8)
     indefinite[0, 1] = indefinite[1, 0] = 9.0
     with pytest.raises(WorkFailed, match=r"layers\.3\.o_proj.*not positive definite.*rounding: search"):
@@ -200,7 +202,7 @@ def test_gptq_gains_three_decibels_on_the_embedded_language_model(embedded):
     assert all(layer.sqnr_db == max(layer.tried.values()) for layer in artifact.layers)
 
 
-def test_auto_is_never_worse_than_its_candidates_by_more_than_it_says():
+def test_auto_is_never_worse_than_its_candidates_by_more_than_it_says(tmp_path):
     policy, seen = small_policy(), observations(6)
     include = (r"layers\.0\.self_attn\.(q|k|v)_proj", r"language_model.layers\.1\.mlp\.")
     settings = {"include": include, "block_size": 16, "rotation_steps": 8, "activation_bits": 4}
@@ -222,6 +224,14 @@ def test_auto_is_never_worse_than_its_candidates_by_more_than_it_says():
         cheaper = list(alone)[: list(alone).index(kept)]
         assert all(alone[method][group] < best - WITHIN_DB for method in cheaper)
     assert {layer.method for layer in artifact.layers} == {x["kept"] for x in artifact.calibration["auto"].values()}
+    for row in inspect_artifact(save(artifact, tmp_path / "auto.safetensors"))["chosen"]:
+        assert row["kept"] in alone and [row[method] for method in alone] == pytest.approx(
+            [alone[method][row["input"]] for method in alone], abs=1e-3
+        )
+    nonsense = artifact.calibration | {"auto": {"here": 5}}
+    other = build(artifact.spec, "1" * 64, nonsense, artifact.layers, {}, artifact.in_memory())
+    with pytest.raises(GuardRefusal, match="no artifact of this version"):
+        load(save(other, tmp_path / "other.safetensors"))
 
 
 def test_sequential_fits_a_layer_on_what_quantized_layers_feed_it():
@@ -231,6 +241,18 @@ def test_sequential_fits_a_layer_on_what_quantized_layers_feed_it():
     same = {x.name: torch.equal(at_once.codes(x.name), in_turn.codes(x.name)) for x in at_once.layers if x.executed}
     first = [equal for name, equal in same.items() if "layers.0." in name]
     assert all(first) and not any(equal for name, equal in same.items() if "layers.1." in name)
+
+
+def test_memory_decides_how_often_observations_run_and_nothing_else(monkeypatch):
+    policy, seen, passes = small_policy(), observations(3), []
+    run = fitting.observe
+    monkeypatch.setattr(fitting, "observe", lambda *args, **how: passes.append(1) or run(*args, **how))
+    settings = {"include": ("language_model",), "method": "rtn", "rounding": "gptq"}
+    at_once = made(policy, seen, **settings)
+    assert len(passes) == 1
+    monkeypatch.setattr(fitting, "second_moment_bytes", lambda _: 80_000)  # less than one layer takes
+    bit_by_bit = made(policy, seen, **settings)
+    assert len(passes) > 3 and bit_by_bit.sha256 == at_once.sha256
 
 
 def test_what_a_method_lacks_is_said():

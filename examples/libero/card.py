@@ -11,10 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qlibero.results.compare import compare_runs
+from qlibero.results.arm_meta import ActionError
+from qlibero.results.compare import compare
 from qlibero.results.ledger import read_ledger
+from qlibero.results.pairing import collect_arms
+from qlibero.results.runs import read_run
 from qlibero.results.summary import percentiles, policy_calls
 from qlibero.stats.proportions import wilson
+
+NOTHING = "–"
 
 
 def success(runs: Iterable[Path]) -> list[list[str]]:
@@ -41,35 +46,66 @@ def success(runs: Iterable[Path]) -> list[list[str]]:
     return rows
 
 
+QUANTIZATION = (
+    "arm",
+    "success",
+    "broken",
+    "repaired",
+    "Δ (pp)",
+    "95 % (Tango)",
+    "McNemar p",
+    "on demonstrations",
+    "first chunk",
+    "steps to success",
+    "jerk (m/s³)",
+)
+
+
 def quantization(run: Path) -> list[list[str]]:
-    """Per arm against the reference: success, flips, Δ with its interval, McNemar, action error, steps, jerk."""
-    arms = compare_runs([run])["arms"]
+    """Per arm against the reference, A/A first: success, flips, Δ with its interval, McNemar, action errors, steps,
+    jerk."""
+    runs = [read_run(run)]
+    metas = {name: arm.meta for name, arm in collect_arms(runs).items()}
     rows = []
-    for arm in sorted(arms.values(), key=lambda arm: not arm["control"]):
+    for name, arm in sorted(compare(runs).to_json()["arms"].items(), key=lambda item: not item[1]["control"]):
         summary, quality = arm["summary"], arm["quality"]
+        first = arm["divergence"]["first_chunk_difference"]
+        settings = arm["label"].partition(" (")[2].removesuffix(")")
         rows.append(
             [
-                arm["label"],
+                name if arm["control"] or not settings else settings,
                 f"{summary['successes']}/{summary['episodes']}",
-                str(arm["pairs"]),
                 str(arm["broken"]),
                 str(arm["repaired"]),
-                f"{100 * arm['delta']:+.1f}",
-                f"{100 * arm['tango95'][0]:+.1f} to {100 * arm['tango95'][1]:+.1f}",
+                signed(arm["delta"]),
+                " to ".join(map(signed, arm["tango95"])),
                 f"{arm['mcnemar_p']:.2g}",
-                f"{arm['divergence']['first_chunk_difference']:.2g}",
-                changed(quality["steps_to_success"], 1),
-                changed(quality["jerk"], 1),
+                on_demonstrations(metas[name].action_error),
+                NOTHING if first is None else f"{first:.2g}",
+                changed(quality["steps_to_success"]),
+                changed(quality["jerk"]),
             ]
         )
     return rows
 
 
-def changed(measure: dict | None, digits: int) -> str:
-    """ "91.7 → 93.8 (p 0.39)"."""
+def signed(fraction: float) -> str:
+    """In percentage points: `−0.5`."""
+    return f"{100 * fraction:+.1f}".replace("-", "−")
+
+
+def on_demonstrations(error: ActionError | None) -> str:
+    """`0.0018 [0.0013, 0.0028]`."""
+    if error is None:
+        return NOTHING
+    return f"{error.arm:.2g}" + (f" [{', '.join(f'{end:.2g}' for end in error.arm95)}]" if error.arm95 else "")
+
+
+def changed(measure: dict | None) -> str:
+    """`91.7 → 93.8 (p 0.39)`."""
     if not measure or measure["reference"] is None:
-        return ""
-    return f"{measure['reference']:.{digits}f} → {measure['arm']:.{digits}f} (p {measure['p']:.2g})"
+        return NOTHING
+    return f"{measure['reference']:.1f} → {measure['arm']:.1f} (p {measure['p']:.2g})"
 
 
 def sight(rows: Sequence[dict]) -> list[list[str]]:
@@ -114,20 +150,7 @@ def main() -> None:
         columns = ("suite", "episodes", "success", "95 %", "task 0 to 9", "ms per chunk p50 / p95 / p99")
         show("Success", columns, success(runs))
     if (root / "quantization" / "experiment.yaml").exists():
-        columns = (
-            "arm",
-            "success",
-            "pairs",
-            "broken",
-            "repaired",
-            "Δ (pp)",
-            "95 % (Tango)",
-            "McNemar p",
-            "action error",
-            "steps to success",
-            "jerk (m/s³)",
-        )
-        show("Quantization", columns, quantization(root / "quantization"))
+        show("Quantization", QUANTIZATION, quantization(root / "quantization"))
     if (root / "controls.jsonl").exists():
         rows = [json.loads(line) for line in (root / "controls.jsonl").read_text().splitlines()]
         show("Sight", ("suite", "policy", "official states", "targets displaced"), sight(rows))

@@ -22,7 +22,7 @@ This file has no opinion on speed and imports no other room. A backend is one fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,11 +84,16 @@ class WeightGrid(NamedTuple):
         codes = (groups / self.scales.unsqueeze(-1)).round_().clamp_(low, high)
         return codes.reshape(w.shape).to(torch.int8)
 
-    def nearest(self, values: Tensor, channel: int, width: int) -> Tensor:
-        """values (N,) float64 of one of `width` channels -> the nearest representable values."""
-        g = channel * self.scales.shape[1] // width
-        scale = self.scales[:, g].double()
-        return (values / scale).round().clamp(self.low[:, g].double(), self.high[:, g].double()) * scale
+    def nearest(self, width: int) -> Callable[[Tensor, int], Tensor]:
+        """(values (N,) float64, which of `width` channels) -> the nearest representable values."""
+        scales, low, high = (each.double().t().contiguous().unbind() for each in self)
+        group = width // len(scales)
+
+        def nearest(values: Tensor, channel: int) -> Tensor:
+            g = channel // group
+            return (values / scales[g]).round_().clamp_(low[g], high[g]).mul_(scales[g])
+
+        return nearest
 
     def on(self, scales: Tensor) -> WeightGrid:
         """The same codes with other scales (N, G)."""

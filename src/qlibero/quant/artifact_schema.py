@@ -64,6 +64,17 @@ class _Calibration(Open):
     inputs: dict[_Name, _Name] | None = Field(None, max_length=64)
 
 
+class _Choice(Strict):
+    kept: _Name
+    db: dict[_Name, float] = Field(max_length=64)
+
+
+class _Choices(Strict):
+    """What a method that chooses took, by input."""
+
+    chosen: dict[_Name, _Choice] = Field(max_length=4096)
+
+
 class Meta(Strict):
     """The metadata of an artifact file."""
 
@@ -81,6 +92,8 @@ def require_schema(content: JsonObject, where: str, hint: str) -> Quant:
     try:
         fit(Meta, content, where)
         spec = Quant.of_identity(content["spec"])
+        if spec.transform.chooses:
+            fit(_Choices, {"chosen": content["calibration"].get(spec.method, {})}, where)
     except UserError as error:
         raise GuardRefusal(f"{where} holds no artifact of this version ({short(str(error))}): {hint}") from None
     if spec.hash != content["spec_hash"]:

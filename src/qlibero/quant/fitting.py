@@ -34,9 +34,14 @@ from qlibero.quant.rounding import candidates
 from qlibero.quant.transform import InputTransform, Transform
 from qlibero.registry import MethodPlugin, get
 
-SECOND_MOMENT_BYTES = 8 << 30
-"""Of all the inputs that are listened to at once; observations are run again for the others. pi0.5's widest input has
-1.07 GB of them."""
+
+def second_moment_bytes(device: torch.device) -> float:
+    """What the inputs that are listened to at once may take; observations are run again for the others. pi0.5's widest
+    input takes 1.07 GB, all of its inputs 22 GB."""
+    if device.type != "cuda":
+        return 8 << 30
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 3
 
 
 @dataclass
@@ -140,12 +145,12 @@ class Fitting:
     def _passes(self, groups: dict[str, list[Choice]]) -> Iterator[list[str]]:
         """Inputs that are observed together: all; as many as memory takes; or, sequentially, those of a block."""
         together: list[str] = []
-        size, block = 0, ""
+        size, block, most = 0, "", second_moment_bytes(next(self.policy.model.parameters()).device)
         for group, choices in groups.items():
             width = linear_in(self.policy.model, choices[0].name).in_features
             more = 4 * width * width if self.spec.rounding == "gptq" else 0
             own = choices[0].block
-            if together and (size + more > SECOND_MOMENT_BYTES or (self.spec.sequential and own != block)):
+            if together and (size + more > most or (self.spec.sequential and own != block)):
                 yield together
                 together, size = [], 0
             together.append(group)

@@ -41,18 +41,19 @@ def gptq(weight: Tensor, hessian: Tensor, nearest: Nearest, name: str) -> Tensor
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     upper = _inverse_factor(h[order][:, order], dead[order], name)
     w = w[:, order]
-    rounded = torch.empty_like(w)
+    rounded, channels = torch.empty_like(w), order.tolist()
     for start in range(0, w.shape[1], BLOCK):
-        block, factor = w[:, start : start + BLOCK].clone(), upper[start : start + BLOCK, start : start + BLOCK]
-        errors = torch.empty_like(block)
-        for i, channel in enumerate(order[start : start + BLOCK].tolist()):
-            kept = nearest(block[:, i], channel)
-            rounded[:, start + i] = kept
-            errors[:, i] = (block[:, i] - kept) / factor[i, i]
-            block[:, i + 1 :] -= errors[:, i : i + 1] * factor[i, i + 1 :]
-        stop = start + block.shape[1]
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return torch.empty_like(rounded).index_copy_(1, order, rounded)
+        stop = min(start + BLOCK, w.shape[1])
+        columns = w[:, start:stop].t().contiguous()  # a column a row: on a GPU the launches of this loop are the time
+        errors, kept = torch.empty_like(columns), []
+        together = zip(channels[start:stop], columns, errors, upper[start:stop, start:stop], strict=True)
+        for i, (channel, column, error, factor) in enumerate(together):
+            kept.append(nearest(column, channel))
+            torch.sub(column, kept[i], out=error).div_(factor[i])
+            columns[i + 1 :].sub_(torch.outer(factor[i + 1 :], error))
+        rounded.index_copy_(1, order[start:stop], torch.stack(kept, 1))
+        w[:, stop:] -= errors.t().contiguous() @ upper[start:stop, stop:]
+    return rounded
 
 
 def _inverse_factor(h: Tensor, dead: Tensor, name: str) -> Tensor:

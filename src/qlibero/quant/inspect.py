@@ -32,9 +32,9 @@ HINTS = 5
 def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db") -> JsonObject:
     """The document of `qlibero inspect ARTIFACT [--diff OTHER] [--sort COLUMN]`.
 
-    Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "diff": …}. Each row: layer, shape
-    `N×K`, bits `W4A8`, executed, method, rounding, sqnr_db, max_error, outlier_before, outlier_after, bytes (codes
-    and scales), transform_bytes.
+    Returns {"artifact": facts, "layers": rows, worst first, "hint": rows, "chosen": rows, "diff": …}. Each row: layer,
+    shape `N×K`, bits `W4A8`, executed, method, rounding, sqnr_db, max_error, outlier_before, outlier_after, bytes
+    (codes and scales), transform_bytes.
 
     Raises:
         UserError: no such file or column. GuardRefusal: damaged, truncated or altered.
@@ -47,6 +47,8 @@ def inspect_artifact(path: Path, other: Path | None = None, sort: str = "sqnr_db
         "layers": sorted((row(layer) for layer in artifact.layers), key=lambda r: _sort_key(r, sort)),
         "hint": hint(artifact),
     }
+    if choices := chosen(artifact):
+        document["chosen"] = choices
     if other is not None:
         document["diff"] = diff(artifact, load(other))
     return document
@@ -88,6 +90,13 @@ def row(layer: LayerRecord) -> JsonObject:
         "bytes": layer.codes_bytes + layer.scales_bytes,
         "transform_bytes": layer.transform_bytes,
     }
+
+
+def chosen(artifact: Artifact) -> list[JsonObject]:
+    """Of a method that chooses (`auto`): which transform each input kept, and the dB on held-out tokens of every one
+    that was tried."""
+    made = artifact.calibration.get(artifact.spec.method, {}) if artifact.spec.transform.chooses else {}
+    return [{"input": name, "kept": choice["kept"], **choice["db"]} for name, choice in made.items()]
 
 
 def hint(artifact: Artifact, count: int = HINTS) -> list[JsonObject]:
@@ -192,7 +201,7 @@ def readable(rows: Sequence[JsonObject]) -> list[JsonObject]:
     """The same rows for a terminal: `language_model.3.mlp.up_proj` for a name as wide as a screen, few decimals."""
 
     def cell(key: str, value: Any) -> Any:
-        if key == "layer":
+        if key in ("layer", "input"):
             return short_name(value)
         return float(f"{value:.4g}") if isinstance(value, float) else value
 

@@ -14,6 +14,7 @@ answer from depending on what else is in its batch, and a row's codes on what ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class Grid(Protocol):
 
     def codes(self, w: Tensor) -> Tensor: ...
 
-    def nearest(self, values: Tensor, channel: int, width: int) -> Tensor: ...
+    def nearest(self, width: int) -> Callable[[Tensor, int], Tensor]: ...
 
     def kept(self, group_size: int | None) -> Tensor: ...
 
@@ -53,9 +54,15 @@ class FloatGrid:
         groups = w.float().reshape(len(w), self.scales.shape[1], -1) / self.scales.unsqueeze(-1)
         return self._rounded(groups).reshape(w.shape).to(torch.float8_e4m3fn)
 
-    def nearest(self, values: Tensor, channel: int, width: int) -> Tensor:
-        scale = self.scales[:, channel * self.scales.shape[1] // width]
-        return self._rounded((values / scale).float()).double() * scale.double()
+    def nearest(self, width: int) -> Callable[[Tensor, int], Tensor]:
+        scales = self.scales.double().t().contiguous().unbind()
+        group = width // len(scales)
+
+        def nearest(values: Tensor, channel: int) -> Tensor:
+            scale = scales[channel // group]
+            return self._rounded((values / scale).float()).double() * scale
+
+        return nearest
 
     def kept(self, group_size: int | None) -> Tensor:
         return (self.scales.squeeze(1) if group_size is None else self.scales).contiguous()

@@ -39,8 +39,7 @@ def candidates(
     grid = grid_of(weight, spec, bits, search=True, importance=importance)
     yield candidate("search", grid, grid.codes(weight))
     if spec.rounding == "gptq" and hessian is not None:
-        width = weight.shape[1]
-        rounded = gptq(weight, hessian, lambda values, channel: grid.nearest(values, channel, width), name)
+        rounded = gptq(weight, hessian, grid.nearest(weight.shape[1]), name)
         nearest = grid.codes(weight)
         strange = astray(rounded.float(), values_of(nearest, grid.kept(1)), weight, 0.95 * FARTHEST)
         yield candidate(

@@ -84,6 +84,10 @@ def inspect(args: argparse.Namespace) -> Document:
         return document
     table(readable(document["layers"]), title=f"{document['artifact']['settings']}: {args.artifact}")
     table(readable(document["hint"]), title="the noisiest layers: what their return to full precision would cost")
+    if "chosen" in document:
+        table(
+            readable(document["chosen"]), title="each input's transform, and the dB on held-out tokens it was chosen by"
+        )
     if "diff" in document:
         table(readable(document["diff"]["layers"]), title=f"change in {args.diff}")
     if "sensitivity" in document:
