@@ -58,6 +58,7 @@ def test_a_sound_file_has_none(tmp_path):
     [
         ("(And (On akita_black_bowl_1 plate_1))", "(And )", "18: the goal is empty: every episode would succeed"),
         ("    (And (On akita_black_bowl_1 plate_1))\n", "", "18: the goal is empty"),
+        ("put the bowl", "put the (black) bowl", "3: a parenthesis in the instruction"),
         ("(And (On akita", "(Or (On akita", "19: (Or …) in the goal: LIBERO judges (And …)"),
         (
             "(And (On akita_black_bowl_1 plate_1))",

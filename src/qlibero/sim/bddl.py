@@ -153,6 +153,8 @@ def _complaints(tree: list[Any], vocabulary: Vocabulary) -> Iterator[tuple[int, 
         words = " ".join(map(str, language[1:]))
         if not words or len(words) > MAX_WORDS:
             yield _line(language), f"an instruction of {len(words)} characters; it says what a policy is told"
+        if any(isinstance(part, list) for part in language):
+            yield _line(language), "a parenthesis in the instruction: write words alone"
     declared: dict[str, Word] = {}
     for block in (":fixtures", ":objects"):
         yield from _declared(parts.get(block, [])[1:], declared, vocabulary)

@@ -56,7 +56,7 @@ class Task:
         for region in blocks(self.tree).get(":regions", [])[1:]:
             if isinstance(region, list) and region and isinstance(region[0], Word):
                 parts = blocks(region)
-                numbers = re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", _text(parts.get(":ranges", [])))
+                numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", _text(parts.get(":ranges", [])))
                 if len(numbers) >= 4 and len(parts.get(":target", [])) == 2:
                     box = np.array(numbers[:4], dtype=np.float64).reshape(2, 2)
                     middles[f"{parts[':target'][1]}_{region[0]}"] = box.mean(0)
