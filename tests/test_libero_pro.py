@@ -101,6 +101,7 @@ def test_tasks_that_contradict_themselves_are_those_the_files_say():
         ("", "", "put the bowl on the left plate", ""),  # no side is said of where the plate starts
         ("", "", "put the bowl next to the plate on the plate", "more than 0.2 m from it"),
         ("0.3 0.3 0.31 0.31", "0.1 0.1 0.11 0.11", "put the bowl next to the plate on the plate", ""),
+        ("(bowl_right (:target table)", "(Bowl_right (:target Table)", "put it next to the plate", "more than 0.2"),
         ("0.3 0.3 0.31 0.31", "+.1 -.1 .11 -.09", "put the bowl next to the plate on the plate", ""),
         ("", "", "put the bowl between the plate and the cup on the plate", "starts elsewhere"),
         ("", "", "put the bowl not between the plate and the cup on the plate", ""),

@@ -59,7 +59,7 @@ class Task:
                 numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", _text(parts.get(":ranges", [])))
                 if len(numbers) >= 4 and len(parts.get(":target", [])) == 2:
                     box = np.array(numbers[:4], dtype=np.float64).reshape(2, 2)
-                    middles[f"{parts[':target'][1]}_{region[0]}"] = box.mean(0)
+                    middles[f"{parts[':target'][1]}_{region[0]}".lower()] = box.mean(0)
         return {fact[1]: middles[fact[2]] for fact in self.start if fact[0] == "on" and fact[-1] in middles}
 
     def called(self, words: str) -> list[str]:
