@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from qlibero.results.meta import read_meta
 from qlibero.results.quality import control_steps
 from qlibero.run.latency import fixed_execution
 from qlibero.run.pace import Chunks, Pace
+from qlibero.run.replay import replay_all
+from qlibero.sim.pool import Finished, Observed
+from qlibero.sim.scene import SimObservation
 
 HORIZON = 10
 
@@ -83,6 +87,46 @@ def test_without_latency_nothing_differs_from_waiting():
 
 def test_latency_is_counted_in_whole_control_steps():
     assert [control_steps(ms) for ms in (0, 0.1, 50, 50.1, 100, 200, 400)] == [0, 1, 1, 2, 2, 4, 8]
+
+
+class Steps:
+    """A simulator's side of a replay that notes when it was seen, and what it was made to do."""
+
+    workers = 1
+
+    def __init__(self):
+        self.seen, self.done, self.events = [], [], []
+
+    def start(self, worker, assignment):
+        self.limit = assignment.max_steps
+        self._look()
+
+    def _look(self):
+        self.seen.append(len(self.done))
+        blank = SimObservation(*np.zeros((2, 2, 2, 3), np.uint8), np.zeros(8, np.float32))
+        self.events.append(Observed(0, blank, "go", len(self.done), 1.0, 1.0))
+
+    def act(self, worker, actions):
+        self.done += actions.tolist()
+        if len(self.done) < self.limit:
+            self._look()
+        else:
+            self.events.append(Finished(0, False, self.limit, "scene", np.zeros((1, 10), np.float32), 1.0, 1.0))
+
+    def wait(self, timeout):
+        events, self.events = self.events, []
+        return events
+
+
+@pytest.mark.parametrize("late, seen", [(None, [0, 5, 10, 15]), (2, [0, 5, 10, 15]), (8, [0, 8, 16])])
+def test_a_replay_shows_what_the_policy_was_shown_before_each_call(late, seen):
+    record, _ = episode("libero_object", 0, 0, "baseline", True, False, 0)
+    record = replace(
+        record, steps=20, outcome="failure", fingerprint="scene", replan_steps=5, latency_steps=late, success_step=None
+    )
+    rows, pool = np.arange(200, dtype=np.float32).reshape(20, 10), Steps()
+    replay_all([(record, rows, None)], pool, "pure", lambda record, path: None)
+    assert pool.seen == seen and pool.done == rows[:, :7].tolist()
 
 
 @pytest.fixture
