@@ -22,7 +22,6 @@ NEAR = 0.2
 BESIDE_THE_LINE = 0.05
 """Metres from the line between two things, still "between" them."""
 _UNDONE = {"turnoff": "turnon", "close": "open"}
-_OPPOSITE = {"left": "right", "right": "left"}
 _THING = r"(?:the )?([a-z ]+?)(?= (?:and|on|onto|in|into|from|to|with)\b|[^a-z ]|$)"
 _BETWEEN = re.compile(rf"(?<!not )\bbetween {_THING} and {_THING}")
 _NEXT_TO = re.compile(rf"(?<!not )\b(?:next to|beside) {_THING}")
