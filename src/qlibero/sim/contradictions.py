@@ -62,9 +62,10 @@ class Task:
         return {fact[1]: middles[fact[2]] for fact in self.start if fact[0] == "on" and fact[-1] in middles}
 
     def called(self, words: str) -> list[str]:
-        """Objects and fixtures that `words` name, e.g. "cookie box" → ["cookies_1"]."""
+        """Objects and fixtures that `words` name, e.g. "cookie box" → ["cookies_1"]. By what they are, not by how they
+        look: a flat dish is no flat_stove."""
         found = [w for w in re.findall(r"[a-z]+", words) if len(w) > 2]
-        return [name for name, kind in self.classes.items() if any(word in kind for word in found)]
+        return [n for n, kind in self.classes.items() if any(word in kind.rpartition("_")[2] for word in found)]
 
 
 def contradictions(path: Path, words: str) -> list[str]:
