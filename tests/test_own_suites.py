@@ -153,7 +153,7 @@ def test_a_run_is_bound_to_what_decides_and_not_to_the_place(tasks):
         ("[libero_goal, {bddl: mine, fresh: 2}]", "", "suite.1.max_steps: is missing"),
         ("{bddl: mine, init_states: states, max_steps: 5}", "episodes_per_task: 5", "mine has 4 initial states a task"),
         ("{bddl: mine, fresh: 2, max_steps: 5}", "inits: fresh(3)", "inits: mine says fresh: 2"),
-        ("{bddl: mine, name: a_task, init_states: states, max_steps: 5}", "inits: base", "inits: a_task has no scenes of"),
+        ("{bddl: mine, name: a_task, init_states: states, max_steps: 5}", "inits: base", "a_task has no scenes of"),
         ("{bddl: mine, fresh: 2, max_steps: 5}", "tasks: [2]", "tasks.0: mine has tasks 0 to 1"),
         ("{bddl: mine, fresh: 2, max_steps: 5}", "protocol: openpi", "inits: fresh initial states are drawn"),
     ],
