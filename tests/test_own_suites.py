@@ -73,6 +73,13 @@ def test_states_that_are_there_are_counted_and_words_may_come_from_the_files_nam
     assert task_language("mine", 0) == "put the bowl on the plate"
 
 
+@pytest.mark.parametrize("says, states", [("init_states: states", ("official", 4)), ("max_steps: 6", ("fresh", 2))])
+def test_a_file_that_says_its_states_leaves_those_of_the_file_below(tasks, says, states):
+    experiment(tasks, "{bddl: mine, fresh: 2, max_steps: 5}")
+    (tasks / "above.yaml").write_text(f"extends: x.yaml\nsuite: {{bddl: mine, {says}}}\n")
+    assert load_experiment(tasks / "above.yaml").initial_states() == states
+
+
 def test_an_earlier_instruction_in_a_comment_is_not_what_is_told(tasks):
     """LIBERO leaves out what stands behind a semicolon."""
     file = tasks / "mine/put_the_bowl_on_the_plate.bddl"
