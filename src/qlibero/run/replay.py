@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 REPLAN_STEPS = 5  # of records that do not say it
 
 
+def call_every(record: EpisodeRecord) -> int:
+    """Control steps from one policy call of an episode to the next, see `pace.Chunks`."""
+    return max(record.replan_steps or REPLAN_STEPS, record.latency_steps or 0)
+
+
 def replay(
     run_dir: Path,
     records: Sequence[EpisodeRecord],
@@ -98,8 +103,7 @@ def replay_all(
             record, trajectory, path = running[event.worker]
             if isinstance(event, Observed):
                 on_observed(record, event)
-                until = event.step + (record.replan_steps or REPLAN_STEPS)
-                pool.act(event.worker, trajectory[event.step : until, :7])
+                pool.act(event.worker, trajectory[event.step : event.step + call_every(record), :7])
                 continue
             del running[event.worker]
             if isinstance(event, Finished):
