@@ -17,6 +17,7 @@ import light_shard
 import numpy as np
 import pytest
 
+from qlibero.activity import heard_by
 from qlibero.config.config_hash import config_hash
 from qlibero.config.launch import Launch
 from qlibero.config.sweep import load_sweep
@@ -676,6 +677,25 @@ def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypat
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells
     with pytest.raises(error, match="said by it"):
         here.run_here(cell.experiment, tmp_path / "out", print, print, print)
+
+
+def test_episodes_of_several_processes_are_counted_on_and_announced_once(tmp_path, monkeypatch):
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=2").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]
+    announced: list[str] = []
+    seen: list[EpisodeRecord] = []
+
+    def spread(_: engine.Submission, meanwhile) -> dict[int, local.Failed]:
+        for key in episode_keys(run.experiment)[:2]:
+            fill(run, [key], arms=("baseline",))
+            meanwhile()
+        return {0: local.Failed(3, "enough")}
+
+    monkeypatch.setattr(here, "run_shards", spread)
+    with heard_by(lambda what, *_: announced.append(what)), pytest.raises(GuardRefusal, match="enough"):
+        here.run_here(run.experiment, run.run_dir, print, seen.append, print)
+    assert [record.key for record in seen] == episode_keys(run.experiment)[:2]
+    assert announced.count("episodes") == 1
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):

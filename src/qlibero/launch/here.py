@@ -81,12 +81,14 @@ def _spread(
     on_gpus = f" on GPUs {', '.join(gpus[:at_once])}" if len(gpus) > 1 else ""
     log.info(f"{at_once} processes{on_gpus}, logs in {directory / 'logs'}")
     doing(f"starting {at_once} processes")
-    written = _Written(run_dir, [arm.name for arm in experiment.arms()])
+    written, begun = _Written(run_dir, [arm.name for arm in experiment.arms()]), False
 
     def meanwhile() -> None:
-        for number, record in enumerate(written.since_last_time()):
-            if not number:
+        nonlocal begun
+        for record in written.since_last_time():
+            if not begun:  # said again, it would begin to count anew
                 doing("episodes")
+            begun = True
             on_episode(record)
 
     mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
