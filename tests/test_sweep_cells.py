@@ -679,6 +679,28 @@ def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypat
         here.run_here(cell.experiment, tmp_path / "out", print, print, print)
 
 
+@pytest.mark.parametrize("done", [range(0), range(25), range(20, 45), range(1, 50, 2), range(46)])
+def test_what_is_missing_is_spread_over_all_processes(tmp_path, monkeypatch, done):
+    """Half a run by one process is a whole half: cut as before, it would leave half of the GPUs without work."""
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=4").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 1).cells[0]
+    keys = episode_keys(run.experiment)
+    fill(run, [keys[place] for place in done])
+
+    def spread(made: engine.Submission, _: object) -> dict[int, local.Failed]:
+        manifest = cells.read_manifest(made.manifest)
+        parts = [episode_keys(run.experiment, (s.index, s.count)) for s in manifest.shards]
+        assert sum(parts, []) == keys
+        lacking = [[key for key in part if keys.index(key) not in done] for part in parts]
+        assert made.indices == tuple(i for i, part in enumerate(lacking) if part)
+        assert len(made.indices) >= 4 and max(map(len, lacking)) <= max(1, 1.25 * (50 - len(done)) / 4)
+        return {0: local.Failed(3, "enough")}
+
+    monkeypatch.setattr(here, "run_shards", spread)
+    with pytest.raises(GuardRefusal, match="enough"):
+        here.run_here(run.experiment, run.run_dir, print, print, print)
+
+
 def test_episodes_of_several_processes_are_counted_on_and_announced_once(tmp_path, monkeypatch):
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=2").cells
     run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]

@@ -1,20 +1,23 @@
 """`qlibero run`: an experiment in this process, or, where its policy may use several GPUs, in one process for each.
 
 Processes are shards of the local engine: each loads the policy on a GPU of its own and has its part of the cores for
-simulators. They share the run directory, so another number of them, or none, continues it.
+simulators. They share the run directory, so another number of them, or none, continues it, once the first have ended.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 from qlibero import files
 from qlibero.activity import doing
 from qlibero.config.dump import dump_resolved
 from qlibero.config.schema import Experiment
+from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.launch import cells
 from qlibero.launch.engine import Submission
@@ -22,10 +25,12 @@ from qlibero.launch.local import Failed, processes, run_shards
 from qlibero.machine.environment import usable_gpus
 from qlibero.results.records import EpisodeRecord, record_from_json
 from qlibero.run.experiment import look_through, make_directory, run_directory, run_experiment, tell_mixes
-from qlibero.run.planned import finished_episodes, missing_episodes
+from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
 from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
+
+UNEVEN = 1.25  # most that the largest share may be of an even one
 
 
 def run_here(
@@ -43,12 +48,14 @@ def run_here(
     if at_once > 1:
         cells.spread_over(experiment, run_dir, at_once)  # refuses other results before they are counted
         missing = missing_episodes(experiment, run_dir)
-        at_once = min(at_once, len({key for _, key in missing}))
+        lacking = {key for _, key in missing}
+        at_once = min(at_once, len(lacking))
     if at_once < 2:
         return run_experiment(experiment, out, on_start=on_start, on_episode=on_episode, on_result=on_result)
     total = len(finished_episodes(experiment, run_dir)) + len(missing)
     on_start(len(missing), total)
-    return _spread(experiment, run_dir, at_once, on_episode, on_result)
+    pieces = _pieces(episode_keys(experiment), lacking, at_once)
+    return _spread(experiment, run_dir, pieces, at_once, on_episode, on_result)
 
 
 def _processes(experiment: Experiment) -> int:
@@ -63,16 +70,29 @@ def _processes(experiment: Experiment) -> int:
     return asked
 
 
+def _pieces(keys: Sequence[EpisodeKey], lacking: Set[EpisodeKey], at_once: int) -> int:
+    """The fewest shards that share what is lacking about evenly among so many processes: one that was run to its end
+    gives a process nothing to do."""
+    places = [place for place, key in enumerate(keys) if key in lacking]
+    pieces, even = at_once, len(places) / at_once
+    while True:
+        shares = Counter(((place + 1) * pieces - 1) // len(keys) for place in places)
+        if len(shares) >= at_once and max(shares.values()) <= max(UNEVEN * even, ceil(even)):
+            return pieces
+        pieces += 1
+
+
 def _spread(
     experiment: Experiment,
     run_dir: Path,
+    pieces: int,
     at_once: int,
     on_episode: Callable[[EpisodeRecord], None],
     on_result: Callable[[Path], None],
 ) -> RunState:
     from qlibero.tracking.mirror import start_mirrors
 
-    manifest = cells.spread_over(experiment, run_dir, at_once)
+    manifest = cells.spread_over(experiment, run_dir, pieces)
     directory = cells.write_manifest(manifest)
     launch = experiment.launch.model_copy(update={"processes": at_once})
     submission = Submission(manifest.name, directory, manifest.missing(), launch)
