@@ -701,6 +701,17 @@ def test_what_is_missing_is_spread_over_all_processes(tmp_path, monkeypatch, don
         here.run_here(run.experiment, run.run_dir, print, print, print)
 
 
+@pytest.mark.parametrize("first,second", [("000of001", 2), ("001of002", 3), ("001of002", 1)])
+def test_a_second_start_with_another_number_of_processes_does_not_run_everything_twice(tmp_path, first, second):
+    sets = "tracking=[]", f"launch.processes={second}"
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells
+    arm, out = cell.experiment.arms()[0], tmp_path / "out"
+    with Ledger(out, arm.name, shard=first, config_hash=config_hash(cell.experiment, arm)):
+        with pytest.raises(GuardRefusal, match=f"out is being written by process {os.getpid()} on .*; wait for it"):
+            here.run_here(cell.experiment, out, print, print, print)
+    assert not (out / "sweep").exists()
+
+
 def test_episodes_of_several_processes_are_counted_on_and_announced_once(tmp_path, monkeypatch):
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=2").cells
     run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]

@@ -23,6 +23,7 @@ from qlibero.launch import cells
 from qlibero.launch.engine import Submission
 from qlibero.launch.local import Failed, processes, run_shards
 from qlibero.machine.environment import usable_gpus
+from qlibero.results.locks import refuse_second_writer
 from qlibero.results.records import EpisodeRecord, record_from_json
 from qlibero.run.experiment import look_through, make_directory, run_directory, run_experiment, tell_mixes
 from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
@@ -44,12 +45,12 @@ def run_here(
     look_through(experiment)
     run_dir = run_directory(experiment, out)
     make_directory(run_dir)
-    at_once = _processes(experiment)
-    if at_once > 1:
-        cells.spread_over(experiment, run_dir, at_once)  # refuses other results before they are counted
-        missing = missing_episodes(experiment, run_dir)
-        lacking = {key for _, key in missing}
-        at_once = min(at_once, len(lacking))
+    cells.spread_over(experiment, run_dir, 1)  # refuses other results before they are counted
+    missing = missing_episodes(experiment, run_dir)
+    if missing:
+        refuse_second_writer(run_dir)
+    lacking = {key for _, key in missing}
+    at_once = min(_processes(experiment), len(lacking))
     if at_once < 2:
         return run_experiment(experiment, out, on_start=on_start, on_episode=on_episode, on_result=on_result)
     total = len(finished_episodes(experiment, run_dir)) + len(missing)
