@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -591,6 +592,22 @@ def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named
     assert light_shard.rows(tmp_path, 0) == list(range(light_shard.ROWS)) and (tmp_path / "merged").exists()
     assert "shard 0 was killed by SIGKILL: starting it again" in said
     assert any("shard 1 ended with status 2" in line and "no such thing" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "log,said",
+    [
+        ("qlibero: refused:\n  layer a\n  layer b\n{}\nleft over\n", "refused:\n  layer a\n  layer b"),
+        ("qlibero: CUDA toolkit: older\nloading the policy\n", "CUDA toolkit: older"),  # killed: no line of JSON
+        ("qlibero: the first time\n{}\nqlibero: the second\n{}\n", "the second"),
+        ("loading the policy\n", "see .*shard-0.log"),
+    ],
+)
+def test_what_a_shard_said_last_is_its_whole_message(tmp_path, monkeypatch, log, said):
+    made = submission(tmp_path, monkeypatch, 1)
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", 'printf "$1"; exit 3', "", log])
+    (failed,) = local.run_shards(made).values()
+    assert failed.status == 3 and re.fullmatch(said, failed.said)
 
 
 def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, said):
