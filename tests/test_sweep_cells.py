@@ -719,6 +719,22 @@ def test_what_is_missing_is_spread_over_all_processes(tmp_path, monkeypatch, don
 
 
 @pytest.mark.parametrize("first,second", [("000of001", 2), ("001of002", 3), ("001of002", 1)])
+def test_an_episode_in_error_does_not_hide_that_a_process_died(tmp_path, monkeypatch):
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=2").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]
+    keys = episode_keys(run.experiment)
+
+    def ended(some) -> None:
+        fill(run, some, error="the simulator died")
+        failed = {0: local.Failed(1, "some episodes ended in an error"), 1: local.Failed(1, "out of memory")}
+        monkeypatch.setattr(here, "run_shards", lambda *_: failed)
+        here.run_here(run.experiment, run.run_dir, print, print, lambda run_dir: None)
+
+    with pytest.raises(WorkFailed, match="some episodes ended in an error\nout of memory"):
+        ended(keys[:3])
+    ended(keys)  # then each is an error, and the document says so
+
+
 def test_a_second_start_with_another_number_of_processes_does_not_run_everything_twice(tmp_path, first, second):
     sets = "tracking=[]", f"launch.processes={second}"
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells

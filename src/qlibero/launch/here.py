@@ -117,7 +117,8 @@ def _spread(
         failed = run_shards(submission, meanwhile)
         meanwhile()
         found = run_state(experiment, run_dir)
-        _raise(failed, found)
+        errors = sum(arm.errors for arm in found.arms.values())
+        _raise(failed, found, len(missing_episodes(experiment, run_dir)) > errors)
         on_result(run_dir)
     finally:
         ended = mirrors.finish()
@@ -127,15 +128,16 @@ def _spread(
     return replace(found, mirrors=tuple(ended))
 
 
-def _raise(failed: dict[int, Failed], found: RunState) -> None:
-    """What a process was refused, or could not do; wrong kernels and episodes in error are in what was found."""
+def _raise(failed: dict[int, Failed], found: RunState, more: bool) -> None:
+    """What a process was refused, or could not do; wrong kernels and episodes in error are in what was found. `more`:
+    more is missing than episodes that ended in an error."""
     if found.arithmetic.problems:
         return
     for one in failed.values():
         if one.status in (2, 3):
             raise {2: UserError, 3: GuardRefusal}[one.status](one.said)
-    if failed and not any(arm.errors for arm in found.arms.values()):
-        raise WorkFailed(next(iter(failed.values())).said)
+    if failed and more:
+        raise WorkFailed("\n".join(dict.fromkeys(one.said for one in failed.values())))
 
 
 class _Written:
