@@ -457,6 +457,23 @@ def test_status_counts_files_not_promises(tmp_path):
         status(tmp_path)
 
 
+def test_status_knows_what_a_run_asks_for_that_one_process_goes_on_with(tmp_path):
+    text = GRID.partition("grid:")[0]
+    (cell,) = sweep_of(tmp_path, text, "episodes_per_task=2").cells
+    spread = cells.spread_over(cell.experiment, tmp_path / "out", 2)
+    cells.write_manifest(spread)  # as over two GPUs
+    fill(spread.cells[0], episode_keys(cell.experiment))
+    found = status(tmp_path / "out")
+    assert found.complete and (found.done, found.shards_done, found.shards) == (8, 2, 2)
+    (more,) = sweep_of(tmp_path, text, "episodes_per_task=3").cells
+    alone = cells.spread_over(more.experiment, tmp_path / "out", 1).cells[0]
+    fill(alone, episode_keys(more.experiment)[:1])
+    found = status(tmp_path / "out")
+    assert not found.complete and (found.done, found.episodes) == (8, 12)
+    cells.write_manifest(cells.make_manifest(sweep_of(tmp_path, text, "episodes_per_task=4"), tmp_path / "out"))
+    assert status(tmp_path / "out").episodes == 16  # submitted since, and not begun
+
+
 def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch, said):
     monkeypatch.setattr("qlibero.launch.slurm._notes", lambda directory: [])
     made = sweep_of(tmp_path, GRID, "tracking=[]")

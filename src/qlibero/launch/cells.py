@@ -135,7 +135,7 @@ def write_manifest(manifest: Manifest) -> Path:
     try:
         (ours / "experiments").mkdir(parents=True, exist_ok=True)
         for cell in manifest.cells:
-            files.replace(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
+            files.replace(experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
         submission = next_submission(manifest)
         (submission / "logs").mkdir(parents=True)
         document = {
@@ -157,7 +157,7 @@ def read_manifest(path: Path, check_files: bool = True) -> Manifest:
 
     def experiment(cell_id: str) -> Experiment:
         # no environment: what was resolved at submission is what runs, whatever a node's shell exports
-        return load_experiment(_experiment_file(Path(written.directory), cell_id), environ={}, check_files=check_files)
+        return load_experiment(experiment_file(Path(written.directory), cell_id), environ={}, check_files=check_files)
 
     cells = tuple(Cell(cell.id, Path(cell.run_dir), cell.axes, experiment(cell.id)) for cell in written.cells)
     return Manifest(written.sweep, Path(written.directory), cells, tuple(Shard(*each) for each in written.shards))
@@ -298,5 +298,6 @@ def _check_launch(cells: Sequence[Cell]) -> None:
             )
 
 
-def _experiment_file(directory: Path, cell_id: str) -> Path:
+def experiment_file(directory: Path, cell_id: str) -> Path:
+    """Where a sweep keeps a cell's experiment, as it was last submitted."""
     return directory / OURS / "experiments" / f"{cell_id}.yaml"
