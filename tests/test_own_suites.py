@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from qlibero import cli
 from qlibero.config.config_hash import config_hash
@@ -131,6 +132,27 @@ def test_a_run_is_bound_to_what_decides_and_not_to_the_place(tasks):
 def test_what_is_wrong_is_told_with_its_place(tasks, suite, more, says):
     with pytest.raises(ConfigError, match=says):
         experiment(tasks, suite, more)
+
+
+def test_it_has_its_name_wherever_a_run_is_shown(tasks):
+    """Its settings in its name's place would be a path of somebody's machine, or no text at all."""
+    from qlibero.results.arm_meta import ArmMeta
+    from qlibero.results.dataset_card import dataset_card
+    from qlibero.results.effective import effective_settings
+    from qlibero.results.runs import RunResults, suites_of
+    from qlibero.tracking.wandb_mirror import _tags
+
+    for suite, names in (
+        ("{bddl: mine, fresh: 2, max_steps: 50}", ["mine"]),
+        ("[libero_goal, {bddl: mine, name: yours, init_states: states, max_steps: 50}]", ["libero_goal", "yours"]),
+    ):
+        kept = yaml.safe_load(dump_resolved(experiment(tasks, suite)))
+        assert suites_of(kept) == names
+        card = dataset_card("x.jsonl", [], {"runs": ["x"], "qlibero": "0"}, [RunResults(tasks, {}, kept, {})])
+        assert f"Suite {', '.join(names)}, protocol pure" in card
+        settings = effective_settings(kept, "baseline", ArmMeta())
+        assert settings["suite"] == (names if len(names) > 1 else names[0])
+        assert set(names) <= set(_tags(settings)) and str(tasks) not in json.dumps(settings)
 
 
 @pytest.mark.parametrize(
