@@ -39,7 +39,7 @@ from qlibero.machine.capacity import Capacity
 from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import run_experiment
+from qlibero.run.experiment import _recorded_before, run_experiment
 from qlibero.run.planned import episode_keys, missing_episodes, planned_keys
 from qlibero.run.state import run_state
 from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
@@ -750,6 +750,16 @@ def test_an_episode_in_error_does_not_hide_that_a_process_died(tmp_path, monkeyp
     with pytest.raises(WorkFailed, match="some episodes ended in an error\nout of memory"):
         ended(keys[:3])
     ended(keys)  # then each is an error, and the document says so
+
+
+@pytest.mark.parametrize("videos,shard,expected", [("all", (1, 2), 50), ("all", (0, 1), 100), (2, (0, 2), 100)])
+def test_of_all_videos_each_shard_replays_its_own(tmp_path, videos, shard, expected):
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], f"videos={videos}").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]
+    fill(run, episode_keys(run.experiment))
+    found = _recorded_before(run.experiment, run.run_dir, shard)
+    assert len(found) == expected
+    assert expected == 100 or {record.key for record in found} == set(episode_keys(run.experiment, shard))
 
 
 def test_a_second_start_with_another_number_of_processes_does_not_run_everything_twice(tmp_path, first, second):
