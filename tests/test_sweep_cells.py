@@ -666,6 +666,15 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expec
     assert found == ({f"{visible or ''}/"} if alone else {f"{gpu}/{8 // len(expected)}" for gpu in expected})
 
 
+@pytest.mark.parametrize("device,at_once", [("cuda", 2), ("cuda:1", 1), ("cpu", 2)])
+def test_a_sweep_gives_no_other_gpu_to_a_policy_that_names_one(tmp_path, monkeypatch, device, at_once):
+    monkeypatch.setattr(environment, "find_gpus", lambda: [{"index": str(i), "uuid": str(i)} for i in range(2)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    sets = f"policy.device={device}", "launch.processes=auto"
+    made = run_sweep(sweep_of(tmp_path, GRID, *sets), "local", tmp_path / "out", True)
+    assert made.dry_run and made.dry_run.startswith(f"# {at_once} at a time")
+
+
 @pytest.mark.parametrize(
     "gpus,sets,expected",
     [

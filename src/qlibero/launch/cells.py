@@ -21,6 +21,7 @@ from pathlib import Path
 from qlibero import files
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
+from qlibero.config.launch import Launch
 from qlibero.config.load import load_experiment
 from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep
@@ -33,6 +34,7 @@ from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
 from qlibero.run.experiment import run_experiment
 from qlibero.run.planned import episode_keys, missing_episodes
+from qlibero.run.simulators import names_a_gpu
 from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,14 @@ class Manifest:
         if not 0 <= index < len(self.shards):
             raise UserError(f"--index {index}: the manifest has shards 0 to {len(self.shards) - 1}")
         return self.shards[index]
+
+    @property
+    def launch(self) -> Launch:
+        """What the cells share (`_check_launch`). Of processes beside each other each has one GPU alone, so where a
+        policy names its own there is one."""
+        launch = self.cells[0].experiment.launch
+        named = launch.processes == "auto" and any(names_a_gpu(cell.experiment) for cell in self.cells)
+        return launch.model_copy(update={"processes": 1}) if named else launch
 
     def experiment_of(self, index: int) -> Experiment:
         return self.cell(self.shard(index)).experiment

@@ -27,6 +27,7 @@ from qlibero.results.locks import refuse_second_writer
 from qlibero.results.records import EpisodeRecord, record_from_json
 from qlibero.run.experiment import look_through, make_directory, run_directory, run_experiment, tell_mixes
 from qlibero.run.planned import episode_keys, finished_episodes, missing_episodes
+from qlibero.run.simulators import names_a_gpu
 from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def _processes(experiment: Experiment) -> int:
     asked = experiment.launch.processes
     if asked == "auto":
         devices = {getattr(arm.policy, "device", "cpu") for arm in experiment.arms()}
-        asked = processes(experiment.launch) if devices & {"auto", "cuda"} and not any(":" in d for d in devices) else 1
+        asked = processes(experiment.launch) if devices & {"auto", "cuda"} and not names_a_gpu(experiment) else 1
     if asked > 1 and experiment.stop is not None:
         log.info("one process: `stop` looks at all episodes together")
         return 1
