@@ -86,17 +86,12 @@ def _chart(m: ReportData, late: Mapping[str, ExecutionMeta], shown: Sequence[str
         for name in shown
         if name in late
     )
-    return el(
-        "div",
-        el("div", [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()],
-           class_="ylabels", aria_hidden="true"),
-        el("div", *charts.grid_lines(x),
-           charts.plot(*(charts.curve(points, "front") for points in lines.values() if len(points) > 1),
-                       label=text, height=320),
-           *marks, class_="canvas"),
+    joined = (charts.curve(points, "front") for points in lines.values() if len(points) > 1)
+    return charts.xy(
+        [(100 - y(t), f"{100 * t:g} %") for t in y.ticks()],
+        el("div", *charts.grid_lines(x), charts.plot(*joined, label=text, height=320), *marks, class_="canvas"),
         charts.axis(x, "latency of execution, milliseconds", lambda t: f"{t:g}"),
-        class_="xy",
-    )  # fmt: skip
+    )
 
 
 def _else(m: ReportData, name: str) -> str:
