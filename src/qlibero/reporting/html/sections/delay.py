@@ -97,7 +97,7 @@ def _chart(m: ReportData, late: Mapping[str, ExecutionMeta], shown: Sequence[str
 def _else(m: ReportData, name: str) -> str:
     """What an arm is but for its latency: arms of which this is equal are one line."""
     result = m.compared.get(name)
-    other = sorted(set(result.unlike) - {"latency_steps"}) if result else []
+    other = {what: sides[1] for what, sides in result.unlike.items() if what != "latency_steps"} if result else {}
     quant = m.arms[name].meta.quant
     return json.dumps([quant and quant.model_dump(mode="json"), other], sort_keys=True)
 
