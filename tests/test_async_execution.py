@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from qlibero.results.meta import read_meta
 from qlibero.results.quality import control_steps
 from qlibero.run.latency import fixed_execution
 from qlibero.run.pace import Chunks, Pace
+from qlibero.run.replay import replay_all
+from qlibero.sim.pool import Finished, Observed
 
 HORIZON = 10
 
@@ -73,6 +76,33 @@ def test_what_is_executed_is_what_the_clock_says(replan, late):
             there = max(0, min(late, HORIZON - first))
             assert np.array_equal(came[:there], chunk(call - 1)[first : first + there])
             assert not came[there:, :6].any() and len(set(came[there:, 6])) <= 1
+
+
+@pytest.mark.parametrize("replan,late,calls", [(5, None, [0, 5, 10]), (5, 2, [0, 5, 10]), (5, 8, [0, 8]), (5, 30, [0])])
+def test_a_replay_looks_where_the_policy_was_asked(replan, late, calls):
+    """Else a probe asks about other moments, with the noise of other calls, than the recorded policy was."""
+    found, rows = episode("libero_object", 0, 0, "baseline", False, False, 0)
+    record = replace(found, steps=12, replan_steps=replan, latency_steps=late)
+    seen: list[int] = []
+
+    class Simulator:
+        workers, step = 1, 0
+
+        def start(self, worker: int, assignment: object) -> None:
+            pass
+
+        def act(self, worker: int, actions: np.ndarray) -> None:
+            assert np.array_equal(actions, rows[self.step : self.step + len(actions), :7])
+            self.step += len(actions)
+
+        def wait(self, seconds: float) -> list:
+            if self.step < 12:
+                return [Observed(0, None, "", self.step, 0.0, 0.0)]
+            return [Finished(0, record.succeeded, 12, record.fingerprint, rows[:12], 0.0, 0.0)]
+
+    episodes = [(record, rows[:12], None)]
+    replay_all(episodes, Simulator(), "pure", lambda *_: None, lambda _, event: seen.append(event.step))
+    assert seen == calls
 
 
 def test_without_latency_nothing_differs_from_waiting():

@@ -622,7 +622,8 @@ def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named
 )
 def test_what_a_shard_said_last_is_its_whole_message(tmp_path, monkeypatch, log, said):
     made = submission(tmp_path, monkeypatch, 1)
-    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: ["sh", "-c", 'printf "$1"; exit 3', "", log])
+    command = ["sh", "-c", 'printf "$1"; exit 3', "", log]
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: command)
     (failed,) = local.run_shards(made).values()
     assert failed.status == 3 and re.fullmatch(said, failed.said)
 

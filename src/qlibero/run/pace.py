@@ -27,6 +27,11 @@ class Pace:
     replan_steps: int
     latency_steps: int | None = None
 
+    @property
+    def period(self) -> int:
+        """Control steps from one call to the next."""
+        return max(self.replan_steps, self.latency_steps or 0)
+
 
 class Chunks:
     """What one episode executes of its chunks."""
@@ -41,8 +46,7 @@ class Chunks:
         pace = self.pace
         if pace.latency_steps is None:
             return chunk[: pace.replan_steps]
-        late = pace.latency_steps
-        steps = max(pace.replan_steps, late)
+        late, steps = pace.latency_steps, pace.period
         # the scene has not changed while the robot waited for its first answer: nothing of that is outdated
         entered = 0 if self._rest is None else late
         until = entered + steps - late
