@@ -194,6 +194,15 @@ def test_files_are_looked_through_before_anything_is_started(tasks, capfd):
     assert f"{file}:21: the goal is empty" in said
 
 
+@pytest.mark.parametrize("command", [["plan"], ["sweep", "--engine", "slurm", "--dry-run"], ["sweep"]])
+def test_a_sweep_looks_through_them_before_it_queues_anything(tasks, capfd, command):
+    file = tasks / "mine/put_the_bowl_on_the_plate.bddl"
+    file.write_text(file.read_text().replace("plate_1 - plate", "p - dish"))
+    name, *flags = command
+    assert cli.main([name, *own(tasks)[1:], *flags]) == 2 and not (tasks / "out").exists()
+    assert f"{file}:12: LIBERO has no object or fixture called dish" in capfd.readouterr().err
+
+
 def test_words_that_the_policy_cannot_read_are_named_with_file_and_line(tasks):
     file = tasks / "mine/put_the_bowl_on_the_plate.bddl"
     file.write_text(file.read_text().replace("put the bowl on", "hurl the bowl at"))
