@@ -36,6 +36,7 @@ from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.machine import environment
 from qlibero.machine.capacity import Capacity
+from qlibero.results.arm_equality import Arithmetic, SameArithmetic
 from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
@@ -641,6 +642,20 @@ def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, s
     monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: replace(done, merge_status=5))
     (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
     assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_a_sweep_whose_kernels_were_wrong_is_refused_each_time(tmp_path, monkeypatch, said):
+    """Its merge fails for it once, and is then as done as it can be."""
+    from qlibero import cli
+
+    done = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
+    unequal = Arithmetic((SameArithmetic("fake", "cpu_int4", 1, 2),), {})
+    wrong = {name: replace(cell, arithmetic=unequal) for name, cell in done.state.cells.items()}
+    (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
+    for merge_status in (3, 0):
+        again = replace(done, state=replace(done.state, cells=wrong), merge_status=merge_status, dry_run=None)
+        monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_, found=again: found)
+        assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 3
 
 
 def test_shards_beside_each_other_share_the_cores(tmp_path, monkeypatch):
