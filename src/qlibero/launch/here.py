@@ -7,6 +7,7 @@ simulators. They share the run directory, so another number of them, or none, co
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
@@ -32,6 +33,7 @@ from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 1.0  # between two looks at the ledgers, of which there may be hundreds on a disk that others share
 UNEVEN = 1.25  # most that the largest share may be of an even one
 
 
@@ -103,9 +105,9 @@ def _spread(
     on_gpus = f" on GPUs {', '.join(gpus[:at_once])}" if len(gpus) > 1 else ""
     log.info(f"{at_once} processes{on_gpus}, logs in {directory / 'logs'}")
     doing(f"starting {at_once} processes")
-    written, begun = _Written(run_dir, [arm.name for arm in experiment.arms()]), False
+    written, begun, looked = _Written(run_dir, [arm.name for arm in experiment.arms()]), False, 0.0
 
-    def meanwhile() -> None:
+    def tell() -> None:
         nonlocal begun
         for record in written.since_last_time():
             if not begun:  # said again, it would begin to count anew
@@ -113,10 +115,16 @@ def _spread(
             begun = True
             on_episode(record)
 
+    def meanwhile() -> None:
+        nonlocal looked
+        if time.monotonic() - looked >= LOOK_S:
+            tell()
+            looked = time.monotonic()
+
     mirrors, ended = start_mirrors(run_dir, experiment.tracking), []
     try:
         failed = run_shards(submission, meanwhile)
-        meanwhile()
+        tell()
         found = run_state(experiment, run_dir)
         errors = sum(arm.errors for arm in found.arms.values())
         _raise(failed, found, len(missing_episodes(experiment, run_dir)) > errors)
