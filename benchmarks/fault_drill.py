@@ -521,9 +521,7 @@ def complete(out: Path) -> bool:
     from qlibero.launch.status import status
 
     return (
-        (out / "sweep").is_dir()
-        and bool(list(out.glob("sweep/submission-*/manifest.json")))
-        and status(out)["complete"]
+        (out / "sweep").is_dir() and bool(list(out.glob("sweep/submission-*/manifest.json"))) and status(out).complete
     )
 
 

@@ -33,7 +33,7 @@ def load(checkpoint, tmp_path_factory, monkeypatch, said):
     """Arms of a tiny policy as a run loads them: (meta by arm, what was said)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "kernels"))
     monkeypatch.setattr(prepare, "ARTIFACTS", tmp_path_factory.getbasetemp() / "artifacts")
-    monkeypatch.setattr(arms, "prompts", lambda experiment: [PROMPTS[0]])
+    monkeypatch.setattr(arms, "task_language", lambda suite, task: PROMPTS[0])
 
     def loading(backends, calibration=None, on_failure="refuse", **quant):
         if calibration:

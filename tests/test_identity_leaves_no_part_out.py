@@ -29,6 +29,7 @@ from qlibero.errors import GuardRefusal, WorkFailed
 from qlibero.kernels import validation
 from qlibero.quant import artifact as artifacts
 from qlibero.quant import prepare
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.ledger import Ledger
 from qlibero.results.meta import check, read_meta
 from qlibero.run import arms
@@ -228,7 +229,7 @@ def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     )
     (arm,) = asked.arms()
     begin(place / "out", {"kernels": {"q": {"kernel": "w8a8"}}}, config_hash(asked, arm))
-    seen: list[dict] = []
+    seen: list[dict[str, ArmMeta]] = []
 
     def capture(experiment, arms, before, *_):
         seen.append(before)
@@ -237,8 +238,8 @@ def test_a_run_that_goes_on_hands_over_what_ran(place, monkeypatch):
     monkeypatch.setattr(arms, "load_arms", capture)
     with pytest.raises(WorkFailed, match="far enough"):
         run_experiment(asked, place / "out")
-    assert seen[0]["auto"]["kernels"] == {"q": {"kernel": "w8a8"}}
+    assert seen[0]["auto"].kernels["q"].kernel == "w8a8"
     shutil.rmtree(place / "out/auto")
     with pytest.raises(WorkFailed, match="far enough"):
         run_experiment(asked, place / "out")
-    assert seen[1] == {"auto": {}}
+    assert seen[1] == {"auto": ArmMeta()}

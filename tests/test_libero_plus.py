@@ -18,7 +18,6 @@ import pytest
 
 from qlibero.config.load import load_experiment
 from qlibero.errors import UserError, WorkFailed
-from qlibero.registry import SuitePlugin, get
 from qlibero.run.arms import load_arms
 from qlibero.sim import libero, libero_plus, provenance, suites
 from qlibero.sim.perturbation import Perturbation, moved
@@ -47,9 +46,6 @@ ARM_OF_GOAL_9 = (-0.09846277, -0.09873842, 0.07775972, -2.40356775, -0.08661733,
 WORDS_OF_GOAL_2 = "can you have the middle drawer of the cabinet opened"
 
 BOWL = "pick_up_the_black_bowl_between_the_plate_and_the_ramekin_and_place_it_on_the_plate"
-here = pytest.mark.skipif(
-    bool(get(SuitePlugin, PLUS[0]).missing), reason="LIBERO-plus is not installed (requirements-test.txt has it)"
-)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +77,6 @@ def test_a_name_of_another_axis_of_two_or_of_none_is_no_variant(rest):
     assert libero_plus.read_name(BOWL + rest) is None
 
 
-@here
 @pytest.mark.parametrize("name", PLUS)
 def test_every_variant_has_its_files_and_its_base_tasks_words(name):
     """Told by their names, as LIBERO-plus tells them, policies hear '… view 0 0 100 2 352 initstate 0'."""
@@ -106,7 +101,6 @@ def test_the_twenty_suites_are_the_five_axes_that_need_no_download():
     assert counted == {"camera": 1599, "robot": 1550, "noise": 1601, "language": 1537, "level": 696}
 
 
-@here
 def test_base_scenes_and_states_are_those_of_the_installed_libero():
     for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
         seen = {}
@@ -119,13 +113,11 @@ def test_base_scenes_and_states_are_those_of_the_installed_libero():
             assert np.array_equal(suites.init_states(suite, task), suites.init_states(base, k)[:1])
 
 
-@here
 def test_what_a_variant_changes_is_part_of_the_runs_identity():
     parts = [provenance._tasks(f"libero_plus_goal_{axis}", "official") for axis in ("camera", "robot", "noise")]
     assert [len(set(part.values())) for part in parts] == [408, 409, 379]  # no two tasks of one identity
 
 
-@here
 def test_the_instruction_that_is_none_is_said():
     of = {name: libero_plus.VariantSuite(name) for name in PLUS}
     wrong = [(name, task) for name, suite in of.items() for task in range(len(suite.variants())) if suite.flaw(task)]
@@ -226,7 +218,6 @@ def test_a_task_has_one_state_unless_more_are_drawn(tmp_path):
         load_experiment(path, [])
 
 
-@here
 @pytest.mark.parametrize(
     "tasks, cannot",
     [
@@ -254,7 +245,6 @@ SCENES = ("libero_plus_spatial_camera/3", "libero_plus_goal_robot/9", "libero_pl
           "libero_plus_goal_language/2", "libero_plus_spatial_level/0")  # fmt: skip
 
 
-@here
 @pytest.mark.libero
 def test_one_variant_of_each_axis_is_really_perturbed_and_pure():
     """Fingerprints are over the settled state, the cameras' frames and the proprioception."""

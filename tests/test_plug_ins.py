@@ -277,9 +277,9 @@ def test_policy_suite_engine_tracker_and_section_share_one_sweep(installed, tmp_
     }
     (tmp_path / "still.yaml").write_text(yaml.safe_dump(config))
     planned = run_sweep(load_sweep(tmp_path / "still.yaml"), None, tmp_path / "out", True)
-    assert planned["engine"] == "inline" and said[-1] == "1 shards here"
+    assert planned.engine == "inline" and said[-1] == "1 shards here"
     done = run_sweep(load_sweep(tmp_path / "still.yaml"), None, tmp_path / "out", False)
-    assert done["complete"] and done["finished"], said
+    assert done.state.complete and done.finished, said
     (record,) = read_ledger(tmp_path / "out", "baseline")
     assert (record.suite, record.outcome, record.steps) == ("one_goal", "failure", 8)
     lines = [json.loads(line) for line in (tmp_path / "out" / "baseline-lines.jsonl").read_text().splitlines()]

@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import t as student
 
 from qlibero.episode_key import FRESH, EpisodeKey
+from qlibero.results.arm_meta import ArmMeta
 from qlibero.results.controls import NoiseFloor, excess_flips, pooled_steps
 from qlibero.results.execution import Shift
 from qlibero.results.paired_outcomes import PairTable
@@ -117,7 +118,7 @@ def test_speed_by_hand():
     assert found.ratio == pytest.approx(math.sqrt(math.sqrt(2) / 2)) and found.scenes == 2
     assert found.interval is None and found.claim == "unclear"
     assert speed(of[2:], Arm("w4a8", {}, {})).claim == ""
-    fake = Arm("fake", {}, {}, {"kernels": {"q_proj": {"kernel": "fake"}}})
+    fake = Arm("fake", {}, {}, ArmMeta.model_validate({"kernels": {"q_proj": {"kernel": "fake"}}}))
     assert speed(of, fake).claim == "simulation"
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlibero.errors import UserError, WorkFailed, cause
 
+if TYPE_CHECKING:  # what it takes to import is not for `--help`, which only names a JsonObject
+    from pydantic import BaseModel, ValidationError
+
 MAX_BYTES = 2 << 30
 _SHOWN = 80
-_Model = TypeVar("_Model", bound=BaseModel)
+_Model = TypeVar("_Model", bound="BaseModel")
 
 JsonObject = dict[str, Any]
 """A mapping as JSON or YAML has it: what was parsed and not yet given types (`checked`), or is about to be written."""
@@ -49,6 +49,8 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 def parse_json(data: bytes | str, where: str | Path) -> Any:
     """The value in JSON text. Raises UserError beginning with `where` (file or file:line) for text that is none,
     is nested too deeply, or holds NaN."""
+    from pydantic_core import from_json
+
     try:
         return from_json(data, allow_inf_nan=False, cache_strings="keys")
     except (ValueError, RecursionError, MemoryError, OverflowError) as problem:
@@ -62,6 +64,8 @@ def read_json(path: Path, most: int = 64 << 20) -> Any:
 
 def checked(model: type[_Model], data: Any, where: str | Path) -> _Model:
     """`data` as a `model`; UserError naming `where`, the key, what was expected and what was found."""
+    from pydantic import ValidationError
+
     try:
         return model.model_validate(data)
     except ValidationError as problem:

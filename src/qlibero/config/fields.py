@@ -18,6 +18,7 @@ from qlibero.registry import Plugin, UnknownPlugin, get, names
 MOST = 1_000_000  # of anything that is counted, where nothing else bounds it
 MAX_SEED = 2**32 - 1
 LONGEST_PATTERN = 2_000
+SHOWN = 12  # names of plug-ins in an error
 
 
 class FieldError(ValueError):
@@ -116,8 +117,11 @@ class PluginName:
 
 
 def one_of(known: Iterable[str]) -> str:
-    """`should be 'a', 'b' or 'c'`, with what else a plug-in may be called."""
-    return f"should be {', '.join(map(repr, known))} or the module of your own (package.module)"
+    """`should be 'a', 'b' or 'c'`, with what else a plug-in may be called; of many only the first."""
+    said = [repr(name) for name in known]
+    more = f", … {len(said) - SHOWN} more (`qlibero ls plugins`)" if len(said) > SHOWN + 1 else ""
+    shown = said[:SHOWN] if more else said
+    return f"should be {', '.join(shown)}{more} or the module of your own (package.module)"
 
 
 Int = Annotated[int, Strict()]  # lax integers would take `true` for 1

@@ -53,6 +53,7 @@ from qlibero.sim.suites import get_suite, task_language, words_at
 log = logging.getLogger(__name__)
 
 WARMUP_CALLS = 3
+UNREADABLE_SHOWN = 20  # tasks in an error
 
 
 def load_arms(
@@ -291,6 +292,8 @@ def require_readable(policy: Policy, experiment: Experiment) -> None:
     if wrong:
         readable = {s: [t for t in experiment.task_ids(s) if t not in wrong.get(s, {})] for s in experiment.suites}
         lines = [f"{suite} task {task}: {said}" for suite, tasks in wrong.items() for task, said in tasks.items()]
+        if len(lines) > UNREADABLE_SHOWN:
+            lines[UNREADABLE_SHOWN:] = [f"and {len(lines) - UNREADABLE_SHOWN} more tasks"]
         kept = ", ".join(f"{suite}: {tasks}" for suite, tasks in readable.items() if tasks and suite in wrong)
         none = ", ".join(suite for suite, tasks in readable.items() if not tasks)
         hint = [
