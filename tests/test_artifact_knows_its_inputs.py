@@ -16,6 +16,7 @@ from test_fake_equals_kernel import small_policy
 
 from qlibero import registry
 from qlibero.config.quantization import Calibration, Quant
+from qlibero.config.schema import Experiment
 from qlibero.errors import GuardRefusal
 from qlibero.policies import load_policy, weights_sha256
 from qlibero.policies.pi05 import Pi05
@@ -198,6 +199,30 @@ def test_an_artifact_made_before_inputs_were_recorded_is_taken_by_name_and_that_
     )
     assert taken.artifact.sha256 == older.sha256 and taken.artifact.inputs is None
     assert "does not say on what inputs" in said[-1]
+
+
+def test_what_a_policy_says_of_its_inputs_may_be_long_or_nothing(base, tmp_path, monkeypatch):
+    """An artifact that was written after minutes is one that is read."""
+    policy = load_policy(settings(base[0]))
+    monkeypatch.setattr(policy, "calibration_inputs", lambda: {"asset": "", "words": "put the bowl " * 100})
+    assert ensure_artifact(policy, RTN, [tmp_path]).made and not ensure_artifact(policy, RTN, [tmp_path]).made
+
+
+def test_an_artifact_is_measured_on_the_policy_that_it_is_of(base, tmp_path, monkeypatch):
+    path, found, place = base
+    data = write_demonstrations(tmp_path / "calibration.npz", observations(4), "random, for tests")
+    monkeypatch.setattr("qlibero.quant.inspect.sensitivity", lambda policy, *rest: [{"profile": policy.profile.name}])
+
+    def measured(*profiles: str) -> list[dict]:
+        policy = settings(path).model_dump(mode="json", exclude_unset=True)
+        arms = [{"name": name, "backend": "fake", "policy": {"profile": name}} for name in profiles]
+        quant = {"method": "rtn", "rounding": "nearest", "layout": "llm", "calibration": {"path": str(data)}}
+        document = {"name": "x", "suite": "libero_goal", "policy": policy, "quant": quant, "arms": arms}
+        return prepare.measured_sensitivity(Experiment.model_validate(document), found.path)
+
+    assert measured("openpi-state", "openpi") == measured("openpi", "openpi-state") == [{"profile": "openpi"}]
+    with pytest.raises(GuardRefusal, match="profile: openpi there, openpi-state asked"):
+        measured("openpi-state")
 
 
 @pytest.mark.parametrize("steps", [4, 10], ids=lambda steps: f"{steps} flow steps")

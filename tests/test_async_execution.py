@@ -10,20 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import episode
+from synthetic_run import arm_meta, episode
 
 from qlibero import cli
 from qlibero.config.config_hash import config_hash
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.policies import load_policy
 from qlibero.results.compare import compare_runs
-from qlibero.results.ledger import Ledger, read_ledger, read_trajectory
+from qlibero.results.ledger import Ledger, read_ledger, read_trajectory, write_meta
 from qlibero.results.meta import read_meta
 from qlibero.results.quality import control_steps
+from qlibero.run.episode import action_digest
 from qlibero.run.latency import fixed_execution
 from qlibero.run.pace import Chunks, Pace
 from qlibero.run.replay import replay_all
 from qlibero.sim.pool import Finished, Observed
+from qlibero.sim.scene import SimObservation
 
 HORIZON = 10
 
@@ -78,33 +80,6 @@ def test_what_is_executed_is_what_the_clock_says(replan, late):
             assert not came[there:, :6].any() and len(set(came[there:, 6])) <= 1
 
 
-@pytest.mark.parametrize("replan,late,calls", [(5, None, [0, 5, 10]), (5, 2, [0, 5, 10]), (5, 8, [0, 8]), (5, 30, [0])])
-def test_a_replay_looks_where_the_policy_was_asked(replan, late, calls):
-    """Else a probe asks about other moments, with the noise of other calls, than the recorded policy was."""
-    found, rows = episode("libero_object", 0, 0, "baseline", False, False, 0)
-    record = replace(found, steps=12, replan_steps=replan, latency_steps=late)
-    seen: list[int] = []
-
-    class Simulator:
-        workers, step = 1, 0
-
-        def start(self, worker: int, assignment: object) -> None:
-            pass
-
-        def act(self, worker: int, actions: np.ndarray) -> None:
-            assert np.array_equal(actions, rows[self.step : self.step + len(actions), :7])
-            self.step += len(actions)
-
-        def wait(self, seconds: float) -> list:
-            if self.step < 12:
-                return [Observed(0, None, "", self.step, 0.0, 0.0)]
-            return [Finished(0, record.succeeded, 12, record.fingerprint, rows[:12], 0.0, 0.0)]
-
-    episodes = [(record, rows[:12], None)]
-    replay_all(episodes, Simulator(), "pure", lambda *_: None, lambda _, event: seen.append(event.step))
-    assert seen == calls
-
-
 def test_without_latency_nothing_differs_from_waiting():
     waits, goes_on = Chunks(Pace(5)), Chunks(Pace(5, 0))
     for call in range(3):
@@ -113,6 +88,61 @@ def test_without_latency_nothing_differs_from_waiting():
 
 def test_latency_is_counted_in_whole_control_steps():
     assert [control_steps(ms) for ms in (0, 0.1, 50, 50.1, 100, 200, 400)] == [0, 1, 1, 2, 2, 4, 8]
+
+
+class Steps:
+    """A simulator's side of a replay that notes when it was seen, and what it was made to do."""
+
+    workers = 1
+
+    def __init__(self):
+        self.seen, self.done, self.events = [], [], []
+
+    def start(self, worker, assignment):
+        self.limit = assignment.max_steps
+        self._look()
+
+    def _look(self):
+        self.seen.append(len(self.done))
+        blank = SimObservation(*np.zeros((2, 2, 2, 3), np.uint8), np.zeros(8, np.float32))
+        self.events.append(Observed(0, blank, "go", len(self.done), 1.0, 1.0))
+
+    def act(self, worker, actions):
+        self.done += actions.tolist()
+        if len(self.done) < self.limit:
+            self._look()
+        else:
+            self.events.append(Finished(0, False, self.limit, "scene", np.zeros((1, 10), np.float32), 1.0, 1.0))
+
+    def wait(self, timeout):
+        events, self.events = self.events, []
+        return events
+
+
+@pytest.mark.parametrize("late, seen", [(None, [0, 5, 10, 15]), (2, [0, 5, 10, 15]), (8, [0, 8, 16])])
+def test_a_replay_shows_what_the_policy_was_shown_before_each_call(late, seen):
+    record, _ = episode("libero_object", 0, 0, "baseline", True, False, 0)
+    record = replace(
+        record, steps=20, outcome="failure", fingerprint="scene", replan_steps=5, latency_steps=late, success_step=None
+    )
+    rows, pool = np.arange(200, dtype=np.float32).reshape(20, 10), Steps()
+    replay_all([(record, rows, None)], pool, "pure", lambda record, path: None)
+    assert pool.seen == seen and pool.done == rows[:, :7].tolist()
+
+
+def test_a_first_chunk_begins_where_its_answer_is_there(tmp_path):
+    """Before, both arms stand still, and equal zeros are no agreement."""
+    for arm, error in (("baseline", 0.0), ("aa", 0.01), ("w4a8", 0.25)):
+        with Ledger(tmp_path, arm, 0, f"hash of {arm}") as ledger:
+            for init in range(3):
+                record, rows = episode("libero_object", 0, init, "baseline", False, False, 0)
+                rows[:8, :6], rows[8:16, 0] = 0, error
+                late = {"replan_steps": 5, "latency_steps": 8, "replans": -(-record.steps // 8)}
+                ledger.append(replace(record, arm=arm, action_digest=action_digest(rows[:, :7]), **late), rows)
+        write_meta(tmp_path, arm, arm_meta(arm, arm))
+    found = compare_runs([tmp_path])["arms"]
+    assert [found[arm]["divergence"]["first_chunk_difference"] for arm in ("aa", "w4a8")] == [0.01, 0.25]
+    assert found["w4a8"]["divergence"]["threshold"] == pytest.approx(0.01)
 
 
 @pytest.fixture

@@ -53,11 +53,22 @@ def test_a_sound_file_has_none(tmp_path):
     )
 
 
+def test_names_are_what_libero_makes_of_them(tmp_path):
+    """It reads a file in lower case."""
+    mixed = SOUND.replace("(On plate_1 main_table_plate", "(On Plate_1 Main_Table_plate").replace(
+        "(plate_r", "(Plate_R"
+    )
+    assert mixed.count("Plate_") == 2 and complaints(tmp_path, mixed) == []
+    twice = SOUND.replace("    plate_1 - plate\n", "    plate_1 - plate\n    PLATE_1 - plate\n")
+    assert [said.partition(": ")[2] for said in complaints(tmp_path, twice)] == ["PLATE_1 is declared twice (line 11)"]
+
+
 @pytest.mark.parametrize(
     "old, new, says",
     [
         ("(And (On akita_black_bowl_1 plate_1))", "(And )", "18: the goal is empty: every episode would succeed"),
         ("    (And (On akita_black_bowl_1 plate_1))\n", "", "18: the goal is empty"),
+        ("put the bowl", "put the (black) bowl", "3: a parenthesis in the instruction"),
         ("(And (On akita", "(Or (On akita", "19: (Or …) in the goal: LIBERO judges (And …)"),
         (
             "(And (On akita_black_bowl_1 plate_1))",

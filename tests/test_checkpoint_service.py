@@ -260,6 +260,9 @@ def test_messages_are_bounded_and_never_code(policy):
             unpack(evil)
     with pytest.raises(ValueError, match="is not 4 bytes"):
         unpack(msgpack.packb({b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": [1 << 40]}))
+    for dtype, number in (("|u1", 256), ("|u1", -1), ("<i8", float("inf")), ("<i8", 1 << 63), ("<f4", [1])):
+        with pytest.raises(ValueError, match="not a message of openpi's protocol"):
+            unpack(msgpack.packb({b"__npgeneric__": True, b"data": number, b"dtype": dtype}))
 
 
 def test_a_restarted_server_is_found_again(policy):

@@ -167,6 +167,31 @@ def test_triton_gets_a_place_where_its_own_cannot_be_written(tmp_path, monkeypat
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "ours/triton")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a mount of its own")
+@pytest.mark.parametrize("first", ["", "import numba\n"], ids=["before numba", "after numba"])
+def test_a_read_only_installation_without_a_home_compiles(first, tmp_path):
+    """Left alone numba says "no locator available": no simulator runs, and no policy with a compiled flow."""
+    (tmp_path / "installed").mkdir()
+    function = "from numba import njit\n\n\n@njit(cache=True)\ndef plus_one(x):\n    return x + 1\n"
+    (tmp_path / "installed/compiled.py").write_text(function)
+    code = f"{first}from qlibero.cache import numba_cache\nnumba_cache()\nfrom compiled import plus_one\n"
+    code += "print(plus_one(1), plus_one._cache.cache_path)"
+    place = tmp_path / "installed"
+    mount = f"mount --bind {place} {place} && mount -o remount,ro,bind {place}"
+    kept = {key: value for key, value in os.environ.items() if key not in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    paths = os.pathsep.join(filter(None, [str(place), kept.get("PYTHONPATH")]))
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", f'{mount} && exec "$@"', "-", sys.executable, "-c", code],
+        env={**kept, "HOME": "/proc/nowhere", "QLIBERO_CACHE": str(tmp_path / "ours"), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no mounts here")
+    assert done.stdout.startswith(f"2 {tmp_path}/ours/numba/"), done.stderr
+    assert done.stderr.count("numba's cache cannot be written") == 1
+
+
 def test_a_planted_temporary_directory_is_passed_over(tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "planted").mkdir()

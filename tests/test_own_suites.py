@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from qlibero import cli
+from qlibero import cli, registry
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.config.sweep import load_sweep
 from qlibero.errors import UserError
 from qlibero.policies import load_policy
+from qlibero.registry import FolderSuite
 from qlibero.results.ledger import read_ledger
 from qlibero.run.arms import require_readable
 from qlibero.run.planned import episode_keys
-from qlibero.sim.suites import get_suite, task_language
+from qlibero.sim.suites import get_suite, task_language, words_at
 
 EXAMPLE = Path(__file__).parents[1] / "examples/own_tasks/own_tasks.yaml"
 REMOTE = "policy: {type: remote, url: 'ws://localhost:1'}\narms: [baseline]\n"
@@ -29,7 +32,7 @@ REMOTE = "policy: {type: remote, url: 'ws://localhost:1'}\narms: [baseline]\n"
 
 @pytest.fixture(autouse=True)
 def nobody_elses_suites(monkeypatch):
-    monkeypatch.setenv("QLIBERO_SUITES", "{}")
+    monkeypatch.setenv("QLIBERO_SUITES", "")
 
 
 @pytest.fixture
@@ -69,6 +72,39 @@ def test_states_that_are_there_are_counted_and_words_may_come_from_the_files_nam
     assert task_language("mine", 0) == "go away"
     experiment(tasks, "{bddl: mine, init_states: states, max_steps: 50}")
     assert task_language("mine", 0) == "put the bowl on the plate"
+
+
+@pytest.mark.parametrize("says, states", [("init_states: states", ("official", 4)), ("max_steps: 6", ("fresh", 2))])
+def test_a_file_that_says_its_states_leaves_those_of_the_file_below(tasks, says, states):
+    experiment(tasks, "{bddl: mine, fresh: 2, max_steps: 5}")
+    (tasks / "above.yaml").write_text(f"extends: x.yaml\nsuite: {{bddl: mine, {says}}}\n")
+    assert load_experiment(tasks / "above.yaml").initial_states() == states
+
+
+def test_an_earlier_instruction_in_a_comment_is_not_what_is_told(tasks):
+    """LIBERO leaves out what stands behind a semicolon."""
+    file = tasks / "mine/put_the_bowl_on_the_plate.bddl"
+    file.write_text(file.read_text().replace("(:language", "; (:language move the plate)\n  (:language ;hm\n"))
+    experiment(tasks, "{bddl: mine, fresh: 1, max_steps: 5}")
+    assert task_language("mine", 0) == "put the bowl on the plate" and words_at("mine", 0) == f"{file}:4"
+
+
+def test_thousands_of_tasks_are_known_to_the_processes_that_are_started(tmp_path):
+    """Linux starts none with a variable of 128 KiB."""
+    (tmp_path / "many").mkdir()
+    for number in range(3000):
+        (tmp_path / f"many/put_the_black_bowl_on_the_plate_and_turn_on_the_stove_{number:04}.bddl").touch()
+    experiment(tmp_path, "{bddl: many, fresh: 1, max_steps: 5}")
+    code = "from qlibero.registry import SuitePlugin, get; print(get(SuitePlugin, 'many').goals[2999])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == f"{tmp_path}/many/put_the_black_bowl_on_the_plate_and_turn_on_the_stove_2999.bddl"
+
+
+def test_more_tasks_than_a_process_can_be_told_of_are_refused(monkeypatch):
+    monkeypatch.setattr(registry, "MOST", 300)
+    suite = FolderSuite("m", "mine", tasks=40, origin="/mine", goals=tuple(f"/mine/{i**9:x}.bddl" for i in range(40)))
+    with pytest.raises(UserError, match=r"/mine: no simulator can be told of so many tasks \(40 here\); split"):
+        suite.make_known()
 
 
 def test_beside_liberos_own_and_in_a_sweep_it_has_its_name(tasks):
@@ -125,6 +161,7 @@ def test_a_run_is_bound_to_what_decides_and_not_to_the_place(tasks):
         ("[libero_goal, {bddl: mine, fresh: 2}]", "", "suite.1.max_steps: is missing"),
         ("{bddl: mine, init_states: states, max_steps: 5}", "episodes_per_task: 5", "mine has 4 initial states a task"),
         ("{bddl: mine, fresh: 2, max_steps: 5}", "inits: fresh(3)", "inits: mine says fresh: 2"),
+        ("{bddl: mine, name: a_task, init_states: states, max_steps: 5}", "inits: base", "a_task has no scenes of"),
         ("{bddl: mine, fresh: 2, max_steps: 5}", "tasks: [2]", "tasks.0: mine has tasks 0 to 1"),
         ("{bddl: mine, fresh: 2, max_steps: 5}", "protocol: openpi", "inits: fresh initial states are drawn"),
     ],

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from qlibero import cli
+from qlibero.errors import GuardRefusal
 from qlibero.machine.environment import simulator_environment
+from qlibero.registry import FolderSuite
 from qlibero.results.ledger import read_ledger
 from qlibero.sim import physics_check, physics_check_cache
 from qlibero.sim.physics_check import PhysicsFinding, PhysicsReport
@@ -119,6 +121,39 @@ def test_what_a_verdict_depends_on_makes_it_void_when_it_changes(tmp_path, monke
         physics_check_cache.PhysicsCheck(suite, environment, renderer),
     ):
         pass
+
+
+@pytest.mark.parametrize("suite, spoke", [("libero_plus_10_level", "libero_10"), ("mine", "libero_goal")])
+def test_a_suite_without_a_reference_begins_another_and_is_not_called_checked(suite, spoke, monkeypatch):
+    monkeypatch.setenv("QLIBERO_SUITES", "")
+    FolderSuite("mine", "tasks of your own", tasks=1, max_steps=9, origin="/mine", goals=("/mine/x.bddl",)).make_known()
+    begun, verdicts = [], [("refused", "refusal"), ("valid", "")]
+
+    class Look:
+        def __init__(self, suites, environment):
+            begun.extend(suites)
+
+        def report(self) -> PhysicsReport:
+            verdict, level = verdicts.pop(0)
+            return PhysicsReport(verdict, (PhysicsFinding(level, "other physics", ""),) if level else (), "", {})
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(physics_check_cache, "ReferenceRun", Look)
+    with (
+        pytest.raises(GuardRefusal, match="other physics"),
+        physics_check_cache.PhysicsCheck(suite, {}, LLVMPIPE) as refused,
+    ):
+        refused.enforce()
+    for _ in range(2):  # what passed is remembered, and for the suite that spoke
+        for name in (suite, spoke):
+            with physics_check_cache.PhysicsCheck(name, {}, LLVMPIPE) as check:
+                report = check.enforce()
+            lacking = f"{suite} has no reference episode: that of {spoke} was begun"
+            said = " ".join(finding.what for finding in report.findings)
+            assert (report.verdict, lacking in said) == (("warning", True) if name == suite else ("valid", False))
+    assert begun == [spoke, spoke]
 
 
 def test_a_run_that_fails_while_it_looks_leaves_no_process():

@@ -12,7 +12,9 @@ from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
 from qlibero.config.load import ConfigError, load_experiment
 from qlibero.results.ledger import read_ledger
+from qlibero.results.meta import read_meta
 from qlibero.results.runs import RunResults, read_run
+from qlibero.run.arms import load_arms
 from qlibero.run.planned import episode_keys
 
 
@@ -125,3 +127,6 @@ def test_one_run_of_two_suites(tmp_path, tiny_experiment, capfd):
     assert cli.main(["compare", str(out)]) == 0
     compared = json.loads(capfd.readouterr().out.splitlines()[-1])["arms"]["fake"]
     assert compared["pairs"] == 2 and compared["suites"].keys() == {"libero_object", "libero_goal"}
+    other_order = load_experiment(tmp_path / "two.yaml", ["suite=[libero_goal, libero_object]"])
+    _, meta = load_arms(other_order, other_order.arms()[:1])  # else the policy would "answer differently here"
+    assert meta["baseline"]["probe"] == read_meta(out, "baseline").probe

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from qlibero import files
@@ -32,13 +34,25 @@ def cache_directory(name: str) -> Path:
 def triton_cache() -> None:
     """Where Triton's machine code cannot be kept (a batch account without a home, a read-only one), name it a part of
     the cache: left alone it fails, and its kernels' place is taken by others that round otherwise."""
+    home = os.environ.get("TRITON_HOME")
+    _moved("Triton", "TRITON_CACHE_DIR", lambda: Path(home or Path.home()) / ".triton" / "cache")
+
+
+def numba_cache() -> None:
+    """Likewise numba's, which compiles robosuite's control and a policy's flow, and refuses to where neither its user's
+    cache nor what is installed can be written."""
+    _moved("numba", "NUMBA_CACHE_DIR", lambda: _of_user() / "numba")
+    if "numba" in sys.modules:  # which has read its variables
+        sys.modules["numba"].config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR", "")
+
+
+def _moved(whose: str, variable: str, usual: Callable[[], Path]) -> None:
     try:
-        home = os.environ.get("TRITON_HOME") or Path.home()
-        _made(Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache"))
+        _made(Path(os.environ.get(variable) or usual()))
     except (OSError, RuntimeError) as problem:
-        why, instead = cause(problem) if isinstance(problem, OSError) else str(problem), cache_directory("triton")
-        log.warning(f"Triton's cache cannot be written ({why}); using {instead}")
-        os.environ["TRITON_CACHE_DIR"] = str(instead)
+        why, instead = cause(problem) if isinstance(problem, OSError) else str(problem), cache_directory(whose.lower())
+        log.warning(f"{whose}'s cache cannot be written ({why}); using {instead}")
+        os.environ[variable] = str(instead)
 
 
 def keep(path: Path, content: str | bytes) -> None:
@@ -52,7 +66,11 @@ def keep(path: Path, content: str | bytes) -> None:
 def _chosen() -> Path:
     if chosen := os.environ.get("QLIBERO_CACHE"):
         return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlibero"
+    return _of_user() / "qlibero"
+
+
+def _of_user() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _made(path: Path) -> Path:

@@ -18,6 +18,8 @@ import importlib
 import json
 import os
 import re
+import zlib
+from base64 import b64decode, b64encode
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -192,7 +194,9 @@ class SuitePlugin(Plugin):
 
 
 FOLDERS = "QLIBERO_SUITES"
-"""Variable with the `FolderSuite`s that configurations of this process name: its simulators are told by it."""
+"""Variable with the `FolderSuite`s that configurations of this process name, packed: its simulators are told by it."""
+MOST = 120_000
+"""Its characters: Linux starts no process with a variable of 128 KiB, which the paths of a thousand tasks have."""
 
 
 @dataclass(frozen=True)
@@ -211,19 +215,33 @@ class FolderSuite(SuitePlugin):
         return super().load()(self)
 
     def make_known(self) -> None:
-        """Under its name, to this process and those that it starts; a later one of that name takes its place."""
-        known = json.loads(os.environ.get(FOLDERS, "{}"))
+        """Under its name, to this process and those that it starts; a later one of that name takes its place.
+
+        Raises UserError where no process could be told of that many tasks."""
         said = {key: getattr(self, key) for key in _OF_FOLDER}
-        os.environ[FOLDERS] = json.dumps(known | {self.name: said})
+        known = _unpacked(os.environ.get(FOLDERS, "")) | {self.name: said}
+        packed = b64encode(zlib.compress(json.dumps(known).encode())).decode()
+        if len(packed) > MOST:
+            tasks = sum(len(suite["goals"]) for suite in known.values())
+            raise UserError(
+                f"{self.origin}: no simulator can be told of so many tasks ({tasks:,} here); split the directory, and "
+                "run its parts one by one"
+            )
+        os.environ[FOLDERS] = packed
 
 
 _OF_FOLDER = ("name", "about", "tasks", "inits", "max_steps", "origin", "goals", "states", "instructions")
 
 
+def _unpacked(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(zlib.decompress(b64decode(text))) if text else {}
+    return found
+
+
 @lru_cache(maxsize=8)
 def _folders(text: str) -> dict[str, FolderSuite]:
     found = {}
-    for name, settings in json.loads(text).items():
+    for name, settings in _unpacked(text).items():
         known: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in settings.items()}
         found[name] = FolderSuite(**known)
     return found
@@ -257,7 +275,7 @@ def get(kind: type[P], name: str) -> P:
     for found in (_built_in(kind), _installed(kind)[0]):
         if plugin := found.get(name):
             return plugin
-    if isinstance(named := _folders(os.environ.get(FOLDERS, "{}")).get(name), kind):
+    if isinstance(named := _folders(os.environ.get(FOLDERS, "")).get(name), kind):
         return named
     by_path = _by_path(kind, name) if _MODULE.fullmatch(name) else None
     if by_path is not None:

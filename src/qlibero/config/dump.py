@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qlibero.config.load import PATH_KEYS, known_backends
-from qlibero.config.policies import path_keys
+from qlibero.config.load import known_backends
 from qlibero.config.schema import Experiment
 from qlibero.config.yaml_source import OLDER_WORDS
 from qlibero.config.yaml_text import CoreLoader
 from qlibero.documents import JsonObject
-from qlibero.places import REPOSITORY
 
 
 class _Dumper(yaml.SafeDumper):
@@ -30,25 +26,10 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def dump_resolved(experiment: Experiment, directory: Path | None = None) -> str:
-    """The experiment as one YAML text that loads to an equal Experiment.
-
-    Paths are absolute, or, for a file to be kept in `directory`, relative to it where both lie in one checkout.
-    """
+def dump_resolved(experiment: Experiment) -> str:
+    """The experiment as one YAML text that loads to an equal Experiment. Paths are absolute."""
     data = experiment.model_dump(mode="json")
-    if directory is not None:
-        kinds = {arm.policy.type for arm in experiment.arms()} | {experiment.policy.type}
-        _make_relative(data, directory.resolve(), set(PATH_KEYS).union(*map(path_keys, kinds)))
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _make_relative(value: Any, directory: Path, paths: set[str]) -> None:
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(inner, dict | list):
-            _make_relative(inner, directory, paths)
-        elif key in paths and isinstance(inner, str):
-            if directory.is_relative_to(REPOSITORY) and Path(inner).is_relative_to(REPOSITORY):
-                value[key] = os.path.relpath(inner, directory)
 
 
 def editor_schema() -> JsonObject:

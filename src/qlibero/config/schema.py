@@ -40,7 +40,7 @@ from qlibero.config.policies import Policy
 from qlibero.config.quantization import Quant
 from qlibero.config.suites import OFFICIAL_INITS, OwnSuite, Suites, called, said_by_own
 from qlibero.documents import JsonObject
-from qlibero.registry import SuitePlugin, TrackerPlugin, get
+from qlibero.registry import SuitePlugin, TrackerPlugin, built_in, get
 
 TrackerName = Annotated[str, PluginName(TrackerPlugin)]
 
@@ -218,8 +218,8 @@ class Experiment(StrictModel):
             if self.seed != self.seeds[0]:
                 raise FieldError(("seed",), f"seeds says {list(self.seeds)}; write one of the two keys")
         self._check_inits()
-        for suite in self.suites:
-            if self.inits == "base" and not suite.endswith(("_lan", "_task")):
+        for suite in self.suites if self.inits == "base" else ():
+            if suite not in built_in(SuitePlugin) or not suite.endswith(("_lan", "_task")):
                 raise FieldError(("inits",), f"{suite} has no scenes of another suite; lan and task of LIBERO-PRO have")
         if self.stop is not None and len(self.suites) > 1:
             raise FieldError(("stop",), "a sequential test is over one suite; write one, or leave stop out")

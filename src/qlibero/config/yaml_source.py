@@ -196,8 +196,11 @@ def _same_type(low: JsonObject, high: JsonObject) -> bool:
 
 
 def left_behind(key: str, newer: JsonObject) -> bool:
-    """A hash belongs to the checkpoint it was written for: another checkpoint does not inherit it."""
-    return key == "sha256" and "checkpoint" in newer and "sha256" not in newer
+    """A hash belongs to the checkpoint it was written for: another checkpoint does not inherit it. And a suite's states
+    are drawn or there: whoever says one leaves the other."""
+    if key in newer:
+        return False
+    return {"sha256": "checkpoint", "fresh": "init_states", "init_states": "fresh"}.get(key) in newer
 
 
 def put(data: JsonObject, keys: Iterable[str], value: Any) -> None:

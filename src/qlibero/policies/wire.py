@@ -21,6 +21,7 @@ Counted = TypeVar("Counted", list[Any], dict[Any, Any])
 _KINDS = "biuf"
 """Boolean, signed, unsigned, floating point: neither objects nor anything with structure."""
 MAX_DIMENSIONS = 32
+_MALFORMED = (msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData)
 MAX_ITEMS = 420_000
 """In all lists and mappings of a message: two frames of 224 px as nested lists have 401,856."""
 
@@ -54,7 +55,7 @@ def unpack(frame: bytes) -> Any:
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
         )
-    except (msgpack.exceptions.UnpackException, msgpack.exceptions.ExtraData, ValueError, TypeError, KeyError) as error:
+    except (*_MALFORMED, ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"not a message of openpi's protocol: {short(str(error) or type(error).__name__)}") from None
 
 
@@ -87,7 +88,10 @@ def _decode(value: dict[Any, Any]) -> Any:
             raise ValueError(f"an array of shape {shape} and type {dtype} is not {size}")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:
-        return _type(value[b"dtype"]).type(value[b"data"])
+        number = value[b"data"]
+        if not isinstance(number, int | float):
+            raise ValueError(f"a number is expected, not {type(number).__name__}")
+        return _type(value[b"dtype"]).type(number)
     return value
 
 

@@ -34,8 +34,8 @@ SMOOTHING_WITHIN = 0.02
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Bytes = Annotated[int, Field(ge=0, le=2**40)]
-_Pattern = Annotated[str, Field(max_length=2000)]
 _Measure = Annotated[float, Field(allow_inf_nan=True)] | None
+_Text = Annotated[str, Field(max_length=10_000)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -61,7 +61,7 @@ class _Layer(Strict):
 
 class _Calibration(Open):
     data_sha256: _Name
-    inputs: dict[_Name, _Name] | None = Field(None, max_length=64)
+    inputs: dict[_Name, _Text] | None = Field(None, max_length=1024)
 
 
 class Meta(Strict):

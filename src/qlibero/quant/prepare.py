@@ -254,10 +254,13 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[JsonObject]
     torch.set_num_threads(1)
     artifact = load(path)
     arms = [arm for arm in experiment.arms() if arm.quant is not None and arm.quant.calibration]
-    # of several checkpoints, the one that the artifact is of
-    arm = next(
-        (arm for arm in arms if weights_sha256(arm.policy) == artifact.checkpoint_sha256), next(iter(arms), None)
-    )
+
+    def apart(arm: Arm) -> tuple[bool, int]:
+        asked = inputs_of_settings(arm.policy, artifact.spec)
+        others = differences(artifact.inputs, asked) if artifact.inputs and asked else []
+        return weights_sha256(arm.policy) != artifact.checkpoint_sha256, len(others)
+
+    arm = min(arms, key=apart, default=None)  # of several policies, the one that the artifact is of
     if arm is None:
         raise UserError(
             f"experiment {experiment.name} names no calibration data, which the measurement needs: "
@@ -265,6 +268,7 @@ def measured_sensitivity(experiment: Experiment, path: Path) -> list[JsonObject]
         )
     data, _, _ = unseen([cast("Quant", arm.quant)])
     policy = quantizable(load_policy(arm.policy))
+    require(artifact, None, policy.provenance()["sha256"], inputs_of(policy, artifact.spec))
     noise = noise_for(policy, len(data.observations), artifact.spec.calibration_seed)
     return sensitivity(policy, artifact, data.observations, noise)
 

@@ -141,7 +141,7 @@ def action_noise(pairs: Sequence[Pair], reference: Arm, control: Arm) -> float:
     for pair in pairs:
         left, right = _trajectories(pair, reference, control)
         if left is not None and right is not None:
-            differences.append(motion_difference(left, right)[: _first_chunk(pair)])
+            differences.append(motion_difference(left, right)[_first_chunk(pair)])
     return float(np.percentile(np.concatenate(differences), 99)) if differences else 0.0
 
 
@@ -227,7 +227,7 @@ def divergences(
         steps[key] = first_divergence(left, right, threshold)
         visible[key] = first_apart(left, right, VISIBLE_M)
         gripper[key] = first_opposed_grip(left, right)
-        first_chunks.append(float(motion_difference(left, right)[: _first_chunk(pair)].max(initial=0.0)))
+        first_chunks.append(float(motion_difference(left, right)[_first_chunk(pair)].max(initial=0.0)))
         flipped.append(pair.step != 0)
     chunk = float(f"{np.median(first_chunks):.6g}") if first_chunks else None
     of_flipped, of_others = (
@@ -237,9 +237,12 @@ def divergences(
     return Divergence(threshold, threshold_from, chunk, area, area95, steps, visible, gripper)
 
 
-def _first_chunk(pair: Pair) -> int:
-    """A number of steps surely in both arms' first chunk: ⌈steps / policy calls⌉ never exceeds its length."""
-    return min(-(-r.steps // max(r.replans, 1)) for r in (pair.reference, pair.other))
+def _first_chunk(pair: Pair) -> slice:
+    """Steps surely in both arms' first chunk: ⌈steps / policy calls⌉ never exceeds its length. Before its answer is
+    there an arm that nobody waits for stands still."""
+    both = (pair.reference, pair.other)
+    late = max(record.latency_steps or 0 for record in both)
+    return slice(late, late + min(-(-record.steps // max(record.replans, 1)) for record in both))
 
 
 def _parted(steps: dict[str, int | None]) -> int:

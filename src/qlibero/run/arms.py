@@ -106,7 +106,7 @@ def load_arms(
             "policy": policy.provenance(),
             "identity": identity_parts(arm, policy, found),
             **found,
-            **probe(policy, experiment.suites[0]),
+            **probe(policy, min(experiment.suites)),  # whichever is listed first: their order binds nothing
             "kernels_hash": digest(found.get("kernels", {})),
             "warmup_ms": warmup_ms,
         }

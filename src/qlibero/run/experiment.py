@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -215,9 +214,11 @@ def _run_in(
         watched: dict[str, Recheck] = {}
         before = {arm.name: check(run_dir, arm.name, {}) for arm in arms}
         policies, meta = load_arms(experiment, arms, before, run_dir, watched)
-        for suite, arm in product(experiment.suites, arms):
-            meta[arm.name]["identity"] |= parts(suite, simulator, experiment.initial_states()[0])
+        of_simulator: dict[str, str] = {}
+        for suite in experiment.suites:
+            of_simulator |= parts(suite, simulator, experiment.initial_states()[0])
         for arm in arms:
+            meta[arm.name]["identity"] |= of_simulator
             hash_ = config_hash(experiment, arm)
             execution = fixed_execution(run_dir, arm, policies[arm.name], prompts(experiment), meta[arm.name], hash_)
             if execution is not None:

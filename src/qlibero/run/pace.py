@@ -27,11 +27,6 @@ class Pace:
     replan_steps: int
     latency_steps: int | None = None
 
-    @property
-    def period(self) -> int:
-        """Control steps from one call to the next."""
-        return max(self.replan_steps, self.latency_steps or 0)
-
 
 class Chunks:
     """What one episode executes of its chunks."""
@@ -46,7 +41,8 @@ class Chunks:
         pace = self.pace
         if pace.latency_steps is None:
             return chunk[: pace.replan_steps]
-        late, steps = pace.latency_steps, pace.period
+        late = pace.latency_steps
+        steps = max(pace.replan_steps, late)
         # the scene has not changed while the robot waited for its first answer: nothing of that is outdated
         entered = 0 if self._rest is None else late
         until = entered + steps - late

@@ -21,7 +21,7 @@ from qlibero.results.ledger import read_ledger, read_trajectory
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import REFERENCE
 from qlibero.run.noise import call_noise
-from qlibero.run.replay import pace_of, replay_all
+from qlibero.run.replay import call_every, replay_all
 from qlibero.run.simulators import start_pool
 from qlibero.sim.pool import Observed
 from qlibero.stats.ranks import auc
@@ -95,8 +95,8 @@ def questions_of(
         replay_all([(record, rows, None) for record, rows in chosen], pool, protocol, ended, observed)
     keys = sorted(seen)
     noise = [
-        call_noise(record.key, step // pace_of(record).period, policy.noise_shape)
-        for (_, step), (_, record) in sorted(seen.items(), key=lambda item: item[0])
+        call_noise(record.key, step // call_every(record), policy.noise_shape)
+        for (_, step), record in ((key, seen[key][1]) for key in keys)
     ]
     return Questions(
         [seen[key][0] for key in keys],

@@ -20,12 +20,16 @@ from qlibero.errors import WorkFailed
 from qlibero.results.ledger import read_trajectory
 from qlibero.results.records import EpisodeRecord
 from qlibero.results.runs import video_path
-from qlibero.run.pace import Pace
 from qlibero.sim.pool import Assignment, Died, Finished, Observed, SimulatorPool
 
 log = logging.getLogger(__name__)
 
 REPLAN_STEPS = 5  # of records that do not say it
+
+
+def call_every(record: EpisodeRecord) -> int:
+    """Control steps from one policy call of an episode to the next, see `pace.Chunks`."""
+    return max(record.replan_steps or REPLAN_STEPS, record.latency_steps or 0)
 
 
 def replay(
@@ -99,7 +103,7 @@ def replay_all(
             record, trajectory, path = running[event.worker]
             if isinstance(event, Observed):
                 on_observed(record, event)
-                pool.act(event.worker, trajectory[event.step : event.step + pace_of(record).period, :7])
+                pool.act(event.worker, trajectory[event.step : event.step + call_every(record), :7])
                 continue
             del running[event.worker]
             if isinstance(event, Finished):
@@ -112,11 +116,6 @@ def replay_all(
             elif isinstance(event, Died):
                 _forget(path)
             start(event.worker)
-
-
-def pace_of(record: EpisodeRecord) -> Pace:
-    """How its policy was asked."""
-    return Pace(record.replan_steps or REPLAN_STEPS, record.latency_steps)
 
 
 def _forget(path: Path | None) -> None:

@@ -153,21 +153,23 @@ def _complaints(tree: list[Any], vocabulary: Vocabulary) -> Iterator[tuple[int, 
         words = " ".join(map(str, language[1:]))
         if not words or len(words) > MAX_WORDS:
             yield _line(language), f"an instruction of {len(words)} characters; it says what a policy is told"
+        if any(isinstance(part, list) for part in language):
+            yield _line(language), "a parenthesis in the instruction: write words alone"
     declared: dict[str, Word] = {}
     for block in (":fixtures", ":objects"):
         yield from _declared(parts.get(block, [])[1:], declared, vocabulary)
     regions = set()
     for region in (part for part in parts.get(":regions", [])[1:] if isinstance(part, list)):
-        target = next((str(p[1]) for p in region[1:] if isinstance(p, list) and head(p) == ":target"), "")
+        target = next((_known(p[1]) for p in region[1:] if isinstance(p, list) and head(p) == ":target"), "")
         if target in declared:  # LIBERO's own files have regions of objects that are not there, and never name them
-            regions.add(f"{target}_{region[0]}")
+            regions.add(f"{target}_{_known(region[0])}")
     placed = set()
     for fact in parts.get(":init", [])[1:]:
         yield from _fact(fact, declared, regions, vocabulary, "init")
         if isinstance(fact, list) and len(fact) > 1 and isinstance(fact[1], Word):
-            placed.add(fact[1].text)
+            placed.add(_known(fact[1]))
     for thing in _names(parts.get(":objects", [])[1:]):
-        if thing.text not in placed:
+        if _known(thing) not in placed:
             yield thing.line, f"object {thing} has no line in (:init …): where it stands is nobody's choice"
     if ":goal" in parts:
         yield from _goal(parts[":goal"], declared, regions, vocabulary)
@@ -198,12 +200,17 @@ def _declared(parts: list[Any], declared: dict[str, Word], vocabulary: Vocabular
                 yield word.line, f"LIBERO has no object or fixture called {word}"
             waiting = []
         elif word.text != "-":
-            if word.text in declared:
-                yield word.line, f"{word} is declared twice (line {declared[word.text].line})"
-            declared[word.text] = word
+            if _known(word) in declared:
+                yield word.line, f"{word} is declared twice (line {declared[_known(word)].line})"
+            declared[_known(word)] = word
             waiting.append(word)
     for word in waiting:
         yield word.line, f"{word} has no class: write `{word} - CLASS`"
+
+
+def _known(name: Any) -> str:
+    """How LIBERO knows it: it reads files in lower case."""
+    return str(name).lower()
 
 
 def _names(parts: list[Any]) -> list[Word]:
@@ -228,5 +235,5 @@ def _fact(
     for name in names:
         if isinstance(name, list):
             yield _line(name), f"{where}: ({predicate} …) of a list; only names can stand there"
-        elif name.text not in declared and name.text not in regions:
+        elif _known(name) not in declared and _known(name) not in regions:
             yield name.line, f"{where}: {name} is no object, fixture or region (regions are called TARGET_REGION)"

@@ -22,7 +22,6 @@ NEAR = 0.2
 BESIDE_THE_LINE = 0.05
 """Metres from the line between two things, still "between" them."""
 _UNDONE = {"turnoff": "turnon", "close": "open"}
-_OPPOSITE = {"left": "right", "right": "left"}
 _THING = r"(?:the )?([a-z ]+?)(?= (?:and|on|onto|in|into|from|to|with)\b|[^a-z ]|$)"
 _BETWEEN = re.compile(rf"(?<!not )\bbetween {_THING} and {_THING}")
 _NEXT_TO = re.compile(rf"(?<!not )\b(?:next to|beside) {_THING}")
@@ -56,16 +55,17 @@ class Task:
         for region in blocks(self.tree).get(":regions", [])[1:]:
             if isinstance(region, list) and region and isinstance(region[0], Word):
                 parts = blocks(region)
-                numbers = re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", _text(parts.get(":ranges", [])))
+                numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", _text(parts.get(":ranges", [])))
                 if len(numbers) >= 4 and len(parts.get(":target", [])) == 2:
                     box = np.array(numbers[:4], dtype=np.float64).reshape(2, 2)
-                    middles[f"{parts[':target'][1]}_{region[0]}"] = box.mean(0)
+                    middles[f"{parts[':target'][1]}_{region[0]}".lower()] = box.mean(0)
         return {fact[1]: middles[fact[2]] for fact in self.start if fact[0] == "on" and fact[-1] in middles}
 
     def called(self, words: str) -> list[str]:
-        """Objects and fixtures that `words` name, e.g. "cookie box" → ["cookies_1"]."""
+        """Objects and fixtures that `words` name, e.g. "cookie box" → ["cookies_1"]. By what they are, not by how they
+        look: a flat dish is no flat_stove."""
         found = [w for w in re.findall(r"[a-z]+", words) if len(w) > 2]
-        return [name for name, kind in self.classes.items() if any(word in kind for word in found)]
+        return [n for n, kind in self.classes.items() if any(word in kind.rpartition("_")[2] for word in found)]
 
 
 def contradictions(path: Path, words: str) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qlibero import files
-from qlibero.cache import cache_directory
+from qlibero.cache import cache_directory, numba_cache
 from qlibero.errors import UserError, WorkFailed
 from qlibero.registry import BUILT_IN, SuitePlugin, get
 from qlibero.sim import libero_plus
@@ -180,6 +180,7 @@ def _without_cuda_variable() -> Iterator[None]:
 def _import_environments() -> Any:
     """robosuite and LIBERO's environments, without the log file in /tmp (another user's file breaks the import)."""
     ensure_renderer()
+    numba_cache()
     _libero()
     file_handler = logging.FileHandler
     logging.FileHandler = lambda path, *a, **k: (  # type: ignore[misc, assignment]

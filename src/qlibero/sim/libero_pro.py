@@ -42,11 +42,12 @@ AXES = {"swap": "name", "object": "name", "lan": "bddl", "task": "bddl"}
 SCENES_OF_BASE = ("lan", "task")
 """Axes whose scenes are the base suite's, so that they can start from its very initial states."""
 _LANGUAGE = re.compile(r"\(\s*:language\s+([^()]*)\)", re.IGNORECASE)
+_COMMENT = re.compile(r";[^\n]*")
 
 
 def language_in(bddl: Path) -> str:
     """The instruction in a task's file, in lower case, its white space single. ValueError naming a file without one."""
-    found = _LANGUAGE.search(bddl.read_text(encoding="utf-8"))
+    found = _LANGUAGE.search(_uncommented(bddl))
     if not found or not found[1].strip():
         raise ValueError(f"{bddl}: no (:language …), so the task says nothing to a policy")
     return " ".join(found[1].lower().split())
@@ -54,6 +55,11 @@ def language_in(bddl: Path) -> str:
 
 def line_of_language(bddl: Path) -> int:
     """The line on which a file's instruction begins, 1 without one."""
-    text = bddl.read_text(encoding="utf-8")
+    text = _uncommented(bddl)
     found = _LANGUAGE.search(text)
     return text.count("\n", 0, found.start()) + 1 if found else 1
+
+
+def _uncommented(bddl: Path) -> str:
+    """A file's text as LIBERO reads it: an earlier instruction may stand in a comment."""
+    return _COMMENT.sub("", bddl.read_text(encoding="utf-8"))

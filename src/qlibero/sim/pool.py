@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from qlibero.cache import numba_cache
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import GuardRefusal, UserError, WorkFailed
 from qlibero.frames import FrameFormat
@@ -92,6 +93,7 @@ def worker_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     chooses the device instead); the policy's LD_LIBRARY_PATH is none of its business. llvmpipe renders in the calling
     thread (LP_NUM_THREADS=0): workers are as many as cores. What the user set for rendering is kept.
     """
+    numba_cache()
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")}
     environment.setdefault("MUJOCO_GL", "egl")
     if environment["MUJOCO_GL"] in ("egl", "osmesa"):

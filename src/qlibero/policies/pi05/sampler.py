@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qlibero.cache import numba_cache
 from qlibero.policies.pi05.fast.fused_ops import choose_layer_ops
 from qlibero.policies.pi05.fast.graphs import Stopwatch, graphed
 from qlibero.policies.pi05.images import as_floats
@@ -85,6 +86,7 @@ def _cpu_flow(model: Pi05Model, modulations: list[list[tuple[Tensor, Tensor, Ten
     """The compiled flow where there can be one, and why or why not."""
     if model.action_in_proj.weight.device.type != "cpu":
         return None, "the model is on a GPU"
+    numba_cache()
     try:
         from qlibero.policies.pi05.fast.cpu_flow import CpuFlow
     except ImportError as error:  # the same in torch, slower
