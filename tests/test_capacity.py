@@ -47,6 +47,13 @@ def test_a_container_of_cgroup_2(tmp_path):
     assert memory_bytes(tmp_path) == 16 * GIB
 
 
+def test_shards_of_a_container_share_its_memory_by_its_own_cores(tmp_path):
+    """Not by those of the machine, of which a quota leaves it a few."""
+    files = {"cgroup.controllers": "cpu memory", "memory.max": str(64 * GIB), "cpu.max": "3200000 100000\n"}
+    found = capacity({"QLIBERO_CORES": "8"}, machine(tmp_path, "0::/\n", **files), affinity=128)
+    assert (found.cores, gib(found.memory_gb)) == (8, 16) and "its share of 32 cores" in found.why
+
+
 def test_a_limit_of_a_parent_binds_its_children(tmp_path):
     """Slurm limits the job, and the step inside it says `max`."""
     files = {
@@ -93,6 +100,15 @@ def test_unlimited_cgroups_of_version_1_limit_nothing(tmp_path):
         ({"SLURM_CPUS_PER_TASK": "16", "SLURM_MEM_PER_NODE": "0"}, 16, 64, "its share of 64 cores"),
         ({"SLURM_CPUS_PER_TASK": "128"}, 64, 256, "the machine"),  # hyperthreads it was promised and does not see
         ({"QLIBERO_CORES": "32"}, 32, 128, "its share of 64 cores"),  # one of two shards of a local sweep
+        (  # one of four processes of a run in a job of Slurm's, whose memory they share
+            {"SLURM_CPUS_PER_TASK": "16", "SLURM_MEM_PER_NODE": str(24 * 1024), "QLIBERO_CORES": "4"},
+            4,
+            6,
+            "its share of 16 cores",
+        ),
+        ({"SLURM_CPUS_PER_TASK": "16", "SLURM_MEM_PER_CPU": "2048", "QLIBERO_CORES": "4"}, 4, 8, "its share of 16"),
+        ({"SLURM_CPUS_PER_TASK": "16", "QLIBERO_CORES": "4"}, 4, 16, "its share of 16 cores"),
+        ({"SLURM_CPUS_PER_TASK": "4", "SLURM_MEM_PER_CPU": "2048", "QLIBERO_CORES": "9"}, 4, 8, "Slurm's --mem"),
     ],
 )
 def test_what_a_scheduler_granted_counts_also_where_it_is_not_enforced(tmp_path, environ, cores, memory, why):

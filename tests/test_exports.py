@@ -14,10 +14,10 @@ from synthetic_run import make_run
 from qlibero.errors import UserError
 from qlibero.results.compare import compare_runs
 from qlibero.results.episode_table import COLUMNS, VERSION
-from qlibero.results.export import export_episodes
+from qlibero.results.export import _files, export_episodes
 from qlibero.results.external_results import compare_external
 from qlibero.results.ledger import write_meta
-from qlibero.results.runs import read_runs
+from qlibero.results.runs import RunResults, read_runs
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -84,6 +84,20 @@ def test_every_column_is_documented_once_with_its_type(run, tmp_path):
     lines = (tmp_path / "x.jsonl").read_text().splitlines()
     assert parquet.read_schema(tmp_path / "x.parquet").names == list(json.loads(lines[1])) == list(COLUMNS)
     assert json.loads(lines[0])["version"] == VERSION == 2
+
+
+def test_a_part_of_several_suites_plans_no_episode_that_the_run_did_not(tmp_path):
+    """Else a finished run, exported in part, is interim for ever."""
+    said = {
+        "suite": ["libero_object", {"bddl": "/somewhere/mine"}, "libero_goal"],
+        "tasks": {"libero_object": [0, 1], "mine": [1], "libero_goal": [0, 2]},
+        "episodes_per_task": 2,
+        "seed": 7,
+    }
+    for tasks in ([0], [1], [0, 1], [2], [9]):
+        whole = RunResults(tmp_path, {}, said, {})
+        part = RunResults(tmp_path, {}, _files(whole, None, tasks)["experiment.yaml"], {})
+        assert (part.planned or set()) == {key for key in whole.planned if key.task in tasks}
 
 
 def test_the_card_counts_what_the_table_holds(run, tmp_path):

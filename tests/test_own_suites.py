@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from qlibero import cli, registry
 from qlibero.config.config_hash import config_hash
@@ -170,6 +171,27 @@ def test_what_is_wrong_is_told_with_its_place(tasks, suite, more, says):
         experiment(tasks, suite, more)
 
 
+def test_it_has_its_name_wherever_a_run_is_shown(tasks):
+    """Its settings in its name's place would be a path of somebody's machine, or no text at all."""
+    from qlibero.results.arm_meta import ArmMeta
+    from qlibero.results.dataset_card import dataset_card
+    from qlibero.results.effective import effective_settings
+    from qlibero.results.runs import RunResults, suites_of
+    from qlibero.tracking.wandb_mirror import _tags
+
+    for suite, names in (
+        ("{bddl: mine, fresh: 2, max_steps: 50}", ["mine"]),
+        ("[libero_goal, {bddl: mine, name: yours, init_states: states, max_steps: 50}]", ["libero_goal", "yours"]),
+    ):
+        kept = yaml.safe_load(dump_resolved(experiment(tasks, suite)))
+        assert suites_of(kept) == names
+        card = dataset_card("x.jsonl", [], {"runs": ["x"], "qlibero": "0"}, [RunResults(tasks, {}, kept, {})])
+        assert f"Suite {', '.join(names)}, protocol pure" in card
+        settings = effective_settings(kept, "baseline", ArmMeta())
+        assert settings["suite"] == (names if len(names) > 1 else names[0])
+        assert set(names) <= set(_tags(settings)) and str(tasks) not in json.dumps(settings)
+
+
 @pytest.mark.parametrize(
     "states, says",
     [
@@ -207,6 +229,15 @@ def test_files_are_looked_through_before_anything_is_started(tasks, capfd):
     said = capfd.readouterr().err
     assert f"{file}:12: LIBERO has no object or fixture called dish" in said
     assert f"{file}:21: the goal is empty" in said
+
+
+@pytest.mark.parametrize("command", [["plan"], ["sweep", "--engine", "slurm", "--dry-run"], ["sweep"]])
+def test_a_sweep_looks_through_them_before_it_queues_anything(tasks, capfd, command):
+    file = tasks / "mine/put_the_bowl_on_the_plate.bddl"
+    file.write_text(file.read_text().replace("plate_1 - plate", "p - dish"))
+    name, *flags = command
+    assert cli.main([name, *own(tasks)[1:], *flags]) == 2 and not (tasks / "out").exists()
+    assert f"{file}:12: LIBERO has no object or fixture called dish" in capfd.readouterr().err
 
 
 def test_words_that_the_policy_cannot_read_are_named_with_file_and_line(tasks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import light_shard
 import numpy as np
 import pytest
 
+from qlibero.activity import heard_by
 from qlibero.config.config_hash import config_hash
 from qlibero.config.launch import Launch
 from qlibero.config.sweep import load_sweep
@@ -34,10 +36,11 @@ from qlibero.launch.status import follow, headline, status
 from qlibero.launch.sweep import run_sweep
 from qlibero.machine import environment
 from qlibero.machine.capacity import Capacity
+from qlibero.results.arm_equality import Arithmetic, SameArithmetic
 from qlibero.results.declaration import read_declaration
 from qlibero.results.ledger import Ledger
 from qlibero.results.records import EpisodeRecord
-from qlibero.run.experiment import run_experiment
+from qlibero.run.experiment import _recorded_before, run_experiment
 from qlibero.run.planned import episode_keys, missing_episodes, planned_keys
 from qlibero.run.state import run_state
 from qlibero.stats.proportions import minimum_detectable_difference, noninferiority_power, smallest_one_way_difference
@@ -455,6 +458,23 @@ def test_status_counts_files_not_promises(tmp_path):
         status(tmp_path)
 
 
+def test_status_knows_what_a_run_asks_for_that_one_process_goes_on_with(tmp_path):
+    text = GRID.partition("grid:")[0]
+    (cell,) = sweep_of(tmp_path, text, "episodes_per_task=2").cells
+    spread = cells.spread_over(cell.experiment, tmp_path / "out", 2)
+    cells.write_manifest(spread)  # as over two GPUs
+    fill(spread.cells[0], episode_keys(cell.experiment))
+    found = status(tmp_path / "out")
+    assert found.complete and (found.done, found.shards_done, found.shards) == (8, 2, 2)
+    (more,) = sweep_of(tmp_path, text, "episodes_per_task=3").cells
+    alone = cells.spread_over(more.experiment, tmp_path / "out", 1).cells[0]
+    fill(alone, episode_keys(more.experiment)[:1])
+    found = status(tmp_path / "out")
+    assert not found.complete and (found.done, found.episodes) == (8, 12)
+    cells.write_manifest(cells.make_manifest(sweep_of(tmp_path, text, "episodes_per_task=4"), tmp_path / "out"))
+    assert status(tmp_path / "out").episodes == 16  # submitted since, and not begun
+
+
 def test_merge_that_was_killed_is_done_by_the_next_sweep(tmp_path, monkeypatch, said):
     monkeypatch.setattr("qlibero.launch.slurm._notes", lambda directory: [])
     made = sweep_of(tmp_path, GRID, "tracking=[]")
@@ -592,6 +612,23 @@ def test_local_shard_that_is_killed_is_started_again_and_one_that_fails_is_named
     assert any("shard 1 ended with status 2" in line and "no such thing" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    "log,said",
+    [
+        ("qlibero: refused:\n  layer a\n  layer b\n{}\nleft over\n", "refused:\n  layer a\n  layer b"),
+        ("qlibero: CUDA toolkit: older\nloading the policy\n", "CUDA toolkit: older"),  # killed: no line of JSON
+        ("qlibero: the first time\n{}\nqlibero: the second\n{}\n", "the second"),
+        ("loading the policy\n", "see .*shard-0.log"),
+    ],
+)
+def test_what_a_shard_said_last_is_its_whole_message(tmp_path, monkeypatch, log, said):
+    made = submission(tmp_path, monkeypatch, 1)
+    command = ["sh", "-c", 'printf "$1"; exit 3', "", log]
+    monkeypatch.setattr(engine.Submission, "shard_command", lambda self, i: command)
+    (failed,) = local.run_shards(made).values()
+    assert failed.status == 3 and re.fullmatch(said, failed.said)
+
+
 def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, said):
     made = submission(tmp_path, monkeypatch, 1)
     monkeypatch.setenv("LIGHT_ROWS", "1")
@@ -605,6 +642,20 @@ def test_a_merge_that_fails_is_not_a_sweep_that_is_done(tmp_path, monkeypatch, s
     monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_: replace(done, merge_status=5))
     (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
     assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_a_sweep_whose_kernels_were_wrong_is_refused_each_time(tmp_path, monkeypatch, said):
+    """Its merge fails for it once, and is then as done as it can be."""
+    from qlibero import cli
+
+    done = run_sweep(sweep_of(tmp_path), "slurm", tmp_path / "out", True)
+    unequal = Arithmetic((SameArithmetic("fake", "cpu_int4", 1, 2),), {})
+    wrong = {name: replace(cell, arithmetic=unequal) for name, cell in done.state.cells.items()}
+    (tmp_path / "grid.yaml").write_text(GRID.format(policy=REPOSITORY / "configs/policies/untrained.yaml"))
+    for merge_status in (3, 0):
+        again = replace(done, state=replace(done.state, cells=wrong), merge_status=merge_status, dry_run=None)
+        monkeypatch.setattr("qlibero.launch.sweep.run_sweep", lambda *_, found=again: found)
+        assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 3
 
 
 def test_shards_beside_each_other_share_the_cores(tmp_path, monkeypatch):
@@ -629,6 +680,16 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expec
     found = {made.log(i).read_text().strip() for i in range(4)}
     alone = len(expected) < 2  # one process has every core, and sees what was visible before
     assert found == ({f"{visible or ''}/"} if alone else {f"{gpu}/{8 // len(expected)}" for gpu in expected})
+
+
+@pytest.mark.parametrize("device,at_once", [("cuda", 2), ("cuda:1", 1), ("cpu", 2)])
+def test_a_sweep_gives_no_other_gpu_to_a_policy_that_names_one(tmp_path, monkeypatch, device, at_once):
+    monkeypatch.setattr(environment, "find_gpus", lambda: [{"index": str(i), "uuid": str(i)} for i in range(2)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("qlibero.launch.sweep.refuse_impossible", lambda *_: None)  # no GPU is really here
+    sets = f"policy.device={device}", "launch.processes=auto"
+    made = run_sweep(sweep_of(tmp_path, GRID, *sets), "local", tmp_path / "out", True)
+    assert made.dry_run and made.dry_run.startswith(f"# {at_once} at a time")
 
 
 @pytest.mark.parametrize(
@@ -676,6 +737,84 @@ def test_what_stops_a_process_of_a_run_is_the_runs_own_error(tmp_path, monkeypat
     (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells
     with pytest.raises(error, match="said by it"):
         here.run_here(cell.experiment, tmp_path / "out", print, print, print)
+
+
+@pytest.mark.parametrize("done", [range(0), range(25), range(20, 45), range(1, 50, 2), range(46)])
+def test_what_is_missing_is_spread_over_all_processes(tmp_path, monkeypatch, done):
+    """Half a run by one process is a whole half: cut as before, it would leave half of the GPUs without work."""
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=4").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 1).cells[0]
+    keys = episode_keys(run.experiment)
+    fill(run, [keys[place] for place in done])
+
+    def spread(made: engine.Submission, _: object) -> dict[int, local.Failed]:
+        manifest = cells.read_manifest(made.manifest)
+        parts = [episode_keys(run.experiment, (s.index, s.count)) for s in manifest.shards]
+        assert sum(parts, []) == keys
+        lacking = [[key for key in part if keys.index(key) not in done] for part in parts]
+        assert made.indices == tuple(i for i, part in enumerate(lacking) if part)
+        assert len(made.indices) >= 4 and max(map(len, lacking)) <= max(1, 1.25 * (50 - len(done)) / 4)
+        return {0: local.Failed(3, "enough")}
+
+    monkeypatch.setattr(here, "run_shards", spread)
+    with pytest.raises(GuardRefusal, match="enough"):
+        here.run_here(run.experiment, run.run_dir, print, print, print)
+
+
+def test_an_episode_in_error_does_not_hide_that_a_process_died(tmp_path, monkeypatch):
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=2").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]
+    keys = episode_keys(run.experiment)
+
+    def ended(some) -> None:
+        fill(run, some, error="the simulator died")
+        failed = {0: local.Failed(1, "some episodes ended in an error"), 1: local.Failed(1, "out of memory")}
+        monkeypatch.setattr(here, "run_shards", lambda *_: failed)
+        here.run_here(run.experiment, run.run_dir, print, print, lambda run_dir: None)
+
+    with pytest.raises(WorkFailed, match="some episodes ended in an error\nout of memory"):
+        ended(keys[:3])
+    ended(keys)  # then each is an error, and the document says so
+
+
+@pytest.mark.parametrize("videos,shard,expected", [("all", (1, 2), 50), ("all", (0, 1), 100), (2, (0, 2), 100)])
+def test_of_all_videos_each_shard_replays_its_own(tmp_path, videos, shard, expected):
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], f"videos={videos}").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]
+    fill(run, episode_keys(run.experiment))
+    found = _recorded_before(run.experiment, run.run_dir, shard)
+    assert len(found) == expected
+    assert expected == 100 or {record.key for record in found} == set(episode_keys(run.experiment, shard))
+
+
+@pytest.mark.parametrize("first,second", [("000of001", 2), ("001of002", 3), ("001of002", 1)])
+def test_a_second_start_with_another_number_of_processes_does_not_run_everything_twice(tmp_path, first, second):
+    sets = "tracking=[]", f"launch.processes={second}"
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], *sets).cells
+    arm, out = cell.experiment.arms()[0], tmp_path / "out"
+    with Ledger(out, arm.name, shard=first, config_hash=config_hash(cell.experiment, arm)):
+        with pytest.raises(GuardRefusal, match=f"out is being written by process {os.getpid()} on .*; wait for it"):
+            here.run_here(cell.experiment, out, print, print, print)
+    assert not (out / "sweep").exists()
+
+
+def test_episodes_of_several_processes_are_counted_on_and_announced_once(tmp_path, monkeypatch):
+    (cell,) = sweep_of(tmp_path, GRID.partition("grid:")[0], "tracking=[]", "launch.processes=2").cells
+    run = cells.spread_over(cell.experiment, tmp_path / "out", 2).cells[0]
+    announced: list[str] = []
+    seen: list[EpisodeRecord] = []
+
+    def spread(_: engine.Submission, meanwhile) -> dict[int, local.Failed]:
+        for key in episode_keys(run.experiment)[:2]:
+            fill(run, [key], arms=("baseline",))
+            meanwhile()
+        return {0: local.Failed(3, "enough")}
+
+    monkeypatch.setattr(here, "run_shards", spread)
+    with heard_by(lambda what, *_: announced.append(what)), pytest.raises(GuardRefusal, match="enough"):
+        here.run_here(run.experiment, run.run_dir, print, seen.append, print)
+    assert [record.key for record in seen] == episode_keys(run.experiment)[:2]
+    assert announced.count("episodes") == 1
 
 
 def test_killed_local_launcher_leaves_no_process(tmp_path, monkeypatch):

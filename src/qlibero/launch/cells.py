@@ -21,6 +21,7 @@ from pathlib import Path
 from qlibero import files
 from qlibero.config.config_hash import config_hash
 from qlibero.config.dump import dump_resolved
+from qlibero.config.launch import Launch
 from qlibero.config.load import load_experiment
 from qlibero.config.schema import Experiment
 from qlibero.config.sweep import Sweep
@@ -33,6 +34,7 @@ from qlibero.results.meta import check
 from qlibero.results.records import EpisodeRecord
 from qlibero.run.experiment import run_experiment
 from qlibero.run.planned import episode_keys, missing_episodes
+from qlibero.run.simulators import names_a_gpu
 from qlibero.run.state import RunState, run_state
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,14 @@ class Manifest:
         if not 0 <= index < len(self.shards):
             raise UserError(f"--index {index}: the manifest has shards 0 to {len(self.shards) - 1}")
         return self.shards[index]
+
+    @property
+    def launch(self) -> Launch:
+        """What the cells share (`_check_launch`). Of processes beside each other each has one GPU alone, so where a
+        policy names its own there is one."""
+        launch = self.cells[0].experiment.launch
+        named = launch.processes == "auto" and any(names_a_gpu(cell.experiment) for cell in self.cells)
+        return launch.model_copy(update={"processes": 1}) if named else launch
 
     def experiment_of(self, index: int) -> Experiment:
         return self.cell(self.shard(index)).experiment
@@ -135,7 +145,7 @@ def write_manifest(manifest: Manifest) -> Path:
     try:
         (ours / "experiments").mkdir(parents=True, exist_ok=True)
         for cell in manifest.cells:
-            files.replace(_experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
+            files.replace(experiment_file(manifest.directory, cell.id), dump_resolved(cell.experiment))
         submission = next_submission(manifest)
         (submission / "logs").mkdir(parents=True)
         document = {
@@ -157,7 +167,7 @@ def read_manifest(path: Path, check_files: bool = True) -> Manifest:
 
     def experiment(cell_id: str) -> Experiment:
         # no environment: what was resolved at submission is what runs, whatever a node's shell exports
-        return load_experiment(_experiment_file(Path(written.directory), cell_id), environ={}, check_files=check_files)
+        return load_experiment(experiment_file(Path(written.directory), cell_id), environ={}, check_files=check_files)
 
     cells = tuple(Cell(cell.id, Path(cell.run_dir), cell.axes, experiment(cell.id)) for cell in written.cells)
     return Manifest(written.sweep, Path(written.directory), cells, tuple(Shard(*each) for each in written.shards))
@@ -298,5 +308,6 @@ def _check_launch(cells: Sequence[Cell]) -> None:
             )
 
 
-def _experiment_file(directory: Path, cell_id: str) -> Path:
+def experiment_file(directory: Path, cell_id: str) -> Path:
+    """Where a sweep keeps a cell's experiment, as it was last submitted."""
     return directory / OURS / "experiments" / f"{cell_id}.yaml"

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from qlibero.config.quantization import Quant
 from qlibero.config.schema import Experiment
 from qlibero.console import count_text
-from qlibero.errors import QliberoError, UserError
+from qlibero.errors import QliberoError, UserError, WorkFailed
 from qlibero.launch.cells import Manifest
 from qlibero.launch.engine import Engine, engines, load_engine
 from qlibero.machine.capacity import WORKER_GB
+from qlibero.run.experiment import look_through
 from qlibero.run.planned import planned_keys
 from qlibero.run.simulators import device_of
 
 
 def refuse_impossible(manifest: Manifest, engine: str | None) -> None:
-    """Raise UserError naming every cell that cannot run on `engine` (None: on none of them looked at by itself)."""
+    """Raise UserError naming every cell that cannot run on `engine` (None: on none of them looked at by itself), and
+    all that is wrong with tasks of one's own."""
+    for experiment in {cell.experiment.own_suites(): cell.experiment for cell in manifest.cells}.values():
+        with suppress(WorkFailed):  # LIBERO is not on this machine; where the work will run it is
+            look_through(experiment)
     problems = []
     for cell in manifest.cells:
         by_name = {engine: load_engine(engine)} if engine else engines(cell.experiment.launch.engine)

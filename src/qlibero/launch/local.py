@@ -33,7 +33,7 @@ STOP_S = 30.0  # what a shard gets to put its current episodes down
 
 @dataclass(frozen=True)
 class Failed:
-    """How a shard ended: its exit status, negative for a signal, and the last thing it said."""
+    """How a shard ended: its exit status, negative for a signal, and its last message."""
 
     status: int
     said: str
@@ -123,9 +123,11 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def _last_words(submission: Submission, index: int) -> str:
     log = submission.log(index)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("qlibero: ")]
-    if lines:
-        return lines[-1].removeprefix("qlibero: ")
+    lines = log.read_text(errors="replace").splitlines()
+    if said := [place for place, line in enumerate(lines) if line.startswith("qlibero: ")]:
+        first = said[-1]  # of a message; the JSON line that comes after it says where it ends
+        end = next((place for place in range(first, len(lines)) if lines[place].startswith("{")), first + 1)
+        return "\n".join(lines[first:end]).removeprefix("qlibero: ")
     if shutil.disk_usage(log.parent).free < NO_ROOM:  # then its log ends before it could say so
         return (
             f"the disk of {log.parent} is full. Everything finished is kept; "

@@ -238,7 +238,7 @@ def _cell(cell: Cell, known: dict[Kind, Cost]) -> CellPlan:
 
 
 def _engines(manifest: Manifest, known: dict[Kind, Cost]) -> dict[str, EngineCost]:
-    launch = manifest.cells[0].experiment.launch  # the cells share it
+    launch = manifest.launch
     missing = {cell.id: missing_episodes(cell.experiment, cell.run_dir) for cell in manifest.cells}
     by_engine = {}
     for name, engine in engines(launch.engine).items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.episode_key import EpisodeKey
 from qlibero.errors import UserError, WorkFailed
-from qlibero.launch.cells import Cell, Manifest, Shard, latest_manifest
+from qlibero.launch.cells import Cell, Manifest, Shard, experiment_file, latest_manifest
 from qlibero.launch.engine import engines
 from qlibero.results.ledger import is_locked, read_ledger
 from qlibero.results.machines import in_words, is_mixed, machines_of
@@ -104,7 +104,8 @@ def status(directory: Path, tasks: Sequence[int] | None = None, arms: Sequence[s
 
     Raises UserError when it is neither, and for an arm or task that it does not have.
     """
-    manifest = latest_manifest(directory) or _single_run(directory)
+    submitted = latest_manifest(directory)
+    manifest = _as_continued(submitted, directory) if submitted else _single_run(directory)
     cells: list[CellStatus] = []
     records: list[EpisodeRecord] = []
     missing_keys: dict[str, set[EpisodeKey]] = {}
@@ -241,6 +242,18 @@ def _queue(directory: Path, own: str) -> tuple[dict[str, int], str | None]:
 
 def _keys(manifest: Manifest, shard: Shard) -> list[EpisodeKey]:
     return episode_keys(manifest.cell(shard).experiment, (shard.index, shard.count))
+
+
+def _as_continued(submitted: Manifest, directory: Path) -> Manifest:
+    """A run that several processes began and one goes on with may ask for other episodes by now: its own experiment
+    is the later one then."""
+    written, (cell, *others) = directory / "experiment.yaml", submitted.cells
+    if others or cell.run_dir.resolve() != directory.resolve() or not written.exists():
+        return submitted
+    if written.stat().st_mtime_ns <= experiment_file(submitted.directory, cell.id).stat().st_mtime_ns:
+        return submitted
+    experiment = load_experiment(written, environ={}, check_files=False)
+    return replace(submitted, cells=(replace(cell, experiment=experiment),))
 
 
 def _single_run(directory: Path) -> Manifest:

@@ -55,7 +55,7 @@ def run_sweep(sweep: Sweep, engine: str | None, out: Path | None, dry_run: bool)
     `engine` None takes the sweep's own `launch.engine`. With `dry_run` nothing is written or started.
     """
     manifest = cells.make_manifest(sweep, out)
-    launch = sweep.cells[0].experiment.launch
+    launch = manifest.launch
     name = engine or launch.engine
     missing = manifest.missing()
     under_way = _under_way(manifest) if missing else {}

@@ -19,6 +19,7 @@ from qlibero.console import count_text
 WORKER_GB = 1.9  # of a rendering simulator: 1.4 GB at first, 1.9 after 60 episodes over ten tasks, where it stays
 BATCHES = 4  # of a policy on a GPU, that simulators must be able to fill: one is computed, one waits, two are stepped
 MOST_PER_CORE = 4
+SLURM_CORES = "SLURM_CPUS_PER_TASK"
 CORES = "QLIBERO_CORES"  # set by engines that start several shards on a node: the cores of each
 
 
@@ -97,16 +98,18 @@ def capacity(environ: Mapping[str, str] | None = None, root: Path = Path("/"), a
         if (limit := _limit(group)) is not None and limit < total:
             memory["a cgroup limit"] = min(limit, memory.get("a cgroup limit", limit))
             free.append(max(0, limit - _used(group)))
-    for name in ("SLURM_CPUS_PER_TASK", CORES):
-        if environ.get(name, "").isdecimal():
-            cores[name] = float(environ[name])
+    given = {name: float(environ[name]) for name in (SLURM_CORES, CORES) if environ.get(name, "").isdecimal()}
+    cores |= {SLURM_CORES: given[SLURM_CORES]} if SLURM_CORES in given else {}
     cores_by = min(cores, key=cores.__getitem__)
-    ours = max(1, int(cores[cores_by]))
-    granted = _slurm_memory(environ, ours)
-    if granted:
+    whole = max(1, int(cores[cores_by]))  # of the job; shards beside each other are parts of it
+    if granted := _slurm_memory(environ, whole):
         memory["Slurm's --mem"] = granted
-    elif cores_by in ("SLURM_CPUS_PER_TASK", CORES):  # neighbours have the rest of the cores, and need memory for them
-        memory[f"its share of {machine_cores} cores"] = min(memory.values()) * ours / machine_cores
+    elif cores_by == SLURM_CORES:  # neighbours have the rest of the cores, and need memory for them
+        memory[f"its share of {machine_cores} cores"] = min(memory.values()) * whole / machine_cores
+    ours = whole
+    if given.get(CORES, whole) < whole:
+        cores_by, ours = CORES, max(1, int(given[CORES]))
+        memory[f"its share of {whole} cores"] = min(memory.values()) * ours / whole
     memory_by = min(memory, key=memory.__getitem__)
     why = f"cores by {cores_by}, memory by {memory_by}"
     return Capacity(ours, memory[memory_by] / 1e9, min(memory[memory_by], *free) / 1e9, why)

@@ -1,7 +1,7 @@
 """What an arm's meta.json says, as fields. `meta.py` reads and writes the file.
 
 Every field may be missing, as it is in what earlier versions wrote; whatever else stands there is kept
-(`model_dump(exclude_unset=True)` is the file's content again).
+(`model_dump(exclude_unset=True)` is the file's content again, but for its nulls).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import yaml
 from qlibero.console import count_text
 from qlibero.documents import JsonObject
 from qlibero.results.episode_table import COLUMNS, SCHEMA, VERSION
-from qlibero.results.runs import RunResults
+from qlibero.results.runs import RunResults, suites_of
 
 
 def dataset_card(file: str, rows: Sequence[JsonObject], header: JsonObject, runs: Sequence[RunResults]) -> str:
@@ -60,8 +60,7 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1e18,
 
 def _about(run: RunResults, rows: Sequence[JsonObject]) -> list[str]:
     said, told = run.experiment, run.environment
-    suite = said.get("suite", "?")
-    suites = ", ".join(suite) if isinstance(suite, list) else suite
+    suites = ", ".join(suites_of(said)) or "?"
     versions = ", ".join(f"{name} {number}" for name, number in (told.get("versions") or {}).items())
     lines = [
         f"## {run.name}",

@@ -11,11 +11,11 @@ from typing import Any
 
 from qlibero.documents import JsonObject
 from qlibero.results.arm_meta import ArmMeta, QuantMeta
-from qlibero.results.runs import listed_arms
+from qlibero.results.runs import listed_arms, suites_of
 
 OF_QUANT = ("method", "layout", "number_format", "weight_bits", "activation_bits", "group_size", "rounding")
 OF_POLICY = ("profile", "dtype", "device", "flow_steps", "batch_size", "action_horizon")
-OF_EXPERIMENT = ("suite", "seed", "protocol", "inits", "max_steps", "episodes_per_task")
+OF_EXPERIMENT = ("seed", "protocol", "inits", "max_steps", "episodes_per_task")
 
 
 def effective_settings(experiment: Mapping[str, Any], arm: str, meta: ArmMeta) -> JsonObject:
@@ -41,6 +41,7 @@ def effective_settings(experiment: Mapping[str, Any], arm: str, meta: ArmMeta) -
         "execution": execution.mode if execution else "sync",
         "latency_ms": execution and execution.latency_ms,
         "latency_steps": execution and execution.latency_steps,
+        "suite": (suites[0] if len(suites) == 1 else suites) if (suites := suites_of(dict(experiment))) else None,
         **{key: experiment.get(key) for key in OF_EXPERIMENT},
         "config_hash": meta.config_hash,
     }

@@ -25,7 +25,7 @@ from qlibero.errors import UserError
 from qlibero.files import replace
 from qlibero.results.episode_table import COLUMNS, FLAT, SCHEMA, VERSION, arrow_schema
 from qlibero.results.records import EpisodeRecord
-from qlibero.results.runs import RunResults
+from qlibero.results.runs import RunResults, suites_of
 from qlibero.results.selection import select
 from qlibero.results.summary import percentiles, phase_calls, policy_calls
 
@@ -128,14 +128,26 @@ def _files(run: RunResults, arms: Sequence[str] | None, tasks: Sequence[int] | N
     """{file of the run directory: its content}, all but the records. What is exported in part was planned in part."""
     experiment = {key: value for key, value in run.experiment.items() if key not in _PRIVATE}
     if tasks:
-        planned = {key.task for key in run.planned or ()} or set(tasks)
-        experiment["tasks"] = sorted(planned & set(tasks))
+        experiment |= _planned_of(run, tasks)
     found: JsonObject = {"experiment.yaml": experiment}
     kept = [arm for arm in run.arms if not arms or arm in arms]
     for path in [*_documents(run.run_dir), *(path for arm in kept for path in _documents(run.run_dir / arm))]:
         if path.stat().st_size <= _MOST_BYTES:
             found[str(path.relative_to(run.run_dir))] = read_json(path)
     return {name: _public(document) for name, document in found.items()}
+
+
+def _planned_of(run: RunResults, tasks: Sequence[int]) -> JsonObject:
+    """`tasks` of an experiment of which only these are exported, and `suite`: of several, those that have one."""
+    if run.planned is None:
+        return {"tasks": sorted(set(tasks))}
+    planned, said = {(key.suite, key.task) for key in run.planned}, run.experiment["suite"]
+    suites = dict(zip(suites_of(run.experiment), said if isinstance(said, list) else [said], strict=True))
+    kept = {suite: [task for task in sorted(set(tasks)) if (suite, task) in planned] for suite in suites}
+    if len(kept) == 1:
+        return {"tasks": next(iter(kept.values()))}
+    kept = {suite: of for suite, of in kept.items() if of}
+    return {"suite": [suites[suite] for suite in kept], "tasks": kept}
 
 
 def _documents(directory: Path) -> Iterator[Path]:

@@ -44,3 +44,12 @@ def is_locked(path: Path) -> bool:
         return any(Path(os.readlink(descriptor)) == held for descriptor in Path(f"/proc/{pid}/fd").iterdir())
     except (OSError, ValueError):  # gone, ended, or being written this moment
         return False
+
+
+def refuse_second_writer(run_dir: Path) -> None:
+    """Raise GuardRefusal where a process of this machine writes in a run directory: cut into another number of shards,
+    the same episodes have other locks."""
+    for path in sorted(run_dir.glob("*/.lock-*")):
+        if is_locked(path):
+            holder = path.read_text().strip()
+            raise GuardRefusal(f"{run_dir} is being written by {holder}; wait for it or stop it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 
@@ -43,8 +43,7 @@ class RunResults:
     def planned_order(self) -> tuple[EpisodeKey, ...] | None:
         """The same in the order in which they are run: suites and tasks as they are listed."""
         said = self.experiment
-        named, tasks, each = said.get("suite"), said.get("tasks") or [], said.get("episodes_per_task")
-        suites = [_suite_name(suite) for suite in (named if isinstance(named, list) else [named])]
+        suites, tasks, each = suites_of(said), said.get("tasks") or [], said.get("episodes_per_task")
         told = self.environment.get("instructions") or {}
         asked = {suite: tasks.get(suite, "all") if isinstance(tasks, dict) else tasks for suite in suites}
         of_suite = {
@@ -52,7 +51,7 @@ class RunResults:
             for suite, chosen in asked.items()
         }
         seeds = said.get("seeds") or [said.get("seed")]
-        if not all(suites) or not all(of_suite.values()) or not each or None in seeds:
+        if not suites or not all(of_suite.values()) or not each or None in seeds:
             return None
         inits, kind = said.get("inits"), OFFICIAL
         if isinstance(inits, dict):
@@ -72,9 +71,15 @@ class RunResults:
         return str(self.experiment.get("name") or self.run_dir.resolve().name)
 
 
-def _suite_name(said: Any) -> str:
-    """Of a suite as experiment.yaml has it: a name, or where the files of one's own lie."""
-    return str(said.get("name") or Path(said.get("bddl") or "").name) if isinstance(said, dict) else str(said or "")
+def suites_of(experiment: JsonObject) -> list[str]:
+    """Names of the suites of an experiment (resolved, as in experiment.yaml). One's own is said as where its files
+    lie."""
+    said = experiment.get("suite")
+    named = [
+        str(suite.get("name") or Path(suite.get("bddl") or "").name) if isinstance(suite, dict) else str(suite or "")
+        for suite in (said if isinstance(said, list) else [said])
+    ]
+    return named if all(named) else []
 
 
 def keeps_a_sweep(path: Path) -> bool:

@@ -258,7 +258,7 @@ def _run_in(
     names = [arm.name for arm in experiment.arms()]
     wanted_videos = experiment.videos if shard[0] == 0 or experiment.videos == "all" else 0
     tracking = experiment.tracking if shard[1] == 1 else Tracking(mode="disabled")
-    videos = Videos(run_dir, names, wanted_videos, [r for name in names for r in read_ledger(run_dir, name)])
+    videos = Videos(run_dir, names, wanted_videos, _recorded_before(experiment, run_dir, shard))
 
     def finished(record: EpisodeRecord, trajectory: np.ndarray | None) -> None:
         record = as_run(record, settings, meta[record.arm]["kernels_hash"], environment["versions"])
@@ -297,6 +297,16 @@ def _run_in(
             for said in filter(None, (one.told(tracking) for one in ended)):
                 log.warning(said)
     return ended
+
+
+def _recorded_before(experiment: Experiment, run_dir: Path, shard: tuple[int, int]) -> list[EpisodeRecord]:
+    """What ledgers hold that may still lack a video. Where all episodes get one, each shard has its own: two that
+    replay the same would write the same file."""
+    records = [record for arm in experiment.arms() for record in read_ledger(run_dir, arm.name)]
+    if experiment.videos != "all" or shard[1] == 1:
+        return records
+    own = set(episode_keys(experiment, shard))
+    return [record for record in records if record.key in own]
 
 
 def _try_kernels_again(run_dir: Path, watched: Mapping[str, Recheck], ledgers: Mapping[str, Ledger]) -> bool:

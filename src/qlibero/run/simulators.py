@@ -24,6 +24,11 @@ def device_of(arm: Arm, auto: Callable[[], str]) -> str:
     return auto() if wanted == "auto" else wanted.partition(":")[0]
 
 
+def names_a_gpu(experiment: Experiment) -> bool:
+    """Whether a policy says which of several GPUs it is on (`cuda:1`)."""
+    return any(":" in getattr(arm.policy, "device", "cpu") for arm in experiment.arms())
+
+
 def device_here() -> str:
     """What a policy takes in this process where it is left open."""
     import torch

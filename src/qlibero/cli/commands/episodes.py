@@ -99,6 +99,8 @@ def sweep(args: argparse.Namespace) -> Document:
 
     found = run_sweep(load_sweep(args.config, args.set), args.engine, args.out, args.dry_run)
     document = found.to_json()
+    if not args.dry_run:
+        _checked(document, True, (cell.arithmetic for cell in found.state.cells.values()))
     if found.finished and not found.state.complete and not args.dry_run:
         raise Incomplete("not everything is done; the same command runs what is missing", document)
     if found.merge_status and not found.finished:

@@ -86,23 +86,18 @@ def _chart(m: ReportData, late: Mapping[str, ExecutionMeta], shown: Sequence[str
         for name in shown
         if name in late
     )
-    return el(
-        "div",
-        el("div", [el("span", f"{100 * t:g} %", style=f"top:{100 - y(t)}%") for t in y.ticks()],
-           class_="ylabels", aria_hidden="true"),
-        el("div", *charts.grid_lines(x),
-           charts.plot(*(charts.curve(points, "front") for points in lines.values() if len(points) > 1),
-                       label=text, height=320),
-           *marks, class_="canvas"),
+    joined = (charts.curve(points, "front") for points in lines.values() if len(points) > 1)
+    return charts.xy(
+        [(100 - y(t), f"{100 * t:g} %") for t in y.ticks()],
+        el("div", *charts.grid_lines(x), charts.plot(*joined, label=text, height=320), *marks, class_="canvas"),
         charts.axis(x, "latency of execution, milliseconds", lambda t: f"{t:g}"),
-        class_="xy",
-    )  # fmt: skip
+    )
 
 
 def _else(m: ReportData, name: str) -> str:
     """What an arm is but for its latency: arms of which this is equal are one line."""
     result = m.compared.get(name)
-    other = sorted(set(result.unlike) - {"latency_steps"}) if result else []
+    other = {what: sides[1] for what, sides in result.unlike.items() if what != "latency_steps"} if result else {}
     quant = m.arms[name].meta.quant
     return json.dumps([quant and quant.model_dump(mode="json"), other], sort_keys=True)
 
