@@ -865,3 +865,12 @@ def test_merge_on_a_full_disk_names_the_file_and_leaves_no_half_of_it(tmp_path, 
     with pytest.raises(WorkFailed, match="result.json: the disk is full"):
         cells.merge(manifest)
     assert [path.name for path in (tmp_path / "out/sweep").glob("*result*")] == []
+
+
+def test_the_thousandth_submission_is_the_last_one(tmp_path):
+    """As text, 1000 comes before 999."""
+    made = [cells.write_manifest(cells.make_manifest(sweep_of(tmp_path), tmp_path / "out"))]
+    made[0].rename(made[0].with_name("submission-999"))
+    again = cells.make_manifest(sweep_of(tmp_path, GRID, "launch.shard_episodes=5"), tmp_path / "out")
+    assert cells.write_manifest(again).name == "submission-1000"
+    assert cells.latest_manifest(tmp_path / "out").shards == again.shards

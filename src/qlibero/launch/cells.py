@@ -135,7 +135,7 @@ def spread_over(experiment: Experiment, run_dir: Path, shards: int) -> Manifest:
 def next_submission(manifest: Manifest) -> Path:
     """The directory the next submission will have."""
     ours = manifest.directory / OURS
-    last = max((int(path.name.rpartition("-")[2]) for path in ours.glob("submission-[0-9]*")), default=0)
+    last = max(map(_number, ours.glob("submission-[0-9]*")), default=0)
     return ours / f"submission-{last + 1:03d}"
 
 
@@ -175,8 +175,13 @@ def read_manifest(path: Path, check_files: bool = True) -> Manifest:
 
 def latest_manifest(directory: Path) -> Manifest | None:
     """The last submission's manifest in a sweep directory; None when there is none."""
-    paths = sorted((directory / OURS).glob("submission-*/manifest.json"))
-    return read_manifest(paths[-1], check_files=False) if paths else None
+    paths = (directory / OURS).glob("submission-[0-9]*/manifest.json")
+    last = max(paths, key=lambda path: _number(path.parent), default=None)
+    return read_manifest(last, check_files=False) if last else None
+
+
+def _number(submission: Path) -> int:
+    return int(submission.name.rpartition("-")[2])
 
 
 def run_shard(
